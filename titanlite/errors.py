@@ -1,0 +1,79 @@
+"""The one error tree. An error's type says how the process ends; its text is for the person who can mend it.
+
+Whatever a user can cause is a `TitanliteError`: the command line prints it as a paragraph and exits with
+`exit_code`. Anything else is our mistake, and shows its traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_RECIPE = 2
+EXIT_GUARD = 3
+EXIT_CHECKPOINT = 4
+EXIT_STOPPED_EARLY = 75
+
+
+class TitanliteError(Exception):
+    """Base of every error a user can cause or meet."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong (or worth saying) about a recipe: where, what, and what to do about it."""
+
+    key: str
+    """Dotted recipe key, such as `training.steps`; empty when the file as a whole is meant."""
+    problem: str
+    fix: str = ""
+    file: str = ""
+    line: int = 0
+    severity: str = "error"
+    """`error` refuses the run; `warning` is printed and the run goes on."""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
+        key = f"{self.key}: " if self.key else ""
+        fix = f" {self.fix}" if self.fix else ""
+        return f"{place}{key}{self.problem}{fix}"
+
+
+class UsageError(TitanliteError):
+    """The command line, an input file or the run folder is not what it must be."""
+
+    exit_code = EXIT_RECIPE
+
+
+class RecipeError(TitanliteError):
+    """A recipe that must not run; carries every finding, not only the first."""
+
+    exit_code = EXIT_RECIPE
+
+    def __init__(self, findings: list[Finding]) -> None:
+        self.findings = findings
+        super().__init__("\n".join(str(finding) for finding in findings))
+
+
+class DataError(UsageError):
+    """A corpus, a data file or a tokenizer that cannot be used; the text names the file."""
+
+
+class GuardStop(TitanliteError):
+    """A guard ended the training: the numbers went wrong and the recipe says to stop."""
+
+    exit_code = EXIT_GUARD
+
+
+class CheckpointError(TitanliteError):
+    """A checkpoint could not be written, or none that fits could be read."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class StoppedEarly(TitanliteError):
+    """A signal or a limit of the recipe ended the run before its last step; its state is saved."""
+
+    exit_code = EXIT_STOPPED_EARLY

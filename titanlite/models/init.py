@@ -1,0 +1,47 @@
+"""Initial weights as a function of (seed, parameter name, global index) alone.
+
+Blocks of whole leading rows are drawn on the CPU, each from a generator of its own, so that a rank which owns
+some rows draws only their blocks and gets the same bits as a process that owns everything. DTensor's own random
+initialisation depends on the mesh; this does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK_ELEMENTS = 2**18
+"""Elements drawn from one generator. Part of the definition of the weights: changing it changes every run."""
+
+
+def initialise(model: nn.Module, std_of: Callable[[str], float | None], seed: int) -> None:
+    """Fill every parameter in place: normal with std_of(name), or ones where that is None."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = std_of(name)
+            if std is None:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(draw_rows(name, tuple(parameter.shape), 0, parameter.shape[0], std, seed))
+
+
+def draw_rows(name: str, shape: tuple[int, ...], first: int, last: int, std: float, seed: int) -> Tensor:
+    """Rows first … last - 1 of the initial value of a parameter of global `shape`; float32, on the CPU."""
+    row_elements = math.prod(shape[1:])
+    block_rows = max(1, _BLOCK_ELEMENTS // max(row_elements, 1))
+    pieces = []
+    for block in range(first // block_rows, -(-last // block_rows)):
+        start, stop = block * block_rows, min((block + 1) * block_rows, shape[0])
+        generator = torch.Generator("cpu").manual_seed(_block_seed(seed, name, block))
+        values = torch.empty(stop - start, *shape[1:], device="cpu").normal_(0.0, std, generator=generator)
+        pieces.append(values[max(first - start, 0) : last - start])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _block_seed(seed: int, name: str, block: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits without complaint

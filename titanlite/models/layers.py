@@ -1,0 +1,167 @@
+"""The pieces of a Llama block: linear, RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+Single-device maths in plain PyTorch. Weights may be wider than the activations (float32 masters under bfloat16
+compute): a layer casts its own weight to its input's dtype. Sums (norms, rotation) never run below float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlite.recipe.sections import RopeScaling
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, widened to float32 unless it is wider already (float64 proofs stay float64)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Linear(nn.Linear):
+    """x @ weight.T without bias, in x's dtype. Values are set by `models.init`, not here."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """Rows of `weight` by token, in the compute dtype. Values are set by `models.init`, not here."""
+
+    def __init__(self, rows: int, dim: int, compute_dtype: torch.dtype) -> None:
+        super().__init__(rows, dim)
+        self.compute_dtype = compute_dtype
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).to(self.compute_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Angular frequency of each rotated pair, [head_dim / 2], float64.
+
+    With `scaling`, Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, those between
+    blended linearly in the number of turns they make over the original context.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    frequencies = theta**-exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines for the positions of one batch: each [1 or batch, seq, 1, head_dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def at(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
+        """Tables for `positions` [seq] or [batch, seq]. Angles are formed in float64: exact at any context length."""
+        angles = (positions.double().unsqueeze(-1) * frequencies).unsqueeze(-2)
+        if angles.dim() == 3:
+            angles = angles.unsqueeze(0)
+        dtype = torch.promote_types(dtype, torch.float32)
+        doubled = torch.cat((angles, angles), dim=-1)
+        return Rotation(doubled.cos().to(dtype), doubled.sin().to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate x [batch, seq, heads, head_dim]; pair i is (x[i], x[i + head_dim / 2]), as Hugging Face lays it out."""
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return (x * self.cos + turned * self.sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of one block for the positions already seen; grows by `extend`, up to `capacity`."""
+
+    def __init__(self, batch: int, capacity: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
+        self.length = 0
+        self._keys = like.new_empty(batch, capacity, kv_heads, head_dim)
+        self._values = like.new_empty(batch, capacity, kv_heads, head_dim)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [batch, new, kv_heads, head_dim] and return all that is held."""
+        end = self.length + keys.shape[1]
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023), optionally with RMS-normed queries and keys."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.wq = Linear(dim, heads * self.head_dim)
+        self.wk = Linear(dim, kv_heads * self.head_dim)
+        self.wv = Linear(dim, kv_heads * self.head_dim)
+        self.wo = Linear(heads * self.head_dim, dim)
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        # Heads come from the width, not from the config: under tensor parallelism each rank holds some of them.
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, heads, head_dim]
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, kv_heads, head_dim]
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotation(q), rotation(k)
+        causal = mask is None
+        if cache is not None:
+            causal = causal and cache.length == 0
+            k, v = cache.extend(k, v)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate = Linear(dim, ffn_dim)
+        self.up = Linear(dim, ffn_dim)
+        self.down = Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,89 @@
+"""Llama: embedding, pre-norm blocks, final norm, head (Touvron et al. 2023; Llama 3 paper, section 3.2).
+
+A plain nn.Module for one device. It knows nothing of meshes, precision policies or compilation: those are
+applied from outside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.models.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotation, SwiGLU, rope_frequencies
+from titanlite.models.llama_spec import LlamaConfig
+from titanlite.models.loss import cross_entropy_sum
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config.dim, config.heads, config.kv_heads, config.qk_norm, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Head(Linear):
+    """Hidden states to logits; with labels, straight to the summed loss."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = super().forward(x)
+        return logits if labels is None else cross_entropy_sum(logits, labels)
+
+
+class Llama(nn.Module):
+    """The whole model. Weights are empty until `models.init.initialise` or a checkpoint fills them."""
+
+    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.dim, compute_dtype)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = Head(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        """tokens [batch, seq] -> logits [batch, seq, vocab], or with labels [batch, seq] the sum of the token losses.
+
+        positions [seq] or [batch, seq]: 0, 1, 2 … when absent, or what follows in the caches. documents [batch, seq]:
+        attention stays between tokens of the same number. caches: one a block; the new keys and values are appended.
+        """
+        start = caches[0].length if caches else 0
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens)
+        rotation = Rotation.at(positions, self._frequencies(tokens.device), x.dtype)
+        mask = None if documents is None else document_mask(documents)
+        for index, block in enumerate(self.layers):
+            x = block(x, rotation, mask, caches[index] if caches else None)
+        return self.head(self.norm(x), labels)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, device)
+
+    def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
+        """Empty caches for `capacity` positions, one a block."""
+        like = torch.empty(0, dtype=self.embed.compute_dtype, device=self.embed.weight.device)
+        return [KVCache(batch, capacity, self.config.kv_heads, self.config.head_dim, like) for _ in self.layers]
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """[batch, seq] document numbers -> [batch, 1, seq, seq] bool: may this query (row) see that key (column)?"""
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return same.tril().unsqueeze(1)

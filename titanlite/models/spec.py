@@ -1,0 +1,63 @@
+"""What a model family must offer to be trained, without importing torch.
+
+`parallel`, `checkpoint`, `check` and the metrics know models through this alone; no other room names a
+family. A new family is one spec, one module, and one line in `MODELS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from titanlite.errors import UsageError
+from titanlite.recipe.sections import Model
+from titanlite.registry import Registry, did_you_mean
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model family. `Config` below is the family's own frozen dataclass of sizes."""
+
+    family: str
+    presets: Mapping[str, Any]
+    """Preset name -> Config."""
+    configure: Callable[[Model], Any]
+    """The recipe's `[model]` -> Config: the preset with the recipe's own keys laid over it."""
+    parameter_count: Callable[[Any], int]
+    """All parameters, tied ones once."""
+    embedding_parameters: Callable[[Any], int]
+    """Parameters that are only looked up, never multiplied (0 where the head shares them)."""
+    matrix_parameters: Callable[[Any], int]
+    """Parameters in the blocks' matrices: those that Muon updates."""
+    flops_per_token: Callable[[Any, int], int]
+    """(Config, sequence length) -> floating-point operations of a training step per token, forward and backward."""
+    module: str
+    """`package.module:Class`; called as Class(config, compute_dtype), it builds a plain nn.Module."""
+    initial_std: Callable[[Any, str], float | None]
+    """(Config, parameter name) -> standard deviation of its initial normal values; None: ones."""
+    compile_units: tuple[str, ...]
+    """Name patterns of the submodules that are compiled one by one."""
+    is_block_matrix: Callable[[str], bool]
+    """Whether a parameter is one of the blocks' matrices, by its name."""
+    to_huggingface: Callable[[str], str]
+    """Our parameter's name -> its name in the Hugging Face checkpoint of the same architecture (same layout)."""
+
+    def build(self, config: Any, compute_dtype: Any) -> Any:
+        """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""
+        module, _, attribute = self.module.partition(":")
+        return getattr(importlib.import_module(module), attribute)(config, compute_dtype)
+
+
+MODELS = Registry("model family", {"llama": "titanlite.models.llama_spec:SPEC"})
+
+
+def spec_of(preset: str) -> ModelSpec:
+    """The family that a preset belongs to. Raises `UsageError` with the nearest known preset."""
+    specs: list[ModelSpec] = [MODELS.get(family) for family in MODELS]
+    for spec in specs:
+        if preset in spec.presets:
+            return spec
+    known = [name for spec in specs for name in spec.presets]
+    raise UsageError(f"unknown preset '{preset}'; {did_you_mean(preset, known) or 'known: ' + ', '.join(known)}")

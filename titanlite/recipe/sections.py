@@ -1,0 +1,249 @@
+"""What a recipe can say: one pydantic model a section, each key with its meaning beside it.
+
+The docstring under each field is the documentation: `titanlite check --explain`, `docs/recipe.md` and the
+JSON schema are made from it. Rules that need more than one section live in `titanlite/check.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from titanlite.recipe.units import Count
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Strict and closed: an unknown key, a string for a number or a NaN is an error, never a guess."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Run(Section):
+    """What the run is called, where it writes, and what fixes its randomness."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")] = "run"
+    """Name of the run; its folder is `output_dir/name`."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder that holds run folders; relative to where the command is started."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial weights and of the data order."""
+    deterministic: bool = False
+    """Use only deterministic algorithms: a second run on the same machine gives the same bits. Slower on GPUs."""
+    stop_after_step: Positive | None = None
+    """Save and stop (exit code 75) once this step is done; the schedule is that of the whole run."""
+    stop_after_minutes: PositiveFloat | None = None
+    """Save and stop (exit code 75) once this process has trained for so many minutes."""
+
+
+class RopeScaling(Section):
+    """Llama 3.1's rule for stretching the rotary frequencies to a longer context."""
+
+    factor: PositiveFloat = 8.0
+    """By how much the wavelengths past the low-frequency bound are stretched."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Wavelengths above `original_context / low_freq_factor` are stretched in full."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Wavelengths below `original_context / high_freq_factor` are kept as they are."""
+    original_context: Positive = 8192
+    """Context length, in tokens, that the model was first trained at."""
+
+
+class Model(Section):
+    """Architecture. A preset gives every size; a key set beside it replaces the preset's value."""
+
+    preset: str = "debug"
+    """Named architecture: debug, 30m, 125m, 350m, llama3.2-1b, llama3.2-3b, llama3-8b, llama3-70b, llama3.1-405b."""
+    dim: Positive | None = None
+    """Width of the residual stream."""
+    layers: Positive | None = None
+    """Number of transformer blocks."""
+    heads: Positive | None = None
+    """Number of query heads; `dim / heads` is the head size, and must be even."""
+    kv_heads: Positive | None = None
+    """Number of key and value heads; must divide `heads` (grouped-query attention)."""
+    ffn_dim: Positive | None = None
+    """Inner width of the SwiGLU feed-forward network."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding; at least the tokenizer's vocabulary, and may be padded above it."""
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's frequency scaling; absent: the preset's, or none."""
+    norm_eps: PositiveFloat | None = None
+    """Epsilon inside every RMSNorm."""
+    tie_embeddings: bool | None = None
+    """Share one matrix between the embedding and the output head."""
+    qk_norm: bool | None = None
+    """RMSNorm over each query and key head before the rotation."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial matrices and embeddings."""
+    depth_scaled_init: bool = True
+    """Divide `init_std` by sqrt(2 * layers) for the matrices that write into the residual stream (GPT-2, section 2.3)."""
+
+
+class Data(Section):
+    """What is read, in which order, and how it becomes sequences."""
+
+    corpus: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = "python-stdlib"
+    """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them:
+    text files (one document each), `.jsonl` files (one document a line), or folders of these."""
+    tokenizer: Literal["bytes"] = "bytes"
+    """`bytes`: the 256 byte values, and 256 between documents."""
+    text_key: Annotated[str, Field(min_length=1)] = "text"
+    """Field of a JSONL line that holds its text."""
+    validation_percent: Annotated[float, Field(gt=0, lt=100)] = 4.0
+    """Share of the files (JSONL: of the lines) held out for validation, chosen by a hash of their name (line)."""
+    document_mask: bool = False
+    """Keep attention inside documents, and count positions from each document's start."""
+    workers: NonNegative = 0
+    """Worker processes that assemble batches; 0 assembles them in the trainer's own process."""
+    prefetch: Positive = 2
+    """Batches each worker keeps ready (only with `workers` above 0)."""
+
+
+class Training(Section):
+    """How much is trained, in what portions."""
+
+    steps: Positive | None = None
+    """Optimizer steps of the run; give this or `tokens`."""
+    tokens: Count | None = None
+    """Tokens of the run, such as 2_000_000 or "100B", rounded up to whole steps; give this or `steps`."""
+    sequence_length: Positive = 256
+    """Tokens in one sequence."""
+    global_batch: Positive = 32
+    """Sequences in one optimizer step, over all devices; never changes with the layout."""
+    microbatch: Positive | None = None
+    """Sequences in one forward pass on one device; absent: a device's whole share in one pass."""
+
+
+class Validation(Section):
+    """Loss on held-out data."""
+
+    every_steps: NonNegative = 0
+    """Validate every so many steps, and after the last one; 0: never."""
+    sequences: Positive = 128
+    """Sequences in one validation, spread evenly over the held-out data; the same ones each time."""
+
+
+class Optimizer(Section):
+    """The update rule."""
+
+    name: str = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices inside the blocks, AdamW for the rest."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW's parameters."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay (times the learning rate) of matrices; norms and other vectors have none."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0: no clipping."""
+    muon_lr: PositiveFloat = 0.02
+    """Peak learning rate of Muon's matrices, times sqrt(rows / columns) where a matrix has more rows than columns."""
+    muon_momentum: Fraction = 0.95
+    """Decay rate of Muon's Nesterov momentum."""
+
+
+class Schedule(Section):
+    """Learning rate over the run: warm-up, then the named shape, as a factor on the peak rates."""
+
+    name: str = "cosine"
+    """`constant`, `linear`, `cosine`, `sqrt` (inverse square root) or `wsd` (warm-up, stable, decay)."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Positive | None = None
+    """Steps of decay at the end (linear, cosine: from the end of warm-up if absent; wsd: the last 20 % if absent)."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """Shape of wsd's decay; `sqrt` is one minus the square root of the progress (Hägele et al. 2024)."""
+    final_lr_ratio: Fraction = 0.0
+    """Learning rate at the end, over the peak."""
+
+
+class Parallel(Section):
+    """How the devices share the work."""
+
+    dp_replicate: Annotated[int, Field(ge=-1)] = -1
+    """Copies of the model, each with its share of the global batch; -1: as many as there are ranks."""
+
+
+class Precision(Section):
+    """Number formats."""
+
+    compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Matrix products and activations; weights, sums and optimizer states stay at least float32."""
+
+
+class Compile(Section):
+    """torch.compile."""
+
+    enabled: bool = False
+    """Compile each transformer block, and the head with its loss."""
+
+
+class Checkpoint(Section):
+    """What is saved, and when."""
+
+    every_steps: NonNegative = 0
+    """Save every so many steps; 0: only at the end, and when the run is stopped."""
+    keep_last: Positive | None = 2
+    """Keep so many checkpoints, the newest; older ones are deleted once a newer one is committed."""
+
+
+class Resilience(Section):
+    """What happens when something goes wrong."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite is never applied. `stop` then ends the run (exit code 3);
+    `skip` goes on, up to `max_skips`."""
+    max_skips: NonNegative = 10
+    """Skipped steps after which `skip` stops the run too."""
+
+
+class Metrics(Section):
+    """What is measured and where it goes; `metrics.jsonl` is always written."""
+
+    log_every: Positive = 10
+    """Steps between two rows; the first and the last step always have one."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to the run folder."""
+
+
+class Debug(Section):
+    """Tools for looking inside; all slow, all off by default."""
+
+    find_nonfinite: bool = False
+    """Check every module's output and gradient; the first that is not finite stops the run (exit code 3) by name."""
+    trace_shapes: bool = False
+    """Print each module's input and output shapes during the first step."""
+    overfit_one_batch: bool = False
+    """Train every step on the first step's samples: the loss must go to zero if the model can learn at all."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    validation: Validation = Validation()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    compile: Compile = Compile()
+    checkpoint: Checkpoint = Checkpoint()
+    resilience: Resilience = Resilience()
+    metrics: Metrics = Metrics()
+    debug: Debug = Debug()

@@ -1,0 +1,60 @@
+"""Quantities as people write them: `"100B"` tokens, `"80GiB"` of memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: Any) -> Any:
+    """An integer, or a string such as `"2_000_000"`, `"2.5M"` or `"100B"`, as an integer.
+
+    Anything else is returned as it is, for the schema to refuse. Raises `ValueError` for a string that is
+    no whole count.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_]*)(?:\.([0-9]+))?\s*([KMBT]?)", value.strip())
+    if match is None:
+        raise ValueError(f"'{value}' is not a count; write a whole number, or one with K, M, B or T such as '2.5M'")
+    whole, fraction, unit = match.group(1).replace("_", ""), match.group(2) or "", match.group(3)
+    scaled, remainder = divmod(int(whole + fraction) * _COUNT_UNITS[unit], 10 ** len(fraction))
+    if remainder:
+        raise ValueError(f"'{value}' is not a whole number")
+    return scaled
+
+
+def format_count(count: float) -> str:
+    """A count for people: 1_900_000 is `1.90M`, 812 is `812`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if abs(count) >= size:
+            return f"{count / size:.2f}{unit}"
+    return f"{count:g}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in binary units: 3_221_225_472 is `3.00 GiB`."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+Count = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    Field(ge=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?\s*[KMBT]?$"},
+            ]
+        }
+    ),
+]
+"""A positive count that a recipe may write as `"100B"`."""

@@ -1,0 +1,48 @@
+"""Names that recipes use, mapped to code that is imported when it is first asked for.
+
+This is what keeps `titanlite --help` and `titanlite check` free of torch, and what makes a new model,
+optimizer or corpus reader one file and one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from titanlite.errors import UsageError
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`did you mean 'x'?` for the nearest known word, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else ""
+
+
+class Registry:
+    """`name -> "module:attribute"` for one kind of thing."""
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def add(self, name: str, target: str) -> None:
+        """Register `target` ("module:attribute") under `name`; a taken name is refused with `ValueError`."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} '{name}' is registered already ({self._entries[name]})")
+        self._entries[name] = target
+
+    def get(self, name: str) -> Any:
+        """Import and return what `name` stands for. Raises `UsageError` with the nearest known name."""
+        if name not in self._entries:
+            hint = did_you_mean(name, list(self._entries)) or f"known: {', '.join(self._entries)}"
+            raise UsageError(f"unknown {self.kind} '{name}'; {hint}")
+        module, _, attribute = self._entries[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
