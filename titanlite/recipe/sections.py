@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from titanlite.recipe.units import Count
 
@@ -16,7 +16,15 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _folder_name(name: str) -> str:
+    if name in ("", ".", "..") or any(sign in name for sign in "/\\\x00"):
+        raise ValueError(f"'{name}' cannot be the name of a folder; use no slashes (run.output_dir takes a path).")
+    return name
 
 
 class Section(BaseModel):
@@ -30,9 +38,9 @@ class Section(BaseModel):
 class Run(Section):
     """What the run is called, where it writes, and what fixes its randomness."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")] = "run"
+    name: Annotated[str, AfterValidator(_folder_name)] = "run"
     """Name of the run; its folder is `output_dir/name`."""
-    output_dir: Annotated[str, Field(min_length=1)] = "runs"
+    output_dir: Text = "runs"
     """Folder that holds run folders; relative to where the command is started."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the data order."""
@@ -87,18 +95,18 @@ class Model(Section):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial matrices and embeddings."""
     depth_scaled_init: bool = True
-    """Divide `init_std` by sqrt(2 * layers) for the matrices that write into the residual stream (GPT-2, section 2.3)."""
+    """Divide `init_std` by sqrt(2 * layers) for the matrices that write to the residual stream (GPT-2, section 2.3)."""
 
 
 class Data(Section):
     """What is read, in which order, and how it becomes sequences."""
 
-    corpus: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = "python-stdlib"
+    corpus: Text | Annotated[list[Text], Field(min_length=1)] = "python-stdlib"
     """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them:
     text files (one document each), `.jsonl` files (one document a line), or folders of these."""
     tokenizer: Literal["bytes"] = "bytes"
     """`bytes`: the 256 byte values, and 256 between documents."""
-    text_key: Annotated[str, Field(min_length=1)] = "text"
+    text_key: Text = "text"
     """Field of a JSONL line that holds its text."""
     validation_percent: Annotated[float, Field(gt=0, lt=100)] = 4.0
     """Share of the files (JSONL: of the lines) held out for validation, chosen by a hash of their name (line)."""
@@ -141,7 +149,7 @@ class Optimizer(Section):
     """`adamw`, or `muon`: Muon for the matrices inside the blocks, AdamW for the rest."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate of AdamW's parameters."""
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[DecayRate, DecayRate], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moments."""
     eps: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
@@ -151,7 +159,7 @@ class Optimizer(Section):
     """Gradients are scaled down to this global norm; 0: no clipping."""
     muon_lr: PositiveFloat = 0.02
     """Peak learning rate of Muon's matrices, times sqrt(rows / columns) where a matrix has more rows than columns."""
-    muon_momentum: Fraction = 0.95
+    muon_momentum: DecayRate = 0.95
     """Decay rate of Muon's Nesterov momentum."""
 
 
@@ -196,8 +204,8 @@ class Checkpoint(Section):
 
     every_steps: NonNegative = 0
     """Save every so many steps; 0: only at the end, and when the run is stopped."""
-    keep_last: Positive | None = 2
-    """Keep so many checkpoints, the newest; older ones are deleted once a newer one is committed."""
+    keep_last: NonNegative = 2
+    """Keep so many checkpoints, the newest; older ones are deleted once a newer one is committed. 0: keep all."""
 
 
 class Resilience(Section):

@@ -52,7 +52,7 @@ Count = Annotated[
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1},
-                {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?\s*[KMBT]?$"},
+                {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?\s*[KMBT]?$", "examples": ["100B"]},
             ]
         }
     ),

@@ -1,0 +1,107 @@
+"""The `titanlite` command: a table of subcommands, each imported when it is called.
+
+Also the one place where an error becomes a paragraph and an exit code. Knows nothing of what the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from titanlite import __version__
+from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.registry import Registry, did_you_mean
+
+Command = Callable[[list[str]], int]
+
+EXIT_INTERRUPTED = 128 + 2  # as shells report a process ended by SIGINT
+EXIT_BROKEN_PIPE = 128 + 13  # … and by SIGPIPE: who read our output has gone
+
+HELP = {
+    "train": "train a recipe (RECIPE [--section.key=value ...])",
+    "check": "say what a run will be, and what is wrong with its recipe; explain a key",
+    "generate": "continue a prompt with a trained model",
+    "schema": "print the JSON schema of recipes, for editors",
+}
+
+COMMANDS = Registry(
+    "command",
+    {
+        "train": "titanlite.train:main",
+        "check": "titanlite.check:main",
+        "generate": "titanlite.generate:main",
+        "schema": "titanlite.recipe.explain:main",
+    },
+)
+"""Each is a function `main(argv) -> exit code`; `HELP` has its line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `titanlite` and `python -m titanlite`; returns the exit code."""
+    return run_command(_dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def run_command(command: Command, argv: Sequence[str]) -> int:
+    """Run `command(argv)`; an error that a user can cause becomes a paragraph on stderr and its exit code.
+
+    `--traceback` (taken out of `argv`) shows where it was raised. Other exceptions are our mistakes and pass through.
+    """
+    arguments = [word for word in argv if word != "--traceback"]
+    try:
+        code = command(arguments)
+        sys.stdout.flush()
+    except TitanliteError as error:
+        if len(arguments) < len(argv):
+            traceback.print_exc()
+        print(_paragraph(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere instead of failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def _paragraph(error: TitanliteError) -> str:
+    if isinstance(error, StoppedEarly):
+        return str(error)
+    if isinstance(error, RecipeError) and len(error.findings) > 1:
+        return f"error: {len(error.findings)} things are wrong with the recipe:\n{error}"
+    return f"error: {error}"
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else UsageError.exit_code
+    name, *arguments = argv
+    if name == "--version":
+        print(f"titanlite {__version__}")
+        return 0
+    if name not in COMMANDS:
+        hint = did_you_mean(name, list(COMMANDS)) or f"the commands are {', '.join(COMMANDS)}."
+        raise UsageError(f"titanlite has no command '{name}'; {hint}")
+    command: Command = COMMANDS.get(name)
+    return command(arguments)
+
+
+def _help() -> str:
+    width = max(map(len, HELP))
+    commands = [f"  {name:<{width}}  {line}" for name, line in HELP.items()]
+    return "\n".join(
+        [
+            "usage: titanlite COMMAND ... [--traceback]",
+            "",
+            "LLM pre-training whose runs can be trusted.",
+            "",
+            *commands,
+            "",
+            "  titanlite COMMAND --help    the command's own arguments",
+            "  titanlite --version",
+            "  --traceback                 show where an error was raised",
+        ]
+    )

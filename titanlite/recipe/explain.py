@@ -1,0 +1,222 @@
+"""The schema in words: what a key means, takes and defaults to, for the command line, the documents and editors.
+
+Everything here is derived from `sections.py`; nothing about a key is said twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from typing import Any
+
+from titanlite.errors import UsageError
+from titanlite.recipe.sections import Recipe
+from titanlite.recipe.toml import format_value
+from titanlite.registry import did_you_mean
+
+Schema = dict[str, Any]
+
+_EXAMPLES: dict[str, Any] = {
+    "run.stop_after_step": 1000,
+    "run.stop_after_minutes": 55.0,
+    "model.dim": 768,
+    "model.layers": 12,
+    "model.heads": 12,
+    "model.kv_heads": 4,
+    "model.ffn_dim": 2048,
+    "model.vocab_size": 512,
+    "model.rope_theta": 500000.0,
+    "model.rope_scaling": {"factor": 8.0, "original_context": 8192},
+    "model.norm_eps": 1e-5,
+    "model.tie_embeddings": True,
+    "model.qk_norm": True,
+    "data.corpus": ["texts/*.txt", "more/pages.jsonl"],
+    "training.steps": 1000,
+    "training.tokens": "100B",
+    "training.microbatch": 8,
+    "schedule.decay_steps": 200,
+}
+"""Values for keys whose default shows nothing; the others' default is their example."""
+
+
+def json_schema() -> Schema:
+    """JSON schema (draft 2020-12) of a recipe file, for editors that complete and check TOML."""
+    generated = _tidy(Recipe.model_json_schema())
+    extends = {"type": "string", "minLength": 1, "description": "Recipe that this one changes; relative to this file."}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "titanlite recipe",
+        "description": generated["description"],
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"extends": extends, **generated["properties"]},
+        "$defs": generated["$defs"],
+    }
+
+
+def _tidy(schema: Any) -> Any:
+    """Without the titles that pydantic derives from names, and without null: TOML has none, a key is just absent."""
+    if isinstance(schema, list):
+        return [_tidy(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    names = schema.get("properties", {})
+    tidy = {key: _tidy(value) for key, value in schema.items() if key not in ("title", "properties")}
+    if names:
+        tidy["properties"] = {name: _tidy(value) for name, value in names.items()}
+    if tidy.get("default", ...) is None or "$ref" in tidy:
+        tidy.pop("default", None)
+    if "description" in tidy:
+        tidy["description"] = " ".join(tidy["description"].split())
+    options = [option for option in tidy.get("anyOf", []) if option != {"type": "null"}]
+    if len(options) == 1:
+        del tidy["anyOf"]
+        tidy.update(options[0])
+    elif options:
+        tidy["anyOf"] = options
+    return tidy
+
+
+@functools.cache
+def _schema() -> Schema:
+    return json_schema()
+
+
+def key_schema(path: tuple[str, ...]) -> Schema | None:
+    """Schema of a section or key, `$ref` resolved; None where the recipe has no such key."""
+    schema: Schema = _schema()
+    for name in path:
+        properties = schema.get("properties", {})
+        if name not in properties:
+            return None
+        schema = properties[name]
+        if "$ref" in schema:
+            schema = {**_schema()["$defs"][schema["$ref"].rpartition("/")[2]], **schema}
+    return schema
+
+
+def all_keys() -> list[str]:
+    """Every key a recipe can set, dotted, in the schema's order (sections themselves are not listed)."""
+
+    def below(path: tuple[str, ...]) -> list[str]:
+        properties = (key_schema(path) or {}).get("properties", {})
+        if not properties:
+            return [".".join(path)]
+        return [key for name in properties for key in below((*path, name))]
+
+    return below(())
+
+
+def type_in_words(schema: Schema) -> str:
+    """What a value must be: `a whole number, at least 1`."""
+    if "anyOf" in schema:
+        return ", or ".join(type_in_words(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return format_value(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(format_value(choice) for choice in schema['enum'])}"
+    if "properties" in schema:
+        return "a table"
+    match schema.get("type"):
+        case "boolean":
+            return "true or false"
+        case "integer":
+            return f"a whole number{_range_in_words(schema)}"
+        case "number":
+            return f"a number{_range_in_words(schema)}"
+        case "array" if "prefixItems" in schema:
+            return f"a list of {len(schema['prefixItems'])}, each {type_in_words(schema['prefixItems'][0])}"
+        case "array":
+            return f"a list{' of one or more' if schema.get('minItems') else ''}, each {type_in_words(schema['items'])}"
+    if "examples" in schema:
+        return f"text such as {format_value(schema['examples'][0])}"
+    return "text (not empty)" if schema.get("minLength") else "text"
+
+
+def _range_in_words(schema: Schema) -> str:
+    if "minimum" in schema and "maximum" in schema:
+        return f" from {schema['minimum']:g} to {schema['maximum']:g}"
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    bounds = [f"{word} {schema[bound]}" for bound, word in words.items() if bound in schema]
+    return f", {' and '.join(bounds)}" if bounds else ""
+
+
+def explain(key: str) -> str:
+    """What a section or a key (`training`, `training.steps`) means. Raises `UsageError` for one that is not there."""
+    path = tuple(key.split("."))
+    schema = key_schema(path)
+    if schema is None:
+        known = [*Recipe.model_fields, *all_keys()]
+        raise UsageError(f"a recipe has no key '{key}'; {did_you_mean(key, known) or 'see docs/recipe.md'}")
+    if "properties" in schema and len(path) == 1:
+        return _explain_section(key, schema)
+    table, name = ".".join(path[:-1]), path[-1]
+    example = _EXAMPLES.get(key, schema.get("default"))
+    lines = [
+        key,
+        f"  {schema['description']}",
+        "",
+        f"  type     {type_in_words(schema)}",
+        f"  default  {_default_in_words(schema)}",
+    ]
+    if "properties" in schema:
+        lines.append(f"  keys     {', '.join(schema['properties'])}")
+    if example is not None:
+        in_file = f"[{table}] {name} = {format_value(example)}" if table else f"{name} = {format_value(example)}"
+        lines.append(f"  example  {in_file}")
+    return "\n".join(lines)
+
+
+def _explain_section(key: str, schema: Schema) -> str:
+    width = max(map(len, schema["properties"]))
+    keys = [f"  {name:<{width}}  {value['description']}" for name, value in schema["properties"].items()]
+    return "\n".join([f"[{key}] {schema['description']}", "", *keys, "", f"More: titanlite check --explain {key}.KEY"])
+
+
+def _default_in_words(schema: Schema) -> str:
+    return format_value(schema["default"]) if "default" in schema else "none"
+
+
+def reference_markdown() -> str:
+    """`docs/recipe.md`: every section and key with its type, default and meaning."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "Generated from `titanlite/recipe/sections.py` by `titanlite schema --markdown > docs/recipe.md`.",
+        "",
+        'A recipe is a TOML file. `extends = "base.toml"` starts from another one, relative to the file that says so:',
+        "tables merge key by key, and the nearer file wins; `--section.key=value` on the command line wins over files.",
+    ]
+    for section in Recipe.model_fields:
+        lines += _section_markdown((section,))
+    return "\n".join(lines) + "\n"
+
+
+def _section_markdown(path: tuple[str, ...]) -> list[str]:
+    schema = key_schema(path) or {}
+    lines = ["", f"## `[{'.'.join(path)}]`", "", schema["description"], ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    tables = []
+    for name in schema["properties"]:
+        key = key_schema((*path, name)) or {}
+        tables += [name] if "properties" in key else []
+        cells = [f"`{name}`", type_in_words(key), f"`{_default_in_words(key)}`", key["description"]]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    for name in tables:
+        lines += _section_markdown((*path, name))
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """`titanlite schema`: print the JSON schema, or the reference page."""
+    parser = argparse.ArgumentParser(
+        prog="titanlite schema", description="Print the JSON schema of recipes, which editors complete them from."
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the reference page (docs/recipe.md) instead")
+    arguments = parser.parse_args(argv)
+    if arguments.markdown:
+        print(reference_markdown(), end="")
+    else:
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    return 0

@@ -1,0 +1,174 @@
+"""What is wrong with a recipe's values, in the user's words: pydantic's errors become findings.
+
+Each key gets one finding, however many reasons pydantic has, and each finding says how to mend it where that can be
+known. Where the key stands (file and line) is added by `load.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from titanlite.errors import Finding
+from titanlite.recipe.explain import all_keys, key_schema, type_in_words
+from titanlite.recipe.sections import Recipe
+from titanlite.recipe.toml import format_value, parse_value
+from titanlite.registry import did_you_mean
+
+SYNONYMS = {
+    "accumulation": "training.microbatch",
+    "batch_size": "training.global_batch",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "context_length": "training.sequence_length",
+    "dataset": "data.corpus",
+    "dtype": "precision.compute",
+    "epsilon": "optimizer.eps",
+    "eval_interval": "validation.every_steps",
+    "global_batch_size": "training.global_batch",
+    "grad_clip": "optimizer.clip_norm",
+    "gradient_accumulation_steps": "training.microbatch",
+    "hidden_dim": "model.ffn_dim",
+    "hidden_size": "model.dim",
+    "intermediate_size": "model.ffn_dim",
+    "learning_rate": "optimizer.lr",
+    "log_interval": "metrics.log_every",
+    "max_grad_norm": "optimizer.clip_norm",
+    "max_steps": "training.steps",
+    "micro_batch_size": "training.microbatch",
+    "n_embd": "model.dim",
+    "n_head": "model.heads",
+    "n_heads": "model.heads",
+    "n_kv_heads": "model.kv_heads",
+    "n_layer": "model.layers",
+    "n_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "num_hidden_layers": "model.layers",
+    "num_key_value_heads": "model.kv_heads",
+    "num_workers": "data.workers",
+    "rms_norm_eps": "model.norm_eps",
+    "save_interval": "checkpoint.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "seq_len": "training.sequence_length",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "total_tokens": "training.tokens",
+    "train_steps": "training.steps",
+    "warmup": "schedule.warmup_steps",
+    "weight_tying": "model.tie_embeddings",
+}
+"""Other projects' words for keys of ours."""
+
+_SHOWN_CHARACTERS = 60
+
+
+def findings_of(error: ValidationError, values: dict[str, Any]) -> list[Finding]:
+    """One finding for each key that `error` complains about; `values` is what was validated."""
+    faults: dict[tuple[str, ...], Any] = {}
+    for fault in error.errors(include_url=False):
+        faults.setdefault(_key_path(fault["loc"]), fault)
+    return [_finding(path, fault, _value_at(values, path)) for path, fault in faults.items()]
+
+
+def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The key within the recipe; what pydantic adds to it (an index, the arm of a union) is left off."""
+    path: tuple[str, ...] = ()
+    for part in location:
+        schema = key_schema(path)
+        if schema is None or "properties" not in schema:
+            break
+        path = (*path, str(part))
+    return path
+
+
+def _value_at(values: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        values = values[name]
+    return values
+
+
+def _finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        return Finding(key, *_unknown(path, value))
+    if fault["type"] == "value_error":
+        return Finding(key, str(fault["ctx"]["error"]))
+    schema = key_schema(path) or {}
+    return Finding(key, f"must be {type_in_words(schema)}, not {_shown(value)};", _fix(path, value, schema))
+
+
+def _shown(value: Any) -> str:
+    text = "a table" if isinstance(value, dict) else format_value(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+
+
+def _unknown(path: tuple[str, ...], value: Any) -> tuple[str, str]:
+    """Problem and fix for a key or a section that does not exist."""
+    *table, name = path
+    known = list((key_schema(tuple(table)) or {})["properties"])
+    what = "unknown section" if not table and isinstance(value, dict) else "unknown key"
+    hint = meant(name, known, table)
+    if hint:
+        return f"{what};", hint
+    where = f"[{'.'.join(table)}] has" if table else "a recipe has"
+    return f"{what};", f"{where}: {', '.join(known)}."
+
+
+def meant(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
+    """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing.
+
+    In this order: the same name in another section, the nearest spelling here, another project's word, anything near.
+    """
+    elsewhere = [key for key in all_keys() if key.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(repr(key) for key in elsewhere)}?"
+    here = [".".join([*table, key]) for key in known]
+    if did_you_mean(name, list(known)):
+        return did_you_mean(".".join([*table, name]), here)
+    if name in SYNONYMS:
+        return f"did you mean '{SYNONYMS[name]}'?"
+    return did_you_mean(".".join([*table, name]), all_keys())
+
+
+def _fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
+    key = ".".join(path)
+    if len(path) == 1 and "properties" in schema:
+        return f"write a table: [{key}]."
+    if isinstance(value, str) and "enum" in schema:
+        near = did_you_mean(value, [str(choice) for choice in schema["enum"]])
+        if near:
+            return near
+    for candidate in _candidates(value):
+        if _is_valid(path, candidate):
+            return f"write {path[-1]} = {format_value(candidate)}."
+    return f"see titanlite check --explain {key}"
+
+
+def _candidates(value: Any) -> list[Any]:
+    """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
+    if isinstance(value, str):
+        texts = (value, value.lower(), value.replace(",", "_"))
+        return [parsed for parsed in map(_parsed_or_none, texts) if parsed is not None]
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, float) and value.is_integer():
+        return [int(value)]
+    return [str(value)] if isinstance(value, int | float) else []
+
+
+def _parsed_or_none(text: str) -> Any:
+    try:
+        return parse_value(text)
+    except ValueError:
+        return None
+
+
+def _is_valid(path: tuple[str, ...], value: Any) -> bool:
+    for name in reversed(path):
+        value = {name: value}
+    try:
+        Recipe.model_validate(value)
+    except ValidationError:
+        return False
+    return True
