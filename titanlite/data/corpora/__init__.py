@@ -1,0 +1,35 @@
+"""Where text comes from. A reader yields documents in a fixed order; it knows no tokens and no splits.
+
+A corpus of one's own is a function `reader(section: Data) -> Iterator[Document]` and a line in `CORPORA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from titanlite.recipe.sections import Data
+from titanlite.registry import Registry
+
+
+class Document(NamedTuple):
+    """One text."""
+
+    name: str
+    """Says where it comes from, and stays the same when the corpus moves: a relative path, or `path:line`."""
+    content: bytes
+
+
+CORPORA = Registry("corpus", {"python-stdlib": "titanlite.data.corpora.python_stdlib:read_stdlib"})
+
+
+def read_corpus(section: Data) -> Iterator[Document]:
+    """All documents of `data.corpus`, in order; entries that name no registered corpus are paths.
+
+    Raises `DataError` at whatever cannot be read, naming the file, the line and the way out.
+    """
+    from titanlite.data.corpora.files import FileReader
+
+    files = FileReader(section.text_key)
+    for entry in [section.corpus] if isinstance(section.corpus, str) else section.corpus:
+        yield from CORPORA.get(entry)(section) if entry in CORPORA else files.read(entry)

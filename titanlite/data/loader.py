@@ -1,0 +1,178 @@
+"""Batches: the samples of a step, as the tensors of one data rank.
+
+A step's batch is a function of (split, plan, step) alone. Workers only compute it earlier and elsewhere, so neither
+their number nor a restart changes what is read, and there is no loader state to save.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+
+from titanlite.data.packing import document_layout
+from titanlite.data.splits import Split
+from titanlite.data.tokenizers import Tokens
+from titanlite.parallel.layout import BatchPlan, ceil_div
+
+IGNORED = -100
+"""Label of a target that does not count: those of padding sequences."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's (or one validation pass's) sequences of one data rank; tensors are int64."""
+
+    tokens: Tensor
+    """Inputs, `[microbatches, microbatch, seq_len]`; padding is 0."""
+    labels: Tensor
+    """The token after each input, same shape; padding is `IGNORED`."""
+    positions: Tensor | None
+    """Position of each input within its document, same shape; None without `data.document_mask`."""
+    documents: Tensor | None
+    """Number of each input's document within its sequence, same shape; None without `data.document_mask`."""
+    samples: tuple[int, ...]
+    """Numbers of this rank's samples, in the order of the sequences; padding follows them and has none."""
+    sequences: int
+    """Sequences of all data ranks together, without padding."""
+    valid_tokens: int
+    """Labels of this rank that count."""
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from which a copy to a GPU can run beside its work."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; the host does not wait for copies out of page-locked memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            labels=change(self.labels),
+            positions=None if self.positions is None else change(self.positions),
+            documents=None if self.documents is None else change(self.documents),
+        )
+
+
+def train_loader(
+    split: Split,
+    plan: BatchPlan,
+    first_step: int,
+    last_step: int,
+    *,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    overfit_one_batch: bool = False,
+) -> Iterator[Batch]:
+    """Batches of the steps `first_step` (from 0) up to but not including `last_step`, one each.
+
+    To resume is to begin at another `first_step`. With `workers`, processes start at once and keep `prefetch`
+    batches each ready; they end when the iterator is exhausted or dropped, and when this process dies. With
+    `overfit_one_batch` every step has the samples of step 0.
+    """
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        loader: StatefulDataLoader[Batch] = StatefulDataLoader(
+            _Steps(split, plan, overfit_one_batch),
+            batch_size=None,
+            sampler=range(first_step, last_step),
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own: the workers' seeds must not be drawn from the model's randomness
+            snapshot_every_n_steps=0,  # there is no state
+        )
+    return iter(loader)
+
+
+def validation_batches(
+    split: Split, sequences: int, microbatch: int, data_ranks: int, data_rank: int
+) -> Iterator[tuple[Batch, int]]:
+    """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for.
+
+    The sequences (fewer where the split has no more) lie evenly over the split and are the same each time. Every
+    rank gets as many batches as any other, so that collectives pair up; what is missing is padding. Bits per byte
+    are the summed loss / ln 2 / bytes, both sums over all batches and ranks.
+    """
+    count = min(sequences, split.windows)
+    plan = BatchPlan(count, data_ranks, data_rank, min(microbatch, ceil_div(count, data_ranks)))
+    chosen = plan.samples(0)
+    for start in range(0, len(chosen), plan.microbatch):
+        numbers = chosen[start : start + plan.microbatch]
+        windows = [split.window(number * split.windows // count) for number in numbers if number is not None]
+        batch = _assemble(split, windows, numbers, (1, plan.microbatch), count)
+        yield batch, sum(split.tokenizer.bytes_of(window[1:]) for window in windows)
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[Batch]):
+    """The batches of a run on one data rank, by step."""
+
+    split: Split
+    plan: BatchPlan
+    overfit_one_batch: bool
+
+    def __getitem__(self, step: int) -> Batch:
+        numbers = self.plan.samples(0 if self.overfit_one_batch else step)
+        windows = [self.split.sample(number) for number in numbers if number is not None]
+        shape = (self.plan.microbatches, self.plan.microbatch)
+        return _assemble(self.split, windows, numbers, shape, self.plan.global_batch)
+
+
+def _assemble(
+    split: Split, windows: Sequence[Tokens], numbers: Sequence[int | None], shape: tuple[int, int], sequences: int
+) -> Batch:
+    """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences."""
+    length = split.sequence_length
+    tokens = np.zeros((len(numbers), length), np.int64)
+    labels = np.full((len(numbers), length), IGNORED, np.int64)
+    for row, window in enumerate(windows):
+        tokens[row] = window[:-1]
+        labels[row] = window[1:]
+
+    def tensor(array: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).view(*shape, length)
+
+    layout = document_layout(tokens, split.tokenizer.separator) if split.document_mask else None
+    return Batch(
+        tokens=tensor(tokens),
+        labels=tensor(labels),
+        positions=tensor(layout[0]) if layout else None,
+        documents=tensor(layout[1]) if layout else None,
+        samples=tuple(number for number in numbers if number is not None),
+        sequences=sequences,
+        valid_tokens=len(windows) * length,
+    )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Keep a worker alive through signals that are meant for the whole job.
+
+    Ctrl-C and a scheduler's SIGTERM reach every process. The trainer answers them by finishing its step and saving,
+    for which it still needs its workers; only a SIGTERM that it sends itself (it is tearing them down) ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where a SIGTERM still ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,72 @@
+"""The order of samples as a function: sample i of the run -> its place in the source, in O(1) time and memory.
+
+Nothing here is a stream, so there is nothing to save and nothing that a restart could lose: the state of the data
+is the number of samples consumed. What lies at a place is packing's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+
+_ROUNDS = 8
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A keyed bijection of [0, n): a Feistel network over a `rows x columns` grid just large enough to hold n.
+
+    Each round shifts one coordinate, modulo its range, by a hash of the other: invertible whatever the hash is. An
+    image in the few cells beyond n is sent through again until it falls below n (cycle walking); the grid has fewer
+    than `rows` such cells, about sqrt(n), so that is rare. A grid, unlike the usual pair of bit strings, fits any n:
+    the next power of four may be four times as large. Python integers only, so every platform gives the same order.
+    """
+
+    n: int
+    rows: int
+    columns: int
+    keys: tuple[int, ...]
+    """One 64-bit key a round, an even number of them."""
+
+    def __call__(self, index: int) -> int:
+        """Image of `index`, both in [0, n)."""
+        assert 0 <= index < self.n
+        rows, columns = self.rows, self.columns
+        while True:
+            here, there = divmod(index, columns)
+            for key in self.keys:
+                here, there = there, (here + _mix(there + key)) % rows
+                rows, columns = columns, rows
+            index = here * columns + there
+            if index < self.n:
+                return index
+
+
+@lru_cache(maxsize=256)
+def permutation(n: int, seed: int, source: str, epoch: int) -> Permutation:
+    """The permutation of [0, n), n >= 1, that belongs to one epoch of one source under one seed."""
+    assert n >= 1
+    # The name comes last: with two integers before it, no two triples are written alike.
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{source}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
+    rows = isqrt(n - 1) + 1
+    return Permutation(n=n, rows=rows, columns=-(-n // rows), keys=keys)
+
+
+def sample_position(sample: int, n: int, seed: int, source: str) -> int:
+    """Place, in [0, n), of the source's sample number `sample` (from 0, over all epochs).
+
+    Every run of n samples from a multiple of n on (an epoch) visits each place once, each epoch in its own order.
+    """
+    epoch, index = divmod(sample, n)
+    return permutation(n, seed, source, epoch)(index)
+
+
+def _mix(x: int) -> int:
+    """A 64-bit hash of an integer: two rounds of multiply and xor-shift (constants of Stafford's variant 13)."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

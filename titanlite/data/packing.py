@@ -1,0 +1,56 @@
+"""Documents into one stream of tokens, and the stream into windows of equal length. Numpy alone.
+
+Concatenate and cut: document, separator, document, separator, ...; window w holds tokens w*L to w*L + L inclusive,
+L + 1 of them, so that its inputs are the first L, its labels the last L, and over all windows each token but the
+stream's first is a label once. Fewer than L tokens at the stream's end fill no window and are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from titanlite.data.tokenizers import Tokens
+
+Int64 = npt.NDArray[np.int64]
+
+
+def pack(documents: Sequence[Tokens], separator: int) -> Tokens:
+    """The stream: each document followed by one `separator`, 2 bytes a token."""
+    stream = np.empty(sum(map(len, documents)) + len(documents), np.uint16)
+    end = 0
+    for document in documents:
+        start, end = end, end + len(document) + 1
+        stream[start : end - 1] = document
+        stream[end - 1] = separator
+    return stream
+
+
+def window_count(tokens: int, sequence_length: int) -> int:
+    """Whole windows in a stream of `tokens` tokens."""
+    return max(0, (tokens - 1) // sequence_length)
+
+
+def window(stream: Tokens, index: int, sequence_length: int) -> Tokens:
+    """Tokens of window `index`, `[sequence_length + 1]`; a view of the stream."""
+    start = index * sequence_length
+    return stream[start : start + sequence_length + 1]
+
+
+def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
+    """Positions and document numbers of `inputs`, `[..., seq_len]` both, for attention kept inside documents.
+
+    As a label the separator ends a document; as an input it opens the next one, at position 0. So the first token
+    of a document is predicted from the separator alone, no label is lost, nothing is seen across the boundary, and
+    `separator + prompt` is how generation begins a document. (Were the separator the last input of its document,
+    the next one's first token would be predicted from a text that has nothing to do with it, or not at all.)
+    A document that the window's edge cuts counts its positions from the edge: only differences of positions matter
+    to rotary embeddings, and they never exceed the window. Documents are numbered from 0 within each window.
+    """
+    opens = inputs == separator
+    index = np.arange(inputs.shape[-1], dtype=np.int64)
+    starts = np.maximum.accumulate(np.where(opens, index, 0), axis=-1)
+    # A separator in first place opens number 1; number 0 is then absent, which harms nobody who compares numbers.
+    return index - starts, np.cumsum(opens, axis=-1, dtype=np.int64)

@@ -1,0 +1,65 @@
+"""From text to token ids and back. A tokenizer knows no files and no batches.
+
+Text is bytes throughout: a corpus may hold any bytes, and bits per byte need their count.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from titanlite.registry import Registry
+
+Tokens = npt.NDArray[np.uint16]
+
+
+class Tokenizer(Protocol):
+    """What the rest of the data room, validation and `titanlite generate` ask of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are in [0, vocab_size); the model's embedding has at least so many rows."""
+
+    @property
+    def separator(self) -> int:
+        """The id that stands between documents; no text encodes to it."""
+
+    def encode(self, text: bytes) -> Tokens:
+        """Ids of `text`, without a separator, as a flat array."""
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        """The bytes that `ids` stand for; separators stand for none."""
+
+    def bytes_of(self, ids: npt.ArrayLike) -> int:
+        """How many bytes `ids` stand for: `len(decode(ids))`."""
+
+
+class ByteTokenizer:
+    """The 256 byte values as they are, and 256 between documents."""
+
+    vocab_size = 257
+    separator = 256
+
+    def encode(self, text: bytes) -> Tokens:
+        return np.frombuffer(text, np.uint8).astype(np.uint16)
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        """As the protocol says; raises `ValueError` for an id outside the vocabulary."""
+        flat = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if flat.size and (flat.min() < 0 or flat.max() >= self.vocab_size):
+            raise ValueError(f"ids must be in [0, {self.vocab_size}), found {flat.min()} to {flat.max()}")
+        return bytes(flat[flat != self.separator].astype(np.uint8))
+
+    def bytes_of(self, ids: npt.ArrayLike) -> int:
+        return int(np.count_nonzero(np.asarray(ids) != self.separator))
+
+
+TOKENIZERS = Registry("tokenizer", {"bytes": "titanlite.data.tokenizers:ByteTokenizer"})
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names. Raises `UsageError` for an unknown name."""
+    tokenizer: Tokenizer = TOKENIZERS.get(name)()
+    return tokenizer
