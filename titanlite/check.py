@@ -112,18 +112,18 @@ def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Warm-up and decay fit into the run."""
+    """Warm-up and decay fit into the run. Only a warning, since a few steps of a long recipe are a usual trial."""
     steps, section = _steps(recipe), recipe.schedule
     if steps is None:
         return
-    try_fewer = "to try a few steps of a longer run, use run.stop_after_step."
-    if section.warmup_steps >= steps and section.warmup_steps > 0:
-        problem = f"a warm-up of {section.warmup_steps} steps never ends in a run of {steps};"
-        yield Finding("schedule.warmup_steps", problem, f"choose fewer than {steps}; {try_fewer}")
-    elif (section.decay_steps or 0) > steps - section.warmup_steps and section.name in ("linear", "cosine", "wsd"):
-        room = steps - section.warmup_steps
-        problem = f"{section.decay_steps} steps of decay do not fit: {steps} steps less the warm-up leave {room};"
-        yield Finding("schedule.decay_steps", problem, f"choose at most {room}; {try_fewer}")
+    to_try = "to try the first steps of a longer run, use run.stop_after_step."
+    room = steps - section.warmup_steps
+    if section.warmup_steps and room <= 0:
+        problem = f"a warm-up of {section.warmup_steps} steps leaves nothing of a run of {steps};"
+        yield _warning("schedule.warmup_steps", problem, f"choose fewer than {steps}; {to_try}")
+    elif (section.decay_steps or 0) > room and section.name in ("linear", "cosine", "wsd"):
+        problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
+        yield _warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
 
 
 def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:

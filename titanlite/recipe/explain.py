@@ -18,6 +18,7 @@ from titanlite.registry import did_you_mean
 Schema = dict[str, Any]
 
 _EXAMPLES: dict[str, Any] = {
+    "extends": "base.toml",
     "run.stop_after_step": 1000,
     "run.stop_after_minutes": 55.0,
     "model.dim": 768,

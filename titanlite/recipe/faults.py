@@ -6,6 +6,7 @@ known. Where the key stands (file and line) is added by `load.py`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,17 +119,16 @@ def _unknown(path: tuple[str, ...], value: Any) -> tuple[str, str]:
 def meant(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
     """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing.
 
-    In this order: the same name in another section, the nearest spelling here, another project's word, anything near.
+    In this order: the same name in another section, another project's word for it, the nearest spelling.
     """
-    elsewhere = [key for key in all_keys() if key.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"did you mean {' or '.join(repr(key) for key in elsewhere)}?"
-    here = [".".join([*table, key]) for key in known]
-    if did_you_mean(name, list(known)):
-        return did_you_mean(".".join([*table, name]), here)
-    if name in SYNONYMS:
-        return f"did you mean '{SYNONYMS[name]}'?"
-    return did_you_mean(".".join([*table, name]), all_keys())
+    named: dict[str, list[str]] = {}
+    for key in all_keys():
+        named.setdefault(key.rpartition(".")[2], []).append(key)
+    named.update({key: [".".join([*table, key])] for key in known})
+    synonym = [SYNONYMS[name]] if name in SYNONYMS else []
+    near = [key for close in difflib.get_close_matches(name, named, n=1) for key in named[close]]
+    best = named.get(name) or synonym or near
+    return f"did you mean {' or '.join(repr(key) for key in best)}?" if best else ""
 
 
 def _fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
