@@ -95,7 +95,7 @@ class Rotation:
         return Rotation(doubled.cos().to(dtype), doubled.sin().to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate x [batch, seq, heads, head_dim]; pair i is (x[i], x[i + head_dim / 2]), as Hugging Face lays it out."""
+        """Rotate x [batch, seq, heads, head_dim]; pair i is (x[i], x[i + head_dim / 2]), as in Hugging Face."""
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         return (x * self.cos + turned * self.sin).to(x.dtype)

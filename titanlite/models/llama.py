@@ -24,7 +24,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = SwiGLU(config.dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
         return x + self.ffn(self.ffn_norm(x))
 

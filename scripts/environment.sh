@@ -1,0 +1,35 @@
+# Sourced by the other scripts: makes .venv and installs titanlite into it, when that is missing or stale.
+#
+# ensure_environment EXTRAS   EXTRAS as pip writes them ("" or "[test]"); afterwards $python is the environment's.
+# Stale means that pyproject.toml, the constraints or the extras changed since the last install; finding out that
+# nothing did costs one checksum.
+
+ensure_environment() {
+  local extras=$1 stamp want
+  python="$root/.venv/bin/python"
+  stamp="$root/.venv/installed${extras//[^a-z]/}"
+  want="$root $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum) $extras"
+  if [[ -x $python && -f $stamp && $(<"$stamp") == "$want" ]]; then return; fi
+  echo "Setting up $root/.venv (once; a few minutes on a slow network) …" >&2
+  if ! "$python" -c 'import pip' 2>/dev/null; then
+    "$(find_python)" -m venv --clear "$root/.venv" || {
+      echo "Could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+      exit 1
+    }
+  fi
+  "$python" -m pip install --quiet --disable-pip-version-check \
+    --constraint "$root/scripts/constraints.txt" --editable "$root$extras" >&2
+  printf '%s' "$want" >"$stamp"
+}
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.13 python3.10; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "titanlite needs Python 3.10 or newer; set PYTHON to one." >&2
+  exit 1
+}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train: ./scripts/train.sh [RECIPE] [--section.key=value …] [--resume|--fresh] [--force]
+#
+# RECIPE is configs/debug.toml if absent. Sets up what is missing; starts torchrun when it sees several GPUs.
+# Exit codes: 0 done, 2 wrong recipe or usage, 3 stopped by a guard, 4 no usable checkpoint, 75 stopped early.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/environment.sh"
+ensure_environment ""
+
+if [[ $# -eq 0 || $1 == --* ]]; then set -- "$root/configs/debug.toml" "$@"; fi
+
+gpus=0
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l); fi
+if ((gpus <= 1)); then exec "$python" -m titanlite.train "$@"; fi
+
+# torchrun reports only whether all of its workers ended with 0: the first one leaves its exit code in this file.
+TITANLITE_EXIT_CODE_FILE=$(mktemp)
+export TITANLITE_EXIT_CODE_FILE
+trap 'rm -f "$TITANLITE_EXIT_CODE_FILE"' EXIT
+code=0
+"$python" -m torch.distributed.run --standalone --nproc-per-node="$gpus" -m titanlite.train "$@" || code=$?
+if [[ -s $TITANLITE_EXIT_CODE_FILE ]]; then code=$(<"$TITANLITE_EXIT_CODE_FILE"); fi
+exit "$code"

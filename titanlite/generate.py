@@ -1,0 +1,116 @@
+"""`titanlite generate RUN`: continue a prompt with a trained model, token by token, as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.data.tokenizers import open_tokenizer
+from titanlite.errors import CheckpointError, UsageError
+from titanlite.models.spec import spec_of
+from titanlite.precision.casting import compute_dtype, master_dtype
+from titanlite.recipe.load import load_recipe
+from titanlite.recipe.sections import Recipe
+
+
+def main(argv: list[str]) -> int:
+    """The command; see `titanlite generate --help`."""
+    parser = argparse.ArgumentParser(prog="titanlite generate", description="Continue a prompt with a trained model.")
+    parser.add_argument("run", type=Path, help="run folder, such as runs/debug")
+    parser.add_argument("--prompt", default="", help="text to continue; none: a new document")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens to make at most (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="sample from so much of the probability (default 0.95)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    arguments = parser.parse_args(argv)
+    if arguments.tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise UsageError("--tokens must be at least 1, --temperature at least 0, and --top-p in (0, 1].")
+
+    recipe = load_recipe(_recipe_file(arguments.run)).recipe
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(arguments.run, recipe, device)
+    tokenizer = open_tokenizer(recipe.data.tokenizer)
+    sampler = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
+    prompt = [tokenizer.separator, *tokenizer.encode(arguments.prompt.encode()).tolist()]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    sys.stdout.write(arguments.prompt)
+    context = recipe.training.sequence_length
+    for token in generate(model, prompt, arguments.tokens, context, tokenizer.vocab_size, sampler):
+        if token == tokenizer.separator:
+            break
+        sys.stdout.write(decoder.decode(tokenizer.decode([token])))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    return 0
+
+
+def load_model(run: Path, recipe: Recipe, device: torch.device) -> torch.nn.Module:
+    """The model of a run, with the weights of its latest usable checkpoint. Raises `CheckpointError` without one."""
+    spec = spec_of(recipe.model.preset)
+    with device:
+        model = spec.build(spec.configure(recipe.model), compute_dtype(recipe.precision))
+    model.to(master_dtype(recipe.precision)).requires_grad_(False)
+    weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    manager = CheckpointManager(run / "checkpoints", keep_last=None, warn=lambda text: print(text, file=sys.stderr))
+    if manager.load_latest(weights, prefix="model.") is None:
+        raise CheckpointError(f"{run} holds no checkpoint yet; checkpoint.every_steps says when the run saves one.")
+    return model
+
+
+class Sampler:
+    """Draws the next token: temperature, then nucleus sampling (Holtzman et al. 2020)."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self.temperature = temperature
+        self.top_p = top_p
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """logits [vocab] -> a token. Drawn on the CPU, so that a seed means the same everywhere."""
+        logits = logits.float().cpu()
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities, tokens = torch.softmax(logits / self.temperature, dim=-1).sort(descending=True)
+        # Keep a token if those before it have not filled top_p yet: always at least the first.
+        probabilities[probabilities.cumsum(0) - probabilities >= self.top_p] = 0
+        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module, prompt: list[int], count: int, context: int, vocab_size: int, sampler: Sampler
+) -> Iterator[int]:
+    """Up to `count` tokens after `prompt`, each attending to at most `context` tokens before it.
+
+    Only the first `vocab_size` logits take part: the rest are the embedding's padding. When the context is full, its
+    later half is read again and generation goes on from there.
+    """
+    device = next(model.parameters()).device
+    text = list(prompt)
+    pending = text[-context:]
+    caches = model.new_caches(1, context)
+    for _ in range(count):
+        if caches[0].length + len(pending) > context:
+            pending = text[-(context // 2 or 1) :]
+            caches = model.new_caches(1, context)
+        logits = model(torch.tensor([pending], device=device), caches=caches)[0, -1, :vocab_size]
+        token = sampler(logits)
+        yield token
+        text.append(token)
+        pending = [token]
+
+
+def _recipe_file(run: Path) -> Path:
+    file = run / "recipe.toml"
+    if not file.is_file():
+        raise UsageError(f"{run} is not a run folder: it has no recipe.toml.")
+    return file

@@ -1,0 +1,80 @@
+"""`[debug]`: hooks that look at every module's output. They slow a run down and read the device; off by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.errors import GuardStop
+
+
+class NonfiniteFinder:
+    """Stops at the first module whose output, or the gradient of whose output, is not finite, and says which."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.step = 0
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_hook(self._forward_hook(name))
+                module.register_full_backward_pre_hook(self._backward_hook(name))
+
+    def _forward_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._look(name, module, "output", output)
+
+        return hook
+
+    def _backward_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, gradients: Any) -> None:
+            self._look(name, module, "gradient of the output", gradients)
+
+        return hook
+
+    def _look(self, name: str, module: nn.Module, what: str, value: Any) -> None:
+        for tensor in _tensors(value):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise GuardStop(
+                    f"step {self.step}: {name} ({type(module).__name__}): the {what} has {bad} non-finite of "
+                    f"{tensor.numel()} values, shape {list(tensor.shape)}, {tensor.dtype}. It is the first module in "
+                    "the order of computation; the step was not applied."
+                )
+
+
+@contextmanager
+def traced_shapes(model: nn.Module, say: Callable[[str], None]) -> Iterator[None]:
+    """Print each module's name, type, input and output shapes as it finishes its forward pass."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def show(module: nn.Module, inputs: Any, output: Any) -> None:
+            say(f"{name:32} {type(module).__name__:12} {_shapes(inputs):32} -> {_shapes(output)}")
+
+        return show
+
+    handles = [module.register_forward_hook(hook(name or "(model)")) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return " ".join(filter(None, (_shapes(item) for item in value)))
+    return ""

@@ -1,0 +1,54 @@
+"""Asking a run to stop: signals, and agreement between ranks on the step after which all of them do."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequests:
+    """The first signal asks for a save and a stop at the step's end; a second one ends the process at once."""
+
+    def __init__(self, ranks: int) -> None:
+        self._signal: int | None = None
+        self._ranks = ranks
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def __enter__(self) -> StopRequests:
+        self._previous = {number: signal.signal(number, self._handle) for number in _GRACEFUL}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + number)
+        self._signal = number
+
+    def agreed(self, limit: str | None) -> str | None:
+        """Why to stop after this step, or None; the same answer on every rank.
+
+        `limit` is this rank's own reason other than a signal. With several ranks the answer is that of the step
+        before: the exchange runs on the hosts, beside the step, and is not waited for.
+        """
+        mine = limit or (signal.Signals(self._signal).name if self._signal is not None else None)
+        if self._ranks == 1:
+            return mine
+        asked = False
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            asked = bool(flag)
+        flag = torch.tensor(1 if mine else 0)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._pending = (work, flag)
+        return (mine or "another rank was asked to stop") if asked else None

@@ -1,0 +1,235 @@
+"""The run: everything is built once, then one loop takes it from step to step.
+
+A step in five files: here, `data/loader.py`, `parallel/program.py`, `models/llama.py`, `models/layers.py`. Nothing
+calls back into the trainer; each room is handed values and returns values.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.data.loader import Batch, train_loader, validation_batches
+from titanlite.data.splits import DataSplits, compression_baselines
+from titanlite.errors import StoppedEarly
+from titanlite.models.init import initialise
+from titanlite.models.spec import spec_of
+from titanlite.observe.flops import peak_flops
+from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
+from titanlite.observe.journal import Journal
+from titanlite.observe.metrics import Metrics
+from titanlite.observe.rows import validation_row
+from titanlite.optim.build import build_optimizer
+from titanlite.optim.clip import clip_gradients
+from titanlite.optim.schedules import lr_factor
+from titanlite.parallel.compiled import compile_units
+from titanlite.parallel.layout import batch_plan, total_steps
+from titanlite.parallel.program import Program
+from titanlite.parallel.world import World
+from titanlite.precision.casting import compute_dtype, master_dtype
+from titanlite.recipe.sections import Recipe
+from titanlite.resilience.guards import Guards
+from titanlite.resilience.signals import StopRequests
+
+_COLLECT_EVERY = 100
+"""Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
+
+
+class Trainer:
+    """One run on one rank. `run` trains from the latest checkpoint (or the beginning) to the end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        recipe_text: str,
+        world: World,
+        data: DataSplits,
+        checkpoints: CheckpointManager,
+        journal: Journal,
+    ) -> None:
+        """Build model, optimizer and guards on the device, with the values of the latest checkpoint if there is one."""
+        self.recipe = recipe
+        self.recipe_text = recipe_text
+        self.world = world
+        self.data = data
+        self.checkpoints = checkpoints
+        self.journal = journal
+        self.total_steps = total_steps(recipe.training)
+        self.plan = batch_plan(recipe.training, world.size, world.rank)
+
+        spec = spec_of(recipe.model.preset)
+        config = spec.configure(recipe.model)
+        compute = compute_dtype(recipe.precision)
+        with world.device:
+            self.model = spec.build(config, compute).to(master_dtype(recipe.precision))
+        self.parameters = list(self.model.parameters())
+        self.optimizer = build_optimizer(recipe.optimizer, spec, self.model, compute)
+        self.guards = Guards(recipe.resilience, world.device)
+        manifest = checkpoints.load_latest(self._state())
+        self.step = manifest.step if manifest is not None else 0
+        """Steps taken so far."""
+        if manifest is None:
+            initialise(self.model, lambda name: spec.initial_std(config, name), recipe.run.seed)
+
+        self.program = Program(self.model, world)
+        self.finder = NonfiniteFinder(self.model) if recipe.debug.find_nonfinite else None
+        if recipe.compile.enabled:
+            compile_units(self.model, spec)
+        card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        self.metrics = Metrics(
+            total_steps=self.total_steps,
+            log_every=recipe.metrics.log_every,
+            devices=world.size,
+            device=world.device,
+            flops_per_token=spec.flops_per_token(config, recipe.training.sequence_length),
+            peak_flops=peak_flops(card),
+        )
+
+    def run(self) -> None:
+        """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
+        started = time.monotonic()
+        self.metrics.start(tokens=self._tokens(self.step))
+        with StopRequests(self.world.size) as stop_requests, _collecting_garbage_seldom():
+            for batch, wait_seconds in self._batches():
+                self._train_step(batch, wait_seconds)
+                self._after_step()
+                reason = stop_requests.agreed(self._limit(started))
+                if reason and self.step < self.total_steps:
+                    self._save()
+                    raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
+        self._save()
+
+    def _train_step(self, batch: Batch, wait_seconds: float) -> None:
+        """One optimizer step; the host only queues work, unless this step is logged."""
+        self.step += 1
+        if self.finder is not None:
+            self.finder.step = self.step
+        loss = self.program.forward_backward(batch)
+        norm = clip_gradients(self.parameters, self.recipe.optimizer.clip_norm)
+        taken = self.guards.judge(self.step, loss, norm)
+        factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
+        self.optimizer.step(factor, taken)
+        self.optimizer.zero_grad()
+        row = self.metrics.record(
+            step=self.step,
+            loss=loss,
+            grad_norm=norm,
+            lr=self.recipe.optimizer.lr * factor,
+            samples=self.step * self.plan.global_batch,
+            tokens=self._tokens(self.step),
+            data_wait_seconds=wait_seconds,
+        )
+        if row is not None:
+            self.journal.write(row)
+            self._review()
+
+    def _after_step(self) -> None:
+        if self.step % _COLLECT_EVERY == 0:
+            gc.collect(1)
+        last = self.step == self.total_steps
+        every = self.recipe.validation.every_steps
+        if every and (last or self.step % every == 0):
+            with self.metrics.paused():
+                self._validate(last)
+        every = self.recipe.checkpoint.every_steps
+        if every and self.step % every == 0 and not last:
+            with self.metrics.paused():
+                self._save()
+
+    def _validate(self, last: bool) -> None:
+        """Loss on held-out text; after the last step with what compressors make of the same text beside it."""
+        batches = validation_batches(
+            self.data.validation,
+            self.recipe.validation.sequences,
+            self.plan.microbatch,
+            self.world.size,
+            self.world.rank,
+        )
+        result = self.program.evaluate(batches)
+        self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte))
+        if last and self.world.is_first:
+            baselines = compression_baselines(self.data.validation)
+            needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
+            self.journal.event(self.step, "compressors", f"on the same held-out text, in bits per byte: {needed}")
+
+    def _save(self) -> None:
+        """Commit a checkpoint of this step; a run whose numbers went bad stops here instead."""
+        self._review()
+        if not self.world.is_first or self.step in self.checkpoints.steps():
+            return
+        self.checkpoints.save(
+            step=self.step,
+            samples=self.step * self.plan.global_batch,
+            tokens=self._tokens(self.step),
+            tensors=self._state(),
+            values={},
+            recipe_text=self.recipe_text,
+        )
+        self.journal.event(self.step, "checkpoint", str(self.checkpoints.path(self.step)))
+
+    def _review(self) -> None:
+        said = self.guards.review(self.step)
+        if said is not None:
+            self.journal.event(self.step, "nonfinite", said)
+
+    def _batches(self) -> Iterator[tuple[Batch, float]]:
+        """The remaining steps' batches on the device, each with the seconds it was waited for."""
+        section, cuda = self.recipe.data, self.world.device.type == "cuda"
+        loader = train_loader(
+            self.data.train,
+            self.plan,
+            self.step,
+            self.total_steps,
+            workers=section.workers,
+            prefetch=section.prefetch,
+            pin_memory=cuda,
+            overfit_one_batch=self.recipe.debug.overfit_one_batch,
+        )
+        with ExitStack() as first_step:
+            if self.recipe.debug.trace_shapes:
+                first_step.enter_context(traced_shapes(self.model, self.journal.say))
+            while True:
+                before = time.perf_counter()
+                batch = next(loader, None)
+                if batch is None:
+                    return
+                moved = batch.to(self.world.device)
+                yield moved, time.perf_counter() - before
+                first_step.close()
+
+    def _limit(self, started: float) -> str | None:
+        """Which limit of the recipe this step has reached."""
+        run = self.recipe.run
+        if run.stop_after_step is not None and self.step >= run.stop_after_step:
+            return f"run.stop_after_step = {run.stop_after_step}"
+        if run.stop_after_minutes is not None and time.monotonic() - started >= 60 * run.stop_after_minutes:
+            return f"run.stop_after_minutes = {run.stop_after_minutes:g}"
+        return None
+
+    def _tokens(self, steps: int) -> int:
+        return steps * self.plan.global_batch * self.recipe.training.sequence_length
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint holds, live, by name. What is not here is a function of the recipe and the step."""
+        return {
+            **{f"model.{name}": parameter for name, parameter in self.model.named_parameters()},
+            **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
+            **{f"guards.{name}": tensor for name, tensor in self.guards.state().items()},
+        }
+
+
+@contextmanager
+def _collecting_garbage_seldom() -> Iterator[None]:
+    """Python's garbage collector only where the loop calls it; what was built before the loop is left out of it."""
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
