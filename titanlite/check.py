@@ -156,7 +156,7 @@ def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
     if computed == training.global_batch:
         return
     share = ceil_div(training.global_batch, world)
-    waste = f"{1 - training.global_batch / computed:.0%} are padding;"
+    waste = f"{(computed - training.global_batch) / computed:.0%} are padding;"
     problem = f"{_times(world, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
     if share % plan.microbatch:
         fix = f"a microbatch that divides a rank's share of {share} wastes nothing."

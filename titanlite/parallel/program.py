@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titanlite.data.loader import Batch
 from titanlite.parallel.world import World
+
+if TYPE_CHECKING:
+    from titanlite.data.loader import Batch
 
 
 @dataclass(frozen=True)

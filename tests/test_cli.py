@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from titanlite import __version__
+from titanlite.cli import COMMANDS, HELP, main, run_command
+from titanlite.errors import CheckpointError, Finding, GuardStop, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.recipe.explain import json_schema
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run_main(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = main(argv)
+        except SystemExit as exit_:  # argparse ends usage errors and --help itself
+            code = int(exit_.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_main
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[training]\nsteps = 5\n[run]\nname = 'x'\n")
+    return path
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert list(HELP) == list(COMMANDS)
+
+
+def test_no_command_is_a_usage_error(run: Run) -> None:
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: titanlite COMMAND")
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"titanlite {__version__}\n", "")
+
+
+def test_unknown_command(run: Run) -> None:
+    assert run("chek") == (2, "", "error: titanlite has no command 'chek'; did you mean 'check'?\n")
+    assert run("--zzz")[0] == 2
+
+
+@pytest.mark.parametrize("command", [("check",), ("schema",)])
+def test_each_command_has_help(run: Run, command: tuple[str, ...]) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: titanlite {command[0]}")
+
+
+class TestCheck:
+    def test_report(self, run: Run, recipe: Path) -> None:
+        code, out, err = run("check", str(recipe))
+        assert (code, err) == (0, "")
+        assert "40.96K tokens = 5 steps x 32 sequences x 256 tokens" in out
+        assert str(Path("runs") / "x") in out
+
+    def test_warnings_are_in_the_report(self, run: Run, recipe: Path) -> None:
+        code, out, _ = run("check", str(recipe), "--world", "3", "--schedule.decay_shape=sqrt")
+        assert code == 0
+        assert f"warning: {recipe}:1: training.global_batch: 3 ranks x 1 microbatch of 11 = 33 sequences" in out
+        assert "warning: command line: schedule.decay_shape: has no effect here" in out
+
+    def test_json(self, run: Run, recipe: Path) -> None:
+        code, out, _ = run("check", str(recipe), "--world=4", "--json", "--training.steps", "7")
+        report = json.loads(out)
+        assert code == 0
+        assert (report["steps"], report["tokens"], report["global_batch"]) == (7, 7 * 32 * 256, 32)
+        assert (report["mesh"], report["microbatches"], report["microbatch"]) == ({"dp_replicate": 4}, 1, 8)
+        assert report["parameters"] > report["embedding_parameters"] > 0
+        assert report["findings"] == []
+
+    def test_json_of_a_wrong_recipe(self, run: Run, recipe: Path) -> None:
+        for override, key in [("--training.steps=0", "training.steps"), ("--model.kv_heads=4", "model.kv_heads")]:
+            code, out, err = run("check", str(recipe), "--json", override)
+            assert (code, err) == (2, "")
+            (finding,) = json.loads(out)["findings"]
+            assert (finding["key"], finding["file"], finding["severity"]) == (key, "command line", "error")
+
+    def test_explain(self, run: Run) -> None:
+        code, out, _ = run("check", "--explain", "training.steps")
+        assert code == 0
+        assert "a whole number, at least 1" in out
+        assert run("check", "--explain", "training.setps")[2].endswith("did you mean 'training.steps'?\n")
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            *[[], ["no-such.toml"], ["--world=0", "RECIPE"], ["--world=x", "RECIPE"], ["RECIPE", "RECIPE"]],
+            *[["RECIPE", "--steps=5"], ["RECIPE", "--training.stps=5"], ["RECIPE", "--training.steps"]],
+        ],
+    )
+    def test_wrong_usage(self, run: Run, recipe: Path, argv: list[str]) -> None:
+        code, out, err = run("check", *[str(recipe) if word == "RECIPE" else word for word in argv])
+        assert (code, out) == (2, "")
+        assert "error: " in err
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("[training]\nstep = 1", "recipe.toml:2: training.step: unknown key; did you mean 'training.steps'?"),
+            ("[training]\nsteps = 'x'", 'recipe.toml:2: training.steps: must be a whole number, at least 1, not "x"'),
+            ("[training]\nsteps = -1", "recipe.toml:2: training.steps: must be a whole number, at least 1, not -1"),
+            ("[training]\nsteps = 0", "recipe.toml:2: training.steps: must be a whole number, at least 1, not 0"),
+            ("extends = 'recipe.toml'", "recipe.toml:1: extends: recipes extend each other in a circle"),
+            ("extends = 'nowhere.toml'", "recipe.toml:1: extends: there is no recipe"),
+            ("[training\n", "recipe.toml:1: column 10: not TOML"),
+            ("[training]\nsteps=1\n[model]\nkv_heads=4", "recipe.toml:4: model.kv_heads: 6 heads cannot share 4 key"),
+            ("", "recipe.toml: training: neither steps nor tokens is given"),
+        ],
+    )
+    def test_a_wrong_recipe_ends_with_2_and_its_place(self, run: Run, recipe: Path, text: str, said: str) -> None:
+        recipe.write_text(text)
+        code, out, err = run("check", str(recipe))
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {recipe.parent}{os.sep}{said}")
+
+    def test_many_errors_at_once(self, run: Run, recipe: Path) -> None:
+        recipe.write_text("[training]\nsteps = 0\nstep = 1\n[model]\nheads = 0\n")
+        code, _, err = run("check", str(recipe))
+        assert code == 2
+        first, *rest = err.strip().split("\n")
+        assert first == "error: 3 things are wrong with the recipe:"
+        assert [line.removeprefix(str(recipe)).split(": ")[:2] for line in rest] == [
+            [":2", "training.steps"],
+            [":3", "training.step"],
+            [":5", "model.heads"],
+        ]
+
+
+def test_schema_is_what_editors_get(run: Run) -> None:
+    code, out, _ = run("schema")
+    assert code == 0
+    jsonschema.Draft202012Validator.check_schema(json.loads(out))
+    assert json.loads(out) == json_schema()
+    assert run("schema", "--markdown")[1].startswith("# Recipe reference")
+
+
+class TestRunCommand:
+    @pytest.mark.parametrize(
+        ("error", "code", "said"),
+        [
+            (UsageError("no such file"), 2, "error: no such file\n"),
+            (
+                RecipeError([Finding("a.b", "is wrong;", "mend it.", "f.toml", 3)]),
+                2,
+                "error: f.toml:3: a.b: is wrong; mend it.\n",
+            ),
+            (GuardStop("NaN"), 3, "error: NaN\n"),
+            (CheckpointError("none fits"), 4, "error: none fits\n"),
+            (StoppedEarly("stopped at step 3, saved"), 75, "stopped at step 3, saved\n"),
+        ],
+    )
+    def test_an_error_is_a_paragraph_and_its_code(
+        self, capsys: pytest.CaptureFixture[str], error: TitanliteError, code: int, said: str
+    ) -> None:
+        def command(argv: list[str]) -> int:
+            raise error
+
+        assert run_command(command, []) == code
+        assert capsys.readouterr().err == said
+        assert run_command(command, ["--traceback"]) == code
+        assert "Traceback" in capsys.readouterr().err
+
+    def test_the_command_does_not_see_traceback(self) -> None:
+        seen: list[str] = []
+
+        def command(argv: list[str]) -> int:
+            seen.extend(argv)
+            return 0
+
+        assert run_command(command, ["a", "--traceback", "b"]) == 0
+        assert seen == ["a", "b"]
+
+    def test_interrupt_is_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def command(argv: list[str]) -> int:
+            raise KeyboardInterrupt
+
+        assert run_command(command, []) == 130
+        assert capsys.readouterr() == ("", "")
+
+    def test_our_own_mistakes_are_not_hidden(self) -> None:
+        def command(argv: list[str]) -> int:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            run_command(command, [])
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "titanlite", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
+def test_help_is_quick() -> None:
+    """Under 0.3 s; the best of three, as the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "titanlite", "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3

@@ -1,0 +1,118 @@
+"""Imports point one way, and what must answer at once does not wait for torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "titanlite"
+
+LEVELS = (
+    ("errors", "__init__"),
+    ("registry",),
+    ("recipe", "cli"),
+    ("durable", "models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules"),
+    ("check", "models", "precision"),
+    ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
+    ("trainer", "generate"),
+    ("train", "__main__"),
+)
+"""A room imports rooms of lower levels and itself: not its siblings. The longest name that fits a module counts."""
+
+KNOW_TORCH_DISTRIBUTED = (
+    "parallel",
+    "checkpoint.save",
+    "checkpoint.load",
+    "optim.clip",
+    "resilience",
+    "observe.metrics",
+)
+
+WITHOUT_TORCH = (
+    *("errors", "registry", "durable", "cli", "check", "train"),
+    *("recipe.sections", "recipe.units", "recipe.toml", "recipe.faults", "recipe.load", "recipe.explain"),
+    *("models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules.shapes"),
+    *("data.order", "data.packing", "checkpoint.format", "checkpoint.storage", "observe.flops", "observe.rows"),
+)
+
+
+def modules(folder: Path) -> dict[str, ast.Module]:
+    """Dotted name below the package -> syntax tree."""
+    files = sorted(folder.rglob("*.py"))
+    names = [".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    return {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in zip(names, files, strict=True)}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """What running `tree` imports, at its top or in a function; what only type checkers see does not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"
+        yield from imports(node)
+
+
+def within(module: str, rooms: tuple[str, ...]) -> bool:
+    return any(f"{module}.".startswith(f"{room}.") for room in rooms)
+
+
+def level(module: str) -> int:
+    fits = [(len(room), height) for height, rooms in enumerate(LEVELS) for room in rooms if within(module, (room,))]
+    assert fits, f"titanlite/{module} is not in LEVELS: say who may know it"
+    return max(fits)[1]
+
+
+@pytest.mark.parametrize(("module", "tree"), [pytest.param(*item, id=item[0]) for item in modules(PACKAGE).items()])
+def test_imports_point_one_way(module: str, tree: ast.Module) -> None:
+    for name in imports(tree):
+        imported = name.removeprefix("titanlite.")
+        if imported != name and imported != "__version__":
+            same_room = imported.partition(".")[0] == module.partition(".")[0]
+            assert same_room or level(imported) < level(module), f"titanlite.{module} must not import {name}"
+        if within(name, ("torch.distributed",)):
+            assert within(module, KNOW_TORCH_DISTRIBUTED), f"titanlite.{module} must not know of processes"
+
+
+def test_kernels_know_nothing_of_titanlite() -> None:
+    for module, tree in modules(ROOT / "kernels" / "titanlite_kernels").items():
+        assert not [name for name in imports(tree) if within(name, ("titanlite",))], module
+
+
+REFUSE_TORCH = """
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_what_answers_at_once_does_not_import_torch(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[training]\nsteps = 5\n")
+    script = (
+        REFUSE_TORCH
+        + f"""
+for module in {WITHOUT_TORCH!r}:
+    importlib.import_module("titanlite." + module)
+from titanlite.cli import main
+recipe = {str(recipe)!r}
+assert main(["--help"]) == main(["schema"]) == main(["check", recipe]) == main(["check", "--explain", "model"]) == 0
+assert main(["train", recipe, "--training.steps=0"]) == 2, "a wrong recipe is refused before torch is loaded"
+"""
+    )
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
