@@ -66,11 +66,12 @@ class FileReader:
     def _lines(self, name: str, path: Path) -> Iterator[Document]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line and not line.isspace():
-                    text = _text_of(line, self._text_key, f"{path}:{number}")
-                    if text:
-                        yield Document(f"{name}:{number}", text)
+                if number == 1:  # some editors begin a file with a byte order mark, which is not JSON
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.rstrip()
+                text = _text_of(line, self._text_key, f"{path}:{number}") if line else b""
+                if text:
+                    yield Document(f"{name}:{number}", text)
 
 
 def _find(entry: str) -> list[tuple[str, Path]]:

@@ -1,0 +1,245 @@
+"""Batches: the same samples on any layout, with any workers, resumed anywhere; and workers that die as they should."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titanlite.data.loader import IGNORED, Batch, _leave_signals_to_the_trainer, train_loader, validation_batches
+from titanlite.data.packing import document_layout
+from titanlite.data.splits import Split
+from titanlite.data.tokenizers import ByteTokenizer
+from titanlite.parallel.layout import BatchPlan, ceil_div
+
+LENGTH = 8
+
+
+def make_split(windows: int = 50, document_mask: bool = False, seed: int = 5) -> Split:
+    """A stream whose every window is recognisable: random bytes with a separator now and then."""
+    stream = np.random.default_rng(0).integers(0, 257, windows * LENGTH + 1).astype(np.uint16)
+    stream[3::29] = 256
+    return Split("training", stream, ByteTokenizer(), LENGTH, document_mask, seed)
+
+
+def reference(split: Split, number: int) -> list[int]:
+    return split.sample(number).tolist()
+
+
+def sequences_of(batch: Batch) -> dict[int, list[int]]:
+    """Sample number -> its L + 1 tokens; checks shapes and padding on the way."""
+    length = batch.tokens.shape[-1]
+    assert batch.tokens.ndim == 3
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.labels.shape == batch.tokens.shape
+    tokens, labels = batch.tokens.reshape(-1, length), batch.labels.reshape(-1, length)
+    real = len(batch.samples)
+    assert (tokens[real:] == 0).all()
+    assert (labels[real:] == IGNORED).all()
+    assert batch.valid_tokens == int((batch.labels != IGNORED).sum())
+    rows = {n: [*t.tolist(), int(label[-1])] for n, t, label in zip(batch.samples, tokens, labels, strict=False)}
+    for row, label in zip(rows.values(), labels, strict=False):
+        assert label.tolist() == row[1:]
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranks=st.sampled_from([1, 2, 3, 5, 8]),
+    global_batch=st.integers(1, 17),
+    microbatch=st.none() | st.integers(1, 6),
+    first=st.integers(0, 20),
+    count=st.integers(0, 4),
+)
+def test_a_step_has_the_same_samples_on_any_layout(
+    ranks: int, global_batch: int, microbatch: int | None, first: int, count: int
+) -> None:
+    split = make_split()
+    plans = [BatchPlan(global_batch, ranks, rank, microbatch or ceil_div(global_batch, ranks)) for rank in range(ranks)]
+    loaders = [train_loader(split, plan, first, first + count) for plan in plans]
+    steps = list(zip(*loaders, strict=True))
+    assert len(steps) == count
+    for step, batches in enumerate(steps, start=first):
+        assert len({batch.tokens.shape for batch in batches}) == 1
+        found = [item for batch in batches for item in sequences_of(batch).items()]
+        expected = range(step * global_batch, (step + 1) * global_batch)
+        assert sorted(found) == [(number, reference(split, number)) for number in expected]
+        assert all(batch.sequences == global_batch for batch in batches)
+        assert sum(batch.valid_tokens for batch in batches) == global_batch * LENGTH
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_workers_change_nothing(workers: int, first: int, document_mask: bool) -> None:
+    split = make_split(document_mask=document_mask)
+    plan = BatchPlan(global_batch=7, data_ranks=2, data_rank=1, microbatch=2)
+    here = list(train_loader(split, plan, first, 12))
+    elsewhere = list(train_loader(split, plan, first, 12, workers=workers, prefetch=3))
+    assert len(here) == len(elsewhere) == 12 - first
+    for one, other in zip(here, elsewhere, strict=True):
+        assert (one.samples, one.sequences, one.valid_tokens) == (other.samples, other.sequences, other.valid_tokens)
+        for name in ("tokens", "labels", "positions", "documents"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_document_mask() -> None:
+    batch = next(train_loader(make_split(document_mask=True), BatchPlan(5, 2, 1, 2), 3, 4))
+    assert batch.positions is not None and batch.documents is not None
+    positions, documents = document_layout(batch.tokens.numpy(), 256)
+    assert batch.positions.shape == batch.documents.shape == batch.tokens.shape
+    assert torch.equal(batch.positions, torch.from_numpy(positions))
+    assert torch.equal(batch.documents, torch.from_numpy(documents))
+    plain = next(train_loader(make_split(), BatchPlan(5, 2, 1, 2), 3, 4))
+    assert plain.positions is None and plain.documents is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_overfit_one_batch_reads_step_0_forever(workers: int) -> None:
+    split, plan = make_split(), BatchPlan(6, 1, 0, 6)
+    batches = list(train_loader(split, plan, 4, 7, workers=workers, overfit_one_batch=True))
+    assert [batch.samples for batch in batches] == [tuple(range(6))] * 3
+    assert sequences_of(batches[-1]) == {number: reference(split, number) for number in range(6)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_models_randomness_is_left_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    list(train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 3, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    list(train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 2))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_split_travels_to_a_spawned_worker() -> None:
+    split = make_split()
+    assert pickle.loads(pickle.dumps(split)).sample(3).tolist() == reference(split, 3)
+
+
+# Validation.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    windows=st.integers(1, 40),
+    sequences=st.integers(1, 50),
+    microbatch=st.integers(1, 9),
+    ranks=st.sampled_from([1, 2, 3, 5, 8]),
+)
+def test_validation_is_the_same_on_any_layout(windows: int, sequences: int, microbatch: int, ranks: int) -> None:
+    split = make_split(windows)
+    parts = [list(validation_batches(split, sequences, microbatch, ranks, rank)) for rank in range(ranks)]
+    count = min(sequences, windows)
+    chosen = [split.window(j * windows // count).tolist() for j in range(count)]
+    assert len({tuple(batch.tokens.shape for batch, _ in part) for part in parts}) == 1
+    found = [item for part in parts for batch, _ in part for item in sequences_of(batch).items()]
+    assert sorted(found) == list(enumerate(chosen))
+    assert sum(size for part in parts for _, size in part) == sum(t != 256 for row in chosen for t in row[1:])
+    starts = [j * windows // count for j in range(count)]
+    gaps = {b - a for a, b in itertools.pairwise(starts)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert all(batch.sequences == count and batch.tokens.shape[0] == 1 for part in parts for batch, _ in part)
+
+
+# Worker processes.
+
+needs_sigwaitinfo = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo on this system")
+
+
+def test_workers_end_with_the_iterator() -> None:
+    batches = train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert multiprocessing.active_children() == []
+
+
+@needs_sigwaitinfo
+def test_workers_outlive_signals_to_the_whole_job() -> None:
+    plan = BatchPlan(6, 1, 0, 6)
+    batches = train_loader(make_split(), plan, 0, 40, workers=2, prefetch=1)
+    found = [next(batches).samples]
+    for child in multiprocessing.active_children():
+        for name in ("-INT", "-TERM"):
+            subprocess.run(["kill", name, str(child.pid)], check=True)
+    found += [batch.samples for batch in batches]
+    assert found == [tuple(range(6 * step, 6 * step + 6)) for step in range(40)]
+
+
+def _ignore_signals_and_wait() -> None:
+    _leave_signals_to_the_trainer(0)
+    time.sleep(60)
+
+
+@needs_sigwaitinfo
+def test_a_stuck_worker_obeys_its_parent() -> None:
+    worker = multiprocessing.get_context("fork").Process(target=_ignore_signals_and_wait, daemon=True)
+    worker.start()
+    time.sleep(0.2)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(timeout=0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=5)
+    assert worker.exitcode == 0
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_trainer(tmp_path: Path) -> None:
+    """torch's workers look for their parent every 5 seconds."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import multiprocessing, os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_loader import BatchPlan, make_split, train_loader\n"
+        "batches = train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=2)\n"
+        "next(batches)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Not captured through a pipe: the workers inherit it, and reading to its end would wait for them.
+    with open(tmp_path / "pids", "w") as output:
+        subprocess.run([sys.executable, str(script)], stdout=output, check=False)
+    alive = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
+    assert len(alive) == 2
+    deadline = time.monotonic() + 20
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.2)
+        alive = {pid for pid in alive if _runs(pid)}
+    assert not alive
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pinned_memory(workers: int) -> None:
+    batch = next(train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 2, workers=workers, pin_memory=True))
+    assert batch.tokens.is_pinned() and batch.labels.is_pinned()
+    moved = batch.to(torch.device("cuda"))
+    torch.cuda.synchronize()
+    assert torch.equal(moved.tokens.cpu(), batch.tokens)
+    assert moved.samples == batch.samples
