@@ -20,29 +20,24 @@ class NonfiniteFinder:
         for name, module in model.named_modules():
             if name:
                 module.register_forward_hook(self._forward_hook(name))
-                module.register_full_backward_pre_hook(self._backward_hook(name))
 
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._look(name, module, "output", output)
+            for tensor in _tensors(output):
+                self._look(name, module, "output", tensor)
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._look(name, module, "gradient of the output", gradient))
 
         return hook
 
-    def _backward_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, gradients: Any) -> None:
-            self._look(name, module, "gradient of the output", gradients)
-
-        return hook
-
-    def _look(self, name: str, module: nn.Module, what: str, value: Any) -> None:
-        for tensor in _tensors(value):
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise GuardStop(
-                    f"step {self.step}: {name} ({type(module).__name__}): the {what} has {bad} non-finite of "
-                    f"{tensor.numel()} values, shape {list(tensor.shape)}, {tensor.dtype}. It is the first module in "
-                    "the order of computation; the step was not applied."
-                )
+    def _look(self, name: str, module: nn.Module, what: str, tensor: Tensor) -> None:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise GuardStop(
+                f"step {self.step}: {name} ({type(module).__name__}): the {what} has {bad} non-finite of "
+                f"{tensor.numel()} values, shape {list(tensor.shape)}, {tensor.dtype}. It is the first module in "
+                "the order of computation; the step was not applied."
+            )
 
 
 @contextmanager

@@ -1,0 +1,178 @@
+"""The manifest against hostile and damaged input, and the tiling rule against counting cells."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titanlite.checkpoint.format import (
+    DamagedCheckpointError,
+    Manifest,
+    NewerFormatError,
+    _checksum,
+    decode,
+    encode,
+    folder_name,
+    step_of,
+    tiles,
+)
+from titanlite.errors import EXIT_CHECKPOINT
+
+
+def fields(**changes):
+    chunk = {"offset": [0, 0], "shape": [2, 3], "file": "a.safetensors", "key": "w"}
+    base = {
+        "format": "titanlite-checkpoint",
+        "version": 1,
+        "step": 7,
+        "samples": 70,
+        "tokens": 700,
+        "tensors": {"w": {"dtype": "float32", "shape": [2, 3], "chunks": [chunk]}},
+        "files": {"a.safetensors": {"bytes": 100, "xxh3_128": "0" * 32}},
+        "recipe": "",
+        "environment": {"python": "3.11"},
+        "values": {"skips": 0, "best": 1.5, "note": "x", "flag": True, "none": None},
+    }
+    return {**base, **changes}
+
+
+def signed(table) -> bytes:
+    """A manifest whose checksum is right, so that only its content can be refused."""
+    return json.dumps({"checksum": _checksum(table), **table}).encode()
+
+
+def with_chunk(**changes):
+    table = fields()
+    table["tensors"]["w"]["chunks"][0].update(changes)
+    return table
+
+
+def test_encode_then_decode_gives_the_same_manifest():
+    manifest = decode(signed(fields()), "m")
+    assert decode(encode(manifest), "m") == manifest
+    assert manifest.values == {"skips": 0, "best": 1.5, "note": "x", "flag": True, "none": None}
+    assert manifest.values["flag"] is True
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (with_chunk(file="../a"), "file"),
+        (with_chunk(file="/etc/passwd"), "file"),
+        (with_chunk(file=".."), "file"),
+        (with_chunk(file="x/y"), "file"),
+        (with_chunk(file="a.safetensors\n"), "file"),
+        (with_chunk(file="b.safetensors"), "not among the files"),
+        (with_chunk(key=""), "key"),
+        (with_chunk(shape=[2, 2]), "cover the shape"),
+        (with_chunk(offset=[0, 1]), "cover the shape"),
+        (with_chunk(offset=[0]), "cover the shape"),
+        (with_chunk(offset=[-1, 0]), "greater than or equal to 0"),
+        (fields(step=-1), "step"),
+        (fields(step="7"), "step"),
+        (fields(step=2**63), "step"),
+        (fields(extra=1), "extra"),
+        (fields(files={"../x": {"bytes": 1, "xxh3_128": "0" * 32}}), "files"),
+        (fields(files={"manifest.json": {"bytes": 1, "xxh3_128": "0" * 32}}), "does not list itself"),
+        (fields(files={"a.safetensors": {"bytes": 23, "xxh3_128": "0" * 32}}), "too few"),
+        (fields(files={"a.safetensors": {"bytes": 100, "xxh3_128": "Z" * 32}}), "xxh3_128"),
+        (fields(values={"x": [1]}), "values"),
+        (fields(tensors={"w\x1b[31m": fields()["tensors"]["w"]}), "printed"),
+        (fields(tensors={"a": fields()["tensors"]["w"], "b": fields()["tensors"]["w"]}), "two chunks"),
+        (fields(tensors={"w": {"dtype": "object", "shape": [], "chunks": []}}), "dtype"),
+        (fields(tensors={"w": {"dtype": "int8", "shape": [1] * 9, "chunks": []}}), "shape"),
+    ],
+)
+def test_content_that_must_not_be_believed_is_refused_with_its_place(table, said):
+    with pytest.raises(DamagedCheckpointError, match="m is not valid") as refusal:
+        decode(signed(table), "m")
+    assert said in str(refusal.value)
+    assert refusal.value.exit_code == EXIT_CHECKPOINT
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": NaN}', b"9" * 10_000, b'{"format": "zip"}'],
+)
+def test_what_is_no_manifest_at_all_is_refused(data):
+    with pytest.raises(DamagedCheckpointError):
+        decode(data, "m")
+
+
+def test_a_newer_version_says_which_titanlite_is_needed_whatever_else_changed():
+    with pytest.raises(NewerFormatError, match="needs titanlite format 2"):
+        decode(json.dumps({"format": "titanlite-checkpoint", "version": 2, "new": {}}).encode(), "m")
+    with pytest.raises(DamagedCheckpointError):
+        decode(signed(fields(version=0)), "m")
+    with pytest.raises(DamagedCheckpointError):
+        decode(signed(fields(version="2")), "m")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_is_refused_or_leaves_the_content_as_it_was(data):
+    original = encode(decode(signed(fields()), "m"))
+    place = data.draw(st.integers(0, len(original) * 8 - 1))
+    damaged = bytearray(original)
+    damaged[place // 8] ^= 1 << place % 8
+    try:
+        manifest = decode(bytes(damaged), "m")
+    except (DamagedCheckpointError, NewerFormatError):
+        return
+    assert manifest == decode(original, "m")  # a bit of the white space between the fields
+
+
+def boxes_within(shape):
+    return st.tuples(*(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted) for n in shape)).map(
+        lambda spans: (tuple(a for a, _ in spans), tuple(b - a for a, b in spans))
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_tiles_agrees_with_counting_every_cell(data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 3), max_size=3)))
+    boxes = data.draw(st.lists(boxes_within(shape), max_size=4))
+    counted = np.zeros(shape, int)
+    for offset, extent in boxes:
+        counted[tuple(slice(o, o + e) for o, e in zip(offset, extent, strict=True))] += 1
+    assert tiles(shape, boxes) == bool((counted == 1).all())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3), st.randoms())
+def test_every_grid_of_chunks_tiles_and_no_longer_does_without_one(cuts, random):
+    shape = tuple(sum(sizes) for sizes in cuts)
+    edges = [list(itertools.accumulate(sizes, initial=0)) for sizes in cuts]
+    boxes = [
+        (tuple(e[i] for e, i in zip(edges, index, strict=True)), tuple(c[i] for c, i in zip(cuts, index, strict=True)))
+        for index in itertools.product(*(range(len(sizes)) for sizes in cuts))
+    ]
+    random.shuffle(boxes)
+    assert tiles(shape, boxes)
+    assert not tiles(shape, boxes[1:])
+    assert not tiles(shape, [*boxes, boxes[0]])
+
+
+@given(st.integers(0, 10**12))
+def test_folder_names_are_read_back(step):
+    assert step_of(folder_name(step)) == step
+
+
+@pytest.mark.parametrize(
+    "name", ["step-1", "step-00000001.writing", ".step-00000001", "step-000000001", "step--0000001"]
+)
+def test_other_folders_are_no_checkpoints(name):
+    assert step_of(name) is None
+
+
+def test_a_manifest_is_frozen():
+    manifest = decode(signed(fields()), "m")
+    with pytest.raises(ValueError, match="frozen"):
+        manifest.step = 8
+    assert isinstance(manifest, Manifest)

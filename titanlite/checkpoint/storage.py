@@ -1,0 +1,181 @@
+"""Checkpoint folders on a disk: committed by one rename, read with suspicion, removed without a trace of halves.
+
+A folder named `step-…` is whole or was damaged later; what is being written, replaced or deleted has a hidden name
+beside it, which the next start clears. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from titanlite.checkpoint.format import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    DamagedCheckpointError,
+    FileEntry,
+    Manifest,
+    decode,
+    step_of,
+)
+from titanlite.durable import cause, sync_path
+from titanlite.errors import CheckpointError
+
+HASH_BLOCK_BYTES = 2**22
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint folder, ascending by number; times on disk mean nothing. Empty without a folder."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot list the checkpoints in {folder}: {cause(error, folder)}.") from error
+    return sorted(step for name in names if (step := step_of(name)) is not None)
+
+
+@contextmanager
+def committed(final: Path) -> Iterator[Path]:
+    """Give a hidden folder to write in; when the block ends, sync it and rename it to `final`.
+
+    If anything fails, the hidden folder is removed and `final` is as it was before. Raises `CheckpointError` with the
+    path and the system's reason when the disk is full or refuses.
+    """
+    pending, replaced = _hidden(final, "writing"), _hidden(final, "replaced")
+    try:
+        _delete(pending)
+        pending.mkdir(parents=True)
+        yield pending
+        for path in sorted(pending.iterdir()):
+            sync_path(path)
+        sync_path(pending)
+        if final.exists():
+            _delete(replaced)
+            os.rename(final, replaced)
+        os.rename(pending, final)
+        sync_path(final.parent)
+        _delete(replaced)
+    except BaseException as error:
+        shutil.rmtree(pending, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"cannot write the checkpoint {final}: {cause(error, final)}. Earlier checkpoints are untouched."
+            ) from error
+        raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed writer left in `folder`. Only for the one process that writes there. Raises `OSError`."""
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(r"\.(step-[0-9]+)\.(writing|replaced|deleting)", path.name)
+        if match is None:
+            continue
+        final = folder / match[1]
+        if match[2] == "replaced" and not final.exists():
+            os.rename(path, final)  # killed between the two renames of a commit: the old one is still the one
+        else:
+            _delete(path)
+
+
+def remove(final: Path) -> None:
+    """Delete a checkpoint: hidden first, so that nobody meets a half-deleted one. Raises `OSError`."""
+    hidden = _hidden(final, "deleting")
+    _delete(hidden)
+    os.rename(final, hidden)
+    _delete(hidden)
+
+
+def set_aside(final: Path) -> Path:
+    """Rename a checkpoint out of the order of steps, losing nothing; returns its new path. Raises `OSError`."""
+    names = (final.with_name(f"set-aside-{number}-{final.name}") for number in range(1, 10**6))
+    aside = next(path for path in names if not path.exists())
+    os.rename(final, aside)
+    return aside
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The validated manifest of a checkpoint folder. Raises `DamagedCheckpointError` or `NewerFormatError`."""
+    path = folder / MANIFEST
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise DamagedCheckpointError(f"{path} is too large to be a manifest ({size} bytes).")
+        manifest = decode(_read(file, path, size), str(path))
+    step = step_of(folder.name)
+    if step is not None and step != manifest.step:
+        raise DamagedCheckpointError(f"{path} is of step {manifest.step}, not of the step its folder is named after.")
+    return manifest
+
+
+def verify_file(path: Path, expected: FileEntry) -> None:
+    """Compare size and content with the manifest's. Raises `DamagedCheckpointError` naming the file."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != expected.bytes:
+            raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected.bytes}.")
+        try:
+            found = _hash(file)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if found != expected.xxh3_128:
+        raise DamagedCheckpointError(f"{path} is damaged: its content does not match its hash in {MANIFEST}.")
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file that was just written, for the manifest. Raises `OSError`."""
+    with open(path, "rb", buffering=0) as file:
+        return FileEntry(bytes=os.fstat(file.fileno()).st_size, xxh3_128=_hash(file))
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a regular file for reading; links, pipes and devices are refused. Raises `DamagedCheckpointError`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{path} is missing.") from None
+    except OSError as error:
+        if path.is_symlink():
+            raise DamagedCheckpointError(f"{path} is a link, which no checkpoint holds.") from None
+        raise DamagedCheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedCheckpointError(f"{path} is not a regular file.")
+    return open(descriptor, "rb", buffering=0)
+
+
+def _read(file: BinaryIO, path: Path, size: int) -> bytes:
+    try:
+        return file.read(size) or b""
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(HASH_BLOCK_BYTES))
+    while count := file.readinto(block):  # type: ignore[attr-defined]
+        digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or the link that stands for one (never what it points to); absent is fine."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _hidden(final: Path, purpose: str) -> Path:
+    return final.with_name(f".{final.name}.{purpose}")

@@ -1,0 +1,111 @@
+"""What the person at the keyboard, or the log of a job, sees of a run.
+
+On a terminal one progress line that stays at the bottom while everything else scrolls above it; elsewhere plain lines.
+Both take the same rows as the other sinks.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import IO
+
+from titanlite.observe.rows import Row
+from titanlite.recipe.units import format_count
+
+
+def open_console(stream: IO[str], total_steps: int, title: str) -> PlainConsole | TerminalConsole:
+    """The console that suits `stream`: a progress line if it is a terminal that can move its cursor."""
+    if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+        return TerminalConsole(stream, total_steps, title)
+    return PlainConsole(stream, total_steps)
+
+
+class PlainConsole:
+    """One line a row, in fixed columns, flushed. Falls silent, without an error, when nobody reads any more."""
+
+    def __init__(self, stream: IO[str], total_steps: int) -> None:
+        self._stream: IO[str] | None = stream
+        self._total_steps = total_steps
+
+    def write(self, row: Row) -> None:
+        self.message(describe(row, self._total_steps))
+
+    def message(self, text: str) -> None:
+        """A line, or several, for the reader."""
+        if self._stream is None:
+            return
+        try:
+            print(text, file=self._stream, flush=True)
+        except BrokenPipeError:  # `train | head`: the run is worth more than its last reader
+            self._stream = None
+
+    def close(self) -> None:
+        """Nothing to put back: the stream is the caller's."""
+
+
+class TerminalConsole:
+    """A progress line by rich, redrawn with each metrics row; other rows and messages scroll by above it."""
+
+    def __init__(self, stream: IO[str], total_steps: int, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._total_steps = total_steps
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+        )
+        # Redrawn by rows alone: a refreshing thread would take the interpreter from the trainer ten times a second.
+        self._progress = Progress(*columns, console=Console(file=stream, force_terminal=True), auto_refresh=False)
+        self._task = self._progress.add_task(title, total=total_steps, facts="starting")
+        self._progress.start()
+
+    def write(self, row: Row) -> None:
+        if "loss" in row:
+            facts = "  ".join(f"{name} {text}" for name, text in _facts(row, self._total_steps) if name in _ON_THE_LINE)
+            self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True)
+        else:
+            self.message(describe(row, self._total_steps))
+
+    def message(self, text: str) -> None:
+        """A line, or several, above the progress line."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the last state of the line, and give the terminal back."""
+        self._progress.stop()
+
+
+_ON_THE_LINE = ("loss", "tokens/s", "mfu", "eta")
+_WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, "data wait": 7, "mem": 9}
+
+
+def describe(row: Row, total_steps: int) -> str:
+    """A row as one line of text, its columns at the same places in every row of a run."""
+    step = f"step {row['step']:>{len(str(total_steps))}}/{total_steps}"
+    if "event" in row:
+        return f"{step}  {row['event']}: {row['detail']}"
+    if "validation_loss" in row:
+        return f"{step}  validation loss {row['validation_loss']:.4f}  bits per byte {row['bits_per_byte']:.4f}"
+    facts = (f"{name} {text:>{_WIDTHS.get(name, 0)}}" for name, text in _facts(row, total_steps))
+    return "  ".join([step, *facts])
+
+
+def _facts(row: Row, total_steps: int) -> list[tuple[str, str]]:
+    """(name, text) of each quantity of a metrics row, in the order they are shown; MFU only where it is known."""
+    left = timedelta(seconds=round((total_steps - row["step"]) * row["step_seconds"]))
+    facts = [
+        ("loss", f"{row['loss']:.4f}"),
+        ("norm", f"{row['grad_norm']:.3f}"),
+        ("lr", f"{row['lr']:.2e}"),
+        ("tokens/s", format_count(round(row["tokens_per_second"]))),
+        ("mfu", "" if row["mfu"] is None else f"{row['mfu']:.1%}"),
+        ("s/step", f"{row['step_seconds']:.3f}"),
+        ("data wait", f"{row['data_wait_seconds']:.3f} s"),
+        ("mem", f"{row['memory_peak_gib']:.2f} GiB"),
+        ("eta", str(left)),
+    ]
+    return [(name, text) for name, text in facts if text]

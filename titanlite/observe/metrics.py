@@ -1,0 +1,120 @@
+"""What a training step is worth knowing by, measured without making the device wait.
+
+Turns what the trainer hands over each step into rows (plain dictionaries); where rows go is the sinks' matter.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from titanlite.observe.flops import mfu
+from titanlite.observe.rows import Row
+
+
+class Metrics:
+    """Rows of a run's steps: the first, every `log_every`-th and the last, whichever process trains them.
+
+    So a resumed run logs the same steps as one that was never interrupted. Times are of this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        log_every: int,
+        devices: int,
+        device: torch.device,
+        flops_per_token: float,
+        peak_flops: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._devices = devices
+        self._device = device
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self.start(tokens=0)
+
+    def start(self, tokens: int) -> None:
+        """Begin timing, with `tokens` already trained; call right before the first step of this process."""
+        self._window_tokens = tokens
+        self._window_start = self._clock()
+        self._window_steps = 0
+        self._window_wait = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (validation, saving) is not part of any step's time."""
+        self._synchronise()
+        before = self._clock()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            self._window_start += self._clock() - before
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the step with this number (from 1) has a row."""
+        return step == 1 or step % self._log_every == 0 or step == self._total_steps
+
+    def record(
+        self,
+        step: int,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        lr: float,
+        samples: int,
+        tokens: int,
+        data_wait_seconds: float,
+    ) -> Row | None:
+        """Count one finished step; returns its row if it is logged, and only then reads the device.
+
+        `loss` and `grad_norm` are scalars of this step over the global batch, on any device; `samples` and `tokens`
+        count from the start of the run. In the row, `step_seconds` and `data_wait_seconds` are means over the steps
+        since the row before, and the rates come from the same window.
+        """
+        self._window_steps += 1
+        self._window_wait += data_wait_seconds
+        if not self.is_logged(step):
+            return None
+        loss_value, norm_value = loss.item(), grad_norm.item()  # waits for the device, so the clock is read after it
+        seconds = max(self._clock() - self._window_start, 1e-9)
+        tokens_per_second = (tokens - self._window_tokens) / seconds
+        per_device = tokens_per_second / self._devices
+        row = {
+            "step": step,
+            "samples": samples,
+            "tokens": tokens,
+            "loss": loss_value,
+            "grad_norm": norm_value,
+            "lr": lr,
+            "step_seconds": seconds / self._window_steps,
+            "data_wait_seconds": self._window_wait / self._window_steps,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": per_device,
+            "tflops_per_device": per_device * self._flops_per_token / 1e12,
+            "mfu": mfu(per_device, self._flops_per_token, self._peak_flops),
+            "memory_peak_gib": peak_memory_bytes(self._device) / 2**30,
+        }
+        self.start(tokens)
+        return row
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held at once so far: torch's allocations on a CUDA device, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,20 @@
+"""What a row of metrics is: a plain dictionary that begins with its step. No torch.
+
+Metrics rows are made in `metrics.py`; the two other kinds here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def validation_row(step: int, validation_loss: float, bits_per_byte: float) -> Row:
+    """Row of a validation after `step` steps: mean loss in nats a token, and bits a byte of text."""
+    return {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
+
+
+def event_row(step: int, event: str, detail: str) -> Row:
+    """Row of something that happened after `step` steps, such as a resume, a skipped step or a stop."""
+    return {"step": step, "event": event, "detail": detail}
