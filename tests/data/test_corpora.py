@@ -181,8 +181,9 @@ def test_folder_without_text(tmp_path: Path) -> None:
 
 
 def test_file_named_twice(folder: Path) -> None:
-    message = refusal([str(folder), f"{folder}/sub/../b.txt"])
-    assert "b.txt: data.corpus names it twice" in message
+    for corpus in ([str(folder), f"{folder}/sub/../b.txt"], [f"{folder}/b.txt"] * 2):
+        assert "b.txt: data.corpus names it twice" in refusal(corpus)
+    assert documents(f"{folder}/**/**/b.txt") == [("b.txt", b"bee")]
 
 
 def test_compressed_file(tmp_path: Path) -> None:

@@ -75,26 +75,5 @@ def test_neighbours_are_scattered() -> None:
 
 def test_the_order_is_fixed_for_good() -> None:
     """A release that changed these would silently reorder the data of every run that is resumed."""
-    assert [sample_position(i, 10, 0, "corpus") for i in range(20)] == [
-        2,
-        6,
-        1,
-        0,
-        4,
-        7,
-        3,
-        5,
-        9,
-        8,
-        0,
-        5,
-        2,
-        7,
-        9,
-        8,
-        1,
-        6,
-        4,
-        3,
-    ]
+    assert [sample_position(i, 10, 0, "corpus") for i in range(20)] == list(map(int, "26104735980527981643"))
     assert sample_position(123_456_789_012, 250_000_000, 42, "corpus") == 183_874_311

@@ -56,12 +56,13 @@ class FileReader:
                     yield Document(name, content)
 
     def _claim(self, path: Path, entry: str) -> None:
-        earlier = self._read.setdefault(os.path.abspath(path), entry)
-        if earlier != entry:
+        place = os.path.abspath(path)
+        if place in self._read:
             raise DataError(
-                f"{path}: data.corpus names it twice, by '{earlier}' and by '{entry}', and would read it twice; "
-                "take one of them out."
+                f"{path}: data.corpus names it twice, by '{self._read[place]}' and by '{entry}', "
+                "and would read it twice; take one of them out."
             )
+        self._read[place] = entry
 
     def _lines(self, name: str, path: Path) -> Iterator[Document]:
         with path.open("rb") as file:
@@ -103,7 +104,7 @@ def _find(entry: str) -> list[tuple[str, Path]]:
 
 def _match(pattern: str, entry: str) -> list[tuple[str, Path]]:
     matches = glob.glob(pattern, recursive=True)
-    files = [Path(match) for match in matches if not os.path.isdir(match)]
+    files = {Path(match) for match in matches if not os.path.isdir(match)}  # a set: ** twice finds a file twice
     if not files:
         raise DataError(
             f"{pattern}: matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
