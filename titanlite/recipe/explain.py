@@ -40,6 +40,8 @@ _EXAMPLES: dict[str, Any] = {
 }
 """Values for keys whose default shows nothing; the others' default is their example."""
 
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
 
 def json_schema() -> Schema:
     """JSON schema (draft 2020-12) of a recipe file, for editors that complete and check TOML."""
@@ -66,6 +68,11 @@ def _tidy(schema: Any) -> Any:
     tidy = {key: _tidy(value) for key, value in schema.items() if key not in ("title", "properties")}
     if names:
         tidy["properties"] = {name: _tidy(value) for name, value in names.items()}
+    for bound in _BOUNDS:
+        if float(tidy.get(bound, 0.5)).is_integer():  # older pydantic writes 0.0 for 0
+            tidy[bound] = int(tidy[bound])
+    if "const" in tidy:  # … and an enum of one beside a const
+        tidy.pop("enum", None)
     if tidy.get("default", ...) is None or "$ref" in tidy:
         tidy.pop("default", None)
     if "description" in tidy:
@@ -138,8 +145,7 @@ def type_in_words(schema: Schema) -> str:
 def _range_in_words(schema: Schema) -> str:
     if "minimum" in schema and "maximum" in schema:
         return f" from {schema['minimum']:g} to {schema['maximum']:g}"
-    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    bounds = [f"{word} {schema[bound]}" for bound, word in words.items() if bound in schema]
+    bounds = [f"{word} {schema[bound]}" for bound, word in _BOUNDS.items() if bound in schema]
     return f", {' and '.join(bounds)}" if bounds else ""
 
 
