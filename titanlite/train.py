@@ -67,7 +67,7 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
         console = open_console(sys.stdout, total_steps(recipe.training), recipe.run.name) if world.is_first else None
         journal = Journal(console)
         stack.callback(journal.close)
-        checkpoints = CheckpointManager(path / "checkpoints", recipe.checkpoint.keep_last, journal.say)
+        checkpoints = CheckpointManager(path / "checkpoints", recipe.checkpoint.keep_last or None, journal.say)
         trainer: Trainer | None = None
         if world.is_first:
             folder = open_run_folder(path, recipe, loaded.text, mode, force, journal.say)

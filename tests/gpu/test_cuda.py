@@ -1,0 +1,102 @@
+"""What only a CUDA device can show: the CPU's numbers, no host sync in a step, compiled blocks, bitwise resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from titanlite.cli import run_command
+from titanlite.data.splits import open_data
+from titanlite.models.init import initialise
+from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
+from titanlite.optim.build import build_optimizer
+from titanlite.optim.clip import clip_gradients
+from titanlite.parallel.layout import batch_plan
+from titanlite.parallel.program import Program
+from titanlite.parallel.world import World
+from titanlite.recipe.sections import Data, Optimizer, Resilience, Training
+from titanlite.resilience.guards import Guards
+from titanlite.train import main
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = PRESETS["debug"]
+
+
+def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6, compiled: bool = False) -> list[float]:
+    """The curve of a few steps on the embedded corpus, in two microbatches."""
+    from titanlite.data.loader import train_loader
+    from titanlite.parallel.compiled import compile_units
+
+    model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
+    initialise(model, lambda name: initial_std(CONFIG, name), 0)
+    model.to(device)
+    if compiled:
+        compile_units(model, SPEC)
+    optimizer = build_optimizer(Optimizer(name=optimizer_name, lr=3e-3), SPEC, model, dtype)
+    program = Program(model, World(0, 1, torch.device(device)))
+    plan = batch_plan(Training(steps=steps, sequence_length=128, global_batch=8, microbatch=4), 1, 0)
+    curve = []
+    for batch in train_loader(open_data(Data(), 128, 0).train, plan, 0, steps):
+        loss = program.forward_backward(batch.to(torch.device(device)))
+        norm = clip_gradients(list(model.parameters()), 1.0)
+        optimizer.step(1.0, torch.isfinite(norm))
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    return curve
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_curve_is_the_cpus_in_float64(optimizer: str) -> None:
+    assert losses("cuda", torch.float64, optimizer) == pytest.approx(losses("cpu", torch.float64, optimizer), rel=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_follows_float32(compiled: bool) -> None:
+    exact = losses("cuda", torch.float32, "adamw")
+    assert losses("cuda", torch.bfloat16, "adamw", compiled=compiled) == pytest.approx(exact, rel=1e-2)
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    device = torch.device("cuda")
+    with device:
+        model = SPEC.build(CONFIG, torch.bfloat16)
+    initialise(model, lambda name: initial_std(CONFIG, name), 0)
+    optimizer = build_optimizer(Optimizer(name="muon"), SPEC, model, torch.bfloat16)
+    program, guards = Program(model, World(0, 1, device)), Guards(Resilience(), device)
+    from titanlite.data.loader import train_loader
+
+    plan = batch_plan(Training(steps=3, sequence_length=128, global_batch=8), 1, 0)
+    loader = train_loader(open_data(Data(), 128, 0).train, plan, 0, 3, pin_memory=True)
+    for step, batch in enumerate(loader, 1):
+        if step == 3:  # the first steps allocate and autotune
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = program.forward_backward(batch.to(device))
+            norm = clip_gradients(list(model.parameters()), 1.0)
+            optimizer.step(1.0, guards.judge(step, loss, norm))
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[run]\noutput_dir = "{tmp_path}"\ndeterministic = true\n[training]\nsteps = 12\n[metrics]\nlog_every = 1\n'
+    )
+
+    def run(*arguments: str) -> int:
+        return run_command(main, [str(recipe), *arguments])
+
+    assert run("--run.name=whole") == 0
+    assert run("--run.name=parts", "--run.stop_after_step=5") == 75
+    assert run("--run.name=parts") == 0
+    curves = [
+        [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
+        for lines in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts"))
+    ]
+    assert len(curves[0]) == 12 and curves[0] == curves[1]
