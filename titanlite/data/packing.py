@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.data.tokenizers import Tokens
+from titanlite.data.tokenizers import Ids, Tokens
 
 Int64 = npt.NDArray[np.int64]
 
 
-def pack(documents: Sequence[Tokens], separator: int) -> Tokens:
+def pack(documents: Sequence[Ids], separator: int) -> Tokens:
     """The stream: each document followed by one `separator`, 2 bytes a token."""
     stream = np.empty(sum(map(len, documents)) + len(documents), np.uint16)
     end = 0

@@ -16,7 +16,7 @@ import numpy as np
 from titanlite.data.corpora import read_corpus
 from titanlite.data.order import sample_position
 from titanlite.data.packing import pack, window, window_count
-from titanlite.data.tokenizers import Tokenizer, Tokens, open_tokenizer
+from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -77,8 +77,8 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     shorter than one sequence.
     """
     tokenizer = open_tokenizer(section.tokenizer)
-    kept: list[Tokens] = []
-    held: list[Tokens] = []
+    kept: list[Ids] = []
+    held: list[Ids] = []
     for document in read_corpus(section):
         side = held if _is_held_out(document.name, section.validation_percent) else kept
         side.append(tokenizer.encode(document.content))
@@ -87,7 +87,7 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     if not kept or not held:
         kept, held = _cut_each(kept or held, section.validation_percent)
 
-    def split(name: str, documents: Sequence[Tokens]) -> Split:
+    def split(name: str, documents: Sequence[Ids]) -> Split:
         stream = pack(documents, tokenizer.separator)
         return Split(name, stream, tokenizer, sequence_length, section.document_mask, seed)
 
@@ -122,7 +122,7 @@ def _is_held_out(name: str, percent: float) -> bool:
     return int.from_bytes(digest, "little") < percent / 100 * 2**64
 
 
-def _cut_each(documents: Sequence[Tokens], percent: float) -> tuple[list[Tokens], list[Tokens]]:
+def _cut_each(documents: Sequence[Ids], percent: float) -> tuple[list[Ids], list[Ids]]:
     """The beginnings and the last `percent` of the tokens of each document; empty pieces left out."""
     cuts = [len(document) - round(len(document) * percent / 100) for document in documents]
     pairs = list(zip(documents, cuts, strict=True))

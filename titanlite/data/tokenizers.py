@@ -5,14 +5,17 @@ Text is bytes throughout: a corpus may hold any bytes, and bits per byte need th
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from titanlite.registry import Registry
 
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+"""Ids of a text, in whatever unsigned type is cheapest for the tokenizer."""
 Tokens = npt.NDArray[np.uint16]
+"""Ids as they are kept: 2 bytes each."""
 
 
 class Tokenizer(Protocol):
@@ -26,8 +29,8 @@ class Tokenizer(Protocol):
     def separator(self) -> int:
         """The id that stands between documents; no text encodes to it."""
 
-    def encode(self, text: bytes) -> Tokens:
-        """Ids of `text`, without a separator, as a flat array."""
+    def encode(self, text: bytes) -> Ids:
+        """Ids of `text`, without a separator, as a flat array that may be read-only."""
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """The bytes that `ids` stand for; separators stand for none."""
@@ -42,8 +45,8 @@ class ByteTokenizer:
     vocab_size = 257
     separator = 256
 
-    def encode(self, text: bytes) -> Tokens:
-        return np.frombuffer(text, np.uint8).astype(np.uint16)
+    def encode(self, text: bytes) -> Ids:
+        return np.frombuffer(text, np.uint8)  # the text itself, not a copy
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """As the protocol says; raises `ValueError` for an id outside the vocabulary."""
