@@ -105,6 +105,21 @@ def test_parameters_and_strided_tensors_are_read_in_place(tmp_path):
     assert torch.equal(target, weight) and torch.equal(strided, torch.arange(6.0).reshape(2, 3).t())
 
 
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_are_saved_and_read_in_place(tmp_path):
+    run = Run(tmp_path)
+    saved = {
+        "a": torch.randn(300, 7, device="cuda"),
+        "b": torch.randn(9, device="cuda").bfloat16(),
+        "c": torch.arange(3),
+    }
+    folder = run.save(1, saved)
+    assert read_manifest(folder).environment["device"] == torch.cuda.get_device_name()
+    targets = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    run.manager.load_latest(targets)
+    assert all(torch.equal(targets[name], saved[name]) and targets[name].device == saved[name].device for name in saved)
+
+
 def test_a_prefix_reads_the_weights_alone(tmp_path):
     run = Run(tmp_path)
     run.save(4)
@@ -223,6 +238,7 @@ DAMAGES = {
     "manifest missing": lambda f: (f / MANIFEST).unlink(),
     "manifest empty": lambda f: (f / MANIFEST).write_bytes(b""),
     "manifest cut": lambda f: os.truncate(f / MANIFEST, 200),
+    "manifest endless": lambda f: os.truncate(f / MANIFEST, 2**40),
     "manifest garbage": lambda f: (f / MANIFEST).write_bytes(random.Random(0).randbytes(500)),
     "manifest bit": lambda f: flip(f / MANIFEST, 60),
     "of another step": lambda f: (f / MANIFEST).write_bytes((f.parent / folder_name(1) / MANIFEST).read_bytes()),
@@ -238,7 +254,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_pa
     step, tensors = run.load()
     assert step == 1 and torch.equal(tensors["model.w"], state(1)["model.w"])
     assert str(run.manager.path(2)) in run.warnings[0] and "passed over" in run.warnings[0]
-    assert "1 steps will be trained again" in run.warnings[-1]
+    assert "1 step will be trained again" in run.warnings[-1]
 
 
 def test_if_all_are_damaged_the_error_names_each(tmp_path):

@@ -97,7 +97,18 @@ def test_content_that_must_not_be_believed_is_refused_with_its_place(table, said
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": NaN}', b"9" * 10_000, b'{"format": "zip"}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": NaN}',
+        b'{"a": 1e999}',
+        b"9" * 10_000,
+        b'{"format": "zip"}',
+    ],
 )
 def test_what_is_no_manifest_at_all_is_refused(data):
     with pytest.raises(DamagedCheckpointError):
@@ -125,6 +136,42 @@ def test_any_flipped_bit_is_refused_or_leaves_the_content_as_it_was(data):
     except (DamagedCheckpointError, NewerFormatError):
         return
     assert manifest == decode(original, "m")  # a bit of the white space between the fields
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(st.characters(categories=["L", "C"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(tree, path=()):
+    """Every place in a JSON value, as (keys down to it)."""
+    yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_stands_where_it_should_not_only_a_checkpoint_error_comes_out(data):
+    table = fields()
+    path = data.draw(st.sampled_from(sorted((p for p in places(table) if p), key=str)))
+    parent = table
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = data.draw(anything)
+    try:
+        manifest = decode(signed(table), "m")
+    except (DamagedCheckpointError, NewerFormatError) as error:
+        assert str(error).startswith("m ") and len(str(error)) < 3000 and str(error).isprintable()
+    else:
+        assert decode(encode(manifest), "m") == manifest
 
 
 def boxes_within(shape):

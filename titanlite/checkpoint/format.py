@@ -21,7 +21,7 @@ from titanlite.errors import CheckpointError
 FORMAT: Final = "titanlite-checkpoint"
 VERSION: Final = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 2**30
+MAX_MANIFEST_BYTES = 2**28
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
 MAX_DIMENSIONS = 8
@@ -226,4 +226,9 @@ def _no_constant(text: str) -> NoReturn:
 def _first_errors(error: ValidationError, limit: int = 5) -> str:
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     lines = [f"{'.'.join(str(part) for part in item['loc']) or 'manifest'}: {item['msg']}" for item in errors[:limit]]
-    return "; ".join(lines) + (f"; and {len(errors) - limit} more" if len(errors) > limit else "")
+    text = "; ".join(line[:300] for line in lines) + (
+        f"; and {len(errors) - limit} more" if len(errors) > limit else ""
+    )
+    return "".join(
+        sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text
+    )  # it goes to a terminal

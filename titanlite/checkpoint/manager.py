@@ -92,7 +92,10 @@ class CheckpointManager:
                 self._warn(f"{damage} The checkpoint of step {step} is passed over.")
                 continue
             if damages:
-                self._warn(f"going on from step {step}: {max(steps) - step} steps will be trained again.")
+                again = max(steps) - step
+                self._warn(
+                    f"going on from step {step}: {again} {'step' if again == 1 else 'steps'} will be trained again."
+                )
             return manifest
         if damages:
             listed = "\n  ".join(damages)

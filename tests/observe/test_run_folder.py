@@ -1,0 +1,257 @@
+"""Who may use a run folder, and what is never lost in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from datetime import datetime
+
+import pytest
+
+from titanlite import durable
+from titanlite.errors import EXIT_RECIPE, UsageError
+from titanlite.observe.run_folder import OWNED, has_run, open_run_folder
+from titanlite.recipe.load import to_toml
+from titanlite.recipe.sections import Recipe
+
+
+def recipe(**sections) -> Recipe:
+    return Recipe.model_validate({"training": {"steps": 10}, **sections})
+
+
+def opened(path, mode="auto", force=False, of=None, warn=pytest.fail):
+    of = of or recipe()
+    return open_run_folder(path, of, to_toml(of), mode, force, warn)
+
+
+def started(path, **sections):
+    """A run that has written everything a run writes, and ended."""
+    folder = opened(path, of=recipe(**sections))
+    for file in (
+        folder.metrics,
+        folder.checkpoints / "step-00000005" / "manifest.json",
+        folder.tensorboard / "events",
+        folder.logs / "log",
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+    folder.write_status("done", 10, 0)
+    folder.close()
+
+
+def listing(path):
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(UsageError) as refusal:
+        opened(*args, **kwargs)
+    assert refusal.value.exit_code == EXIT_RECIPE
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("mode", ["auto", "fresh"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_run_has_its_folder_made(tmp_path, mode, there):
+    path = tmp_path / "deep" / "größe x" if not there else tmp_path
+    folder = opened(path, mode)
+    assert not folder.resumed and folder.changes == {} and has_run(path)
+    assert folder.recipe.read_text() == to_toml(recipe())
+    assert folder.checkpoints.is_dir() and folder.logs.is_dir()
+    status = json.loads(folder.status.read_text())
+    assert status["state"] == "running" and status["step"] == 0 and status["exit_code"] is None
+    folder.close()
+
+
+def test_the_status_is_replaced_whole(tmp_path):
+    folder = opened(tmp_path)
+    folder.write_status("stopped", 7, 75, "SIGTERM")
+    status = json.loads(folder.status.read_text())
+    assert time.time() - 60 < datetime.fromisoformat(status.pop("time")).timestamp() <= time.time()
+    assert status == {"state": "stopped", "exit_code": 75, "step": 7, "reason": "SIGTERM"}
+    folder.close()
+
+
+def test_the_same_recipe_resumes_and_nothing_changes(tmp_path):
+    started(tmp_path)
+    before = listing(tmp_path)
+    for mode in ("auto", "resume"):
+        folder = opened(tmp_path, mode)
+        assert folder.resumed and folder.changes == {}
+        folder.close()
+    assert listing(tmp_path) == before
+
+
+def test_a_recipe_that_differs_in_what_may_change_resumes_and_is_written(tmp_path):
+    started(tmp_path)
+    now = recipe(
+        metrics={"log_every": 3},
+        checkpoint={"every_steps": 2},
+        run={"stop_after_step": 4, "name": "moved"},
+        data={"workers": 2},
+    )
+    folder = opened(tmp_path, of=now)
+    assert folder.resumed and folder.changes == {
+        "metrics.log_every": (10, 3), "checkpoint.every_steps": (0, 2), "run.stop_after_step": (None, 4),
+        "run.name": ("run", "moved"), "data.workers": (0, 2),
+    }  # fmt: skip
+    assert folder.recipe.read_text() == to_toml(now)
+    folder.close()
+
+
+def test_another_recipe_is_refused_with_every_difference_and_the_ways_out(tmp_path):
+    started(tmp_path)
+    before = listing(tmp_path)
+    for mode in ("auto", "resume"):
+        text = refused(tmp_path, mode, of=recipe(model={"dim": 99}, optimizer={"lr": 0.5}, metrics={"log_every": 2}))
+        assert "model.dim: None there, 99 here" in text and "optimizer.lr: 0.0003 there, 0.5 here" in text
+        assert "metrics" not in text
+        assert "run.name" in text and "--fresh --force" in text and str(tmp_path / "recipe.toml") in text
+    assert listing(tmp_path) == before
+
+
+def test_fresh_needs_force_and_then_deletes_what_a_run_wrote_and_no_more(tmp_path):
+    started(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = listing(tmp_path)
+    assert "--force" in refused(tmp_path, "fresh")
+    assert listing(tmp_path) == before
+    folder = opened(tmp_path, "fresh", force=True, of=recipe(model={"dim": 99}))
+    assert not folder.resumed
+    assert sorted(listing(tmp_path)) == ["notes.txt", "recipe.toml", "status.json"]
+    folder.close()
+
+
+def test_force_follows_no_links_out_of_the_folder(tmp_path):
+    started(tmp_path / "run")
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "big disk")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "big disk")
+    opened(tmp_path / "run", "fresh", force=True).close()
+    assert (tmp_path / "big disk" / "step-00000005" / "manifest.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("mode", ["auto", "fresh"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_with_other_files_and_no_run_is_refused(tmp_path, mode, force):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "thesis.tex" in refused(tmp_path, mode, force)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_resume_needs_a_run(tmp_path):
+    assert "no run to resume" in refused(tmp_path / "none", "resume")
+    assert not (tmp_path / "none").exists()
+
+
+def test_remains_without_a_recipe_are_not_guessed_at(tmp_path):
+    started(tmp_path)
+    (tmp_path / "recipe.toml").unlink()
+    assert "no recipe.toml" in refused(tmp_path)
+    opened(tmp_path, "fresh", force=True).close()
+
+
+def test_a_file_in_the_way_and_a_folder_that_cannot_be_made_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(tmp_path / "file")
+    assert f"{tmp_path / 'file' / 'below'}" in refused(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("refusing", ["replace", "mkdir"])
+def test_a_full_or_read_only_disk_is_named_with_the_path(tmp_path, monkeypatch, refusing):
+    def refuse(*args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, refusing, refuse)
+    text = refused(tmp_path / "run" if refusing == "mkdir" else tmp_path)
+    assert str(tmp_path) in text and "No space left on device (" in text and " free)" in text
+    monkeypatch.undo()
+    opened(tmp_path).close()
+
+
+def test_a_disk_that_fills_up_later_costs_a_warning(tmp_path, monkeypatch):
+    warnings = []
+    folder = opened(tmp_path, warn=warnings.append)
+    before = folder.status.read_bytes()
+    monkeypatch.setattr(durable.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+    folder.write_status("running", 5)
+    assert "status.json: No space left" in warnings[0] and folder.status.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoints", "logs", "recipe.toml", "status.json"]
+    folder.close()
+
+
+def test_too_little_room_is_said_before_training(tmp_path):
+    folder = opened(tmp_path)
+    folder.require_space(1, "a checkpoint")
+    with pytest.raises(UsageError, match=r"free, and a checkpoint needs 1024.00 TiB"):
+        folder.require_space(2**50, "a checkpoint")
+    folder.close()
+
+
+def test_a_second_process_is_refused_by_the_holders_name(tmp_path):
+    ready, written = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            opened(tmp_path)
+            if os.fork() == 0:  # a data worker, which outlives its trainer
+                time.sleep(20)
+                os._exit(0)
+            os.write(written, b"x")
+            time.sleep(20)
+        finally:
+            os._exit(1)
+    os.close(written)
+    os.read(ready, 1)
+    try:
+        for mode, force in (("auto", False), ("fresh", True)):
+            text = refused(tmp_path, mode, force)
+            assert f"in use by process {child} on {os.uname().nodename}" in text
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    opened(tmp_path).close()  # killed: the lock went with it, though the worker still lives
+    os.close(ready)
+
+
+def test_a_run_killed_while_it_was_deleted_is_still_a_run(tmp_path, monkeypatch):
+    started(tmp_path)
+    deleted = []
+    real = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        real(path, *args, **kwargs)
+        deleted.append(path)
+        if len(deleted) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path, "fresh", force=True)
+    assert (tmp_path / "recipe.toml").exists() and OWNED[-1] == "recipe.toml"
+    folder = opened(tmp_path)
+    assert folder.resumed
+    folder.close()
+
+
+def test_replace_file_never_shows_half(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    durable.replace_file(path, b"old")
+
+    def fail(*args):
+        raise OSError(5, os.strerror(5))
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError):
+                durable.replace_file(path, b"new")
+        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+    durable.replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
