@@ -281,6 +281,19 @@ def test_a_damaged_later_step_does_not_come_back_as_the_newest(tmp_path):
     assert run.load()[0] == 15
 
 
+def test_the_current_step_is_one_that_is_whole_and_a_damaged_one_is_replaced(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.save(step)
+        assert run.manager.current == step
+    DAMAGES["bit in the data"](run.manager.path(2))
+    again = Run(tmp_path)
+    assert again.manager.current is None
+    assert again.load()[0] == 1 and again.manager.current == 1
+    again.save(2)
+    assert again.manager.current == 2 and Run(tmp_path).load()[0] == 2
+
+
 def test_a_newer_format_is_not_passed_over(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):

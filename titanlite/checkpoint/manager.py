@@ -29,6 +29,8 @@ class CheckpointManager:
     def __init__(self, folder: Path, keep_last: int | None, warn: Callable[[str], None]) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.current: int | None = None
+        """Step of the checkpoint that this process last committed or loaded, known to be whole."""
         self._warn = warn
 
     def prepare(self) -> None:
@@ -67,6 +69,7 @@ class CheckpointManager:
         self._set_aside_later_than(step)
         final = self.path(step)
         save_state(final, step=step, samples=samples, tokens=tokens, tensors=tensors, values=values, recipe=recipe_text)
+        self.current = step
         self._prune()
         return final
 
@@ -75,6 +78,7 @@ class CheckpointManager:
         folder = self.path(step)
         manifest = storage.read_manifest(folder)
         read_tensors(folder, manifest, tensors, prefix)
+        self.current = step
         return manifest
 
     def load_latest(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Manifest | None:
