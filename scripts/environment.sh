@@ -1,15 +1,17 @@
 # Sourced by the other scripts: makes .venv and installs titanlite into it, when that is missing or stale.
 #
-# ensure_environment EXTRAS   EXTRAS as pip writes them ("" or "[test]"); afterwards $python is the environment's.
-# Stale means that pyproject.toml, the constraints or the extras changed since the last install; finding out that
-# nothing did costs one checksum.
+# ensure_environment [EXTRA]   afterwards $python is the environment's, with pyproject.toml's extra of that name.
+# Stale means that pyproject.toml or the constraints changed since the last install; finding out that nothing did
+# costs one checksum.
 
 ensure_environment() {
-  local extras=$1 stamp want
+  local extra=${1:-} want stamp
   python="$root/.venv/bin/python"
-  stamp="$root/.venv/installed${extras//[^a-z]/}"
-  want="$root $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum) $extras"
-  if [[ -x $python && -f $stamp && $(<"$stamp") == "$want" ]]; then return; fi
+  want="$root $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)"
+  # An environment with an extra serves those who need none.
+  for stamp in "$root/.venv/installed-$extra" ${extra:-"$root"/.venv/installed-*}; do
+    if [[ -x $python && -f $stamp && $(<"$stamp") == "$want" ]]; then return; fi
+  done
   echo "Setting up $root/.venv (once; a few minutes on a slow network) …" >&2
   if ! "$python" -c 'import pip' 2>/dev/null; then
     "$(find_python)" -m venv --clear "$root/.venv" || {
@@ -18,8 +20,8 @@ ensure_environment() {
     }
   fi
   "$python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$root/scripts/constraints.txt" --editable "$root$extras" >&2
-  printf '%s' "$want" >"$stamp"
+    --constraint "$root/scripts/constraints.txt" --editable "$root${extra:+[$extra]}" >&2
+  printf '%s' "$want" >"$root/.venv/installed-$extra"
 }
 
 find_python() {

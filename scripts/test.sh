@@ -5,7 +5,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
-ensure_environment "[test]"
+ensure_environment test
 cd "$root"
 
 selection=(-m "not slow")

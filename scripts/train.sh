@@ -6,7 +6,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
-ensure_environment ""
+ensure_environment
 
 if [[ $# -eq 0 || $1 == --* ]]; then set -- "$root/configs/debug.toml" "$@"; fi
 

@@ -98,7 +98,7 @@ class Trainer:
             for batch, wait_seconds in self._batches():
                 self._train_step(batch, wait_seconds)
                 self._after_step()
-                reason = stop_requests.agreed(self._limit(started))
+                reason = self._step_limit() or stop_requests.agreed(self._time_limit(started))
                 if reason and self.step < self.total_steps:
                     self._save()
                     raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
@@ -160,7 +160,7 @@ class Trainer:
     def _save(self) -> None:
         """Commit a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._review()
-        if not self.world.is_first or self.step in self.checkpoints.steps():
+        if not self.world.is_first or self.step == self.checkpoints.current:
             return
         self.checkpoints.save(
             step=self.step,
@@ -202,14 +202,14 @@ class Trainer:
                 yield moved, time.perf_counter() - before
                 first_step.close()
 
-    def _limit(self, started: float) -> str | None:
-        """Which limit of the recipe this step has reached."""
-        run = self.recipe.run
-        if run.stop_after_step is not None and self.step >= run.stop_after_step:
-            return f"run.stop_after_step = {run.stop_after_step}"
-        if run.stop_after_minutes is not None and time.monotonic() - started >= 60 * run.stop_after_minutes:
-            return f"run.stop_after_minutes = {run.stop_after_minutes:g}"
-        return None
+    def _step_limit(self) -> str | None:
+        limit = self.recipe.run.stop_after_step
+        return f"run.stop_after_step = {limit}" if limit is not None and self.step >= limit else None
+
+    def _time_limit(self, started: float) -> str | None:
+        limit = self.recipe.run.stop_after_minutes
+        over = limit is not None and time.monotonic() - started >= 60 * limit
+        return f"run.stop_after_minutes = {limit:g}" if over else None
 
     def _tokens(self, steps: int) -> int:
         return steps * self.plan.global_batch * self.recipe.training.sequence_length

@@ -7,6 +7,7 @@ compute): a layer casts its own weight to its input's dtype. Sums (norms, rotati
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,21 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+BFLOAT16_ON_FLOAT32_UNITS = platform.machine() in ("x86_64", "AMD64") and not (
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+"""Whether this CPU has no bfloat16 arithmetic, so that its float32 units are the faster way to the same products.
+
+The product of two bfloat16 values is exact in float32, and bfloat16 matrix units sum in float32 too: multiplying the
+rounded operands in float32 and rounding the result is the same operation, 2 to 4 times as fast on such a CPU.
+"""
+
+
+def by_float32_units(x: Tensor) -> bool:
+    """Whether x's products are formed in float32 although x is bfloat16."""
+    return BFLOAT16_ON_FLOAT32_UNITS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
 class Linear(nn.Linear):
     """x @ weight.T without bias, in x's dtype. Values are set by `models.init`, not here."""
 
@@ -31,7 +47,10 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight.to(x.dtype)
+        if by_float32_units(x):
+            return F.linear(x.float(), weight.float()).to(x.dtype)
+        return F.linear(x, weight)
 
 
 class Embedding(nn.Embedding):
@@ -143,6 +162,8 @@ class Attention(nn.Module):
         if cache is not None:
             causal = causal and cache.length == 0
             k, v = cache.extend(k, v)
+        if by_float32_units(x):
+            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -151,7 +172,7 @@ class Attention(nn.Module):
             is_causal=causal,
             enable_gqa=q.shape[2] != k.shape[2],
         )
-        return self.wo(out.transpose(1, 2).flatten(-2))
+        return self.wo(out.transpose(1, 2).flatten(-2).to(x.dtype))
 
 
 class SwiGLU(nn.Module):

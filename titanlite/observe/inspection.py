@@ -26,7 +26,9 @@ class NonfiniteFinder:
             for tensor in _tensors(output):
                 self._look(name, module, "output", tensor)
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._look(name, module, "gradient of the output", gradient))
+                    tensor.register_hook(  # type: ignore[no-untyped-call]
+                        lambda gradient: self._look(name, module, "gradient of the output", gradient)
+                    )
 
         return hook
 

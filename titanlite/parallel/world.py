@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from titanlite.parallel.host import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class World:
@@ -45,6 +47,7 @@ def joined_world(deterministic: bool) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
     if size == 1:
         yield World(rank, size, device)
         return

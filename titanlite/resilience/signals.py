@@ -9,6 +9,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from titanlite.errors import TitanliteError
+
 _GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -24,9 +26,13 @@ class StopRequests:
         self._previous = {number: signal.signal(number, self._handle) for number in _GRACEFUL}
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # The last exchange must end before the process group does. After an error that only this rank may have met,
+        # the others may never join it: then the process ends as it is, and its launcher ends theirs.
+        if self._pending is not None and (kind is None or issubclass(kind, TitanliteError)):
+            self._pending[0].wait()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
@@ -36,7 +42,7 @@ class StopRequests:
     def agreed(self, limit: str | None) -> str | None:
         """Why to stop after this step, or None; the same answer on every rank.
 
-        `limit` is this rank's own reason other than a signal. With several ranks the answer is that of the step
+        `limit` is a reason that this rank's own clock may give before another's. With several ranks the answer is that of the step
         before: the exchange runs on the hosts, beside the step, and is not waited for.
         """
         mine = limit or (signal.Signals(self._signal).name if self._signal is not None else None)

@@ -1,0 +1,112 @@
+"""Data-parallel replicas under torchrun: the curve of one process, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+[model]
+preset = "debug"
+dim = 16
+layers = 2
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+validation_percent = 10
+[training]
+steps = 6
+sequence_length = 16
+global_batch = 5
+[validation]
+every_steps = 3
+sequences = 7
+[optimizer]
+name = "muon"
+[precision]
+compute = "float64"
+[checkpoint]
+every_steps = 2
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(300)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def started(folder: Path, ranks: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """The recipe's processes, with the environment that torchrun gives them on one machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+        environment = {**os.environ, **place, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "titanlite.train", "recipe.toml", *arguments]
+        processes.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE))
+    return processes
+
+
+def ended(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes; one that is no planned end shows what its process said."""
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode in (0, 75), errors.decode()
+    return [process.returncode for process in processes]
+
+
+def launch(folder: Path, ranks: int, *arguments: str) -> None:
+    ended(started(folder, ranks, *arguments))
+
+
+def numbers(folder: Path, run: str) -> list[float]:
+    rows = map(json.loads, (folder / "runs" / run / "metrics.jsonl").read_text().splitlines())
+    kept = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
+    return [row[key] for row in rows for key in kept if key in row]
+
+
+def test_ranks_share_the_batch_and_keep_the_curve(folder: Path) -> None:
+    """Five sequences over 2 and 3 ranks: padding on some, in float64, where a wrong factor cannot hide."""
+    launch(folder, 1, "--run.name=one")
+    reference = numbers(folder, "one")
+    assert len(reference) == 6 * 2 + 2 * 2
+    for ranks, microbatch in ((2, 1), (3, 2)):
+        launch(folder, ranks, f"--run.name=ranks{ranks}", f"--training.microbatch={microbatch}")
+        assert numbers(folder, f"ranks{ranks}") == pytest.approx(reference, rel=1e-11)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> None:
+    processes = started(folder, 2, "--run.name=signalled", "--training.steps=100000")
+    metrics = folder / "runs/signalled/metrics.jsonl"
+    while not metrics.is_file() or '"step": 5' not in metrics.read_text():
+        assert processes[0].poll() is None
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    assert ended(processes) == [75, 75]
+    assert json.loads((folder / "runs/signalled/status.json").read_text())["state"] == "stopped"
+
+
+def test_another_number_of_ranks_goes_on(folder: Path) -> None:
+    launch(folder, 1, "--run.name=whole")
+    launch(folder, 2, "--run.name=parts", "--run.stop_after_step=2")
+    status = json.loads((folder / "runs/parts/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
+    launch(folder, 3, "--run.name=parts")
+    assert numbers(folder, "parts") == pytest.approx(numbers(folder, "whole"), rel=1e-11)
