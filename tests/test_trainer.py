@@ -79,8 +79,8 @@ def test_a_run_learns_and_leaves_what_it_promises(folder: Path) -> None:
     losses = [row["loss"] for row in rows()]
     assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
     assert set(rows()[0]) == {
-        "step", "samples", "tokens", "loss", "grad_norm", "lr", "step_seconds", "data_wait_seconds", "tokens_per_second",
-        "tokens_per_second_per_device", "tflops_per_device", "mfu", "memory_peak_gib",
+        "step", "samples", "tokens", "loss", "grad_norm", "lr", "step_seconds", "data_wait_seconds",
+        "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device", "mfu", "memory_peak_gib",
     }  # fmt: skip
     assert [row["step"] for row in rows(key="bits_per_byte")] == [20, 40]
     assert status()["state"] == "done" and status()["exit_code"] == 0 and status()["step"] == 40
@@ -109,7 +109,7 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(folder: Path, optimize
 
 
 def test_accumulation_gives_the_numbers_of_one_pass(folder: Path) -> None:
-    """In float64, with a last microbatch that is partly padding; a wrong weight would show at 1e-1, rounding at 1e-13."""
+    """In float64, with a last microbatch that is partly padding: a wrong weight would show, rounding stays below."""
     double = "--precision.compute=float64"
     assert train(double, "--run.name=one", "--training.global_batch=5") == 0
     assert train(double, "--run.name=many", "--training.global_batch=5", "--training.microbatch=2") == 0

@@ -42,8 +42,8 @@ class StopRequests:
     def agreed(self, limit: str | None) -> str | None:
         """Why to stop after this step, or None; the same answer on every rank.
 
-        `limit` is a reason that this rank's own clock may give before another's. With several ranks the answer is that of the step
-        before: the exchange runs on the hosts, beside the step, and is not waited for.
+        `limit` is a reason that this rank's own clock may give before another's. With several ranks the answer is
+        that of the step before: the exchange runs on the hosts, beside the step, and is not waited for.
         """
         mine = limit or (signal.Signals(self._signal).name if self._signal is not None else None)
         if self._ranks == 1:

@@ -1,0 +1,214 @@
+"""What a user can get wrong, through the command line: a clear paragraph, the right exit code, nothing lost on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from titanlite import durable
+from titanlite.checkpoint import storage
+from titanlite.cli import run_command
+from titanlite.train import main
+
+RECIPE = """
+[run]
+name = "tiny"
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = 4
+sequence_length = 16
+global_batch = 2
+[precision]
+compute = "float32"
+[checkpoint]
+every_steps = 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a good recipe and corpus, for each test to spoil."""
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """Start the recipe, see it refused with `code` and one paragraph, and return what was said."""
+    capsys.readouterr()
+    before = snapshot()
+    assert run_command(main, ["recipe.toml", *arguments]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
+    after = snapshot()
+    lost = {name for name in before if before[name] != after.get(name)} - {Path("runs/tiny/status.json")}
+    assert not lost, f"changed or lost: {lost}"
+    return said
+
+
+def snapshot() -> dict[Path, str]:
+    files = (path for path in Path().rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (("steps = 4", "stepps = 4"), ["recipe.toml:14: training.stepps", "did you mean", "training.steps"]),
+        (("steps = 4", 'steps = "four"'), ["recipe.toml:14: training.steps", "four"]),
+        (("steps = 4", "steps = 4.5"), ["recipe.toml:14: training.steps", "4.5"]),
+        (("steps = 4", "steps = 0"), ["recipe.toml:14: training.steps", "0"]),
+        (("global_batch = 2", "global_batch = -2"), ["recipe.toml:16: training.global_batch", "-2"]),
+        (("steps = 4", ""), ["training", "steps", "tokens"]),
+        (("kv_heads = 1", "kv_heads = 3"), ["recipe.toml:9: model.kv_heads", "2 heads", "3"]),
+        (("dim = 16", "dim = 17"), ["recipe.toml:6: model.dim", "17"]),
+        (('preset = "debug"', 'preset = "lama3-8b"'), ["recipe.toml:5: model.preset", "llama3-8b"]),
+        (("[run]", "[run"), ["recipe.toml:2"]),
+        (("[run]", 'extends = "missing.toml"\n[run]'), ["recipe.toml:2", "missing.toml"]),
+        (("[run]", 'extends = "recipe.toml"\n[run]'), ["recipe.toml:2", "recipe.toml"]),
+        (("sequence_length = 16", "sequence_length = 100000"), ["corpus.txt", "100,001"]),
+        (('corpus = "corpus.txt"', 'corpus = "absent.txt"'), ["absent.txt"]),
+        (('corpus = "corpus.txt"', 'corpus = "*.nothing"'), ["*.nothing"]),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_a_wrong_recipe_is_refused_by_file_line_and_key(
+    folder: Path, capsys: pytest.CaptureFixture[str], spoil: tuple[str, str], expected: list[str]
+) -> None:
+    text = RECIPE.replace(*spoil, 1)
+    assert text != RECIPE
+    Path("recipe.toml").write_text(text)
+    said = refused(capsys)
+    for words in expected:
+        assert words in said
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+def test_all_errors_come_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = RECIPE.replace("steps = 4", "steps = -4").replace("layers = 1", "layers = true").replace("[data]", "[datta]")
+    Path("recipe.toml").write_text(text)
+    said = refused(capsys)
+    assert all(key in said for key in ("training.steps", "model.layers", "datta"))
+
+
+def test_an_empty_corpus_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("corpus.txt").write_bytes(b"")
+    assert "corpus.txt" in refused(capsys)
+
+
+def test_text_of_any_bytes_trains(folder: Path) -> None:
+    Path("corpus.txt").write_bytes(bytes(range(256)) * 20)
+    assert run_command(main, ["recipe.toml"]) == 0
+
+
+def test_jsonl_that_is_not_utf8_names_file_and_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("corpus.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff\xfe"}\n')
+    said = refused(capsys, "--data.corpus=corpus.jsonl")
+    assert "corpus.jsonl" in said and "2" in said
+
+
+def test_a_file_where_the_run_folder_should_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").mkdir()
+    Path("runs/tiny").write_text("mine")
+    assert "runs/tiny is a file" in refused(capsys)
+
+
+def test_a_folder_of_somebody_elses_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/thesis.tex").write_text("mine")
+    assert "thesis.tex" in refused(capsys, "--fresh", "--force")
+
+
+def test_a_full_disk_at_the_start(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "free" in refused(capsys)
+
+
+def test_a_disk_that_fills_up_during_a_save(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save of step 4 finds no room: exit code 4, and the checkpoint of step 2 still loads."""
+    assert run_command(main, ["recipe.toml", "--run.stop_after_step=2"]) == 75
+    sync = durable.sync_path
+
+    def full(path: Path) -> None:
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        sync(path)
+
+    monkeypatch.setattr(storage, "sync_path", full)
+    kept = Path("runs/tiny/checkpoints/step-00000002/manifest.json").read_bytes()
+    assert run_command(main, ["recipe.toml"]) == 4
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in Path("runs/tiny/checkpoints").iterdir()] == ["step-00000002"]
+    assert Path("runs/tiny/checkpoints/step-00000002/manifest.json").read_bytes() == kept
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert run_command(main, ["recipe.toml"]) == 0
+
+
+def test_the_run_folder_of_another_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["recipe.toml"]) == 0
+    said = refused(capsys, "--model.layers=2", "--optimizer.lr=0.5")
+    assert "model.layers" in said and "optimizer.lr" in said and "0.5" in said
+
+
+def test_fresh_does_not_overwrite_without_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["recipe.toml"]) == 0
+    assert "--force" in refused(capsys, "--fresh")
+    assert run_command(main, ["recipe.toml", "--fresh", "--force"]) == 0
+
+
+def test_nothing_to_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "resume" in refused(capsys, "--resume")
+
+
+def test_a_checkpoint_that_does_not_fit_names_every_mismatch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A foreign checkpoint copied into the run's folder: every tensor that differs is named, with both shapes."""
+    assert run_command(main, ["recipe.toml", "--run.stop_after_step=2"]) == 75
+    assert run_command(main, ["recipe.toml", "--run.name=wide", "--model.ffn_dim=40", "--run.stop_after_step=2"]) == 75
+    shutil.rmtree("runs/tiny/checkpoints/step-00000002")
+    shutil.copytree("runs/wide/checkpoints/step-00000002", "runs/tiny/checkpoints/step-00000002")
+    said = refused(capsys, "--run.stop_after_step=2", code=4)
+    for name in ("gate", "up", "down"):
+        assert f"model.layers.0.ffn.{name}.weight" in said
+    assert "[40, 16]" in said and "[24, 16]" in said
+
+
+def test_only_damaged_checkpoints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["recipe.toml", "--run.stop_after_step=2"]) == 75
+    for file in Path("runs/tiny/checkpoints/step-00000002").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert "no usable checkpoint" in refused(capsys, "--run.stop_after_step=2", code=4)
+
+
+def test_generate_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from titanlite.generate import main as generate
+
+    assert run_command(generate, ["corpus.txt"]) == 2
+    assert "recipe.toml" in capsys.readouterr().err
+    assert run_command(main, ["recipe.toml", "--run.stop_after_step=2"]) == 75
+    shutil.rmtree("runs/tiny/checkpoints/step-00000002")
+    assert run_command(generate, ["runs/tiny"]) == 4
+    assert "no checkpoint" in capsys.readouterr().err
+    assert run_command(generate, ["runs/tiny", "--top-p=0"]) == 2
+
+
+def test_traceback_shows_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["recipe.toml", "--training.steps=0", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
