@@ -37,7 +37,7 @@ _SMALL_VOCAB = 32_000
 
 PRESETS: dict[str, LlamaConfig] = {
     # 272 rows: the byte tokenizer's 257, padded to a multiple of 16 for the matrix units.
-    "debug": LlamaConfig(192, 4, 6, 3, 512, 272, rope_theta=10_000.0, qk_norm=True),
+    "debug": LlamaConfig(128, 4, 4, 2, 384, 272, rope_theta=10_000.0, qk_norm=True),
     "30m": LlamaConfig(384, 10, 6, 6, 1024, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
     "125m": LlamaConfig(768, 12, 12, 12, 2560, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
     "350m": LlamaConfig(1024, 24, 16, 16, 2816, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
