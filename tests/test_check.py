@@ -41,10 +41,10 @@ def test_a_sound_recipe_has_no_findings() -> None:
         ("optimizer.name", {"optimizer__name": "adam"}),
         ("schedule.name", {"schedule__name": "cosin"}),
         ("model.preset", {"model__preset": "llama3-8"}),
-        ("model.kv_heads", {"model__kv_heads": 4}),
+        ("model.kv_heads", {"model__kv_heads": 3}),
         ("model.kv_heads", {"model__kv_heads": 12}),
-        ("model.dim", {"model__dim": 200}),
-        ("model.heads", {"model__dim": 18}),
+        ("model.dim", {"model__dim": 130}),
+        ("model.heads", {"model__dim": 12}),
         ("model.vocab_size", {"model__vocab_size": 256}),
         ("model.rope_scaling.low_freq_factor", {"model__rope_scaling": {"low_freq_factor": 4.0}}),
         ("optimizer.lr", {"optimizer__lr": 10.0}),
@@ -108,7 +108,7 @@ def test_what_is_right_next_to_what_is_wrong(keys: dict[str, Any]) -> None:
 
 
 def test_all_findings_at_once_errors_first() -> None:
-    findings = found(model__kv_heads=4, data__prefetch=9, schedule__name="x", optimizer__name="y", model__vocab_size=9)
+    findings = found(model__kv_heads=3, data__prefetch=9, schedule__name="x", optimizer__name="y", model__vocab_size=9)
     assert findings == [
         ("error", "optimizer.name"),
         ("error", "schedule.name"),
@@ -120,13 +120,13 @@ def test_all_findings_at_once_errors_first() -> None:
 
 def test_every_finding_says_how_to_mend_it() -> None:
     wrong = recipe(
-        training__steps=None, model__kv_heads=4, optimizer__name="adm", schedule__name="zz", parallel__dp_replicate=7
+        training__steps=None, model__kv_heads=3, optimizer__name="adm", schedule__name="zz", parallel__dp_replicate=7
     )
     assert [finding.fix for finding in check(wrong)] == [
         'give training.steps, or training.tokens such as "2M".',
         "did you mean 'adamw'?",
         "known: constant, linear, cosine, sqrt, wsd.",
-        "choose one of 1, 2, 3, 6.",
+        "choose one of 1, 2, 4.",
         "write -1 for one on each rank, or start 7 (titanlite check --world 7).",
     ]
 
@@ -207,7 +207,7 @@ class TestDescribe:
 
     def test_muon_keeps_one_moment_of_matrices(self) -> None:
         adamw, muon = (describe(recipe(optimizer__name=name))["state_bytes"] for name in ("adamw", "muon"))
-        kept = 4 * (192 * 192 * 2 + 192 * 96 * 2 + 3 * 192 * 512)
+        kept = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384)
         assert adamw["optimizer"] - muon["optimizer"] == 4 * kept
 
     def test_float64_doubles(self) -> None:
@@ -221,7 +221,7 @@ class TestDescribe:
 
 def test_findings_of_a_file_have_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
-    path.write_text('[training]\nsteps = 5\n[model]\npreset = "debug"\nkv_heads = 4\n[compile]\nenabled = true\n')
+    path.write_text('[training]\nsteps = 5\n[model]\npreset = "debug"\nkv_heads = 3\n[compile]\nenabled = true\n')
     with pytest.raises(RecipeError) as caught:
         checked(load_recipe(path, ["--debug.trace_shapes=true"]))
     assert [(f.key, f.file, f.line) for f in caught.value.findings] == [

@@ -91,7 +91,7 @@ class TestCheck:
         assert report["findings"] == []
 
     def test_json_of_a_wrong_recipe(self, run: Run, recipe: Path) -> None:
-        for override, key in [("--training.steps=0", "training.steps"), ("--model.kv_heads=4", "model.kv_heads")]:
+        for override, key in [("--training.steps=0", "training.steps"), ("--model.kv_heads=3", "model.kv_heads")]:
             code, out, err = run("check", str(recipe), "--json", override)
             assert (code, err) == (2, "")
             (finding,) = json.loads(out)["findings"]
@@ -126,7 +126,7 @@ class TestCheck:
             ("extends = 'recipe.toml'", "recipe.toml:1: extends: recipes extend each other in a circle"),
             ("extends = 'nowhere.toml'", "recipe.toml:1: extends: there is no recipe"),
             ("[training\n", "recipe.toml:1: column 10: not TOML"),
-            ("[training]\nsteps=1\n[model]\nkv_heads=4", "recipe.toml:4: model.kv_heads: 6 heads cannot share 4 key"),
+            ("[training]\nsteps=1\n[model]\nkv_heads=3", "recipe.toml:4: model.kv_heads: 4 heads cannot share 3 key"),
             ("", "recipe.toml: training: neither steps nor tokens is given"),
         ],
     )
