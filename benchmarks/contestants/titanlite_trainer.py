@@ -1,0 +1,55 @@
+"""titanlite's Trainer as `titanlite train` builds it: the same recipe, data, guards, metrics and loop.
+
+The loop is not touched. Only the data stands at the gate: a step begins with reading its first sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rules import Gate, Settings
+
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.data.splits import Split, open_data
+from titanlite.data.tokenizers import Tokens
+from titanlite.models.spec import spec_of
+from titanlite.observe.journal import Journal
+from titanlite.observe.sinks import JsonlSink
+from titanlite.parallel.world import joined_world
+from titanlite.recipe.load import load_recipe
+from titanlite.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class GatedSplit(Split):
+    """A split that waits at the gate before a step's first sample."""
+
+    gate: Gate
+    global_batch: int
+
+    def sample(self, number: int) -> Tokens:
+        if number % self.global_batch == 0:
+            self.gate.boundary()
+        return super().sample(number)
+
+
+def main() -> None:
+    settings = Settings.from_command_line()
+    folder = Path(settings.folder)
+    compile_blocks = f"--compile.enabled={str(settings.compile).lower()}"
+    loaded = load_recipe(folder / "recipe.toml", [compile_blocks])
+    recipe = loaded.recipe
+    data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
+    spec = spec_of(recipe.model.preset)
+    gate = Gate(spec.parameter_count(spec.configure(recipe.model)))
+    gated = GatedSplit(**vars(data.train), gate=gate, global_batch=recipe.training.global_batch)
+    with joined_world(recipe.run.deterministic) as world:
+        journal = Journal(None)
+        journal.add(JsonlSink(folder / "metrics.jsonl", 0, journal.say))
+        checkpoints = CheckpointManager(folder / "checkpoints", None, journal.say)
+        Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, journal).run()
+
+
+if __name__ == "__main__":
+    main()
