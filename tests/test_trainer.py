@@ -86,6 +86,8 @@ def test_a_run_learns_and_leaves_what_it_promises(folder: Path) -> None:
     assert status()["state"] == "done" and status()["exit_code"] == 0 and status()["step"] == 40
     assert Path("runs/tiny/checkpoints/step-00000040/manifest.json").is_file()
     assert list(Path("runs/tiny/tensorboard").iterdir())
+    log = Path("runs/tiny/logs/console.log").read_text()
+    assert "step 40/40  loss" in log and "12.66K parameters" in log
 
 
 def test_the_resolved_recipe_given_back_reproduces_the_run(folder: Path) -> None:

@@ -51,7 +51,7 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
     """Run a checked recipe to its end. Raises `TitanliteError` of the type that says how else it ended."""
     from titanlite.checkpoint.manager import CheckpointManager
     from titanlite.data.splits import open_data
-    from titanlite.observe.console import open_console
+    from titanlite.observe.console import LogFile, open_console
     from titanlite.observe.journal import Journal
     from titanlite.observe.run_folder import open_run_folder
     from titanlite.parallel.layout import total_steps
@@ -64,15 +64,17 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=validated)
     with ExitStack() as stack:
         world = stack.enter_context(joined_world(recipe.run.deterministic))
-        console = open_console(sys.stdout, total_steps(recipe.training), recipe.run.name) if world.is_first else None
-        journal = Journal(console)
+        journal = Journal()
         stack.callback(journal.close)
+        steps = total_steps(recipe.training)
         checkpoints = CheckpointManager(path / "checkpoints", recipe.checkpoint.keep_last or None, journal.say)
         trainer: Trainer | None = None
         if world.is_first:
+            journal.add_console(open_console(sys.stdout, steps, recipe.run.name))
             folder = open_run_folder(path, recipe, loaded.text, mode, force, journal.say)
             stack.callback(folder.close)
             stack.enter_context(_status(folder, lambda: 0 if trainer is None else trainer.step))
+            journal.add_console(LogFile(folder.logs / "console.log", steps))
             folder.require_space(_checkpoint_bytes(loaded), "a checkpoint of this model")
             checkpoints.prepare()
         world.wait_for_all()  # nobody looks for checkpoints before the first rank has locked and cleared the folder

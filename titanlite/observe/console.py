@@ -7,6 +7,7 @@ Both take the same rows as the other sinks.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import IO
 
@@ -37,11 +38,25 @@ class PlainConsole:
             return
         try:
             print(text, file=self._stream, flush=True)
-        except BrokenPipeError:  # `train | head`: the run is worth more than its last reader
+        except OSError:  # `train | head`, a full disk: the run is worth more than its last reader
             self._stream = None
 
     def close(self) -> None:
         """Nothing to put back: the stream is the caller's."""
+
+
+class LogFile(PlainConsole):
+    """The plain lines in a file of the run folder, where a run on a terminal leaves them too; appended to."""
+
+    def __init__(self, path: Path, total_steps: int) -> None:
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        super().__init__(self._file, total_steps)
+
+    def close(self) -> None:
+        """Close the file, whether the disk takes its last line or not."""
+        self._stream = None
+        with suppress(OSError):
+            self._file.close()
 
 
 class TerminalConsole:

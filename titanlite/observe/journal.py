@@ -1,6 +1,6 @@
-"""Everything a run says, in one place: rows to every sink (files and console), messages to the console.
+"""Everything a run says, in one place: rows to every sink and console, messages to the consoles.
 
-On ranks other than the first a journal has no sinks, and says nothing.
+On ranks other than the first a journal has neither, and says nothing.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from titanlite.observe.sinks import Sink
 
 
 class Journal:
-    """Hands each row to the console, if there is one, and to the sinks that were added."""
+    """Passes on what it is told; closes what it passes it to."""
 
-    def __init__(self, console: PlainConsole | TerminalConsole | None) -> None:
-        self._console = console
-        self._sinks: list[Sink] = [] if console is None else [console]
+    def __init__(self) -> None:
+        self._consoles: list[PlainConsole | TerminalConsole] = []
+        self._sinks: list[Sink] = []
+
+    def add_console(self, console: PlainConsole | TerminalConsole) -> None:
+        """Rows and messages go to `console` too from now on."""
+        self._consoles.append(console)
 
     def add(self, sink: Sink) -> None:
-        """Rows go to `sink` too from now on; it is closed with the journal."""
+        """Rows go to `sink` too from now on."""
         self._sinks.append(sink)
 
     def write(self, row: Row) -> None:
-        """A metrics or validation row."""
-        for sink in self._sinks:
+        """A metrics, validation or event row."""
+        for sink in (*self._sinks, *self._consoles):
             sink.write(row)
 
     def event(self, step: int, event: str, detail: str) -> None:
@@ -31,11 +35,11 @@ class Journal:
         self.write(event_row(step, event, detail))
 
     def say(self, text: str) -> None:
-        """A message for the reader, kept nowhere."""
-        if self._console is not None:
-            self._console.message(text)
+        """A message for the reader, not for the metrics."""
+        for console in self._consoles:
+            console.message(text)
 
     def close(self) -> None:
-        """Close every sink, the console last."""
-        for sink in reversed(self._sinks):
+        """Close every sink, then the consoles, which may have something to say about that."""
+        for sink in (*self._sinks, *self._consoles):
             sink.close()
