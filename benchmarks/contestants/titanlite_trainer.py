@@ -45,7 +45,7 @@ def main() -> None:
     gate = Gate(spec.parameter_count(spec.configure(recipe.model)))
     gated = GatedSplit(**vars(data.train), gate=gate, global_batch=recipe.training.global_batch)
     with joined_world(recipe.run.deterministic) as world:
-        journal = Journal(None)
+        journal = Journal()
         journal.add(JsonlSink(folder / "metrics.jsonl", 0, journal.say))
         checkpoints = CheckpointManager(folder / "checkpoints", None, journal.say)
         Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, journal).run()
