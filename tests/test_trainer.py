@@ -212,3 +212,13 @@ def poison_gradient(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return loss
 
     monkeypatch.setattr(Program, "forward_backward", poisoned)
+
+
+def test_compiled_blocks_give_the_eager_curve(folder: Path) -> None:
+    """In float64, where fusing moves only the last bits; validation runs the compiled blocks without gradients."""
+    keys = ("--precision.compute=float64", "--validation.every_steps=4", "--validation.sequences=3")
+    assert train(*keys, "--run.name=eager") == 0
+    assert train(*keys, "--run.name=compiled", "--compile.enabled=true") == 0
+    for key in ("loss", "grad_norm", "validation_loss"):
+        eager, compiled = rows("eager", key), rows("compiled", key)
+        assert [row[key] for row in compiled] == pytest.approx([row[key] for row in eager], rel=1e-9)
