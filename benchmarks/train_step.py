@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         loss = program.forward_backward(batch)
         norm = clip_gradients(parameters, 1.0)
         optimizer.step(1.0, guards.judge(step, loss, norm))
-        optimizer.zero_grad()
+        model.zero_grad(set_to_none=True)
         _synchronise(device)
         seconds.append(time.perf_counter() - before)
     median = statistics.median(seconds[arguments.warmup :])

@@ -73,7 +73,9 @@ class Trainer:
         manifest = checkpoints.load_latest(self._state())
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
-        if manifest is None:
+        if manifest is not None:
+            self.guards.resumed()
+        else:
             initialise(self.model, lambda name: spec.initial_std(config, name), recipe.run.seed)
 
         self.program = Program(self.model, world)
@@ -95,14 +97,18 @@ class Trainer:
         started = time.monotonic()
         self.metrics.start(tokens=self._tokens(self.step))
         with StopRequests(self.world.size) as stop_requests, _collecting_garbage_seldom():
+            self._stop_if(self._step_limit())
             for batch, wait_seconds in self._batches():
                 self._train_step(batch, wait_seconds)
                 self._after_step()
-                reason = self._step_limit() or stop_requests.agreed(self._time_limit(started))
-                if reason and self.step < self.total_steps:
-                    self._save()
-                    raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
-        self._save()
+                self._stop_if(self._step_limit() or stop_requests.agreed(self._time_limit(started)))
+            self._save()  # a signal waits for this one too
+
+    def _stop_if(self, reason: str | None) -> None:
+        """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
+        if reason and self.step < self.total_steps:
+            self._save()
+            raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
 
     def _train_step(self, batch: Batch, wait_seconds: float) -> None:
         """One optimizer step; the host only queues work, unless this step is logged."""
@@ -114,7 +120,7 @@ class Trainer:
         taken = self.guards.judge(self.step, loss, norm)
         factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
         self.optimizer.step(factor, taken)
-        self.optimizer.zero_grad()
+        self.model.zero_grad(set_to_none=True)
         row = self.metrics.record(
             step=self.step,
             loss=loss,

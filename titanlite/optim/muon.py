@@ -48,17 +48,11 @@ class Muon:
         self._groups = list(by_shape.values())
         self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for group in self._groups]
 
-    def state(self) -> Iterable[tuple[str, str, Tensor]]:
-        """(parameter name, "momentum", view of its buffer); writing into the view restores the state."""
+    def state(self) -> Iterable[tuple[str, Tensor]]:
+        """(`<parameter>/momentum`, view of its buffer): copying into these restores the optimizer."""
         for group, momenta in zip(self._groups, self._momenta, strict=True):
             for name, momentum in zip(group, momenta.unbind(0), strict=True):
-                yield name, "momentum", momentum
-
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for group in self._groups:
-            for parameter in group.values():
-                parameter.grad = None
+                yield f"{name}/momentum", momentum
 
     @torch.no_grad()
     def step(self, lr: float, taken: Tensor) -> None:
@@ -72,5 +66,6 @@ class Muon:
             rows, columns = parameters[0].shape
             rate = lr * max(1.0, rows / columns) ** 0.5
             update = torch.where(taken, update * rate, 0.0)
-            torch._foreach_mul_(parameters, 1.0 - taken * (lr * self.weight_decay))
+            # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
+            torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))
             torch._foreach_sub_(parameters, list(update.unbind(0)))

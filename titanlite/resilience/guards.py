@@ -51,6 +51,15 @@ class Guards:
             )
         return f"{new} step(s) with a non-finite loss or gradient were passed over; {skipped} in all"
 
+    def resumed(self) -> None:
+        """Call once the state is a checkpoint's: what it counted was reported, and ends no run that may go on.
+
+        Under `stop` the run may have skipped steps before, when its recipe still said `skip`.
+        """
+        self._reported = int(self._skipped)
+        if self.section.on_nonfinite == "stop":
+            self._first_bad.zero_()
+
     def state(self) -> dict[str, Tensor]:
         """Live counters for the checkpoint."""
         return {"skipped": self._skipped, "first_bad": self._first_bad}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from titanlite.errors import TitanliteError
 
 _GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ECHO_SECONDS = 1.0
+"""Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""
 
 
 class StopRequests:
@@ -19,6 +22,7 @@ class StopRequests:
 
     def __init__(self, ranks: int) -> None:
         self._signal: int | None = None
+        self._asked_at = 0.0
         self._ranks = ranks
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -35,9 +39,11 @@ class StopRequests:
             self._pending[0].wait()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._asked_at = number, now
+        elif now - self._asked_at > _ECHO_SECONDS:
             os._exit(128 + number)
-        self._signal = number
 
     def agreed(self, limit: str | None) -> str | None:
         """Why to stop after this step, or None; the same answer on every rank.
