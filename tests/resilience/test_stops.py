@@ -1,0 +1,158 @@
+"""Ways to end a run between two steps: limits, signals at awkward moments, guards that remember an earlier life."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from titanlite.cli import run_command
+from titanlite.recipe.sections import Resilience
+from titanlite.resilience.guards import Guards
+from titanlite.train import main
+
+RECIPE = """
+[run]
+name = "tiny"
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = 6
+sequence_length = 16
+global_batch = 2
+[precision]
+compute = "float32"
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+
+SIGNALLED_WHILE_SAVING = """
+import os, signal, sys, time
+from titanlite.checkpoint import manager
+from titanlite.cli import run_command
+from titanlite.train import main
+
+save_state, step, signals, pause = manager.save_state, int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+
+def save(final, **values):
+    if values["step"] == step:
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)
+    return save_state(final, **values)
+
+manager.save_state = save
+sys.exit(run_command(main, ["recipe.toml", *sys.argv[4:]]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return run_command(main, ["recipe.toml", *arguments])
+
+
+def status() -> tuple[object, object, object]:
+    fields = json.loads(Path("runs/tiny/status.json").read_text())
+    return fields["state"], fields["exit_code"], fields["step"]
+
+
+def events(kind: str) -> list[dict[str, object]]:
+    rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == kind]
+
+
+def test_a_step_limit_that_is_already_reached_trains_no_further(folder: Path) -> None:
+    assert train("--run.stop_after_step=3") == 75
+    for limit in (3, 2):
+        assert train(f"--run.stop_after_step={limit}") == 75
+        assert status() == ("stopped", 75, 3)
+    assert train() == 0
+    assert train("--run.stop_after_step=3") == 0, "a run that is done stays done"
+
+
+@pytest.mark.parametrize(
+    ("step", "signals", "pause", "code"),
+    [
+        pytest.param(6, 1, 0.0, 0, id="in the last save: it is finished, and so is the run"),
+        pytest.param(2, 2, 0.0, 75, id="twice at once: the launcher's echo"),
+        pytest.param(2, 2, 1.2, 128 + signal.SIGTERM, id="again after a while: at once"),
+    ],
+)
+def test_signals_during_a_save(folder: Path, step: int, signals: int, pause: float, code: int) -> None:
+    words = [sys.executable, "-c", SIGNALLED_WHILE_SAVING, str(step), str(signals), str(pause)]
+    process = subprocess.run([*words, "--checkpoint.every_steps=2"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == code
+    saved = sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir() if not path.name.startswith("."))
+    assert saved == {0: ["step-00000004", "step-00000006"], 75: ["step-00000002"]}.get(code, [])
+
+
+def test_steps_skipped_before_a_resume_are_neither_told_again_nor_fatal(
+    folder: Path, poison: Callable[[int], None]
+) -> None:
+    poison(2)
+    assert train("--resilience.on_nonfinite=skip", "--run.stop_after_step=3") == 75
+    told = events("nonfinite")
+    assert any("1 in all" in str(row["detail"]) for row in told)
+    assert train("--resilience.on_nonfinite=skip", "--run.stop_after_step=4") == 75
+    assert events("nonfinite") == told
+    assert train("--resilience.on_nonfinite=stop") == 0
+    assert status() == ("done", 0, 6) and events("nonfinite") == told
+
+
+def test_stop_still_stops_after_a_resume(folder: Path, poison: Callable[[int], None]) -> None:
+    poison(2)
+    assert train("--resilience.on_nonfinite=skip", "--run.stop_after_step=3") == 75
+    poison(2)  # counted from the resume: step 5
+    assert train("--resilience.on_nonfinite=stop") == 3
+    assert "step 5:" in json.loads(Path("runs/tiny/status.json").read_text())["reason"]
+
+
+def test_nothing_is_taken_after_the_first_bad_step_until_the_host_hears_of_it() -> None:
+    guards = Guards(Resilience(on_nonfinite="stop"), torch.device("cpu"))
+    good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
+    assert [bool(guards.judge(step, loss, good)) for step, loss in enumerate((good, bad, good), 1)] == [1, 0, 0]
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make the n-th step from now on have a gradient that is not a number."""
+    from titanlite.parallel.program import Program
+
+    forward_backward = Program.forward_backward
+
+    def at(step: int) -> None:
+        steps = iter(range(1, 10**6))
+
+        def poisoned(self: Program, batch: object) -> torch.Tensor:
+            loss = forward_backward(self, batch)  # type: ignore[arg-type]
+            if next(steps) == step:
+                gradient = next(self.model.parameters()).grad
+                assert gradient is not None
+                gradient[0] = float("nan")
+            return loss
+
+        monkeypatch.setattr(Program, "forward_backward", poisoned)
+
+    return at
