@@ -5,10 +5,12 @@ Also the one place where an error becomes a paragraph and an exit code. Knows no
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from titanlite import __version__
 from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
@@ -48,14 +50,16 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
 
     `--traceback` (taken out of `argv`) shows where it was raised. Other exceptions are our mistakes and pass through.
     """
+    _let_printing_succeed()
     arguments = [word for word in argv if word != "--traceback"]
     try:
         code = command(arguments)
         sys.stdout.flush()
     except TitanliteError as error:
-        if len(arguments) < len(argv):
-            traceback.print_exc()
-        print(_paragraph(error), file=sys.stderr)
+        with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
+            if len(arguments) < len(argv):
+                traceback.print_exc()
+            print(_paragraph(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -64,6 +68,15 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code
+
+
+def _let_printing_succeed() -> None:
+    """A character that the terminal's encoding lacks is escaped, and a stream that is closed takes what it is given."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _paragraph(error: TitanliteError) -> str:

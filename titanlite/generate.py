@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,19 +33,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     arguments = parser.parse_args(argv)
-    if arguments.tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+    if arguments.tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
         raise UsageError("--tokens must be at least 1, --temperature at least 0, and --top-p in (0, 1].")
+    if not 0 <= arguments.seed < 2**63:
+        raise UsageError(f"--seed {arguments.seed} must be at least 0 and below 2^63.")
 
     recipe = load_recipe(_recipe_file(arguments.run)).recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(arguments.run, recipe, device)
     tokenizer = open_tokenizer(recipe.data.tokenizer)
     sampler = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
-    prompt = [tokenizer.separator, *tokenizer.encode(arguments.prompt.encode()).tolist()]
+    prompt = os.fsencode(arguments.prompt)  # its bytes as they were typed, UTF-8 or not
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    sys.stdout.write(arguments.prompt)
+    sys.stdout.write(decoder.decode(prompt))
     context = recipe.training.sequence_length
-    for token in generate(model, prompt, arguments.tokens, context, tokenizer.vocab_size, sampler):
+    beginning = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
+    for token in generate(model, beginning, arguments.tokens, context, tokenizer.vocab_size, sampler):
         if token == tokenizer.separator:
             break
         sys.stdout.write(decoder.decode(tokenizer.decode([token])))
@@ -76,10 +80,12 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """logits [vocab] -> a token. Drawn on the CPU, so that a seed means the same everywhere."""
-        logits = logits.float().cpu()
+        logits = logits.double().cpu()
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities, tokens = torch.softmax(logits / self.temperature, dim=-1).sort(descending=True)
+        # The largest becomes 0 first, so that however low a temperature leaves it finite.
+        scaled = (logits - logits.max()) / self.temperature
+        probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True)
         # Keep a token if those before it have not filled top_p yet: always at least the first.
         probabilities[probabilities.cumsum(0) - probabilities >= self.top_p] = 0
         return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
@@ -111,6 +117,6 @@ def generate(
 
 def _recipe_file(run: Path) -> Path:
     file = run / "recipe.toml"
-    if not file.is_file():
-        raise UsageError(f"{run} is not a run folder: it has no recipe.toml.")
+    if not os.path.isfile(file):
+        raise UsageError(f"{run} is not a run folder: it has no recipe.toml that can be read.")
     return file

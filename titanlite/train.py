@@ -55,7 +55,7 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
     from titanlite.observe.journal import Journal
     from titanlite.observe.run_folder import open_run_folder
     from titanlite.parallel.layout import total_steps
-    from titanlite.parallel.world import joined_world
+    from titanlite.parallel.world import full_memory_explained, joined_world
     from titanlite.trainer import Trainer
 
     recipe = loaded.recipe
@@ -78,10 +78,11 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
             folder.require_space(_checkpoint_bytes(loaded), "a checkpoint of this model")
             checkpoints.prepare()
         world.wait_for_all()  # nobody looks for checkpoints before the first rank has locked and cleared the folder
-        trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal)
-        if world.is_first:
-            _begin(journal, folder, trainer)
-        trainer.run()
+        with full_memory_explained():
+            trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal)
+            if world.is_first:
+                _begin(journal, folder, trainer)
+            trainer.run()
 
 
 def _begin(journal: Journal, folder: RunFolder, trainer: Trainer) -> None:

@@ -7,11 +7,14 @@ Both take the same rows as the other sinks.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
+from titanlite.durable import cause
+from titanlite.errors import UsageError
 from titanlite.observe.rows import Row
 from titanlite.recipe.units import format_count
 
@@ -50,7 +53,11 @@ class LogFile(PlainConsole):
     """The plain lines in a file of the run folder, where a run on a terminal leaves them too; appended to."""
 
     def __init__(self, path: Path, total_steps: int) -> None:
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        """Raises `UsageError` if the file cannot be written."""
+        try:
+            self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
         super().__init__(self._file, total_steps)
 
     def close(self) -> None:
@@ -78,23 +85,35 @@ class TerminalConsole:
         self._progress = Progress(*columns, console=Console(file=stream, force_terminal=True), auto_refresh=False)
         self._task = self._progress.add_task(title, total=total_steps, facts="starting")
         self._progress.start()
+        self._progress.console.show_cursor(True)  # rich hides it, and a killed run could not give it back
+        self._gone = False
 
     def write(self, row: Row) -> None:
         if "loss" in row:
             facts = "  ".join(f"{name} {text}" for name, text in _facts(row, self._total_steps) if name in _ON_THE_LINE)
-            self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True)
+            self._draw(lambda: self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True))
         else:
             self.message(describe(row, self._total_steps))
 
     def message(self, text: str) -> None:
         """A line, or several, above the progress line."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._draw(lambda: self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True))
 
     def close(self) -> None:
         """Leave the last state of the line, and give the terminal back."""
-        self._progress.stop()
+        self._draw(self._progress.stop)
+
+    def _draw(self, draw: Callable[[], object]) -> None:
+        """Draw, until the terminal is gone (its window closed, the connection lost): the run goes on without it."""
+        if self._gone:
+            return
+        try:
+            draw()
+        except OSError:
+            self._gone = True
 
 
+_LONGEST_SECONDS = 10**13  # more than any run, and less than `timedelta` can hold
 _ON_THE_LINE = ("loss", "tokens/s", "mfu", "eta")
 _WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, "data wait": 7, "mem": 9}
 
@@ -112,7 +131,7 @@ def describe(row: Row, total_steps: int) -> str:
 
 def _facts(row: Row, total_steps: int) -> list[tuple[str, str]]:
     """(name, text) of each quantity of a metrics row, in the order they are shown; MFU only where it is known."""
-    left = timedelta(seconds=round((total_steps - row["step"]) * row["step_seconds"]))
+    left = timedelta(seconds=min(round((total_steps - row["step"]) * row["step_seconds"]), _LONGEST_SECONDS))
     facts = [
         ("loss", f"{row['loss']:.4f}"),
         ("norm", f"{row['grad_norm']:.3f}"),

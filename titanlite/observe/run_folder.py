@@ -84,10 +84,10 @@ def open_run_folder(
     `auto` resumes if there is a run and starts one if not; `resume` needs one; `fresh` refuses one, or deletes it if
     `force`. Raises `UsageError` for whatever stands in the way, before anything is changed.
     """
-    _refuse_foreign(path)
-    if mode == "resume" and not has_run(path):
-        raise UsageError(f"there is no run to resume in {path}; leave --resume away to start one.")
     try:
+        _refuse_foreign(path)
+        if mode == "resume" and not has_run(path):
+            raise UsageError(f"there is no run to resume in {path}; leave --resume away to start one.")
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path / ".lock", warn)
     except OSError as error:

@@ -13,41 +13,41 @@ from torch import Tensor, nn
 
 
 class AdamW:
-    """First and second moments of every parameter, one step count; weight decay falls on matrices only."""
+    """Two moments of every parameter, one step count for all; weight decay falls on matrices only."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         self.betas = betas
         self.eps = eps
-        self._parameters = parameters
-        device = next(iter(parameters.values())).device
-        self._steps = torch.zeros((), dtype=torch.float32, device=device)
-        self._averages = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        self._squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        matrices = [name for name, p in parameters.items() if p.dim() >= 2]
-        vectors = [name for name, p in parameters.items() if p.dim() < 2]
-        self._groups = [(names, decay) for names, decay in ((matrices, weight_decay), (vectors, 0.0)) if names]
+        self._names = list(parameters)
+        self._parameters = list(parameters.values())
+        self._averages = [torch.zeros_like(p.data) for p in self._parameters]
+        self._squares = [torch.zeros_like(p.data) for p in self._parameters]
+        self._steps = torch.zeros((), dtype=torch.float32, device=self._parameters[0].device)
+        matrices = [index for index, p in enumerate(self._parameters) if p.dim() >= 2]
+        vectors = [index for index, p in enumerate(self._parameters) if p.dim() < 2]
+        self._groups = [(group, decay) for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
         """(`<parameter>/<kind>`, live tensor): copying into these restores the optimizer."""
         yield "adamw/steps", self._steps
-        for name in self._parameters:
-            yield f"{name}/average", self._averages[name]
-            yield f"{name}/square", self._squares[name]
+        for name, average, square in zip(self._names, self._averages, self._squares, strict=True):
+            yield f"{name}/average", average
+            yield f"{name}/square", square
 
     @torch.no_grad()
     def step(self, lr: float, taken: Tensor) -> None:
         """One update at learning rate `lr` where `taken` (bool scalar on the device) is true; else nothing changes."""
         self._steps += taken
-        for names, weight_decay in self._groups:
+        for group, weight_decay in self._groups:
             torch._fused_adamw_(
-                [self._parameters[name] for name in names],
-                [self._parameters[name].grad for name in names],
-                [self._averages[name] for name in names],
-                [self._squares[name] for name in names],
+                [self._parameters[index] for index in group],
+                [self._parameters[index].grad for index in group],  # type: ignore[misc]
+                [self._averages[index] for index in group],
+                [self._squares[index] for index in group],
                 [],
-                [self._steps] * len(names),
+                [self._steps] * len(group),
                 lr=lr,
                 beta1=self.betas[0],
                 beta2=self.betas[1],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from titanlite.errors import UsageError
 from titanlite.parallel.host import keep_freed_memory
 
 
@@ -30,6 +31,22 @@ class World:
         """Return once every rank has called this."""
         if self.size > 1:
             dist.barrier()
+
+
+@contextmanager
+def full_memory_explained() -> Iterator[None]:
+    """Turn an allocator's complaint that the device's memory is full into a `UsageError` that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # On a GPU it has a type; the CPU's allocator raises a plain RuntimeError with the system's words.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise UsageError(
+            f"the device's memory is full ({str(error).partition(chr(10))[0] or 'MemoryError'}). Give a smaller "
+            "training.microbatch (the numbers stay the same), a shorter training.sequence_length or a smaller model; "
+            "titanlite check says how much the model's states take."
+        ) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ COMMAND_LINE = "command line"
 
 ALTERNATIVES = (("training.steps", "training.tokens"),)
 """Keys of which a recipe gives one: where a nearer file or the command line gives one, an inherited other one goes."""
+
+_SYNTAX_FIXES = {
+    "invalid value": "text needs quotes, and booleans are true and false.",
+    "cannot overwrite a value": "the key is given twice; keep one of them.",
+}
+"""What is usually meant by a complaint of `tomllib`'s."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +155,11 @@ def _read_chain(path: Path) -> tuple[list[Path], list[_Layer], list[Finding]]:
             return files, layers, []
         named_by = Finding("extends", "", file=str(path), line=layer.origins[("extends",)].line)
         base = layer.values.pop("extends")
-        if not isinstance(base, str) or not base:
+        if not isinstance(base, str) or not base or "\0" in base:
             problem = 'must be the path of one recipe, relative to this file, such as "base.toml"'
             return files, layers, [dataclasses.replace(named_by, problem=problem)]
         path = path.parent / base
-        if path.resolve() in [file.resolve() for file in files]:
+        if os.path.realpath(path) in map(os.path.realpath, files):
             chain = " -> ".join([*map(str, files), str(path)])
             problem, fix = f"recipes extend each other in a circle: {chain};", "remove one of the links."
             return files, layers, [dataclasses.replace(named_by, problem=problem, fix=fix)]
@@ -175,11 +182,9 @@ def _read_file(path: Path, named_by: Finding) -> tuple[_Layer, Finding | None]:
         problem = f"byte 0x{content[error.start]:02x} is not UTF-8, which TOML files must be;"
         return _Layer(), Finding("", problem, "save the file as UTF-8.", str(path), line)
     except TomlSyntaxError as error:
-        problem, fix = (
-            f"column {error.column}: not TOML: {error};",
-            "text needs quotes, and booleans are true and false.",
-        )
-        return _Layer(), Finding("", problem, fix if "alue" in str(error) else "", str(path), error.line)
+        problem = f"column {error.column}: not TOML: {error}"
+        fix = _SYNTAX_FIXES.get(str(error), "")
+        return _Layer(), Finding("", f"{problem};" if fix else problem, fix, str(path), error.line)
     origins = {key: Origin(str(path), line) for key, line in document.lines.items()}
     return _Layer(document.values, origins), None
 

@@ -6,14 +6,15 @@ JSON schema are made from it. Rules that need more than one section live in `tit
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from titanlite.recipe.units import Count
+from titanlite.recipe.units import Count, fits_64_bits
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1), AfterValidator(fits_64_bits)]
+NonNegative = Annotated[int, Field(ge=0), AfterValidator(fits_64_bits)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -22,9 +23,15 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _folder_name(name: str) -> str:
-    if name in ("", ".", "..") or any(sign in name for sign in "/\\\x00"):
+    if name in ("", ".", "..") or any(sign in name for sign in "/\\"):
         raise ValueError(f"'{name}' cannot be the name of a folder; use no slashes (run.output_dir takes a path).")
-    return name
+    return _path(name)
+
+
+def _path(path: str) -> str:
+    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in path):  # control characters, bytes that are no UTF-8
+        raise ValueError(f"{path!r} has characters that cannot be printed; use a path without them.")
+    return path
 
 
 class Section(BaseModel):
@@ -40,7 +47,7 @@ class Run(Section):
 
     name: Annotated[str, AfterValidator(_folder_name)] = "run"
     """Name of the run; its folder is `output_dir/name`."""
-    output_dir: Text = "runs"
+    output_dir: Annotated[Text, AfterValidator(_path)] = "runs"
     """Folder that holds run folders; relative to where the command is started."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the data order."""

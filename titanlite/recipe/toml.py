@@ -43,9 +43,11 @@ def parse_toml(text: str) -> TomlDocument:
     """Parse a TOML document. Raises `TomlSyntaxError` at the first place that is not TOML."""
     try:
         values = tomllib.loads(text)
+        return TomlDocument(values, _Locator(text).locate())
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(str(error), text) from None
-    return TomlDocument(values, _Locator(text).locate())
+    except RecursionError:
+        raise TomlSyntaxError("values are nested too deeply", 1, 1) from None
 
 
 def parse_value(text: str) -> Any:

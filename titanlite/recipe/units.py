@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -44,9 +44,17 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def fits_64_bits(value: int) -> int:
+    """`value` as it is. Raises `ValueError` where TOML's integers, and torch's, end."""
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value} does not fit into 64 bits; write a smaller number.")
+    return value
+
+
 Count = Annotated[
     int,
     BeforeValidator(parse_count),
+    AfterValidator(fits_64_bits),
     Field(ge=1),
     WithJsonSchema(
         {
