@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig as HuggingFaceConfig
 from transformers import LlamaForCausalLM
 
@@ -165,17 +168,33 @@ def test_document_mask_equals_each_document_alone() -> None:
         torch.testing.assert_close(together[:, 13:], model(second), rtol=1e-5, atol=1e-5)
 
 
-def test_float64_runs_in_float64_throughout() -> None:
-    """Nothing on the way rounds to float32: a float32 step would leave a difference of 1e-7 between these two sums."""
-    config = replace(ODD, qk_norm=True)
-    model = build(config, torch.float64)
-    tokens = torch.randint(0, 257, (4, 32))
-    whole = model(tokens, tokens)
-    assert whole.dtype == torch.float64
-    halves = model(tokens[:2], tokens[:2]) + model(tokens[2:], tokens[2:])
-    assert abs(((whole - halves) / whole).item()) < 1e-14
-    twin = huggingface_twin(build(ODD, torch.float64))
-    assert twin.dtype == torch.float64
+class FloatsSeen(TorchDispatchMode):
+    """Collects the float dtypes of all that torch computes inside, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        floats = (t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_floating_point())
+        self.dtypes.update(tensor.dtype for tensor in floats)
+        return results
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_float64_runs_in_float64_throughout(masked: bool) -> None:
+    """No operation on the way, forward or backward, has a narrower result: proofs in float64 would not see past it."""
+    model = build(replace(SHAPES["2 kv heads, tied, scaled rope"], qk_norm=True), torch.float64)
+    tokens = torch.randint(0, 131, (2, 32))
+    documents = (torch.arange(32) // 10).expand(2, 32) if masked else None
+    with FloatsSeen() as seen:
+        loss = model(tokens, tokens, documents=documents)
+        loss.backward()
+    assert seen.dtypes == {torch.float64}
+    with FloatsSeen() as seen:
+        build(ODD, torch.bfloat16)(tokens)
+    assert {torch.bfloat16, torch.float32} <= seen.dtypes, "the witness itself must be able to see them"
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_gradients() -> None:

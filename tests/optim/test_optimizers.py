@@ -65,6 +65,15 @@ def test_muon_is_torchs_muon(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
+def test_muons_weight_decay_is_exact_in_float64() -> None:
+    """With no gradient only the decay is left; 1 - lr * decay rounded to float32 would be 1e-8 off."""
+    before = torch.randn(6, 4, dtype=torch.float64)
+    parameter = torch.nn.Parameter(before.clone())
+    parameter.grad = torch.zeros_like(before)
+    Muon({"w": parameter}, momentum=0.9, weight_decay=0.1, dtype=torch.float64).step(0.01, TAKEN)
+    torch.testing.assert_close(parameter.detach(), before * (1 - 0.001), rtol=1e-15, atol=0)
+
+
 def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values() -> None:
     matrices = torch.randn(4, 40, 24, dtype=torch.float64)
     result = orthogonalise(matrices, torch.float64)
