@@ -53,7 +53,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said
     after = snapshot()
-    lost = {name for name in before if before[name] != after.get(name)} - {Path("runs/tiny/status.json")}
+    told = {Path("runs/tiny/status.json"), Path("runs/tiny/logs/console.log")}
+    lost = {name for name in before if before[name] != after.get(name)} - told
     assert not lost, f"changed or lost: {lost}"
     return said
 
@@ -125,6 +126,12 @@ def test_a_file_where_the_run_folder_should_be(folder: Path, capsys: pytest.Capt
     assert "runs/tiny is a file" in refused(capsys)
 
 
+def test_a_run_folder_that_cannot_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "too long" in refused(capsys, "--run.name=" + "n" * 300)
+    assert "/dev/null/tiny" in refused(capsys, "--run.output_dir=/dev/null")
+    assert "cannot be printed" in refused(capsys, "--run.name=a\udcffb")
+
+
 def test_a_folder_of_somebody_elses_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs/tiny").mkdir(parents=True)
     Path("runs/tiny/thesis.tex").write_text("mine")
@@ -168,6 +175,13 @@ def test_the_run_folder_of_another_recipe(folder: Path, capsys: pytest.CaptureFi
     assert "model.layers" in said and "optimizer.lr" in said and "0.5" in said
 
 
+def test_a_model_too_large_for_the_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, f"--training.global_batch={2**62}")
+    assert "memory is full" in said and "training.microbatch" in said
+    assert run_command(main, ["recipe.toml", "--run.name=second", "--run.stop_after_step=2"]) == 75
+    assert run_command(main, ["recipe.toml", "--run.name=second", "--training.microbatch=1"]) == 0
+
+
 def test_fresh_does_not_overwrite_without_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, ["recipe.toml"]) == 0
     assert "--force" in refused(capsys, "--fresh")
@@ -206,7 +220,19 @@ def test_generate_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixtu
     shutil.rmtree("runs/tiny/checkpoints/step-00000002")
     assert run_command(generate, ["runs/tiny"]) == 4
     assert "no checkpoint" in capsys.readouterr().err
-    assert run_command(generate, ["runs/tiny", "--top-p=0"]) == 2
+    for wrong in ("--top-p=0", "--tokens=0", "--temperature=nan", "--temperature=-1", "--seed=-1", f"--seed={2**63}"):
+        assert run_command(generate, ["runs/tiny", wrong]) == 2
+
+
+def test_generate_takes_any_prompt_and_any_temperature(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    from titanlite.generate import main as generate
+
+    assert run_command(main, ["recipe.toml", "--run.stop_after_step=2"]) == 75
+    capfdbinary.readouterr()
+    for prompt in ("\u00fc", "\udcff half a character"):
+        for temperature in ("0", "1e-320", "1e300"):
+            assert run_command(generate, ["runs/tiny", "--prompt", prompt, "--temperature", temperature]) == 0
+    assert capfdbinary.readouterr().out.startswith("\u00fc".encode())
 
 
 def test_traceback_shows_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

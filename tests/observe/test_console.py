@@ -28,6 +28,7 @@ def test_a_metrics_row_says_how_it_goes_and_how_long_it_takes():
     for part in ("step  100/2000", "loss  2.3457", "tokens/s    5.12K", "mfu  41.2%", "eta 0:15:50", "1.21 GiB"):
         assert part in text
     assert "mfu" not in describe(metric(100, mfu=None), 2000)
+    assert "eta 115740740 days" in describe(metric(1, seconds=1e15), 2**60)
     assert "loss     nan" in describe(metric(100, loss=float("nan")), 2000)
 
 
@@ -121,6 +122,24 @@ def test_a_terminal_gets_one_progress_line_and_the_rest_above_it(terminal):
     assert "\x1b[2K" in second, "the line is taken away before another is printed"
     assert "validation loss 2.5000" in second and "[red]brackets[/red]" in second
     assert second.rindex("100/200") > second.index("brackets"), "and is drawn again below it"
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run():
+    controller, line = pty.openpty()
+    with os.fdopen(line, "w") as stream:
+        console = TerminalConsole(stream, 10, "run")
+        os.close(controller)
+        console.write(metric(1))
+        console.message("x")
+        console.close()
+
+
+def test_the_cursor_stays_in_sight(terminal):
+    console = TerminalConsole(terminal, 10, "run")
+    console.write(metric(1))
+    text = terminal.shown()
+    console.close()
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "a run that is killed here cannot show it again"
 
 
 def test_prints_of_others_pass_above_the_line(terminal, monkeypatch):

@@ -97,9 +97,13 @@ class TestExtends:
     def test_itself(self, write: Write) -> None:
         assert "circle" in errors(write('extends = "recipe.toml"'))[0]
 
-    @pytest.mark.parametrize("value", ["3", '""', "['a.toml']"])
+    @pytest.mark.parametrize("value", ["3", '""', "['a.toml']", '"\\u0000"'])
     def test_not_a_path(self, write: Write, value: str) -> None:
         assert errors(write(f"\nextends = {value}"))[0].startswith("recipe.toml:2: extends: must be the path")
+
+    def test_a_link_to_itself(self, write: Write, tmp_path: Path) -> None:
+        (tmp_path / "loop.toml").symlink_to("loop.toml")
+        assert errors(write('extends = "loop.toml"'))[0].startswith("recipe.toml:1: extends: the recipe 'loop.toml' ca")
 
     def test_broken_base(self, write: Write) -> None:
         write("a b", "base.toml")
@@ -118,6 +122,15 @@ class TestFiles:
     def test_invalid_toml_names_line_and_column(self, write: Write) -> None:
         (line,) = errors(write("[training]\nsteps = ten\n"))
         assert line.startswith("recipe.toml:2: column 9: not TOML: invalid value; text needs quotes")
+
+    def test_a_key_given_twice(self, write: Write) -> None:
+        (line,) = errors(write("[training]\nsteps = 1\nsteps = 2\n"))
+        assert line.startswith("recipe.toml:3: ") and line.endswith("the key is given twice; keep one of them.")
+
+    def test_brackets_without_end(self, write: Write) -> None:
+        assert errors(write(f"a = {'[' * 5000}{']' * 5000}")) == [
+            "recipe.toml:1: column 1: not TOML: values are nested too deeply"
+        ]
 
     def test_not_utf8(self, write: Write) -> None:
         assert errors(write(b'[run]\nname = "\xff"'))[0].startswith("recipe.toml:2: byte 0xff is not UTF-8")
@@ -184,6 +197,10 @@ class TestFiles:
         ("[run]\nname = '..'", "2: run.name: '..' cannot be the name of a folder"),
         ("[run]\nname = 5", '2: run.name: must be text, not 5; write name = "5".'),
         ("[run]\nseed = 9223372036854775808", "2: run.seed: must be a whole number"),
+        ('[run]\nname = "a\\u0007"', "2: run.name: 'a\\x07' has characters that cannot be printed"),
+        ('[run]\noutput_dir = "\\u0000"', "2: run.output_dir: '\\x00' has characters that cannot be printed"),
+        (f"[training]\nsteps = {2**63}", "2: training.steps: 9223372036854775808 does not fit into 64 bits"),
+        ("[training]\ntokens = '9999999999T'", "2: training.tokens: 9999999999000000000000 does not fit into 64 bits"),
         ("[run]\nname = 1979-05-27", "2: run.name: must be text, not 1979-05-27"),
     ],
 )
@@ -213,10 +230,15 @@ class TestOverrides:
 
     @pytest.mark.parametrize("name", ["2024-11-21", "7", "true", "a b", "a#b", "é'\"", "a=b", "--x", "1\nseed = 2"])
     def test_text_keys_take_any_text(self, write: Write, name: str) -> None:
-        assert load_recipe(write(""), [f"--run.name={name}"]).recipe.run.name == name
+        assert load_recipe(write(""), [f"--data.text_key={name}"]).recipe.data.text_key == name
+
+    def test_a_name_that_is_not_utf8(self, write: Write) -> None:
+        """How Python shows bytes of the command line that are no text."""
+        (line,) = errors(write(""), "--data.corpus=\udcff.txt")
+        assert line.startswith('command line: data.corpus: "\udcff.txt" is not UTF-8')
 
     def test_quoted_text_is_toml(self, write: Write) -> None:
-        assert load_recipe(write(""), ['--run.name="a\\tb"']).recipe.run.name == "a\tb"
+        assert load_recipe(write(""), ['--data.text_key="a\\tb"']).recipe.data.text_key == "a\tb"
 
     def test_unknown_and_malformed(self, write: Write) -> None:
         found = errors(write(""), "--training.setps=1", "nonsense", "--run..name=x", "--steps=4", "--model.heads=x")
@@ -250,21 +272,23 @@ def test_synonyms_name_keys() -> None:
 
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1)
-FOLDER_NAMES = TEXT.filter(lambda name: name not in (".", "..") and not set(name) & set("/\\\0"))
+PATHS = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1)
+FOLDER_NAMES = PATHS.filter(lambda name: name not in (".", "..") and not set(name) & set("/\\"))
+COUNTS = st.none() | st.integers(1, 2**63 - 1)
 ABOVE_ZERO = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 BELOW_ONE = st.floats(0, 1, exclude_max=True)
 RECIPES = st.builds(
     Recipe,
-    run=st.builds(sections.Run, name=FOLDER_NAMES, output_dir=TEXT, seed=st.integers(0, 2**63 - 1)),
+    run=st.builds(sections.Run, name=FOLDER_NAMES, output_dir=PATHS, seed=st.integers(0, 2**63 - 1)),
     model=st.builds(
         sections.Model,
         preset=TEXT,
-        dim=st.none() | st.integers(1),
+        dim=COUNTS,
         qk_norm=st.none() | st.booleans(),
         rope_scaling=st.none() | st.builds(sections.RopeScaling, factor=ABOVE_ZERO),
     ),
     data=st.builds(sections.Data, corpus=TEXT | st.lists(TEXT, min_size=1, max_size=3)),
-    training=st.builds(sections.Training, steps=st.none() | st.integers(1), tokens=st.none() | st.integers(1)),
+    training=st.builds(sections.Training, steps=COUNTS, tokens=COUNTS),
     optimizer=st.builds(sections.Optimizer, lr=ABOVE_ZERO, betas=st.tuples(BELOW_ONE, BELOW_ONE)),
 )
 

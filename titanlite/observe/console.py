@@ -43,6 +43,7 @@ class PlainConsole:
         try:
             print(text, file=self._stream, flush=True)
         except OSError:  # `train | head`, a full disk: the run is worth more than its last reader
+            _let_go(self._stream)
             self._stream = None
 
     def close(self) -> None:
@@ -110,7 +111,16 @@ class TerminalConsole:
         try:
             draw()
         except OSError:
+            _let_go(self._progress.console.file)
             self._gone = True
+
+
+def _let_go(stream: IO[str]) -> None:
+    """Have the stream write to nowhere, so that what it still holds cannot fail when it is flushed at the end."""
+    with suppress(OSError):  # a stream without a descriptor holds nothing back
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 _LONGEST_SECONDS = 10**13  # more than any run, and less than `timedelta` can hold

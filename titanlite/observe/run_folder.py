@@ -28,9 +28,9 @@ OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "status.json", "
 
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
-    "data.workers", "data.prefetch", "debug.trace_shapes",
+    "data.workers", "data.prefetch", "debug.trace_shapes", "training.microbatch", "parallel.*", "compile.*",
 )  # fmt: skip
-"""Recipe keys that leave the numbers of the training alone, so that a resumed run may change them."""
+"""Recipe keys that leave the training's numbers alone, but for rounding, so that a resumed run may change them."""
 
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]

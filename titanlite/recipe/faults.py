@@ -96,7 +96,9 @@ def _finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
     if fault["type"] == "value_error":
         return Finding(key, str(fault["ctx"]["error"]))
     if fault["type"] == "string_unicode":
-        return Finding(key, f"{_shown(value)} is not UTF-8;", "rename what it names, or name its folder, or use a glob.")
+        return Finding(
+            key, f"{_shown(value)} is not UTF-8;", "rename what it names, or name its folder, or use a glob."
+        )
     schema = key_schema(path) or {}
     return Finding(key, f"must be {type_in_words(schema)}, not {_shown(value)};", _fix(path, value, schema))
 
