@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def started(folder: Path, ranks: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """The recipe's processes, with the environment that torchrun gives them on one machine."""
+def started(folder: Path, ranks: int, *arguments: str, folders: Sequence[Path] = ()) -> list[subprocess.Popen[bytes]]:
+    """The recipe's processes, with the environment that torchrun gives them on one machine; each in its own folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -60,7 +62,8 @@ def started(folder: Path, ranks: int, *arguments: str) -> list[subprocess.Popen[
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
         environment = {**os.environ, **place, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "titanlite.train", "recipe.toml", *arguments]
-        processes.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE))
+        place_to_run = folders[rank] if folders else folder
+        processes.append(subprocess.Popen(command, cwd=place_to_run, env=environment, stderr=subprocess.PIPE))
     return processes
 
 
@@ -110,3 +113,20 @@ def test_another_number_of_ranks_goes_on(folder: Path) -> None:
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
     launch(folder, 3, "--run.name=parts")
     assert numbers(folder, "parts") == pytest.approx(numbers(folder, "whole"), rel=1e-11)
+
+
+def test_machines_that_share_no_disk_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The second rank's folder has no checkpoint: it would begin with fresh weights beside trained ones."""
+    launch(folder, 1, "--run.name=alone", "--run.stop_after_step=2")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copy(folder / "corpus.txt", elsewhere)
+    shutil.copy(folder / "recipe.toml", elsewhere)
+    processes = started(folder, 2, "--run.name=alone", folders=(folder, elsewhere))
+    said = [process.communicate(timeout=240)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [4, 4], said
+    assert "rank 0 would go on from step 2" in said[0] and "rank 1 would go on from step 0" in said[1]
+    with (elsewhere / "corpus.txt").open("a") as file:
+        file.write("one more line.\n" * 20)
+    processes = started(folder, 2, "--run.name=other", folders=(folder, elsewhere))
+    said = [process.communicate(timeout=240)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2] and "another corpus" in said[1], said

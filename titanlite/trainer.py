@@ -16,7 +16,7 @@ import torch
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.data.loader import Batch, train_loader, validation_batches
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import StoppedEarly
+from titanlite.errors import CheckpointError, DataError, StoppedEarly
 from titanlite.models.init import initialise
 from titanlite.models.spec import spec_of
 from titanlite.observe.flops import peak_flops
@@ -73,6 +73,8 @@ class Trainer:
         manifest = checkpoints.load_latest(self._state())
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
+        self._corpus = data.train.fingerprint
+        self._refuse_to_mix(str(manifest.values.get("corpus", self._corpus)) if manifest is not None else self._corpus)
         if manifest is not None:
             self.guards.resumed()
         else:
@@ -91,6 +93,28 @@ class Trainer:
             flops_per_token=spec.flops_per_token(config, recipe.training.sequence_length),
             peak_flops=peak_flops(card),
         )
+
+    def _refuse_to_mix(self, corpus: str) -> None:
+        """Refuse what would train on in silence with wrong numbers: ranks that disagree, or another corpus than before.
+
+        `corpus` is the fingerprint in the checkpoint. Raises `CheckpointError` and `DataError`.
+        """
+        if not self.world.all_equal(self.step):
+            raise CheckpointError(
+                f"rank {self.world.rank} would go on from step {self.step}, and others from another step. Every "
+                f"machine must see the same {self.checkpoints.folder}: set run.output_dir to a folder that they share."
+            )
+        if not self.world.all_equal(int(self._corpus, 16) >> 1):
+            raise DataError(
+                f"rank {self.world.rank} reads another corpus than others. Every machine must see the same files"
+                " (data.corpus; for 'python-stdlib', run the same Python)."
+            )
+        if corpus != self._corpus:
+            raise DataError(
+                f"the training text is not what it was when the checkpoint of step {self.step} was written: a file of "
+                "data.corpus has changed (for 'python-stdlib': another Python runs). Put it back to go on with this "
+                "run, or give the new text a run of its own by another run.name."
+            )
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
@@ -173,7 +197,7 @@ class Trainer:
             samples=self.step * self.plan.global_batch,
             tokens=self._tokens(self.step),
             tensors=self._state(),
-            values={},
+            values={"corpus": self._corpus},
             recipe_text=self.recipe_text,
         )
         self.journal.event(self.step, "checkpoint", str(self.checkpoints.path(self.step)))

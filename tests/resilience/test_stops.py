@@ -121,6 +121,18 @@ def test_steps_skipped_before_a_resume_are_neither_told_again_nor_fatal(
     assert status() == ("done", 0, 6) and events("nonfinite") == told
 
 
+def test_a_corpus_that_changed_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--run.stop_after_step=3") == 75
+    text = Path("corpus.txt").read_text()
+    Path("corpus.txt").write_text(text.replace("1 squared", "2 squared", 1))
+    rows = Path("runs/tiny/metrics.jsonl").read_bytes()
+    assert train() == 2
+    said = capsys.readouterr().err
+    assert "data.corpus" in said and "step 3" in said and Path("runs/tiny/metrics.jsonl").read_bytes() == rows
+    Path("corpus.txt").write_text(text)
+    assert train() == 0
+
+
 def test_stop_still_stops_after_a_resume(folder: Path, poison: Callable[[int], None]) -> None:
     poison(2)
     assert train("--resilience.on_nonfinite=skip", "--run.stop_after_step=3") == 75

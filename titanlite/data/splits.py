@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from titanlite.data.corpora import read_corpus
 from titanlite.data.order import sample_position
@@ -43,6 +44,11 @@ class Split:
     def windows(self) -> int:
         """How many sequences there are; as many samples make an epoch."""
         return window_count(len(self.stream), self.sequence_length)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every token in its place: equal where all samples are."""
+        return xxhash.xxh3_64_hexdigest(self.stream.data)
 
     @property
     def documents(self) -> int:

@@ -32,6 +32,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def all_equal(self, value: int) -> bool:
+        """Whether every rank called this with the same value (64 bits); the same answer on all of them."""
+        bounds = torch.tensor([value, -value])
+        if self.size > 1:
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        return int(bounds[0]) == -int(bounds[1])
+
 
 @contextmanager
 def full_memory_explained() -> Iterator[None]:
