@@ -8,17 +8,23 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
 ensure_environment
 
-if [[ $# -eq 0 || $1 == --* ]]; then set -- "$root/configs/debug.toml" "$@"; fi
+recipe=
+for word in "$@"; do
+  # A recipe stands first, or anywhere as a .toml: before it may be overrides and their values.
+  if [[ $word != --* && ($word == "$1" || $word == *.toml) ]]; then recipe=$word; fi
+done
+if [[ -z $recipe ]]; then set -- "$root/configs/debug.toml" "$@"; fi
 
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l); fi
 if ((gpus <= 1)); then exec "$python" -m titanlite.train "$@"; fi
 
-# torchrun reports only whether all of its workers ended with 0: the first one leaves its exit code in this file.
+# torchrun reports only whether all of its workers ended with 0: each adds its exit code to this file as it ends.
 TITANLITE_EXIT_CODE_FILE=$(mktemp)
 export TITANLITE_EXIT_CODE_FILE
 trap 'rm -f "$TITANLITE_EXIT_CODE_FILE"' EXIT
 code=0
 "$python" -m torch.distributed.run --standalone --nproc-per-node="$gpus" -m titanlite.train "$@" || code=$?
-if [[ -s $TITANLITE_EXIT_CODE_FILE ]]; then code=$(<"$TITANLITE_EXIT_CODE_FILE"); fi
+# The first that failed is the cause; those after it were ended by torchrun, or waited for it in vain.
+if [[ -s $TITANLITE_EXIT_CODE_FILE ]]; then code=$(grep -m1 -vx 0 "$TITANLITE_EXIT_CODE_FILE") || code=0; fi
 exit "$code"

@@ -21,10 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def run_main(*argv: str) -> tuple[int, str, str]:
-        try:
-            code = main(argv)
-        except SystemExit as exit_:  # argparse ends usage errors and --help itself
-            code = int(exit_.code or 0)
+        code = main(argv)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

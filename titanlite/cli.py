@@ -61,6 +61,8 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
                 traceback.print_exc()
             print(_paragraph(error), file=sys.stderr)
         return error.exit_code
+    except SystemExit as exit_:  # how argparse ends --help and wrong usage
+        return int(exit_.code or 0)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

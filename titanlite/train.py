@@ -131,8 +131,9 @@ def _status(folder: RunFolder, step: Callable[[], int]) -> Iterator[None]:
 def _told_to_launcher(code: int) -> int:
     """The exit code for whoever started this process; torchrun takes anything but 0 for a failure to restart from."""
     told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
-    if told and os.environ.get("RANK", "0") == "0":
-        Path(told).write_text(str(code))
+    if told:
+        with open(told, "a") as file:  # one short line of each rank, in the order they end: see scripts/train.sh
+            file.write(f"{code}\n")
     planned = code == EXIT_STOPPED_EARLY and "TORCHELASTIC_RUN_ID" in os.environ
     return EXIT_DONE if planned else code
 
