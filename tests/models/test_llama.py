@@ -152,7 +152,8 @@ def test_cached_generation_gives_the_logits_of_one_pass() -> None:
         whole = model(tokens)
         caches = model.new_caches(batch=2, capacity=40)
         pieces = [model(tokens[:, :17], caches=caches)]
-        pieces += [model(tokens[:, i : i + 1], caches=caches) for i in range(17, 40)]
+        pieces += [model(tokens[:, i : i + 1], caches=caches) for i in range(17, 25)]
+        pieces += [model(tokens[:, 25:40], caches=caches)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 

@@ -141,6 +141,17 @@ def test_stop_still_stops_after_a_resume(folder: Path, poison: Callable[[int], N
     assert "step 5:" in json.loads(Path("runs/tiny/status.json").read_text())["reason"]
 
 
+def test_the_search_for_what_went_wrong_can_be_switched_on_in_the_run_that_did(
+    folder: Path, poison: Callable[[int], None]
+) -> None:
+    """It is what the message of the guard advises."""
+    poison(4)
+    assert train("--checkpoint.every_steps=2") == 3
+    assert "debug.find_nonfinite" in json.loads(Path("runs/tiny/status.json").read_text())["reason"]
+    poison(0)
+    assert train("--debug.find_nonfinite=true") == 0
+
+
 def test_nothing_is_taken_after_the_first_bad_step_until_the_host_hears_of_it() -> None:
     guards = Guards(Resilience(on_nonfinite="stop"), torch.device("cpu"))
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))

@@ -64,7 +64,8 @@ class Llama(nn.Module):
         """tokens [batch, seq] -> logits [batch, seq, vocab], or with labels [batch, seq] the sum of the token losses.
 
         positions [seq] or [batch, seq]: 0, 1, 2 … when absent, or what follows in the caches. documents [batch, seq]:
-        attention stays between tokens of the same number. caches: one a block; the new keys and values are appended.
+        attention stays between tokens of the same number. caches: one a block, not with documents; the new keys and
+        values are appended.
         """
         start = caches[0].length if caches else 0
         if positions is None:
@@ -72,6 +73,10 @@ class Llama(nn.Module):
         x = self.embed(tokens)
         rotation = Rotation.at(positions, self._frequencies(tokens.device), x.dtype)
         mask = None if documents is None else document_mask(documents)
+        if start and tokens.shape[1] > 1:
+            # Several tokens after cached ones: attention's own causal mask would begin at the first cached one.
+            shape = tokens.shape[1], start + tokens.shape[1]
+            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(start)
         for index, block in enumerate(self.layers):
             x = block(x, rotation, mask, caches[index] if caches else None)
         return self.head(self.norm(x), labels)
