@@ -109,8 +109,9 @@ class Data(Section):
     """What is read, in which order, and how it becomes sequences."""
 
     corpus: Text | Annotated[list[Text], Field(min_length=1)] = "python-stdlib"
-    """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them:
-    text files (one document each), `.jsonl` files (one document a line), or folders of these."""
+    """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them, relative
+    to where the command is started: text files (one document each), `.jsonl` files (one document a line), or folders of
+    these."""
     tokenizer: Literal["bytes"] = "bytes"
     """`bytes`: the 256 byte values, and 256 between documents."""
     text_key: Text = "text"
