@@ -281,6 +281,19 @@ def test_a_damaged_later_step_does_not_come_back_as_the_newest(tmp_path):
     assert run.load()[0] == 15
 
 
+@pytest.mark.parametrize(("saved", "kept"), [((30,), [10, 30]), ((20, 30), [20, 30]), ((15, 20, 30), [20, 30])])
+def test_a_damaged_one_does_not_take_the_place_of_a_whole_one(saved, kept, tmp_path):
+    run = Run(tmp_path, keep_last=2)
+    for step in (10, 20):
+        run.save(step)
+    DAMAGES["bit in the data"](run.manager.path(20))
+    again = Run(tmp_path, keep_last=2)
+    assert again.load()[0] == 10
+    for step in saved:
+        again.save(step)
+    assert again.manager.steps() == kept and again.load()[0] == 30
+
+
 def test_the_current_step_is_one_that_is_whole_and_a_damaged_one_is_replaced(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):

@@ -32,6 +32,7 @@ class CheckpointManager:
         self.current: int | None = None
         """Step of the checkpoint that this process last committed or loaded, known to be whole."""
         self._warn = warn
+        self._passed_over: set[int] = set()
 
     def prepare(self) -> None:
         """Make the folder and clear what a killed process left there; call once, holding the run folder's lock."""
@@ -66,10 +67,11 @@ class CheckpointManager:
 
         Raises `CheckpointError` if it cannot be written; all others are then still there.
         """
-        self._set_aside_later_than(step)
+        self._set_aside_before_saving(step)
         final = self.path(step)
         save_state(final, step=step, samples=samples, tokens=tokens, tensors=tensors, values=values, recipe=recipe_text)
         self.current = step
+        self._passed_over.discard(step)
         self._prune()
         return final
 
@@ -93,6 +95,7 @@ class CheckpointManager:
                 manifest = self.load(step, tensors, prefix)
             except DamagedCheckpointError as damage:
                 damages.append(str(damage))
+                self._passed_over.add(step)
                 self._warn(f"{damage} The checkpoint of step {step} is passed over.")
                 continue
             if damages:
@@ -109,16 +112,16 @@ class CheckpointManager:
             )
         return None
 
-    def _set_aside_later_than(self, step: int) -> None:
-        """Checkpoints of later steps are from a future that loading passed over; they must not be 'latest' again."""
-        for later in self.steps():
-            if later <= step:
+    def _set_aside_before_saving(self, step: int) -> None:
+        """Checkpoints that loading passed over: later ones must not be 'latest' again, and none counts as kept."""
+        for other in self.steps():
+            if other <= step and (other == step or other not in self._passed_over):
                 continue
             try:
-                aside = storage.set_aside(self.path(later))
+                aside = storage.set_aside(self.path(other))
             except OSError as error:
-                raise CheckpointError(f"cannot rename {self.path(later)}: {cause(error, self.folder)}.") from error
-            self._warn(f"the checkpoint of step {later}, which was passed over, is now {aside.name}.")
+                raise CheckpointError(f"cannot rename {self.path(other)}: {cause(error, self.folder)}.") from error
+            self._warn(f"the checkpoint of step {other}, which was passed over, is now {aside.name}.")
 
     def _prune(self) -> None:
         if self.keep_last is None:
