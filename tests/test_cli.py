@@ -97,6 +97,8 @@ class TestCheck:
         code, out, _ = run("check", "--explain", "training.steps")
         assert code == 0
         assert "a whole number, at least 1" in out
+        as_json = json.loads(run("check", "--explain", "training.steps", "--json")[1])
+        assert (as_json["type"], as_json["minimum"]) == ("integer", 1)
         assert run("check", "--explain", "training.setps")[2].endswith("did you mean 'training.steps'?\n")
 
     @pytest.mark.parametrize(

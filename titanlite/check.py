@@ -18,7 +18,7 @@ from titanlite.models.spec import ModelSpec, spec_of
 from titanlite.optim.names import OPTIMIZERS
 from titanlite.optim.schedules import SCHEDULES
 from titanlite.parallel.layout import batch_plan, ceil_div, total_steps
-from titanlite.recipe.explain import explain
+from titanlite.recipe.explain import explain, key_schema
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes, format_count
@@ -344,7 +344,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--explain", metavar="KEY", help="explain a section or a key, such as training.steps")
     arguments, overrides = parse_with_overrides(parser, argv)
     if arguments.explain is not None:
-        print(explain(arguments.explain))
+        text = explain(arguments.explain)
+        path = tuple(arguments.explain.split("."))
+        print(json.dumps(key_schema(path), indent=2, ensure_ascii=False) if arguments.json else text)
         return EXIT_DONE
     if arguments.recipe is None:
         raise UsageError("titanlite check needs a recipe, such as configs/debug.toml, or --explain KEY.")

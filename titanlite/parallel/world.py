@@ -49,8 +49,10 @@ def full_memory_explained() -> Iterator[None]:
         # On a GPU it has a type; the CPU's allocator raises a plain RuntimeError with the system's words.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
+        # Of torch's message, the sentences between where its allocator is and how to configure it.
+        reason = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:3])
         raise UsageError(
-            f"the device's memory is full ({str(error).partition(chr(10))[0] or 'MemoryError'}). Give a smaller "
+            f"the device's memory is full ({reason or 'MemoryError'}). Give a smaller "
             "training.microbatch (the numbers stay the same), a shorter training.sequence_length or a smaller model; "
             "titanlite check says how much the model's states take."
         ) from error
