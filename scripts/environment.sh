@@ -13,7 +13,9 @@ ensure_environment() {
     if [[ -x $python && -f $stamp && $(<"$stamp") == "$want" ]]; then return; fi
   done
   echo "Setting up $root/.venv (once; a few minutes on a slow network) …" >&2
-  if ! "$python" -c 'import pip' 2>/dev/null; then
+  if [[ -x $python ]]; then
+    "$python" -c 'import pip' 2>/dev/null || "$python" -m ensurepip >&2 # environments that other tools made lack it
+  else
     "$(find_python)" -m venv --clear "$root/.venv" || {
       echo "Could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
       exit 1

@@ -8,7 +8,7 @@
 # does not hide the rest. Writes one JSON with the date and the card, and prints it as a table.
 # On a machine without a GPU, `--small` runs the same parts on the CPU at a small size, to see that they work.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 python=${PYTHON:-python3}
 if [[ -n ${WHEELS:-} ]]; then
   site=$(mktemp -d)

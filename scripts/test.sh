@@ -3,7 +3,7 @@
 #
 # Sets up what is missing, then lints, checks types and runs the tests; --all adds the long suites.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 source "$root/scripts/environment.sh"
 ensure_environment test
 cd "$root"

@@ -144,6 +144,10 @@ def test_a_full_disk_at_the_start(
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "free" in refused(capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    # Nothing was trained yet, so that the corrected recipe is no other run's.
+    assert run_command(main, ["recipe.toml", "--model.ffn_dim=8"]) == 0
 
 
 def test_a_disk_that_fills_up_during_a_save(

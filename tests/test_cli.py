@@ -236,3 +236,20 @@ def test_help_loads_nothing_that_takes_time() -> None:
         "assert not {'torch', 'pydantic', 'numpy', 'rich'} & set(sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_what_every_rank_meets_is_said_by_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(argv: list[str]) -> int:
+        raise StoppedEarly("stopped after step 3")
+
+    def broken(argv: list[str]) -> int:
+        raise UsageError("this rank's own disk")
+
+    for rank, heard in (("0", "stopped after step 3\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run_command(stopped, []) == 75
+        assert capsys.readouterr().err == heard
+    assert run_command(broken, []) == 2
+    assert "this rank's own disk" in capsys.readouterr().err

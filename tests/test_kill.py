@@ -38,7 +38,7 @@ log_every = 1
 tensorboard = false
 """
 KILLS = 20
-STEPS = 1200
+STEPS = 2500
 
 
 def start(folder: Path, name: str) -> subprocess.Popen[bytes]:

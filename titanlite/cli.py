@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from titanlite import __version__
-from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.errors import GuardStop, RecipeError, StoppedEarly, TitanliteError, UsageError
 from titanlite.registry import Registry, did_you_mean
 
 Command = Callable[[list[str]], int]
@@ -56,6 +56,8 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         code = command(arguments)
         sys.stdout.flush()
     except TitanliteError as error:
+        if _is_said_by_another_rank(error):
+            return error.exit_code
         with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
             if len(arguments) < len(argv):
                 traceback.print_exc()
@@ -70,6 +72,11 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code
+
+
+def _is_said_by_another_rank(error: TitanliteError) -> bool:
+    """Under torchrun every rank meets these; the first one's word is enough."""
+    return os.environ.get("RANK", "0") != "0" and isinstance(error, (RecipeError, StoppedEarly, GuardStop))
 
 
 def _let_printing_succeed() -> None:

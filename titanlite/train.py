@@ -93,6 +93,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer) -> None:
     journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
     if trainer.recipe.metrics.tensorboard:
         journal.add(TensorBoardSink(folder.tensorboard, trainer.step, journal.say))
+    folder.write_status("running", trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
     journal.say(
         f"{folder.path}: {run['preset']}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
@@ -138,5 +139,16 @@ def _told_to_launcher(code: int) -> int:
     return EXIT_DONE if planned else code
 
 
+def _end_process(code: int) -> None:
+    """End with `code`. With other ranks: at once, since threads of a process group that something still refers to
+    abort the interpreter when it is taken down.
+    """
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(_told_to_launcher(run_command(main, sys.argv[1:])))
+    _end_process(_told_to_launcher(run_command(main, sys.argv[1:])))

@@ -120,7 +120,7 @@ class Trainer:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
         started = time.monotonic()
         self.metrics.start(tokens=self._tokens(self.step))
-        with StopRequests(self.world.size) as stop_requests, _collecting_garbage_seldom():
+        with StopRequests(self.world.size, speaks=self.world.is_first) as stop_requests, _collecting_garbage_seldom():
             self._stop_if(self._step_limit())
             for batch, wait_seconds in self._batches():
                 self._train_step(batch, wait_seconds)
@@ -192,6 +192,7 @@ class Trainer:
         self._review()
         if not self.world.is_first or self.step == self.checkpoints.current:
             return
+        self.journal.sync()  # no row of a committed step may be lost with the machine's power
         self.checkpoints.save(
             step=self.step,
             samples=self.step * self.plan.global_batch,

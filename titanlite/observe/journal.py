@@ -39,6 +39,11 @@ class Journal:
         for console in self._consoles:
             console.message(text)
 
+    def sync(self) -> None:
+        """Return once the sinks' rows so far are on stable storage."""
+        for sink in self._sinks:
+            sink.sync()
+
     def close(self) -> None:
         """Close every sink, then the consoles, which may have something to say about that."""
         for sink in (*self._sinks, *self._consoles):

@@ -148,13 +148,19 @@ def _allowed_changes(path: Path, recipe: Recipe) -> Differences:
     if not stored.is_file():
         raise UsageError(f"{path} holds what a run wrote, but no recipe.toml to resume by. {ways_out}")
     old = load_recipe(stored).recipe
-    forbidden = forbidden_differences(old, recipe)
+    forbidden = forbidden_differences(old, recipe) if _has_begun(path) else {}
     if forbidden:
         lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in forbidden.items())
         raise UsageError(
             f"{path} holds a run of another recipe:\n{lines}\nTo go on with that run, start {stored}. {ways_out}"
         )
     return recipe_differences(old, recipe)
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a step was ever taken; a run that was refused before its first may change altogether."""
+    metrics = path / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("[!.]*"))
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ class Sink(Protocol):
     """Takes rows in the order of their steps."""
 
     def write(self, row: Row) -> None: ...
+
+    def sync(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -52,6 +55,9 @@ class JsonlSink:
         if odd:
             detail = ", ".join(f"{key} is {value}" for key, value in odd.items())
             self._line(event_row(row["step"], "nonfinite", detail))
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
@@ -117,6 +123,9 @@ class TensorBoardSink:
         ]
         self._put(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
+    def sync(self) -> None:
+        self._file.sync()
+
     def close(self) -> None:
         self._file.close()
 
@@ -181,6 +190,11 @@ class _Appender:
             self._failing = True
         else:
             self._failing = False
+
+    def sync(self) -> None:
+        """Have the system bring what it took to stable storage; of a disk that cannot, `write` has complained."""
+        with suppress(OSError):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         self.write(b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from titanlite.errors import TitanliteError
 
-_GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ECHO_SECONDS = 1.0
 """Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""
 
@@ -20,14 +21,18 @@ _ECHO_SECONDS = 1.0
 class StopRequests:
     """The first signal asks for a save and a stop at the step's end; a second one ends the process at once."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, speaks: bool) -> None:
+        """`speaks`: whether this rank tells the user at once that it has heard."""
         self._signal: int | None = None
         self._asked_at = 0.0
         self._ranks = ranks
+        self._speaks = speaks
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequests:
-        self._previous = {number: signal.signal(number, self._handle) for number in _GRACEFUL}
+        # What the user's shell ignores (nohup: SIGHUP) stays ignored.
+        heeded = [number for number in _GRACEFUL if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -42,6 +47,10 @@ class StopRequests:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._asked_at = number, now
+            if self._speaks:
+                # Not print: a handler may run in the middle of one. A lost terminal (SIGHUP) takes no more words.
+                with suppress(OSError):
+                    os.write(2, b"stopping after this step; a second signal ends the run at once, unsaved\n")
         elif now - self._asked_at > _ECHO_SECONDS:
             os._exit(128 + number)
 
