@@ -49,8 +49,8 @@ def test_a_sound_recipe_has_no_findings() -> None:
         ("model.rope_scaling.low_freq_factor", {"model__rope_scaling": {"low_freq_factor": 4.0}}),
         ("optimizer.lr", {"optimizer__lr": 10.0}),
         ("optimizer.muon_lr", {"optimizer__name": "muon", "optimizer__muon_lr": 10.0}),
-        ("parallel.dp_replicate", {"parallel__dp_replicate": 0}),
-        ("parallel.dp_replicate", {"parallel__dp_replicate": 2}),
+        ("parallel.dp_shard", {"parallel__dp_shard": 0}),
+        ("parallel.dp_shard", {"parallel__dp_replicate": 2}),
         ("debug.find_nonfinite", {"debug__find_nonfinite": True, "compile__enabled": True}),
         ("debug.trace_shapes", {"debug__trace_shapes": True, "compile__enabled": True}),
     ],
@@ -127,7 +127,7 @@ def test_every_finding_says_how_to_mend_it() -> None:
         "did you mean 'adamw'?",
         "known: constant, linear, cosine, sqrt, wsd.",
         "choose one of 1, 2, 4.",
-        "write -1 for one on each rank, or start 7 (titanlite check --world 7).",
+        "write dp_shard = -1 for all that are left, or start 7 ranks (titanlite check --world 7).",
     ]
 
 
@@ -155,7 +155,7 @@ def test_padding_is_found_where_there_is_some(global_batch: int, world: int, mic
         model__kv_heads=st.none() | st.integers(1, 12),
         schedule__name=st.sampled_from(["wsd", "sqrt", "nothing"]),
         schedule__warmup_steps=st.integers(0, 60),
-        parallel__dp_replicate=st.integers(-1, 3),
+        parallel__dp_replicate=st.integers(1, 3),
     ),
     st.integers(1, 70),
 )
@@ -193,12 +193,19 @@ class TestDescribe:
         run = describe(small, world=2)
         assert (run["parameters"], run["embedding_parameters"]) == (parameters, 1200)
         assert (run["steps"], run["tokens"], run["tokens_per_step"]) == (21, 1050, 50)
-        assert (run["world"], run["mesh"], run["microbatch"], run["microbatches"]) == (2, {"dp_replicate": 2}, 2, 2)
+        assert (run["world"], run["mesh"], run["microbatch"], run["microbatches"]) == (
+            2,
+            {"dp_replicate": 1, "dp_shard": 2},
+            2,
+            2,
+        )
+        # Stage 2 over two ranks: half of the weights, gradients and moments, and all weights gathered in bfloat16.
         assert run["state_bytes"] == {
-            "weights": 4 * parameters,
-            "gradients": 4 * parameters,
-            "optimizer": 8 * parameters,
-            "total": 16 * parameters,
+            "weights": 2 * parameters,
+            "gathered": 2 * parameters,
+            "gradients": 2 * parameters,
+            "optimizer": 4 * parameters,
+            "total": 10 * parameters,
         }
         # 6 operations a multiplied parameter. Attention, in each of 2 layers and 2 heads: 2 products with 10 positions
         # of 2 values, 2 operations a multiply-add, and the backward costs twice the forward.
@@ -213,6 +220,18 @@ class TestDescribe:
     def test_float64_doubles(self) -> None:
         single, double = (describe(recipe(precision__compute=name))["state_bytes"] for name in ("float32", "float64"))
         assert double["total"] == 2 * single["total"]
+
+    @pytest.mark.parametrize(
+        ("stage", "cut"),
+        [(0, ()), (1, ("weights", "optimizer")), (2, ("weights", "optimizer", "gradients")),
+         (3, ("weights", "optimizer", "gradients"))],
+    )  # fmt: skip
+    def test_a_zero_stage_cuts_what_its_name_says(self, stage: int, cut: tuple[str, ...]) -> None:
+        """Table 1 of the ZeRO paper, but for the masters: FSDP keeps them cut from stage 1 on, and gathers copies."""
+        alone, together = (describe(recipe(parallel__zero_stage=stage), world)["state_bytes"] for world in (1, 4))
+        for part in ("weights", "gradients", "optimizer"):
+            assert together[part] == -(-alone[part] // 4 if part in cut else -alone[part])
+        assert (together["gathered"] > 0) == (stage in (1, 2))
 
     def test_published_sizes(self) -> None:
         run = describe(recipe(model__preset="llama3-8b"), world=8)

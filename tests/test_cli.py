@@ -82,7 +82,11 @@ class TestCheck:
         report = json.loads(out)
         assert code == 0
         assert (report["steps"], report["tokens"], report["global_batch"]) == (7, 7 * 32 * 256, 32)
-        assert (report["mesh"], report["microbatches"], report["microbatch"]) == ({"dp_replicate": 4}, 1, 8)
+        assert (report["mesh"], report["microbatches"], report["microbatch"]) == (
+            {"dp_replicate": 1, "dp_shard": 4},
+            1,
+            8,
+        )
         assert report["parameters"] > report["embedding_parameters"] > 0
         assert report["findings"] == []
 

@@ -17,7 +17,7 @@ from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, Usage
 from titanlite.models.spec import ModelSpec, spec_of
 from titanlite.optim.names import OPTIMIZERS
 from titanlite.optim.schedules import SCHEDULES
-from titanlite.parallel.layout import batch_plan, ceil_div, total_steps
+from titanlite.parallel.layout import Layout, batch_plan, ceil_div, layout_of, total_steps
 from titanlite.recipe.explain import explain, key_schema
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
@@ -139,14 +139,15 @@ def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """The copies of the model are as many as the ranks."""
-    copies = recipe.parallel.dp_replicate
-    if copies == 0:
-        yield Finding("parallel.dp_replicate", "0 copies of the model cannot train;", "write -1 for one on each rank.")
-    elif copies not in (-1, world):
-        problem = f"{copies} copies do not fit on {world} rank{'s' if world > 1 else ''};"
-        fix = f"write -1 for one on each rank, or start {copies} (titanlite check --world {copies})."
-        yield Finding("parallel.dp_replicate", problem, fix)
+    """The mesh has as many places as there are ranks."""
+    parallel = recipe.parallel
+    if parallel.dp_shard == 0:
+        yield Finding("parallel.dp_shard", "a model cannot be cut over 0 ranks;", "write -1 for all that are left.")
+    elif layout_of(parallel, world) is None:
+        asked = parallel.dp_replicate * max(parallel.dp_shard, 1)
+        problem = f"dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} does not give {world}"
+        fix = f"write dp_shard = -1 for all that are left, or start {asked} ranks (titanlite check --world {asked})."
+        yield Finding("parallel.dp_shard", f"{problem} rank{'s' if world > 1 else ''};", fix)
 
 
 def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -261,6 +262,8 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     spec = spec_of(recipe.model.preset)
     config = spec.configure(recipe.model)
     training, plan, steps = recipe.training, batch_plan(recipe.training, world, 0), total_steps(recipe.training)
+    layout = layout_of(recipe.parallel, world)
+    assert layout is not None, "the rule `mesh` refuses this"
     tokens_per_step = training.global_batch * training.sequence_length
     flops_per_token = spec.flops_per_token(config, training.sequence_length)
     return {
@@ -280,27 +283,35 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "sequence_length": training.sequence_length,
         "global_batch": training.global_batch,
         "world": world,
-        "mesh": {"dp_replicate": world},
+        "mesh": dataclasses.asdict(layout),
         "microbatch": plan.microbatch,
         "microbatches": plan.microbatches,
-        "state_bytes": _state_bytes(recipe),
+        "state_bytes": _state_bytes(recipe, layout),
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * steps * tokens_per_step,
     }
 
 
-def _state_bytes(recipe: Recipe) -> dict[str, int]:
-    """Bytes on one rank of what lives as long as the run: weights, gradients, and the optimizer's moments.
+def _state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Bytes on one rank of what lives from step to step, and of the weights gathered for a pass.
 
-    AdamW keeps two moments a parameter, Muon one for the blocks' matrices, all in the weights' own format.
+    AdamW keeps two moments a parameter, Muon one for the blocks' matrices, all in the weights' own format. What the
+    ZeRO stage does not cut is there in whole: gradients below stage 2, gathered weights below stage 3.
     """
     spec = spec_of(recipe.model.preset)
     config = spec.configure(recipe.model)
+    stage, ranks = recipe.parallel.zero_stage, layout.dp_shard
     parameters = spec.parameter_count(config)
     width = 8 if recipe.precision.compute == "float64" else 4
-    single = spec.matrix_parameters(config) if recipe.optimizer.name == "muon" else 0
-    parts = {"weights": parameters, "gradients": parameters, "optimizer": 2 * parameters - single}
-    return {**{part: width * count for part, count in parts.items()}, "total": width * sum(parts.values())}
+    compute_width = {"bfloat16": 2, "float32": 4, "float64": 8}[recipe.precision.compute]
+    moments = 2 * parameters - (spec.matrix_parameters(config) if recipe.optimizer.name == "muon" else 0)
+    parts = {
+        "weights": ceil_div(width * parameters, ranks),
+        "gathered": compute_width * parameters if ranks > 1 and stage < 3 else 0,
+        "gradients": ceil_div(width * parameters, ranks) if stage >= 2 else width * parameters,
+        "optimizer": ceil_div(width * moments, ranks),
+    }
+    return {**parts, "total": sum(parts.values())}
 
 
 def report(recipe: Recipe, world: int = 1) -> str:
@@ -320,8 +331,8 @@ def report(recipe: Recipe, world: int = 1) -> str:
         " tokens a step",
         "mesh": ", ".join(f"{dimension} {degree}" for dimension, degree in run["mesh"].items()),
         "optimizer": f"{optimizer.name} ({rates}), {shape.name} schedule, {shape.warmup_steps} steps of warm-up",
-        "memory": f"{memory['total']} a rank: weights {memory['weights']}, gradients {memory['gradients']},"
-        f" optimizer {memory['optimizer']}; activations come on top",
+        "memory": f"{memory['total']} a rank: weights {memory['weights']}, gathered {memory['gathered']},"
+        f" gradients {memory['gradients']}, optimizer {memory['optimizer']}; activations come on top",
         "compute": f"{recipe.precision.compute}; {format_count(run['flops_per_token'])} operations a token,"
         f" {run['flops']:.3g} in all",
         "folder": str(Path(recipe.run.output_dir) / recipe.run.name),

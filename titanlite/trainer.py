@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.data.loader import Batch, train_loader, validation_batches
@@ -24,14 +26,14 @@ from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
 from titanlite.observe.journal import Journal
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.rows import validation_row
-from titanlite.optim.build import build_optimizer
+from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.compiled import compile_units
+from titanlite.parallel.apply import build
 from titanlite.parallel.layout import batch_plan, total_steps
-from titanlite.parallel.program import Program
+from titanlite.parallel.shards import MatrixExchange
 from titanlite.parallel.world import World
-from titanlite.precision.casting import compute_dtype, master_dtype
+from titanlite.precision.casting import compute_dtype
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.guards import Guards
 from titanlite.resilience.signals import StopRequests
@@ -64,26 +66,25 @@ class Trainer:
 
         spec = spec_of(recipe.model.preset)
         config = spec.configure(recipe.model)
-        compute = compute_dtype(recipe.precision)
-        with world.device:
-            self.model = spec.build(config, compute).to(master_dtype(recipe.precision))
-        self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(recipe.optimizer, spec, self.model, compute)
+        self.program = build(spec, config, recipe, world)
+        self.shards = self.program.shards
+        self.weights = self.shards.local()
+        shapes = {name: shard.shape for name, shard in self.shards.table.items()}
+        weights = Weights(self.weights, shapes, MatrixExchange(self.shards))
+        self.optimizer = build_optimizer(recipe.optimizer, spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)
-        manifest = checkpoints.load_latest(self._state())
+        manifest = checkpoints.load_latest(self._state(self.shards.windows))
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
+        self._committed = manifest.step if manifest is not None else None
         self._corpus = data.train.fingerprint
         self._refuse_to_mix(str(manifest.values.get("corpus", self._corpus)) if manifest is not None else self._corpus)
         if manifest is not None:
             self.guards.resumed()
         else:
-            initialise(self.model, lambda name: spec.initial_std(config, name), recipe.run.seed)
+            initialise(self.shards.table, lambda name: spec.initial_std(config, name), recipe.run.seed)
 
-        self.program = Program(self.model, world)
-        self.finder = NonfiniteFinder(self.model) if recipe.debug.find_nonfinite else None
-        if recipe.compile.enabled:
-            compile_units(self.model, spec)
+        self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
             total_steps=self.total_steps,
@@ -140,11 +141,11 @@ class Trainer:
         if self.finder is not None:
             self.finder.step = self.step
         loss = self.program.forward_backward(batch)
-        norm = clip_gradients(self.parameters, self.recipe.optimizer.clip_norm)
+        norm = clip_gradients(self.weights.values(), self.recipe.optimizer.clip_norm, self.shards.group)
         taken = self.guards.judge(self.step, loss, norm)
         factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
         self.optimizer.step(factor, taken)
-        self.model.zero_grad(set_to_none=True)
+        self.shards.drop_gradients()
         row = self.metrics.record(
             step=self.step,
             loss=loss,
@@ -190,14 +191,19 @@ class Trainer:
     def _save(self) -> None:
         """Commit a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._review()
-        if not self.world.is_first or self.step == self.checkpoints.current:
+        if self.step == self._committed:
+            return
+        # Every rank gives its rows; the first keeps what they make.
+        tensors = self._state(lambda rows: self.shards.whole(rows, keep=self.world.is_first))
+        self._committed = self.step
+        if not self.world.is_first:
             return
         self.journal.sync()  # no row of a committed step may be lost with the machine's power
         self.checkpoints.save(
             step=self.step,
             samples=self.step * self.plan.global_batch,
             tokens=self._tokens(self.step),
-            tensors=self._state(),
+            tensors=tensors,
             values={"corpus": self._corpus},
             recipe_text=self.recipe_text,
         )
@@ -223,7 +229,7 @@ class Trainer:
         )
         with ExitStack() as first_step:
             if self.recipe.debug.trace_shapes:
-                first_step.enter_context(traced_shapes(self.model, self.journal.say))
+                first_step.enter_context(traced_shapes(self.program.model, self.journal.say))
             while True:
                 before = time.perf_counter()
                 batch = next(loader, None)
@@ -245,11 +251,14 @@ class Trainer:
     def _tokens(self, steps: int) -> int:
         return steps * self.plan.global_batch * self.recipe.training.sequence_length
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint holds, live, by name. What is not here is a function of the recipe and the step."""
+    def _state(self, view: Callable[[dict[str, Tensor]], Mapping[str, Any]]) -> dict[str, Any]:
+        """Everything a checkpoint holds, by name. What is not here is a function of the recipe and the step.
+
+        `view` says how the rows that this rank holds are seen: as windows of whole tensors, or joined to these.
+        """
         return {
-            **{f"model.{name}": parameter for name, parameter in self.model.named_parameters()},
-            **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
+            **{f"model.{name}": seen for name, seen in view(self.weights).items()},
+            **{f"optimizer.{name}": seen for name, seen in view(self.optimizer.state()).items()},
             **{f"guards.{name}": tensor for name, tensor in self.guards.state().items()},
         }
 

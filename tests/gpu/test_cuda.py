@@ -12,10 +12,11 @@ from titanlite.cli import run_command
 from titanlite.data.splits import open_data
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
-from titanlite.optim.build import build_optimizer
+from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.layout import batch_plan
 from titanlite.parallel.program import Program
+from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Data, Optimizer, Resilience, Training
 from titanlite.resilience.guards import Guards
@@ -32,11 +33,11 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     from titanlite.parallel.compiled import compile_units
 
     model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
-    initialise(model, lambda name: initial_std(CONFIG, name), 0)
+    initialise(Shards(model, None).table, lambda name: initial_std(CONFIG, name), 0)
     model.to(device)
     if compiled:
         compile_units(model, SPEC)
-    optimizer = build_optimizer(Optimizer(name=optimizer_name, lr=3e-3), SPEC, model, dtype)
+    optimizer = build_optimizer(Optimizer(name=optimizer_name, lr=3e-3), SPEC, Weights.of(model), dtype)
     program = Program(model, World(0, 1, torch.device(device)))
     plan = batch_plan(Training(steps=steps, sequence_length=128, global_batch=8, microbatch=4), 1, 0)
     curve = []
@@ -64,8 +65,8 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     device = torch.device("cuda")
     with device:
         model = SPEC.build(CONFIG, torch.bfloat16)
-    initialise(model, lambda name: initial_std(CONFIG, name), 0)
-    optimizer = build_optimizer(Optimizer(name="muon"), SPEC, model, torch.bfloat16)
+    initialise(Shards(model, None).table, lambda name: initial_std(CONFIG, name), 0)
+    optimizer = build_optimizer(Optimizer(name="muon"), SPEC, Weights.of(model), torch.bfloat16)
     program, guards = Program(model, World(0, 1, device)), Guards(Resilience(), device)
     from titanlite.data.loader import train_loader
 

@@ -25,6 +25,7 @@ from titanlite.models.llama_spec import (
     parameter_count,
     to_huggingface,
 )
+from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Model, RopeScaling
 
 ODD = LlamaConfig(dim=96, layers=5, heads=6, kv_heads=3, ffn_dim=130, vocab_size=257)
@@ -45,7 +46,7 @@ SHAPES = {
 def build(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
     model = SPEC.build(config, dtype)
     model.to(torch.promote_types(dtype, torch.float32))
-    initialise(model, lambda name: initial_std(config, name), seed)
+    initialise(Shards(model, None).table, lambda name: initial_std(config, name), seed)
     return model
 
 

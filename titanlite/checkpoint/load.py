@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +18,27 @@ from titanlite.checkpoint.storage import verify_file
 from titanlite.errors import CheckpointError
 
 
-def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, torch.Tensor], prefix: str = "") -> None:
-    """Copy the checkpoint's values into `into`, in place; sharded tensors are joined.
+class Rows(Protocol):
+    """Some consecutive rows of a tensor that is wanted no further (`parallel.shards.Shard` is one)."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Where they go."""
+
+    @property
+    def first(self) -> int:
+        """Index of the first of them in the whole tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+
+
+Target = torch.Tensor | Rows
+
+
+def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, Target], prefix: str = "") -> None:
+    """Copy the checkpoint's values into `into`, in place; of a tensor that is wanted in part, only that is read.
 
     `prefix` limits the reading to the tensors whose names begin with it (`model.` for the weights alone). Raises
     `CheckpointError` naming every tensor that is missing, unexpected, or of another shape or dtype, and
@@ -39,18 +59,19 @@ def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, torch.Tens
         verify_file(folder / file, manifest.files[file])
         _check_header(folder / file, stored, pieces)
     for file, pieces in by_file.items():
-        for target, values in _pieces(folder / file, into, pieces):
-            target.copy_(values)
+        with torch.no_grad():
+            for target, values in _pieces(folder / file, into, pieces):
+                target.copy_(values)
 
 
-def mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, torch.Tensor]) -> list[str]:
+def mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Target]) -> list[str]:
     """One line for each tensor that stands in the way of loading."""
     problems = [f"{name}: missing in the checkpoint" for name in into if name not in stored]
     problems += [f"{name}: in the checkpoint, but not in this model" for name in stored if name not in into]
     for name, entry in stored.items():
         if name not in into:
             continue
-        shape, dtype = tuple(into[name].shape), dtype_name(into[name])
+        shape, dtype = tuple(into[name].shape), dtype_name(_held(into[name])[0])
         if shape != entry.shape:
             problems.append(f"{name}: shape {list(entry.shape)} in the checkpoint, {list(shape)} here")
         if dtype != entry.dtype:
@@ -75,12 +96,25 @@ def _check_header(path: Path, stored: Mapping[str, TensorEntry], pieces: list[tu
 
 
 def _pieces(
-    path: Path, into: Mapping[str, torch.Tensor], pieces: list[tuple[str, Chunk]]
+    path: Path, into: Mapping[str, Target], pieces: list[tuple[str, Chunk]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of (the part of a target that a chunk covers, the chunk's values mapped from the file)."""
-    with torch.no_grad(), safe_open(path, framework="pt") as file:
+    """Pairs of (the part of a target that a chunk covers, its values mapped from the file)."""
+    with safe_open(path, framework="pt") as file:
         for name, chunk in pieces:
-            target = into[name].detach()
-            for dimension, (start, size) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
-                target = target.narrow(dimension, start, size)
-            yield target, file.get_tensor(chunk.key)
+            target, first = _held(into[name])
+            if not chunk.shape:
+                yield target, file.get_tensor(chunk.key)
+                continue
+            start = max(chunk.offset[0], first)
+            stop = min(chunk.offset[0] + chunk.shape[0], first + target.shape[0])
+            if start >= stop:
+                continue
+            target = target.narrow(0, start - first, stop - start)
+            for dimension in range(1, target.dim()):
+                target = target.narrow(dimension, chunk.offset[dimension], chunk.shape[dimension])
+            yield target, file.get_slice(chunk.key)[start - chunk.offset[0] : stop - chunk.offset[0]]
+
+
+def _held(target: Target) -> tuple[torch.Tensor, int]:
+    """The tensor that is filled, and which row of the whole its first one is."""
+    return (target.detach(), 0) if isinstance(target, torch.Tensor) else (target.rows.detach(), target.first)

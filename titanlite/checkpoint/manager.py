@@ -13,7 +13,7 @@ import torch
 
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
-from titanlite.checkpoint.load import read_tensors
+from titanlite.checkpoint.load import Target, read_tensors
 from titanlite.checkpoint.save import save_state
 from titanlite.durable import cause
 from titanlite.errors import CheckpointError
@@ -75,7 +75,7 @@ class CheckpointManager:
         self._prune()
         return final
 
-    def load(self, step: int, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Manifest:
+    def load(self, step: int, tensors: Mapping[str, Target], prefix: str = "") -> Manifest:
         """Load one checkpoint into `tensors` (see `read_tensors`). Raises `CheckpointError`."""
         folder = self.path(step)
         manifest = storage.read_manifest(folder)
@@ -83,7 +83,7 @@ class CheckpointManager:
         self.current = step
         return manifest
 
-    def load_latest(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Manifest | None:
+    def load_latest(self, tensors: Mapping[str, Target], prefix: str = "") -> Manifest | None:
         """Load the newest checkpoint that is whole; None if there has never been one.
 
         Raises `CheckpointError` if there are some and none can be used, or if one does not fit.

@@ -9,37 +9,55 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**18
 """Elements drawn from one generator. Part of the definition of the weights: changing it changes every run."""
 
 
-def initialise(model: nn.Module, std_of: Callable[[str], float | None], seed: int) -> None:
-    """Fill every parameter in place: normal with std_of(name), or ones where that is None."""
+class Rows(Protocol):
+    """Some leading rows of a parameter, as `parallel.shards.Shard` holds them."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The tensor to fill."""
+
+    @property
+    def first(self) -> int:
+        """Index of its first row in the whole parameter."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+
+
+def initialise(table: Mapping[str, Rows], std_of: Callable[[str], float | None], seed: int) -> None:
+    """Fill, in place, the rows held of every parameter: normal with std_of(name), or ones where that is None."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, held in table.items():
             std = std_of(name)
             if std is None:
-                parameter.fill_(1.0)
+                held.rows.fill_(1.0)
             else:
-                parameter.copy_(draw_rows(name, tuple(parameter.shape), 0, parameter.shape[0], std, seed))
+                last = held.first + held.rows.shape[0]
+                held.rows.copy_(draw_rows(name, held.shape, held.first, last, std, seed))
 
 
 def draw_rows(name: str, shape: tuple[int, ...], first: int, last: int, std: float, seed: int) -> Tensor:
     """Rows first … last - 1 of the initial value of a parameter of global `shape`; float32, on the CPU."""
     row_elements = math.prod(shape[1:])
     block_rows = max(1, _BLOCK_ELEMENTS // max(row_elements, 1))
-    pieces = []
-    for block in range(first // block_rows, -(-last // block_rows)):
+    pieces = [torch.empty(0, *shape[1:])]
+    for block in range(first // block_rows, -(-last // block_rows) if last > first else 0):
         start, stop = block * block_rows, min((block + 1) * block_rows, shape[0])
         generator = torch.Generator("cpu").manual_seed(_block_seed(seed, name, block))
         values = torch.empty(stop - start, *shape[1:], device="cpu").normal_(0.0, std, generator=generator)
         pieces.append(values[max(first - start, 0) : last - start])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return torch.cat(pieces)
 
 
 def _block_seed(seed: int, name: str, block: int) -> int:

@@ -78,7 +78,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
+        # The weight is rounded like those of the matrices, as it is when it travels in the compute dtype.
+        return (wide * scale * self.weight.to(x.dtype)).to(x.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

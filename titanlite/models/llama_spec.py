@@ -143,6 +143,7 @@ SPEC = ModelSpec(
     module="titanlite.models.llama:Llama",
     initial_std=initial_std,
     compile_units=("layers.*", "head"),
+    shard_units=("layers.*",),
     is_block_matrix=is_block_matrix,
     to_huggingface=to_huggingface,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from titanlite.errors import UsageError
@@ -39,6 +40,8 @@ class ModelSpec:
     """(Config, parameter name) -> standard deviation of its initial normal values; None: ones."""
     compile_units: tuple[str, ...]
     """Name patterns of the submodules that are compiled one by one."""
+    shard_units: tuple[str, ...]
+    """Name patterns of the submodules that are gathered and released one by one when weights are sharded."""
     is_block_matrix: Callable[[str], bool]
     """Whether a parameter is one of the blocks' matrices, by its name."""
     to_huggingface: Callable[[str], str]
@@ -48,6 +51,11 @@ class ModelSpec:
         """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""
         module, _, attribute = self.module.partition(":")
         return getattr(importlib.import_module(module), attribute)(config, compute_dtype)
+
+
+def is_named_by(patterns: tuple[str, ...], name: str) -> bool:
+    """Whether a submodule's name fits one of a spec's patterns: `layers.*` is `layers.3`, not `layers.3.ffn`."""
+    return any(fnmatchcase(name, pattern) and name.count(".") == pattern.count(".") for pattern in patterns)
 
 
 MODELS = Registry("model family", {"llama": "titanlite.models.llama_spec:SPEC"})

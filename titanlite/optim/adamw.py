@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class AdamW:
     """Two moments of every parameter, one step count for all; weight decay falls on matrices only."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], betas: tuple[float, float], eps: float, weight_decay: float
+        self, parameters: Mapping[str, Tensor], betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         self.betas = betas
         self.eps = eps
@@ -25,8 +25,9 @@ class AdamW:
         self._averages = [torch.zeros_like(p.data) for p in self._parameters]
         self._squares = [torch.zeros_like(p.data) for p in self._parameters]
         self._steps = torch.zeros((), dtype=torch.float32, device=self._parameters[0].device)
-        matrices = [index for index, p in enumerate(self._parameters) if p.dim() >= 2]
-        vectors = [index for index, p in enumerate(self._parameters) if p.dim() < 2]
+        held = [(index, p.dim()) for index, p in enumerate(self._parameters) if p.numel()]  # a rank may hold no rows
+        matrices = [index for index, dimensions in held if dimensions >= 2]
+        vectors = [index for index, dimensions in held if dimensions < 2]
         self._groups = [(group, decay) for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:

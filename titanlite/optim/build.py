@@ -7,13 +7,14 @@ asking the host.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from titanlite.models.spec import ModelSpec
 from titanlite.optim.adamw import AdamW
-from titanlite.optim.muon import Muon
+from titanlite.optim.muon import Alone, Exchange, Muon
 from titanlite.optim.names import OPTIMIZERS
 from titanlite.recipe.sections import Optimizer as Section
 
@@ -21,7 +22,7 @@ from titanlite.recipe.sections import Optimizer as Section
 class Optimizer:
     """AdamW for some parameters and, if the recipe says so, Muon for others; one state table by parameter name."""
 
-    def __init__(self, section: Section, adamw: Mapping[str, nn.Parameter], muon: Muon | None) -> None:
+    def __init__(self, section: Section, adamw: Mapping[str, Tensor], muon: Muon | None) -> None:
         self.section = section
         self._adamw = AdamW(adamw, section.betas, section.eps, section.weight_decay)
         self._muon = muon
@@ -37,24 +38,36 @@ class Optimizer:
         return dict([*self._adamw.state(), *(self._muon.state() if self._muon is not None else ())])
 
 
-def build_optimizer(section: Section, spec: ModelSpec, model: nn.Module, compute: torch.dtype) -> Optimizer:
-    """The optimizer that the recipe names, over every parameter of `model`."""
-    parameters = dict(model.named_parameters())
-    optimizer: Optimizer = OPTIMIZERS.get(section.name)(section, spec, parameters, compute)
+@dataclass(frozen=True)
+class Weights:
+    """What an optimizer updates: each parameter's rows on this rank, and how cut matrices come together."""
+
+    rows: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Whole shapes."""
+    exchange: Exchange
+
+    @staticmethod
+    def of(model: nn.Module) -> Weights:
+        """Those of a model that is whole on its rank."""
+        parameters = dict(model.named_parameters())
+        return Weights(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, Alone())
+
+
+def build_optimizer(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
+    """The optimizer that the recipe names, over all of `weights`."""
+    optimizer: Optimizer = OPTIMIZERS.get(section.name)(section, spec, weights, compute)
     return optimizer
 
 
-def build_adamw(
-    section: Section, spec: ModelSpec, parameters: dict[str, nn.Parameter], compute: torch.dtype
-) -> Optimizer:
+def build_adamw(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
     """AdamW for everything."""
-    return Optimizer(section, parameters, None)
+    return Optimizer(section, weights.rows, None)
 
 
-def build_muon(
-    section: Section, spec: ModelSpec, parameters: dict[str, nn.Parameter], compute: torch.dtype
-) -> Optimizer:
+def build_muon(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
     """Muon for the blocks' matrices, AdamW for embedding, head and norms."""
-    matrices = {name: p for name, p in parameters.items() if spec.is_block_matrix(name)}
-    rest = {name: p for name, p in parameters.items() if name not in matrices}
-    return Optimizer(section, rest, Muon(matrices, section.muon_momentum, section.weight_decay, compute))
+    matrices = {name: rows for name, rows in weights.rows.items() if spec.is_block_matrix(name)}
+    rest = {name: rows for name, rows in weights.rows.items() if name not in matrices}
+    momentum, decay = section.muon_momentum, section.weight_decay
+    return Optimizer(section, rest, Muon(matrices, momentum, decay, compute, weights.shapes, weights.exchange))

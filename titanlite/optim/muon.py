@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The quintic whose iteration drives singular values towards 1, steepest at 0 (Jordan's tuned values)."""
@@ -33,39 +34,66 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
+class Exchange(Protocol):
+    """How the rows of matrices that are cut over ranks come together, each matrix whole on one of them."""
+
+    def collect(self, rows: Tensor, whole_rows: int) -> Tensor:
+        """[n, rows here, columns] -> [this rank's share of n, whole_rows, columns]."""
+
+    def give_back(self, whole: Tensor, count: int, here: int) -> Tensor:
+        """The inverse: -> [count, rows here, columns]."""
+
+
+class Alone:
+    """Nothing is cut: every matrix is whole already."""
+
+    def collect(self, rows: Tensor, whole_rows: int) -> Tensor:
+        return rows
+
+    def give_back(self, whole: Tensor, count: int, here: int) -> Tensor:
+        return whole
+
+
 class Muon:
     """Nesterov momentum, orthogonalisation, decoupled weight decay; updates happen on the device, or not at all."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        parameters: Mapping[str, Tensor],
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
+        """`parameters` are the rows held here; where ranks hold some each, `shapes` has the whole shapes."""
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dtype = dtype
-        by_shape: dict[tuple[int, ...], dict[str, nn.Parameter]] = defaultdict(dict)
+        self._exchange = exchange or Alone()
+        by_shape: dict[tuple[int, ...], dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in parameters.items():
-            by_shape[tuple(parameter.shape)][name] = parameter
-        self._groups = list(by_shape.values())
-        self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for group in self._groups]
+            by_shape[shapes[name] if shapes is not None else tuple(parameter.shape)][name] = parameter
+        self._groups = list(by_shape.items())
+        self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for _, group in self._groups]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
         """(`<parameter>/momentum`, view of its buffer): copying into these restores the optimizer."""
-        for group, momenta in zip(self._groups, self._momenta, strict=True):
+        for (_, group), momenta in zip(self._groups, self._momenta, strict=True):
             for name, momentum in zip(group, momenta.unbind(0), strict=True):
                 yield f"{name}/momentum", momentum
 
     @torch.no_grad()
     def step(self, lr: float, taken: Tensor) -> None:
         """One update at learning rate `lr` where `taken` (bool scalar on the device) is true; else nothing changes."""
-        for group, momenta in zip(self._groups, self._momenta, strict=True):
+        for ((rows, columns), group), momenta in zip(self._groups, self._momenta, strict=True):
             parameters = list(group.values())
             gradients = torch.stack([p.grad for p in parameters])
             moved = torch.lerp(gradients, momenta, self.momentum)
             momenta.copy_(torch.where(taken, moved, momenta))
-            update = orthogonalise(torch.lerp(gradients, moved, self.momentum), self.dtype)
-            rows, columns = parameters[0].shape
-            rate = lr * max(1.0, rows / columns) ** 0.5
-            update = torch.where(taken, update * rate, 0.0)
+            whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum), rows)
+            update = self._exchange.give_back(orthogonalise(whole, self.dtype), len(parameters), gradients.shape[1])
+            update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
             # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
             torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))
             torch._foreach_sub_(parameters, list(update.unbind(0)))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 from torch import nn
 
-from titanlite.models.spec import ModelSpec
+from titanlite.models.spec import ModelSpec, is_named_by
 
 
 def compile_units(model: nn.Module, spec: ModelSpec) -> None:
     """Compile, in place and at first use, every submodule that the spec names; parameter names do not change."""
     for name, module in model.named_modules():
-        if any(fnmatchcase(name, pattern) and name.count(".") == pattern.count(".") for pattern in spec.compile_units):
+        if is_named_by(spec.compile_units, name):
             module.compile(dynamic=False)

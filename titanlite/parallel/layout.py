@@ -8,7 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from titanlite.recipe.sections import Training
+from titanlite.recipe.sections import Parallel, Training
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of the mesh, outer to inner."""
+
+    dp_replicate: int
+    dp_shard: int
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that take different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+
+def layout_of(parallel: Parallel, world: int) -> Layout | None:
+    """The mesh that `[parallel]` asks for on `world` ranks; None if its degrees do not multiply to that.
+
+    `dp_shard = -1` takes the ranks that are left; in stage 0 nothing is cut, and they are copies.
+    """
+    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    if shard == -1:
+        shard = world // replicate
+    if parallel.zero_stage == 0:
+        replicate, shard = replicate * shard, 1
+    return Layout(replicate, shard) if replicate * shard == world else None
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -187,10 +187,14 @@ class Schedule(Section):
 
 
 class Parallel(Section):
-    """How the devices share the work."""
+    """How the devices share the work. The degrees multiply to the number of ranks."""
 
-    dp_replicate: Annotated[int, Field(ge=-1)] = -1
-    """Copies of the model, each with its share of the global batch; -1: as many as there are ranks."""
+    dp_replicate: Positive = 1
+    """Copies of the (sharded) model, each with its share of the global batch; above 1 with `dp_shard`: HSDP."""
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    """Ranks that each model copy is cut over, as `zero_stage` says; -1: all the ranks that are left."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """What is cut over `dp_shard`: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights."""
 
 
 class Precision(Section):
