@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.check import RULES, check, checked, describe, report
+from titanlite.check import RULES, check, checked, checkpoint_bytes, describe, report
 from titanlite.errors import Finding, RecipeError
 from titanlite.parallel.layout import batch_plan
 from titanlite.recipe.load import load_recipe
@@ -50,7 +50,9 @@ def test_a_sound_recipe_has_no_findings() -> None:
         ("optimizer.lr", {"optimizer__lr": 10.0}),
         ("optimizer.muon_lr", {"optimizer__name": "muon", "optimizer__muon_lr": 10.0}),
         ("parallel.dp_shard", {"parallel__dp_shard": 0}),
-        ("parallel.dp_shard", {"parallel__dp_replicate": 2}),
+        ("parallel.dp_shard", {"parallel__dp_shard": 3, "world": 2}),
+        ("parallel.dp_replicate", {"parallel__dp_replicate": 2}),
+        ("parallel.dp_replicate", {"parallel__dp_replicate": 4, "parallel__zero_stage": 0, "world": 2}),
         ("debug.find_nonfinite", {"debug__find_nonfinite": True, "compile__enabled": True}),
         ("debug.trace_shapes", {"debug__trace_shapes": True, "compile__enabled": True}),
     ],
@@ -127,7 +129,7 @@ def test_every_finding_says_how_to_mend_it() -> None:
         "did you mean 'adamw'?",
         "known: constant, linear, cosine, sqrt, wsd.",
         "choose one of 1, 2, 4.",
-        "write dp_shard = -1 for all that are left, or start 7 ranks (titanlite check --world 7).",
+        "write one of 1, or start a multiple of 7 ranks (titanlite check --world 7).",
     ]
 
 
@@ -227,11 +229,22 @@ class TestDescribe:
          (3, ("weights", "optimizer", "gradients"))],
     )  # fmt: skip
     def test_a_zero_stage_cuts_what_its_name_says(self, stage: int, cut: tuple[str, ...]) -> None:
-        """Table 1 of the ZeRO paper, but for the masters: FSDP keeps them cut from stage 1 on, and gathers copies."""
+        """Table 1 of the ZeRO paper, but for the masters: FSDP keeps them cut from stage 1 on, and gathers copies.
+
+        Even where nothing is cut, what computes is a copy of the masters in the compute dtype.
+        """
         alone, together = (describe(recipe(parallel__zero_stage=stage), world)["state_bytes"] for world in (1, 4))
         for part in ("weights", "gradients", "optimizer"):
             assert together[part] == -(-alone[part] // 4 if part in cut else -alone[part])
-        assert (together["gathered"] > 0) == (stage in (1, 2))
+        # In stage 3 two of the four blocks, and what lies outside them.
+        run = describe(recipe(), 4)
+        matrices = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384)
+        assert (alone["gathered"], together["gathered"]) == (0, 2 * (run["parameters"] - matrices // 2 * (stage == 3)))
+
+    def test_a_checkpoint_holds_everything_whatever_the_layout(self) -> None:
+        parameters = describe(recipe())["parameters"]
+        for keys in ({}, {"parallel__dp_replicate": 2}, {"parallel__dp_shard": 4, "parallel__zero_stage": 3}):
+            assert checkpoint_bytes(recipe(**keys)) == 3 * 4 * parameters
 
     def test_published_sizes(self) -> None:
         run = describe(recipe(model__preset="llama3-8b"), world=8)

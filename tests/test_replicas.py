@@ -108,10 +108,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> Non
 
 def test_another_number_of_ranks_goes_on(folder: Path) -> None:
     launch(folder, 1, "--run.name=whole")
-    launch(folder, 2, "--run.name=parts", "--run.stop_after_step=2")
+    launch(folder, 2, "--run.name=parts", "--run.stop_after_step=2", "--parallel.dp_shard=2")
     status = json.loads((folder / "runs/parts/status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
-    launch(folder, 3, "--run.name=parts")
+    launch(folder, 3, "--run.name=parts", "--parallel.dp_replicate=3")
     assert numbers(folder, "parts") == pytest.approx(numbers(folder, "whole"), rel=1e-11)
 
 

@@ -143,8 +143,14 @@ def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
     parallel = recipe.parallel
     if parallel.dp_shard == 0:
         yield Finding("parallel.dp_shard", "a model cannot be cut over 0 ranks;", "write -1 for all that are left.")
+    elif layout_of(parallel, world) is None and parallel.dp_shard == -1:
+        copies = parallel.dp_replicate
+        problem = f"{world} rank{'s' * (world > 1)} cannot be shared out evenly to {copies} copies of the model;"
+        divisors = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
+        fix = f"write one of {divisors}, or start a multiple of {copies} ranks (titanlite check --world {copies})."
+        yield Finding("parallel.dp_replicate", problem, fix)
     elif layout_of(parallel, world) is None:
-        asked = parallel.dp_replicate * max(parallel.dp_shard, 1)
+        asked = parallel.dp_replicate * parallel.dp_shard
         problem = f"dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} does not give {world}"
         fix = f"write dp_shard = -1 for all that are left, or start {asked} ranks (titanlite check --world {asked})."
         yield Finding("parallel.dp_shard", f"{problem} rank{'s' if world > 1 else ''};", fix)
@@ -296,7 +302,8 @@ def _state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Bytes on one rank of what lives from step to step, and of the weights gathered for a pass.
 
     AdamW keeps two moments a parameter, Muon one for the blocks' matrices, all in the weights' own format. What the
-    ZeRO stage does not cut is there in whole: gradients below stage 2, gathered weights below stage 3.
+    ZeRO stage does not cut is there in whole: gradients below stage 2, gathered weights below stage 3. In stage 3
+    those outside the blocks are, and two blocks: one at work, the next on its way.
     """
     spec = spec_of(recipe.model.preset)
     config = spec.configure(recipe.model)
@@ -304,14 +311,22 @@ def _state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     parameters = spec.parameter_count(config)
     width = 8 if recipe.precision.compute == "float64" else 4
     compute_width = {"bfloat16": 2, "float32": 4, "float64": 8}[recipe.precision.compute]
-    moments = 2 * parameters - (spec.matrix_parameters(config) if recipe.optimizer.name == "muon" else 0)
+    matrices = spec.matrix_parameters(config)
+    moments = 2 * parameters - (matrices if recipe.optimizer.name == "muon" else 0)
+    resting = matrices * max(config.layers - 2, 0) // config.layers if stage == 3 else 0
     parts = {
         "weights": ceil_div(width * parameters, ranks),
-        "gathered": compute_width * parameters if ranks > 1 and stage < 3 else 0,
+        "gathered": compute_width * (parameters - resting) if layout.data_ranks > 1 else 0,
         "gradients": ceil_div(width * parameters, ranks) if stage >= 2 else width * parameters,
         "optimizer": ceil_div(width * moments, ranks),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of a checkpoint's tensors: weights and optimizer states in whole, over however many ranks they lie."""
+    states = _state_bytes(recipe, Layout(dp_replicate=1, dp_shard=1))
+    return states["weights"] + states["optimizer"]
 
 
 def report(recipe: Recipe, world: int = 1) -> str:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titanlite.check import checked, describe
+from titanlite.check import checked, checkpoint_bytes, describe
 from titanlite.cli import run_command
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, StoppedEarly, TitanliteError
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
@@ -75,7 +75,7 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
             stack.callback(folder.close)
             stack.enter_context(_status(folder, lambda: 0 if trainer is None else trainer.step))
             journal.add_console(LogFile(folder.logs / "console.log", steps))
-            folder.require_space(_checkpoint_bytes(loaded), "a checkpoint of this model")
+            folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
             checkpoints.prepare()
         world.wait_for_all()  # nobody looks for checkpoints before the first rank has locked and cleared the folder
         with full_memory_explained():
@@ -104,11 +104,6 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer) -> None:
     if folder.resumed:
         changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())
         journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
-
-
-def _checkpoint_bytes(loaded: LoadedRecipe) -> int:
-    states = describe(loaded.recipe)["state_bytes"]
-    return int(states["weights"] + states["optimizer"])
 
 
 @contextmanager
