@@ -13,6 +13,7 @@ from transformers import LlamaConfig as HuggingFaceConfig
 from transformers import LlamaForCausalLM
 
 from titanlite.models.init import draw_rows, initialise
+from titanlite.models.layers import Embedding
 from titanlite.models.llama import Llama
 from titanlite.models.llama_spec import (
     PRESETS,
@@ -209,6 +210,14 @@ def test_bfloat16_compute_keeps_float32_weights_and_gradients() -> None:
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
     exact = build(ODD)(tokens, tokens)
     assert abs((loss / exact).item() - 1) < 2e-3
+
+
+def test_a_bfloat16_table_sums_the_gradients_of_a_frequent_token_wider() -> None:
+    """As under FSDP, where weights travel in the compute dtype: 20,000 equal terms are more than bfloat16 can add."""
+    table = Embedding(4, 2, torch.bfloat16).to(torch.bfloat16)
+    table(torch.ones(20_000, dtype=torch.int64)).sum().backward()
+    assert table.weight.grad is not None and table.weight.grad.dtype == torch.bfloat16
+    assert table.weight.grad[1].tolist() == pytest.approx([20_000] * 2, rel=2**-8)
 
 
 def test_recipe_keys_lie_over_the_preset() -> None:

@@ -64,6 +64,10 @@ class Embedding(nn.Embedding):
         pass
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.weight.device.type == "cpu":
+            # A table that travelled in bfloat16 (FSDP) has a gradient in it too. The CPU adds up a token's occurrences
+            # in that dtype, where a sum of some hundred stops growing; CUDA's kernel adds in float32 by itself.
+            return F.embedding(tokens, at_least_float32(self.weight)).to(self.compute_dtype)
         return super().forward(tokens).to(self.compute_dtype)
 
 
