@@ -12,7 +12,16 @@ import pytest
 
 from titanlite import __version__
 from titanlite.cli import COMMANDS, HELP, main, run_command
-from titanlite.errors import CheckpointError, Finding, GuardStop, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.errors import (
+    CheckpointError,
+    Finding,
+    GuardStop,
+    NonfiniteFound,
+    RecipeError,
+    StoppedEarly,
+    TitanliteError,
+    UsageError,
+)
 from titanlite.recipe.explain import json_schema
 
 Run = Callable[..., tuple[int, str, str]]
@@ -184,6 +193,19 @@ class TestRunCommand:
         assert capsys.readouterr().err == said
         assert run_command(command, ["--traceback"]) == code
         assert "Traceback" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("error", "said"), [(GuardStop("NaN"), ""), (NonfiniteFound("NaN in ffn"), "error: NaN in ffn\n")]
+    )
+    def test_a_rank_that_is_not_the_first_says_what_only_it_may_have_met(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: GuardStop, said: str
+    ) -> None:
+        def command(argv: list[str]) -> int:
+            raise error
+
+        monkeypatch.setenv("RANK", "1")
+        assert run_command(command, []) == 3
+        assert capsys.readouterr().err == said
 
     def test_the_command_does_not_see_traceback(self) -> None:
         seen: list[str] = []

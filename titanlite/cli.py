@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from titanlite import __version__
-from titanlite.errors import GuardStop, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.errors import GuardStop, NonfiniteFound, RecipeError, StoppedEarly, TitanliteError, UsageError
 from titanlite.registry import Registry, did_you_mean
 
 Command = Callable[[list[str]], int]
@@ -76,7 +76,8 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
 
 def _is_said_by_another_rank(error: TitanliteError) -> bool:
     """Under torchrun every rank meets these; the first one's word is enough."""
-    return os.environ.get("RANK", "0") != "0" and isinstance(error, (RecipeError, StoppedEarly, GuardStop))
+    everywhere = isinstance(error, (RecipeError, StoppedEarly, GuardStop)) and not isinstance(error, NonfiniteFound)
+    return os.environ.get("RANK", "0") != "0" and everywhere
 
 
 def _let_printing_succeed() -> None:

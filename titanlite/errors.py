@@ -67,6 +67,10 @@ class GuardStop(TitanliteError):
     exit_code = EXIT_GUARD
 
 
+class NonfiniteFound(GuardStop):
+    """A module made a number that is not finite. Other than what the guards judge, only one rank may have met it."""
+
+
 class CheckpointError(TitanliteError):
     """A checkpoint could not be written, or none that fits could be read."""
 

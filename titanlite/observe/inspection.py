@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titanlite.errors import GuardStop
+from titanlite.errors import NonfiniteFound
 
 
 class NonfiniteFinder:
@@ -35,7 +35,7 @@ class NonfiniteFinder:
     def _look(self, name: str, module: nn.Module, what: str, tensor: Tensor) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise GuardStop(
+            raise NonfiniteFound(
                 f"step {self.step}: {name} ({type(module).__name__}): the {what} has {bad} non-finite of "
                 f"{tensor.numel()} values, shape {list(tensor.shape)}, {tensor.dtype}. It is the first module in "
                 "the order of computation; the step was not applied."

@@ -94,9 +94,9 @@ class Shards:
         rows = ceil_div(shard.shape[0], self.ranks)
         padded = tensor.new_zeros(rows, *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor.detach()
-        joined = tensor.new_empty(rows * self.ranks, *tensor.shape[1:])
-        dist.all_gather_into_tensor(joined, padded, group=self.group)
-        return joined[: shard.shape[0]]
+        joined = tensor.new_empty(self.ranks, *padded.shape)
+        dist.all_gather(list(joined), padded, group=self.group)
+        return joined.flatten(0, 1)[: shard.shape[0]]
 
 
 class MatrixExchange:
