@@ -42,8 +42,9 @@ LAYOUTS = [
     pytest.param(
         world, {"zero_stage": stage, "dp_replicate": copies}, id=f"{world}-ranks-{copies}-copies-stage-{stage}"
     )
-    for world, copies in ((2, 1), (3, 1), (4, 2))
-    for stage in (0, 1, 2, 3)
+    # Over four ranks, the six rows of a head's norm leave the last without any.
+    for world, copies, stages in ((2, 1, (0, 1, 2, 3)), (3, 1, (0, 1, 2, 3)), (4, 2, (0, 1, 2, 3)), (4, 1, (1, 3)))
+    for stage in stages
 ]
 
 
