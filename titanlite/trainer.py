@@ -141,7 +141,12 @@ class Trainer:
         if self.finder is not None:
             self.finder.step = self.step
         loss = self.program.forward_backward(batch)
-        norm = clip_gradients(self.weights.values(), self.recipe.optimizer.clip_norm, self.shards.group)
+        norm = clip_gradients(
+            self.weights.values(),
+            self.recipe.optimizer.clip_norm,
+            ranks=self.world.size,
+            copies=self.world.size // self.shards.ranks,
+        )
         taken = self.guards.judge(self.step, loss, norm)
         factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
         self.optimizer.step(factor, taken)

@@ -103,5 +103,5 @@ def train_with_fault(rank: int, world: int, fault: str, recipe_json: str) -> tup
 
             patch.setattr(Shards, "_shard", shifted)
         else:
-            patch.setattr(trainer, "clip_gradients", lambda tensors, norm, group: clip_gradients(tensors, norm, None))
+            patch.setattr(trainer, "clip_gradients", lambda tensors, norm, **_: clip_gradients(tensors, norm))
         return train(rank, world, recipe_json)
