@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,23 +139,21 @@ def test_a_finished_run_started_again_is_done_at_once(folder: Path) -> None:
     assert curve() == before
 
 
-def test_nonfinite_stops_before_the_weights_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_gradient(monkeypatch, step=5)
+def test_nonfinite_stops_before_the_weights_change(folder: Path, poison: Callable[[int], None]) -> None:
+    poison(5)
     assert train("--checkpoint.every_steps=2", "--metrics.log_every=4") == 3
     assert status()["state"] == "failed" and status()["exit_code"] == 3
     assert "step 5" in str(status()["reason"])
     assert sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
-def test_nonfinite_steps_are_passed_over_if_the_recipe_says_so(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    poison_gradient(monkeypatch, step=5)
+def test_nonfinite_steps_are_passed_over_if_the_recipe_says_so(folder: Path, poison: Callable[[int], None]) -> None:
+    poison(5)
     assert train("--resilience.on_nonfinite=skip", "--metrics.log_every=4") == 0
     events = [row for row in rows(key="event") if row["event"] == "nonfinite"]
     assert len(events) == 1 and "1 in all" in str(events[0]["detail"])
     assert all(torch.isfinite(tensor).all() for tensor in weights("tiny", 8).values() if tensor.is_floating_point())
-    poison_gradient(monkeypatch, step=5)
+    poison(5)
     assert train("--resilience.on_nonfinite=skip", "--resilience.max_skips=0", "--run.name=none") == 3
 
 
@@ -195,23 +194,6 @@ def test_shapes_of_one_step_are_traced(folder: Path, capsys: pytest.CaptureFixtu
     assert train("--debug.trace_shapes=true") == 0
     traced = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layers.1.ffn.gate")]
     assert len(traced) == 1 and "float32[4, 16, 16]" in traced[0] and "float32[4, 16, 24]" in traced[0]
-
-
-def poison_gradient(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    from titanlite.parallel.program import Program
-
-    forward_backward = Program.forward_backward
-    steps = iter(range(1, 10**6))
-
-    def poisoned(self: Program, batch: object) -> torch.Tensor:
-        loss = forward_backward(self, batch)  # type: ignore[arg-type]
-        if next(steps) == step:
-            gradient = next(self.model.parameters()).grad
-            assert gradient is not None
-            gradient[0] = float("nan")
-        return loss
-
-    monkeypatch.setattr(Program, "forward_backward", poisoned)
 
 
 def test_compiled_blocks_give_the_eager_curve(folder: Path) -> None:

@@ -31,7 +31,6 @@ from titanlite.optim.clip import clip_gradients
 from titanlite.optim.schedules import lr_factor
 from titanlite.parallel.apply import build
 from titanlite.parallel.layout import batch_plan, total_steps
-from titanlite.parallel.shards import MatrixExchange
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype
 from titanlite.recipe.sections import Recipe
@@ -70,7 +69,7 @@ class Trainer:
         self.shards = self.program.shards
         self.weights = self.shards.local()
         shapes = {name: shard.shape for name, shard in self.shards.table.items()}
-        weights = Weights(self.weights, shapes, MatrixExchange(self.shards))
+        weights = Weights(self.weights, shapes, self.shards.exchange())
         self.optimizer = build_optimizer(recipe.optimizer, spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)
         manifest = checkpoints.load_latest(self._state(self.shards.windows))

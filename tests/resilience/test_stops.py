@@ -156,26 +156,3 @@ def test_nothing_is_taken_after_the_first_bad_step_until_the_host_hears_of_it() 
     guards = Guards(Resilience(on_nonfinite="stop"), torch.device("cpu"))
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
     assert [bool(guards.judge(step, loss, good)) for step, loss in enumerate((good, bad, good), 1)] == [1, 0, 0]
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the n-th step from now on have a gradient that is not a number."""
-    from titanlite.parallel.program import Program
-
-    forward_backward = Program.forward_backward
-
-    def at(step: int) -> None:
-        steps = iter(range(1, 10**6))
-
-        def poisoned(self: Program, batch: object) -> torch.Tensor:
-            loss = forward_backward(self, batch)  # type: ignore[arg-type]
-            if next(steps) == step:
-                gradient = next(self.model.parameters()).grad
-                assert gradient is not None
-                gradient[0] = float("nan")
-            return loss
-
-        monkeypatch.setattr(Program, "forward_backward", poisoned)
-
-    return at

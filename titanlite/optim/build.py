@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from titanlite.models.spec import ModelSpec
 from titanlite.optim.adamw import AdamW
-from titanlite.optim.muon import Alone, Exchange, Muon
+from titanlite.optim.muon import Exchange, Muon
 from titanlite.optim.names import OPTIMIZERS
 from titanlite.recipe.sections import Optimizer as Section
 
@@ -45,13 +45,14 @@ class Weights:
     rows: Mapping[str, Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     """Whole shapes."""
-    exchange: Exchange
+    exchange: Exchange | None
+    """None where every matrix is whole."""
 
     @staticmethod
     def of(model: nn.Module) -> Weights:
         """Those of a model that is whole on its rank."""
         parameters = dict(model.named_parameters())
-        return Weights(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, Alone())
+        return Weights(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, None)
 
 
 def build_optimizer(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:

@@ -84,6 +84,10 @@ class Shards:
                 kept[name] = joined if self.group is None else joined.cpu()
         return kept
 
+    def exchange(self) -> MatrixExchange | None:
+        """How cut matrices come together whole; None if nothing is cut."""
+        return MatrixExchange(self.group) if self.group is not None else None
+
     def _like(self, name: str) -> Shard | None:
         return self.table.get(name) or self.table.get(name.rpartition("/")[0])
 
@@ -105,14 +109,12 @@ class MatrixExchange:
     Two all-to-alls a step move what an all-gather would move once, and no rank repeats another's work.
     """
 
-    def __init__(self, shards: Shards) -> None:
-        self._group = shards.group
-        self._ranks = shards.ranks
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._ranks = group.size()
 
     def collect(self, rows: Tensor, whole_rows: int) -> Tensor:
         """[n, rows here, columns] of n matrices -> [ceil(n / ranks), whole_rows, columns]: this rank's share."""
-        if self._group is None:
-            return rows
         count, here, columns = rows.shape
         share, per_rank = ceil_div(count, self._ranks), ceil_div(whole_rows, self._ranks)
         sent = rows.new_zeros(self._ranks * share, per_rank, columns)
@@ -125,8 +127,6 @@ class MatrixExchange:
 
     def give_back(self, whole: Tensor, count: int, here: int) -> Tensor:
         """The inverse of `collect`: -> [count, rows here, columns]."""
-        if self._group is None:
-            return whole
         share, whole_rows, columns = whole.shape
         per_rank = ceil_div(whole_rows, self._ranks)
         padded = whole.new_zeros(share, self._ranks * per_rank, columns)

@@ -43,9 +43,13 @@ class MicrobatchSync:
         self._model = model
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
         self._stage = stage
+        self._set_for_last = True  # as FSDP2 begins
 
     def before(self, last: bool) -> None:
         """`last`: whether this is the step's last microbatch."""
+        if last == self._set_for_last:
+            return  # each switch below visits every module
+        self._set_for_last = last
         self._model.set_is_last_backward(last)
         if self._stage <= 1:
             self._model.set_requires_gradient_sync(last)
