@@ -21,7 +21,7 @@ from titanlite.observe.metrics import peak_memory_bytes
 from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.compiled import compile_units
-from titanlite.parallel.program import Program
+from titanlite.parallel.program import PlainLoop, Program
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
@@ -52,11 +52,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     config = spec.configure(Model(preset=arguments.preset))
     with device:
         model = spec.build(config, compute_dtype(precision)).to(master_dtype(precision))
-    initialise(Shards(model, None).table, lambda name: spec.initial_std(config, name), 0)
+    initialise(Shards.of(model).table, lambda name: spec.initial_std(config, name), 0)
     if arguments.compile:
         compile_units(model, spec)
     optimizer = build_optimizer(Optimizer(name=arguments.optimizer), spec, Weights.of(model), compute_dtype(precision))
-    program, guards = Program(model, World(0, 1, device)), Guards(Resilience(), device)
+    program, guards = (
+        Program(model, World(0, 1, device), Shards.of(model), PlainLoop(model)),
+        Guards(Resilience(), device),
+    )
     parameters = list(model.parameters())
     batch = _random_batch(arguments, config.vocab_size, device)
 

@@ -1,16 +1,30 @@
-"""What every test gets: one thread a process, a fixed seed, and no GPU tests where there is no GPU."""
+"""What every test gets: one thread a process, a fixed seed, one pool of workers, and no GPU tests without a GPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on a busy two-core machine collapse
 
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parent))
+
+from pool import Pool
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """The only one of the session; its workers start when tests first need them."""
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)

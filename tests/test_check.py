@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.check import RULES, check, checked, checkpoint_bytes, describe, report
+from titanlite.check import checked, report
+from titanlite.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
 from titanlite.errors import Finding, RecipeError
-from titanlite.parallel.layout import batch_plan
+from titanlite.models.llama import Llama
+from titanlite.models.spec import spec_of
+from titanlite.parallel.layout import Layout, batch_plan, layout_of
+from titanlite.parallel.slicing import pattern_of
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
+from titanlite.rules import RULES, check
+from titanlite.sharding_table import sharding_table, sharding_text
 
 
 def recipe(**keys: Any) -> Recipe:
@@ -21,6 +29,24 @@ def recipe(**keys: Any) -> Recipe:
         section, _, name = key.partition("__")
         values.setdefault(section, {})[name] = value
     return Recipe.model_validate(values)
+
+
+def pipeline(schedule: str, pp: int = 2, zero_stage: int = 2, layers: int = 4, **keys: Any) -> dict[str, Any]:
+    """Keys of a recipe whose blocks `pp` ranks share."""
+    section = {"schedule": schedule, **keys}
+    return {
+        "parallel__pp": pp,
+        "parallel__zero_stage": zero_stage,
+        "parallel__pipeline": section,
+        "model__layers": layers,
+    }
+
+
+SCHEDULES = (
+    *("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"),
+    *("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"),
+)
+CP_TP = {"parallel__cp": 2, "parallel__tp": 2}
 
 
 def found(world: int = 1, **keys: Any) -> list[tuple[str, str]]:
@@ -53,6 +79,43 @@ def test_a_sound_recipe_has_no_findings() -> None:
         ("parallel.dp_shard", {"parallel__dp_shard": 3, "world": 2}),
         ("parallel.dp_replicate", {"parallel__dp_replicate": 2}),
         ("parallel.dp_replicate", {"parallel__dp_replicate": 4, "parallel__zero_stage": 0, "world": 2}),
+        ("parallel.dp_shard", {"parallel__dp_shard": 2, "parallel__tp": 2, "world": 8}),
+        ("parallel.dp_shard", {"parallel__dp_shard": 1, "world": 2}),
+        ("parallel.cp", {"parallel__cp": 3, "parallel__tp": 2, "training__sequence_length": 240, "world": 8}),
+        ("parallel.tp", {"parallel__tp": 2, "world": 3}),
+        ("parallel.pp", {"parallel__pp": 4, "world": 6}),
+        ("parallel.tp", {"parallel__tp": 4, "world": 4}),
+        ("training.sequence_length", {"parallel__tp": 2, "training__sequence_length": 255, "world": 2}),
+        ("training.sequence_length", {"parallel__cp": 2, "training__sequence_length": 254, "world": 2}),
+        ("training.sequence_length", {**CP_TP, "training__sequence_length": 254, "world": 4}),
+        ("parallel.async_tp", {"parallel__tp": 2, "parallel__async_tp": True, "world": 2}),
+        ("parallel.offload", {"parallel__offload": True}),
+        ("parallel.pp", {"parallel__pp": 7, "world": 7}),
+        ("parallel.pipeline.stages_per_rank", {**pipeline("Interleaved1F1B", stages_per_rank=4), "world": 2}),
+        ("parallel.pipeline.blocks_per_stage", {**pipeline("1F1B", blocks_per_stage=[1, 1, 2]), "world": 2}),
+        ("parallel.pipeline.blocks_per_stage", {**pipeline("1F1B", blocks_per_stage=[1, 2]), "world": 2}),
+        ("parallel.pipeline.blocks_per_stage", {**pipeline("1F1B", 3, blocks_per_stage=[2, 0, 2]), "world": 3}),
+        ("parallel.pipeline.microbatches", {**pipeline("1F1B", microbatches=4), "training__microbatch": 4, "world": 2}),
+        ("parallel.pipeline.microbatches", {**pipeline("1F1B", microbatches=1), "world": 2}),
+        ("parallel.pipeline.microbatches", {**pipeline("DualPipeV", microbatches=2), "world": 2}),
+        *(
+            ("parallel.pipeline.microbatches", {**pipeline(name, 4, layers=8), "training__global_batch": 9, "world": 4})
+            for name in ("Interleaved1F1B", "InterleavedZeroBubble")
+        ),
+        *(
+            ("parallel.zero_stage", {**pipeline(name, zero_stage=3), "world": 4})
+            for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+        ),
+        *(
+            ("compile.enabled", {**pipeline(name), "compile__enabled": True, "world": 2})
+            for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+        ),
+        *(
+            ("parallel.pipeline.schedule", {**pipeline(name), "model__tie_embeddings": True, "world": 2})
+            for name in ("ZBVZeroBubble", "DualPipeV")
+        ),
+        ("recompute.budget", {"recompute__budget": 0.5}),
+        ("recompute.budget", {"recompute__budget": 0.5, "recompute__mode": "full", "compile__enabled": True}),
         ("debug.find_nonfinite", {"debug__find_nonfinite": True, "compile__enabled": True}),
         ("debug.trace_shapes", {"debug__trace_shapes": True, "compile__enabled": True}),
     ],
@@ -64,6 +127,11 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "keys"),
     [
+        ("parallel.zero_stage", {"parallel__zero_stage": 3, "parallel__dp_replicate": 2, "world": 2}),
+        (
+            "precision.reduce",
+            {"precision__reduce": "bfloat16", "parallel__zero_stage": 1, "training__microbatch": 4, "world": 2},
+        ),
         ("schedule.warmup_steps", {"schedule__warmup_steps": 100}),
         ("schedule.decay_steps", {"schedule__warmup_steps": 50, "schedule__decay_steps": 51}),
         ("schedule.decay_steps", {"schedule__name": "constant", "schedule__decay_steps": 5}),
@@ -73,6 +141,36 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
         ("resilience.max_skips", {"resilience__max_skips": 3}),
         ("data.prefetch", {"data__prefetch": 3}),
         ("validation.sequences", {"validation__sequences": 3}),
+        ("precision.reduce", {"precision__reduce": "bfloat16", "precision__compute": "float64"}),
+        ("recompute.every", {"recompute__every": 2}),
+        *(
+            (f"parallel.pipeline.{key}", {"parallel__pipeline": {key: value}})
+            for key, value in {
+                "schedule": "GPipe",
+                "microbatches": 4,
+                "stages_per_rank": 3,
+                "blocks_per_stage": [4],
+            }.items()
+        ),
+        *(
+            ("parallel.pipeline.stages_per_rank", {**pipeline(name, stages_per_rank=3), "world": 2})
+            for name in ("GPipe", "1F1B", "ZBVZeroBubble", "DualPipeV")
+        ),
+        ("parallel.cp_method", {"parallel__cp_method": "ring"}),
+        (
+            "parallel.cp_method",
+            {"parallel__cp": 2, "parallel__cp_method": "ring", "data__document_mask": True, "world": 2},
+        ),
+        ("parallel.async_tp", {"parallel__async_tp": True}),
+        ("parallel.prefetch", {"parallel__prefetch": 2, "parallel__zero_stage": 0, "world": 2}),
+        ("parallel.prefetch", {"parallel__prefetch": 2, "parallel__dp_replicate": 2, "world": 2}),
+        ("parallel.dp_shard", {"parallel__dp_shard": 2, "parallel__zero_stage": 0, "world": 2}),
+        ("parallel.tp", {"parallel__tp": 2, "model__ffn_dim": 385, "world": 2}),
+        (
+            "parallel.tp",
+            {"parallel__tp": 16, "model__dim": 256, "model__heads": 16, "model__kv_heads": 16, "world": 16},
+        ),
+        ("parallel.pipeline.microbatches", {**pipeline("1F1B", microbatches=20), "world": 2}),
         ("validation.every_steps", {"validation__every_steps": 101}),
         ("checkpoint.every_steps", {"checkpoint__every_steps": 101}),
         ("run.stop_after_step", {"run__stop_after_step": 100}),
@@ -103,10 +201,89 @@ def test_warnings(key: str, keys: dict[str, Any]) -> None:
         {"model__vocab_size": 257},
         {"compile__enabled": True},
         {"debug__find_nonfinite": True},
+        {"parallel__tp": 2, "world": 4},
+        {"parallel__tp": 2, "parallel__async_tp": True, "compile__enabled": True, "world": 2},
+        {"parallel__cp": 2, "parallel__cp_method": "ring", "training__sequence_length": 252, "world": 2},
+        {**CP_TP, "training__sequence_length": 256, "world": 4},
+        {"parallel__tp": 4, "model__kv_heads": 4, "world": 4},
+        {"parallel__tp": 8, "model__dim": 256, "model__heads": 8, "model__kv_heads": 8, "world": 8},
+        {"parallel__pp": 6, "training__global_batch": 36, "world": 6},
+        {"parallel__prefetch": 2, "parallel__cp": 2, "world": 2},
+        {"parallel__prefetch": 2},
+        {"parallel__dp_shard": 1, "parallel__dp_replicate": 2, "parallel__zero_stage": 0, "world": 2},
+        *({**pipeline(name), "world": 2} for name in SCHEDULES),
+        *({**pipeline(name, zero_stage=3), "world": 4} for name in ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS")),
+        {**pipeline("LoopedBFS", stages_per_rank=3), "world": 2},
+        {**pipeline("1F1B"), "model__tie_embeddings": True, "compile__enabled": True, "world": 2},
+        {**pipeline("1F1B", 3, blocks_per_stage=[0, 4, 0]), "world": 3, "training__global_batch": 33},
+        {**pipeline("1F1B", microbatches=8), "training__microbatch": 4, "world": 2},
+        {**pipeline("1F1B", microbatches=16), "world": 2},
+        {**pipeline("DualPipeV", microbatches=4), "world": 2},
+        {**pipeline("Interleaved1F1B", 4, layers=8), "training__global_batch": 12, "world": 4},
+        {"recompute__mode": "selective", "recompute__every": 2, "compile__enabled": True},
+        {"recompute__mode": "selective"},
+        {"recompute__budget": 0.5, "compile__enabled": True},
     ],
 )
 def test_what_is_right_next_to_what_is_wrong(keys: dict[str, Any]) -> None:
     assert found(**keys) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "keys"),
+    [
+        (
+            "dp_replicate 3 x tp 2 = 6 does not divide 8 ranks; "
+            "write dp_replicate = 1, 2 or 4; or start a multiple of 6 ranks (titanlite check --world 6).",
+            {"parallel__dp_replicate": 3, "parallel__tp": 2, "world": 8},
+        ),
+        (
+            "tp 2 x pp 4 = 8 does not divide 4 ranks; "
+            "write tp = 1, or pp = 1 or 2; or start a multiple of 8 ranks (titanlite check --world 8).",
+            {"parallel__tp": 2, "parallel__pp": 4, "world": 4},
+        ),
+        (
+            "tp 2 x pp 2 = 4 does not divide 5 ranks; start a multiple of 4 ranks (titanlite check --world 4).",
+            {"parallel__tp": 2, "parallel__pp": 2, "world": 5},
+        ),
+        (
+            "dp_shard 3 x tp 2 = 6 does not give 8 ranks; "
+            "write dp_shard = -1 for all that are left; or start 6 ranks (titanlite check --world 6).",
+            {"parallel__dp_shard": 3, "parallel__tp": 2, "world": 8},
+        ),
+        (
+            "dp_shard 3 x tp 4 = 12 does not give 6 ranks; "
+            "write tp = 2; or start 12 ranks (titanlite check --world 12).",
+            {"parallel__dp_shard": 3, "parallel__tp": 4, "model__kv_heads": 4, "world": 6},
+        ),
+        (
+            "4 ranks are more than the 2 parts that the model's matrices can be cut into (a key and value head stays "
+            "whole); write 1 or 2.",
+            {"parallel__tp": 4, "world": 4},
+        ),
+        (
+            "385 parts of gate, up, down are dealt out to 2 ranks: 0.3% of their time is waiting; 1 would be even.",
+            {"parallel__tp": 2, "model__ffn_dim": 385, "world": 2},
+        ),
+        (
+            "3 parts of wq, wk, wv, wo are dealt out to 2 ranks: 25.0% of their time is waiting; 1 or 3 would be even.",
+            {"parallel__tp": 2, "model__dim": 96, "model__heads": 6, "model__kv_heads": 3, "world": 2},
+        ),
+        (
+            "254 tokens cannot be cut into 4 parts: for cp = 2 ranks, each with two ends of the text; "
+            "choose a multiple of 4, such as 256.",
+            {"parallel__cp": 2, "training__sequence_length": 254, "world": 2},
+        ),
+        (
+            "a rank's share of 32 sequences makes 8 microbatches of 4, not 4; leave it out, or training.microbatch.",
+            {**pipeline("1F1B", microbatches=4), "training__microbatch": 4, "world": 2},
+        ),
+    ],
+)
+def test_numbers_and_fixes_of_layouts(said: str, keys: dict[str, Any]) -> None:
+    world = keys.pop("world")
+    (finding,) = check(recipe(**keys), world)
+    assert f"{finding.problem} {finding.fix}" == said
 
 
 def test_all_findings_at_once_errors_first() -> None:
@@ -128,8 +305,8 @@ def test_every_finding_says_how_to_mend_it() -> None:
         'give training.steps, or training.tokens such as "2M".',
         "did you mean 'adamw'?",
         "known: constant, linear, cosine, sqrt, wsd.",
-        "choose one of 1, 2, 4.",
-        "write one of 1, or start a multiple of 7 ranks (titanlite check --world 7).",
+        "choose 1, 2 or 4.",
+        "write dp_replicate = 1; or start a multiple of 7 ranks (titanlite check --world 7).",
     ]
 
 
@@ -137,35 +314,110 @@ def test_every_finding_says_how_to_mend_it() -> None:
 @given(st.integers(1, 40), st.integers(1, 9), st.none() | st.integers(1, 12))
 def test_padding_is_found_where_there_is_some(global_batch: int, world: int, microbatch: int | None) -> None:
     batch = recipe(training__global_batch=global_batch, training__microbatch=microbatch)
-    samples = [sample for rank in range(world) for sample in batch_plan(batch.training, world, rank).samples(0)]
+    layout = Layout(dp_replicate=1, dp_shard=world)
+    samples = [sample for rank in range(world) for sample in batch_plan(batch, layout, rank).samples(0)]
     warned = [f for f in check(batch, world) if f.key in ("training.global_batch", "training.microbatch")]
     assert bool(warned) == (None in samples)
     if warned:
         assert f"= {len(samples)} sequences: {samples.count(None) / len(samples):.0%} are padding" in warned[0].problem
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.builds(
-        recipe,
-        training__steps=st.none() | st.integers(1, 50),
-        training__tokens=st.none() | st.integers(1, 10**6),
-        training__microbatch=st.none() | st.integers(1, 99),
-        model__preset=st.sampled_from(["debug", "llama3-8b", "nothing"]),
-        model__dim=st.none() | st.integers(1, 300),
-        model__heads=st.none() | st.integers(1, 12),
-        model__kv_heads=st.none() | st.integers(1, 12),
-        schedule__name=st.sampled_from(["wsd", "sqrt", "nothing"]),
-        schedule__warmup_steps=st.integers(0, 60),
-        parallel__dp_replicate=st.integers(1, 3),
+def degrees(**most: int) -> dict[str, st.SearchStrategy[int]]:
+    return {f"parallel__{name}": st.integers(1, limit) for name, limit in most.items()}
+
+
+ANY_RECIPE = st.builds(
+    recipe,
+    training__steps=st.none() | st.integers(1, 50),
+    training__tokens=st.none() | st.integers(1, 10**6),
+    training__microbatch=st.none() | st.integers(1, 99),
+    training__sequence_length=st.sampled_from([1, 8, 240, 255]),
+    training__global_batch=st.integers(1, 99),
+    model__preset=st.sampled_from(["debug", "30m", "nothing"]),
+    model__dim=st.none() | st.integers(1, 300),
+    model__heads=st.none() | st.integers(1, 12),
+    model__kv_heads=st.none() | st.integers(1, 12),
+    model__layers=st.none() | st.integers(1, 9),
+    optimizer__name=st.sampled_from(["adamw", "muon", "nothing"]),
+    schedule__name=st.sampled_from(["wsd", "sqrt", "nothing"]),
+    schedule__warmup_steps=st.integers(0, 60),
+    parallel__dp_shard=st.integers(-1, 3),
+    parallel__zero_stage=st.integers(0, 3),
+    parallel__offload=st.booleans(),
+    parallel__async_tp=st.booleans(),
+    parallel__prefetch=st.integers(0, 3),
+    parallel__pipeline=st.fixed_dictionaries(
+        {"schedule": st.sampled_from(SCHEDULES)},
+        optional={
+            "microbatches": st.none() | st.integers(1, 40),
+            "stages_per_rank": st.integers(2, 4),
+            "blocks_per_stage": st.none() | st.lists(st.integers(0, 4), max_size=6),
+        },
     ),
-    st.integers(1, 70),
+    **degrees(dp_replicate=3, cp=2, tp=3, pp=4),
+    recompute__budget=st.none() | st.just(0.5),
+    compile__enabled=st.booleans(),
 )
-def test_no_rule_ever_fails_and_sound_recipes_can_be_described(any_recipe: Recipe, world: int) -> None:
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_RECIPE, st.integers(1, 3), st.none() | st.integers(1, 70))
+def test_no_rule_ever_fails_and_sound_recipes_can_be_described(
+    any_recipe: Recipe, times: int, any_world: int | None
+) -> None:
+    parallel = any_recipe.parallel
+    least = parallel.dp_replicate * max(1, parallel.dp_shard) * parallel.cp * parallel.tp * parallel.pp
+    world = any_world or least * times
     findings = check(any_recipe, world)
     if all(finding.severity == "warning" for finding in findings):
         assert describe(any_recipe, world)["steps"] >= 1
         assert report(any_recipe, world)
+        assert sharding_table(any_recipe)
+
+
+MOSTLY_SOUND = st.builds(
+    recipe,
+    model__preset=st.sampled_from(["debug", "30m"]),
+    model__kv_heads=st.sampled_from([2, None]),
+    model__layers=st.integers(2, 6),
+    model__ffn_dim=st.sampled_from([384, 130]),
+    optimizer__name=st.sampled_from(["adamw", "muon"]),
+    training__sequence_length=st.just(240),
+    training__global_batch=st.sampled_from([36, 72, 144]),
+    parallel__zero_stage=st.integers(0, 3),
+    parallel__dp_shard=st.integers(1, 3),
+    parallel__offload=st.booleans(),
+    parallel__prefetch=st.integers(0, 3),
+    parallel__pipeline=st.fixed_dictionaries({"schedule": st.sampled_from(SCHEDULES)}),
+    **degrees(dp_replicate=2, cp=2, tp=2, pp=3),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(MOSTLY_SOUND)
+def test_all_ranks_together_hold_the_model_as_often_as_there_are_copies(any_recipe: Recipe) -> None:
+    parallel = any_recipe.parallel
+    world = parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp * parallel.pp
+    layout = layout_of(parallel, world)
+    assert layout is not None
+    if any(finding.severity == "error" for finding in check(any_recipe, world)):
+        return
+    assert report(any_recipe, world)
+    assert sharding_table(any_recipe)
+    cut = layout.dp_shard * layout.cp if parallel.zero_stage else 1
+    copies = world // (layout.pp * layout.tp * cut)
+    config = spec_of(any_recipe.model.preset).configure(any_recipe.model)
+    with torch.device("meta"):
+        model = Llama(config, torch.float32)
+    # Norms are in whole on each tensor parallel rank, and a tied table is at both ends of a pipeline.
+    once = sum(p.numel() * (layout.tp if "norm" in name else 1) for name, p in model.named_parameters())
+    twice = config.vocab_size * config.dim if config.tie_embeddings and layout.pp > 1 else 0
+    held = [
+        kept_by_stages(any_recipe, layout, tp_rank, cut_rank) for tp_rank in range(layout.tp) for cut_rank in range(cut)
+    ]
+    sizes = [[sum(prod(item.kept) for item in rank) for rank in ranks] for ranks in held]
+    assert sum(map(sum, sizes)) * copies == (once + twice) * copies
+    assert describe(any_recipe, world)["parameters_kept"] == max(map(max, sizes))
 
 
 def test_rules_are_documented() -> None:
@@ -197,7 +449,7 @@ class TestDescribe:
         assert (run["steps"], run["tokens"], run["tokens_per_step"]) == (21, 1050, 50)
         assert (run["world"], run["mesh"], run["microbatch"], run["microbatches"]) == (
             2,
-            {"dp_replicate": 1, "dp_shard": 2},
+            {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1},
             2,
             2,
         )
@@ -236,10 +488,71 @@ class TestDescribe:
         alone, together = (describe(recipe(parallel__zero_stage=stage), world)["state_bytes"] for world in (1, 4))
         for part in ("weights", "gradients", "optimizer"):
             assert together[part] == -(-alone[part] // 4 if part in cut else -alone[part])
-        # In stage 3 two of the four blocks, and what lies outside them.
-        run = describe(recipe(), 4)
-        matrices = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384)
-        assert (alone["gathered"], together["gathered"]) == (0, 2 * (run["parameters"] - matrices // 2 * (stage == 3)))
+        # In stage 3 two of the four blocks, the head and the last norm.
+        block = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128 + 2 * 32
+        resting = 2 * block + 272 * 128 if stage == 3 else 0
+        assert alone["gathered"] == 0
+        assert together["gathered"] == 2 * (describe(recipe(), 4)["parameters"] - resting)
+
+    def test_a_rank_of_a_three_dimensional_mesh(self) -> None:
+        """By hand: 5 blocks of dim 8, 4 heads (2 of keys and values), ffn 6, 300 rows; pp 2 x dp_shard 2 x tp 2."""
+        sizes = {"dim": 8, "layers": 5, "heads": 4, "kv_heads": 2, "ffn_dim": 6, "vocab_size": 300, "qk_norm": False}
+        mesh = {"tp": 2, "pp": 2, "pipeline": {"blocks_per_stage": [3, 2]}}
+        keys = {f"model__{name}": value for name, value in sizes.items()}
+        keys |= {f"parallel__{name}": value for name, value in mesh.items()}
+        run = describe(recipe(**keys, training__global_batch=16), world=8)
+        # Each rank has half of the heads: wq and wo are [4, 8] and [8, 4], wk and wv [2, 8]; of the FFN 3 of 6 columns.
+        block = 2 * 4 * 8 + 2 * 2 * 8 + 3 * 3 * 8 + 2 * 8
+        first, last = 150 * 8 + 3 * block, 150 * 8 + 2 * block + 8
+        assert run["mesh"] == {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 2}
+        assert (run["microbatch"], run["microbatches"], run["data_ranks"]) == (1, 8, 2)
+        # FSDP cuts rows: 3 of ffn.gate's and ffn.up's are 2 and 1, the even ones halves.
+        kept = 150 * 8 // 2 + 3 * (2 * 4 * 8 // 2 + 2 * 2 * 8 // 2 + 2 * 2 * 8 + 8 * 3 // 2 + 2 * 8 // 2)
+        assert (run["parameters_used"], run["parameters_kept"]) == (max(first, last), kept)
+        assert run["shapes"]["layers.*.ffn.up.weight"] == {"whole": [6, 8], "used": [3, 8], "kept": [2, 8]}
+        assert run["shapes"]["layers.*.ffn.down.weight"] == {"whole": [8, 6], "used": [8, 3], "kept": [4, 3]}
+        assert run["state_bytes"] == {
+            "weights": 4 * kept,
+            "gathered": 2 * first,
+            "gradients": 4 * kept,
+            "optimizer": 8 * kept,
+            "total": 16 * kept + 2 * first,
+        }
+        stages = run["pipeline"]["stages"]
+        whole_block = 2 * 8 * 8 + 2 * 4 * 8 + 3 * 6 * 8 + 2 * 8
+        assert [stage["parameters"] for stage in stages] == [2400 + 3 * whole_block, 2400 + 2 * whole_block + 8]
+        assert [stage["blocks"] for stage in stages] == [3, 2]
+        assert sum(stage["flops_share"] for stage in stages) == pytest.approx(1)
+        assert run["pipeline"]["bubble_share"] == pytest.approx(1 / 9)
+
+    def test_split_backward_passes_have_gradients_in_whole(self) -> None:
+        run = {name: describe(recipe(**pipeline(name)), world=4) for name in ("1F1B", "InterleavedZeroBubble")}
+        assert run["1F1B"]["state_bytes"]["gradients"] == 4 * run["1F1B"]["parameters_kept"]
+        split = run["InterleavedZeroBubble"]
+        assert split["state_bytes"]["gradients"] == 4 * split["parameters_used"]
+
+    def test_context_parallel_ranks_cut_the_weights_too(self) -> None:
+        alone, shared = (describe(recipe(parallel__cp=cp), world=4) for cp in (1, 4))
+        assert alone["parameters_kept"] == shared["parameters_kept"]
+        assert (alone["microbatch"], shared["microbatch"]) == (8, 32)
+
+    def test_prefetched_blocks_are_there_beside_the_one_at_work(self) -> None:
+        def gathered(prefetch: int) -> int:
+            run = describe(recipe(parallel__zero_stage=3, parallel__prefetch=prefetch), world=2)
+            return int(run["state_bytes"]["gathered"])
+
+        block = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128 + 2 * 32)
+        assert [gathered(depth) - gathered(1) for depth in (0, 1, 2, 3)] == [0, 0, block, 2 * block]
+        everything = describe(recipe(), world=2)["state_bytes"]["gathered"]
+        assert gathered(4) == gathered(9) == everything
+
+    @pytest.mark.parametrize(
+        ("schedule", "stages", "share"),
+        [("GPipe", 1, 3 / 11), ("1F1B", 1, 3 / 11), ("Interleaved1F1B", 2, 3 / 19), ("LoopedBFS", 4, 3 / 35)],
+    )
+    def test_bubbles_of_four_ranks_and_eight_microbatches(self, schedule: str, stages: int, share: float) -> None:
+        assert bubble_share(schedule, 4, stages, 8) == pytest.approx(share)
+        assert bubble_share("ZBVZeroBubble", 4, 2, 8) is None
 
     def test_a_checkpoint_holds_everything_whatever_the_layout(self) -> None:
         parameters = describe(recipe())["parameters"]
@@ -268,3 +581,39 @@ def test_findings_of_a_file_have_their_lines(tmp_path: Path) -> None:
 def test_a_finding_reads_as_one_line() -> None:
     finding = Finding("a.b", "is wrong;", "mend it.", "f.toml", 3)
     assert str(finding) == "f.toml:3: a.b: is wrong; mend it."
+
+
+class TestShardingTable:
+    def rows(self, **keys: Any) -> dict[tuple[str, str], dict[str, Any]]:
+        table = sharding_table(recipe(**keys))
+        return {(row["modules"], row["style"]): row for row in table}
+
+    def test_shapes_are_those_of_the_first_rank(self) -> None:
+        rows = self.rows(parallel__tp=2, parallel__cp=2)
+        assert rows["layers.*.attention.wk", "column"]["local"] == [32, 128]
+        assert rows["layers.*.ffn.down", "row"]["local"] == [128, 192]
+        assert rows["embed", "vocab"]["whole"] == [272, 128]
+        assert rows["layers.*.attention", "gather"]["whole"] == [128]
+        assert rows["layers.*.attention", "gather"]["local"] == [64]
+        assert rows["layers.*.attention.core", "attention"]["whole"] == [256]
+        assert rows["layers.*.attention.q_norm", "whole"]["local"] == [32]
+
+    def test_every_parameter_is_in_it_once(self) -> None:
+        for tied in (False, True):
+            rows = self.rows(model__tie_embeddings=tied)
+            with torch.device("meta"):
+                model = Llama(spec_of("debug").configure(recipe(model__tie_embeddings=tied).model), torch.float32)
+            names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+            patterns = {pattern_of(name).removesuffix(".weight") for name in names}
+            listed = [modules for (modules, style) in rows if style in ("vocab", "column", "row", "whole")]
+            assert sorted(listed) == sorted(patterns)
+
+    def test_the_ring_passes_keys_round(self) -> None:
+        gathered, ring = (self.rows(parallel__cp_method=method) for method in ("all-gather", "ring"))
+        assert "all-gather" in gathered["layers.*.attention.core", "attention"]["told"]
+        assert "passed round" in ring["layers.*.attention.core", "attention"]["told"]
+
+    def test_text(self) -> None:
+        text = sharding_text(sharding_table(recipe(parallel__tp=2)))
+        assert "layers.*.attention.wo" in text
+        assert "128 x 128 -> 128 x 64" in text

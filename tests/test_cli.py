@@ -92,7 +92,7 @@ class TestCheck:
         assert code == 0
         assert (report["steps"], report["tokens"], report["global_batch"]) == (7, 7 * 32 * 256, 32)
         assert (report["mesh"], report["microbatches"], report["microbatch"]) == (
-            {"dp_replicate": 1, "dp_shard": 4},
+            {"pp": 1, "dp_replicate": 1, "dp_shard": 4, "cp": 1, "tp": 1},
             1,
             8,
         )
@@ -113,6 +113,19 @@ class TestCheck:
         as_json = json.loads(run("check", "--explain", "training.steps", "--json")[1])
         assert (as_json["type"], as_json["minimum"]) == ("integer", 1)
         assert run("check", "--explain", "training.setps")[2].endswith("did you mean 'training.steps'?\n")
+
+    def test_show_plan(self, run: Run, recipe: Path) -> None:
+        words = ("check", str(recipe), "--world=2", "--parallel.tp=2", "--show-plan")
+        code, out, err = run(*words)
+        assert (code, err) == (0, "")
+        assert "layers.*.attention.wq" in out
+        assert "128 x 128 -> 64 x 128" in out
+        code, out, _ = run(*words, "--json")
+        printed = json.loads(out)
+        assert (code, list(printed)) == (0, ["plan", "findings"])
+        assert {"modules", "style", "over", "told", "whole", "local"} == set(printed["plan"][0])
+        code, out, _ = run(*words, "--json", "--world=1")
+        assert (code, list(json.loads(out))) == (2, ["findings"])
 
     @pytest.mark.parametrize(
         "argv",

@@ -15,30 +15,35 @@ PACKAGE = ROOT / "titanlite"
 
 LEVELS = (
     ("errors", "__init__"),
-    ("registry",),
+    ("registry", "launch"),
     ("recipe", "cli"),
     ("durable", "models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules"),
+    ("parallel.stages", "parallel.timetable", "parallel.slicing"),
+    ("rules", "describe", "sharding_table"),
     ("check", "models", "precision"),
     ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
-    ("trainer", "generate"),
-    ("train", "__main__"),
+    ("learner",),
+    ("trainer", "generate", "dryrun"),
+    ("train", "verify", "__main__"),
 )
 """A room imports rooms of lower levels and itself: not its siblings. The longest name that fits a module counts."""
 
 KNOW_TORCH_DISTRIBUTED = (
     "parallel",
-    "checkpoint.save",
-    "checkpoint.load",
+    "checkpoint.ranks",
     "optim.clip",
     "resilience",
     "observe.metrics",
+    "dryrun",
 )
 
 WITHOUT_TORCH = (
-    *("errors", "registry", "durable", "cli", "check", "train"),
+    *("errors", "registry", "launch", "durable", "cli", "rules", "describe", "sharding_table", "check", "train"),
     *("recipe.sections", "recipe.units", "recipe.toml", "recipe.faults", "recipe.load", "recipe.explain"),
-    *("models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules.shapes"),
-    *("data.order", "data.packing", "checkpoint.format", "checkpoint.storage", "observe.flops", "observe.rows"),
+    *("models.spec", "models.llama_spec", "parallel.layout", "parallel.stages", "parallel.slicing"),
+    *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
+    *("data.order", "data.packing", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
+    *("observe.flops", "observe.rows", "verify.command", "verify.shrink", "verify.verdict"),
 )
 
 

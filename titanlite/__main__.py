@@ -1,7 +1,6 @@
 """`python -m titanlite`: the same as the `titanlite` command."""
 
-import sys
-
 from titanlite.cli import main
+from titanlite.launch import end_process
 
-sys.exit(main())
+end_process(main())

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from titanlite import __version__
 from titanlite.errors import GuardStop, NonfiniteFound, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.launch import launched
 from titanlite.registry import Registry, did_you_mean
 
 Command = Callable[[list[str]], int]
@@ -24,6 +25,7 @@ EXIT_BROKEN_PIPE = 128 + 13  # … and by SIGPIPE: who read our output has gone
 HELP = {
     "train": "train a recipe (RECIPE [--section.key=value ...])",
     "check": "say what a run will be, and what is wrong with its recipe; explain a key",
+    "verify": "prove that a layout computes what one process does, on your machines",
     "generate": "continue a prompt with a trained model",
     "schema": "print the JSON schema of recipes, for editors",
 }
@@ -33,6 +35,7 @@ COMMANDS = Registry(
     {
         "train": "titanlite.train:main",
         "check": "titanlite.check:main",
+        "verify": "titanlite.verify.command:main",
         "generate": "titanlite.generate:main",
         "schema": "titanlite.recipe.explain:main",
     },
@@ -77,7 +80,7 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
 def _is_said_by_another_rank(error: TitanliteError) -> bool:
     """Under torchrun every rank meets these; the first one's word is enough."""
     everywhere = isinstance(error, (RecipeError, StoppedEarly, GuardStop)) and not isinstance(error, NonfiniteFound)
-    return os.environ.get("RANK", "0") != "0" and everywhere
+    return not launched().is_first and everywhere
 
 
 def _let_printing_succeed() -> None:

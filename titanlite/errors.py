@@ -67,6 +67,10 @@ class GuardStop(TitanliteError):
     exit_code = EXIT_GUARD
 
 
+class LayoutDiffers(GuardStop):
+    """`titanlite verify`: the recipe's layout does not compute what one process does."""
+
+
 class NonfiniteFound(GuardStop):
     """A module made a number that is not finite. Other than what the guards judge, only one rank may have met it."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import CheckpointError, UsageError
+from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.recipe.load import load_recipe
@@ -63,7 +64,7 @@ def load_model(run: Path, recipe: Recipe, device: torch.device) -> torch.nn.Modu
     with device:
         model = spec.build(spec.configure(recipe.model), compute_dtype(recipe.precision))
     model.to(master_dtype(recipe.precision)).requires_grad_(False)
-    weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    weights = {f"model.{name}": Shard.whole(parameter) for name, parameter in model.named_parameters()}
     manager = CheckpointManager(run / "checkpoints", keep_last=None, warn=lambda text: print(text, file=sys.stderr))
     if manager.load_latest(weights, prefix="model.") is None:
         raise CheckpointError(f"{run} holds no checkpoint yet; checkpoint.every_steps says when the run saves one.")

@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titanlite.check import checked, checkpoint_bytes, describe
+from titanlite.check import checked
 from titanlite.cli import run_command
+from titanlite.describe import checkpoint_bytes, describe
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, StoppedEarly, TitanliteError
+from titanlite.launch import end_process, launched
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="with --fresh: delete the run that the folder holds")
     arguments, overrides = parse_with_overrides(parser, argv)
     loaded = load_recipe(arguments.recipe, overrides)
-    warnings = checked(loaded, int(os.environ.get("WORLD_SIZE", "1")))
-    if os.environ.get("RANK", "0") == "0":
+    warnings = checked(loaded, launched().size)
+    if launched().is_first:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     train(loaded, "resume" if arguments.resume else "fresh" if arguments.fresh else "auto", arguments.force)
@@ -63,11 +65,13 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
     validated = recipe.validation.every_steps > 0
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=validated)
     with ExitStack() as stack:
-        world = stack.enter_context(joined_world(recipe.run.deterministic))
+        world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds))
         journal = Journal()
         stack.callback(journal.close)
         steps = total_steps(recipe.training)
-        checkpoints = CheckpointManager(path / "checkpoints", recipe.checkpoint.keep_last or None, journal.say)
+        checkpoints = CheckpointManager(
+            path / "checkpoints", recipe.checkpoint.keep_last or None, journal.say, world.rank, world.size
+        )
         trainer: Trainer | None = None
         if world.is_first:
             journal.add_console(open_console(sys.stdout, steps, recipe.run.name))
@@ -134,16 +138,5 @@ def _told_to_launcher(code: int) -> int:
     return EXIT_DONE if planned else code
 
 
-def _end_process(code: int) -> None:
-    """End with `code`. With other ranks: at once, since threads of a process group that something still refers to
-    abort the interpreter when it is taken down.
-    """
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    _end_process(_told_to_launcher(run_command(main, sys.argv[1:])))
+    end_process(_told_to_launcher(run_command(main, sys.argv[1:])))

@@ -1,40 +1,33 @@
 """The run: everything is built once, then one loop takes it from step to step.
 
-A step in five files: here, `data/loader.py`, `parallel/program.py`, `models/llama.py`, `models/layers.py`. Nothing
-calls back into the trainer; each room is handed values and returns values.
+A step in six files: here, `data/loader.py`, `learner.py`, `parallel/program.py`, `models/llama.py`,
+`models/layers.py`. Nothing calls back into the trainer; each room is handed values and returns values.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.data.loader import Batch, train_loader, validation_batches
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import CheckpointError, DataError, StoppedEarly
-from titanlite.models.init import initialise
-from titanlite.models.spec import spec_of
+from titanlite.errors import DataError, StoppedEarly
+from titanlite.learner import Learner
+from titanlite.models.shard import Shard
 from titanlite.observe.flops import peak_flops
 from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
 from titanlite.observe.journal import Journal
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.rows import validation_row
-from titanlite.optim.build import Weights, build_optimizer
-from titanlite.optim.clip import clip_gradients
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.apply import build
-from titanlite.parallel.layout import batch_plan, total_steps
+from titanlite.parallel.layout import agreed_layout, batch_plan, total_steps
 from titanlite.parallel.world import World
-from titanlite.precision.casting import compute_dtype
 from titanlite.recipe.sections import Recipe
-from titanlite.resilience.guards import Guards
 from titanlite.resilience.signals import StopRequests
 
 _COLLECT_EVERY = 100
@@ -61,18 +54,12 @@ class Trainer:
         self.checkpoints = checkpoints
         self.journal = journal
         self.total_steps = total_steps(recipe.training)
-        self.plan = batch_plan(recipe.training, world.size, world.rank)
+        layout = agreed_layout(recipe.parallel, world.size)
+        self.plan = batch_plan(recipe, layout, layout.place(world.rank).data)
 
-        spec = spec_of(recipe.model.preset)
-        config = spec.configure(recipe.model)
-        self.program = build(spec, config, recipe, world)
-        self.shards = self.program.shards
-        self.weights = self.shards.local()
-        shapes = {name: shard.shape for name, shard in self.shards.table.items()}
-        weights = Weights(self.weights, shapes, self.shards.exchange())
-        self.optimizer = build_optimizer(recipe.optimizer, spec, weights, compute_dtype(recipe.precision))
-        self.guards = Guards(recipe.resilience, world.device)
-        manifest = checkpoints.load_latest(self._state(self.shards.windows))
+        self.learner = learner = Learner(recipe, world)
+        self.program, self.shards, self.guards = learner.program, learner.shards, learner.guards
+        manifest = checkpoints.load_latest(self._state())
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
         self._committed = manifest.step if manifest is not None else None
@@ -81,7 +68,7 @@ class Trainer:
         if manifest is not None:
             self.guards.resumed()
         else:
-            initialise(self.shards.table, lambda name: spec.initial_std(config, name), recipe.run.seed)
+            learner.initialise()
 
         self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -90,20 +77,15 @@ class Trainer:
             log_every=recipe.metrics.log_every,
             devices=world.size,
             device=world.device,
-            flops_per_token=spec.flops_per_token(config, recipe.training.sequence_length),
+            flops_per_token=learner.spec.flops_per_token(learner.config, recipe.training.sequence_length),
             peak_flops=peak_flops(card),
         )
 
     def _refuse_to_mix(self, corpus: str) -> None:
         """Refuse what would train on in silence with wrong numbers: ranks that disagree, or another corpus than before.
 
-        `corpus` is the fingerprint in the checkpoint. Raises `CheckpointError` and `DataError`.
+        `corpus` is the fingerprint in the checkpoint. Raises `DataError`.
         """
-        if not self.world.all_equal(self.step):
-            raise CheckpointError(
-                f"rank {self.world.rank} would go on from step {self.step}, and others from another step. Every "
-                f"machine must see the same {self.checkpoints.folder}: set run.output_dir to a folder that they share."
-            )
         if not self.world.all_equal(int(self._corpus, 16) >> 1):
             raise DataError(
                 f"rank {self.world.rank} reads another corpus than others. Every machine must see the same files"
@@ -139,17 +121,8 @@ class Trainer:
         self.step += 1
         if self.finder is not None:
             self.finder.step = self.step
-        loss = self.program.forward_backward(batch)
-        norm = clip_gradients(
-            self.weights.values(),
-            self.recipe.optimizer.clip_norm,
-            ranks=self.world.size,
-            copies=self.world.size // self.shards.ranks,
-        )
-        taken = self.guards.judge(self.step, loss, norm)
         factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
-        self.optimizer.step(factor, taken)
-        self.shards.drop_gradients()
+        loss, norm = self.learner.step(self.step, batch, factor)
         row = self.metrics.record(
             step=self.step,
             loss=loss,
@@ -182,8 +155,8 @@ class Trainer:
             self.data.validation,
             self.recipe.validation.sequences,
             self.plan.microbatch,
-            self.world.size,
-            self.world.rank,
+            self.plan.data_ranks,
+            self.plan.data_rank,
         )
         result = self.program.evaluate(batches)
         self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte))
@@ -197,20 +170,16 @@ class Trainer:
         self._review()
         if self.step == self._committed:
             return
-        # Every rank gives its rows; the first keeps what they make.
-        tensors = self._state(lambda rows: self.shards.whole(rows, keep=self.world.is_first))
-        self._committed = self.step
-        if not self.world.is_first:
-            return
         self.journal.sync()  # no row of a committed step may be lost with the machine's power
         self.checkpoints.save(
             step=self.step,
             samples=self.step * self.plan.global_batch,
             tokens=self._tokens(self.step),
-            tensors=tensors,
+            tensors=self._state(),
             values={"corpus": self._corpus},
             recipe_text=self.recipe_text,
         )
+        self._committed = self.step
         self.journal.event(self.step, "checkpoint", str(self.checkpoints.path(self.step)))
 
     def _review(self) -> None:
@@ -255,15 +224,17 @@ class Trainer:
     def _tokens(self, steps: int) -> int:
         return steps * self.plan.global_batch * self.recipe.training.sequence_length
 
-    def _state(self, view: Callable[[dict[str, Tensor]], Mapping[str, Any]]) -> dict[str, Any]:
-        """Everything a checkpoint holds, by name. What is not here is a function of the recipe and the step.
+    def _state(self) -> dict[str, Shard]:
+        """This rank's part of everything that a checkpoint holds, by name.
 
-        `view` says how the rows that this rank holds are seen: as windows of whole tensors, or joined to these.
+        What is not here is a function of the recipe and the step.
         """
+        learner = self.learner
+        rooms = {"model": learner.weights, "optimizer": learner.optimizer.state(), "guards": self.guards.state()}
         return {
-            **{f"model.{name}": seen for name, seen in view(self.weights).items()},
-            **{f"optimizer.{name}": seen for name, seen in view(self.optimizer.state()).items()},
-            **{f"guards.{name}": tensor for name, tensor in self.guards.state().items()},
+            f"{room}.{name}": shard
+            for room, tensors in rooms.items()
+            for name, shard in self.shards.windows(tensors).items()
         }
 
 

@@ -44,10 +44,10 @@ def main() -> None:
     spec = spec_of(recipe.model.preset)
     gate = Gate(spec.parameter_count(spec.configure(recipe.model)))
     gated = GatedSplit(**vars(data.train), gate=gate, global_batch=recipe.training.global_batch)
-    with joined_world(recipe.run.deterministic) as world:
+    with joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
         journal = Journal()
         journal.add(JsonlSink(folder / "metrics.jsonl", 0, journal.say))
-        checkpoints = CheckpointManager(folder / "checkpoints", None, journal.say)
+        checkpoints = CheckpointManager(folder / "checkpoints", None, journal.say, world.rank, world.size)
         Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, journal).run()
 
 

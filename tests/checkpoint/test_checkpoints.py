@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.format import DTYPES, MANIFEST, NewerFormatError, _checksum, folder_name
-from titanlite.checkpoint.load import read_tensors
+from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import group_by_size, save_state
+from titanlite.checkpoint.plan import group_by_size
+from titanlite.checkpoint.save import save_state
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
+from titanlite.models.shard import Shard
 
 COUNTERS = {"samples": 0, "tokens": 0, "values": {}, "recipe": ""}
 
@@ -42,14 +44,18 @@ class Run:
     def save(self, step: int, tensors: dict[str, torch.Tensor] | None = None) -> Path:
         tensors = state(step) if tensors is None else tensors
         return self.manager.save(
-            step=step, samples=step * 10, tokens=step * 100, tensors=tensors, values={}, recipe_text=""
+            step=step, samples=step * 10, tokens=step * 100, tensors=whole(tensors), values={}, recipe_text=""
         )
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
         tensors = state(-1)
-        manifest = self.manager.load_latest(tensors)
+        manifest = self.manager.load_latest(whole(tensors))
         assert manifest is not None
         return manifest.step, tensors
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, Shard]:
+    return {name: Shard.whole(tensor) for name, tensor in tensors.items()}
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
@@ -86,14 +92,20 @@ tables = st.dictionaries(
 def test_any_tensors_come_back_bit_for_bit(table, file_bytes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / folder_name(3)
     tensors = {name: random_bits(*spec) for name, spec in table.items()}
-    written = save_state(
-        folder, step=3, samples=4, tokens=5, tensors=tensors, values={"n": 1}, recipe="a = 1", file_bytes=file_bytes
+    save_state(
+        folder,
+        step=3,
+        samples=4,
+        tokens=5,
+        tensors=whole(tensors),
+        values={"n": 1},
+        recipe="a = 1",
+        file_bytes=file_bytes,
     )
     manifest = read_manifest(folder)
-    assert manifest == written
     assert (manifest.samples, manifest.tokens, manifest.values, manifest.recipe) == (4, 5, {"n": 1}, "a = 1")
     targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    read_tensors(folder, manifest, targets)
+    load_state(folder, whole(targets))
     assert all(same_bits(targets[name], tensors[name]) for name in tensors)
 
 
@@ -101,7 +113,7 @@ def test_parameters_and_strided_tensors_are_read_in_place(tmp_path):
     run, weight = Run(tmp_path), torch.nn.Parameter(torch.randn(4, 3))
     run.save(1, {"w": weight, "t": torch.arange(6.0).reshape(2, 3).t()})
     target, strided = torch.nn.Parameter(torch.zeros(4, 3)), torch.zeros(2, 3).t()
-    run.manager.load_latest({"w": target, "t": strided})
+    run.manager.load_latest(whole({"w": target, "t": strided}))
     assert torch.equal(target, weight) and torch.equal(strided, torch.arange(6.0).reshape(2, 3).t())
 
 
@@ -116,7 +128,7 @@ def test_tensors_on_a_gpu_are_saved_and_read_in_place(tmp_path):
     folder = run.save(1, saved)
     assert read_manifest(folder).environment["device"] == torch.cuda.get_device_name()
     targets = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
-    run.manager.load_latest(targets)
+    run.manager.load_latest(whole(targets))
     assert all(torch.equal(targets[name], saved[name]) and targets[name].device == saved[name].device for name in saved)
 
 
@@ -124,28 +136,8 @@ def test_a_prefix_reads_the_weights_alone(tmp_path):
     run = Run(tmp_path)
     run.save(4)
     weights = {"model.w": torch.zeros(7, 5)}
-    assert run.manager.load_latest(weights, prefix="model.").step == 4
+    assert run.manager.load_latest(whole(weights), prefix="model.").step == 4
     assert torch.equal(weights["model.w"], state(4)["model.w"])
-
-
-def test_chunks_of_several_files_are_joined(tmp_path):
-    """What many ranks will write: one tensor in pieces, here made by hand."""
-    folder, whole = tmp_path / folder_name(1), torch.arange(20.0).reshape(4, 5)
-    save_state(folder, step=1, tensors={"w": whole}, **COUNTERS)
-    os.remove(folder / "tensors-00000.safetensors")
-    fields = json.loads((folder / MANIFEST).read_bytes())
-    chunks, fields["files"] = [], {}
-    for rank, rows in enumerate((slice(0, 3), slice(3, 4))):
-        file = f"rank-{rank}.safetensors"
-        save_file({"piece": whole[rows].contiguous()}, folder / file)
-        fields["files"][file] = storage.describe_file(folder / file).model_dump()
-        shape = list(whole[rows].shape)
-        chunks.append({"offset": [rows.start, 0], "shape": shape, "file": file, "key": "piece"})
-    fields["tensors"]["w"]["chunks"] = chunks
-    rewrite(folder, fields)
-    target = torch.zeros(4, 5)
-    read_tensors(folder, read_manifest(folder), {"w": target})
-    assert torch.equal(target, whole)
 
 
 def rewrite(folder: Path, fields: dict) -> None:
@@ -216,7 +208,7 @@ def test_unicode_spaces_relative_and_linked_paths(tmp_path, monkeypatch):
 
 
 def shard(folder: Path) -> Path:
-    return folder / "tensors-00000.safetensors"
+    return folder / "tensors-00000-000.safetensors"
 
 
 def flip(path: Path, place: int) -> None:
@@ -263,7 +255,7 @@ def test_if_all_are_damaged_the_error_names_each(tmp_path):
         DAMAGES["bit in the data"](run.save(step))
     before = state(-1)
     with pytest.raises(CheckpointError, match="no usable checkpoint") as refusal:
-        run.manager.load_latest(before)
+        run.manager.load_latest(whole(before))
     assert "step-00000001" in str(refusal.value) and "step-00000002" in str(refusal.value)
     assert refusal.value.exit_code == 4
     assert all(torch.equal(tensor, state(-1)[name]) for name, tensor in before.items())
@@ -355,7 +347,7 @@ def test_every_mismatch_is_named_and_nothing_is_touched(tmp_path):
         "new": torch.zeros(1),
     }
     with pytest.raises(CheckpointError) as refusal:
-        run.manager.load_latest(targets)
+        run.manager.load_latest(whole(targets))
     lines = [line.strip() for line in str(refusal.value).splitlines()[1:]]
     assert sorted(lines) == [
         "both: float32 in the checkpoint, int64 here",
@@ -533,7 +525,7 @@ def test_killed_at_random_moments_the_newest_is_whole(tmp_path):
         run.manager.prepare()
         for tensor in big.values():
             tensor.fill_(-1)
-        manifest = run.manager.load_latest(big)
+        manifest = run.manager.load_latest(whole(big))
         assert run.warnings == []
         assert (0 if manifest is None else manifest.step) >= latest
         assert manifest is None or all(bool((tensor == manifest.step).all()) for tensor in big.values())

@@ -14,11 +14,11 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
-from titanlite.parallel.layout import batch_plan
-from titanlite.parallel.program import Program
+from titanlite.parallel.layout import BatchPlan
+from titanlite.parallel.program import PlainLoop, Program
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
-from titanlite.recipe.sections import Data, Optimizer, Resilience, Training
+from titanlite.recipe.sections import Data, Optimizer, Resilience
 from titanlite.resilience.guards import Guards
 from titanlite.train import main
 
@@ -33,13 +33,13 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     from titanlite.parallel.compiled import compile_units
 
     model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
-    initialise(Shards(model, None).table, lambda name: initial_std(CONFIG, name), 0)
+    initialise(Shards.of(model).table, lambda name: initial_std(CONFIG, name), 0)
     model.to(device)
     if compiled:
         compile_units(model, SPEC)
     optimizer = build_optimizer(Optimizer(name=optimizer_name, lr=3e-3), SPEC, Weights.of(model), dtype)
-    program = Program(model, World(0, 1, torch.device(device)))
-    plan = batch_plan(Training(steps=steps, sequence_length=128, global_batch=8, microbatch=4), 1, 0)
+    program = Program(model, World(0, 1, torch.device(device)), Shards.of(model), PlainLoop(model))
+    plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     curve = []
     for batch in train_loader(open_data(Data(), 128, 0).train, plan, 0, steps):
         loss = program.forward_backward(batch.to(torch.device(device)))
@@ -65,12 +65,15 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     device = torch.device("cuda")
     with device:
         model = SPEC.build(CONFIG, torch.bfloat16)
-    initialise(Shards(model, None).table, lambda name: initial_std(CONFIG, name), 0)
+    initialise(Shards.of(model).table, lambda name: initial_std(CONFIG, name), 0)
     optimizer = build_optimizer(Optimizer(name="muon"), SPEC, Weights.of(model), torch.bfloat16)
-    program, guards = Program(model, World(0, 1, device)), Guards(Resilience(), device)
+    program, guards = (
+        Program(model, World(0, 1, device), Shards.of(model), PlainLoop(model)),
+        Guards(Resilience(), device),
+    )
     from titanlite.data.loader import train_loader
 
-    plan = batch_plan(Training(steps=3, sequence_length=128, global_batch=8), 1, 0)
+    plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=8)
     loader = train_loader(open_data(Data(), 128, 0).train, plan, 0, 3, pin_memory=True)
     for step, batch in enumerate(loader, 1):
         if step == 3:  # the first steps allocate and autotune

@@ -47,7 +47,7 @@ SHAPES = {
 def build(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
     model = SPEC.build(config, dtype)
     model.to(torch.promote_types(dtype, torch.float32))
-    initialise(Shards(model, None).table, lambda name: initial_std(config, name), seed)
+    initialise(Shards.of(model).table, lambda name: initial_std(config, name), seed)
     return model
 
 
@@ -129,6 +129,8 @@ def test_counts_are_those_of_the_module(preset: str) -> None:
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for name, p in model.named_parameters() if SPEC.is_block_matrix(name))
     assert matrix_parameters(config) == matrices
+    named = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert list(SPEC.shapes(config).items()) == named
 
 
 def test_flops_are_those_that_torch_counts() -> None:

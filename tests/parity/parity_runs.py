@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.data.splits import open_data
+from titanlite.models.init import initialise
+from titanlite.models.shard import Shard
+from titanlite.models.spec import spec_of
 from titanlite.observe.journal import Journal
 from titanlite.observe.rows import Row
+from titanlite.parallel.apply import build
 from titanlite.parallel.world import World
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
 from titanlite.trainer import Trainer
 
 Curve = dict[str, list[float]]
+Part = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
+"""Name, offset in the whole, shape of the whole, values."""
 
 
 class _Kept:
@@ -34,6 +43,13 @@ class _Kept:
 
     def close(self) -> None:
         pass
+
+
+def write_corpus(path: Path) -> str:
+    """A few sentences, each another; returns the path."""
+    # With characters beyond ASCII: their bytes are tokens in the upper half of the vocabulary.
+    path.write_text("".join(f"{n}³ = {n**3}, and √{n} is {n**0.5:.3f} – é.\n" for n in range(400)), encoding="utf-8")
+    return str(path)
 
 
 def small_recipe(corpus: str, **sections: dict[str, Any]) -> Recipe:
@@ -54,54 +70,56 @@ def small_recipe(corpus: str, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def train(rank: int, world: int, recipe_json: str, folder: str | None = None) -> tuple[Curve, dict[str, torch.Tensor]]:
-    """Run it (from the checkpoint in `folder`, if there is one); what the run gave, the same on every rank."""
+def train(rank: int, world: int, recipe_json: str, folder: str | None = None) -> tuple[Curve, list[Part]]:
+    """Run it (from the checkpoint in `folder`, if there is one); the curve, and what this rank holds of the weights."""
     recipe = Recipe.model_validate_json(recipe_json)
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed)
     journal, kept = Journal(), _Kept()
     journal.add(kept)
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = CheckpointManager(Path(folder or scratch), None, print)
-        checkpoints.prepare()
+    with _shared_folder(world) as scratch:
+        checkpoints = CheckpointManager(Path(folder or scratch), None, print, rank, world)
         place = World(rank, world, torch.device("cpu"))
         trainer = Trainer(recipe, to_toml(recipe), place, data, checkpoints, journal)
         trainer.run()
     keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
     curve = {key: [row[key] for row in kept.rows if key in row] for key in keys}
-    return curve, {
-        name: tensor.detach().clone() for name, tensor in trainer.shards.whole(trainer.weights, keep=True).items()
-    }
+    held = trainer.shards.table.items()
+    return curve, [(name, shard.offset, shard.shape, shard.tensor.detach().clone()) for name, shard in held]
 
 
-def train_with_fault(rank: int, world: int, fault: str, recipe_json: str) -> tuple[Curve, dict[str, torch.Tensor]]:
-    """`train`, with one of the mistakes that the parity tests are there to find."""
-    import pytest
-    from torch.distributed.fsdp import FSDPModule
+def assemble(results: Sequence[tuple[Curve, list[Part]]]) -> dict[str, torch.Tensor]:
+    """The whole weights from what all ranks of a run hold, copies being equal; NaN where none holds anything."""
+    whole: dict[str, torch.Tensor] = {}
+    for name, offset, shape, values in (part for _, parts in results for part in parts):
+        tensor = whole.setdefault(name, values.new_full(shape, torch.nan))
+        box = tensor[tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))]
+        assert box.isnan().all() or torch.equal(box, values), f"two ranks hold different values of {name}"
+        box.copy_(values)
+    return whole
 
-    from titanlite import trainer
-    from titanlite.optim.clip import clip_gradients
-    from titanlite.parallel.program import Program
-    from titanlite.parallel.shards import Shard, Shards
 
-    with pytest.MonkeyPatch.context() as patch:
-        if fault == "gradients are means":
-            set_factor = FSDPModule.set_gradient_divide_factor
-            patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, _: set_factor(self, 2.0))
-        elif fault == "a microbatch is dropped":
-            token_losses = Program._token_losses
+@contextmanager
+def _shared_folder(world: int) -> Iterator[str]:
+    """A temporary folder, the same on all ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [folder]
+        if world > 1:
+            dist.broadcast_object_list(folders)
+        yield folders[0]
+        if world > 1:
+            dist.barrier()
 
-            def dropped(self: Program, batch: Any, index: int) -> torch.Tensor:
-                return token_losses(self, batch, index) * (0.0 if index == 1 else 1.0)
 
-            patch.setattr(Program, "_token_losses", dropped)
-        elif fault == "a rank begins with another's rows":
-            shard = Shards._shard
+def table_of(model: torch.nn.Module) -> dict[str, Shard]:
+    """A whole model's parameters."""
+    return {name: Shard.whole(parameter.detach()) for name, parameter in model.named_parameters()}
 
-            def shifted(self: Shards, parameter: torch.nn.Parameter) -> Shard:
-                right = shard(self, parameter)
-                return Shard(right.rows, max(right.first - 1, 0), right.shape)
 
-            patch.setattr(Shards, "_shard", shifted)
-        else:
-            patch.setattr(trainer, "clip_gradients", lambda tensors, norm, **_: clip_gradients(tensors, norm))
-        return train(rank, world, recipe_json)
+def initial_weights(rank: int, world: int, recipe_json: str) -> list[Part]:
+    """What this rank holds of a model that was just built and filled."""
+    recipe = Recipe.model_validate_json(recipe_json)
+    spec = spec_of(recipe.model.preset)
+    config = spec.configure(recipe.model)
+    program = build(spec, config, recipe, World(rank, world, torch.device("cpu")))
+    initialise(program.shards.table, lambda name: spec.initial_std(config, name), recipe.run.seed)
+    return [(name, s.offset, s.shape, s.tensor.detach().clone()) for name, s in program.shards.table.items()]

@@ -21,7 +21,7 @@ from titanlite.errors import CheckpointError
 FORMAT: Final = "titanlite-checkpoint"
 VERSION: Final = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 2**28
+MAX_MANIFEST_BYTES = 2**30
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
 MAX_DIMENSIONS = 8
@@ -97,14 +97,14 @@ class Chunk(_Table):
 
 
 class TensorEntry(_Table):
-    """One tensor by its global shape. Its chunks tile it exactly: no gap, no overlap."""
+    """One tensor by its global shape. Its chunks tile it exactly: no gap, no overlap. An empty tensor has none."""
 
     dtype: Literal[
         "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
         "int64", "int32", "int16", "int8", "uint8", "bool",
     ]  # fmt: skip
     shape: Extents
-    chunks: Annotated[tuple[Chunk, ...], Field(min_length=1)]
+    chunks: tuple[Chunk, ...]
 
     @model_validator(mode="after")
     def _tiled(self) -> TensorEntry:

@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,41 +43,65 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(step for name in names if (step := step_of(name)) is not None)
 
 
-@contextmanager
-def committed(final: Path) -> Iterator[Path]:
-    """Give a hidden folder to write in; when the block ends, sync it and rename it to `final`.
+def pending(final: Path) -> Path:
+    """The hidden folder that `final` is written in."""
+    return _hidden(final, "writing")
 
-    If anything fails, the hidden folder is removed and `final` is as it was before. Raises `CheckpointError` with the
-    path and the system's reason when the disk is full or refuses.
+
+def begin(final: Path) -> None:
+    """Make the empty `pending(final)`. Raises `OSError`."""
+    _delete(pending(final))
+    pending(final).mkdir(parents=True)
+
+
+def commit(final: Path) -> None:
+    """Make what is pending, all files of it synced, the checkpoint `final`, in place of the one there is.
+
+    Raises `OSError`.
     """
-    pending, replaced = _hidden(final, "writing"), _hidden(final, "replaced")
-    try:
-        _delete(pending)
-        pending.mkdir(parents=True)
-        yield pending
-        for path in sorted(pending.iterdir()):
-            sync_path(path)
-        sync_path(pending)
-        if final.exists():
-            _delete(replaced)
-            os.rename(final, replaced)
-        os.rename(pending, final)
-        sync_path(final.parent)
+    replaced = _hidden(final, "replaced")
+    sync_path(pending(final))
+    if final.exists():
         _delete(replaced)
-    except BaseException as error:
-        shutil.rmtree(pending, ignore_errors=True)
-        if replaced.exists() and not final.exists():
+        os.rename(final, replaced)
+    os.rename(pending(final), final)
+    sync_path(final.parent)
+    _delete(replaced)
+
+
+def abandon(final: Path) -> None:
+    """Remove what is pending; `final` is as it was before."""
+    replaced = _hidden(final, "replaced")
+    shutil.rmtree(pending(final), ignore_errors=True)
+    if replaced.exists() and not final.exists():
+        with suppress(OSError):  # the next start does it
             os.rename(replaced, final)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"cannot write the checkpoint {final}: {cause(error, final)}. Earlier checkpoints are untouched."
-            ) from error
-        raise
+
+
+@contextmanager
+def refusals_explained(final: Path) -> Iterator[None]:
+    """Turn an `OSError` met while writing `final` into a `CheckpointError` with the path and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {final}: {cause(error, final)}. Earlier checkpoints are untouched."
+        ) from error
+
+
+def leave_mark(folder: Path) -> Path:
+    """Make a file of a name that was never there, for other machines to look for. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".mark-{os.urandom(8).hex()}"
+    mark.touch()
+    return mark
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what a killed writer left in `folder`. Only for the one process that writes there. Raises `OSError`."""
     for path in sorted(folder.iterdir()):
+        if re.fullmatch(r"\.mark-[0-9a-f]+", path.name):
+            path.unlink()
         match = re.fullmatch(r"\.(step-[0-9]+)\.(writing|replaced|deleting)", path.name)
         if match is None:
             continue
@@ -106,12 +130,23 @@ def set_aside(final: Path) -> Path:
 
 def read_manifest(folder: Path) -> Manifest:
     """The validated manifest of a checkpoint folder. Raises `DamagedCheckpointError` or `NewerFormatError`."""
+    return decode_manifest(folder, manifest_bytes(folder))
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """The manifest's text as it lies on the disk. Raises `DamagedCheckpointError`."""
     path = folder / MANIFEST
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_MANIFEST_BYTES:
             raise DamagedCheckpointError(f"{path} is too large to be a manifest ({size} bytes).")
-        manifest = decode(_read(file, path, size), str(path))
+        return _read(file, path, size)
+
+
+def decode_manifest(folder: Path, data: bytes) -> Manifest:
+    """The manifest of a folder from its text. Raises `DamagedCheckpointError` or `NewerFormatError`."""
+    path = folder / MANIFEST
+    manifest = decode(data, str(path))
     step = step_of(folder.name)
     if step is not None and step != manifest.step:
         raise DamagedCheckpointError(f"{path} is of step {manifest.step}, not of the step its folder is named after.")

@@ -10,41 +10,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from titanlite.models.shard import Shard
 
 _BLOCK_ELEMENTS = 2**18
 """Elements drawn from one generator. Part of the definition of the weights: changing it changes every run."""
 
 
-class Rows(Protocol):
-    """Some leading rows of a parameter, as `parallel.shards.Shard` holds them."""
-
-    @property
-    def rows(self) -> Tensor:
-        """The tensor to fill."""
-
-    @property
-    def first(self) -> int:
-        """Index of its first row in the whole parameter."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
-
-
-def initialise(table: Mapping[str, Rows], std_of: Callable[[str], float | None], seed: int) -> None:
-    """Fill, in place, the rows held of every parameter: normal with std_of(name), or ones where that is None."""
+def initialise(table: Mapping[str, Shard], std_of: Callable[[str], float | None], seed: int) -> None:
+    """Fill, in place, what is held of every parameter: normal with std_of(name), or ones where that is None."""
     with torch.no_grad():
         for name, held in table.items():
             std = std_of(name)
             if std is None:
-                held.rows.fill_(1.0)
-            else:
-                last = held.first + held.rows.shape[0]
-                held.rows.copy_(draw_rows(name, held.shape, held.first, last, std, seed))
+                held.tensor.fill_(1.0)
+                continue
+            last = held.offset[0] + held.tensor.shape[0]
+            values = draw_rows(name, held.shape, held.offset[0], last, std, seed)
+            for dimension in range(1, values.dim()):
+                values = values.narrow(dimension, held.offset[dimension], held.tensor.shape[dimension])
+            held.tensor.copy_(values)
 
 
 def draw_rows(name: str, shape: tuple[int, ...], first: int, last: int, std: float, seed: int) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +34,29 @@ rounded operands in float32 and rounding the result is the same operation, 2 to 
 """
 
 
+_cpu_stands_for: str | None = None
+
+
+@contextmanager
+def cpu_stands_for(kind: str) -> Iterator[None]:
+    """Have layers do with tensors on the CPU what they would do on that kind of device, such as `cuda`."""
+    global _cpu_stands_for
+    _cpu_stands_for = kind
+    try:
+        yield
+    finally:
+        _cpu_stands_for = None
+
+
+def device_kind(x: Tensor) -> str:
+    """Which kind of device x is for: where layers differ by device, they ask this."""
+    kind = x.device.type
+    return _cpu_stands_for if kind == "cpu" and _cpu_stands_for is not None else kind
+
+
 def by_float32_units(x: Tensor) -> bool:
     """Whether x's products are formed in float32 although x is bfloat16."""
-    return BFLOAT16_ON_FLOAT32_UNITS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return BFLOAT16_ON_FLOAT32_UNITS and x.dtype == torch.bfloat16 and device_kind(x) == "cpu"
 
 
 class Linear(nn.Linear):
@@ -64,7 +86,7 @@ class Embedding(nn.Embedding):
         pass
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.weight.device.type == "cpu":
+        if device_kind(self.weight) == "cpu":
             # A table that travelled in bfloat16 (FSDP) has a gradient in it too. The CPU adds up a token's occurrences
             # in that dtype, where a sum of some hundred stops growing; CUDA's kernel adds in float32 by itself.
             return F.embedding(tokens, at_least_float32(self.weight)).to(self.compute_dtype)
@@ -142,6 +164,36 @@ class KVCache:
         return self._keys[:, :end], self._values[:, :end]
 
 
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v for positions that follow each other; has no weights.
+
+    A module, so that it can be exchanged for one whose keys and values lie on several devices.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """q [batch, seq, heads, head_dim], k and v [batch, keys, kv_heads, head_dim] -> like q.
+
+        mask [batch or 1, 1, seq, keys] (or its last two dimensions) says which keys a query may see; without one, all
+        of them or, if `causal`, those up to its own place.
+        """
+        dtype = q.dtype
+        if by_float32_units(q):
+            q, k, v = q.float(), k.float(), v.float()
+        if mask is not None and device_kind(q) == "cuda":
+            # Of the kernels that take a mask and never hold all scores, none takes fewer heads of keys than of queries.
+            groups = q.shape[2] // k.shape[2]
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2).to(dtype)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023), optionally with RMS-normed queries and keys."""
 
@@ -154,6 +206,7 @@ class Attention(nn.Module):
         self.wo = Linear(heads * self.head_dim, dim)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        self.core = CausalAttention()
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         # Heads come from the width, not from the config: under tensor parallelism each rank holds some of them.
@@ -167,17 +220,7 @@ class Attention(nn.Module):
         if cache is not None:
             causal = causal and cache.length == 0
             k, v = cache.extend(k, v)
-        if by_float32_units(x):
-            q, k, v = q.float(), k.float(), v.float()
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return self.wo(out.transpose(1, 2).flatten(-2).to(x.dtype))
+        return self.wo(self.core(q, k, v, mask, causal).flatten(-2))
 
 
 class SwiGLU(nn.Module):

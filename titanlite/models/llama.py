@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from titanlite.models.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotation, SwiGLU, rope_frequencies
 from titanlite.models.llama_spec import LlamaConfig
-from titanlite.models.loss import cross_entropy_sum
+from titanlite.models.loss import TokenLoss
 
 
 class Block(nn.Module):
@@ -34,27 +34,45 @@ class Block(nn.Module):
 class Head(Linear):
     """Hidden states to logits; with labels, straight to the summed loss."""
 
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size)
+        self.loss = TokenLoss()
+
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         logits = super().forward(x)
-        return logits if labels is None else cross_entropy_sum(logits, labels)
+        return logits if labels is None else self.loss(logits, labels)
+
+
+class DocumentMask(nn.Module):
+    """Keeps attention within documents. A module for the same reason as attention's core is one."""
+
+    def forward(self, documents: Tensor) -> Tensor:
+        """[batch, seq] document numbers -> [batch, 1, seq, seq] bool: may this query (row) see that key (column)?"""
+        same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+        return same.tril().unsqueeze(1)
 
 
 class Llama(nn.Module):
-    """The whole model. Weights are empty until `models.init.initialise` or a checkpoint fills them."""
+    """The whole model, or some consecutive `pieces` of it: what is missing is None, or not among the layers.
+
+    Weights are empty until `models.init.initialise` or a checkpoint fills them.
+    """
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.dim, compute_dtype)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Head(config.dim, config.vocab_size)
+        self.embed: Embedding | None = Embedding(config.vocab_size, config.dim, compute_dtype)
+        # By name, so that a block keeps its own when others are taken out.
+        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.layers)})
+        self.norm: RMSNorm | None = RMSNorm(config.dim, config.norm_eps)
+        self.head: Head | None = Head(config.dim, config.vocab_size)
+        self.document_mask = DocumentMask()
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def forward(
         self,
-        tokens: Tensor,
+        inputs: Tensor,
         labels: Tensor | None = None,
         *,
         positions: Tensor | None = None,
@@ -65,32 +83,30 @@ class Llama(nn.Module):
 
         positions [seq] or [batch, seq]: 0, 1, 2 … when absent, or what follows in the caches. documents [batch, seq]:
         attention stays between tokens of the same number. caches: one a block, not with documents; the new keys and
-        values are appended.
+        values are appended. Without the embedding, the inputs are hidden states [batch, seq, dim]; without the head,
+        so is the result.
         """
         start = caches[0].length if caches else 0
         if positions is None:
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.embed(tokens)
-        rotation = Rotation.at(positions, self._frequencies(tokens.device), x.dtype)
-        mask = None if documents is None else document_mask(documents)
-        if start and tokens.shape[1] > 1:
+            positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)
+        x = inputs if self.embed is None else self.embed(inputs)
+        rotation = Rotation.at(positions, self._frequencies(inputs.device), x.dtype)
+        mask = None if documents is None else self.document_mask(documents)
+        if start and inputs.shape[1] > 1:
             # Several tokens after cached ones: attention's own causal mask would begin at the first cached one.
-            shape = tokens.shape[1], start + tokens.shape[1]
-            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(start)
-        for index, block in enumerate(self.layers):
+            shape = inputs.shape[1], start + inputs.shape[1]
+            mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).tril(start)
+        for index, block in enumerate(self.layers.values()):
             x = block(x, rotation, mask, caches[index] if caches else None)
-        return self.head(self.norm(x), labels)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.head is None else self.head(x, labels)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, device)
 
     def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """Empty caches for `capacity` positions, one a block."""
+        """Empty caches for `capacity` positions, one a block; for a model that has its embedding."""
+        assert self.embed is not None
         like = torch.empty(0, dtype=self.embed.compute_dtype, device=self.embed.weight.device)
         return [KVCache(batch, capacity, self.config.kv_heads, self.config.head_dim, like) for _ in self.layers]
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """[batch, seq] document numbers -> [batch, 1, seq, seq] bool: may this query (row) see that key (column)?"""
-    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-    return same.tril().unsqueeze(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from titanlite.models.spec import ModelSpec, spec_of
+from titanlite.models.spec import ModelSpec, Piece, ShardingRule, spec_of
 from titanlite.recipe.sections import Model, RopeScaling
 
 
@@ -77,6 +77,22 @@ def parameter_count(config: LlamaConfig) -> int:
     return matrix_parameters(config) + norms + tables
 
 
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter; a matrix is [outputs, inputs]."""
+    dim, kv_dim = config.dim, config.kv_heads * config.head_dim
+    block: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,)}
+    block |= {"attention.wq.weight": (dim, dim), "attention.wk.weight": (kv_dim, dim)}
+    block |= {"attention.wv.weight": (kv_dim, dim), "attention.wo.weight": (dim, dim)}
+    if config.qk_norm:
+        block |= {f"attention.{which}_norm.weight": (config.head_dim,) for which in ("q", "k")}
+    block |= {"ffn_norm.weight": (dim,), "ffn.gate.weight": (config.ffn_dim, dim)}
+    block |= {"ffn.up.weight": (config.ffn_dim, dim), "ffn.down.weight": (dim, config.ffn_dim)}
+    table = (config.vocab_size, dim)
+    blocks = {f"layers.{index}.{name}": shape for index in range(config.layers) for name, shape in block.items()}
+    head = {} if config.tie_embeddings else {"head.weight": table}
+    return {"embed.weight": table, **blocks, "norm.weight": (dim,), **head}
+
+
 def embedding_parameters(config: LlamaConfig) -> int:
     """Parameters that are looked up and never multiplied: the embedding, unless the head shares it."""
     return 0 if config.tie_embeddings else config.vocab_size * config.dim
@@ -108,6 +124,49 @@ def is_block_matrix(name: str) -> bool:
     return name.startswith("layers.") and "norm" not in name
 
 
+def sharding(config: LlamaConfig) -> tuple[ShardingRule, ...]:
+    """Megatron's plan (Shoeybi et al. 2019; Korthikanti et al. 2022 for the sequence): heads and FFN are cut."""
+    queries = config.heads // config.kv_heads * config.head_dim  # those of one key and value head stay with it
+    return (
+        ShardingRule("embed", "vocab"),
+        ShardingRule("document_mask", "mask"),
+        ShardingRule("layers.*.attention", "gather"),
+        ShardingRule("layers.*.attention.wq", "column", queries),
+        ShardingRule("layers.*.attention.wk", "column", config.head_dim),
+        ShardingRule("layers.*.attention.wv", "column", config.head_dim),
+        ShardingRule("layers.*.attention.core", "attention"),
+        ShardingRule("layers.*.attention.wo", "row", queries),
+        ShardingRule("layers.*.ffn", "gather"),
+        ShardingRule("layers.*.ffn.gate", "column"),
+        ShardingRule("layers.*.ffn.up", "column"),
+        ShardingRule("layers.*.ffn.down", "row"),
+        ShardingRule("head", "gather"),
+        ShardingRule("head", "column"),
+        ShardingRule("head.loss", "loss"),
+    )
+
+
+def cut_limit(config: LlamaConfig) -> int:
+    """A key and value head is not cut."""
+    return min(config.kv_heads, config.ffn_dim, config.vocab_size)
+
+
+def pieces(config: LlamaConfig, sequence_length: int) -> tuple[Piece, ...]:
+    """Embedding, blocks, and the final norm with the head."""
+    head = 6 * config.vocab_size * config.dim
+    everything = flops_per_token(config, sequence_length)
+    # A tied head is counted among the operations once, as it is here.
+    block = (everything - head) // config.layers
+    blocks = [Piece((f"layers.{index}",), block) for index in range(config.layers)]
+    # A look-up and the sum of its gradients: a few passes over one row.
+    return (Piece(("embed",), 6 * config.dim), *blocks, Piece(("norm", "head"), head))
+
+
+def tied(config: LlamaConfig) -> dict[str, str]:
+    """The head may be the embedding."""
+    return {"head.weight": "embed.weight"} if config.tie_embeddings else {}
+
+
 _HUGGINGFACE = {
     "embed": "model.embed_tokens",
     "norm": "model.norm",
@@ -137,13 +196,19 @@ SPEC = ModelSpec(
     presets=PRESETS,
     configure=model_config,
     parameter_count=parameter_count,
+    shapes=shapes,
     embedding_parameters=embedding_parameters,
-    matrix_parameters=matrix_parameters,
     flops_per_token=flops_per_token,
     module="titanlite.models.llama:Llama",
     initial_std=initial_std,
     compile_units=("layers.*", "head"),
-    shard_units=("layers.*",),
+    shard_units=("embed", "layers.*", "head"),
+    recompute_units=("layers.*",),
+    sharding=sharding,
+    hidden_size=lambda config: config.dim,
+    cut_limit=cut_limit,
+    pieces=pieces,
+    tied=tied,
     is_block_matrix=is_block_matrix,
     to_huggingface=to_huggingface,
 )

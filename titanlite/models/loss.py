@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32
 
@@ -15,3 +15,10 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """
     wide = at_least_float32(logits).flatten(0, -2)
     return F.cross_entropy(wide, labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+class TokenLoss(nn.Module):
+    """`cross_entropy_sum` as a module, so that it can be exchanged for one whose logits lie on several devices."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_sum(logits, labels)

@@ -1,6 +1,6 @@
 """What a model family must offer to be trained, without importing torch.
 
-`parallel`, `checkpoint`, `check` and the metrics know models through this alone; no other room names a
+`parallel`, `optim`, `rules`, `describe` and the trainer know models through this alone; no other room names a
 family. A new family is one spec, one module, and one line in `MODELS`.
 """
 
@@ -10,11 +10,48 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from titanlite.errors import UsageError
 from titanlite.recipe.sections import Model
 from titanlite.registry import Registry, did_you_mean
+
+Style = Literal["vocab", "gather", "column", "row", "loss", "attention", "mask"]
+"""What becomes of a module when several ranks share it; all others are the same on each of them.
+
+Over tp, activations between matrices are parts of the sequence:
+
+- `vocab`: a table whose rows are cut; looked-up rows are summed, and each rank keeps its part of the sequence
+- `gather`: the module's input, a part of the sequence, is joined to all of it
+- `column`: a matrix whose rows (output features) are cut; its output stays cut
+- `row`: a matrix whose columns (input features) are cut; its outputs are summed, and each rank keeps its part
+- `loss`: takes logits of a part of the vocabulary
+
+Over cp, each rank has part of the sequence throughout:
+
+- `attention`: sees all ranks' keys and values
+- `mask`: is built over all ranks' positions
+"""
+
+
+@dataclass(frozen=True)
+class ShardingRule:
+    """One line of a model's sharding plan."""
+
+    pattern: str
+    """Names of submodules, such as `layers.*.ffn.up`."""
+    style: Style
+    unit: int = 1
+    """Rows (or columns) that stay together: those of a head, say."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Submodules that no pipeline cuts apart, and what they cost."""
+
+    modules: tuple[str, ...]
+    flops: int
+    """Operations of a training step per token."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +65,10 @@ class ModelSpec:
     """The recipe's `[model]` -> Config: the preset with the recipe's own keys laid over it."""
     parameter_count: Callable[[Any], int]
     """All parameters, tied ones once."""
+    shapes: Callable[[Any], Mapping[str, tuple[int, ...]]]
+    """Config -> the shape of every parameter by name, in the module's own order; tied ones once."""
     embedding_parameters: Callable[[Any], int]
     """Parameters that are only looked up, never multiplied (0 where the head shares them)."""
-    matrix_parameters: Callable[[Any], int]
-    """Parameters in the blocks' matrices: those that Muon updates."""
     flops_per_token: Callable[[Any, int], int]
     """(Config, sequence length) -> floating-point operations of a training step per token, forward and backward."""
     module: str
@@ -42,6 +79,18 @@ class ModelSpec:
     """Name patterns of the submodules that are compiled one by one."""
     shard_units: tuple[str, ...]
     """Name patterns of the submodules that are gathered and released one by one when weights are sharded."""
+    recompute_units: tuple[str, ...]
+    """Name patterns of the submodules that may be run a second time in the backward pass."""
+    sharding: Callable[[Any], tuple[ShardingRule, ...]]
+    """Config -> the sharding plan."""
+    hidden_size: Callable[[Any], int]
+    """Config -> width of what one piece hands to the next."""
+    cut_limit: Callable[[Any], int]
+    """Config -> the most ranks that can share a matrix (tp)."""
+    pieces: Callable[[Any, int], tuple[Piece, ...]]
+    """(Config, sequence length) -> what a pipeline cuts between, in the order of computation."""
+    tied: Callable[[Any], Mapping[str, str]]
+    """Config -> parameters that are another one: {its name: the other's, which it is known by}."""
     is_block_matrix: Callable[[str], bool]
     """Whether a parameter is one of the blocks' matrices, by its name."""
     to_huggingface: Callable[[str], str]

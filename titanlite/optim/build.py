@@ -40,19 +40,16 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Weights:
-    """What an optimizer updates: each parameter's rows on this rank, and how cut matrices come together."""
+    """What an optimizer updates: what this rank holds of each parameter, and how cut matrices come together."""
 
-    rows: Mapping[str, Tensor]
-    shapes: Mapping[str, tuple[int, ...]]
-    """Whole shapes."""
-    exchange: Exchange | None
+    held: Mapping[str, Tensor]
+    exchange: Exchange | None = None
     """None where every matrix is whole."""
 
     @staticmethod
     def of(model: nn.Module) -> Weights:
         """Those of a model that is whole on its rank."""
-        parameters = dict(model.named_parameters())
-        return Weights(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, None)
+        return Weights(dict(model.named_parameters()))
 
 
 def build_optimizer(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
@@ -63,12 +60,12 @@ def build_optimizer(section: Section, spec: ModelSpec, weights: Weights, compute
 
 def build_adamw(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
     """AdamW for everything."""
-    return Optimizer(section, weights.rows, None)
+    return Optimizer(section, weights.held, None)
 
 
 def build_muon(section: Section, spec: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
     """Muon for the blocks' matrices, AdamW for embedding, head and norms."""
-    matrices = {name: rows for name, rows in weights.rows.items() if spec.is_block_matrix(name)}
-    rest = {name: rows for name, rows in weights.rows.items() if name not in matrices}
+    matrices = {name: held for name, held in weights.held.items() if spec.is_block_matrix(name)}
+    rest = {name: held for name, held in weights.held.items() if name not in matrices}
     momentum, decay = section.muon_momentum, section.weight_decay
-    return Optimizer(section, rest, Muon(matrices, momentum, decay, compute, weights.shapes, weights.exchange))
+    return Optimizer(section, rest, Muon(matrices, momentum, decay, compute, weights.exchange))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,22 +36,36 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Exchange(Protocol):
-    """How the rows of matrices that are cut over ranks come together, each matrix whole on one of them."""
+    """How matrices that are cut over ranks come together, each whole on one of them."""
 
-    def collect(self, rows: Tensor, whole_rows: int) -> Tensor:
-        """[n, rows here, columns] -> [this rank's share of n, whole_rows, columns]."""
+    def cutting(self, name: str) -> Any:
+        """How a matrix is cut, with its whole `shape`; matrices cut alike are exchanged together."""
 
-    def give_back(self, whole: Tensor, count: int, here: int) -> Tensor:
-        """The inverse: -> [count, rows here, columns]."""
+    def collect(self, held: Tensor, cutting: Any) -> Tensor:
+        """[n, rows here, columns here] -> [this rank's share of n, rows, columns]."""
+
+    def give_back(self, whole: Tensor, cutting: Any, count: int) -> Tensor:
+        """The inverse: -> [count, rows here, columns here]."""
+
+
+@dataclass(frozen=True)
+class _Uncut:
+    shape: tuple[int, ...]
 
 
 class Alone:
     """Nothing is cut: every matrix is whole already."""
 
-    def collect(self, rows: Tensor, whole_rows: int) -> Tensor:
-        return rows
+    def __init__(self, matrices: Mapping[str, Tensor]) -> None:
+        self._matrices = matrices
 
-    def give_back(self, whole: Tensor, count: int, here: int) -> Tensor:
+    def cutting(self, name: str) -> _Uncut:
+        return _Uncut(tuple(self._matrices[name].shape))
+
+    def collect(self, held: Tensor, cutting: Any) -> Tensor:
+        return held
+
+    def give_back(self, whole: Tensor, cutting: Any, count: int) -> Tensor:
         return whole
 
 
@@ -63,18 +78,17 @@ class Muon:
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        """`parameters` are the rows held here; where ranks hold some each, `shapes` has the whole shapes."""
+        """`parameters` are what is held here; where ranks hold parts, `exchange` brings them together."""
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dtype = dtype
-        self._exchange = exchange or Alone()
-        by_shape: dict[tuple[int, ...], dict[str, Tensor]] = defaultdict(dict)
+        self._exchange = exchange or Alone(parameters)
+        cut_alike: dict[Any, dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in parameters.items():
-            by_shape[shapes[name] if shapes is not None else tuple(parameter.shape)][name] = parameter
-        self._groups = list(by_shape.items())
+            cut_alike[self._exchange.cutting(name)][name] = parameter
+        self._groups = list(cut_alike.items())
         self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for _, group in self._groups]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
@@ -86,13 +100,14 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, taken: Tensor) -> None:
         """One update at learning rate `lr` where `taken` (bool scalar on the device) is true; else nothing changes."""
-        for ((rows, columns), group), momenta in zip(self._groups, self._momenta, strict=True):
+        for (cutting, group), momenta in zip(self._groups, self._momenta, strict=True):
             parameters = list(group.values())
+            rows, columns = cutting.shape
             gradients = torch.stack([p.grad for p in parameters])
             moved = torch.lerp(gradients, momenta, self.momentum)
             momenta.copy_(torch.where(taken, moved, momenta))
-            whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum), rows)
-            update = self._exchange.give_back(orthogonalise(whole, self.dtype), len(parameters), gradients.shape[1])
+            whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum), cutting)
+            update = self._exchange.give_back(orthogonalise(whole, self.dtype), cutting, len(parameters))
             update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
             # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
             torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))

@@ -1,50 +1,158 @@
-"""From a model spec and a recipe to the program that runs on this rank: compile per block, then FSDP2."""
+"""From a model spec and a recipe to the program that runs on this rank.
+
+In this order: pipeline stages, tensor parallelism, context parallelism, recomputation, compilation, FSDP2.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from titanlite.models.spec import ModelSpec
-from titanlite.parallel.compiled import compile_units
-from titanlite.parallel.layout import layout_of
-from titanlite.parallel.program import Program
+from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
+from titanlite.parallel.layout import Layout, agreed_layout, batch_plan
+from titanlite.parallel.program import PlainLoop, Program, Sync
+from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
+from titanlite.parallel.stages import stage_split
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.recipe.sections import Recipe
 
+if TYPE_CHECKING:
+    from titanlite.parallel.meshes import Meshes
+    from titanlite.parallel.pipeline import Pipeline
+    from titanlite.parallel.slicing import Slicing
+
 
 def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
-    alone = world.size == 1
-    # A tied weight would come apart when it moves from the meta device; models that tie are small enough.
-    start = world.device if alone or config.tie_embeddings else torch.device("meta")
-    with start:
-        model: nn.Module = spec.build(config, compute_dtype(recipe.precision)).to(master_dtype(recipe.precision))
+    layout = agreed_layout(recipe.parallel, world.size)
+    if layout.size > 1:
+        return _shared(spec, config, recipe, world, layout)
+    with torch.device("meta"):
+        model = _model(spec, config, recipe)
+    model.to_empty(device=world.device)
+    _tie(model, spec.tied(config))
+    _recompute_and_compile(model, spec, recipe)
+    return Program(model, world, Shards.of(model), PlainLoop(model))
+
+
+def _model(spec: ModelSpec, config: Any, recipe: Recipe) -> nn.Module:
+    model: nn.Module = spec.build(config, compute_dtype(recipe.precision)).to(master_dtype(recipe.precision))
+    return model
+
+
+def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
+    recompute_units(model, spec, recipe.recompute)
     if recipe.compile.enabled:
+        set_memory_budget(recipe.recompute.budget)
         compile_units(model, spec)
-    if alone:
-        return Program(model, world)
-    return _sharded(model, spec, recipe, world)
 
 
-def _sharded(model: nn.Module, spec: ModelSpec, recipe: Recipe, world: World) -> Program:
+def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: Layout) -> Program:
+    """A model that several ranks share: one module of it on this rank or, in a pipeline, each of its stages here."""
     # Imported here: FSDP costs half a second that a run on one device need not pay.
-    from torch.distributed.device_mesh import init_device_mesh
+    from titanlite.parallel.context import SequencePart
+    from titanlite.parallel.meshes import Meshes
 
-    from titanlite.parallel.zero import MicrobatchSync, shard_model
-
-    layout, stage = layout_of(recipe.parallel, world.size), recipe.parallel.zero_stage
-    assert layout is not None, "check.py refuses this"
-    degrees = (layout.dp_replicate, layout.dp_shard)
-    mesh = init_device_mesh(world.device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
-    shared_out = mesh if layout.dp_replicate > 1 else mesh["dp_shard"]
-    sharded = shard_model(
-        model, spec, shared_out, stage, compute_dtype(recipe.precision), master_dtype(recipe.precision)
+    meshes = Meshes.of(
+        layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=layout.pp > 1 and bool(spec.tied(config))
     )
-    if next(model.parameters()).is_meta:
-        model.to_empty(device=world.device)
-    return Program(model, world, Shards(model, mesh["dp_shard"].get_group()), MicrobatchSync(sharded, stage))
+    sequence = SequencePart(layout.cp, meshes.place.cp) if layout.cp > 1 else None
+    if layout.pp > 1:
+        model, shards, passes = _pipeline(spec, config, recipe, world, meshes)
+        return Program(model, world, shards, passes, meshes.place, sequence)
+    with torch.device("meta"):
+        model = _model(spec, config, recipe)
+    part = _apply(model, spec, config, recipe, world, meshes)
+    shards = Shards(dict(model.named_parameters()), meshes, part.slicings)
+    return Program(model, world, shards, PlainLoop(model, part.sync), meshes.place, sequence)
+
+
+def _pipeline(
+    spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes
+) -> tuple[nn.Module, Shards, Pipeline]:
+    """The stages of a model that are on this rank."""
+    from titanlite.parallel.pipeline import Held, Pipeline, Plan, keep_pieces
+
+    layout, training = meshes.layout, recipe.training
+    pieces, tied = spec.pieces(config, training.sequence_length), spec.tied(config)
+    stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
+    held, parameters, slicings = [], {}, {}
+    for stage in stages:
+        if stage.rank != meshes.place.pp:
+            continue
+        with torch.device("meta"):
+            module = keep_pieces(_model(spec, config, recipe), pieces, stage.modules)
+        part = _apply(module, spec, config, recipe, world, meshes)
+        held.append(Held(stage, module, part.sync))
+        parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
+        slicings.update({tied.get(name, name): slicing for name, slicing in part.slicings.items()})
+    batches = batch_plan(recipe, layout, meshes.place.data)
+    positions = training.sequence_length // layout.cp
+    plan = Plan(
+        schedule=recipe.parallel.pipeline.schedule,
+        stages=len(stages),
+        microbatches=batches.microbatches,
+        hidden=(batches.microbatch, positions // layout.tp, spec.hidden_size(config)),
+        dtype=compute_dtype(recipe.precision),
+        sequence_length=positions,
+    )
+    model = (
+        held[0].module if len(held) == 1 else nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
+    )
+    shards = Shards(parameters, meshes, slicings, tied=frozenset(tied.values()))
+    return model, shards, Pipeline(held, plan, meshes.pp, world.device)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What was done to a module."""
+
+    sync: Sync
+    slicings: Mapping[str, Slicing]
+
+
+def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes) -> _Part:
+    """Share `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
+    from titanlite.parallel.context import share_sequences
+    from titanlite.parallel.tensor import cut_tensors
+    from titanlite.parallel.zero import shard_model
+
+    layout, parallel, plan = meshes.layout, recipe.parallel, spec.sharding(config)
+    rests_on = torch.device("cpu") if parallel.offload else world.device
+    tied = {name: other for name, other in spec.tied(config).items() if _has(module, other) and _has(module, name)}
+    slicings = cut_tensors(module, plan, meshes.tp) if layout.tp > 1 else {}
+    if tied:
+        # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so now.
+        module.to_empty(device=rests_on)
+        _tie(module, tied)
+    if layout.cp > 1:
+        share_sequences(module, plan, meshes.cp, parallel.cp_method)
+    if parallel.async_tp and layout.tp > 1:
+        overlap_tensor_parallel(meshes.tp, world.device)
+    _recompute_and_compile(module, spec, recipe)
+    sync = shard_model(module, spec, meshes, parallel, recipe.precision)
+    if not tied:
+        module.to_empty(device=rests_on)
+    return _Part(sync, slicings)
+
+
+def _has(model: nn.Module, parameter: str) -> bool:
+    """Whether the module of a parameter is in this part of the model."""
+    module: Any = model
+    for name in parameter.split("."):
+        module = getattr(module, name, None)
+    return module is not None
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Make parameters that are one by the model's definition one again."""
+    for name, other in tied.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, model.get_parameter(other))

@@ -1,4 +1,4 @@
-"""Batch arithmetic: which samples a data rank takes in a step. Pure functions, no torch.
+"""The mesh and the batch as arithmetic: where a rank is, and which samples it takes in a step. No torch.
 
 The samples of a step do not depend on the layout: step s (from 0) takes samples s*B … s*B + B - 1 of the run,
 B being `training.global_batch`. Of D data ranks, rank r takes those at positions ≡ r (mod D).
@@ -8,20 +8,63 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from titanlite.recipe.sections import Parallel, Training
+from titanlite.recipe.sections import Parallel, Recipe, Training
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of the mesh, outer to inner."""
+    """Degrees of the mesh. Ranks count through them as pp, dp_replicate, dp_shard, cp, tp, the last one fastest."""
 
     dp_replicate: int
     dp_shard: int
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that take different sequences."""
+        """Groups of ranks that take different sequences."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.pp * self.data_ranks * self.cp * self.tp
+
+    def weights(self, zero_stage: int) -> tuple[int, int]:
+        """(copies, cut): among the ranks with the same stage and tensor parallel share, how many copies of the weights
+        there are, and how many ranks each copy's parameters, gradients or states are cut over.
+
+        Context parallel ranks compute with the same weights on other data, so they are cut over these as well.
+        """
+        copies, cut = self.dp_replicate, self.dp_shard * self.cp
+        return (copies, cut) if zero_stage > 0 else (copies * cut, 1)
+
+    def place(self, rank: int) -> Place:
+        """The coordinates of a rank. Tensor parallel ranks are neighbours, so that they lie within one machine."""
+        rank, tp = divmod(rank, self.tp)
+        rank, cp = divmod(rank, self.cp)
+        pp, data = divmod(rank, self.data_ranks)
+        return Place(pp=pp, data=data, cp=cp, tp=tp)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the mesh a rank is."""
+
+    pp: int
+    data: int
+    cp: int
+    tp: int
+
+    @property
+    def counts_sequences(self) -> bool:
+        """Whether this rank counts its sequences; the others that have them too do not."""
+        return self.pp == self.cp == self.tp == 0
+
+
+FIRST = Place(pp=0, data=0, cp=0, tp=0)
+"""The first rank's, and that of a run without others."""
 
 
 def layout_of(parallel: Parallel, world: int) -> Layout | None:
@@ -31,13 +74,22 @@ def layout_of(parallel: Parallel, world: int) -> Layout | None:
     """
     replicate, shard = parallel.dp_replicate, parallel.dp_shard
     if shard == -1:
-        shard = world // replicate
+        shard = world // (replicate * parallel.cp * parallel.tp * parallel.pp)
     if parallel.zero_stage == 0:
         replicate, shard = replicate * shard, 1
-    return Layout(replicate, shard) if replicate * shard == world else None
+    layout = Layout(replicate, shard, parallel.cp, parallel.tp, parallel.pp)
+    return layout if layout.size == world else None
+
+
+def agreed_layout(parallel: Parallel, world: int) -> Layout:
+    """`layout_of` for a recipe that the check has let through on `world` ranks."""
+    layout = layout_of(parallel, world)
+    assert layout is not None, "the rule `mesh` refuses this"
+    return layout
 
 
 def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -52,11 +104,13 @@ class BatchPlan:
     data_ranks: int
     data_rank: int
     microbatch: int
+    least_microbatches: int = 1
 
     @property
     def microbatches(self) -> int:
         """The same on every rank, so that collectives pair up: ceil(ceil(global / ranks) / microbatch)."""
-        return ceil_div(ceil_div(self.global_batch, self.data_ranks), self.microbatch)
+        needed = ceil_div(ceil_div(self.global_batch, self.data_ranks), self.microbatch)
+        return max(needed, self.least_microbatches)
 
     def samples(self, step: int) -> list[int | None]:
         """Sample numbers of `step` (counted from 0) on this rank, `microbatches * microbatch` long; None is padding."""
@@ -65,15 +119,24 @@ class BatchPlan:
         return mine + [None] * (self.microbatches * self.microbatch - len(mine))
 
 
-def batch_plan(training: Training, data_ranks: int, data_rank: int) -> BatchPlan:
-    """The batch arithmetic of a recipe's `[training]` for one data rank."""
-    microbatch = training.microbatch or ceil_div(training.global_batch, data_ranks)
-    return BatchPlan(training.global_batch, data_ranks, data_rank, microbatch)
+def batch_plan(recipe: Recipe, layout: Layout, data_rank: int) -> BatchPlan:
+    """The batch arithmetic of a recipe for one data rank.
+
+    Without `training.microbatch` a rank's share is one microbatch, but under a pipeline, which needs several to have
+    its stages busy, one sequence is.
+    """
+    training, pipeline = recipe.training, recipe.parallel.pipeline
+    share = ceil_div(training.global_batch, layout.data_ranks)
+    if layout.pp == 1:
+        return BatchPlan(training.global_batch, layout.data_ranks, data_rank, training.microbatch or share)
+    wanted = pipeline.microbatches or share
+    microbatch = training.microbatch or ceil_div(share, wanted)
+    return BatchPlan(training.global_batch, layout.data_ranks, data_rank, microbatch, pipeline.microbatches or 1)
 
 
 def total_steps(training: Training) -> int:
     """Optimizer steps of the run: `steps`, or `tokens` rounded up to whole steps."""
     if training.steps is not None:
         return training.steps
-    assert training.tokens is not None, "check.py refuses recipes with neither"
+    assert training.tokens is not None, "the rule `amount` refuses recipes with neither"
     return ceil_div(training.tokens, training.sequence_length * training.global_batch)

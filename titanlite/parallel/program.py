@@ -1,4 +1,4 @@
-"""One step's gradients: forward and backward over the microbatches, summed over the data ranks.
+"""One step's gradients: forward and backward over the microbatches, summed over the ranks.
 
 The loss is a sum of token losses divided by the step's global count of valid tokens, so gradients add up to the
 same numbers however the batch is cut.
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from titanlite.parallel.layout import FIRST, Place
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 
 if TYPE_CHECKING:
     from titanlite.data.loader import Batch
+    from titanlite.parallel.context import SequencePart
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,24 @@ class Evaluation:
     """The same per byte of text, in bits: comparable across tokenizers and with compressors."""
 
 
+class Passes(Protocol):
+    """How a batch goes through the model: microbatch after microbatch, or as a pipeline's schedule says."""
+
+    def train(self, batch: Batch, valid: Tensor) -> Tensor:
+        """Forward and backward over all microbatches, each loss divided by `valid`; the sum of these losses.
+
+        Zero on ranks that do not end with the loss.
+        """
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Forward alone; the sum of the token losses, zero on ranks that do not end with it."""
+
+    def after_evaluation(self) -> None:
+        """Called once the last batch was evaluated."""
+
+
 class Sync(Protocol):
-    """What a layout does around the microbatches; the default does nothing, as for a model on one rank."""
+    """What a layout does around the microbatches; `NoSync` does nothing."""
 
     def before(self, last: bool) -> None:
         """Called before each microbatch; `last`: whether it is the step's last."""
@@ -52,23 +69,14 @@ class NoSync:
         pass
 
 
-class Program:
-    """The model as it runs on this rank."""
+class PlainLoop:
+    """One microbatch after the other through a model that is all on this rank, or shared in ways it does not notice."""
 
-    def __init__(self, model: nn.Module, world: World, shards: Shards | None = None, sync: Sync | None = None) -> None:
-        """Without `shards` and `sync`: a model that is whole on its only rank."""
-        self.model = model
-        self.world = world
-        self.shards = shards if shards is not None else Shards(model, None)
+    def __init__(self, model: nn.Module, sync: Sync | None = None) -> None:
+        self._model = model
         self._sync = sync if sync is not None else NoSync()
 
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """Leave this step's gradients on the tensors of `shards.local()`; returns the loss of the global batch.
-
-        Nothing is read from the device.
-        """
-        valid = torch.full((), batch.valid_tokens, dtype=torch.float64, device=self.world.device)
-        self._sum_over_ranks(valid)
+    def train(self, batch: Batch, valid: Tensor) -> Tensor:
         losses = []
         microbatches = batch.tokens.shape[0]
         for index in range(microbatches):
@@ -77,8 +85,53 @@ class Program:
             loss = loss / valid.to(loss.dtype)
             loss.backward()
             losses.append(loss.detach())
-        total = torch.stack(losses).sum()
-        self._sum_over_ranks(total)
+        return torch.stack(losses).sum()
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        losses = [self._token_losses(batch, index) for index in range(batch.tokens.shape[0])]
+        return torch.stack(losses).sum()
+
+    def after_evaluation(self) -> None:
+        self._sync.after_evaluation()
+
+    def _token_losses(self, batch: Batch, index: int) -> Tensor:
+        positions = None if batch.positions is None else batch.positions[index]
+        documents = None if batch.documents is None else batch.documents[index]
+        loss: Tensor = self._model(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
+        return loss
+
+
+class Program:
+    """The model as it runs on this rank."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        shards: Shards,
+        passes: Passes,
+        place: Place = FIRST,
+        sequence: SequencePart | None = None,
+    ) -> None:
+        """`model`: what of it is on this rank. `sequence`: this rank's part of each sequence, if not all."""
+        self.model = model
+        self.world = world
+        self.shards = shards
+        self._passes = passes
+        self._place = place
+        self._sequence = sequence
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Leave this step's gradients on the tensors of `shards.local()`; returns the loss of the global batch.
+
+        Nothing is read from the device.
+        """
+        valid = torch.full(
+            (), batch.valid_tokens * self._place.counts_sequences, dtype=torch.float64, device=self.world.device
+        )
+        self.world.reduce(valid, "sum")
+        total = self._passes.train(self._mine(batch), valid) * self._reports
+        self.world.reduce(total, "sum")
         self.shards.take_gradients()
         return total
 
@@ -87,21 +140,18 @@ class Program:
         """Loss over held-out batches, each with the bytes that its labels stand for. Reads the device once."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for batch, label_bytes in batches:
-            moved = batch.to(self.world.device)
-            for index in range(moved.tokens.shape[0]):
-                sums[0] += self._token_losses(moved, index)
-            sums[1] += moved.valid_tokens
-            sums[2] += label_bytes
-        self._sync.after_evaluation()
-        self._sum_over_ranks(sums)
+            sums[0] += self._passes.evaluate(self._mine(batch.to(self.world.device))) * self._reports
+            sums[1] += batch.valid_tokens * self._place.counts_sequences
+            sums[2] += label_bytes * self._place.counts_sequences
+        self._passes.after_evaluation()
+        self.world.reduce(sums, "sum")
         total, tokens, label_bytes = sums.tolist()
         return Evaluation(loss=total / tokens, bits_per_byte=total / math.log(2) / label_bytes)
 
-    def _token_losses(self, batch: Batch, index: int) -> Tensor:
-        positions = None if batch.positions is None else batch.positions[index]
-        documents = None if batch.documents is None else batch.documents[index]
-        return self.model(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
+    @property
+    def _reports(self) -> bool:
+        """Of the ranks of a tp group, which all have the same loss, one reports it."""
+        return self._place.tp == 0
 
-    def _sum_over_ranks(self, tensor: Tensor) -> None:
-        if self.world.size > 1:
-            dist.all_reduce(tensor)
+    def _mine(self, batch: Batch) -> Batch:
+        return batch if self._sequence is None else self._sequence.of(batch)

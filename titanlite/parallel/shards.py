@@ -1,137 +1,195 @@
-"""Which rows of each parameter this rank holds, and how whole tensors are cut into and joined from them.
+"""Which part of each parameter this rank holds, where its gradient comes from, and how cut matrices come together.
 
-FSDP2 cuts every parameter by whole leading rows over `dp_shard`: ceil(rows / ranks) each, the last ranks fewer or
-none. Optimizers, clipping and initialisation see plain tensors of those rows.
+A parameter is cut up to three times: by pipeline stage (a rank has it or not), by tensor parallelism (one dimension),
+and by FSDP2 (whole leading rows of what is left: ceil(rows / ranks) each, the last ranks fewer or none). Optimizers,
+clipping, initialisation and checkpoints see plain tensors, each with its place in the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titanlite.models.shard import Shard
 from titanlite.parallel.layout import ceil_div
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's rows of one parameter."""
-
-    rows: Tensor
-    """Rows `first` … of the parameter: a view, so that writing into it sets the parameter."""
-    first: int
-    shape: tuple[int, ...]
-    """Shape of the whole parameter."""
+from titanlite.parallel.meshes import Meshes
+from titanlite.parallel.slicing import Box, Share, Slicing, box
 
 
 class Shards:
-    """All parameters of a model on this rank; `group` holds the ranks that share each, None if nothing is cut."""
+    """All parameters on this rank, by the names that they have in the whole model."""
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.ranks = group.size() if group is not None else 1
-        self.rank = group.rank() if group is not None else 0
-        self._parameters = dict(model.named_parameters())
-        self.table = {name: self._shard(parameter) for name, parameter in self._parameters.items()}
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        meshes: Meshes | None = None,
+        slicings: Mapping[str, Slicing] | None = None,
+        tied: frozenset[str] = frozenset(),
+    ) -> None:
+        """Without `meshes`: a model that is whole on its only rank. `tied`: parameters that both ends of a pipeline
+        hold a copy of.
+        """
+        self._meshes = meshes
+        self._slicings = dict(slicings or {})
+        self._parameters = dict(parameters)
+        self.table = {name: self._shard(name, parameter, name in tied) for name, parameter in parameters.items()}
+        self._tied = [self.table[name].tensor for name in self.table if name in tied]
+        tp = meshes.layout.tp if meshes is not None else 1
+        self._summed_over_tp = [s.tensor for name, s in self.table.items() if tp > 1 and name not in self._slicings]
 
-    def _shard(self, parameter: nn.Parameter) -> Shard:
-        shape = tuple(parameter.shape)
-        if self.group is None:
-            return Shard(parameter, 0, shape)
-        first = min(self.rank * ceil_div(shape[0], self.ranks), shape[0])
-        return Shard(parameter.to_local().detach(), first, shape)  # type: ignore[attr-defined]
+    @staticmethod
+    def of(model: nn.Module) -> Shards:
+        """Those of a model that is whole on its only rank."""
+        return Shards(dict(model.named_parameters()))
+
+    def _shard(self, name: str, parameter: nn.Parameter, tied: bool) -> Shard:
+        if self._meshes is None:
+            return Shard.whole(parameter)
+        meshes, shape = self._meshes, list(parameter.shape)
+        slicing = self._slicings.get(name)
+        copies, copy = meshes.copies.size(), meshes.copies.rank()
+        if slicing is not None:
+            shape[slicing.dimension] = slicing.whole
+        else:
+            copies, copy = copies * meshes.tp.size(), copy * meshes.tp.size() + meshes.tp.rank()
+        if tied:
+            copies, copy = 2 * copies, 2 * copy + (meshes.place.pp > 0)
+        held = parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
+        offset, size = self._box(name, tuple(shape), meshes.cut.rank(), meshes.tp.rank())
+        assert tuple(held.shape) == size, f"{name}: {tuple(held.shape)} is held where {size} was expected"
+        return Shard(held, offset, tuple(shape), copies, copy)
+
+    def _box(self, name: str, shape: tuple[int, ...], cut_rank: int, tp_rank: int) -> Box:
+        """What the rank with these coordinates holds of the parameter."""
+        assert self._meshes is not None
+        tp, cut = Share(self._meshes.tp.size(), tp_rank), Share(self._meshes.cut.size(), cut_rank)
+        return box(shape, self._slicings.get(name), tp, cut)
 
     def local(self) -> dict[str, Tensor]:
-        """Parameter name -> its rows on this rank; after `take_gradients` each carries its gradient in `.grad`."""
-        return {name: shard.rows for name, shard in self.table.items()}
+        """Parameter name -> what is held here; after `take_gradients` each carries its gradient in `.grad`."""
+        return {name: shard.tensor for name, shard in self.table.items()}
+
+    def parts(self) -> Tensor:
+        """For each tensor of `local`, 1 over the ranks that hold the same part; with its norm, it counts once."""
+        like = next(iter(self.table.values())).tensor
+        return torch.tensor([1 / shard.copies for shard in self.table.values()], dtype=like.dtype, device=like.device)
 
     def take_gradients(self) -> None:
-        """Hand the gradients that the backward pass left on the sharded parameters to the tensors of `local`."""
-        if self.group is not None:
-            for name, parameter in self._parameters.items():
-                self.table[name].rows.grad = parameter.grad.to_local()  # type: ignore[union-attr]
+        """Hand the gradients that the backward pass left on the parameters to the tensors of `local`, summed over the
+        ranks that each have a part of the sum.
+        """
+        for name, parameter in self._parameters.items():
+            held = self.table[name].tensor
+            if held is not parameter:
+                held.grad = parameter.grad.to_local()  # type: ignore[union-attr]
+        if self._meshes is not None:
+            _sum_together(self._summed_over_tp, self._meshes.tp)
+            if self._tied:
+                _sum_together(self._tied, self._meshes.ends)
 
     def drop_gradients(self) -> None:
         """Free all gradients."""
         for name, parameter in self._parameters.items():
             parameter.grad = None
-            self.table[name].rows.grad = None
+            self.table[name].tensor.grad = None
 
-    def windows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
-        """Which part of which whole tensor each of `rows` is.
+    def windows(self, held: Mapping[str, Tensor]) -> dict[str, Shard]:
+        """Which part of which whole tensor each of `held` is.
 
         The name of a tensor that is cut is a parameter's, or has it before its last slash, as optimizer state does
         (`norm.weight/average`); tensors of any other name are the same on every rank.
         """
-        found = {name: (tensor, self._like(name)) for name, tensor in rows.items()}
-        return {
-            name: tensor if shard is None else Shard(tensor, shard.first, shard.shape)
-            for name, (tensor, shard) in found.items()
-        }
+        return {name: self._like(name, tensor) for name, tensor in held.items()}
 
-    def whole(self, rows: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """Join tensors from all ranks of the group, one after the other; every rank must call this.
-
-        Where `keep`, they are returned, on the host if they were cut; else nothing is.
-        """
-        kept = {}
-        for name, tensor in rows.items():
-            joined = self._joined(name, tensor)
-            if keep:
-                kept[name] = joined if self.group is None else joined.cpu()
-        return kept
+    def _like(self, name: str, tensor: Tensor) -> Shard:
+        shard = self.table.get(name) or self.table.get(name.rpartition("/")[0])
+        if shard is not None:
+            return shard.of(tensor)
+        ranks = self._meshes.layout.size if self._meshes is not None else 1
+        rank = self._meshes.rank if self._meshes is not None else 0
+        return Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, rank)
 
     def exchange(self) -> MatrixExchange | None:
         """How cut matrices come together whole; None if nothing is cut."""
-        return MatrixExchange(self.group) if self.group is not None else None
+        if self._meshes is None or self._meshes.matrix.size() == 1:
+            return None
+        return MatrixExchange(self._meshes.matrix, {name: self._cutting(name) for name in self.table})
 
-    def _like(self, name: str) -> Shard | None:
-        return self.table.get(name) or self.table.get(name.rpartition("/")[0])
+    def _cutting(self, name: str) -> Cutting:
+        assert self._meshes is not None
+        shape, tp = self.table[name].shape, self._meshes.tp.size()
+        ranks = range(self._meshes.matrix.size())
+        return Cutting(shape, tuple(self._box(name, shape, *divmod(rank, tp)) for rank in ranks))
 
-    def _joined(self, name: str, tensor: Tensor) -> Tensor:
-        shard = self._like(name)
-        if self.group is None or shard is None:
-            return tensor
-        rows = ceil_div(shard.shape[0], self.ranks)
-        padded = tensor.new_zeros(rows, *tensor.shape[1:])
-        padded[: tensor.shape[0]] = tensor.detach()
-        joined = tensor.new_empty(self.ranks, *padded.shape)
-        dist.all_gather(list(joined), padded, group=self.group)
-        return joined.flatten(0, 1)[: shard.shape[0]]
+
+def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum the gradients of `tensors` over the group, in one message."""
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a matrix is cut: the box of each rank of the matrix group. Equal ones are exchanged together."""
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
 
 
 class MatrixExchange:
-    """Row-cut matrices of one shape to whole ones and back, each whole on one rank, the matrices shared out evenly.
+    """Cut matrices to whole ones and back, each whole on one rank, the matrices shared out evenly.
 
     Two all-to-alls a step move what an all-gather would move once, and no rank repeats another's work.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, cuttings: Mapping[str, Cutting]) -> None:
         self._group = group
-        self._ranks = group.size()
+        self._cuttings = cuttings
 
-    def collect(self, rows: Tensor, whole_rows: int) -> Tensor:
-        """[n, rows here, columns] of n matrices -> [ceil(n / ranks), whole_rows, columns]: this rank's share."""
-        count, here, columns = rows.shape
-        share, per_rank = ceil_div(count, self._ranks), ceil_div(whole_rows, self._ranks)
-        sent = rows.new_zeros(self._ranks * share, per_rank, columns)
-        sent[:count, :here] = rows
+    def cutting(self, name: str) -> Cutting:
+        return self._cuttings[name]
+
+    def collect(self, held: Tensor, cutting: Cutting) -> Tensor:
+        """[n, rows here, columns here] of n matrices -> [ceil(n / ranks), rows, columns]: this rank's share."""
+        count, rows, columns = held.shape
+        ranks, height, width = self._padded(cutting)
+        share = ceil_div(count, ranks)
+        sent = held.new_zeros(ranks * share, height, width)
+        sent[:count, :rows, :columns] = held
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._group)
-        # Rank after rank: its rows of my matrices.
-        pieces = received.view(self._ranks, share, per_rank, columns)
-        return pieces.transpose(0, 1).reshape(share, self._ranks * per_rank, columns)[:, :whole_rows]
+        whole = held.new_empty(share, *cutting.shape)
+        for piece, (offset, size) in zip(received.view(ranks, share, height, width), cutting.boxes, strict=True):
+            _part(whole, offset, size).copy_(_part(piece, (0, 0), size))
+        return whole
 
-    def give_back(self, whole: Tensor, count: int, here: int) -> Tensor:
-        """The inverse of `collect`: -> [count, rows here, columns]."""
-        share, whole_rows, columns = whole.shape
-        per_rank = ceil_div(whole_rows, self._ranks)
-        padded = whole.new_zeros(share, self._ranks * per_rank, columns)
-        padded[:, :whole_rows] = whole
-        sent = padded.view(share, self._ranks, per_rank, columns).transpose(0, 1).contiguous()
+    def give_back(self, whole: Tensor, cutting: Cutting, count: int) -> Tensor:
+        """The inverse of `collect`: -> [count, rows here, columns here]."""
+        ranks, height, width = self._padded(cutting)
+        share = whole.shape[0]
+        sent = whole.new_zeros(ranks, share, height, width)
+        for piece, (offset, size) in zip(sent, cutting.boxes, strict=True):
+            _part(piece, (0, 0), size).copy_(_part(whole, offset, size))
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received.view(-1, columns), sent.view(-1, columns), group=self._group)
-        return received.view(self._ranks * share, per_rank, columns)[:count, :here]
+        dist.all_to_all_single(received, sent, group=self._group)
+        rows, columns = cutting.boxes[self._group.rank()][1]
+        return received.view(ranks * share, height, width)[:count, :rows, :columns]
+
+    def _padded(self, cutting: Cutting) -> tuple[int, int, int]:
+        """Ranks, and the rows and columns of the largest box."""
+        sizes = [size for _, size in cutting.boxes]
+        return len(sizes), max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
+
+
+def _part(matrices: Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """The box of each of [n, rows, columns]."""
+    return matrices[:, offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]

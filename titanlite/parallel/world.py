@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from titanlite.errors import UsageError
+from titanlite.launch import launched
 from titanlite.parallel.host import keep_freed_memory
 
 
@@ -32,11 +36,21 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first rank's `tensor`, in place, on every rank."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def reduce(self, tensor: Tensor, how: Literal["sum", "max"]) -> Tensor:
+        """The sum or the largest value of each element over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+        return tensor
+
     def all_equal(self, value: int) -> bool:
         """Whether every rank called this with the same value (64 bits); the same answer on all of them."""
-        bounds = torch.tensor([value, -value])
-        if self.size > 1:
-            dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        bounds = self.reduce(torch.tensor([value, -value]), "max")
         return int(bounds[0]) == -int(bounds[1])
 
 
@@ -58,18 +72,30 @@ def full_memory_explained() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def joined_world(deterministic: bool) -> Iterator[World]:
-    """Pick the device, join torchrun's process group if there is one (nccl on CUDA, gloo on CPU), leave it at the end.
+def _own_gpu(local_rank: int) -> int:
+    """Number of this process's GPU among those that it sees. Raises `UsageError` if there are more ranks than GPUs."""
+    seen = torch.cuda.device_count()
+    if local_rank < seen:
+        return local_rank
+    if seen == 1:
+        return 0  # the launcher shows each process its own alone; NCCL refuses a GPU that two ranks share
+    raise UsageError(f"{local_rank + 1} or more ranks were started on a machine with {seen} GPUs: start one a GPU.")
 
+
+@contextmanager
+def joined_world(deterministic: bool, timeout_seconds: float) -> Iterator[World]:
+    """Pick the device, join the job's process group if there is one (nccl on CUDA, gloo on CPU), leave it at the end.
+
+    A rank that waits for the others longer than `timeout_seconds` fails.
     `deterministic` refuses, by an error of torch, every operation that may give other bits when it is repeated.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = launched()
+    rank, size = place.rank, place.size
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _own_gpu(place.local_rank))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -78,7 +104,13 @@ def joined_world(deterministic: bool) -> Iterator[World]:
         yield World(rank, size, device)
         return
     # gloo beside nccl: stop requests are agreed on between hosts without touching the GPU's queue.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method="env://" if place.address is None else f"tcp://{place.address}:{place.port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
     try:
         yield World(rank, size, device)
     finally:

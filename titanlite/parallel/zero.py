@@ -8,32 +8,69 @@ microbatch, and keeps the weights gathered from forward to backward. Stage 3 gat
 
 from __future__ import annotations
 
-import torch
+from collections import Counter
+from collections.abc import Sequence
+
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titanlite.models.spec import ModelSpec, is_named_by
+from titanlite.parallel.meshes import Meshes
+from titanlite.parallel.program import NoSync, Sync
+from titanlite.precision.casting import compute_dtype, reduce_dtype
+from titanlite.recipe.sections import Parallel, Precision
 
 
-def shard_model(
-    model: nn.Module, spec: ModelSpec, mesh: DeviceMesh, stage: int, compute: torch.dtype, reduce: torch.dtype
-) -> FSDPModule:
-    """Cut the parameters of `model`, in place, over the mesh's last dimension; its first, if it has two, holds copies.
+def shard_model(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Parallel, precision: Precision) -> Sync:
+    """Cut the parameters of `model`, in place, over the ranks that compute with the same ones; returns what these do
+    around microbatches.
 
-    Weights travel in `compute`, gradients in `reduce`. Gradients are sums over all ranks, never means.
+    Weights travel in the compute dtype, gradients in the reduce dtype. Gradients are sums over all ranks, never means.
+    With `parallel.offload`, what is cut rests in the host's memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
-    units = [module for name, module in model.named_modules() if is_named_by(spec.shard_units, name)]
+    copies, cut, stage = meshes.copies.size(), meshes.cut.size(), parallel.zero_stage
+    if copies * cut == 1 and not parallel.offload:
+        return NoSync()
+    mesh = meshes.parameters if copies > 1 else meshes.parameters["cut"]
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(precision), reduce_dtype=reduce_dtype(precision), cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.offload else OffloadPolicy()
+    units = _units(model, spec)
+    # Backward begins where forward ended, but in a pipeline: the last unit's weights would be gathered again at once.
+    kept = (model, units[-1]) if meshes.layout.pp == 1 else (model,)
     for module in (*units, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=stage == 3)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
-            module.set_force_sum_reduction_for_comms(True)
+        again = stage == 3 and module not in kept
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
+    for unit in units:
+        # The gradient of a table does not depend on its values.
+        unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_gradient_divide_factor(1.0)
+        # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
+        module.set_force_sum_reduction_for_comms(True)
+    _prefetch(units, parallel.prefetch)
     assert isinstance(model, FSDPModule)
-    return model
+    return MicrobatchSync(model, stage)
+
+
+def _units(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
+    """The submodules that are gathered one by one; those that share a tied weight are left to the whole model."""
+    owners = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    units = [module for name, module in model.named_modules() if is_named_by(spec.shard_units, name)]
+    return [unit for unit in units if all(owners[parameter] == 1 for parameter in unit.parameters())]
+
+
+def _prefetch(units: Sequence[FSDPModule], depth: int) -> None:
+    """Have each unit ask for the weights of the next `depth` ones before it runs, in the order of either pass."""
+    for index, unit in enumerate(units):
+        if depth:
+            unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + depth])
+            earlier = [one for one in units[max(index - depth, 0) : index][::-1] if not isinstance(one, nn.Embedding)]
+            # Without any, FSDP2 would take the unit that ran before this one: a table whose values backward does not
+            # need or, in a pipeline, another microbatch's last block. Asking for itself, it asks for nothing.
+            unit.set_modules_to_backward_prefetch(earlier or [unit])
 
 
 class MicrobatchSync:
@@ -51,9 +88,10 @@ class MicrobatchSync:
             return  # each switch below visits every module
         self._set_for_last = last
         self._model.set_is_last_backward(last)
+        if self._stage <= 2:
+            self._model.set_reshard_after_backward(last)
         if self._stage <= 1:
             self._model.set_requires_gradient_sync(last)
-            self._model.set_reshard_after_backward(last)
         else:
             # Each microbatch is reduce-scattered; the copies of an HSDP mesh meet once a step.
             self._model.set_requires_all_reduce(last)

@@ -17,3 +17,8 @@ def compute_dtype(section: Precision) -> torch.dtype:
 def master_dtype(section: Precision) -> torch.dtype:
     """Dtype of weights, gradients and optimizer states: float32, or float64 in a float64 run."""
     return torch.float64 if section.compute == "float64" else torch.float32
+
+
+def reduce_dtype(section: Precision) -> torch.dtype:
+    """Dtype in which gradients are summed over ranks."""
+    return torch.float64 if section.compute == "float64" else _DTYPES[section.reduce]

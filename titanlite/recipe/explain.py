@@ -37,6 +37,9 @@ _EXAMPLES: dict[str, Any] = {
     "training.tokens": "100B",
     "training.microbatch": 8,
     "schedule.decay_steps": 200,
+    "parallel.pipeline.microbatches": 16,
+    "parallel.pipeline.blocks_per_stage": [7, 8, 8, 9],
+    "recompute.budget": 0.5,
 }
 """Values for keys whose default shows nothing; the others' default is their example."""
 

@@ -1,7 +1,7 @@
 """From a recipe file to a `Recipe`: its `extends` chain, the command line's overrides, and every error at once.
 
 Also the way back: a recipe as TOML, complete, so that a run can be repeated from what it wrote. Rules that look at
-several sections together are not here but in `titanlite/check.py`.
+several sections together are not here but in `titanlite/rules`.
 """
 
 from __future__ import annotations

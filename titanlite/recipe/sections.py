@@ -1,7 +1,7 @@
 """What a recipe can say: one pydantic model a section, each key with its meaning beside it.
 
 The docstring under each field is the documentation: `titanlite check --explain`, `docs/recipe.md` and the
-JSON schema are made from it. Rules that need more than one section live in `titanlite/check.py`.
+JSON schema are made from it. Rules that need more than one key live in `titanlite/rules`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Model(Section):
     """Named architecture: debug, 30m, 125m, 350m, llama3.2-1b, llama3.2-3b, llama3-8b, llama3-70b, llama3.1-405b."""
     dim: Positive | None = None
     """Width of the residual stream."""
-    layers: Positive | None = None
+    layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Number of transformer blocks."""
     heads: Positive | None = None
     """Number of query heads; `dim / heads` is the head size, and must be even."""
@@ -186,6 +186,22 @@ class Schedule(Section):
     """Learning rate at the end, over the peak."""
 
 
+class Pipeline(Section):
+    """How the stages of a pipeline take turns; for `parallel.pp` above 1."""
+
+    schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "1F1B"
+    """Order of forward and backward passes. The first two have one stage a rank, ZBVZeroBubble and DualPipeV two, the
+    others `stages_per_rank`."""
+    microbatches: Positive | None = None
+    """Passes that a rank's share of the batch is cut into; absent: by `training.microbatch`, or one sequence each."""
+    stages_per_rank: Annotated[int, Field(ge=2)] = 2
+    """Stages on each rank in the interleaved schedules; more of them idle less and communicate more."""
+    blocks_per_stage: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
+    """Transformer blocks of each stage, first to last; absent: balanced by operations, the head's counted too."""
+
+
 class Parallel(Section):
     """How the devices share the work. The degrees multiply to the number of ranks."""
 
@@ -194,7 +210,24 @@ class Parallel(Section):
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     """Ranks that each model copy is cut over, as `zero_stage` says; -1: all the ranks that are left."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """What is cut over `dp_shard`: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights."""
+    """What is cut over `dp_shard` x `cp`: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights."""
+    cp: Positive = 1
+    """Ranks that share each sequence (context parallel)."""
+    tp: Positive = 1
+    """Ranks that share each matrix, and the sequence between matrices (tensor and sequence parallel)."""
+    pp: Positive = 1
+    """Ranks that the blocks are dealt out to, one after the other (pipeline parallel)."""
+    pipeline: Pipeline = Pipeline()
+    cp_method: Literal["all-gather", "ring"] = "all-gather"
+    """How queries meet other ranks' keys: gathered once a block, or passed round (less memory, more messages)."""
+    async_tp: bool = False
+    """Overlap the products of tensor parallelism with its communication; needs `compile`, and NVLink between ranks."""
+    prefetch: NonNegative = 1
+    """Blocks whose weights are asked for ahead of the one at work; 0: FSDP2's own order, one ahead in backward."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer states in the host's memory and update there, if they do not fit."""
+    timeout_seconds: PositiveFloat = 600.0
+    """A rank that waits longer than this for others ends the run, also while these save or load."""
 
 
 class Precision(Section):
@@ -202,6 +235,21 @@ class Precision(Section):
 
     compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Matrix products and activations; weights, sums and optimizer states stay at least float32."""
+    reduce: Literal["bfloat16", "float32"] = "float32"
+    """Gradients on their way between data ranks; bfloat16 halves the bytes and rounds, also what adds up on a rank
+    before it is sent. In float64 runs, float64."""
+
+
+class Recompute(Section):
+    """Activations that are computed a second time in the backward pass, instead of kept."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """`full`: a block keeps only its input; `selective`: it also keeps the results of its products and attention."""
+    every: Positive = 1
+    """Recompute every so many-th block and leave the others alone."""
+    budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Part of the activations' memory that the compiler may keep, choosing what is cheapest to recompute; instead of
+    a `mode`, and with `compile`."""
 
 
 class Compile(Section):
@@ -262,6 +310,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
     precision: Precision = Precision()
+    recompute: Recompute = Recompute()
     compile: Compile = Compile()
     checkpoint: Checkpoint = Checkpoint()
     resilience: Resilience = Resilience()

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 TIMEOUT_SECONDS = 240
+_SILENT = f"no answer in {TIMEOUT_SECONDS} s"
 
 
 class Pool:
-    """`size` workers; `run` gives the first few of them a task, as the ranks of one process group."""
+    """As many workers as a task has needed so far; `run` gives the first few a task, as ranks of a process group."""
 
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self._processes: list[SpawnProcess] = []
+
+    def _grow(self, size: int) -> None:
+        while len(self._pipes) < size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -34,23 +40,28 @@ class Pool:
         `function` must be a module's own, and arguments and results plain values. The first rank's error is raised
         with its traceback as text.
         """
+        self._grow(world)
         with tempfile.TemporaryDirectory() as folder:
             target = f"{function.__module__}:{function.__qualname__}"
             for rank, pipe in enumerate(self._pipes[:world]):
                 pipe.send((target, rank, world, os.path.join(folder, "store"), arguments))
             answers = [self._answer(pipe) for pipe in self._pipes[:world]]
+        if any(error is _SILENT for error, _ in answers):
+            self.close()  # whatever it still says would be taken for the answer to the next task
         for rank, (error, _) in enumerate(answers):
             if error is not None:
                 raise AssertionError(f"rank {rank} of {world}:\n{error}")
         return [result for _, result in answers]
 
     def _answer(self, pipe: Connection) -> tuple[str | None, Any]:
-        return pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else (f"no answer in {TIMEOUT_SECONDS} s", None)
+        return pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else (_SILENT, None)
 
     def close(self) -> None:
         """End the workers."""
         for process in self._processes:
             process.kill()
+        self._processes.clear()
+        self._pipes.clear()
 
 
 def _work(pipe: Connection) -> None:
@@ -69,5 +80,18 @@ def _work(pipe: Connection) -> None:
         except Exception:
             pipe.send((traceback.format_exc(), None))
         finally:
+            _let_go_of_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _let_go_of_groups() -> None:
+    """Drop what refers to process groups: left to live, each keeps threads that wake all the time.
+
+    A model refers to its own, in cycles; and torch remembers, for each mesh that it met, how DTensors on it are cut.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
+    gc.collect()

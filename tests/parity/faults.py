@@ -1,0 +1,89 @@
+"""Training with one of the mistakes that the parity tests are there to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import parity_runs
+import pytest
+import torch
+from parity_runs import Curve, Part
+from torch.distributed.fsdp import FSDPModule
+
+from titanlite import learner
+from titanlite.models.init import initialise
+from titanlite.models.shard import Shard
+from titanlite.optim.clip import clip_gradients
+from titanlite.parallel import context, pipeline, program, shards, tensor
+
+Patch = pytest.MonkeyPatch
+
+
+def gradients_are_means(patch: Patch) -> None:
+    set_factor = FSDPModule.set_gradient_divide_factor
+    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, _: set_factor(self, 2.0))
+
+
+def a_microbatch_is_dropped(patch: Patch) -> None:
+    token_losses = program.PlainLoop._token_losses
+
+    def dropped(self: program.PlainLoop, batch: Any, index: int) -> torch.Tensor:
+        return token_losses(self, batch, index) * (0.0 if index == 1 else 1.0)
+
+    patch.setattr(program.PlainLoop, "_token_losses", dropped)
+
+
+def a_rank_begins_with_other_rows(patch: Patch) -> None:
+    def shifted(table: dict[str, Shard], *rest: Any) -> None:
+        moved = {name: (max(shard.offset[0] - 1, 0), *shard.offset[1:]) for name, shard in table.items()}
+        initialise({name: replace(shard, offset=moved[name]) for name, shard in table.items()}, *rest)
+
+    patch.setattr(learner, "initialise", shifted)
+
+
+def each_rank_clips_by_its_own_norm(patch: Patch) -> None:
+    patch.setattr(learner, "clip_gradients", lambda tensors, norm, **_: clip_gradients(tensors, norm))
+
+
+def parts_of_a_gradient_are_not_summed(patch: Patch) -> None:
+    patch.setattr(shards, "_sum_together", lambda tensors, group: None)
+
+
+def a_vocabulary_slice_begins_one_token_late(patch: Patch) -> None:
+    begin = tensor.VocabularyLoss.__init__
+    patch.setattr(tensor.VocabularyLoss, "__init__", lambda self, group, first: begin(self, group, first + (first > 0)))
+
+
+def every_tensor_parallel_rank_reports_the_loss(patch: Patch) -> None:
+    patch.setattr(program.Program, "_reports", True)
+
+
+def a_sequence_is_not_balanced_where_it_is_gathered(patch: Patch) -> None:
+    patch.setattr(context, "_in_order", lambda dealt, dim: torch.cat(tuple(dealt), dim).flatten(dim, dim + 1))
+
+
+def a_stage_divides_by_its_own_tokens(patch: Patch) -> None:
+    patch.setattr(pipeline, "_share_of_loss", lambda losses, valid: losses / (valid / 2).to(losses.dtype))
+
+
+FAULTS: dict[Callable[[Patch], None], tuple[int, dict[str, dict[str, Any]]]] = {
+    gradients_are_means: (4, {"parallel": {"dp_replicate": 2}}),
+    a_microbatch_is_dropped: (4, {"parallel": {"dp_replicate": 2}, "training": {"microbatch": 1}}),
+    a_rank_begins_with_other_rows: (2, {"parallel": {"zero_stage": 3}}),
+    each_rank_clips_by_its_own_norm: (2, {"parallel": {"zero_stage": 1}}),
+    parts_of_a_gradient_are_not_summed: (2, {"parallel": {"tp": 2}}),
+    a_vocabulary_slice_begins_one_token_late: (2, {"parallel": {"tp": 2}}),
+    every_tensor_parallel_rank_reports_the_loss: (2, {"parallel": {"tp": 2}}),
+    a_sequence_is_not_balanced_where_it_is_gathered: (2, {"parallel": {"cp": 2}}),
+    a_stage_divides_by_its_own_tokens: (2, {"parallel": {"pp": 2}}),
+}
+"""Each fault with the ranks and the layout that it breaks."""
+
+
+def train(rank: int, ranks: int, fault: str, recipe_json: str) -> tuple[Curve, list[Part]]:
+    """`parity_runs.train` with the fault of this name."""
+    with pytest.MonkeyPatch.context() as patch:
+        next(made for made in FAULTS if made.__name__ == fault)(patch)
+        return parity_runs.train(rank, ranks, recipe_json)

@@ -1,0 +1,53 @@
+"""Every legal layout against one process, in float64, where a wrong factor cannot hide.
+
+The rest of the lattice runs with --all; `parity_table.py` writes all of it to docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+from compare import assert_same, reference, run
+from lattice import Point, points
+from parity_runs import small_recipe
+from pool import Pool
+
+from titanlite.recipe.sections import Recipe
+from titanlite.rules import check
+
+
+def refusals(recipe: Recipe, ranks: int) -> list[str]:
+    """What the recipe check says against it."""
+    return [str(finding) for finding in check(recipe, ranks) if finding.severity == "error"]
+
+
+LEGAL = [point for point in points() if not refusals(small_recipe("corpus.txt", **point.sections), point.ranks)]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(point, id=point.name, marks=() if point.default else pytest.mark.slow) for point in LEGAL],
+)
+def test_the_curve_and_the_weights_are_those_of_one_process(pool: Pool, corpus: str, point: Point) -> None:
+    recipe = small_recipe(corpus, **point.sections)
+    expected = reference(corpus, **point.sections)
+    for result in run(pool, point.ranks, recipe):
+        assert_same(result, expected)
+
+
+def test_the_lattice_has_what_was_promised() -> None:
+    """Each axis alone, all pairs, the triples: none of them lost to a refusal."""
+    axes = {"tp", "cp", "pp"}
+
+    def used(point: Point) -> frozenset[str]:
+        degrees = {axis for axis in axes if point.parallel.get(axis, 1) > 1}
+        inner = point.ranks
+        for axis in degrees:
+            inner //= point.parallel[axis]
+        copies = point.parallel.get("dp_replicate", 1)
+        return frozenset(degrees | ({"dp"} if inner > copies else set()) | ({"hsdp"} if copies > 1 else set()))
+
+    found = {used(point) for point in LEGAL if point.default}
+    single = [{"tp"}, {"cp"}, {"pp"}, {"dp"}, {"dp", "hsdp"}]
+    pairs = [{"tp", "cp"}, {"tp", "pp"}, {"cp", "pp"}, {"dp", "tp"}, {"dp", "cp"}, {"dp", "pp"}]
+    triples = [{"dp", "tp", "pp"}, {"hsdp", "tp", "cp"}, {"pp", "tp", "cp"}, {"dp", "pp", "cp"}]
+    assert found >= {frozenset(wanted) for wanted in (*single, *pairs, *triples)}

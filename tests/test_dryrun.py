@@ -1,0 +1,351 @@
+"""What a dry run says of messages and memory, against closed forms and against the same program run for real."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent / "parity"))
+
+import dryrun_runs
+from parity_runs import small_recipe, write_corpus
+from pool import Pool
+
+from titanlite.cli import main
+from titanlite.data.loader import Batch
+from titanlite.dryrun.collectives import Collective, in_order, traffic
+from titanlite.dryrun.step import DryRun, dry_run
+from titanlite.learner import Learner
+from titanlite.models.spec import spec_of
+from titanlite.parallel.apply import build
+from titanlite.parallel.world import World
+from titanlite.recipe.load import load_recipe
+from titanlite.recipe.sections import Recipe
+
+LAYERS, DIM, FFN, VOCABULARY, LENGTH = 2, 32, 48, 272, 16
+BLOCK = 4 * DIM * DIM + 3 * DIM * FFN + 2 * DIM
+REST = 2 * VOCABULARY * DIM + DIM
+PARAMETERS = LAYERS * BLOCK + REST
+"""Psi of the ZeRO paper."""
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    """Four heads, a batch of eight sequences; every size a multiple of eight, so that nothing is padded."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {
+            "preset": "debug", "dim": DIM, "layers": LAYERS, "heads": 4, "kv_heads": 4, "ffn_dim": FFN,
+            "vocab_size": VOCABULARY, "qk_norm": False,
+        },
+        "training": {"steps": 3, "sequence_length": LENGTH, "global_batch": 8},
+    }  # fmt: skip
+    for name, keys in sections.items():
+        values[name] = {**values.get(name, {}), **keys}
+    return Recipe.model_validate(values)
+
+
+def elements(run: DryRun, dimension: str) -> dict[str, int]:
+    """Operation -> numbers in all its messages over that dimension; without the greetings of a pipeline's stages."""
+    width = {"bfloat16": 2, "float32": 4}
+    counted: Counter[str] = Counter()
+    for each in run.collectives:
+        if each.dimension == dimension and each.dtype in width:
+            counted[each.operation] += each.message_bytes // width[each.dtype]
+    return dict(counted)
+
+
+def test_the_sizes_above_are_the_models() -> None:
+    spec = spec_of("debug")
+    assert spec.parameter_count(spec.configure(recipe().model)) == PARAMETERS
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_of_a_zero_stage_are_those_of_the_paper(stage: int, microbatches: int) -> None:
+    """2 Psi for stages 0 to 2 and 3 Psi for stage 3 (Rajbhandari et al. 2020, section 7), times (n - 1) / n.
+
+    An all-reduce is a reduce-scatter and an all-gather. Of stage 3's third Psi we send the blocks' part: the embedding
+    has no use for its values in the backward pass, and the head, whose backward follows its forward, is kept, and so
+    is the final norm. Each microbatch has its gradients reduced in stages 2 and 3, and its weights gathered in stage 3.
+    """
+    ranks = 4
+    parallel, training = {"zero_stage": stage}, {"microbatch": 2 // microbatches}
+    run = dry_run(recipe(parallel=parallel, training=training, precision={"compute": "float32"}), ranks, 1)
+    gathered = PARAMETERS if stage < 3 else microbatches * (PARAMETERS + LAYERS * BLOCK)
+    reduced = PARAMETERS if stage < 2 else microbatches * PARAMETERS
+    if stage == 0:
+        assert elements(run, "copies") == {"all-reduce": PARAMETERS}
+        assert elements(run, "cut") == {}
+    else:
+        assert elements(run, "cut") == {"all-gather": gathered, "reduce-scatter": reduced}
+        assert elements(run, "copies") == {}
+    sent = sum(each.sent_bytes for each in run.collectives if each.dimension != "world")
+    assert sent == 4 * (gathered + reduced) * (ranks - 1) // ranks
+    if microbatches == 1:
+        assert gathered + reduced == 2 * PARAMETERS + LAYERS * BLOCK * (stage == 3)
+
+
+def test_weights_travel_in_the_compute_dtype_and_gradients_in_the_reduce_dtype() -> None:
+    for reduce, width in (("float32", 4), ("bfloat16", 2)):
+        run = dry_run(recipe(parallel={"zero_stage": 2}, precision={"compute": "bfloat16", "reduce": reduce}), 4, 0)
+        rows = {row.operation: row for row in traffic(run.collectives) if row.dimension == "cut"}
+        assert (rows["all-gather"].dtype, rows["all-gather"].message_bytes) == ("bfloat16", 2 * PARAMETERS)
+        assert (rows["reduce-scatter"].dtype, rows["reduce-scatter"].message_bytes) == (reduce, width * PARAMETERS)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_copies_of_a_sharded_model_sum_their_part_of_the_gradients_once_a_step(stage: int) -> None:
+    """HSDP over 2 copies x 4 ranks: an all-reduce of Psi / 4, however many microbatches there are."""
+    parallel = {"zero_stage": stage, "dp_replicate": 2, "dp_shard": 4}
+    run = dry_run(recipe(parallel=parallel, training={"global_batch": 16, "microbatch": 1}), 8, 5)
+    assert elements(run, "copies") == {"all-reduce": PARAMETERS // 4}
+    assert elements(run, "cut")["reduce-scatter"] == PARAMETERS * (2 if stage >= 2 else 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_bytes_of_tensor_and_sequence_parallelism_are_those_of_the_paper(ranks: int, mode: str) -> None:
+    """Per block, two all-gathers and two reduce-scatters of [sequence, batch, width] in each pass (Korthikanti et al.
+    2022, section 4.2.2, whose backward pass gathers once more, to keep a part of the inputs only: ours keeps them all).
+
+    The embedding scatters forward and gathers backward, the head the other way round; its loss sums three numbers a
+    token. Full recomputation repeats a block's forward, except the last reduce-scatter, which nothing is saved for.
+    """
+    run = dry_run(recipe(parallel={"tp": ranks}, recompute={"mode": mode}), ranks, 1)
+    hidden, tokens, repeated = 8 * LENGTH * DIM, 8 * LENGTH, mode == "full"
+    norms = (2 * LAYERS + 1) * DIM
+    assert elements(run, "tp") == {
+        "all-gather": (LAYERS * (4 + 2 * repeated) + 2) * hidden,
+        "reduce-scatter": (LAYERS * (4 + repeated) + 2) * hidden,
+        "all-reduce": 3 * tokens + norms,
+    }
+    assert {each.dtype for each in run.collectives if each.operation != "all-reduce"} == {"bfloat16"}
+
+
+def test_tensor_parallelism_divides_what_zero_communicates() -> None:
+    run = dry_run(recipe(parallel={"tp": 2, "zero_stage": 3}, precision={"compute": "float32"}), 8, 3)
+    norms = LAYERS * 2 * DIM
+    here = (LAYERS * BLOCK - norms) // 2 + norms
+    rest = VOCABULARY * DIM + DIM
+    assert elements(run, "cut") == {"all-gather": 2 * here + rest, "reduce-scatter": here + rest}
+
+
+def test_context_parallelism_gathers_keys_and_values() -> None:
+    """Keys and values of whole sequences once a block and forward pass; their gradients are reduce-scattered.
+
+    A ring passes on what it has instead: each rank sends all of its message.
+    """
+    run = dry_run(recipe(parallel={"cp": 2, "zero_stage": 1}), 2, 1)
+    keys_and_values = 2 * 8 * LENGTH * DIM
+    assert elements(run, "cp") == {
+        "all-gather": LAYERS * keys_and_values,
+        "reduce-scatter": LAYERS * keys_and_values,
+    }
+    assert elements(run, "cut") == {"all-gather": PARAMETERS, "reduce-scatter": PARAMETERS}
+    ring = dry_run(recipe(parallel={"cp": 2, "cp_method": "ring"}), 2, 1)
+    passed = [each for each in ring.collectives if each.dimension == "cp"]
+    assert passed and all(each.sent_bytes == each.message_bytes for each in passed)
+
+
+@pytest.mark.parametrize(
+    ("rank", "schedule", "boundaries"), [(0, "1F1B", 1), (2, "1F1B", 2), (2, "Interleaved1F1B", 3)]
+)
+def test_a_pipeline_sends_hidden_states_and_their_gradients(rank: int, schedule: str, boundaries: int) -> None:
+    """For each microbatch and boundary between stages on different ranks, one [microbatch, sequence / tp, width] each
+    way; a middle stage has two boundaries, a rank with the second and the fourth of four stages three.
+    """
+    ranks = 4 if schedule == "1F1B" else 2
+    made = recipe(model={"layers": 4}, parallel={"pp": ranks, "tp": 2, "pipeline": {"schedule": schedule}})
+    run = dry_run(made, 2 * ranks, rank)
+    hidden = 8 * LENGTH // 2 * DIM
+    assert elements(run, "pp") == {"send": boundaries * hidden, "recv": boundaries * hidden}
+
+
+def test_a_rank_of_a_pipeline_has_its_stage_alone() -> None:
+    made = recipe(model={"layers": 4}, parallel={"pp": 2, "pipeline": {"blocks_per_stage": [3, 1]}})
+    first, last = (dry_run(made, 2, rank) for rank in (0, 1))
+    assert first.shapes["embed.weight"] == (VOCABULARY, DIM) and "head.weight" not in first.shapes
+    assert {name for name in last.shapes if not name.startswith("layers.3.")} == {"norm.weight", "head.weight"}
+    assert first.memory.most["weights"] == 4 * (3 * BLOCK + VOCABULARY * DIM)
+
+
+REAL: dict[str, dict[str, dict[str, Any]]] = {
+    "stage-3-tp-muon": {"parallel": {"tp": 2, "zero_stage": 3}, "optimizer": {"name": "muon"}},
+    "hsdp-accumulation": {"parallel": {"dp_replicate": 2, "zero_stage": 2}, "training": {"microbatch": 1}},
+    "cp-tp-recompute": {"parallel": {"cp": 2, "tp": 2}, "recompute": {"mode": "selective"}},
+    "pp-dp": {"parallel": {"pp": 2, "zero_stage": 1}, "training": {"microbatch": 1}},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_dry_run_is_what_really_runs(pool: Pool, tmp_path: Path, name: str) -> None:
+    """A trainer on four gloo ranks, told by the same log: the same messages in the same order, in each step.
+
+    Only in the first, the stages of a pipeline tell their neighbours that they are there.
+    """
+    sections: dict[str, dict[str, Any]] = {"model": {"layers": 2}, "validation": {"every_steps": 0}}
+    for section, keys in REAL[name].items():
+        sections[section] = {**sections.get(section, {}), **keys}
+    sections.setdefault("training", {})["steps"] = 2
+    made = small_recipe(write_corpus(tmp_path / "corpus.txt"), **sections)
+    real = pool.run(dryrun_runs.messages_of_two_steps, 4, made.model_dump_json())
+    for rank in (0, 3):
+        first, second = real[rank]
+        assert in_order(dry_run(made, 4, rank).collectives) == in_order(first), f"rank {rank}"
+        greetings = [each for each in first if each.dtype == "int32"]
+        assert [each for each in first if each not in greetings] == second
+        assert all((each.dimension, each.message_bytes) == ("pp", 4) for each in greetings)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 3, "dp_replicate": 2},
+        {"pp": 2, "pipeline": {"schedule": "Interleaved1F1B"}},
+        {"pp": 2, "zero_stage": 1, "pipeline": {"schedule": "ZBVZeroBubble"}},
+    ],
+)
+def test_the_first_step_holds_what_the_second_does(parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one step is enough: a second changes no peak, but for the loss of the first."""
+    made = recipe(model={"layers": 4}, parallel=parallel, training={"microbatch": 1})
+    one, step = dry_run(made, 4, 0).memory, Learner.step
+
+    def twice(learner: Learner, number: int, batch: Batch, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        step(learner, number, batch, factor)
+        return step(learner, number + 1, batch, factor)
+
+    monkeypatch.setattr(Learner, "step", twice)
+    two = dry_run(made, 4, 0).memory
+    assert {purpose: two.most[purpose] - size for purpose, size in one.most.items() if purpose != "other"} == {
+        "weights": 0, "gathered": 0, "gradients": 0, "optimizer": 0, "activations": 0,
+    }  # fmt: skip
+    assert 0 <= two.peak.total - one.peak.total <= 16
+
+
+def test_memory_for_weights_gradients_and_optimizer() -> None:
+    """16 bytes a parameter in float32, over the ranks that share it; AdamW's step count beside its two moments."""
+    for stage, ranks in ((0, 1), (2, 4), (3, 8)):
+        run = dry_run(recipe(parallel={"zero_stage": stage}, precision={"compute": "float32"}), ranks, 0)
+        update = run.memory.by_phase["optimizer"].by_purpose
+        assert update["weights"] == update["gradients"] == 4 * PARAMETERS // ranks
+        assert update["optimizer"] == 8 * PARAMETERS // ranks + 4
+        assert update["gathered"] == 0
+        assert update["activations"] == 4, "the loss"
+
+
+def test_memory_of_gathered_weights() -> None:
+    """In bfloat16. Stage 2 holds those of all blocks at a time, stage 3 of as many as are at work and on their way."""
+
+    def most(stage: int, layers: int) -> int:
+        return dry_run(recipe(model={"layers": layers}, parallel={"zero_stage": stage}), 4, 0).memory.most["gathered"]
+
+    assert most(3, 6) == most(3, 4)
+    assert most(2, 6) - most(2, 4) == 2 * 2 * BLOCK
+    # Beside them, units on their way: the message, and what this rank gives to it.
+    assert 2 * (4 * BLOCK + REST) < most(2, 4) < 2 * (4 * BLOCK + REST + 2.5 * VOCABULARY * DIM)
+
+
+def test_offload_leaves_the_device_without_states() -> None:
+    run = dry_run(recipe(parallel={"zero_stage": 3, "offload": True}), 4, 0)
+    assert run.memory.most["weights"] == run.memory.most["optimizer"] == 0
+    assert run.memory.host_bytes == 16 * PARAMETERS // 4 + 4
+    assert dry_run(recipe(parallel={"zero_stage": 3}), 4, 0).memory.host_bytes == 0
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_memory_for_activations_is_what_autograd_saves(microbatches: int) -> None:
+    """On one rank in float32, where the CPU computes as a GPU would: the distinct storages saved for the backward pass.
+
+    The dry run counts what outlives the forward pass, whoever holds it.
+    """
+    made = recipe(precision={"compute": "float32"}, training={"global_batch": 4, "microbatch": 4 // microbatches})
+    run = dry_run(made, 1, 0)
+    spec = spec_of("debug")
+    program = build(spec, spec.configure(made.model), made, World(0, 1, torch.device("cpu")))
+    for parameter in program.model.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randint(0, 256, (microbatches, 4 // microbatches, LENGTH))
+    batch = Batch(tokens, tokens, None, None, (), 4, tokens.numel())
+    apart = {tensor.untyped_storage().data_ptr() for tensor in (tokens, *program.model.parameters())}
+    saved: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept.append(storage)  # so that no other is given its place
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = program.model(batch.tokens[0], batch.labels[0])
+    del loss
+    beside = run.memory.most["activations"] - sum(saved.values())
+    assert 0 <= beside <= 24, "but the loss itself and what it is divided by"
+
+
+def test_recomputed_activations_are_not_kept() -> None:
+    """In full recomputation a block keeps its input, [batch, sequence, width], and one block at a time the rest."""
+
+    def kept(mode: str, layers: int) -> int:
+        made = recipe(model={"layers": layers}, recompute={"mode": mode}, precision={"compute": "float32"})
+        return dry_run(made, 1, 0).memory.most["activations"]
+
+    hidden = 4 * 8 * LENGTH * DIM
+    assert kept("full", 5) - kept("full", 3) == 2 * hidden
+    assert kept("none", 5) - kept("none", 3) > 10 * hidden
+
+
+def test_equal_neighbours_are_one() -> None:
+    first, second = (Collective("tp", "send", "float32", 2, size, size) for size in (4, 8))
+    assert in_order([first, first, second, first]) == [(first, 2), (second, 1), (first, 1)]
+
+
+ARGUMENTS = ["configs/debug.toml", "--model.qk_norm=false", "--world", "8", "--parallel.tp=2", "--dry-run"]
+
+
+def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *ARGUMENTS, "--rank", "3", "--compile.enabled=true"]) == 0
+    text = capsys.readouterr().out
+    assert "dry run of rank 3 of 8 (pp 0, data 1, cp 0, tp 1)" in text
+    assert "not followed: compile.enabled" in text
+    assert "layers.*.attention.wq.weight    16 x 128  128 x 128  0-3" in text
+    assert "reduce-scatter" in text and "peak" in text
+
+
+def test_the_command_prints_an_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *ARGUMENTS, "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["dry_run"]
+    assert run["rank"] == 0 and run["left_out"] == []
+    assert sum(each["times"] for each in run["sequence"]) == sum(each["count"] for each in run["collectives"])
+    assert run["memory"]["peak"]["total"] == sum(run["memory"]["peak"]["by_purpose"].values())
+    gate = next(each for each in run["parameters"] if each["name"] == "layers.*.ffn.gate.weight")
+    assert (gate["shape"], gate["whole"], gate["blocks"]) == ([48, 128], [384, 128], "0-3")
+
+
+def test_a_rank_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *ARGUMENTS, "--rank", "8"]) == 2
+    assert "--rank 8: 8 ranks count from 0 to 7" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "world"), [("llama3_8b", 128), ("llama3_8b_128k", 8), ("llama3_70b", 256), ("llama3_405b", 512)]
+)
+def test_the_recipes_of_llama_3_run_dry(name: str, world: int) -> None:
+    """The first and the last rank: all have something to hold, and what they hold from step to step is their share."""
+    made = load_recipe(Path(__file__).parents[1] / "configs" / f"{name}.toml").recipe
+    spec = spec_of(made.model.preset)
+    parameters = spec.parameter_count(spec.configure(made.model))
+    for rank in (0, world - 1):
+        run = dry_run(made, world, rank)
+        assert {each.dimension for each in run.collectives} >= {"cut", "world"}
+        share = run.memory.most["weights"] / (4 * parameters / world)
+        # Stages are cut between blocks.
+        assert 0.8 < share < 1.2

@@ -1,0 +1,83 @@
+"""One rank of a verification, as the pool's workers run it, with and without a mistake to be found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from titanlite import learner
+from titanlite.models.init import initialise
+from titanlite.models.shard import Shard
+from titanlite.optim.clip import clip_gradients
+from titanlite.parallel.world import World
+from titanlite.recipe.sections import Recipe
+from titanlite.verify import compare
+from titanlite.verify.shrink import shrink
+from titanlite.verify.verdict import Pass
+
+STEPS = 3
+
+
+def verified(rank: int, world: int, recipe_json: str, fault: str = "") -> list[Pass]:
+    """What this rank finds."""
+    recipe = shrink(Recipe.model_validate_json(recipe_json), world, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            FAULTS[fault](patch, rank)
+        return list(compare.passes(recipe, World(rank, world, torch.device("cpu"))))
+
+
+def _means(patch: pytest.MonkeyPatch, rank: int) -> None:
+    set_factor = FSDPModule.set_gradient_divide_factor
+    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, _: set_factor(self, 2.0))
+
+
+def _own_norms(patch: pytest.MonkeyPatch, rank: int) -> None:
+    patch.setattr(learner, "clip_gradients", lambda tensors, norm, **_: clip_gradients(tensors, norm))
+
+
+def _shifted_rows(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def shifted(table: dict[str, Shard], *rest: Any) -> None:
+        moved = {name: (max(shard.offset[0] - 1, 0), *shard.offset[1:]) for name, shard in table.items()}
+        initialise({name: replace(shard, offset=moved[name]) for name, shard in table.items()}, *rest)
+
+    patch.setattr(learner, "initialise", shifted)
+
+
+def _one_part_missing(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """The second rank holds no part of the last norm."""
+    apart = compare._apart
+
+    def without(shards: Any, *rest: Any) -> torch.Tensor:
+        held = {name: shard for name, shard in shards.table.items() if rank == 0 or name != "norm.weight"}
+        return apart(SimpleNamespace(table=held), *rest)  # type: ignore[arg-type]
+
+    patch.setattr(compare, "_apart", without)
+
+
+def _drifting(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """The second copy's norm weights change after the optimizer: no sum shows it in the first step."""
+    step = learner.Learner.step
+
+    def drifting(self: learner.Learner, *arguments: Any) -> Any:
+        numbers = step(self, *arguments)
+        if rank == 1 and self._ranks > 1:
+            self.weights["norm.weight"] *= 1 + 1e-6
+        return numbers
+
+    patch.setattr(learner.Learner, "step", drifting)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
+    "gradients are means": _means,
+    "each rank clips by its own norm": _own_norms,
+    "a rank begins with another's rows": _shifted_rows,
+    "a part of a weight is nowhere": _one_part_missing,
+    "a copy takes another step": _drifting,
+}

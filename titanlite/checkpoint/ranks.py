@@ -1,0 +1,110 @@
+"""How the processes of a run act as one on a checkpoint: what one says all hear, and what fails on one fails on all.
+
+Messages are bytes over the default process group's CPU backend; nothing is pickled. Alone, a process needs no group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
+from titanlite.errors import CheckpointError
+
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, NewerFormatError, DamagedCheckpointError)}
+"""What a rank may be told of, the gravest first: an older checkpoint mends damage and nothing else."""
+_DONE, _FAILED = b"+", b"-"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a checkpoint. `first` and `each` are collective when there are several.
+
+    If the action raises anywhere, both raise on every rank, and none is left waiting: the same `CheckpointError` (or
+    `DamagedCheckpointError` …) everywhere, but where an action raised something else, there that itself.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def first(self, action: Callable[[], bytes | None]) -> bytes:
+        """What `action` returns on the first rank, which alone does it; on every rank."""
+        if self.size == 1:
+            return action() or b""
+        message, error = _attempt(action) if self.is_first else (b"", None)
+        return _result(self._broadcast(message), error)
+
+    def each(self, action: Callable[[], bytes | None]) -> list[bytes]:
+        """Every rank does `action`; what they return, by rank, on the first rank, and nothing on the others."""
+        if self.size == 1:
+            return [action() or b""]
+        message, error = _attempt(action)
+        messages = self._gather(message)
+        _result(self._broadcast(_verdict(messages)), error)
+        return [message[1:] for message in messages]
+
+    def _broadcast(self, message: bytes) -> bytes:
+        """The first rank's message; what the others give is ignored."""
+        length = torch.tensor([len(message)])
+        dist.broadcast(length, 0)
+        data = _tensor(message) if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        return data.numpy().tobytes()
+
+    def _gather(self, message: bytes) -> list[bytes]:
+        """All ranks' messages on the first rank, nothing on the others."""
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(message)]))
+        longest = int(max(lengths))
+        padded = _tensor(message.ljust(longest, b"\0"))
+        received = [torch.empty(longest, dtype=torch.uint8) for _ in lengths] if self.is_first else None
+        dist.gather(padded, received, 0)
+        return [
+            data[: int(length)].numpy().tobytes() for data, length in zip(received or (), lengths, strict=self.is_first)
+        ]
+
+
+ALONE = Ranks()
+"""A process without others."""
+
+
+def _tensor(message: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
+
+
+def _attempt(action: Callable[[], bytes | None]) -> tuple[bytes, Exception | None]:
+    """What to tell the others of an action, and what it raised."""
+    try:
+        return _DONE + (action() or b""), None
+    except Exception as error:  # whatever it is, the others must not wait for a message that never comes
+        kind = next((name for name, kind in reversed(_KINDS.items()) if isinstance(error, kind)), None)
+        text = str(error) if kind else f"{type(error).__name__}: {error}"
+        return _FAILED + json.dumps([kind or CheckpointError.__name__, text]).encode(), error
+
+
+def _verdict(messages: list[bytes]) -> bytes:
+    """One message for all: done, or the gravest failure, of the lowest rank that met it."""
+    failures = [(rank, *json.loads(text[1:])) for rank, text in enumerate(messages) if text[:1] == _FAILED]
+    if not failures:
+        return _DONE
+    rank, kind, text = min(failures, key=lambda failure: (list(_KINDS).index(failure[1]), failure[0]))
+    others = f" ({len(failures) - 1} more ranks failed)" if len(failures) > 1 else ""
+    return _FAILED + json.dumps([kind, f"rank {rank}: {text}{others}"]).encode()
+
+
+def _result(message: bytes, own: Exception | None) -> bytes:
+    """What a message of success holds. Raises the error that another tells of, or `own` if that is no user's error."""
+    if message[:1] == _DONE:
+        return message[1:]
+    if own is not None and not isinstance(own, CheckpointError):
+        raise own
+    kind, text = json.loads(message[1:])
+    raise _KINDS[kind](text) from own

@@ -1,0 +1,32 @@
+"""The part of a named tensor that one process holds: a box of the whole, or all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The elements `offset[d] … offset[d] + tensor.shape[d] - 1` of every dimension d of a whole tensor."""
+
+    tensor: Tensor
+    """A view of what is held: writing into it sets the parameter. May be empty."""
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    copies: int = 1
+    """Processes that hold this very box."""
+    copy: int = 0
+    """Which of them this is, from 0."""
+
+    @staticmethod
+    def whole(tensor: Tensor) -> Shard:
+        """All of `tensor`, held once."""
+        return Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+
+    def of(self, tensor: Tensor) -> Shard:
+        """The same part of another tensor of the same whole shape (an optimizer's moment, say)."""
+        assert tensor.shape == self.tensor.shape
+        return Shard(tensor, self.offset, self.shape, self.copies, self.copy)

@@ -1,0 +1,178 @@
+"""Context parallelism: each rank of the cp group has a part of every sequence, and attention alone looks beyond it.
+
+A sequence is cut into 2 x ranks chunks, and rank r takes the r-th from the front and the r-th from the back: under a
+causal mask, every rank then has the same work (Llama 3 paper, section 3.3.2). Keys and values are gathered here;
+`ring.py` passes them round instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titanlite.models.layers import CausalAttention
+from titanlite.models.spec import ShardingRule
+from titanlite.parallel.ring import RingAttention, RingDocuments, takes_flash
+from titanlite.parallel.tensor import gather_sequence, replace_module, ruled
+
+if TYPE_CHECKING:
+    from titanlite.data.loader import Batch
+
+_SEQUENCE = 1
+"""Dimension of queries, keys and values, [batch, seq, heads, head_dim], that is cut."""
+
+
+def chunks_of(ranks: int, rank: int) -> tuple[int, int]:
+    """Which two of a sequence's 2 x ranks chunks a rank has, in this order."""
+    return rank, 2 * ranks - 1 - rank
+
+
+class SequencePart:
+    """One cp rank's part of every sequence: its chunk from the front, then that from the back."""
+
+    def __init__(self, ranks: int, rank: int) -> None:
+        self._ranks = ranks
+        self._chunks = chunks_of(ranks, rank)
+
+    def of(self, batch: Batch) -> Batch:
+        """The batch with this rank's part of the sequences' tokens, labels, positions and documents, with the
+        positions in the whole sequence where it had none. Counts are still those of whole sequences.
+        """
+        tokens = self._part(batch.tokens)
+        if batch.positions is not None:
+            positions = self._part(batch.positions)
+        else:
+            # In the shape of the tokens because a pipeline cuts all its inputs alike; in memory it is one row.
+            places = torch.arange(batch.tokens.shape[-1], device=tokens.device)
+            positions = self._part(places).expand_as(tokens)
+        return replace(
+            batch,
+            tokens=tokens,
+            labels=self._part(batch.labels),
+            positions=positions,
+            documents=None if batch.documents is None else self._part(batch.documents),
+        )
+
+    def _part(self, whole: Tensor) -> Tensor:
+        chunks = whole.chunk(2 * self._ranks, dim=-1)
+        return torch.cat([chunks[index] for index in self._chunks], dim=-1)
+
+
+def share_sequences(
+    model: nn.Module,
+    plan: Sequence[ShardingRule],
+    group: dist.ProcessGroup,
+    method: Literal["all-gather", "ring"],
+) -> None:
+    """Replace, in place, what the cp rules of `plan` name for what sees all ranks' parts of the sequence.
+
+    Place r in the group has the r-th `SequencePart`. Parameters stay what they are.
+    """
+    attention, mask = (RingAttention, RingDocuments) if method == "ring" else (GatheredAttention, GatheredMask)
+    for rule, name, _ in ruled(model, plan):
+        if rule.style == "attention":
+            replace_module(model, name, attention(group))
+        elif rule.style == "mask":
+            replace_module(model, name, mask(group))
+
+
+class GatheredMask(nn.Module):
+    """Keeps attention within documents, for this rank's queries and all ranks' keys."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, documents: Tensor) -> Tensor:
+        """[batch, seq here] document numbers -> [batch, 1, seq here, seq] bool: may this query see that key?"""
+        ranks = self.group.size()
+        dealt = gather_sequence(documents, self.group).unflatten(1, (ranks, 2, -1))
+        every = _in_order(dealt.movedim(2, 0), dim=1)
+        chunk = documents.shape[1] // 2
+        positions = torch.arange(every.shape[1], device=documents.device)
+        own = torch.cat([positions.narrow(0, index * chunk, chunk) for index in chunks_of(ranks, self.group.rank())])
+        same = documents.unsqueeze(-1) == every.unsqueeze(-2)
+        return (same & (positions <= own.unsqueeze(-1))).unsqueeze(1)
+
+
+class GatheredAttention(CausalAttention):
+    """`CausalAttention` of this rank's queries to all ranks' keys and values, which are gathered first."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """As in `CausalAttention`, with this rank's part of each sequence; mask: as `GatheredMask` builds it."""
+        chunk = q.shape[_SEQUENCE] // 2
+        if mask is not None:
+            k, v = _GatherKeys.apply(k, v, self.group, (2 * self.group.size(),))
+            return super().forward(q, k, v, mask, False)
+        assert causal, "a model that sees what follows needs no balance, and has none here"
+        seen = tuple(index + 1 for index in chunks_of(self.group.size(), self.group.rank()))
+        front_k, front_v, back_k, back_v = _GatherKeys.apply(k, v, self.group, seen)
+        front = _attend_to_the_last(q[:, :chunk], front_k, front_v)
+        return torch.cat((front, _attend_to_the_last(q[:, chunk:], back_k, back_v)), dim=_SEQUENCE)
+
+
+_ATTENTION = CausalAttention()
+
+
+def _attend_to_the_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention where the last query's place is that of the last key; shapes as in `CausalAttention`."""
+    queries, keys = q.shape[_SEQUENCE], k.shape[_SEQUENCE]
+    if queries == keys:
+        return _ATTENTION(q, k, v, None, True)  # type: ignore[no-any-return]
+    q_heads, k_heads, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if takes_flash(q_heads):
+        # The kernel aligns its causal mask to the last key. The public function would align it to the first.
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q_heads, k_heads, v_heads, 0.0, True)[0]
+        return out.transpose(1, 2)  # type: ignore[no-any-return]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return _ATTENTION(q, k, v, mask, False)  # type: ignore[no-any-return]
+
+
+class _GatherKeys(torch.autograd.Function):
+    """Keys and values of all ranks, in the order of the sequence; gradients, summed over the ranks, back to their own.
+
+    [batch, seq here, heads, head_dim] each -> for each of `seen`, keys and values of the first so many chunks. These
+    lie in each other's memory, so that what several of them are saved for is held once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, group: dist.ProcessGroup, seen: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ranks, chunk = group.size(), k.shape[1] // 2
+        ctx.group, ctx.chunk = group, chunk
+        own = torch.stack((k[:, :chunk], v[:, :chunk], k[:, chunk:], v[:, chunk:]))
+        dealt = torch.ops._c10d_functional.all_gather_into_tensor(own, ranks, group.group_name)
+        # [rank, front and back, k and v, batch, chunk, heads, head_dim]
+        dealt = torch.ops._c10d_functional.wait_tensor(dealt).unflatten(0, (ranks, 2, 2))
+        keys, values = _in_order(dealt.movedim(0, 3), dim=2)
+        return tuple(x[:, : count * chunk] for count in seen for x in (keys, values))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        ranks, chunk = ctx.group.size(), ctx.chunk
+        batch, _, *heads = grads[0].shape
+        # In at least float32, as one device's kernel sums what all queries want of a key.
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        whole = grads[0].new_zeros(2, batch, 2 * ranks * chunk, *heads, dtype=dtype)
+        for index, grad in enumerate(grads):
+            whole[index % 2, :, : grad.shape[1]] += grad
+        fronts, backs = whole.unflatten(2, (2, ranks, chunk)).movedim(3, 0).unbind(3)
+        dealt = torch.stack((fronts, backs.flip(0)), dim=1)  # [rank, front and back, k and v, batch, chunk, …]
+        own = torch.ops._c10d_functional.reduce_scatter_tensor(dealt.flatten(0, 1), "sum", ranks, ctx.group.group_name)
+        front, back = torch.ops._c10d_functional.wait_tensor(own)
+        k_grad, v_grad = torch.cat((front, back), dim=2).to(grads[0].dtype)
+        return k_grad, v_grad, None, None
+
+
+def _in_order(dealt: Tensor, dim: int) -> Tensor:
+    """[front and back, …, rank, chunk, …], rank being `dim` of what the two are of -> […, sequence, …]."""
+    fronts, backs = dealt
+    return torch.cat((fronts, backs.flip(dim)), dim).flatten(dim, dim + 1)

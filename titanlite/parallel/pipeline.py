@@ -1,0 +1,231 @@
+"""Pipeline parallelism: stages of the model, run by torch's schedules.
+
+Only hidden states and their gradients travel between ranks; all ranks of a pipeline have the same batch. Shapes are
+known before the first step, so nothing is negotiated and nothing is read from the device.
+
+Where the schedule computes whole backward passes, FSDP works in each stage as it does in a plain loop: in ZeRO stages
+2 and 3 gradients are reduced at every microbatch, below that once a step. Schedules that compute the gradients of
+weights apart bypass FSDP's hooks: there gradients are reduced once a step in stage 2 too, as torch arranges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from titanlite.models.spec import Piece
+from titanlite.parallel.program import Sync
+from titanlite.parallel.stages import Stage, rank_of_stage, splits_backward
+
+if TYPE_CHECKING:
+    from titanlite.data.loader import Batch
+
+
+def keep_pieces(model: nn.Module, pieces: Sequence[Piece], kept: Sequence[str]) -> nn.Module:
+    """Take the modules of `pieces` that are not named in `kept` out of `model`, in place; the others keep their names.
+
+    Out of a ModuleDict they are deleted; as attributes they become None.
+    """
+    for name in (name for piece in pieces for name in piece.modules if name not in kept):
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        if isinstance(parent, nn.ModuleDict):
+            del parent[child]
+        else:
+            setattr(parent, child, None)
+    return model
+
+
+@dataclass(frozen=True)
+class Held:
+    """A stage on this rank: its place, its module, and what FSDP does around its microbatches."""
+
+    stage: Stage
+    module: nn.Module
+    sync: Sync
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all stages of a pipeline agree on."""
+
+    schedule: str
+    stages: int
+    microbatches: int
+    hidden: tuple[int, int, int]
+    """Shape of what one stage hands to the next: [microbatch, positions on this rank, width]."""
+    dtype: torch.dtype
+    """Of the hidden states."""
+    sequence_length: int
+    """Positions that the attention of a stage sees, where the batch does not say which these are."""
+
+
+class Pipeline:
+    """The passes of a batch through the stages that this rank holds."""
+
+    def __init__(self, held: Sequence[Held], plan: Plan, group: dist.ProcessGroup, device: torch.device) -> None:
+        """`held`: in the order of computation. `group`: the ranks of this pipeline, by coordinate."""
+        positions = torch.arange(plan.sequence_length, device=device)
+        self._plan = plan
+        self._stages = [_Stage(each, plan, group, device, positions) for each in held]
+        self._syncs = [each.sync for each in held]
+        self._device = device
+        kind = get_schedule_class(plan.schedule)
+        stages = self._stages[0] if issubclass(kind, PipelineScheduleSingle) else self._stages
+        self._schedule = kind(stages, plan.microbatches, loss_fn=_share_of_loss, scale_grads=False)
+
+    def train(self, batch: Batch, valid: Tensor) -> Tensor:
+        """See `Passes`. Every microbatch of `batch` goes forward and backward as the schedule says."""
+        first = [batch.tokens.flatten(0, 1)] if self._stages[0].is_first else []
+        ends = self._stages[-1].is_last
+        losses: list[Tensor] = []
+        with _errors_as_they_were():
+            self._schedule.step(
+                *first,
+                target=valid.expand(self._plan.microbatches) if ends else None,
+                losses=losses,
+                return_outputs=False,
+                **{name: tensor.flatten(0, 1) for name, tensor in self._beside(batch).items()},
+            )
+        return torch.cat(losses).detach().sum() if ends else self._zero()
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See `Passes`. One microbatch after the other; ranks that have sent theirs on go to the next."""
+        total = self._zero()
+        beside = self._beside(batch)
+        for index in range(batch.tokens.shape[0]):
+            loss = self._forward(batch.tokens[index], {name: tensor[index] for name, tensor in beside.items()})
+            if loss is not None:
+                total += loss
+        return total
+
+    def after_evaluation(self) -> None:
+        """See `Passes`."""
+        for sync in self._syncs:
+            sync.after_evaluation()
+
+    def _forward(self, tokens: Tensor, beside: dict[str, Tensor]) -> Tensor | None:
+        """One microbatch through this rank's stages; the sum of its token losses from the last stage."""
+        result = None
+        for stage in self._stages:
+            if stage.is_first:
+                inputs = tokens
+            elif stage.source == stage.group_rank:
+                assert result is not None, "the stage before this one was just run"
+                inputs = result
+            else:
+                inputs = torch.empty(
+                    tokens.shape[0], *self._plan.hidden[1:], dtype=self._plan.dtype, device=self._device
+                )
+                dist.recv(inputs, group=stage.group, group_src=stage.source)
+            result = stage.forward_maybe_with_nosync(inputs, **beside)
+            if not stage.is_last and stage.destination != stage.group_rank:
+                dist.send(result.contiguous(), group=stage.group, group_dst=stage.destination)
+        return result if self._stages[-1].is_last else None
+
+    def _beside(self, batch: Batch) -> dict[str, Tensor]:
+        """What stages are given beside their inputs, each [microbatches, microbatch, seq]."""
+        tensors = {"positions": batch.positions, "documents": batch.documents}
+        if self._stages[-1].is_last:
+            tensors["labels"] = batch.labels
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.promote_types(self._plan.dtype, torch.float32), device=self._device)
+
+
+@contextmanager
+def _errors_as_they_were() -> Iterator[None]:
+    """Torch's stages put their own error around every other: raise what was inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:
+    """The last stage's sum of token losses over the step's valid tokens [1] -> [1]."""
+    return token_losses / valid.to(token_losses.dtype)
+
+
+class _Stage(PipelineStage):
+    """One stage as torch's schedules drive it."""
+
+    def __init__(
+        self, held: Held, plan: Plan, group: dist.ProcessGroup, device: torch.device, positions: Tensor
+    ) -> None:
+        index, last = held.stage.index, plan.stages - 1
+        hidden = torch.empty(plan.hidden, dtype=plan.dtype, device="meta", requires_grad=True)
+        tokens = torch.empty(plan.hidden[:2], dtype=torch.int64, device="meta")
+        loss = torch.empty((), dtype=torch.promote_types(plan.dtype, torch.float32), device="meta", requires_grad=True)
+        self._splits = splits_backward(plan.schedule)
+        super().__init__(
+            held.module if self._splits else _Unseen(held.module),
+            index,
+            plan.stages,
+            device,
+            input_args=tokens if index == 0 else hidden,
+            output_args=loss if index == last else hidden,
+            group=group,
+        )
+        self._sync = held.sync
+        self._positions = positions
+        self.source = rank_of_stage(plan.schedule, index - 1, self.group_size) if index > 0 else None
+        self.destination = rank_of_stage(plan.schedule, index + 1, self.group_size) if index < last else None
+
+    def forward_maybe_with_nosync(self, *inputs: Tensor, **beside: Tensor) -> Any:
+        """The module's result. Positions are given to every stage: hidden states may be a part of the sequence."""
+        return self.submod(*inputs, **{"positions": self._positions, **beside})
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """One microbatch backward, after FSDP was told whether it is the step's last of this stage."""
+        if not self._splits:
+            self._sync.before(last_backward)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Gradients of the weights alone; these add up in the reduce dtype, as those of whole passes do."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if isinstance(self.submod, FSDPModule):
+            for state in fully_shard.state(self.submod)._state_ctx.all_states:  # type: ignore[attr-defined]
+                # Before torch 2.13, a module has one group or none.
+                groups = getattr(state, "_fsdp_param_groups", None)
+                for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+                    group.post_backward()
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        """Ends torch's exchange before the first step, in which stages tell each other whether they know their shapes.
+
+        They do, so the answer is not read from the device. The exchange itself sets up the communicators.
+        """
+        super()._warmup_backward_result(received_result)
+        return torch.tensor([1], dtype=torch.int32)
+
+
+class _Unseen(nn.Module):
+    """Keeps torch's schedules from seeing that a module is FSDP's: they would then gather all of it at once, in
+    stage 3 too, and reduce gradients once a step in any stage.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor, **beside: Tensor) -> Any:
+        return self.module(*inputs, **beside)

@@ -1,0 +1,185 @@
+"""Tensor, sequence and loss parallelism, from a model's sharding plan, on plain tensors.
+
+Each rank of the tp group keeps its slice of the matrices and, between them, its part of the sequence (Shoeybi et al.
+2019; Korthikanti et al. 2022, section 4.2.2). Modules stay what they are: their weights get smaller, and what they are
+given and give back passes through a collective. There is no dispatch on tensor types: eager mode pays for nothing but
+the communication, and the compiler sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titanlite.models.layers import at_least_float32
+from titanlite.models.spec import ShardingRule, is_named_by
+from titanlite.parallel.slicing import CUT_DIMENSION, Slicing
+
+_SEQUENCE = 1
+"""Dimension of activations [batch, seq, …] that is cut between matrices."""
+
+
+def cut_tensors(model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup) -> dict[str, Slicing]:
+    """Cut `model`, in place, as the tp rules of `plan` say; returns how, by parameter name.
+
+    Parameters in none of them are whole on every rank, and each rank's gradient of one is only a part of its sum.
+    The model must be on the meta device or its values of no use.
+    """
+    slices: dict[str, Slicing] = {}
+    for rule, name, module in ruled(model, plan):
+        if rule.style == "loss":
+            head = slices[f"{name.rpartition('.')[0]}.weight"]
+            replace_module(model, name, VocabularyLoss(group, head.share(group.size(), group.rank())[0]))
+            continue
+        dimension = CUT_DIMENSION.get(rule.style)
+        first = 0
+        if dimension is not None:
+            slices[f"{name}.weight"] = slicing = Slicing(dimension, module.weight.shape[dimension], rule.unit)  # type: ignore[union-attr, index]
+            first = _keep(module, slicing, group)
+        wrap = _WRAPPERS.get(rule.style)
+        if wrap is not None:
+            module.forward = wrap(module.forward, group, first, module)
+    return slices
+
+
+def ruled(model: nn.Module, plan: Sequence[ShardingRule]) -> Iterator[tuple[ShardingRule, str, nn.Module]]:
+    """Each rule of the plan with each submodule that it names, in the plan's order."""
+    modules = list(model.named_modules())
+    for rule in plan:
+        yield from ((rule, name, module) for name, module in modules if is_named_by((rule.pattern,), name))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _keep(module: nn.Module, slicing: Slicing, group: dist.ProcessGroup) -> int:
+    """Give `module` a weight of this rank's share; returns where that begins."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    first, size = slicing.share(group.size(), group.rank())
+    module.weight = nn.Parameter(torch.empty_like(weight.narrow(slicing.dimension, 0, size).contiguous()))
+    return first
+
+
+Forward = Callable[..., Any]
+
+
+def _gathering(forward: Forward, group: dist.ProcessGroup, first: int, module: nn.Module) -> Forward:
+    def with_whole_sequence(x: Tensor, *arguments: Any, **named: Any) -> Any:
+        return forward(_Gather.apply(x, group), *arguments, **named)
+
+    return with_whole_sequence
+
+
+def _scattering(forward: Forward, group: dist.ProcessGroup, first: int, module: nn.Module) -> Forward:
+    def to_part_of_sequence(x: Tensor) -> Tensor:
+        return _Scatter.apply(forward(x), group)  # type: ignore[no-any-return]
+
+    return to_part_of_sequence
+
+
+def _looking_up(forward: Forward, group: dist.ProcessGroup, first: int, module: nn.Module) -> Forward:
+    def in_own_rows(tokens: Tensor) -> Tensor:
+        rows = tokens - first
+        elsewhere = (rows < 0) | (rows >= module.weight.shape[0])  # type: ignore[operator, union-attr]
+        found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return _Scatter.apply(found, group)  # type: ignore[no-any-return]
+
+    return in_own_rows
+
+
+_WRAPPERS = {"gather": _gathering, "row": _scattering, "vocab": _looking_up}
+
+
+class _Gather(torch.autograd.Function):
+    """Parts of the sequence to all of it; gradients, each rank's a summand, back to the part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _scatter_sequence(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    """Summands over all of the sequence to this rank's part of the sum; the opposite of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gather_sequence(grad, ctx.group), None
+
+
+def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[batch, seq / ranks, …] of each rank -> [batch, seq, …] on all."""
+    ranks = group.size()
+    # Functional collectives, waited for at once: the form that the compiler knows how to split and overlap.
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), ranks, group.group_name)
+    gathered = torch.ops._c10d_functional.wait_tensor(gathered)
+    return torch.cat(gathered.chunk(ranks), dim=_SEQUENCE)
+
+
+def _scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[batch, seq, …] of each rank -> the sum over ranks of this rank's part, [batch, seq / ranks, …]."""
+    ranks = group.size()
+    stacked = torch.cat(x.chunk(ranks, dim=_SEQUENCE))
+    summed = torch.ops._c10d_functional.reduce_scatter_tensor(stacked, "sum", ranks, group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(summed)  # type: ignore[no-any-return]
+
+
+class VocabularyLoss(nn.Module):
+    """The summed token losses from logits of which each rank has a part of the vocabulary (Shoeybi et al., section 3).
+
+    Per token, three numbers travel; logits never do.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, first: int) -> None:
+        """`first`: token that this rank's part begins with."""
+        super().__init__()
+        self.group = group
+        self.first = first
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits [batch, seq, this rank's part], labels [batch, seq] -> scalar, the same on every rank."""
+        wide = at_least_float32(logits).flatten(0, -2)
+        return _VocabularyLoss.apply(wide, labels.flatten(), self.first, self.group)  # type: ignore[no-any-return]
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
+        columns = labels - first
+        here = (columns >= 0) & (columns < logits.shape[1])
+        columns = columns.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        shifted = logits - _all_reduce(logits.amax(1), "max", group).unsqueeze(1)
+        target = shifted.gather(1, columns).squeeze(1).masked_fill(~here, 0)
+        exponentials = shifted.exp()
+        total, target = _all_reduce(torch.stack((exponentials.sum(1), target)), "sum", group).unbind()
+        counted = labels >= 0
+        ctx.save_for_backward(exponentials / total.unsqueeze(1), columns, here, counted)
+        return (total.log() - target).masked_fill(~counted, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        probabilities, columns, here, counted = ctx.saved_tensors
+        grads = probabilities.scatter_add(1, columns, -here.to(probabilities.dtype).unsqueeze(1))
+        return grads * (grad * counted).unsqueeze(1), None, None, None
+
+
+def _all_reduce(x: Tensor, how: str, group: dist.ProcessGroup) -> Tensor:
+    reduced = torch.ops._c10d_functional.all_reduce(x, how, group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(reduced)  # type: ignore[no-any-return]

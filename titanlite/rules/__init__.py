@@ -1,0 +1,48 @@
+"""What can be wrong with a valid recipe on a given number of ranks.
+
+One function a rule, each pure: (recipe, world) -> findings, with the numbers and the fix. Values that are wrong by
+themselves never come here: `recipe/load.py` refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from titanlite.errors import Finding
+from titanlite.recipe.sections import Recipe
+from titanlite.rules import idle, layout, pipeline, run
+
+Rule = Callable[[Recipe, int], Iterator[Finding]]
+
+RULES: tuple[Rule, ...] = (
+    run.amount,
+    run.names,
+    run.preset,
+    run.heads,
+    run.rope,
+    run.vocabulary,
+    run.schedule,
+    run.decay_rate,
+    layout.mesh,
+    layout.cuts,
+    layout.uneven_cuts,
+    layout.sequences,
+    layout.ring_of_documents,
+    layout.machines,
+    layout.overlap,
+    layout.microbatches,
+    pipeline.pipeline,
+    layout.offloading,
+    layout.rounded_sums,
+    layout.padding,
+    run.never_reached,
+    idle.without_effect,
+    idle.memory_budget,
+    run.looking_inside,
+)
+
+
+def check(recipe: Recipe, world: int = 1) -> list[Finding]:
+    """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
+    findings = [finding for rule in RULES for finding in rule(recipe, world)]
+    return sorted(findings, key=lambda finding: finding.severity != "error")

@@ -1,0 +1,79 @@
+"""Rules about keys that do nothing beside the others, or that cannot be had together with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
+from titanlite.errors import Finding
+from titanlite.optim.schedules import SCHEDULES
+from titanlite.parallel.layout import layout_of
+from titanlite.parallel.stages import stages_per_rank
+from titanlite.recipe.sections import Pipeline, Recipe
+from titanlite.rules.terms import warning
+
+Idle = tuple[str, bool, str]
+"""(key, whether it does nothing here, why)"""
+
+
+def without_effect(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Keys that were changed from their defaults and do nothing beside the others."""
+    defaults = Recipe()
+    for key, does_nothing, reason in (*_of_the_run(recipe), *_of_the_layout(recipe, world)):
+        if does_nothing and _value(recipe, key) != _value(defaults, key):
+            yield warning(key, f"has no effect here: {reason};", "leave it out.")
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    return reduce(getattr, key.split("."), recipe)
+
+
+def _of_the_run(recipe: Recipe) -> list[Idle]:
+    name, optimizer = recipe.schedule.name, recipe.optimizer.name
+    return [
+        ("schedule.decay_steps", name in ("constant", "sqrt"), f"the {name} schedule has no decay phase"),
+        ("schedule.decay_shape", name in SCHEDULES and name != "wsd", "only wsd has a decay of a chosen shape"),
+        ("schedule.final_lr_ratio", name == "constant", "the constant schedule stays at the peak"),
+        ("optimizer.muon_lr", optimizer == "adamw", "the optimizer is adamw"),
+        ("optimizer.muon_momentum", optimizer == "adamw", "the optimizer is adamw"),
+        ("resilience.max_skips", recipe.resilience.on_nonfinite == "stop", 'on_nonfinite = "stop" skips nothing'),
+        ("data.prefetch", recipe.data.workers == 0, "without data.workers nothing is fetched ahead"),
+        ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),
+        ("precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"),
+        ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
+    ]
+
+
+def _of_the_layout(recipe: Recipe, world: int) -> list[Idle]:
+    parallel, layout = recipe.parallel, layout_of(recipe.parallel, world)
+    stage, pipeline = parallel.zero_stage, parallel.pipeline
+    uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
+    fixed = parallel.pp > 1 and stages_per_rank(pipeline) == stages_per_rank(_with_other_stages(pipeline))
+    return [
+        *((f"parallel.pipeline.{name}", parallel.pp == 1, "parallel.pp is 1") for name in Pipeline.model_fields),
+        ("parallel.pipeline.stages_per_rank", fixed, f"{pipeline.schedule} fixes it"),
+        ("parallel.cp_method", parallel.cp == 1, "parallel.cp is 1"),
+        ("parallel.async_tp", parallel.tp == 1, "parallel.tp is 1"),
+        ("parallel.zero_stage", uncut and stage > 0, "every rank is a copy: there is none to cut over"),
+        ("parallel.prefetch", stage == 0 or uncut, "no weights are cut, so none are gathered"),
+        ("parallel.dp_shard", stage == 0 and parallel.dp_shard > 1, "in stage 0 nothing is cut, its ranks are copies"),
+    ]
+
+
+def _with_other_stages(pipeline: Pipeline) -> Pipeline:
+    return pipeline.model_copy(update={"stages_per_rank": pipeline.stages_per_rank + 1})
+
+
+def memory_budget(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """A budget is the compiler's to keep, and its alone."""
+    recompute = recipe.recompute
+    if recompute.budget is None:
+        return
+    if not recipe.compile.enabled:
+        problem = "it is the compiler that chooses what to recompute within a budget;"
+        fix = 'write compile.enabled = true, or recompute.mode = "selective" instead.'
+        yield Finding("recompute.budget", problem, fix)
+    if recompute.mode != "none":
+        problem = f'budget and mode = "{recompute.mode}" both choose what is recomputed;'
+        yield Finding("recompute.budget", problem, "give one of the two.")

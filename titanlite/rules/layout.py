@@ -1,0 +1,183 @@
+"""Rules about `[parallel]`: the mesh, who shares matrices and sequences, and how the batch falls on the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm, prod
+
+from titanlite.errors import Finding
+from titanlite.parallel.layout import batch_plan, ceil_div, layout_of
+from titanlite.parallel.slicing import pattern_of, slicings
+from titanlite.parallel.stages import splits_backward
+from titanlite.recipe.sections import Recipe
+from titanlite.rules.run import heads
+from titanlite.rules.terms import config_of, count, divisors, one_of, spec_named, times, warning
+
+RANKS_IN_A_MACHINE = 8
+"""Devices that most machines have, joined by the fast links that tensor parallelism lives on."""
+
+
+def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """The mesh has as many places as there are ranks."""
+    parallel = recipe.parallel
+    if parallel.dp_shard == 0:
+        yield Finding("parallel.dp_shard", "a model cannot be cut over 0 ranks;", "write -1 for all that are left.")
+        return
+    if layout_of(parallel, world) is not None:
+        return
+    degrees = {name: getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
+    given = {name: degree for name, degree in degrees.items() if degree > 1}
+    asked = prod(given.values())
+    fitting = {name: world // rest for name in given if world % (rest := asked // given[name]) == 0}
+    open_ended = parallel.dp_shard == -1
+    if open_ended:
+        fixes = [f"{name} = {one_of(divisors(room))}" for name, room in fitting.items()]
+        start = f"start a multiple of {asked} ranks (titanlite check --world {asked})"
+    else:
+        fixes = [f"{name} = {room}" for name, room in fitting.items()]
+        if world % (asked // max(parallel.dp_shard, 1)) == 0:
+            fixes = ["dp_shard = -1 for all that are left"]
+        start = f"start {count(asked, 'rank')} (titanlite check --world {asked})"
+    product = " x ".join(f"{name} {degree}" for name, degree in given.items()) or "dp_shard 1"
+    problem = f"{product} = {asked}" if len(given) > 1 else product
+    verb = "does not divide" if open_ended else "does not give"
+    key = "dp_shard" if not open_ended else next(iter(fitting or given))
+    fix = f"write {', or '.join(fixes)}; or {start}." if fixes else f"{start}."
+    yield Finding(f"parallel.{key}", f"{problem} {verb} {count(world, 'rank')};", fix)
+
+
+def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Every tensor parallel rank has a part of every matrix."""
+    spec, config, tp = spec_named(recipe), config_of(recipe), recipe.parallel.tp
+    if spec is None or tp <= (limit := spec.cut_limit(config)):
+        return
+    problem = f"{tp} ranks are more than the {count(limit, 'part')} that the model's matrices can be cut into"
+    fix = f"write {one_of([degree for degree in divisors(tp) if degree <= limit])}."
+    yield Finding("parallel.tp", f"{problem} (a key and value head stays whole);", fix)
+
+
+def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Matrices whose parts are of different sizes: the ranks with less wait."""
+    spec, config, tp = spec_named(recipe), config_of(recipe), recipe.parallel.tp
+    unsound = next(heads(recipe, world), None) is not None  # the sizes do not fit together: there are no parts
+    if spec is None or unsound or tp == 1 or tp > spec.cut_limit(config):
+        return
+    names: dict[int, list[str]] = {}
+    patterns = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
+    for name, slicing in slicings(patterns, spec.sharding(config)).items():
+        if slicing.units % tp:
+            names.setdefault(slicing.units, []).append(name.removesuffix(".weight").rpartition(".")[2])
+    for units, modules in names.items():
+        idle = 1 - units / (ceil_div(units, tp) * tp)
+        problem = (
+            f"{units} parts of {', '.join(modules)} are dealt out to {tp} ranks: {idle:.1%} of their time is waiting;"
+        )
+        even = [degree for degree in divisors(units) if degree <= spec.cut_limit(config)]
+        yield warning("parallel.tp", problem, f"{one_of(even)} would be even.")
+
+
+def sequences(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Ranks that share a sequence have parts of the same length."""
+    cp, tp, length = recipe.parallel.cp, recipe.parallel.tp, recipe.training.sequence_length
+    parts = cp * lcm(2, tp) if cp > 1 else tp
+    if length % parts == 0:
+        return
+    if cp == 1:
+        problem = f"{length} tokens cannot be shared out evenly to tp = {tp} ranks;"
+    else:
+        ranks = f"cp = {cp}" if tp == 1 else f"cp = {cp} x tp = {tp}"
+        problem = (
+            f"{length} tokens cannot be cut into {parts} parts: for {ranks} ranks, each with two ends of the text;"
+        )
+    fix = f"choose a multiple of {parts}, such as {ceil_div(length, parts) * parts}."
+    yield Finding("training.sequence_length", problem, fix)
+
+
+def ring_of_documents(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """A ring merges parts by their log-sum-exp, and no kernel gives that under a mask of documents."""
+    if recipe.parallel.cp > 1 and recipe.parallel.cp_method == "ring" and recipe.data.document_mask:
+        problem = (
+            "with data.document_mask, scores are formed without a kernel, in float32: right, and many times slower;"
+        )
+        yield warning("parallel.cp_method", problem, 'write "all-gather".')
+
+
+def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Tensor parallelism communicates within every block: it belongs inside one machine."""
+    tp = recipe.parallel.tp
+    if tp > RANKS_IN_A_MACHINE:
+        problem = f"{tp} ranks are more than the {RANKS_IN_A_MACHINE} devices that most machines have, and between"
+        fix = f"machines every block would wait for the network; if yours have fewer than {tp}, use pp or dp_shard."
+        yield warning("parallel.tp", problem, fix)
+
+
+def overlap(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """What only the compiler can do needs the compiler."""
+    parallel = recipe.parallel
+    if parallel.async_tp and parallel.tp > 1 and not recipe.compile.enabled:
+        problem = "it is the compiler that splits the products and overlaps their parts with communication;"
+        yield Finding("parallel.async_tp", problem, "write compile.enabled = true, or async_tp = false.")
+
+
+def offloading(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """It is sharding that moves weights between host and device."""
+    if recipe.parallel.offload and world == 1:
+        problem = "one rank has no others to share weights with, and only shared ones can rest in the host's memory;"
+        yield Finding("parallel.offload", problem, "write false, or start 2 ranks or more (titanlite check --world 2).")
+
+
+def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Gradients that wait on a rank to be sent add up in the dtype that they will travel in."""
+    layout, parallel = layout_of(recipe.parallel, world), recipe.parallel
+    if layout is None or recipe.precision.reduce != "bfloat16" or recipe.precision.compute != "bfloat16":
+        return
+    passes = batch_plan(recipe, layout, 0).microbatches
+    halved = layout.pp > 1 and splits_backward(parallel.pipeline.schedule)
+    waits = parallel.zero_stage <= 1 or halved or layout.dp_replicate > 1
+    if world > 1 and passes > 1 and waits:
+        problem = (
+            f"gradients of {passes} microbatches add up in bfloat16 before they are sent, and lose small summands;"
+        )
+        yield warning("precision.reduce", problem, "write float32, or have zero_stage = 2 or 3 without dp_replicate.")
+
+
+def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Sequences that are computed and weigh nothing, because the batch does not divide evenly."""
+    layout = layout_of(recipe.parallel, world)
+    if layout is None or next(microbatches(recipe, world), None):
+        return
+    training, plan, ranks = recipe.training, batch_plan(recipe, layout, 0), layout.data_ranks
+    computed = plan.microbatches * plan.microbatch * ranks
+    if computed == training.global_batch:
+        return
+    share = ceil_div(training.global_batch, ranks)
+    waste = f"{(computed - training.global_batch) / computed:.0%} are padding;"
+    problem = f"{times(ranks, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
+    if share % plan.microbatch and training.microbatch is not None:
+        fix = f"a microbatch that divides a rank's share of {share} wastes nothing."
+        yield warning("training.microbatch", problem, fix)
+    elif plan.microbatches * plan.microbatch > share:
+        fix = f"a number that divides a rank's share of {share} wastes nothing."
+        yield warning("parallel.pipeline.microbatches", problem, fix)
+    else:
+        even = ceil_div(training.global_batch, ranks) * ranks
+        yield warning("training.global_batch", problem, f"the next batch that {ranks} ranks share evenly is {even}.")
+
+
+def microbatches(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """The two ways to say how a rank's share of the batch is cut agree."""
+    layout, wanted, size = (
+        layout_of(recipe.parallel, world),
+        recipe.parallel.pipeline.microbatches,
+        recipe.training.microbatch,
+    )
+    if layout is None or layout.pp == 1 or wanted is None or size is None:
+        return
+    share = ceil_div(recipe.training.global_batch, layout.data_ranks)
+    made = ceil_div(share, size)
+    if made != wanted:
+        problem = (
+            f"a rank's share of {count(share, 'sequence')} makes {count(made, 'microbatch')} of {size}, not {wanted};"
+        )
+        fix = "leave it out, or training.microbatch."
+        yield Finding("parallel.pipeline.microbatches", problem, fix)

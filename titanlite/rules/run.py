@@ -1,0 +1,134 @@
+"""Rules about the model and the run: amounts, names, sizes, schedules, limits. Each: (recipe, world) -> findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from titanlite.errors import Finding, UsageError
+from titanlite.models.spec import spec_of
+from titanlite.optim.names import OPTIMIZERS
+from titanlite.optim.schedules import SCHEDULES
+from titanlite.parallel.layout import ceil_div
+from titanlite.recipe.sections import Recipe
+from titanlite.registry import Registry, did_you_mean
+from titanlite.rules.terms import config_of, divisors, one_of, steps_of, warning
+
+BYTE_VOCABULARY = 257  # 256 byte values, and the separator between documents
+
+
+def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Exactly one of steps and tokens."""
+    training = recipe.training
+    if training.steps is None and training.tokens is None:
+        fix = 'give training.steps, or training.tokens such as "2M".'
+        yield Finding("training", "neither steps nor tokens is given, so the run has no end;", fix)
+    elif training.steps is not None and training.tokens is not None:
+        problem = f"steps = {training.steps} and tokens = {training.tokens} are both given;"
+        yield Finding("training.tokens", problem, "give one of the two.")
+
+
+def names(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Optimizer and schedule are registered."""
+    chosen: list[tuple[str, Registry, str]] = [
+        ("optimizer.name", OPTIMIZERS, recipe.optimizer.name),
+        ("schedule.name", SCHEDULES, recipe.schedule.name),
+    ]
+    for key, registry, name in chosen:
+        if name not in registry:
+            hint = did_you_mean(name, list(registry)) or f"known: {', '.join(registry)}."
+            yield Finding(key, f"there is no {registry.kind} '{name}';", hint)
+
+
+def preset(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """The preset exists."""
+    try:
+        spec_of(recipe.model.preset)
+    except UsageError as error:
+        yield Finding("model.preset", str(error))
+
+
+def heads(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Heads divide the width evenly, key and value heads divide the heads."""
+    config = config_of(recipe)
+    if config is None:
+        return
+    if config.heads % config.kv_heads:
+        problem = f"{config.heads} heads cannot share {config.kv_heads} key and value heads evenly;"
+        yield Finding("model.kv_heads", problem, f"choose {one_of(divisors(config.heads))}.")
+    if config.dim % config.heads:
+        fix = f"choose a multiple of {config.heads}, such as {ceil_div(config.dim, config.heads) * config.heads}."
+        yield Finding("model.dim", f"dim {config.dim} is not a multiple of the {config.heads} heads;", fix)
+    elif config.head_dim % 2:
+        problem = f"the head size {config.dim} / {config.heads} = {config.head_dim} is odd, and rotary embeddings"
+        yield Finding("model.heads", f"{problem} turn pairs of values;", "choose heads such that dim / heads is even.")
+
+
+def rope(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """The two bounds of the frequency scaling are in order."""
+    scaling = recipe.model.rope_scaling
+    if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+        problem = f"low_freq_factor {scaling.low_freq_factor:g} must be below high_freq_factor"
+        fix = "Llama 3.1 has 1 and 4."
+        yield Finding("model.rope_scaling.low_freq_factor", f"{problem} {scaling.high_freq_factor:g};", fix)
+
+
+def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Every token has a row in the embedding."""
+    config = config_of(recipe)
+    if config is not None and recipe.data.tokenizer == "bytes" and config.vocab_size < BYTE_VOCABULARY:
+        problem = f"{config.vocab_size} rows are too few for the byte tokenizer's {BYTE_VOCABULARY} tokens;"
+        yield Finding("model.vocab_size", problem, "write 272, which is also a multiple of 16.")
+
+
+def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Warm-up and decay fit into the run. Only a warning, since a few steps of a long recipe are a usual trial."""
+    steps, section = steps_of(recipe), recipe.schedule
+    if steps is None:
+        return
+    to_try = "to try the first steps of a longer run, use run.stop_after_step."
+    room = steps - section.warmup_steps
+    if section.warmup_steps and room <= 0:
+        problem = f"a warm-up of {section.warmup_steps} steps leaves nothing of a run of {steps};"
+        yield warning("schedule.warmup_steps", problem, f"choose fewer than {steps}; {to_try}")
+    elif (section.decay_steps or 0) > room and section.name in ("linear", "cosine", "wsd"):
+        problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
+        yield warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
+
+
+def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Weight decay shrinks weights; it must not flip their sign."""
+    optimizer = recipe.optimizer
+    rates = {"optimizer.lr": optimizer.lr}
+    if optimizer.name == "muon":
+        rates["optimizer.muon_lr"] = optimizer.muon_lr
+    for key, rate in rates.items():
+        if rate * optimizer.weight_decay >= 1:
+            problem = f"{rate:g} times the weight decay {optimizer.weight_decay:g} is 1 or more: a step would wipe out"
+            yield Finding(key, f"{problem} or flip every weight;", "lower one of the two.")
+
+
+def never_reached(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Intervals and limits that lie beyond the end of the run."""
+    steps = steps_of(recipe)
+    if steps is None:
+        return
+    limits = [
+        ("validation.every_steps", recipe.validation.every_steps, "only the end is validated;"),
+        ("checkpoint.every_steps", recipe.checkpoint.every_steps, "nothing is saved before the end;"),
+    ]
+    for key, value, consequence in limits:
+        if value > steps:
+            yield warning(key, f"{value} is more than the run's {steps} steps: {consequence}", "lower it if not meant.")
+    stop = recipe.run.stop_after_step
+    if stop is not None and stop >= steps:
+        yield warning("run.stop_after_step", f"the run ends at step {steps}, before {stop} stops it;", "leave it out.")
+
+
+def looking_inside(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Debug tools that watch every module need modules that run one by one."""
+    if not recipe.compile.enabled:
+        return
+    for key in ("find_nonfinite", "trace_shapes"):
+        if getattr(recipe.debug, key):
+            problem = "watches every module, and compile.enabled fuses them into one;"
+            yield Finding(f"debug.{key}", problem, "write compile.enabled = false while you look.")

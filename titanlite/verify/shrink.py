@@ -1,0 +1,168 @@
+"""From a recipe to one of the same structure that runs in seconds: same layout, fewer and narrower layers, less data.
+
+Whatever `check` accepts at some world size, it accepts shrunken too. Pure functions, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from titanlite.models.spec import spec_of
+from titanlite.parallel.layout import BatchPlan, Layout, agreed_layout, batch_plan, ceil_div
+from titanlite.parallel.stages import stages_per_rank, takes_microbatches
+from titanlite.recipe.sections import (
+    Checkpoint,
+    Compile,
+    Data,
+    Debug,
+    Metrics,
+    Model,
+    Parallel,
+    Recipe,
+    Recompute,
+    Schedule,
+    Training,
+    Validation,
+)
+
+_HEAD_DIM = 8
+_WIDTH = 256
+"""Where grouped heads would make the model wider than this, groups get smaller."""
+_VOCABULARY = 272
+_SEQUENCE_LENGTH = 32
+_SPREAD = 0.5
+"""Standard deviation of the first logits."""
+_MOST_MOVED = 0.01
+"""How much of an initial weight AdamW may move in a step: if it is more, rounding takes the two runs different ways."""
+_REFERENCE_MICROBATCH = 16
+
+
+def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
+    """`recipe`, which `check` accepts on `world` ranks, with a small model, short sequences and `steps` steps.
+
+    `[parallel]`, `[precision]`, `[recompute]` and `[compile]` stay as they are, but for counts of blocks and
+    microbatches. The learning rate is at its peak from the first step on, so that weights move, but not by much.
+    """
+    layout = agreed_layout(recipe.parallel, world)
+    pipeline = recipe.parallel.pipeline
+    blocks = _blocks_per_stage(pipeline.blocks_per_stage) if layout.pp > 1 else None
+    real = batch_plan(recipe, layout, 0)
+    microbatches = _microbatches(recipe, real, layout)
+    given = {"microbatches": microbatches} if layout.pp > 1 and pipeline.microbatches is not None else {}
+    model = _model(recipe, layout, blocks)
+    parts = {**given, **({"blocks_per_stage": blocks} if blocks is not None else {})}
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "data": Data(document_mask=recipe.data.document_mask),
+            "training": _training(real, layout, microbatches, steps),
+            "schedule": Schedule(name="constant"),
+            "optimizer": _with(recipe.optimizer, lr=min(recipe.optimizer.lr, _MOST_MOVED * model.init_std)),
+            "parallel": _with(recipe.parallel, pipeline=_with(pipeline, **parts)),
+            "run": _with(recipe.run, stop_after_step=None, stop_after_minutes=None),
+            "validation": Validation(),
+            "checkpoint": Checkpoint(),
+            "metrics": Metrics(),
+            "debug": Debug(),
+        }
+    )
+
+
+def reference_of(recipe: Recipe) -> Recipe:
+    """The same training in one process: nothing shared, recomputed or compiled, and other microbatches."""
+    microbatch = min(recipe.training.global_batch, _REFERENCE_MICROBATCH)
+    return recipe.model_copy(
+        update={
+            "training": _with(recipe.training, microbatch=microbatch),
+            "parallel": Parallel(),
+            "recompute": Recompute(),
+            "compile": Compile(),
+        }
+    )
+
+
+def uncompiled(recipe: Recipe) -> Recipe:
+    """Without the compiler, and without what only the compiler can do."""
+    return recipe.model_copy(
+        update={
+            "compile": _with(recipe.compile, enabled=False),
+            "recompute": _with(recipe.recompute, budget=None),
+            "parallel": _with(recipe.parallel, async_tp=False),
+        }
+    )
+
+
+def in_precision(recipe: Recipe, compute: str) -> Recipe:
+    """With `precision.compute` set to `compute`."""
+    return recipe.model_copy(update={"precision": _with(recipe.precision, compute=compute)})
+
+
+def _with(section: Any, **keys: Any) -> Any:
+    """A section with some keys replaced, and checked again."""
+    return type(section).model_validate({**dict(section), **keys})
+
+
+def _model(recipe: Recipe, layout: Layout, blocks: tuple[int, ...] | None) -> Model:
+    """A narrow model whose heads, rows and blocks come out as even, or as uneven, over the ranks as the real one's."""
+    real, tp = spec_of(recipe.model.preset).configure(recipe.model), layout.tp
+    kv_heads = min(real.kv_heads, 2) if tp == 1 else tp + real.kv_heads % tp
+    head_dim = min(real.head_dim, _HEAD_DIM)
+    group = min(real.heads // real.kv_heads, max(2, _WIDTH // (kv_heads * head_dim)))
+    dim = kv_heads * group * head_dim
+    sizes = {
+        "dim": dim,
+        "layers": sum(blocks) if blocks is not None else _layers(recipe, layout, real.layers),
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "ffn_dim": _congruent(2 * dim, real.ffn_dim, tp),
+        "vocab_size": _congruent(min(real.vocab_size, _VOCABULARY), real.vocab_size, tp),
+        # Sums over so narrow a model have few terms: with the real one's, attention and logits would all be alike.
+        "init_std": _SPREAD / math.sqrt(dim),
+    }
+    model: Model = _with(recipe.model, **sizes)
+    return model
+
+
+def _congruent(least: int, real: int, ranks: int) -> int:
+    """The smallest number from `least` on that leaves the same rest over `ranks` as `real` does."""
+    return least + (real - least) % ranks
+
+
+def _layers(recipe: Recipe, layout: Layout, real: int) -> int:
+    """A block for each stage, one more if the real ones do not come out even, and one that is not recomputed."""
+    stages = layout.pp * stages_per_rank(recipe.parallel.pipeline) if layout.pp > 1 else 1
+    recompute = recipe.recompute
+    kinds = recompute.every + 1 if recompute.mode != "none" else 1
+    return min(real, max(stages + (real % stages > 0), kinds, 2))
+
+
+def _blocks_per_stage(real: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """No blocks where there are none, one where there are few, two where there are more."""
+    if real is None:
+        return None
+    few = min(blocks for blocks in real if blocks)
+    return tuple(min(blocks, 1 + (blocks > few)) for blocks in real)
+
+
+def _microbatches(recipe: Recipe, real: BatchPlan, layout: Layout) -> int:
+    """As few as show that gradients add up, and as the pipeline's schedule takes; never more than the real ones."""
+    if layout.pp == 1:
+        return min(real.microbatches, 3)
+    schedule, pp = recipe.parallel.pipeline.schedule, layout.pp
+    candidates = range(min(real.microbatches, 2 * pp), real.microbatches + 1)
+    return next(number for number in candidates if takes_microbatches(schedule, pp, number))
+
+
+def _training(real: BatchPlan, layout: Layout, microbatches: int, steps: int) -> Training:
+    """Short sequences that all ranks can share, one of them missing where the real batch leaves padding."""
+    microbatch = min(real.microbatch, 2)
+    padded = real.global_batch < real.microbatches * real.microbatch * real.data_ranks
+    whole = microbatches * microbatch * real.data_ranks
+    unit = 2 * layout.cp * layout.tp
+    return Training(
+        steps=steps,
+        sequence_length=ceil_div(_SEQUENCE_LENGTH, unit) * unit,
+        global_batch=whole - (padded and microbatch * real.data_ranks > 1),
+        microbatch=microbatch,
+    )
