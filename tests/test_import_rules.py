@@ -43,6 +43,8 @@ WITHOUT_TORCH = (
     *("models.spec", "models.llama_spec", "parallel.layout", "parallel.stages", "parallel.slicing"),
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
     *("data.order", "data.packing", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
+    *("checkpoint.headers", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),
+    "checkpoint.huggingface_command",
     *("observe.flops", "observe.rows", "verify.command", "verify.shrink", "verify.verdict"),
 )
 

@@ -131,3 +131,10 @@ def test_machines_that_share_no_disk_are_refused(folder: Path, tmp_path_factory:
     processes = started(folder, 2, "--run.name=other", shared, folders=(folder, elsewhere))
     said = [process.communicate(timeout=240)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [2, 2] and "another corpus" in said[1], said
+
+
+def test_ranks_save_together_by_the_first_ones_clock(folder: Path) -> None:
+    """A wish is heard by all one step later, so saves that are always due come after every second step."""
+    launch(folder, 2, "--checkpoint.every_steps=0", "--checkpoint.every_minutes=1e-9", "--checkpoint.keep_last=0")
+    saved = sorted(path.name for path in (folder / "runs" / "run" / "checkpoints").iterdir())
+    assert saved == ["step-00000002", "step-00000004", "step-00000006"]

@@ -26,6 +26,7 @@ HELP = {
     "train": "train a recipe (RECIPE [--section.key=value ...])",
     "check": "say what a run will be, and what is wrong with its recipe; explain a key",
     "verify": "prove that a layout computes what one process does, on your machines",
+    "checkpoint": "inspect, verify, compare, prune checkpoints; to and from Hugging Face",
     "generate": "continue a prompt with a trained model",
     "schema": "print the JSON schema of recipes, for editors",
 }
@@ -36,6 +37,7 @@ COMMANDS = Registry(
         "train": "titanlite.train:main",
         "check": "titanlite.check:main",
         "verify": "titanlite.verify.command:main",
+        "checkpoint": "titanlite.checkpoint.command:main",
         "generate": "titanlite.generate:main",
         "schema": "titanlite.recipe.explain:main",
     },

@@ -70,7 +70,12 @@ def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> Non
         stack.callback(journal.close)
         steps = total_steps(recipe.training)
         checkpoints = CheckpointManager(
-            path / "checkpoints", recipe.checkpoint.keep_last or None, journal.say, world.rank, world.size
+            path / "checkpoints",
+            recipe.checkpoint.keep_last or None,
+            journal.say,
+            world.rank,
+            world.size,
+            keep_every=recipe.checkpoint.keep_every,
         )
         trainer: Trainer | None = None
         if world.is_first:

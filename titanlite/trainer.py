@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.data.loader import Batch, train_loader, validation_batches
 from titanlite.data.splits import DataSplits, compression_baselines
 from titanlite.errors import DataError, StoppedEarly
@@ -70,6 +71,9 @@ class Trainer:
         else:
             learner.initialise()
 
+        self.save_requests = SaveRequests(
+            checkpoints.folder.parent / SAVE_NOW, recipe.checkpoint.every_minutes, journal.say, heeded=world.is_first
+        )
         self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
@@ -107,7 +111,11 @@ class Trainer:
             for batch, wait_seconds in self._batches():
                 self._train_step(batch, wait_seconds)
                 self._after_step()
-                self._stop_if(self._step_limit() or stop_requests.agreed(self._time_limit(started)))
+                agreement = stop_requests.agreed(self._time_limit(started), self.save_requests.due())
+                self._stop_if(self._step_limit() or agreement.stop)
+                if agreement.save:
+                    with self.metrics.paused():
+                        self._save()
             self._save()  # a signal waits for this one too
 
     def _stop_if(self, reason: str | None) -> None:
@@ -168,8 +176,11 @@ class Trainer:
     def _save(self) -> None:
         """Commit a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._review()
-        if self.step == self._committed:
-            return
+        if self.step != self._committed:
+            self._commit()
+        self.save_requests.saved()
+
+    def _commit(self) -> None:
         self.journal.sync()  # no row of a committed step may be lost with the machine's power
         self.checkpoints.save(
             step=self.step,

@@ -12,16 +12,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, Manifest, TensorEntry
+from titanlite.checkpoint.format import Chunk, DamagedCheckpointError, Manifest, TensorEntry
+from titanlite.checkpoint.headers import Placed, check_header, placed_chunks
 from titanlite.checkpoint.plan import overlap, share_by_size, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import dtype_name
 from titanlite.checkpoint.storage import decode_manifest, manifest_bytes, verify_file
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
-
-Placed = dict[str, list[tuple[str, Chunk]]]
-"""File -> (tensor, chunk) of what is read from it."""
 
 
 def load_state(folder: Path, into: Mapping[str, Shard], prefix: str = "", ranks: Ranks = ALONE) -> Manifest:
@@ -38,7 +36,7 @@ def load_state(folder: Path, into: Mapping[str, Shard], prefix: str = "", ranks:
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     found = ranks.each(lambda: _compared(stored, into))
     ranks.first(lambda: _require_fit(folder, found))
-    ranks.each(lambda: _verify_share(folder, manifest, stored, ranks))
+    ranks.each(lambda: verify_share(folder, manifest, stored, ranks))
     ranks.each(lambda: _read(folder, stored, into))
     return manifest
 
@@ -75,31 +73,12 @@ def _require_fit(folder: Path, found: list[bytes]) -> None:
         )
 
 
-def _verify_share(folder: Path, manifest: Manifest, stored: Mapping[str, TensorEntry], ranks: Ranks) -> None:
-    """Compare this rank's share of the files with the manifest. Raises `DamagedCheckpointError`."""
-    placed: Placed = {}
-    for name, entry in stored.items():
-        for chunk in entry.chunks:
-            placed.setdefault(chunk.file, []).append((name, chunk))
+def verify_share(folder: Path, manifest: Manifest, stored: Mapping[str, TensorEntry], ranks: Ranks = ALONE) -> None:
+    """Compare this rank's share of the files that hold `stored` with the manifest. Raises `DamagedCheckpointError`."""
+    placed = placed_chunks(stored)
     for file in share_by_size({file: manifest.files[file].bytes for file in placed}, ranks.rank, ranks.size):
         verify_file(folder / file, manifest.files[file])
-        _check_header(folder / file, stored, placed[file])
-
-
-def _check_header(path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]) -> None:
-    """The file's own table must say what the manifest says. Raises `DamagedCheckpointError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            for name, chunk in chunks:
-                if chunk.key not in present:
-                    raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
-                values = file.get_slice(chunk.key)
-                dtype = DTYPES[stored[name].dtype][1]
-                if tuple(values.get_shape()) != chunk.shape or values.get_dtype() != dtype:
-                    raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+        check_header(folder / file, stored, placed[file])
 
 
 def _read(folder: Path, stored: Mapping[str, TensorEntry], into: Mapping[str, Shard]) -> None:

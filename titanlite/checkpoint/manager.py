@@ -23,7 +23,8 @@ from titanlite.models.shard import Shard
 
 
 class CheckpointManager:
-    """Saves to and loads from `folder`, keeping the newest `keep_last` checkpoints (None: all).
+    """Saves to and loads from `folder`, keeping the newest `keep_last` checkpoints (None: all) and, of the older ones,
+    those of every `keep_every`-th step (0: none).
 
     Every one of the `ranks` processes of a run has one, over the same folder; `save`, `load` and `load_latest` are
     called by all of them and end alike on all. `warn` gets, on the first, one sentence for whatever went wrong without
@@ -31,10 +32,17 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, folder: Path, keep_last: int | None, warn: Callable[[str], None], rank: int = 0, ranks: int = 1
+        self,
+        folder: Path,
+        keep_last: int | None,
+        warn: Callable[[str], None],
+        rank: int = 0,
+        ranks: int = 1,
+        keep_every: int = 0,
     ) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_every = keep_every
         self.current: int | None = None
         """Step of the checkpoint that this process last committed or loaded, known to be whole."""
         self._ranks = Ranks(rank, ranks)
@@ -162,9 +170,7 @@ class CheckpointManager:
             self._warn(f"the checkpoint of step {other}, which was passed over, is now {aside.name}.")
 
     def _prune(self) -> None:
-        if self.keep_last is None:
-            return
-        for step in self.steps()[: -self.keep_last]:
+        for step in storage.superseded(self.steps(), self.keep_last or 0, self.keep_every):
             try:
                 storage.remove(self.path(step))
             except OSError as error:

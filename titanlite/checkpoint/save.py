@@ -52,7 +52,7 @@ def save_state(
 
     fields = {
         "step": step, "samples": samples, "tokens": tokens, "recipe": recipe, "values": dict(values),
-        "environment": environment(tensors),
+        "environment": {**environment(tensors), "ranks": str(ranks.size)},
     }  # fmt: skip
     explained = refusals_explained(final)
     try:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +41,15 @@ def checkpoint_steps(folder: Path) -> list[int]:
     except OSError as error:
         raise CheckpointError(f"cannot list the checkpoints in {folder}: {cause(error, folder)}.") from error
     return sorted(step for name in names if (step := step_of(name)) is not None)
+
+
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int = 0) -> list[int]:
+    """Of ascending `steps`, those that need not be kept: not the `keep_last` newest, nor multiples of `keep_every`.
+
+    0 means all for `keep_last`, and none for `keep_every`.
+    """
+    older = steps[:-keep_last] if keep_last else []
+    return [step for step in older if not (keep_every and step % keep_every == 0)]
 
 
 def pending(final: Path) -> Path:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
+from titanlite.errors import UsageError
 from titanlite.models.spec import ModelSpec, Piece, ShardingRule, spec_of
 from titanlite.recipe.sections import Model, RopeScaling
 
@@ -191,6 +196,127 @@ def to_huggingface(name: str) -> str:
     return ".".join(_HUGGINGFACE.get(part, part) for part in name.split("."))
 
 
+_HUGGINGFACE_SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_HUGGINGFACE_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+}
+_HUGGINGFACE_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+}
+"""What a `config.json` may say of things that this family has one way of doing, or leave out."""
+_QWEN3_HEAD_DIM = 128  # transformers' default, where its Llama divides
+
+
+def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:
+    """Fields of `LlamaForCausalLM`, or of `Qwen3ForCausalLM`, which is the same with normed queries and keys.
+
+    The rotation is written as transformers 4 does; later ones read it too.
+    """
+    qwen = config.qk_norm
+    fields: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
+        "model_type": "qwen3" if qwen else "llama",
+        **{theirs: getattr(config, ours) for ours, theirs in _HUGGINGFACE_SIZES.items()},
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        **({"use_sliding_window": False} if qwen else {"mlp_bias": False}),
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+    }
+    if config.rope_scaling is not None:
+        scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in _HUGGINGFACE_SCALING.items()}
+        fields["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    return fields
+
+
+def from_huggingface_config(fields: Mapping[str, Any]) -> Model:
+    """The preset of these sizes if there is one, or all sizes one by one. Raises `UsageError`."""
+    for key, allowed in _HUGGINGFACE_ONLY.items():
+        if key in fields and fields[key] not in allowed:
+            _refuse(key, fields[key], f"only {allowed[0]!r} is known here")
+    if any(kind != "full_attention" for kind in _list(fields, "layer_types")):
+        _refuse("layer_types", fields["layer_types"], "only 'full_attention' is known here")
+    rope = _huggingface_rope(fields)
+    given = {ours: fields.get(theirs) for ours, theirs in _HUGGINGFACE_SIZES.items()}
+    for ours, default in (("kv_heads", given["heads"]), ("norm_eps", 1e-6), ("tie_embeddings", False)):
+        given[ours] = default if given[ours] is None else given[ours]
+    missing = [theirs for ours, theirs in _HUGGINGFACE_SIZES.items() if given[ours] is None]
+    if missing:
+        raise UsageError(f"it does not give {missing[0]}")
+    qwen = fields.get("model_type") == "qwen3"
+    try:
+        # No preset but its rope_scaling could show through: every other key is given here.
+        section = Model.model_validate({"preset": "llama3-8b", **given, **rope, "qk_norm": qwen})
+    except ValidationError as error:
+        item = error.errors(include_url=False, include_context=False)[0]
+        ours = str(item["loc"][-1])
+        _refuse((_HUGGINGFACE_SIZES | _HUGGINGFACE_SCALING).get(ours, ours), item["input"], item["msg"])
+    config = model_config(section)
+    if config.dim % config.heads or config.heads % config.kv_heads or config.head_dim % 2:
+        problem = f"{config.dim} values, {config.heads} heads and {config.kv_heads} key and value heads do not divide"
+        raise UsageError(f"num_attention_heads: {problem} into heads of an even size")
+    head_dim = fields.get("head_dim")
+    head_dim = (_QWEN3_HEAD_DIM if qwen else config.head_dim) if head_dim is None else head_dim
+    if head_dim != config.head_dim:
+        _refuse("head_dim", head_dim, f"only hidden_size / num_attention_heads = {config.head_dim} is known here")
+    named = [name for name, preset in PRESETS.items() if preset == config]
+    return Model(preset=named[0]) if named else section
+
+
+def _huggingface_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotation, as transformers 4 writes it (two keys) or transformers 5 does (one)."""
+    parameters = fields.get("rope_parameters")
+    scaling = fields.get("rope_scaling") if parameters is None else parameters
+    scaling = {} if scaling is None else scaling
+    if not isinstance(scaling, Mapping):
+        _refuse("rope_scaling" if parameters is None else "rope_parameters", scaling, "it must be a table")
+    theta = next((table["rope_theta"] for table in (scaling, fields) if table.get("rope_theta") is not None), 10_000.0)
+    if scaling.get("partial_rotary_factor", 1) not in (1, None):
+        _refuse("partial_rotary_factor", scaling["partial_rotary_factor"], "only 1 is known here")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        _refuse("rope_type", kind, "only 'default' and 'llama3' are known here")
+    missing = [theirs for theirs in _HUGGINGFACE_SCALING.values() if theirs not in scaling]
+    if missing:
+        raise UsageError(f"its rope_scaling does not give {missing[0]}")
+    given = {ours: scaling[theirs] for ours, theirs in _HUGGINGFACE_SCALING.items()}
+    if given["low_freq_factor"] == given["high_freq_factor"]:
+        _refuse("high_freq_factor", given["high_freq_factor"], "it must differ from low_freq_factor")
+    return {"rope_theta": theta, "rope_scaling": given}
+
+
+def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
+    value = fields.get(key)
+    if not isinstance(value, (list, type(None))):
+        _refuse(key, value, "it must be a list")
+    return value or []
+
+
+def _refuse(key: str, value: object, problem: str) -> NoReturn:
+    raise UsageError(f"its {key} is {str(value)[:80]!r}: {problem}")
+
+
 SPEC = ModelSpec(
     family="llama",
     presets=PRESETS,
@@ -211,4 +337,8 @@ SPEC = ModelSpec(
     tied=tied,
     is_block_matrix=is_block_matrix,
     to_huggingface=to_huggingface,
+    huggingface_classes=("LlamaForCausalLM", "Qwen3ForCausalLM"),
+    to_huggingface_config=to_huggingface_config,
+    from_huggingface_config=from_huggingface_config,
+    huggingface_derived=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )

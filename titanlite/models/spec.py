@@ -95,6 +95,15 @@ class ModelSpec:
     """Whether a parameter is one of the blocks' matrices, by its name."""
     to_huggingface: Callable[[str], str]
     """Our parameter's name -> its name in the Hugging Face checkpoint of the same architecture (same layout)."""
+    huggingface_classes: tuple[str, ...]
+    """Classes of Hugging Face's transformers that compute what this family does, with the right config."""
+    to_huggingface_config: Callable[[Any], Mapping[str, Any]]
+    """Config -> what `config.json` says of the architecture; the context length is the caller's to add."""
+    from_huggingface_config: Callable[[Mapping[str, Any]], Model]
+    """A `config.json` of one of these classes -> the recipe's `[model]`. Raises `UsageError` naming a key that asks for
+    what this family does not compute."""
+    huggingface_derived: tuple[str, ...]
+    """Name patterns of tensors in Hugging Face files that follow from the config, and are not read."""
 
     def build(self, config: Any, compute_dtype: Any) -> Any:
         """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""

@@ -264,8 +264,12 @@ class Checkpoint(Section):
 
     every_steps: NonNegative = 0
     """Save every so many steps; 0: only at the end, and when the run is stopped."""
+    every_minutes: NonNegativeFloat = 0.0
+    """Save also when so many minutes have passed since the last save, by the first rank's clock; 0: never."""
     keep_last: NonNegative = 2
     """Keep so many checkpoints, the newest; older ones are deleted once a newer one is committed. 0: keep all."""
+    keep_every: NonNegative = 0
+    """Of the older ones, keep those whose step is a multiple of this; 0: none."""
 
 
 class Resilience(Section):

@@ -1,4 +1,4 @@
-"""Asking a run to stop: signals, and agreement between ranks on the step after which all of them do."""
+"""Asking a run to stop or to save: signals, and agreement between ranks on the step after which all of them do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -16,6 +17,16 @@ from titanlite.errors import TitanliteError
 _GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ECHO_SECONDS = 1.0
 """Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks do after a step: the same on each, but for the words."""
+
+    stop: str | None
+    """Why the run stops here; None: it goes on."""
+    save: bool
+    """Whether a checkpoint of this step was asked for."""
 
 
 class StopRequests:
@@ -54,22 +65,23 @@ class StopRequests:
         elif now - self._asked_at > _ECHO_SECONDS:
             os._exit(128 + number)
 
-    def agreed(self, limit: str | None) -> str | None:
-        """Why to stop after this step, or None; the same answer on every rank.
+    def agreed(self, limit: str | None, save: bool = False) -> Agreement:
+        """What is done after this step; the same on every rank.
 
-        `limit` is a reason that this rank's own clock may give before another's. With several ranks the answer is
-        that of the step before: the exchange runs on the hosts, beside the step, and is not waited for.
+        `limit` is a reason to stop that this rank's own clock may give before another's, `save` whether this rank asks
+        for a checkpoint. With several ranks the answer is that of the step before: the exchange runs on the hosts,
+        beside the step, and is not waited for.
         """
         mine = limit or (signal.Signals(self._signal).name if self._signal is not None else None)
         if self._ranks == 1:
-            return mine
-        asked = False
+            return Agreement(mine, save)
+        stop_asked = save_asked = False
         if self._pending is not None:
-            work, flag = self._pending
+            work, flags = self._pending
             work.wait()
-            asked = bool(flag)
-        flag = torch.tensor(1 if mine else 0)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+            stop_asked, save_asked = map(bool, flags)
+        flags = torch.tensor([1 if mine else 0, 1 if save else 0])
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
-        self._pending = (work, flag)
-        return (mine or "another rank was asked to stop") if asked else None
+        self._pending = (work, flags)
+        return Agreement((mine or "another rank was asked to stop") if stop_asked else None, save_asked)

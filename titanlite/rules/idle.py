@@ -39,6 +39,7 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
         ("optimizer.muon_momentum", optimizer == "adamw", "the optimizer is adamw"),
         ("resilience.max_skips", recipe.resilience.on_nonfinite == "stop", 'on_nonfinite = "stop" skips nothing'),
         ("data.prefetch", recipe.data.workers == 0, "without data.workers nothing is fetched ahead"),
+        ("checkpoint.keep_every", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
         ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),
         ("precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),

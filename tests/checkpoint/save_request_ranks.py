@@ -1,0 +1,40 @@
+"""What a rank does in the tests of agreed saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
+from titanlite.models.shard import Shard
+from titanlite.resilience.signals import StopRequests
+
+
+def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> list[int]:
+    """Steps after which this rank saved, in a run whose first rank meets the file after `step`."""
+    checkpoints = CheckpointManager(Path(folder) / "checkpoints", None, print, rank, world)
+    asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print, heeded=rank == 0)
+    saved = []
+    with StopRequests(world, speaks=False) as requests:
+        for now in range(1, steps + 1):
+            if now == step and rank == 0:
+                (Path(folder) / SAVE_NOW).touch()
+            if requests.agreed(None, now >= step and asks.due()).save:
+                state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
+                checkpoints.save(step=now, samples=0, tokens=0, tensors=state, values={}, recipe_text="")
+                asks.saved()
+                saved.append(now)
+    return saved
+
+
+def agreements(rank: int, world: int, steps: int) -> list[tuple[str | None, bool]]:
+    """What is agreed after each step if the first rank asks for a save after the first, and the last for a stop after
+    the second."""
+    with StopRequests(world, speaks=False) as requests:
+        said = [
+            requests.agreed("limit" if step == 2 and rank == world - 1 else None, step == 1 and rank == 0)
+            for step in range(1, steps + 1)
+        ]
+    return [(agreement.stop, agreement.save) for agreement in said]

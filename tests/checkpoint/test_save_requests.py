@@ -1,0 +1,183 @@
+"""Saves that the clock or a file asks for: when they are asked for, and that all ranks do them after the same step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import save_request_ranks
+from pool import Pool
+
+from titanlite.checkpoint import requests
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
+from titanlite.checkpoint.storage import superseded
+from titanlite.cli import run_command
+from titanlite.train import main
+
+RECIPE = """
+[run]
+name = "tiny"
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = 6
+sequence_length = 16
+global_batch = 2
+[precision]
+compute = "float32"
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets what time it is, in seconds since a start."""
+    now = [0.0]
+    monkeypatch.setattr(requests.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, seconds)
+
+
+def train(*arguments: str) -> int:
+    return run_command(main, ["recipe.toml", *arguments])
+
+
+def committed() -> list[object]:
+    """Steps after which a checkpoint was committed, kept or not."""
+    rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
+    return [row["step"] for row in rows if row.get("event") == "checkpoint"]
+
+
+def kept() -> list[int]:
+    return CheckpointManager(Path("runs/tiny/checkpoints"), None, print).steps()
+
+
+def test_the_clock_asks_once_and_begins_anew_with_each_save(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=2, warn=pytest.fail)
+    said = []
+    for seconds in (0, 119, 120, 121):
+        clock(seconds)
+        said.append(asks.due())
+    asks.saved()
+    for seconds in (240, 241):
+        clock(seconds)
+        said.append(asks.due())
+    assert said == [False, False, True, False, False, True]
+
+
+def test_the_file_is_looked_for_once_a_second_and_deleted_after_the_save(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    file = tmp_path / SAVE_NOW
+    asks = SaveRequests(file, every_minutes=0, warn=pytest.fail)
+    assert not asks.due()
+    file.touch()
+    clock(0.9)
+    assert not asks.due()
+    clock(1.0)
+    assert asks.due() and not asks.due() and file.exists()
+    asks.saved()
+    assert not file.exists()
+    clock(5.0)
+    assert not asks.due()
+
+
+def test_a_file_that_came_after_the_last_look_asks_for_another_save(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    file = tmp_path / SAVE_NOW
+    asks = SaveRequests(file, every_minutes=0, warn=pytest.fail)
+    assert not asks.due()
+    file.touch()
+    asks.saved()  # for another reason, of a state from before the request
+    clock(1.0)
+    assert asks.due()
+
+
+def test_a_file_that_cannot_be_deleted_asks_once(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    file, warnings = tmp_path / SAVE_NOW, list[str]()
+    (file / "held").mkdir(parents=True)
+    asks = SaveRequests(file, every_minutes=0, warn=warnings.append)
+    assert asks.due()
+    asks.saved()
+    clock(10.0)
+    assert not asks.due()
+    assert [str(file) in text for text in warnings] == [True]
+
+
+def test_a_rank_that_is_not_heeded_looks_at_nothing(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    (tmp_path / SAVE_NOW).touch()
+    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=1, warn=pytest.fail, heeded=False)
+    clock(1000.0)
+    assert not asks.due()
+    asks.saved()
+    assert (tmp_path / SAVE_NOW).exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_ranks_save_after_the_same_step(pool: Pool, tmp_path: Path, world: int) -> None:
+    """The first rank asks after step 2; several ranks agree while they take the next one."""
+    saved = pool.run(save_request_ranks.asked_after, world, str(tmp_path), 2, 6)
+    assert saved == [[2 if world == 1 else 3]] * world
+    assert CheckpointManager(tmp_path / "checkpoints", None, print).steps() == saved[0]
+    assert not (tmp_path / SAVE_NOW).exists()
+
+
+def test_a_wish_to_stop_and_one_to_save_do_not_mix(pool: Pool) -> None:
+    answers = pool.run(save_request_ranks.agreements, 2, 4)
+    assert [[(bool(stop), save) for stop, save in of_rank] for of_rank in answers] == [
+        [(False, False), (False, True), (True, False), (False, False)]
+    ] * 2
+
+
+def test_a_run_saves_by_the_clock(folder: Path) -> None:
+    assert train("--checkpoint.every_minutes=1e-9", "--checkpoint.keep_last=1") == 0
+    assert committed() == [1, 2, 3, 4, 5, 6] and kept() == [6]
+
+
+def test_a_run_saves_when_asked_to(folder: Path) -> None:
+    assert train("--run.stop_after_step=1") == 75
+    file = Path("runs/tiny", SAVE_NOW)
+    file.touch()
+    assert train() == 0
+    assert committed() == [1, 2, 6] and not file.exists()
+
+
+def test_a_request_after_a_step_that_was_saved_anyway_is_answered(folder: Path) -> None:
+    assert train("--run.stop_after_step=1") == 75
+    file = Path("runs/tiny", SAVE_NOW)
+    file.touch()
+    assert train("--checkpoint.every_steps=1", "--run.stop_after_step=3") == 75
+    assert committed() == [1, 2, 3] and not file.exists()
+
+
+def test_every_nth_step_is_kept(folder: Path) -> None:
+    assert train("--checkpoint.every_steps=1", "--checkpoint.keep_last=1", "--checkpoint.keep_every=2") == 0
+    assert kept() == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "go"),
+    [(1, 0, [10, 15, 20, 25]), (2, 10, [15]), (0, 0, []), (0, 10, []), (9, 0, []), (1, 7, [10, 15, 20, 25])],
+)
+def test_what_need_not_be_kept(keep_last: int, keep_every: int, go: list[int]) -> None:
+    assert superseded([10, 15, 20, 25, 30], keep_last, keep_every) == go

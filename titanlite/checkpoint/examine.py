@@ -1,0 +1,127 @@
+"""Looking at checkpoints without loading them: which one a path means, what is in it, whether it is whole. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
+from titanlite.checkpoint.headers import check_header, placed_chunks
+from titanlite.checkpoint.storage import checkpoint_steps, open_plain, read_manifest, verify_file
+from titanlite.errors import CheckpointError, UsageError
+from titanlite.recipe.toml import parse_toml
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint folders that a path means, by step: of a run, of its `checkpoints`, or this one alone.
+
+    `RUN/500` is the one of that step of the run. Raises `UsageError` if there is nothing like it, and
+    `CheckpointError` for a run that has none yet.
+    """
+    if not path.exists() and re.fullmatch("[0-9]{1,18}", path.name):
+        path = path.parent / "checkpoints" / folder_name(int(path.name))
+    if not path.is_dir():
+        raise UsageError(f"there is no folder '{path}'; give a run folder, its checkpoints folder or one of its steps.")
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = [folder / folder_name(step) for step in checkpoint_steps(folder)]
+    if found:
+        return found
+    if folder != path or (path / "recipe.toml").exists() or path.name == "checkpoints":
+        raise CheckpointError(f"{path} holds no checkpoint; checkpoint.every_steps says when a run saves one.")
+    raise UsageError(f"'{path}' is no run folder and no checkpoint: it holds no checkpoints, and no {MANIFEST}.")
+
+
+def newest_at(path: Path) -> Path:
+    """The newest checkpoint folder that a path means. Raises as `checkpoints_at`."""
+    return checkpoints_at(path)[-1]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds and what wrote it, in plain values. Raises `CheckpointError` without a valid manifest."""
+    manifest = read_manifest(folder)
+    tensors = [
+        {
+            "name": name,
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "chunks": len(entry.chunks),
+            "bytes": sum(map(entry.chunk_bytes, entry.chunks)),
+        }
+        for name, entry in manifest.tensors.items()
+    ]
+    return {
+        "path": str(folder),
+        "step": manifest.step,
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+        "values": manifest.values,
+        "parameters": sum(
+            math.prod(entry.shape) for name, entry in manifest.tensors.items() if name.startswith("model.")
+        ),
+        "files": len(manifest.files),
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+        "environment": manifest.environment,
+        **_writer(manifest),
+        "tensors": tensors,
+    }
+
+
+def _writer(manifest: Manifest) -> dict[str, Any]:
+    """The run and its layout by the recipe in the manifest, whichever titanlite's it is; None where it says nothing."""
+    try:
+        recipe = parse_toml(manifest.recipe).values
+    except ValueError:
+        recipe = {}
+    sections = {name: section for name, section in recipe.items() if isinstance(section, dict)}
+    run, model = sections.get("run", {}), sections.get("model", {})
+    return {"run": run.get("name"), "preset": model.get("preset"), "layout": sections.get("parallel")}
+
+
+def damages(folder: Path, deep: bool = False) -> Iterator[str]:
+    """Everything wrong with a checkpoint, one sentence a file; `deep` also reads every file to compare its hash.
+
+    Raises `NewerFormatError` for one that this titanlite cannot judge, and `CheckpointError` if it was deleted
+    meanwhile.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except DamagedCheckpointError as damage:
+        _refuse_deleted(folder)
+        yield str(damage)
+        return
+    placed = placed_chunks(manifest.tensors)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        try:
+            if deep:
+                verify_file(path, entry)
+            else:
+                _check_size(path, entry.bytes)
+            if name in placed:
+                check_header(path, manifest.tensors, placed[name])
+        except DamagedCheckpointError as damage:
+            _refuse_deleted(folder)
+            yield str(damage)
+
+
+def strangers(folder: Path) -> list[str]:
+    """Names in a checkpoint folder that its manifest does not list; loading ignores them."""
+    listed = {MANIFEST, *read_manifest(folder).files}
+    return sorted(path.name for path in folder.iterdir() if path.name not in listed)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    with open_plain(path):
+        size = path.stat().st_size
+    if size != expected:
+        raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected}.")
+
+
+def _refuse_deleted(folder: Path) -> None:
+    if not folder.exists():
+        raise CheckpointError(f"{folder} was deleted while it was read: a newer checkpoint has taken its place.")

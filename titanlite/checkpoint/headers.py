@@ -1,0 +1,38 @@
+"""The table at the head of a safetensors file, compared with what a manifest says of the file. Reads no values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, TensorEntry
+
+Placed = dict[str, list[tuple[str, Chunk]]]
+"""File -> (tensor, chunk) of what lies in it."""
+
+
+def placed_chunks(tensors: Mapping[str, TensorEntry]) -> Placed:
+    """Which chunks lie in which file."""
+    placed: Placed = {}
+    for name, entry in tensors.items():
+        for chunk in entry.chunks:
+            placed.setdefault(chunk.file, []).append((name, chunk))
+    return placed
+
+
+def check_header(path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]) -> None:
+    """The file's own table must say what the manifest says. Raises `DamagedCheckpointError`."""
+    try:
+        with safe_open(path, framework="numpy") as file:  # no values are read, so torch need not be there
+            present = set(file.keys())
+            for name, chunk in chunks:
+                if chunk.key not in present:
+                    raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
+                values = file.get_slice(chunk.key)
+                dtype = DTYPES[stored[name].dtype][1]
+                if tuple(values.get_shape()) != chunk.shape or values.get_dtype() != dtype:
+                    raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")
+    except (SafetensorError, OSError) as error:
+        raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error}.") from error

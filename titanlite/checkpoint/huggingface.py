@@ -1,0 +1,453 @@
+"""Checkpoints to and from Hugging Face folders, tensor by tensor: a model larger than memory passes through.
+
+Which names and configs stand for what is the model family's knowledge (`ModelSpec`). No pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from titanlite.checkpoint.format import (
+    DTYPES,
+    MANIFEST,
+    Chunk,
+    DamagedCheckpointError,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    encode,
+    folder_name,
+)
+from titanlite.checkpoint.load import verify_share
+from titanlite.checkpoint.plan import Box, group_by_size, overlap, within
+from titanlite.checkpoint.save import FILE_BYTES, environment
+from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
+from titanlite.checkpoint.stream import Source, write_tensors
+from titanlite.durable import cause, sync_path
+from titanlite.errors import CheckpointError, UsageError
+from titanlite.models.spec import MODELS, ModelSpec, spec_of
+from titanlite.recipe.load import to_toml
+from titanlite.recipe.sections import Model, Precision, Recipe, Training
+from titanlite.recipe.toml import TomlSyntaxError, parse_toml
+from titanlite.rules.run import BYTE_VOCABULARY
+
+PREFIX = "model."
+"""What the weights' names begin with in a checkpoint."""
+SHARD_BYTES = 5 * 10**9
+"""Hugging Face's own limit for one file of weights."""
+EXPORT_DTYPES = ("float32", "bfloat16")
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MAX_JSON_BYTES = 2**26
+_CONTEXT = "max_position_embeddings"
+_DEFAULT_CONTEXT = 2048
+_READABLE = {code: name for name, (_, code) in DTYPES.items() if name in ("float64", "float32", "float16", "bfloat16")}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export or an import made."""
+
+    folder: Path
+    tensors: int
+    nbytes: int
+    """Of the weights."""
+    files: tuple[str, ...]
+    """Those of the weights."""
+    tokenizer_files: tuple[str, ...]
+
+
+def export_huggingface(
+    checkpoint: Path, out: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Written:
+    """Write the weights of a committed checkpoint as a new folder that transformers' `from_pretrained` reads.
+
+    The weights keep the dtype they are stored in, unless `dtype` (one of `EXPORT_DTYPES`) is given. Every file that is
+    read is compared with its hash first. Memory: a few times `stream.BLOCK_BYTES`, whatever the size of the model.
+
+    Raises `UsageError` if `out` exists, `CheckpointError` if the checkpoint is not whole, is not that of its recipe's
+    model, or if the disk refuses; `out` is then not there.
+    """
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise UsageError(f"weights can be exported as {' or '.join(EXPORT_DTYPES)}, not as {dtype}.")
+    manifest = read_manifest(checkpoint)
+    recipe = recipe_of(manifest, checkpoint)
+    spec = spec_of(recipe.model.preset)
+    config = spec.configure(recipe.model)
+    stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
+    shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
+    _require_shapes(checkpoint, shapes, {name: entry.shape for name, entry in stored.items()})
+    verify_share(checkpoint, manifest, stored)
+    sources = {
+        spec.to_huggingface(name.removeprefix(PREFIX)): Source(
+            dtype or stored[name].dtype, shape, partial(_read_checkpoint, checkpoint, stored[name])
+        )
+        for name, shape in shapes.items()
+    }
+    kept = [name for name in TOKENIZER_FILES if name in manifest.files]
+    with _new_folder(out) as folder:
+        files = _write_shards(folder, sources, shard_bytes)
+        for name in [*kept, *([GENERATION_CONFIG] if GENERATION_CONFIG in manifest.files else [])]:
+            verify_file(checkpoint / name, manifest.files[name])
+            _copy(checkpoint / name, folder / name)
+        special = _special_tokens(folder)
+        fields = {
+            **spec.to_huggingface_config(config),
+            _CONTEXT: recipe.training.sequence_length,
+            **{key: special.get(key) for key in SPECIAL_TOKENS},
+            "torch_dtype": next(iter(sources.values())).dtype,
+        }
+        _write_json(folder / CONFIG, fields)
+    return Written(out, len(sources), sum(source.nbytes for source in sources.values()), tuple(files), tuple(kept))
+
+
+def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
+    """Make a new run folder with one checkpoint, of step 0, that holds the weights of a Hugging Face folder.
+
+    Weights become masters: float32, or float64 if any of them is that wide; both hold what was read exactly. Tokenizer
+    files and the generation config are kept in the checkpoint, for the next export. Memory as for exporting.
+
+    Raises `UsageError` if the folder cannot be taken (another architecture, pickles, missing or damaged files, names
+    that lead out of it) or `out` exists, `CheckpointError` if the disk refuses; `out` is then not there.
+    """
+    fields = _read_json(folder, CONFIG)
+    spec, section = _family(folder, fields)
+    config = spec.configure(section)
+    found = _tables(folder)
+    wanted = {spec.to_huggingface(name): (name, shape) for name, shape in spec.shapes(config).items()}
+    ignored = [*spec.huggingface_derived, *map(spec.to_huggingface, spec.tied(config))]
+    found = {name: table for name, table in found.items() if not any(fnmatchcase(name, known) for known in ignored)}
+    _require_found(folder, {name: shape for name, (_, shape) in wanted.items()}, found)
+    widths = {found[name].dtype for name in wanted}
+    master = "float64" if "float64" in widths else "float32"
+    sources = {
+        PREFIX + name: Source(master, shape, partial(_read_slice, found[theirs]))
+        for theirs, (name, shape) in wanted.items()
+    }
+    compute = next(iter(widths)) if widths <= {"bfloat16"} else master
+    recipe = Recipe(
+        model=section,
+        training=Training(sequence_length=_context(folder, fields)),
+        precision=Precision.model_validate({"compute": compute}),
+    )
+    kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
+    generation = _generation_config(folder, fields)
+    with _new_folder(out) as run:
+        checkpoint = run / "checkpoints" / folder_name(0)
+        checkpoint.mkdir(parents=True)
+        for name in kept:
+            _copy(_inside(folder, name), checkpoint / name)
+        if generation:
+            _write_bytes(checkpoint / GENERATION_CONFIG, generation)
+        files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe))
+        _write_bytes(run / "recipe.toml", to_toml(recipe).encode())
+        sync_path(checkpoint)
+        sync_path(checkpoint.parent)
+    return Written(out, len(sources), sum(source.nbytes for source in sources.values()), tuple(files), tuple(kept))
+
+
+def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with. Raises `CheckpointError` if this titanlite cannot read it."""
+    try:
+        return Recipe.model_validate(parse_toml(manifest.recipe).values)
+    except TomlSyntaxError as error:
+        raise CheckpointError(f"the recipe in {folder / MANIFEST} is not TOML: line {error.line}: {error}.") from None
+    except ValidationError as error:
+        item = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, item["loc"]))
+        raise CheckpointError(f"the recipe in {folder / MANIFEST} cannot be used: {key}: {item['msg']}.") from None
+
+
+# --- from a checkpoint
+
+
+def _require_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
+    for name in [*wanted, *stored]:
+        if wanted.get(name) != stored.get(name):
+            here, there = (
+                "missing" if shape is None else str(list(shape)) for shape in (stored.get(name), wanted.get(name))
+            )
+            raise CheckpointError(f"{folder} is not its recipe's model: {name} is {here} in it, {there} in the model.")
+
+
+def _read_checkpoint(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
+    """One box of a tensor, put together from the chunks that it meets. Raises `DamagedCheckpointError`."""
+    block = torch.empty(box[1], dtype=getattr(torch, entry.dtype))
+    met: dict[str, list[tuple[Chunk, Box]]] = {}
+    for chunk in entry.chunks:
+        part = overlap((chunk.offset, chunk.shape), box)
+        if part is not None:
+            met.setdefault(chunk.file, []).append((chunk, part))
+    for name, chunks in met.items():
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for chunk, part in chunks:
+                    block[within(part, box)] = _cut(file, chunk.key, within(part, (chunk.offset, chunk.shape)))
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpointError(f"{folder / name} cannot be read: {error}.") from error
+    return block
+
+
+def _cut(file: Any, key: str, slices: tuple[slice, ...]) -> Tensor:
+    values: Tensor = file.get_slice(key)[slices] if slices else file.get_tensor(key)
+    return values
+
+
+def _special_tokens(folder: Path) -> dict[str, Any]:
+    """Those that stand beside the weights; if none do, those of the byte tokenizer, which are then written."""
+    if (folder / GENERATION_CONFIG).exists():
+        return _read_json(folder, GENERATION_CONFIG)
+    separator = BYTE_VOCABULARY - 1
+    tokens = {"bos_token_id": separator, "eos_token_id": separator}
+    _write_json(folder / GENERATION_CONFIG, tokens)
+    return tokens
+
+
+def _write_shards(folder: Path, sources: Mapping[str, Source], shard_bytes: int) -> list[str]:
+    groups = group_by_size({name: source.nbytes for name, source in sources.items()}, shard_bytes)
+    files = [SINGLE]
+    if len(groups) > 1:
+        files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+        places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+        total = sum(source.nbytes for source in sources.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    for file, names in zip(files, groups, strict=True):
+        write_tensors(folder / file, {name: sources[name] for name in names})
+    return files
+
+
+# --- from a Hugging Face folder
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where a tensor lies in a Hugging Face folder."""
+
+    path: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _family(folder: Path, fields: Mapping[str, Any]) -> tuple[ModelSpec, Model]:
+    classes = fields.get("architectures")
+    specs: list[ModelSpec] = [MODELS.get(family) for family in MODELS]
+    known = [name for spec in specs for name in spec.huggingface_classes]
+    for spec in specs:
+        if isinstance(classes, list) and len(classes) == 1 and classes[0] in spec.huggingface_classes:
+            try:
+                return spec, spec.from_huggingface_config(fields)
+            except UsageError as error:
+                raise UsageError(f"{folder / CONFIG} cannot be taken: {error}.") from None
+    raise UsageError(f"{folder / CONFIG} is of {_short(classes)}; only {', '.join(known)} can be imported.")
+
+
+def _context(folder: Path, fields: Mapping[str, Any]) -> int:
+    length = fields.get(_CONTEXT, _DEFAULT_CONTEXT)
+    if type(length) is not int or not 1 <= length < 2**63:
+        raise UsageError(f"{folder / CONFIG} cannot be taken: its {_CONTEXT} is {_short(length)}.")
+    return length
+
+
+def _tables(folder: Path) -> dict[str, _Table]:
+    """Every tensor of the folder's weights. Raises `UsageError`."""
+    if os.path.lexists(folder / SINGLE):
+        return _table(_inside(folder, SINGLE))
+    if not os.path.lexists(folder / INDEX):
+        pickles = sorted(name for name in os.listdir(folder) if name.endswith(_PICKLES))
+        if pickles:
+            raise UsageError(
+                f"{folder} has its weights in {_short(pickles[0])}, a pickle, which can run any program when it is "
+                "opened; have transformers save it with safe_serialization where you trust it."
+            )
+        raise UsageError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
+    places = _read_json(folder, INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UsageError(f"{folder / INDEX} has no weight_map.")
+    tables: dict[str, dict[str, _Table]] = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors", file):
+            raise UsageError(f"{folder / INDEX} names {_short(file)}, which is not a safetensors file beside it.")
+        if file not in tables:
+            tables[file] = _table(_inside(folder, file))
+        if name not in tables[file]:
+            raise UsageError(f"{folder / file} does not hold {_short(name)}, which {INDEX} says it does.")
+    return {name: tables[file][name] for name, file in places.items()}
+
+
+def _table(path: Path) -> dict[str, _Table]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return {
+                name: _Table(path, name, values.get_dtype(), tuple(values.get_shape()))
+                for name, values in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is not a readable safetensors file: {error}.") from None
+
+
+def _require_found(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: dict[str, _Table]) -> None:
+    """Raises `UsageError` for the first tensor that is missing, of another shape, not a float, or unexpected."""
+    for name, shape in wanted.items():
+        if name not in found:
+            missing = sum(name not in found for name in wanted)
+            others = f" (and {missing - 1} more)" if missing > 1 else ""
+            raise UsageError(f"{folder} does not hold {name}{others}, which its {CONFIG} asks for.")
+        table = found[name]
+        if table.shape != shape:
+            raise UsageError(f"{table.path}: {name} is {list(table.shape)}, and by {CONFIG} {list(shape)}.")
+        if table.dtype not in _READABLE:
+            raise UsageError(f"{table.path}: {name} is {table.dtype}; only {', '.join(_READABLE)} can be imported.")
+        found[name] = _Table(table.path, table.key, _READABLE[table.dtype], table.shape)
+    for name in found:
+        if name not in wanted:
+            raise UsageError(f"{found[name].path} holds {_short(name)}, which the model of its {CONFIG} has not.")
+
+
+def _read_slice(table: _Table, box: Box) -> Tensor:
+    try:
+        with safe_open(table.path, framework="pt") as file:
+            return _cut(file, table.key, within(box, ((0,) * len(table.shape), table.shape)))
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{table.path} cannot be read: {error}.") from None
+
+
+def _generation_config(folder: Path, fields: Mapping[str, Any]) -> bytes:
+    """The folder's own, as it is; made from the special tokens in its config if it has none; empty without these."""
+    if os.path.lexists(folder / GENERATION_CONFIG):
+        _read_json(folder, GENERATION_CONFIG)
+        return _inside(folder, GENERATION_CONFIG).read_bytes()
+    tokens = {key: fields[key] for key in SPECIAL_TOKENS if fields.get(key) is not None}
+    return _json_text(tokens) if tokens else b""
+
+
+def _write_checkpoint(folder: Path, sources: Mapping[str, Source], file_bytes: int, recipe: str) -> list[str]:
+    """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
+    tensors: dict[str, TensorEntry] = {}
+    files: list[str] = []
+    for number, names in enumerate(group_by_size({key: one.nbytes for key, one in sources.items()}, file_bytes)):
+        files.append(f"tensors-00000-{number:03d}.safetensors")
+        write_tensors(folder / files[-1], {name: sources[name] for name in names})
+        for name in names:
+            shape = sources[name].shape
+            chunk = Chunk(offset=(0,) * len(shape), shape=shape, file=files[-1], key=name)
+            entry = {"dtype": sources[name].dtype, "shape": shape, "chunks": (chunk,)}
+            tensors[name] = TensorEntry.model_validate(entry)
+    listed: dict[str, FileEntry] = {name: describe_file(folder / name) for name in sorted(os.listdir(folder))}
+    manifest = Manifest(
+        step=0,
+        samples=0,
+        tokens=0,
+        tensors=tensors,
+        files=listed,
+        recipe=recipe,
+        environment=environment({}),
+        values={},
+    )
+    _write_bytes(folder / MANIFEST, encode(manifest))
+    return files
+
+
+# --- files
+
+
+@contextmanager
+def _new_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `final` when all went well, and is gone otherwise.
+
+    Files in it are synced by those who write them. Raises `UsageError` if `final` exists, `CheckpointError` if the
+    disk refuses.
+    """
+    if os.path.lexists(final):
+        raise UsageError(f"{final} exists already; name a folder that does not.")
+    hidden = pending(final)
+    try:
+        begin(final)
+        yield hidden
+        sync_path(hidden)
+        os.rename(hidden, final)  # fails if somebody has filled it meanwhile
+        sync_path(final.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {final}: {cause(error, final)}.") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of a Hugging Face folder. Raises `UsageError` for anything else.
+
+    A link may lead to a file of the folder, or to `../../blobs`, where Hugging Face's cache keeps what its snapshots
+    link to; to nowhere else, for what it leads to might end up published.
+    """
+    path = folder / name
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if not os.path.lexists(path):
+        raise UsageError(f"{path} is missing.")
+    if real.parent not in (home, home.parent.parent / "blobs"):
+        raise UsageError(f"{path} is a link that leads out of its folder.")
+    if not real.is_file():
+        raise UsageError(f"{path} is not a regular file.")
+    return real
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = _inside(folder, name)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UsageError(f"{folder / name} is too large to be what its name says.")
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{folder / name} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{folder / name} is not JSON ({error}).") from None
+    if not isinstance(fields, dict):
+        raise UsageError(f"{folder / name} is not a JSON object.")
+    return fields
+
+
+def _json_text(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    _write_bytes(path, _json_text(fields))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    sync_path(path)
+
+
+def _copy(source: Path, path: Path) -> None:
+    with open_plain(source) as read, open(path, "xb") as file:
+        shutil.copyfileobj(read, file)
+    sync_path(path)
+
+
+def _short(value: object) -> str:
+    """For a message: what a stranger's file says, without what a terminal would act on."""
+    return repr(value)[:100]

@@ -1,0 +1,55 @@
+"""When a run saves beside its every so many steps: after so many minutes, and when somebody asks for it by a file.
+
+Only says when: what is saved is the trainer's, and `resilience.signals` sees to it that all ranks do it after one step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from titanlite.durable import cause
+
+SAVE_NOW = "save-now"
+"""Name of the file in the run folder that asks for a checkpoint: `touch RUN/save-now`. Deleted once it is committed."""
+
+_LOOK_EVERY_SECONDS = 1.0
+"""A look at a shared file system may take a while; steps may be short."""
+
+
+class SaveRequests:
+    """Asks once for each save that is due, and not again before `saved`. Of all ranks only one is `heeded`."""
+
+    def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None], heeded: bool = True) -> None:
+        """`file` asks for a save by being there; `every_minutes` 0: the clock asks for none."""
+        self._file: Path | None = file if heeded else None
+        self._limit_seconds = 60 * every_minutes if heeded and every_minutes else math.inf
+        self._warn = warn
+        self._saved_at = time.monotonic()
+        self._looked_at = -math.inf
+        self._asked = self._asked_by_file = False
+
+    def due(self) -> bool:
+        """Whether to ask for a checkpoint now."""
+        if self._asked:
+            return False
+        now = time.monotonic()
+        if self._file is not None and now - self._looked_at >= _LOOK_EVERY_SECONDS:
+            self._looked_at = now
+            self._asked_by_file = os.path.exists(self._file)
+        self._asked = self._asked_by_file or now - self._saved_at >= self._limit_seconds
+        return self._asked
+
+    def saved(self) -> None:
+        """A checkpoint was committed: the clock begins anew, and the file that asked for it goes."""
+        if self._asked_by_file and self._file is not None:
+            try:
+                self._file.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(f"cannot delete {self._file}: {cause(error, self._file)}. It is not looked for any more.")
+                self._file = None
+        self._asked = self._asked_by_file = False
+        self._saved_at = time.monotonic()

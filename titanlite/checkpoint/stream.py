@@ -1,0 +1,79 @@
+"""Safetensors files written block by block, so that a file may be larger than the memory there is.
+
+The library's own `save_file` wants all tensors of a file at once. Reading stays with the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titanlite.checkpoint.format import DTYPES
+from titanlite.checkpoint.plan import Box
+
+BLOCK_BYTES = 2**26
+"""A tensor goes through memory in runs of rows of about this size (one row, if that is larger)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that is still elsewhere."""
+
+    dtype: str
+    """torch's name of the dtype that it is written in."""
+    shape: tuple[int, ...]
+    block: Callable[[Box], Tensor]
+    """Reads a box of it, in any dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Source]) -> None:
+    """Write and sync one file. The bytes depend on the tensors and their order alone. Raises `OSError`.
+
+    Layout: 8 bytes little-endian length of the header; the header, JSON padded by spaces; then the values, those of
+    wider dtypes first, so that each begins at a multiple of its element's size.
+    """
+    order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype][0])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        code = DTYPES[tensors[name].dtype][1]
+        header[name] = {"dtype": code, "shape": tensors[name].shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            for block in _blocks(tensors[name]):
+                file.write(block.flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Box]:
+    """Boxes of whole rows that make up the tensor in order, each of at most `limit` bytes if a row is."""
+    if 0 in shape:
+        return
+    if not shape:
+        yield (), ()
+        return
+    step = max(1, limit // (itemsize * math.prod(shape[1:])))
+    for first in range(0, shape[0], step):
+        yield (first, *[0] * (len(shape) - 1)), (min(step, shape[0] - first), *shape[1:])
+
+
+def _blocks(source: Source) -> Iterator[Tensor]:
+    for box in row_blocks(source.shape, DTYPES[source.dtype][0], BLOCK_BYTES):
+        yield source.block(box).to(getattr(torch, source.dtype)).contiguous()
