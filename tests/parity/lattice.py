@@ -68,7 +68,7 @@ def alone() -> Iterator[Point]:
     for ranks, method in ((4, "all-gather"), (3, "ring")):
         yield Point(ranks, {"cp": ranks, "cp_method": method}, {"data": {"document_mask": True}})
     for ranks in (2, 3, 4, 5):
-        yield Point(ranks, {"pp": ranks}, default=ranks in (2, 3))
+        yield Point(ranks, {"pp": ranks}, default=ranks == 3)
     for schedule in SCHEDULES:
         yield Point(2, {"pp": 2, "pipeline": _pipeline(schedule)})
 
@@ -130,8 +130,9 @@ def pipelines() -> Iterator[Point]:
     )
     for schedule in ("1F1B", "InterleavedZeroBubble"):
         # Twelve microbatches are asked for, and there are eight sequences.
-        yield Point(2, {"pp": 2, "pipeline": _pipeline(schedule, microbatches=12)})
-        yield Point(4, {"pp": 2, "dp_replicate": 2, "pipeline": _pipeline(schedule)})
+        halved = schedule == "InterleavedZeroBubble"
+        yield Point(2, {"pp": 2, "pipeline": _pipeline(schedule, microbatches=12)}, default=halved)
+        yield Point(4, {"pp": 2, "dp_replicate": 2, "pipeline": _pipeline(schedule)}, default=halved)
     for schedule, stage in (("1F1B", 2), ("Interleaved1F1B", 3), ("InterleavedZeroBubble", 1)):
         tied = {"model": {"tie_embeddings": True}}
         yield Point(4, {"pp": 2, "zero_stage": stage, "pipeline": _pipeline(schedule)}, tied)
