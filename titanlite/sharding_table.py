@@ -11,6 +11,7 @@ from typing import Any
 from titanlite.models.spec import ShardingRule, Style, spec_of
 from titanlite.parallel.slicing import CUT_DIMENSION, Share, box, pattern_of, slicings
 from titanlite.recipe.sections import Recipe
+from titanlite.recipe.units import format_table
 
 _TOLD: dict[Style, str] = {
     "vocab": "rows found: reduce-scatter; backward all-gather",
@@ -68,10 +69,8 @@ def _between_ranks(rule: ShardingRule, recipe: Recipe) -> Row:
 def sharding_text(rows: Sequence[Row]) -> str:
     """The table for people."""
     head = ("modules", "style", "over", "communicates", "whole -> local")
-    table = [head, *((row["modules"], row["style"], row["over"], row["told"], _sizes(row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join(line.rstrip() for line in lines)
+    cells = ((row["modules"], row["style"], row["over"], row["told"], _sizes(row)) for row in rows)
+    return "\n".join(format_table([head, *cells]))
 
 
 def _sizes(row: Row) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from titanlite.checkpoint.format import step_of
 from titanlite.checkpoint.huggingface_command import add_huggingface_commands
 from titanlite.durable import cause
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
-from titanlite.recipe.units import format_bytes, format_count
+from titanlite.recipe.units import format_bytes, format_count, format_table
 
 _A_PATH = "run folder, its checkpoints folder, or one step's folder"
 
@@ -77,7 +76,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         (t["name"], t["dtype"], "x".join(map(str, t["shape"])) or "scalar", str(t["chunks"]), format_bytes(t["bytes"]))
         for t in report["tensors"]
     ]
-    _print_table(("tensor", "dtype", "shape", "chunks", "size"), rows)
+    print("\n".join(format_table([("tensor", "dtype", "shape", "chunks", "size"), *rows])))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -113,20 +112,12 @@ def _diff(arguments: argparse.Namespace) -> None:
     print(f"{a} and {b}: {len(found) - len(apart)} of {len(found)} tensors are the same")
     if apart:
         print()
-        _print_table(
-            ("tensor", "a", "b", "differing", "max |a-b|", "relative"),
-            [
-                (
-                    d.name,
-                    d.a or "missing",
-                    d.b or "missing",
-                    _number(d.differing),
-                    _number(d.max_abs),
-                    _number(d.max_rel),
-                )
-                for d in apart
-            ],
-        )
+        head = ("tensor", "a", "b", "differing", "max |a-b|", "relative")
+        rows = [
+            (d.name, d.a or "missing", d.b or "missing", *map(_number, (d.differing, d.max_abs, d.max_rel)))
+            for d in apart
+        ]
+        print("\n".join(format_table([head, *rows])))
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -179,9 +170,3 @@ def _plain(value: Any) -> Any:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

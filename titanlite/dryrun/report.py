@@ -11,7 +11,7 @@ from typing import Any
 from titanlite.dryrun.collectives import in_order, traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.recipe.sections import Recipe
-from titanlite.recipe.units import format_bytes
+from titanlite.recipe.units import format_bytes, format_table
 from titanlite.sharding_table import shape_text
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
@@ -106,13 +106,7 @@ def _parameters(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _table(rows: list[tuple[str, ...]], right: set[int]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield ("  " + "  ".join(cells)).rstrip()
+    yield from (f"  {line}" for line in format_table(rows, right))
 
 
 def _collapsed(run: DryRun) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -42,6 +43,16 @@ def format_bytes(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def format_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines of columns, the head being one of the rows; columns whose numbers are in `right` end alike."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        (cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(pairs))
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    )
+    return ["  ".join(cells).rstrip() for cells in lines]
 
 
 def fits_64_bits(value: int) -> int:
