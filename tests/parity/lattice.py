@@ -53,17 +53,17 @@ def alone() -> Iterator[Point]:
     for stage in range(4):
         yield Point(2, {"zero_stage": stage}, {"training": {"microbatch": 2}})
         # On three ranks, the last microbatch is partly padding.
-        yield Point(3, {"zero_stage": stage}, {"training": {"microbatch": 2}}, default=stage in (1, 3))
-        yield Point(4, {"zero_stage": stage, "dp_replicate": 2}, {"training": {"microbatch": 1}}, default=stage != 1)
+        yield Point(3, {"zero_stage": stage}, {"training": {"microbatch": 2}}, default=stage == 3)
+        yield Point(4, {"zero_stage": stage, "dp_replicate": 2}, {"training": {"microbatch": 1}}, default=stage >= 2)
     for ranks in (5, 7):
-        yield Point(ranks, {"zero_stage": 3}, default=ranks == 5)
+        yield Point(ranks, {"zero_stage": 3}, default=False)
     yield Point(2, {"zero_stage": 3, "offload": True})
     yield Point(2, {"zero_stage": 3, "prefetch": 2})
     yield Point(2, {"zero_stage": 2, "prefetch": 0}, default=False)
     for ranks in (2, 3):  # three heads of keys and values over two ranks: two and one
-        yield Point(ranks, {"tp": ranks})
+        yield Point(ranks, {"tp": ranks}, default=ranks == 2)
         for method in ("all-gather", "ring"):
-            yield Point(ranks, {"cp": ranks, "cp_method": method})
+            yield Point(ranks, {"cp": ranks, "cp_method": method}, default=(ranks == 2) == (method == "ring"))
     yield Point(4, {"tp": 4}, {"model": FOUR_LAYERS})
     for ranks, method in ((4, "all-gather"), (3, "ring")):
         yield Point(ranks, {"cp": ranks, "cp_method": method}, {"data": {"document_mask": True}})
@@ -77,11 +77,11 @@ def pairs() -> Iterator[Point]:
     """Two axes, with each ZeRO stage where data ranks are one of them."""
     for stage in range(4):
         for axis in ("tp", "cp"):
-            yield Point(4, {axis: 2, "zero_stage": stage}, default=stage in (0, 3))
+            yield Point(4, {axis: 2, "zero_stage": stage}, default=stage == 3)
             yield Point(8, {axis: 2, "zero_stage": stage, "dp_replicate": 2}, default=False)
             yield Point(4, {axis: 2, "zero_stage": stage}, {"optimizer": {"name": "muon"}}, default=stage == 2)
         for schedule in SCHEDULES:
-            ways = {1: ("1F1B", "ZBVZeroBubble"), 2: ("1F1B", "ZBVZeroBubble"), 3: ("Interleaved1F1B",)}
+            ways = {1: ("1F1B",), 2: ("ZBVZeroBubble",), 3: ("Interleaved1F1B",)}
             common = schedule in ways.get(stage, ())
             yield Point(
                 4, {"pp": 2, "zero_stage": stage, "pipeline": _pipeline(schedule)}, {"training": {"microbatch": 1}},
@@ -93,9 +93,8 @@ def pairs() -> Iterator[Point]:
     yield Point(6, {"tp": 3, "cp": 2}, default=False)
     for axis in ("tp", "cp"):
         for schedule in SCHEDULES:
-            yield Point(
-                4, {axis: 2, "pp": 2, "pipeline": _pipeline(schedule)}, default=schedule in ("1F1B", "DualPipeV")
-            )
+            common = schedule == ("DualPipeV" if axis == "tp" else "1F1B")
+            yield Point(4, {axis: 2, "pp": 2, "pipeline": _pipeline(schedule)}, default=common)
     yield Point(8, {"pp": 2, "dp_replicate": 2, "zero_stage": 2}, default=False)
     yield Point(6, {"pp": 3, "zero_stage": 1, "pipeline": _pipeline("1F1B", microbatches=4)}, default=False)
     yield Point(8, {"pp": 4, "zero_stage": 1}, {"model": FOUR_LAYERS})
@@ -104,8 +103,8 @@ def pairs() -> Iterator[Point]:
 def triples() -> Iterator[Point]:
     """Three axes over eight ranks."""
     for stage in range(4):
-        yield Point(8, {"tp": 2, "pp": 2, "zero_stage": stage}, default=stage in (1, 3))
-        yield Point(8, {"dp_replicate": 2, "tp": 2, "cp": 2, "zero_stage": stage}, default=stage in (0, 2))
+        yield Point(8, {"tp": 2, "pp": 2, "zero_stage": stage}, default=stage == 3)
+        yield Point(8, {"dp_replicate": 2, "tp": 2, "cp": 2, "zero_stage": stage}, default=stage == 2)
         yield Point(8, {"pp": 2, "cp": 2, "zero_stage": stage}, default=stage == 3)
     for schedule in SCHEDULES:
         yield Point(
@@ -135,7 +134,7 @@ def pipelines() -> Iterator[Point]:
         yield Point(4, {"pp": 2, "dp_replicate": 2, "pipeline": _pipeline(schedule)}, default=halved)
     for schedule, stage in (("1F1B", 2), ("Interleaved1F1B", 3), ("InterleavedZeroBubble", 1)):
         tied = {"model": {"tie_embeddings": True}}
-        yield Point(4, {"pp": 2, "zero_stage": stage, "pipeline": _pipeline(schedule)}, tied)
+        yield Point(4, {"pp": 2, "zero_stage": stage, "pipeline": _pipeline(schedule)}, tied, default=stage != 2)
     masked = {"data": {"document_mask": True}, "training": {"microbatch": 2}}
     yield Point(2, {"pp": 2, "pipeline": _pipeline("ZBVZeroBubble")}, masked)
 
@@ -156,10 +155,10 @@ def multiplied() -> Iterator[Point]:
                 ranks, layout, {"recompute": {"mode": mode}}, default=ranks == 4 and (mode == "full") == (index < 3)
             )
         yield Point(ranks, layout, {"recompute": {"mode": "full", "every": 2}}, default=False)
-        yield Point(ranks, layout, {"training": {"microbatch": 1}}, default=index in (1, 2))
-        yield Point(ranks, layout, {"model": {"tie_embeddings": True}}, default=index in (0, 1, 3))
-        yield Point(ranks, layout, {"data": {"document_mask": True}}, default=index in (2, 3))
-        yield Point(ranks, layout, {"optimizer": {"name": "muon", "clip_norm": 0.05}}, default=index in (1, 3))
+        yield Point(ranks, layout, {"training": {"microbatch": 1}}, default=index == 1)
+        yield Point(ranks, layout, {"model": {"tie_embeddings": True}}, default=index in (0, 1))
+        yield Point(ranks, layout, {"data": {"document_mask": True}}, default=index == 3)
+        yield Point(ranks, layout, {"optimizer": {"name": "muon", "clip_norm": 0.05}}, default=index == 3)
         yield Point(ranks, layout, {"model": {"qk_norm": False}}, default=False)
         yield Point(ranks, layout, {"compile": {"enabled": True}}, default=False)
     for schedule in SCHEDULES:
