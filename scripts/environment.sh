@@ -1,6 +1,11 @@
-# Sourced by the other scripts: makes .venv and installs titanlite into it, when that is missing or stale.
+# shellcheck shell=bash
+# Sourced by the other scripts, which set $root: the environment, the machine, its processes.
 #
-# ensure_environment [EXTRA]   afterwards $python is the environment's, with pyproject.toml's extra of that name.
+# ensure_environment [EXTRA]   makes .venv and installs titanlite into it, when that is missing or stale; afterwards
+#                              $python is the environment's, with pyproject.toml's extra of that name.
+# count_gpus                   prints how many this machine has.
+# wait_for PROCESS             waits through any signals for a process of the script's; returns its exit code.
+#
 # Stale means that pyproject.toml or the constraints changed since the last install; finding out that nothing did
 # costs one checksum.
 
@@ -36,4 +41,13 @@ find_python() {
   done
   echo "titanlite needs Python 3.10 or newer; set PYTHON to one." >&2
   exit 1
+}
+
+count_gpus() {
+  if command -v nvidia-smi >/dev/null; then nvidia-smi --list-gpus 2>/dev/null | wc -l; else echo 0; fi
+}
+
+wait_for() {
+  while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done # a trap ends a wait before the process has ended
+  wait "$1"
 }

@@ -53,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said
     after = snapshot()
-    told = {Path("runs/tiny/status.json"), Path("runs/tiny/logs/console.log")}
+    told = {Path("runs/tiny/status.json"), *Path("runs/tiny/logs").glob("*.log")}
     lost = {name for name in before if before[name] != after.get(name)} - told
     assert not lost, f"changed or lost: {lost}"
     return said

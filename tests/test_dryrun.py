@@ -212,7 +212,7 @@ def test_a_dry_run_is_what_really_runs(pool: Pool, tmp_path: Path, name: str) ->
     ],
 )
 def test_the_first_step_holds_what_the_second_does(parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """So one step is enough: a second changes no peak, but for the loss of the first."""
+    """So one step is enough: a second changes no peak, but for the numbers of the first that the guards keep."""
     made = recipe(model={"layers": 4}, parallel=parallel, training={"microbatch": 1})
     one, step = dry_run(made, 4, 0).memory, Learner.step
 
@@ -225,7 +225,7 @@ def test_the_first_step_holds_what_the_second_does(parallel: dict[str, Any], mon
     assert {purpose: two.most[purpose] - size for purpose, size in one.most.items() if purpose != "other"} == {
         "weights": 0, "gathered": 0, "gradients": 0, "optimizer": 0, "activations": 0,
     }  # fmt: skip
-    assert 0 <= two.peak.total - one.peak.total <= 16
+    assert 0 <= two.peak.total - one.peak.total <= 8 + 2 * 8 + 1, "its loss; loss, norm and judgement until a review"
 
 
 def test_memory_for_weights_gradients_and_optimizer() -> None:

@@ -18,11 +18,12 @@ LEVELS = (
     ("registry", "launch"),
     ("recipe", "cli"),
     ("durable", "models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules"),
-    ("parallel.stages", "parallel.timetable", "parallel.slicing"),
+    ("parallel.stages", "parallel.timetable", "parallel.slicing", "resilience.crashes"),
     ("rules", "describe", "sharding_table"),
     ("check", "models", "precision"),
     ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
     ("learner",),
+    ("restore",),
     ("trainer", "generate", "dryrun"),
     ("train", "verify", "__main__"),
 )
@@ -44,8 +45,9 @@ WITHOUT_TORCH = (
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
     *("data.order", "data.packing", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
     *("checkpoint.headers", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),
-    "checkpoint.huggingface_command",
+    *("checkpoint.huggingface_command", "resilience.crashes"),
     *("observe.flops", "observe.rows", "verify.command", "verify.shrink", "verify.verdict"),
+    *("resilience.progress", "resilience.sampling"),
 )
 
 

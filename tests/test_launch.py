@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from titanlite.launch import Launch, first_host, launched
+from titanlite.launch import Launch, Torchrun, first_host, launched, torchrun
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -48,3 +48,11 @@ def test_slurm() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_what_torchrun_tells() -> None:
+    assert torchrun({"RANK": "0", "WORLD_SIZE": "2"}) is None
+    told = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "5"}
+    assert torchrun(told) == Torchrun(restarts=2, restarts_left=3, agents=1, job="job", elastic=False)
+    elastic = torchrun({**told, "GROUP_WORLD_SIZE": "4", "TITANLITE_ELASTIC": "1"})
+    assert elastic is not None and elastic.elastic and elastic.agents == 4

@@ -85,16 +85,6 @@ def numbers(folder: Path, run: str) -> list[float]:
     return [row[key] for row in rows for key in kept if key in row]
 
 
-def test_ranks_share_the_batch_and_keep_the_curve(folder: Path) -> None:
-    """Five sequences over 2 and 3 ranks: padding on some, in float64, where a wrong factor cannot hide."""
-    launch(folder, 1, "--run.name=one")
-    reference = numbers(folder, "one")
-    assert len(reference) == 6 * 2 + 2 * 2
-    for ranks, microbatch in ((2, 1), (3, 2)):
-        launch(folder, ranks, f"--run.name=ranks{ranks}", f"--training.microbatch={microbatch}")
-        assert numbers(folder, f"ranks{ranks}") == pytest.approx(reference, rel=1e-11)
-
-
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> None:
     processes = started(folder, 2, "--run.name=signalled", "--training.steps=100000")
     metrics = folder / "runs/signalled/metrics.jsonl"
@@ -107,11 +97,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> Non
 
 
 def test_another_number_of_ranks_goes_on(folder: Path) -> None:
+    """Five sequences over 2 and 3 ranks: padding on some, in float64, where a wrong factor cannot hide."""
     launch(folder, 1, "--run.name=whole")
+    assert len(numbers(folder, "whole")) == 6 * 2 + 2 * 2
     launch(folder, 2, "--run.name=parts", "--run.stop_after_step=2", "--parallel.dp_shard=2")
     status = json.loads((folder / "runs/parts/status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, 2)
-    launch(folder, 3, "--run.name=parts", "--parallel.dp_replicate=3")
+    launch(folder, 3, "--run.name=parts", "--parallel.dp_replicate=3", "--training.microbatch=2")
     assert numbers(folder, "parts") == pytest.approx(numbers(folder, "whole"), rel=1e-11)
 
 
@@ -124,7 +116,9 @@ def test_machines_that_share_no_disk_are_refused(folder: Path, tmp_path_factory:
     processes = started(folder, 2, "--run.name=alone", folders=(folder, elsewhere))
     said = [process.communicate(timeout=240)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [4, 4], said
-    assert all("rank 1: " in text and "not the folder that the first rank writes to" in text for text in said), said
+    assert (
+        "rank 1: " in said[0] and "not the folder that the first rank writes to" in said[0] and "error" not in said[1]
+    ), said
     with (elsewhere / "corpus.txt").open("a") as file:
         file.write("one more line.\n" * 20)
     shared = f"--run.output_dir={folder / 'runs'}"
@@ -135,6 +129,7 @@ def test_machines_that_share_no_disk_are_refused(folder: Path, tmp_path_factory:
 
 def test_ranks_save_together_by_the_first_ones_clock(folder: Path) -> None:
     """A wish is heard by all one step later, so saves that are always due come after every second step."""
-    launch(folder, 2, "--checkpoint.every_steps=0", "--checkpoint.every_minutes=1e-9", "--checkpoint.keep_last=0")
+    by_the_clock = ("--checkpoint.every_steps=0", "--checkpoint.every_minutes=1e-9", "--checkpoint.mode=sync")
+    launch(folder, 2, *by_the_clock, "--checkpoint.keep_last=0")
     saved = sorted(path.name for path in (folder / "runs" / "run" / "checkpoints").iterdir())
     assert saved == ["step-00000002", "step-00000004", "step-00000006"]

@@ -15,7 +15,7 @@ from typing import Any
 from titanlite.describe import describe, stages_of
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.parallel import timetable
-from titanlite.parallel.layout import agreed_layout, batch_plan
+from titanlite.parallel.layout import active_ranks, agreed_layout, batch_plan
 from titanlite.recipe.explain import explain, key_schema
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
@@ -67,7 +67,8 @@ def _batch_rows(run: dict[str, Any]) -> Rows:
 
 
 def _layout_rows(run: dict[str, Any]) -> Rows:
-    yield "mesh", ", ".join(f"{dimension} {degree}" for dimension, degree in run["mesh"].items())
+    waiting = f"; {count(run['standby'], 'rank')} standing by" if run["standby"] else ""
+    yield "mesh", ", ".join(f"{dimension} {degree}" for dimension, degree in run["mesh"].items()) + waiting
     if run["world"] == 1:
         return
     used, kept = (format_count(run[f"parameters_{which}"]) for which in ("used", "kept"))
@@ -145,22 +146,24 @@ def main(argv: list[str]) -> int:
 
 
 def _text(recipe: Recipe, arguments: argparse.Namespace) -> str:
+    active = active_ranks(recipe, arguments.world)
     if arguments.show_plan:
         return sharding_text(sharding_table(recipe))
     if arguments.show_schedule:
-        return timetable.drawing(_timetable(recipe, arguments.world))
+        return timetable.drawing(_timetable(recipe, active))
     if arguments.dry_run:
-        return str(DRY_RUN.get("report")(recipe, arguments.world, arguments.rank))
+        return str(DRY_RUN.get("report")(recipe, active, arguments.rank))
     return report(recipe, arguments.world)
 
 
 def _values(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
+    active = active_ranks(recipe, arguments.world)
     if arguments.show_plan:
         return {"plan": sharding_table(recipe)}
     if arguments.show_schedule:
-        return {"schedule": timetable.as_values(_timetable(recipe, arguments.world))}
+        return {"schedule": timetable.as_values(_timetable(recipe, active))}
     if arguments.dry_run:
-        return {"dry_run": DRY_RUN.get("described")(recipe, arguments.world, arguments.rank)}
+        return {"dry_run": DRY_RUN.get("described")(recipe, active, arguments.rank)}
     return describe(recipe, arguments.world)
 
 

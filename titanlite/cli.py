@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from titanlite import __version__
-from titanlite.errors import GuardStop, NonfiniteFound, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
 from titanlite.launch import launched
 from titanlite.registry import Registry, did_you_mean
 
@@ -61,7 +61,7 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         code = command(arguments)
         sys.stdout.flush()
     except TitanliteError as error:
-        if _is_said_by_another_rank(error):
+        if error.on_all_ranks and not launched().is_first:
             return error.exit_code
         with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
             if len(arguments) < len(argv):
@@ -77,12 +77,6 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code
-
-
-def _is_said_by_another_rank(error: TitanliteError) -> bool:
-    """Under torchrun every rank meets these; the first one's word is enough."""
-    everywhere = isinstance(error, (RecipeError, StoppedEarly, GuardStop)) and not isinstance(error, NonfiniteFound)
-    return not launched().is_first and everywhere
 
 
 def _let_printing_succeed() -> None:

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
-from titanlite.parallel.layout import Layout, agreed_layout, batch_plan, total_steps
+from titanlite.parallel.layout import Layout, active_ranks, agreed_layout, batch_plan, total_steps
 from titanlite.parallel.slicing import Shape, Share, box, pattern_of, slicings
 from titanlite.parallel.stages import Stage, splits_backward, stage_split
 from titanlite.recipe.sections import Pipeline, Recipe
@@ -34,6 +34,7 @@ class Kept:
 
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """What a recipe without errors will be on `world` ranks, in plain numbers."""
+    standby = world - (world := active_ranks(recipe, world))
     spec, config, layout = _spec(recipe), _config(recipe), agreed_layout(recipe.parallel, world)
     training, plan, steps = recipe.training, batch_plan(recipe, layout, 0), total_steps(recipe.training)
     tokens_per_step = training.global_batch * training.sequence_length
@@ -56,6 +57,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "sequence_length": training.sequence_length,
         "global_batch": training.global_batch,
         "world": world,
+        "standby": standby,
         "mesh": {name: getattr(layout, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")},
         "data_ranks": layout.data_ranks,
         "microbatch": plan.microbatch,

@@ -19,6 +19,8 @@ class TitanliteError(Exception):
     """Base of every error a user can cause or meet."""
 
     exit_code = 1
+    on_all_ranks = False
+    """Whether every rank ends with this error: then the first one's word is enough, and its exit code is the run's."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class RecipeError(TitanliteError):
     """A recipe that must not run; carries every finding, not only the first."""
 
     exit_code = EXIT_RECIPE
+    on_all_ranks = True
 
     def __init__(self, findings: list[Finding]) -> None:
         self.findings = findings
@@ -65,6 +68,7 @@ class GuardStop(TitanliteError):
     """A guard ended the training: the numbers went wrong and the recipe says to stop."""
 
     exit_code = EXIT_GUARD
+    on_all_ranks = True
 
 
 class LayoutDiffers(GuardStop):
@@ -73,6 +77,12 @@ class LayoutDiffers(GuardStop):
 
 class NonfiniteFound(GuardStop):
     """A module made a number that is not finite. Other than what the guards judge, only one rank may have met it."""
+
+    on_all_ranks = False
+
+
+class OtherRankFailed(TitanliteError):
+    """This rank is sound, and ends because another one has."""
 
 
 class CheckpointError(TitanliteError):
@@ -85,3 +95,8 @@ class StoppedEarly(TitanliteError):
     """A signal or a limit of the recipe ended the run before its last step; its state is saved."""
 
     exit_code = EXIT_STOPPED_EARLY
+    on_all_ranks = True
+    signalled = False
+    """Whether a signal to one rank or more was the reason."""
+    heard = False
+    """Whether this process was signalled itself."""

@@ -65,7 +65,7 @@ def load_model(run: Path, recipe: Recipe, device: torch.device) -> torch.nn.Modu
         model = spec.build(spec.configure(recipe.model), compute_dtype(recipe.precision))
     model.to(master_dtype(recipe.precision)).requires_grad_(False)
     weights = {f"model.{name}": Shard.whole(parameter) for name, parameter in model.named_parameters()}
-    manager = CheckpointManager(run / "checkpoints", keep_last=None, warn=lambda text: print(text, file=sys.stderr))
+    manager = CheckpointManager(run / "checkpoints", lambda text: print(text, file=sys.stderr))
     if manager.load_latest(weights, prefix="model.") is None:
         raise CheckpointError(f"{run} holds no checkpoint yet; checkpoint.every_steps says when the run saves one.")
     return model

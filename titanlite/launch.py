@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What schedulers, launchers and users send to have a job end."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,35 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
             port=int(environment.get("MASTER_PORT") or _port(environment)),
         )
     return Launch()
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    """What torchrun tells its processes about their life so far."""
+
+    restarts: int
+    """How often it has started them again."""
+    restarts_left: int
+    agents: int
+    """Machines (their torchruns) that take part."""
+    job: str
+    """Name of the job among those of its rendezvous."""
+    elastic: bool
+    """Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so."""
+
+
+def torchrun(environment: Mapping[str, str] = os.environ) -> Torchrun | None:
+    """torchrun's word; None under another launcher, or none."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return Torchrun(
+        restarts=restarts,
+        restarts_left=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
+        agents=int(environment.get("GROUP_WORLD_SIZE", "1")),
+        job=environment["TORCHELASTIC_RUN_ID"],
+        elastic=environment.get("TITANLITE_ELASTIC") == "1",
+    )
 
 
 def end_process(code: int) -> NoReturn:

@@ -16,6 +16,7 @@ from titanlite.parallel.apply import build
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype
 from titanlite.recipe.sections import Recipe
+from titanlite.resilience.corruption import checksums, compare_repeated
 from titanlite.resilience.guards import Guards
 
 
@@ -37,15 +38,21 @@ class Learner:
         self._parts = self.shards.parts()
 
     def initialise(self) -> None:
-        """Set the weights to the values that the recipe's seed gives them."""
+        """Bring everything to its state before the first step, the weights to the values that the seed gives them."""
         initialise(self.shards.table, lambda name: self.spec.initial_std(self.config, name), self._recipe.run.seed)
+        for tensor in self.optimizer.state().values():
+            tensor.zero_()
+        self.guards.initialise()
 
     def step(self, number: int, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
         """Optimizer step `number` (from 1) at `factor` times the peak rates; the host only queues work.
 
-        Returns the loss of the global batch and the norm of its gradient before clipping, on the device.
+        Returns the loss of the global batch and the norm of its gradient before clipping, on the device. Only every
+        `resilience.rerun_every` steps the host waits: to compare, and all raise `GuardStop` where bits differ.
         """
-        loss = self.program.forward_backward(batch)
+        every = self._recipe.resilience.rerun_every
+        twice = every > 0 and number % every == 0
+        loss = self._computed_twice(number, batch) if twice else self.program.forward_backward(batch)
         norm = clip_gradients(
             self.weights.values(), self._recipe.optimizer.clip_norm, ranks=self._ranks, parts=self._parts
         )
@@ -54,3 +61,19 @@ class Learner:
         self.optimizer.step(factor, taken)
         self.shards.drop_gradients()
         return loss, norm
+
+    def _computed_twice(self, number: int, batch: Batch) -> Tensor:
+        """`Program.forward_backward` whose result is proved to have the same bits as that of a first try."""
+        _, first = self._with_checksums(batch)
+        self.shards.drop_gradients()
+        loss, second = self._with_checksums(batch)
+        names = ["the loss", *(f"the gradient of {name}" for name in self.weights)]
+        compare_repeated(number, names, first, second, self._ranks)
+        return loss
+
+    def _with_checksums(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of the global batch, and the checksums of this rank's part of it and of the gradients held here."""
+        own = self.program.compute(batch)
+        loss = self.program.sum(own)
+        gradients = [weight.grad for weight in self.weights.values()]
+        return loss, checksums([own, *gradients])  # type: ignore[list-item]

@@ -6,31 +6,56 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
+import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titanlite.check import checked
 from titanlite.cli import run_command
 from titanlite.describe import checkpoint_bytes, describe
-from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, StoppedEarly, TitanliteError
-from titanlite.launch import end_process, launched
+from titanlite.errors import (
+    EXIT_DONE,
+    EXIT_GUARD,
+    EXIT_RECIPE,
+    OtherRankFailed,
+    StoppedEarly,
+    TitanliteError,
+    UsageError,
+)
+from titanlite.launch import end_process, launched, torchrun
+from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
+from titanlite.parallel.layout import active_ranks, total_steps
+from titanlite.recipe.explain import all_keys
+from titanlite.recipe.faults import meant
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
+from titanlite.resilience import crashes
+from titanlite.rules.terms import count
 
 if TYPE_CHECKING:
     from titanlite.observe.journal import Journal
-    from titanlite.observe.run_folder import Mode, RunFolder
+    from titanlite.parallel.world import World
+    from titanlite.resilience.watchdog import LastWords
     from titanlite.trainer import Trainer
+
+_AGENT_SECONDS = 3.0
+"""Well above the interval at which torchrun's agents look for new ones (`--monitor-interval`, 0.1 s)."""
 
 
 def main(argv: list[str]) -> int:
     """`titanlite train`. The recipe is proved before torch is imported: a wrong one is refused at once."""
     parser = argparse.ArgumentParser(
         prog="titanlite train",
-        usage="titanlite train RECIPE [--section.key=value ...] [--resume | --fresh [--force]] [--traceback]",
+        usage="titanlite train RECIPE [--section.key=value ...] [--resume | --fresh [--force] | --from-step N] "
+        "[--allow-change KEY ...] [--traceback]",
         description="Train a recipe; goes on from the latest checkpoint if the run folder has one.",
         allow_abbrev=False,
     )
@@ -38,64 +63,171 @@ def main(argv: list[str]) -> int:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", action="store_true", help="go on with an existing run; fail if there is none")
     modes.add_argument("--fresh", action="store_true", help="start a new run; fail if the folder holds one")
+    modes.add_argument("--from-step", type=int, metavar="N", help="go on from the checkpoint of step N, not the latest")
     parser.add_argument("--force", action="store_true", help="with --fresh: delete the run that the folder holds")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="recipe key that may differ from the run's"
+    )
     arguments, overrides = parse_with_overrides(parser, argv)
+    resumes = arguments.resume or arguments.from_step is not None
+    mode: Mode = "resume" if resumes else "fresh" if arguments.fresh else "auto"
+    under = torchrun()
+    start = Start(
+        mode,
+        arguments.force,
+        tuple(arguments.allow_change),
+        arguments.from_step,
+        restarted=under is not None and under.restarts > 0,
+        job=under.job if under and under.elastic else "",
+    )
+    _require_keys(start.may_change)
     loaded = load_recipe(arguments.recipe, overrides)
     warnings = checked(loaded, launched().size)
     if launched().is_first:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    train(loaded, "resume" if arguments.resume else "fresh" if arguments.fresh else "auto", arguments.force)
+    if launched().rank >= active_ranks(loaded.recipe, launched().size):
+        from titanlite.parallel.world import stand_by
+
+        return stand_by(loaded.recipe.parallel.timeout_seconds)
+    train(loaded, start)
     return EXIT_DONE
 
 
-def train(loaded: LoadedRecipe, mode: Mode = "auto", force: bool = False) -> None:
+def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     """Run a checked recipe to its end. Raises `TitanliteError` of the type that says how else it ended."""
-    from titanlite.checkpoint.manager import CheckpointManager
+    from titanlite.checkpoint.manager import CheckpointManager, Keep
+    from titanlite.checkpoint.ranks import Ranks, joined_ranks
     from titanlite.data.splits import open_data
-    from titanlite.observe.console import LogFile, open_console
     from titanlite.observe.journal import Journal
-    from titanlite.observe.run_folder import open_run_folder
-    from titanlite.parallel.layout import total_steps
     from titanlite.parallel.world import full_memory_explained, joined_world
+    from titanlite.resilience.watchdog import Watchdog
     from titanlite.trainer import Trainer
 
     recipe = loaded.recipe
     path = Path(recipe.run.output_dir) / recipe.run.name
+    records = path / "logs" / "crashes"
     validated = recipe.validation.every_steps > 0
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=validated)
     with ExitStack() as stack:
-        world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds))
+        active = active_ranks(recipe, launched().size)
+        world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
+        ranks = Ranks(world.rank, world.size)
         journal = Journal()
         stack.callback(journal.close)
-        steps = total_steps(recipe.training)
+        section = recipe.checkpoint
         checkpoints = CheckpointManager(
             path / "checkpoints",
-            recipe.checkpoint.keep_last or None,
             journal.say,
-            world.rank,
-            world.size,
-            keep_every=recipe.checkpoint.keep_every,
+            joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
+            Keep(section.keep_last, section.keep_every, section.keep_best),
+            background=section.mode == "async",
+            max_failures=section.max_failures,
         )
         trainer: Trainer | None = None
-        if world.is_first:
-            journal.add_console(open_console(sys.stdout, steps, recipe.run.name))
-            folder = open_run_folder(path, recipe, loaded.text, mode, force, journal.say)
-            stack.callback(folder.close)
-            stack.enter_context(_status(folder, lambda: 0 if trainer is None else trainer.step))
-            journal.add_console(LogFile(folder.logs / "console.log", steps))
-            folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
+        folder: RunFolder | None = None
+        last_words: LastWords | None = None
+
+        def opened() -> bytes:
+            nonlocal folder, last_words
+            folder = _opened(stack, loaded, path, start, journal, lambda: 0 if trainer is None else trainer.step)
+            folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0))
             checkpoints.prepare()
-        world.wait_for_all()  # nobody looks for checkpoints before the first rank has locked and cleared the folder
-        with full_memory_explained():
-            trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal)
-            if world.is_first:
-                _begin(journal, folder, trainer)
+            crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
+            last_words = partial(_hung, journal, folder)
+            return f"{folder.attempt} {int(folder.start.restarted)}".encode()
+
+        # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says whether
+        # this is a restart: a machine that has just come does not know.
+        attempt, restarted = map(int, ranks.first(opened).split())
+
+        def under_way() -> tuple[int, int | None]:
+            return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
+
+        watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, last_words)
+        with _failures_recorded(records, attempt, world, loaded, under_way), watchdog, full_memory_explained():
+            own = start.again if restarted else start
+            if restarted and (start.mode, start.step) != ("auto", None):
+                journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
+            trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog)
+            hosts = ranks.each(lambda: os.fsencode(platform.node()))
+            if folder is not None:
+                _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts])
             trainer.run()
 
 
-def _begin(journal: Journal, folder: RunFolder, trainer: Trainer) -> None:
-    """Open the files that rows go to, and say what starts."""
+def _opened(
+    stack: ExitStack,
+    loaded: LoadedRecipe,
+    path: Path,
+    start: Start,
+    journal: Journal,
+    step: Callable[[], int],
+) -> RunFolder:
+    """The run's folder, this process's until `stack` ends, with its console and its `status.json`."""
+    from titanlite.observe.console import LogFile, open_console
+    from titanlite.observe.run_folder import open_run_folder
+
+    recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
+    journal.add_console(open_console(sys.stdout, steps, recipe.run.name))
+    folder = open_run_folder(path, recipe, loaded.text, start, journal.say)
+    stack.callback(folder.close)
+    stack.enter_context(_status(folder, step))
+    journal.add_console(LogFile(folder.logs / "console.log", steps))
+    folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
+    return folder
+
+
+@contextmanager
+def _failures_recorded(
+    records: Path, attempt: int, world: World, loaded: LoadedRecipe, under_way: Callable[[], tuple[int, int | None]]
+) -> Iterator[None]:
+    """Leave a record of what fails on this rank alone; what failed because another rank did becomes one line.
+
+    `under_way`: the step to put it down to, and its first sample if it had begun. Raises `OtherRankFailed` for the
+    other's failure.
+    """
+    from titanlite.parallel.world import is_loss_of_another
+
+    try:
+        yield
+    except Exception as error:
+        (step, first), under = under_way(), torchrun()
+        # What is wrong before the first step begins is said to who can mend it, and is no step that fails.
+        if isinstance(error, TitanliteError) and (error.on_all_ranks or first is None):
+            raise
+        if world.size > 1 and is_loss_of_another(error):
+            raise OtherRankFailed(crashes.whom_it_follows(records, attempt, world.rank, error)) from error
+        batch = loaded.recipe.training.global_batch
+        crash = crashes.Crash(
+            attempt=attempt,
+            restart=under.restarts if under else 0,
+            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            step=step,
+            samples=(first, first + batch - 1) if first is not None else (),
+            rank=world.rank,
+            ranks=world.size,
+            host=platform.node(),
+            kind=type(error).__name__,
+            message=str(error),
+            traceback=traceback.format_exc(),
+            recipe=crashes.digest(loaded.text),
+        )
+        with suppress(OSError):  # the disk may be what failed
+            crashes.record(records, crash)
+        raise
+
+
+def _require_keys(patterns: Sequence[str]) -> None:
+    """Raise `UsageError` if one of `--allow-change` is no key of a recipe, nor a pattern of some."""
+    for pattern in patterns:
+        if not fnmatch.filter(all_keys(), pattern):
+            hint = meant(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
+            raise UsageError(f"--allow-change {pattern}: there is no such recipe key; {hint}")
+
+
+def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str]) -> None:
+    """Open the files that rows go to, and say what starts; `hosts` are the ranks' machines."""
     from titanlite.observe.sinks import JsonlSink, TensorBoardSink
     from titanlite.recipe.units import format_count
 
@@ -110,9 +242,29 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer) -> None:
         f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(len(trainer.data.train.stream))} "
         f"tokens, {trainer.data.train.windows} sequences an epoch"
     )
+    journal.event(trainer.step, "started", _start_in_words(folder, hosts))
     if folder.resumed:
         changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())
         journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
+
+
+def _hung(journal: Journal, folder: RunFolder, step: int, verdict: str) -> None:
+    """What the first rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
+    folder.write_status("failed", step, TitanliteError.exit_code, verdict)
+    journal.event(step, "hung", verdict)
+
+
+def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
+    """Which start of the run this is, on what, after what."""
+    under, machines = torchrun(), sorted(set(hosts))
+    restart = f" (restart {under.restarts} by torchrun)" if under else ""
+    ranks = f"{count(len(hosts), 'rank')} on {', '.join(machines[:8])}{' …' if len(machines) > 8 else ''}"
+    standby = launched().size - len(hosts)
+    waiting = f", {standby} standing by" if standby else ""
+    last = folder.last_end()
+    return f"start {folder.attempt} of this run{restart}, {ranks}{waiting}" + (
+        f"; the last one: {last}" if last else ""
+    )
 
 
 @contextmanager
@@ -133,15 +285,54 @@ def _status(folder: RunFolder, step: Callable[[], int]) -> Iterator[None]:
     folder.write_status("done", step(), EXIT_DONE)
 
 
-def _told_to_launcher(code: int) -> int:
+def _ended(argv: list[str]) -> tuple[int, Exception | None]:
+    """Run the command; its exit code, and what ended it if that was an error."""
+    met: list[TitanliteError] = []
+    told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
+    if told and torchrun() and launched().local_rank == 0:
+        open(told, "w").close()  # what an earlier start left there is not how the run ended
+
+    def command(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except TitanliteError as error:
+            met.append(error)
+            raise
+
+    try:
+        code = run_command(command, argv)
+    except Exception as error:  # our mistake: in one piece, for other ranks write here too
+        sys.stderr.write(traceback.format_exc())
+        return 1, error
+    return code, met[0] if met else None
+
+
+def _told_to_launcher(code: int, error: Exception | None) -> int:
     """The exit code for whoever started this process; torchrun takes anything but 0 for a failure to restart from."""
     told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
     if told:
         with open(told, "a") as file:  # one short line of each rank, in the order they end: see scripts/train.sh
             file.write(f"{code}\n")
-    planned = code == EXIT_STOPPED_EARLY and "TORCHELASTIC_RUN_ID" in os.environ
-    return EXIT_DONE if planned else code
+    under = torchrun()
+    if under is None:
+        return code
+    if isinstance(error, StoppedEarly):
+        left_alone = error.signalled and not error.heard and under.agents > 1
+        if left_alone:
+            # An agent that is about to restart its processes signals them; one whose processes end before that takes
+            # the job for done.
+            time.sleep(_AGENT_SECONDS)
+        return code if left_alone and under.elastic else EXIT_DONE
+    alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
+    if code in (EXIT_RECIPE, EXIT_GUARD) and alike and under.restarts_left > 0:
+        if launched().is_first:
+            print(
+                f"exit code {code}: a restart would not mend this, so torchrun is told 0, and starts nothing.",
+                file=sys.stderr,
+            )
+        return EXIT_DONE
+    return code
 
 
 if __name__ == "__main__":
-    end_process(_told_to_launcher(run_command(main, sys.argv[1:])))
+    end_process(_told_to_launcher(*_ended(sys.argv[1:])))

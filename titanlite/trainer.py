@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Saved
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.data.loader import Batch, train_loader, validation_batches
+from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import DataError, StoppedEarly
+from titanlite.errors import DataError, GuardStop, StoppedEarly
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
 from titanlite.observe.flops import peak_flops
@@ -25,11 +25,16 @@ from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
 from titanlite.observe.journal import Journal
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.rows import validation_row
+from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
 from titanlite.parallel.layout import agreed_layout, batch_plan, total_steps
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
+from titanlite.resilience.corruption import compare_replicas
+from titanlite.resilience.guards import BadStep, RollBack
 from titanlite.resilience.signals import StopRequests
+from titanlite.resilience.watchdog import OFF, Watchdog
+from titanlite.restore import restore
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
@@ -46,30 +51,32 @@ class Trainer:
         data: DataSplits,
         checkpoints: CheckpointManager,
         journal: Journal,
+        start: Start = GO_ON,
+        watchdog: Watchdog = OFF,
     ) -> None:
-        """Build model, optimizer and guards on the device, with the values of the latest checkpoint if there is one."""
+        """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
+        there is one.
+        """
         self.recipe = recipe
         self.recipe_text = recipe_text
         self.world = world
         self.data = data
         self.checkpoints = checkpoints
         self.journal = journal
+        self.watchdog = watchdog
         self.total_steps = total_steps(recipe.training)
         layout = agreed_layout(recipe.parallel, world.size)
         self.plan = batch_plan(recipe, layout, layout.place(world.rank).data)
 
         self.learner = learner = Learner(recipe, world)
         self.program, self.shards, self.guards = learner.program, learner.shards, learner.guards
-        manifest = checkpoints.load_latest(self._state())
-        self.step = manifest.step if manifest is not None else 0
-        """Steps taken so far."""
-        self._committed = manifest.step if manifest is not None else None
         self._corpus = data.train.fingerprint
-        self._refuse_to_mix(str(manifest.values.get("corpus", self._corpus)) if manifest is not None else self._corpus)
-        if manifest is not None:
-            self.guards.resumed()
-        else:
-            learner.initialise()
+        self._start = start
+        self._restore(start)
+        self._ahead = ReadAhead(iter(()), 0)
+        self.under_way = self.step + 1, self.samples
+        """The step that is being taken and its first sample, its batch being read first; what fails now is put down to
+        them."""
 
         self.save_requests = SaveRequests(
             checkpoints.folder.parent / SAVE_NOW, recipe.checkpoint.every_minutes, journal.say, heeded=world.is_first
@@ -85,48 +92,85 @@ class Trainer:
             peak_flops=peak_flops(card),
         )
 
-    def _refuse_to_mix(self, corpus: str) -> None:
-        """Refuse what would train on in silence with wrong numbers: ranks that disagree, or another corpus than before.
-
-        `corpus` is the fingerprint in the checkpoint. Raises `DataError`.
-        """
-        if not self.world.all_equal(int(self._corpus, 16) >> 1):
-            raise DataError(
-                f"rank {self.world.rank} reads another corpus than others. Every machine must see the same files"
-                " (data.corpus; for 'python-stdlib', run the same Python)."
-            )
-        if corpus != self._corpus:
-            raise DataError(
-                f"the training text is not what it was when the checkpoint of step {self.step} was written: a file of "
-                "data.corpus has changed (for 'python-stdlib': another Python runs). Put it back to go on with this "
-                "run, or give the new text a run of its own by another run.name."
-            )
+    def _restore(self, start: Start) -> None:
+        """Begin, or go on from a checkpoint, as `start` says."""
+        manifest = restore(
+            self.learner, self._state(), self.recipe, self.world, self.checkpoints, self._corpus, start,
+            self.journal.say,
+        )  # fmt: skip
+        self.step = manifest.step if manifest is not None else 0
+        """Steps taken so far."""
+        self.samples = manifest.samples if manifest is not None else 0
+        """Samples read so far: where in the order the next step begins."""
+        self.tokens = manifest.tokens if manifest is not None else 0
+        """Tokens trained on so far."""
+        loss = manifest.values.get(VALIDATION_LOSS) if manifest is not None else None
+        self._validated = (self.step, float(loss)) if loss is not None else None
+        """The last step after which the model was validated, and its loss."""
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
         started = time.monotonic()
-        self.metrics.start(tokens=self._tokens(self.step))
-        with StopRequests(self.world.size, speaks=self.world.is_first) as stop_requests, _collecting_garbage_seldom():
+        self.watchdog.beat(self.step, "starting")
+        self.metrics.start(tokens=self.tokens)
+        stop_requests = StopRequests(
+            self.world.size, self.world.is_first, self.recipe.resilience.grace_seconds, self._unsaved
+        )
+        with stop_requests, _collecting_garbage_seldom(), self._finishing_save():
             self._stop_if(self._step_limit())
-            for batch, wait_seconds in self._batches():
-                self._train_step(batch, wait_seconds)
-                self._after_step()
-                agreement = stop_requests.agreed(self._time_limit(started), self.save_requests.due())
-                self._stop_if(self._step_limit() or agreement.stop)
-                if agreement.save:
-                    with self.metrics.paused():
-                        self._save()
-            self._save()  # a signal waits for this one too
+            while True:
+                try:
+                    self._train(stop_requests, started)
+                    return
+                except RollBack as back:
+                    self._roll_back(back.bad)
+
+    @contextmanager
+    def _finishing_save(self) -> Iterator[None]:
+        """Let a save in the background end before an error ends the run, unless it may wait for ranks that are gone.
+
+        What ends all ranks alike is a guard; any other error may be this rank's alone.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world.size == 1 or type(error) is GuardStop:
+                self.checkpoints.close()
+                self._note(self.checkpoints.ended())
+            raise
+
+    def _train(self, stop_requests: StopRequests, started: float) -> None:
+        """From the step and the sample that the run is at to the end. Raises what `run` does, or `RollBack`."""
+        for batch, wait_seconds in self._batches():
+            self._train_step(batch, wait_seconds)
+            self._after_step()
+            unreadable = "data cannot be read" if self._ahead.failure is not None else None
+            agreement = stop_requests.agreed(self._time_limit(started) or unreadable, self.save_requests.due())
+            self._stop_if(self._step_limit() or agreement.stop)
+            if agreement.save:
+                with self.metrics.paused(), self.watchdog.during("saving"):
+                    self._save()
+            self._note(self.checkpoints.ended())
+        self._save_at_end()  # a signal waits for this one too
+
+    def _unsaved(self) -> str:
+        """What would be lost if the process ended now."""
+        kept = f"up to step {self.checkpoints.current}" if self.checkpoints.current is not None else "nothing"
+        return f"{kept} is saved; what came after, up to step {self.step}, is lost and will be trained again"
 
     def _stop_if(self, reason: str | None) -> None:
         """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
         if reason and self.step < self.total_steps:
-            self._save()
+            self._save_at_end()
+            if self._ahead.failure is not None:
+                raise self._unreadable(f" The state after step {self.step} is saved.") from self._ahead.failure
             raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
 
     def _train_step(self, batch: Batch, wait_seconds: float) -> None:
         """One optimizer step; the host only queues work, unless this step is logged."""
         self.step += 1
+        self.samples += self.plan.global_batch
+        self.tokens += self.plan.global_batch * self.recipe.training.sequence_length
         if self.finder is not None:
             self.finder.step = self.step
         factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
@@ -136,25 +180,32 @@ class Trainer:
             loss=loss,
             grad_norm=norm,
             lr=self.recipe.optimizer.lr * factor,
-            samples=self.step * self.plan.global_batch,
-            tokens=self._tokens(self.step),
+            samples=self.samples,
+            tokens=self.tokens,
             data_wait_seconds=wait_seconds,
         )
         if row is not None:
             self.journal.write(row)
             self._review()
+            for sentence in self.watchdog.stragglers():
+                self.journal.event(self.step, "straggler", sentence)
+        self.watchdog.beat(self.step)
 
     def _after_step(self) -> None:
         if self.step % _COLLECT_EVERY == 0:
             gc.collect(1)
+        every = self.recipe.resilience.check_replicas_every
+        if every and self.step % every == 0:
+            with self.metrics.paused():
+                self._compare_replicas()
         last = self.step == self.total_steps
         every = self.recipe.validation.every_steps
         if every and (last or self.step % every == 0):
-            with self.metrics.paused():
+            with self.metrics.paused(), self.watchdog.during("validating"):
                 self._validate(last)
         every = self.recipe.checkpoint.every_steps
         if every and self.step % every == 0 and not last:
-            with self.metrics.paused():
+            with self.metrics.paused(), self.watchdog.during("saving"):
                 self._save()
 
     def _validate(self, last: bool) -> None:
@@ -167,6 +218,7 @@ class Trainer:
             self.plan.data_rank,
         )
         result = self.program.evaluate(batches)
+        self._validated = self.step, result.loss
         self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte))
         if last and self.world.is_first:
             baselines = compression_baselines(self.data.validation)
@@ -174,54 +226,132 @@ class Trainer:
             self.journal.event(self.step, "compressors", f"on the same held-out text, in bits per byte: {needed}")
 
     def _save(self) -> None:
-        """Commit a checkpoint of this step; a run whose numbers went bad stops here instead."""
+        """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._review()
-        if self.step != self._committed:
-            self._commit()
+        self.save_requests.begun()
+        if self.checkpoints.saves(self.step):
+            return
+        self._note(self.checkpoints.wait())
+        if self.recipe.resilience.check_replicas_every:
+            self._compare_replicas()
+        self.journal.sync()  # no row of a committed step may be lost with the machine's power
+        validated = {VALIDATION_LOSS: self._validated[1]} if self._validated and self._validated[0] == self.step else {}
+        self.checkpoints.begin(
+            step=self.step,
+            samples=self.samples,
+            tokens=self.tokens,
+            tensors=self._state(),
+            values={"corpus": self._corpus, **validated},
+            recipe_text=self.recipe_text,
+            device=self.world.device,
+        )
+        self._note(self.checkpoints.ended())
+
+    def _save_at_end(self) -> None:
+        """Return once this step is committed. Raises `CheckpointError` when that has failed too often."""
+        pause = 1.0
+        while self.checkpoints.current != self.step:
+            with self.watchdog.during("saving"):
+                self._save()
+                self._note(self.checkpoints.wait())
+                if self.checkpoints.current != self.step:
+                    time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def _note(self, saved: Saved | None) -> None:
+        """Write down how a save went, if one has ended."""
+        if saved is None:
+            return
+        if saved.error is not None:
+            self.journal.event(saved.step, "save_failed", str(saved.error))
+            self.save_requests.failed()
+            return
+        spent = f"training stood still for {saved.blocked_seconds:.3f} s of {saved.seconds:.3f} s"
+        self.journal.event(saved.step, "checkpoint", f"{self.checkpoints.path(saved.step)}; {spent}")
         self.save_requests.saved()
 
-    def _commit(self) -> None:
-        self.journal.sync()  # no row of a committed step may be lost with the machine's power
-        self.checkpoints.save(
-            step=self.step,
-            samples=self.step * self.plan.global_batch,
-            tokens=self._tokens(self.step),
-            tensors=self._state(),
-            values={"corpus": self._corpus},
-            recipe_text=self.recipe_text,
-        )
-        self._committed = self.step
-        self.journal.event(self.step, "checkpoint", str(self.checkpoints.path(self.step)))
-
     def _review(self) -> None:
-        said = self.guards.review(self.step)
-        if said is not None:
-            self.journal.event(self.step, "nonfinite", said)
+        """Write down the bad steps since the last review. Raises `GuardStop` or `RollBack` as the recipe says."""
+        bad_steps = self.guards.review()
+        for bad in bad_steps:
+            first = self.samples - (self.step - bad.step + 1) * self.plan.global_batch
+            last = first + self.plan.global_batch - 1
+            of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * (bad.action == "skip")
+            said = f"{bad}; not applied: {bad.action}{of}; samples {first} to {last}"
+            self.journal.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
+        self.guards.act(bad_steps)
+
+    def _roll_back(self, bad: BadStep) -> None:
+        """Go back to the newest checkpoint, or to the beginning, and on from there with samples not yet read.
+
+        The state gone back to is saved at once with the place in the data: a run that is killed before its next save
+        must not meet the same samples again, nor forget that it went back.
+        """
+        left, read, counts = self.step, self.samples, (self.guards.skipped, self.guards.rollbacks + 1)
+        with self.watchdog.during("going back"):
+            self._note(self.checkpoints.wait())
+            self._restore(self._start.again)
+        self.guards.rolled_back(*counts)
+        first, self.samples = self.samples, read
+        self.journal.rewind(self.step)
+        said = (
+            f"step {bad.step}: {bad}. From step {left} back to {self.step}, past samples {first} to {read - 1} "
+            f"({self.guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
+        )
+        self.journal.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
+        self.checkpoints.current = None  # it says that less was read
+        self._save_at_end()
+        self.metrics.start(tokens=self.tokens)
+
+    def _compare_replicas(self) -> None:
+        compare_replicas(self.step, self._state(), self.world.size)
 
     def _batches(self) -> Iterator[tuple[Batch, float]]:
         """The remaining steps' batches on the device, each with the seconds it was waited for."""
         section, cuda = self.recipe.data, self.world.device.type == "cuda"
-        loader = train_loader(
+        batches = train_loader(
             self.data.train,
             self.plan,
-            self.step,
-            self.total_steps,
+            self.samples,
+            self.total_steps - self.step,
             workers=section.workers,
             prefetch=section.prefetch,
             pin_memory=cuda,
             overfit_one_batch=self.recipe.debug.overfit_one_batch,
         )
+        # An agreement among ranks takes two steps.
+        self._ahead = ReadAhead(batches, count=0 if self.world.size == 1 else 2)
         with ExitStack() as first_step:
             if self.recipe.debug.trace_shapes:
                 first_step.enter_context(traced_shapes(self.program.model, self.journal.say))
             while True:
                 before = time.perf_counter()
-                batch = next(loader, None)
+                self.under_way = self.step + 1, self.samples
+                try:
+                    batch = next(self._ahead, None)
+                except UNREADABLE as error:
+                    raise self._unreadable(self._saved_alone()) from error
                 if batch is None:
                     return
                 moved = batch.to(self.world.device)
                 yield moved, time.perf_counter() - before
                 first_step.close()
+
+    def _unreadable(self, saved: str) -> DataError:
+        """What is said of the batch that could not be read."""
+        ahead = self._ahead.waiting
+        first = self.samples + ahead * self.plan.global_batch
+        self.under_way = self.step + ahead + 1, first
+        last = first + self.plan.global_batch - 1
+        said = f"step {self.step + ahead + 1}: one of the samples {first} to {last} cannot be read"
+        return DataError(f"{said}: {self._ahead.failure}.{saved}")
+
+    def _saved_alone(self) -> str:
+        """Save before an error, if there are no other ranks to agree with."""
+        if self.world.size > 1 or self.step == 0:
+            return ""
+        self._save_at_end()
+        return f" The state after step {self.step} is saved."
 
     def _step_limit(self) -> str | None:
         limit = self.recipe.run.stop_after_step
@@ -232,13 +362,10 @@ class Trainer:
         over = limit is not None and time.monotonic() - started >= 60 * limit
         return f"run.stop_after_minutes = {limit:g}" if over else None
 
-    def _tokens(self, steps: int) -> int:
-        return steps * self.plan.global_batch * self.recipe.training.sequence_length
-
     def _state(self) -> dict[str, Shard]:
         """This rank's part of everything that a checkpoint holds, by name.
 
-        What is not here is a function of the recipe and the step.
+        What is not here is a function of the recipe, the step and the samples read.
         """
         learner = self.learner
         rooms = {"model": learner.weights, "optimizer": learner.optimizer.state(), "guards": self.guards.state()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from rules import Gate, Settings
 
 from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.ranks import Ranks
 from titanlite.data.splits import Split, open_data
 from titanlite.data.tokenizers import Tokens
 from titanlite.models.spec import spec_of
@@ -47,7 +48,7 @@ def main() -> None:
     with joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
         journal = Journal()
         journal.add(JsonlSink(folder / "metrics.jsonl", 0, journal.say))
-        checkpoints = CheckpointManager(folder / "checkpoints", None, journal.say, world.rank, world.size)
+        checkpoints = CheckpointManager(folder / "checkpoints", journal.say, Ranks(world.rank, world.size))
         Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, journal).run()
 
 

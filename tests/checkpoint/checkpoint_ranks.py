@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from titanlite.checkpoint import load, save
-from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.manager import CheckpointManager, Keep
+from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
 
 Ended = tuple[str, str]
@@ -33,12 +34,14 @@ def part(rank: int, world: int, step: int) -> dict[str, Shard]:
 
 
 def manager(folder: str, rank: int, world: int, warnings: list[str] | None = None) -> CheckpointManager:
-    return CheckpointManager(Path(folder), 2, [].append if warnings is None else warnings.append, rank, world)
+    warn = [].append if warnings is None else warnings.append
+    return CheckpointManager(Path(folder), warn, Ranks(rank, world), Keep(last=2))
 
 
 def commit(checkpoints: CheckpointManager, tensors: dict[str, Shard], step: int) -> Ended:
     try:
-        checkpoints.save(step=step, samples=0, tokens=0, tensors=tensors, values={}, recipe_text="")
+        checkpoints.begin(step=step, samples=0, tokens=0, tensors=tensors, values={}, recipe_text="")
+        checkpoints.wait()
     except Exception as error:
         return type(error).__name__, str(error)
     return "done", ""
@@ -70,11 +73,11 @@ def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
         raise TypeError("a mistake of ours")
 
     owner, name, broken = {
-        "the disk is full": (save, "save_file", full),
-        "the disk is full at the sync": (save, "sync_path", full),
+        "the disk is full": (save, "write_tensors", full),
+        "the disk is full at the sync": (os, "fsync", full),
         "the disk is full for the manifest": (Path, "write_bytes", full),
         "the rename is refused": (os, "rename", full),
-        "a mistake": (save, "describe_file", mistaken),
+        "a mistake": (save, "group_by_size", mistaken),
     }[fault]
     patch.setattr(owner, name, broken)
 
@@ -92,9 +95,9 @@ def load_latest(rank: int, world: int, folder: str, strange: str = "") -> tuple[
         tensors["model.more"] = Shard.whole(torch.zeros(1))
     if strange == "elsewhere" and rank == 1:
         folder += "-elsewhere"
-    verify = load.verify_file
+    read_verified = load.read_verified
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "verify_file", lambda path, entry: (hashed.append(path), verify(path, entry)))
+        patch.setattr(load, "read_verified", lambda path, *more: (hashed.append(path), read_verified(path, *more)))
         try:
             manifest = manager(folder, rank, world, warnings).load_latest(tensors)
         except Exception as error:

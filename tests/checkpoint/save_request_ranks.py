@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.ranks import Ranks
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.models.shard import Shard
 from titanlite.resilience.signals import StopRequests
@@ -14,7 +15,7 @@ from titanlite.resilience.signals import StopRequests
 
 def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> list[int]:
     """Steps after which this rank saved, in a run whose first rank meets the file after `step`."""
-    checkpoints = CheckpointManager(Path(folder) / "checkpoints", None, print, rank, world)
+    checkpoints = CheckpointManager(Path(folder) / "checkpoints", print, Ranks(rank, world))
     asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print, heeded=rank == 0)
     saved = []
     with StopRequests(world, speaks=False) as requests:
@@ -23,7 +24,9 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
                 (Path(folder) / SAVE_NOW).touch()
             if requests.agreed(None, now >= step and asks.due()).save:
                 state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
-                checkpoints.save(step=now, samples=0, tokens=0, tensors=state, values={}, recipe_text="")
+                checkpoints.begin(step=now, samples=0, tokens=0, tensors=state, values={}, recipe_text="")
+                checkpoints.wait()
+                asks.begun()
                 asks.saved()
                 saved.append(now)
     return saved

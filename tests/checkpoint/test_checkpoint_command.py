@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import save_state
+from titanlite.checkpoint.save import environment, portion_of, save_state
 from titanlite.cli import main
 from titanlite.models.shard import Shard
 
@@ -42,8 +42,8 @@ def write(run: Path, step: int, values: dict[str, torch.Tensor] | None = None, f
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {name: Shard.whole(tensor) for name, tensor in (values or tensors(float(step))).items()}
     save_state(
-        folder, step=step, samples=step * 10, tokens=step * 1000, tensors=state, values={"corpus": "ab"},
-        recipe=RECIPE, file_bytes=file_bytes,
+        folder, portion_of(state, file_bytes), step=step, samples=step * 10, tokens=step * 1000,
+        values={"corpus": "ab"}, environment=environment(torch.device("cpu")), recipe=RECIPE,
     )  # fmt: skip
     return folder
 
@@ -55,7 +55,7 @@ def flip(file: Path, place: int) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    return CheckpointManager(run / "checkpoints", None, print).steps()
+    return CheckpointManager(run / "checkpoints", print).steps()
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000020"])
@@ -80,7 +80,7 @@ def test_inspect_shows_the_newest(checkpoint: Run, tmp_path: Path, place: str) -
 
 def test_a_recipe_that_is_none_says_nothing_of_the_layout(checkpoint: Run, tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
-    save_state(folder, step=1, samples=0, tokens=0, tensors={}, values={}, recipe="[")
+    save_state(folder, portion_of({}), step=1, samples=0, tokens=0, values={}, environment={}, recipe="[")
     code, out, _ = checkpoint("inspect", folder)
     assert code == 0 and "layout       unknown" in out
 
@@ -206,6 +206,8 @@ assert "torch" not in sys.modules
 def test_what_a_stranger_wrote_does_not_reach_the_terminal_raw(checkpoint: Run, tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
     escape = '[run]\nname = "\\u001b[2J"\n[parallel]\ntp = "\\u001b[2J"\n'
-    save_state(folder, step=1, samples=0, tokens=0, tensors={}, values={"a": "\x1b[2J"}, recipe=escape)
+    nothing = portion_of({})
+    values = {"a": "\x1b[2J"}
+    save_state(folder, nothing, step=1, samples=0, tokens=0, values=values, environment={}, recipe=escape)
     code, out, _ = checkpoint("inspect", folder)
     assert code == 0 and "\x1b" not in out and out.count("[2J") == 3

@@ -68,7 +68,7 @@ def committed() -> list[object]:
 
 
 def kept() -> list[int]:
-    return CheckpointManager(Path("runs/tiny/checkpoints"), None, print).steps()
+    return CheckpointManager(Path("runs/tiny/checkpoints"), print).steps()
 
 
 def test_the_clock_asks_once_and_begins_anew_with_each_save(tmp_path: Path, clock: Callable[[float], None]) -> None:
@@ -77,6 +77,7 @@ def test_the_clock_asks_once_and_begins_anew_with_each_save(tmp_path: Path, cloc
     for seconds in (0, 119, 120, 121):
         clock(seconds)
         said.append(asks.due())
+    asks.begun()
     asks.saved()
     for seconds in (240, 241):
         clock(seconds)
@@ -95,6 +96,7 @@ def test_the_file_is_looked_for_once_a_second_and_deleted_after_the_save(
     assert not asks.due()
     clock(1.0)
     assert asks.due() and not asks.due() and file.exists()
+    asks.begun()
     asks.saved()
     assert not file.exists()
     clock(5.0)
@@ -118,6 +120,7 @@ def test_a_file_that_cannot_be_deleted_asks_once(tmp_path: Path, clock: Callable
     (file / "held").mkdir(parents=True)
     asks = SaveRequests(file, every_minutes=0, warn=warnings.append)
     assert asks.due()
+    asks.begun()
     asks.saved()
     clock(10.0)
     assert not asks.due()
@@ -129,6 +132,7 @@ def test_a_rank_that_is_not_heeded_looks_at_nothing(tmp_path: Path, clock: Calla
     asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=1, warn=pytest.fail, heeded=False)
     clock(1000.0)
     assert not asks.due()
+    asks.begun()
     asks.saved()
     assert (tmp_path / SAVE_NOW).exists()
 
@@ -138,7 +142,7 @@ def test_all_ranks_save_after_the_same_step(pool: Pool, tmp_path: Path, world: i
     """The first rank asks after step 2; several ranks agree while they take the next one."""
     saved = pool.run(save_request_ranks.asked_after, world, str(tmp_path), 2, 6)
     assert saved == [[2 if world == 1 else 3]] * world
-    assert CheckpointManager(tmp_path / "checkpoints", None, print).steps() == saved[0]
+    assert CheckpointManager(tmp_path / "checkpoints", print).steps() == saved[0]
     assert not (tmp_path / SAVE_NOW).exists()
 
 
@@ -150,7 +154,7 @@ def test_a_wish_to_stop_and_one_to_save_do_not_mix(pool: Pool) -> None:
 
 
 def test_a_run_saves_by_the_clock(folder: Path) -> None:
-    assert train("--checkpoint.every_minutes=1e-9", "--checkpoint.keep_last=1") == 0
+    assert train("--checkpoint.every_minutes=1e-9", "--checkpoint.keep_last=1", "--checkpoint.mode=sync") == 0
     assert committed() == [1, 2, 3, 4, 5, 6] and kept() == [6]
 
 
@@ -181,3 +185,35 @@ def test_every_nth_step_is_kept(folder: Path) -> None:
 )
 def test_what_need_not_be_kept(keep_last: int, keep_every: int, go: list[int]) -> None:
     assert superseded([10, 15, 20, 25, 30], keep_last, keep_every) == go
+
+
+def test_a_request_that_comes_while_a_save_is_written_is_kept(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    file = tmp_path / SAVE_NOW
+    asks = SaveRequests(file, every_minutes=0, warn=pytest.fail)
+    asks.begun()
+    file.touch()
+    clock(1.0)
+    assert asks.due()
+    asks.saved()  # the one from before the request
+    assert file.exists()
+    asks.begun()
+    asks.saved()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_what_asked_for_a_save_that_failed_waits_too(
+    tmp_path: Path, clock: Callable[[float], None], by_file: bool
+) -> None:
+    file = tmp_path / SAVE_NOW
+    asks = SaveRequests(file, every_minutes=0 if by_file else 0.1, warn=pytest.fail)
+    if by_file:
+        file.touch()
+    clock(10.0)
+    assert asks.due()
+    asks.begun()
+    asks.failed()
+    clock(10.0 + requests._RETRY_SECONDS - 1)
+    assert not asks.due()
+    clock(10.0 + requests._RETRY_SECONDS)
+    assert asks.due()

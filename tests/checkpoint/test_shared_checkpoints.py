@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import Pool
 
-from titanlite.checkpoint import load, plan
+from titanlite.checkpoint import plan
 from titanlite.checkpoint.format import MANIFEST, Manifest, encode
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.plan import overlap, pieces, share_by_size
-from titanlite.checkpoint.save import joined, write_pieces
+from titanlite.checkpoint.plan import overlap, pieces, shared_out
+from titanlite.checkpoint.save import joined, portion_of, write_portion
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
@@ -32,7 +31,7 @@ Cutting = list[dict[str, Shard]]
 
 def written(folder: Path, cutting: Cutting, file_bytes: int = 10**9) -> Manifest:
     """What the ranks write, one after the other, and the manifest of all."""
-    tables = [write_pieces(folder, shards, rank, file_bytes) for rank, shards in enumerate(cutting)]
+    tables = [write_portion(folder, portion_of(shards, file_bytes), rank) for rank, shards in enumerate(cutting)]
     manifest = joined(tables, **FIELDS)
     (folder / MANIFEST).write_bytes(encode(manifest))
     return manifest
@@ -87,31 +86,6 @@ def test_saved_under_any_cutting_and_loaded_under_any_other(data, tmp_path_facto
         assert all(torch.equal(into[name].tensor, shard.tensor) for name, shard in shards.items())
 
 
-def test_a_rank_reads_the_bytes_of_its_part_and_no_others(tmp_path, monkeypatch):
-    """A matrix in eight row blocks on as many ranks is read as one of three column blocks."""
-    folder = tmp_path / "step-00000001"
-    folder.mkdir()
-    whole = torch.randn(64, 30)
-    written(folder, [{"w": Shard(whole[8 * n : 8 * n + 8].clone(), (8 * n, 0), (64, 30))} for n in range(8)])
-    read: list[torch.Tensor] = []
-    pairs = load._pairs
-
-    def counted(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for target, values in pairs(*arguments):
-            read.append(values)
-            yield target, values
-
-    monkeypatch.setattr(load, "_pairs", counted)
-    into = Shard(torch.zeros(64, 10), (0, 10), (64, 30))
-    load_state(folder, {"w": into})
-    assert torch.equal(into.tensor, whole[:, 10:20])
-    assert sum(values.nbytes for values in read) == into.tensor.nbytes
-    read.clear()
-    into = Shard(torch.zeros(3, 2), (9, 28), (64, 30))
-    load_state(folder, {"w": into})
-    assert torch.equal(into.tensor, whole[9:12, 28:]) and [tuple(values.shape) for values in read] == [(3, 2)]
-
-
 def test_a_rank_with_nothing_to_write_writes_no_file(tmp_path):
     empty = {"w": Shard(torch.zeros(0, 3), (4, 0), (4, 3))}
     manifest = written(tmp_path, [{"w": Shard(torch.ones(4, 3), (0, 0), (4, 3))}, empty])
@@ -121,12 +95,15 @@ def test_a_rank_with_nothing_to_write_writes_no_file(tmp_path):
 
 def test_parts_that_do_not_make_a_whole_are_no_checkpoint(tmp_path):
     half = {"w": Shard(torch.zeros(2), (0,), (4,))}
-    with pytest.raises(ValueError, match="do not cover the shape"):
-        written(tmp_path, [half])
-    with pytest.raises(ValueError, match="do not cover the shape"):
-        written(tmp_path, [half, half])
-    with pytest.raises(ValueError, match=r"'w' is float32\[4\] on one rank"):
-        written(tmp_path, [half, {"w": Shard(torch.zeros(2, dtype=torch.int32), (2,), (4,))}])
+    other = {"w": Shard(torch.zeros(2, dtype=torch.int32), (2,), (4,))}
+    for name, cutting, said in (
+        ("one", [half], "do not cover the shape"),
+        ("twice", [half, half], "do not cover the shape"),
+        ("other", [half, other], r"'w' is float32\[4\] on one rank"),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=said):
+            written(tmp_path / name, cutting)
 
 
 # --- who writes and verifies what
@@ -179,13 +156,18 @@ def test_an_overlap_is_what_both_boxes_have(spans):
         assert (both[inside] == 2).all() and (both == 2).sum() == np.prod(part[1])
 
 
-@given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 8))
-def test_files_to_verify_are_dealt_out_evenly(sizes, ranks):
-    files = {f"f{index}": size for index, size in enumerate(sizes)}
-    shares = [share_by_size(files, rank, ranks) for rank in range(ranks)]
+@given(st.data())
+def test_files_to_verify_are_dealt_out_evenly_and_to_who_wants_them(data):
+    ranks = data.draw(st.integers(1, 8))
+    files = {f"f{index}": size for index, size in enumerate(data.draw(st.lists(st.integers(1, 1000), max_size=30)))}
+    wanted = [{file: data.draw(st.integers(0, size)) for file, size in files.items()} for _ in range(ranks)]
+    shares = shared_out(files, wanted)
     assert sorted(itertools.chain(*shares)) == sorted(files)
     loads = [sum(files[file] for file in share) for share in shares]
-    assert max(loads) - min(loads) <= max(sizes, default=0)
+    assert max(loads) - min(loads) <= 2 * max(files.values(), default=0)
+    # Where each wants a file of its own, as all do that wrote them, it reads that one.
+    wanted = [{file: size} for file, size in files.items()]
+    assert shared_out(files, wanted) == [[file] for file in files]
 
 
 # --- real ranks

@@ -68,7 +68,7 @@ def test_a_step_has_the_same_samples_on_any_layout(
 ) -> None:
     split = make_split()
     plans = [BatchPlan(global_batch, ranks, rank, microbatch or ceil_div(global_batch, ranks)) for rank in range(ranks)]
-    loaders = [train_loader(split, plan, first, first + count) for plan in plans]
+    loaders = [train_loader(split, plan, first * global_batch, count) for plan in plans]
     steps = list(zip(*loaders, strict=True))
     assert len(steps) == count
     for step, batches in enumerate(steps, start=first):
@@ -86,8 +86,8 @@ def test_a_step_has_the_same_samples_on_any_layout(
 def test_workers_change_nothing(workers: int, first: int, document_mask: bool) -> None:
     split = make_split(document_mask=document_mask)
     plan = BatchPlan(global_batch=7, data_ranks=2, data_rank=1, microbatch=2)
-    here = list(train_loader(split, plan, first, 12))
-    elsewhere = list(train_loader(split, plan, first, 12, workers=workers, prefetch=3))
+    here = list(train_loader(split, plan, first * 7, 12 - first))
+    elsewhere = list(train_loader(split, plan, first * 7, 12 - first, workers=workers, prefetch=3))
     assert len(here) == len(elsewhere) == 12 - first
     for one, other in zip(here, elsewhere, strict=True):
         assert (one.samples, one.sequences, one.valid_tokens) == (other.samples, other.sequences, other.valid_tokens)
@@ -97,20 +97,20 @@ def test_workers_change_nothing(workers: int, first: int, document_mask: bool) -
 
 
 def test_document_mask() -> None:
-    batch = next(train_loader(make_split(document_mask=True), BatchPlan(5, 2, 1, 2), 3, 4))
+    batch = next(train_loader(make_split(document_mask=True), BatchPlan(5, 2, 1, 2), 15, 1))
     assert batch.positions is not None and batch.documents is not None
     positions, documents = document_layout(batch.tokens.numpy(), 256)
     assert batch.positions.shape == batch.documents.shape == batch.tokens.shape
     assert torch.equal(batch.positions, torch.from_numpy(positions))
     assert torch.equal(batch.documents, torch.from_numpy(documents))
-    plain = next(train_loader(make_split(), BatchPlan(5, 2, 1, 2), 3, 4))
+    plain = next(train_loader(make_split(), BatchPlan(5, 2, 1, 2), 15, 1))
     assert plain.positions is None and plain.documents is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_overfit_one_batch_reads_step_0_forever(workers: int) -> None:
     split, plan = make_split(), BatchPlan(6, 1, 0, 6)
-    batches = list(train_loader(split, plan, 4, 7, workers=workers, overfit_one_batch=True))
+    batches = list(train_loader(split, plan, 24, 3, workers=workers, overfit_one_batch=True))
     assert [batch.samples for batch in batches] == [tuple(range(6))] * 3
     assert sequences_of(batches[-1]) == {number: reference(split, number) for number in range(6)}
 

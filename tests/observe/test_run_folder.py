@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from datetime import datetime
 
@@ -13,7 +16,7 @@ import pytest
 
 from titanlite import durable
 from titanlite.errors import EXIT_RECIPE, UsageError
-from titanlite.observe.run_folder import OWNED, has_run, open_run_folder
+from titanlite.observe.run_folder import OWNED, Start, has_run, open_run_folder
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
 
@@ -24,7 +27,7 @@ def recipe(**sections) -> Recipe:
 
 def opened(path, mode="auto", force=False, of=None, warn=pytest.fail):
     of = of or recipe()
-    return open_run_folder(path, of, to_toml(of), mode, force, warn)
+    return open_run_folder(path, of, to_toml(of), Start(mode, force), warn)
 
 
 def started(path, **sections):
@@ -75,7 +78,8 @@ def test_the_status_is_replaced_whole(tmp_path):
     folder.write_status("stopped", 7, 75, "SIGTERM")
     status = json.loads(folder.status.read_text())
     assert time.time() - 60 < datetime.fromisoformat(status.pop("time")).timestamp() <= time.time()
-    assert status == {"state": "stopped", "exit_code": 75, "step": 7, "reason": "SIGTERM"}
+    who = {"attempt": 1, "job": "", "pid": os.getpid(), "host": platform.node()}
+    assert status == {"state": "stopped", "exit_code": 75, "step": 7, "reason": "SIGTERM", **who}
     folder.close()
 
 
@@ -218,6 +222,67 @@ def test_a_second_process_is_refused_by_the_holders_name(tmp_path):
         os.waitpid(child, 0)
     opened(tmp_path).close()  # killed: the lock went with it, though the worker still lives
     os.close(ready)
+
+
+HOLD = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("process 7 on elsewhere", file=lock, flush=True)
+print("held", flush=True)
+time.sleep(0.7)
+"""
+
+
+def test_the_lock_of_a_lost_machine_is_waited_for(tmp_path):
+    """A file server lets go of it after a while."""
+    started(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".lock"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        warnings = []
+        opened(tmp_path, warn=warnings.append).close()
+    assert len(warnings) == 1 and "in use by process 7 on elsewhere; waiting" in warnings[0]
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+
+
+def test_starts_are_counted_and_the_last_end_is_known(tmp_path):
+    folder = opened(tmp_path)
+    assert (folder.attempt, folder.last_end()) == (1, "")
+    folder.write_status("failed", 3, 1, "ValueError: no")
+    folder.close()
+    folder = opened(tmp_path)
+    assert (folder.attempt, folder.last_end()) == (2, "failed: ValueError: no")
+    folder.write_status("running", 3)
+    folder.close()  # as a kill leaves it
+    folder = opened(tmp_path)
+    assert folder.attempt == 3 and folder.last_end().startswith(
+        f"process {os.getpid()} on {platform.node()} ended with"
+    )
+    folder.close()
+    folder.status.write_text("{ no status")
+    folder = opened(tmp_path)
+    assert folder.attempt == 1 and folder.last_end() == ""
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "deleted"),
+    [
+        pytest.param(Start(job="a"), Start("fresh", True, job="b"), True, id="another job"),
+        pytest.param(Start(job="a"), Start("fresh", True, job="a"), False, id="a machine that came to the same"),
+        pytest.param(Start(), Start("fresh", True), True, id="no job"),
+        pytest.param(Start(), Start("fresh", True, restarted=True), False, id="a restart"),
+    ],
+)
+def test_a_restart_deletes_nothing(tmp_path, before, now, deleted):
+    """The command line is the same each time; only the first start may do what it says once."""
+    started(tmp_path)
+    open_run_folder(tmp_path, recipe(), to_toml(recipe()), before, pytest.fail).close()
+    status = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**status, "job": before.job}))
+    folder = open_run_folder(tmp_path, recipe(), to_toml(recipe()), now, pytest.fail)
+    assert (not folder.metrics.exists(), folder.start.restarted) == (deleted, not deleted)
+    folder.close()
 
 
 def test_a_run_killed_while_it_was_deleted_is_still_a_run(tmp_path, monkeypatch):

@@ -69,6 +69,40 @@ def test_a_resume_drops_the_rows_that_will_come_again(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_a_run_that_goes_back_drops_the_rows_it_gives_up(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, 0, pytest.fail)
+    for row in (metric(10), metric(20), event_row(20, "rollback", "…"), metric(30)):
+        sink.write(row)
+    sink.rewind(10)
+    sink.write(metric(20, 1.5))
+    sink.sync()
+    assert rows_of(path) == [metric(10), event_row(20, "rollback", "…"), metric(20, 1.5)]
+    sink.rewind(20)
+    sink.close()
+    assert len(rows_of(path)) == 3
+
+
+def test_rows_that_wait_for_the_disk_are_not_cut_by_going_back(tmp_path, monkeypatch):
+    path, warnings = tmp_path / "metrics.jsonl", []
+    sink = JsonlSink(path, 0, warnings.append)
+    sink.write(metric(10))
+    with monkeypatch.context() as patch:
+        write = os.write
+
+        def full(descriptor, data):
+            if len(data) <= 50:
+                raise OSError(28, os.strerror(28))
+            return write(descriptor, bytes(data[:30]))
+
+        patch.setattr(os, "write", full)
+        sink.write(metric(20))
+        sink.rewind(10)
+    sink.write(metric(30))
+    sink.close()
+    assert rows_of(path) == [metric(10), metric(20), metric(30)] and len(warnings) == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(cut=st.integers(0, 400), after=st.integers(0, 6), garbage=st.binary(max_size=20))
 def test_a_file_cut_anywhere_is_mended(cut, after, garbage, tmp_path_factory):
@@ -177,6 +211,17 @@ def test_tensorboard_forgets_what_comes_again_after_a_resume(tmp_path, monkeypat
         for step in steps:
             sink.write(metric(step, float(process)))
         sink.close()
+    assert read_events(tmp_path)["train/loss"] == [(10, 0.0), (20, 1.0), (30, 1.0), (40, 1.0)]
+
+
+def test_tensorboard_forgets_what_a_run_gave_up(tmp_path):
+    sink = TensorBoardSink(tmp_path, 0, pytest.fail)
+    for step in (10, 20, 30):
+        sink.write(metric(step, 0.0))
+    sink.rewind(10)
+    for step in (20, 30, 40):
+        sink.write(metric(step, 1.0))
+    sink.close()
     assert read_events(tmp_path)["train/loss"] == [(10, 0.0), (20, 1.0), (30, 1.0), (40, 1.0)]
 
 

@@ -54,7 +54,7 @@ def test_each_sample_is_counted_once_and_its_group_has_it(
     for rank in range(layout.size):
         place: Place = layout.place(rank)
         plan = batch_plan(recipe, layout, place.data)
-        samples = plan.samples(3)
+        samples = plan.samples(3 * global_batch)
         shapes.add((plan.microbatches, plan.microbatch))
         assert len(samples) == plan.microbatches * plan.microbatch
         of_data_rank.setdefault(place.data, set()).add(tuple(samples))

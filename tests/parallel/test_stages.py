@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.models.spec import Piece
 from titanlite.parallel.stages import (
-    pipeline_findings,
     rank_of_stage,
     splits_backward,
     stage_split,
@@ -20,6 +19,7 @@ from titanlite.parallel.stages import (
     takes_microbatches,
 )
 from titanlite.recipe.sections import Pipeline, Recipe
+from titanlite.rules.pipeline import pipeline_findings
 
 
 def pieces_of(costs: list[int]) -> list[Piece]:

@@ -43,7 +43,7 @@ def assert_same(result: Result, reference: Result) -> None:
 
 def results(ranks: Sequence[tuple[Curve, list[Part]]]) -> list[Result]:
     """Each rank's curve with the weights that all of them hold."""
-    weights = assemble(ranks)
+    weights = assemble(part for _, parts in ranks for part in parts)
     return [(curve, weights) for curve, _ in ranks]
 
 

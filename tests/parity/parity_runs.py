@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.ranks import Ranks
 from titanlite.data.splits import open_data
+from titanlite.errors import StoppedEarly
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
 from titanlite.observe.journal import Journal
 from titanlite.observe.rows import Row
+from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.parallel.apply import build
 from titanlite.parallel.world import World
 from titanlite.recipe.load import to_toml
@@ -38,11 +41,18 @@ class _Kept:
     def write(self, row: Row) -> None:
         self.rows.append(row)
 
+    def rewind(self, after_step: int) -> None:
+        self.rows = [row for row in self.rows if "event" in row or row["step"] <= after_step]
+
     def sync(self) -> None:
         pass
 
     def close(self) -> None:
         pass
+
+    def curve(self) -> Curve:
+        keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
+        return {key: [row[key] for row in self.rows if key in row] for key in keys}
 
 
 def write_corpus(path: Path) -> str:
@@ -72,29 +82,58 @@ def small_recipe(corpus: str, **sections: dict[str, Any]) -> Recipe:
 
 def train(rank: int, world: int, recipe_json: str, folder: str | None = None) -> tuple[Curve, list[Part]]:
     """Run it (from the checkpoint in `folder`, if there is one); the curve, and what this rank holds of the weights."""
+    with _trainer(rank, world, recipe_json, folder) as (trainer, kept):
+        trainer.run()
+    return kept.curve(), _held(trainer.shards.table)
+
+
+def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str) -> list[Part]:
+    """What this rank holds of the state, all of it, that the last checkpoint in `folder` is of."""
+    with _trainer(rank, world, recipe_json, folder) as (trainer, _), suppress(StoppedEarly):
+        trainer.run()
+    return _held(trainer._state())
+
+
+def train_on(
+    rank: int, world: int, recipe_json: str, may_change: tuple[str, ...] = ()
+) -> tuple[list[Part], Curve, list[Part]]:
+    """What this rank holds of the state that the run begins with; then as `train`."""
+    with _trainer(rank, world, recipe_json, start=Start(may_change=may_change)) as (trainer, kept):
+        begun = _held(trainer._state())
+        trainer.run()
+    return begun, kept.curve(), _held(trainer.shards.table)
+
+
+@contextmanager
+def _trainer(
+    rank: int, world: int, recipe_json: str, folder: str | None = None, start: Start = GO_ON
+) -> Iterator[tuple[Trainer, _Kept]]:
     recipe = Recipe.model_validate_json(recipe_json)
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed)
     journal, kept = Journal(), _Kept()
     journal.add(kept)
     with _shared_folder(world) as scratch:
-        checkpoints = CheckpointManager(Path(folder or scratch), None, print, rank, world)
+        checkpoints = CheckpointManager(Path(folder or scratch), print, Ranks(rank, world))
         place = World(rank, world, torch.device("cpu"))
-        trainer = Trainer(recipe, to_toml(recipe), place, data, checkpoints, journal)
-        trainer.run()
-    keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
-    curve = {key: [row[key] for row in kept.rows if key in row] for key in keys}
-    held = trainer.shards.table.items()
-    return curve, [(name, shard.offset, shard.shape, shard.tensor.detach().clone()) for name, shard in held]
+        yield Trainer(recipe, to_toml(recipe), place, data, checkpoints, journal, start), kept
 
 
-def assemble(results: Sequence[tuple[Curve, list[Part]]]) -> dict[str, torch.Tensor]:
-    """The whole weights from what all ranks of a run hold, copies being equal; NaN where none holds anything."""
+def _held(table: Mapping[str, Shard]) -> list[Part]:
+    return [(name, shard.offset, shard.shape, shard.tensor.detach().clone()) for name, shard in table.items()]
+
+
+def assemble(parts: Iterable[Part]) -> dict[str, torch.Tensor]:
+    """The whole tensors from what all ranks of a run hold of them, copies being equal."""
     whole: dict[str, torch.Tensor] = {}
-    for name, offset, shape, values in (part for _, parts in results for part in parts):
-        tensor = whole.setdefault(name, values.new_full(shape, torch.nan))
-        box = tensor[tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))]
-        assert box.isnan().all() or torch.equal(box, values), f"two ranks hold different values of {name}"
-        box.copy_(values)
+    held: dict[str, torch.Tensor] = {}
+    for name, offset, shape, values in parts:
+        tensor = whole.setdefault(name, values.new_empty(shape))
+        known = held.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+        box = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+        assert torch.equal(tensor[box][known[box]], values[known[box]]), f"two ranks hold different values of {name}"
+        tensor[box] = values
+        known[box] = True
+    assert all(known.all() for known in held.values()), "some values are held by no rank"
     return whole
 
 
@@ -122,4 +161,4 @@ def initial_weights(rank: int, world: int, recipe_json: str) -> list[Part]:
     config = spec.configure(recipe.model)
     program = build(spec, config, recipe, World(rank, world, torch.device("cpu")))
     initialise(program.shards.table, lambda name: spec.initial_std(config, name), recipe.run.seed)
-    return [(name, s.offset, s.shape, s.tensor.detach().clone()) for name, s in program.shards.table.items()]
+    return _held(program.shards.table)

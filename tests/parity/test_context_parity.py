@@ -38,7 +38,7 @@ def test_results_and_gradients(pool: Pool, world: int, case: dict[str, Any], met
 @pytest.mark.parametrize("how", ["compiled", "recomputed", "recomputed but for products"])
 def test_under(pool: Pool, how: str, case: dict[str, Any], method: str) -> None:
     """Compiled in one graph, by the steps before code is generated."""
-    compare(pool, 3, method, case, how)
+    compare(pool, 2 if how == "compiled" else 3, method, case, how)  # every rank compiles
 
 
 @methods

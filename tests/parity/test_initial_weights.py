@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import parity_runs
@@ -45,7 +46,7 @@ def test_the_same_bits_on_every_mesh(pool: Pool, corpus: str, tied: bool) -> Non
             continue  # both ends on one rank: refused
         shared = small_recipe(corpus, model=model, precision={"compute": "float32"}, parallel=parallel)
         parts = pool.run(parity_runs.initial_weights, ranks, shared.model_dump_json())
-        whole = assemble([({}, part) for part in parts])
+        whole = assemble(itertools.chain(*parts))
         assert whole.keys() == expected.keys()
         for name, shard in expected.items():
             assert torch.equal(whole[name], shard.tensor), (name, parallel)

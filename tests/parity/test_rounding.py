@@ -15,7 +15,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tp": 2}),
     (2, {"cp": 2}),
     (2, {"pp": 2}),
-    (8, {"pp": 2, "tp": 2, "zero_stage": 3}),
+    (4, {"pp": 2, "tp": 2}),
 ]
 
 

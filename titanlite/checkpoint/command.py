@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.examine import checkpoints_at, damages, newest_at, strangers, summary
+from titanlite.checkpoint.examine import checkpoints_at, damages, deletion_told, newest_at, strangers, summary
 from titanlite.checkpoint.format import step_of
 from titanlite.checkpoint.huggingface_command import add_huggingface_commands
 from titanlite.durable import cause
@@ -103,7 +103,8 @@ def _diff(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.compare import differences
 
     a, b = newest_at(arguments.a), newest_at(arguments.b)
-    found = list(differences(a, b, arguments.prefix))
+    with deletion_told(a), deletion_told(b):
+        found = list(differences(a, b, arguments.prefix))
     apart = [difference for difference in found if not difference.is_none]
     if arguments.json:
         tensors = [{key: _plain(value) for key, value in asdict(difference).items()} for difference in found]

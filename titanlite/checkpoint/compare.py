@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from titanlite.checkpoint.examine import damages
 from titanlite.checkpoint.format import Chunk, DamagedCheckpointError, TensorEntry
+from titanlite.checkpoint.headers import open_tensors
 from titanlite.checkpoint.plan import Box, overlap, within
 from titanlite.checkpoint.storage import read_manifest
 
@@ -76,7 +77,7 @@ def _apart(a: Path, one: TensorEntry, b: Path, other: TensorEntry) -> tuple[int,
 
             def opened(path: Path) -> Any:
                 if path not in files:
-                    files[path] = stack.enter_context(safe_open(path, framework="pt"))
+                    files[path] = stack.enter_context(open_tensors(path))
                 return files[path]
 
             for left in one.chunks:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.headers import check_header, placed_chunks
 from titanlite.checkpoint.storage import checkpoint_steps, open_plain, read_manifest, verify_file
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.recipe.toml import parse_toml
+from titanlite.recipe.sections import Recipe
+from titanlite.recipe.toml import TomlSyntaxError, parse_toml
 
 
 def checkpoints_at(path: Path) -> list[Path]:
@@ -41,9 +45,20 @@ def newest_at(path: Path) -> Path:
     return checkpoints_at(path)[-1]
 
 
+@contextmanager
+def deletion_told(folder: Path) -> Iterator[None]:
+    """Raise `CheckpointError` where what is missing is the whole checkpoint, which was there a moment ago."""
+    try:
+        yield
+    except (DamagedCheckpointError, FileNotFoundError):
+        _refuse_deleted(folder)
+        raise
+
+
 def summary(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds and what wrote it, in plain values. Raises `CheckpointError` without a valid manifest."""
-    manifest = read_manifest(folder)
+    with deletion_told(folder):
+        manifest = read_manifest(folder)
     tensors = [
         {
             "name": name,
@@ -82,6 +97,18 @@ def _writer(manifest: Manifest) -> dict[str, Any]:
     return {"run": run.get("name"), "preset": model.get("preset"), "layout": sections.get("parallel")}
 
 
+def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with. Raises `CheckpointError` if this titanlite cannot read it."""
+    try:
+        return Recipe.model_validate(parse_toml(manifest.recipe).values)
+    except TomlSyntaxError as error:
+        raise CheckpointError(f"the recipe in {folder / MANIFEST} is not TOML: line {error.line}: {error}.") from None
+    except ValidationError as error:
+        item = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, item["loc"]))
+        raise CheckpointError(f"the recipe in {folder / MANIFEST} cannot be used: {key}: {item['msg']}.") from None
+
+
 def damages(folder: Path, deep: bool = False) -> Iterator[str]:
     """Everything wrong with a checkpoint, one sentence a file; `deep` also reads every file to compare its hash.
 
@@ -111,8 +138,9 @@ def damages(folder: Path, deep: bool = False) -> Iterator[str]:
 
 def strangers(folder: Path) -> list[str]:
     """Names in a checkpoint folder that its manifest does not list; loading ignores them."""
-    listed = {MANIFEST, *read_manifest(folder).files}
-    return sorted(path.name for path in folder.iterdir() if path.name not in listed)
+    with deletion_told(folder):
+        listed = {MANIFEST, *read_manifest(folder).files}
+        return sorted(path.name for path in folder.iterdir() if path.name not in listed)
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -205,6 +205,9 @@ def decode(data: bytes, source: str) -> Manifest:
             f"{source} needs titanlite format {version}, and this titanlite reads format {VERSION}. "
             "Use the titanlite that wrote it, or move that checkpoint away to go on from an earlier one."
         )
+    for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES)):  # before each of them is looked at
+        if isinstance(fields.get(key), dict) and len(fields[key]) > limit:
+            raise DamagedCheckpointError(f"{source} is not valid: it lists more than {limit} {key}.")
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields):
         raise DamagedCheckpointError(f"{source} is damaged: its content does not match its checksum.")

@@ -1,9 +1,13 @@
-"""The table at the head of a safetensors file, compared with what a manifest says of the file. Reads no values."""
+"""Opening safetensors files, and the table at the head of one compared with what a manifest says of the file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from errno import ENOENT
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,10 +26,23 @@ def placed_chunks(tensors: Mapping[str, TensorEntry]) -> Placed:
     return placed
 
 
+@contextmanager
+def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """The library's handle of a file. Raises `SafetensorError`, and `OSError` also where torch calls it otherwise."""
+    try:
+        handle = safe_open(path, framework=framework)
+    except RuntimeError as error:  # of torch's memory map: the library looks for the file first, and then torch
+        if path.exists():
+            raise
+        raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path)) from error
+    with handle:
+        yield handle
+
+
 def check_header(path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]) -> None:
     """The file's own table must say what the manifest says. Raises `DamagedCheckpointError`."""
     try:
-        with safe_open(path, framework="numpy") as file:  # no values are read, so torch need not be there
+        with open_tensors(path, framework="numpy") as file:  # no values are read, so torch need not be there
             present = set(file.keys())
             for name, chunk in chunks:
                 if chunk.key not in present:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import (
     DTYPES,
     MANIFEST,
@@ -33,7 +33,8 @@ from titanlite.checkpoint.format import (
     encode,
     folder_name,
 )
-from titanlite.checkpoint.load import verify_share
+from titanlite.checkpoint.headers import open_tensors
+from titanlite.checkpoint.load import verify_files
 from titanlite.checkpoint.plan import Box, group_by_size, overlap, within
 from titanlite.checkpoint.save import FILE_BYTES, environment
 from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
@@ -43,7 +44,6 @@ from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Model, Precision, Recipe, Training
-from titanlite.recipe.toml import TomlSyntaxError, parse_toml
 from titanlite.rules.run import BYTE_VOCABULARY
 
 PREFIX = "model."
@@ -100,7 +100,7 @@ def export_huggingface(
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
     shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
     _require_shapes(checkpoint, shapes, {name: entry.shape for name, entry in stored.items()})
-    verify_share(checkpoint, manifest, stored)
+    verify_files(checkpoint, manifest, stored)
     sources = {
         spec.to_huggingface(name.removeprefix(PREFIX)): Source(
             dtype or stored[name].dtype, shape, partial(_read_checkpoint, checkpoint, stored[name])
@@ -169,18 +169,6 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     return Written(out, len(sources), sum(source.nbytes for source in sources.values()), tuple(files), tuple(kept))
 
 
-def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
-    """The recipe that a checkpoint was trained with. Raises `CheckpointError` if this titanlite cannot read it."""
-    try:
-        return Recipe.model_validate(parse_toml(manifest.recipe).values)
-    except TomlSyntaxError as error:
-        raise CheckpointError(f"the recipe in {folder / MANIFEST} is not TOML: line {error.line}: {error}.") from None
-    except ValidationError as error:
-        item = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(map(str, item["loc"]))
-        raise CheckpointError(f"the recipe in {folder / MANIFEST} cannot be used: {key}: {item['msg']}.") from None
-
-
 # --- from a checkpoint
 
 
@@ -203,7 +191,7 @@ def _read_checkpoint(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
             met.setdefault(chunk.file, []).append((chunk, part))
     for name, chunks in met.items():
         try:
-            with safe_open(folder / name, framework="pt") as file:
+            with open_tensors(folder / name) as file:
                 for chunk, part in chunks:
                     block[within(part, box)] = _cut(file, chunk.key, within(part, (chunk.offset, chunk.shape)))
         except (SafetensorError, OSError) as error:
@@ -300,7 +288,7 @@ def _tables(folder: Path) -> dict[str, _Table]:
 
 def _table(path: Path) -> dict[str, _Table]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return {
                 name: _Table(path, name, values.get_dtype(), tuple(values.get_shape()))
@@ -330,7 +318,7 @@ def _require_found(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: d
 
 def _read_slice(table: _Table, box: Box) -> Tensor:
     try:
-        with safe_open(table.path, framework="pt") as file:
+        with open_tensors(table.path) as file:
             return _cut(file, table.key, within(box, ((0,) * len(table.shape), table.shape)))
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{table.path} cannot be read: {error}.") from None
@@ -365,7 +353,7 @@ def _write_checkpoint(folder: Path, sources: Mapping[str, Source], file_bytes: i
         tensors=tensors,
         files=listed,
         recipe=recipe,
-        environment=environment({}),
+        environment=environment(torch.device("cpu")),
         values={},
     )
     _write_bytes(folder / MANIFEST, encode(manifest))

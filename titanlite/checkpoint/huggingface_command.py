@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titanlite.checkpoint.examine import newest_at
+from titanlite.checkpoint.examine import deletion_told, newest_at
 from titanlite.recipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.huggingface import export_huggingface
 
     checkpoint = newest_at(arguments.checkpoint)
-    written = export_huggingface(checkpoint, arguments.out, arguments.dtype)
+    with deletion_told(checkpoint):
+        written = export_huggingface(checkpoint, arguments.out, arguments.dtype)
     print(f"{checkpoint} -> {_summary(written)}")
     if not written.tokenizer_files:
         print("no tokenizer was exported: the byte tokenizer has no files (ids are byte values, 256 ends a document).")

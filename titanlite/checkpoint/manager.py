@@ -7,47 +7,91 @@ is an error at once, for then an older one would not fit either.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from titanlite.checkpoint import storage
+from titanlite.checkpoint.examine import newest_at
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.ranks import Ranks
-from titanlite.checkpoint.save import save_state
+from titanlite.checkpoint.ranks import ALONE, Ranks
+from titanlite.checkpoint.save import Staging, environment, portion_of, save_state
 from titanlite.durable import cause
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
+Warn = Callable[[str], None]
+
+VALIDATION_LOSS = "validation_loss"
+"""The value beside a checkpoint's tensors that tells which are the best ones."""
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a newer one is committed; see `recipe.sections.Checkpoint`."""
+
+    last: int = 0
+    every: int = 0
+    best: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended; the same on all ranks."""
+
+    step: int
+    error: CheckpointError | None
+    """Why there is no checkpoint of this step; None: it is committed."""
+    blocked_seconds: float
+    """How long training stood still for it."""
+    seconds: float
+    """From its beginning to its end."""
+
 
 class CheckpointManager:
-    """Saves to and loads from `folder`, keeping the newest `keep_last` checkpoints (None: all) and, of the older ones,
-    those of every `keep_every`-th step (0: none).
+    """Saves to and loads from `folder`, and deletes what `keep` does not name.
 
-    Every one of the `ranks` processes of a run has one, over the same folder; `save`, `load` and `load_latest` are
-    called by all of them and end alike on all. `warn` gets, on the first, one sentence for whatever went wrong without
-    ending the run. Making one touches no file; a process that only reads (generation, export) needs no more than that.
+    Every one of the `ranks` processes of a run has one, over the same folder; what saves and loads is called by all of
+    them and ends alike on all. With `background`, a save stops training only while this rank's portion is copied to
+    the host's memory; there is one save at a time. `warn` gets, on the first rank, a sentence for whatever went wrong
+    without ending the run. Making one touches no file; a process that only reads needs no more than that.
     """
 
     def __init__(
         self,
         folder: Path,
-        keep_last: int | None,
-        warn: Callable[[str], None],
-        rank: int = 0,
-        ranks: int = 1,
-        keep_every: int = 0,
+        warn: Warn,
+        ranks: Ranks = ALONE,
+        keep: Keep = Keep(),
+        background: bool = False,
+        max_failures: int = 0,
     ) -> None:
+        """`max_failures`: saves that may fail one after the other."""
         self.folder = folder
-        self.keep_last = keep_last
-        self.keep_every = keep_every
         self.current: int | None = None
         """Step of the checkpoint that this process last committed or loaded, known to be whole."""
-        self._ranks = Ranks(rank, ranks)
-        self._warn = warn if self._ranks.is_first else lambda text: None
+        self._ranks = ranks
+        self._keep = keep
+        self._warn = warn if ranks.is_first else lambda text: None
         self._passed_over: set[int] = set()
+        self._staging = Staging() if background else None
+        self._writing: _Writing | None = None
+        self._max_failures = max_failures
+        self._failed: list[CheckpointError] = []
+        """Of the saves since the last that was committed."""
+        self._validation_losses: dict[int, float] = {}
+        self._place: int | None = None
+        """Descriptor of the folder that was prepared: held open, for the number of a deleted one is given away."""
 
     def prepare(self) -> None:
         """Make the folder and clear what a killed process left there.
@@ -57,6 +101,7 @@ class CheckpointManager:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             storage.clear_leftovers(self.folder)
+            self._place = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"cannot use {self.folder} for checkpoints: {cause(error, self.folder)}.") from error
 
@@ -71,7 +116,7 @@ class CheckpointManager:
     def path(self, step: int) -> Path:
         return self.folder / folder_name(step)
 
-    def save(
+    def begin(
         self,
         *,
         step: int,
@@ -80,26 +125,97 @@ class CheckpointManager:
         tensors: Mapping[str, Shard],
         values: Mapping[str, Scalar],
         recipe_text: str,
-    ) -> Path:
-        """Commit a checkpoint after `step` steps, then delete those that need not be kept; returns its folder.
+        device: torch.device = _CPU,
+    ) -> None:
+        """Begin a checkpoint of the state after `step` steps, which may change once this returns; `ended` and `wait`
+        tell how it went. In the foreground it has ended by then.
 
-        Raises `CheckpointError` if it cannot be written; all others are then still there.
+        One that is still being written is waited for, since its memory is needed.
         """
-        self._ranks.first(lambda: self._set_aside_before_saving(step))
-        final = self.path(step)
-        save_state(
-            final, step=step, samples=samples, tokens=tokens, tensors=tensors, values=values, recipe=recipe_text,
-            ranks=self._ranks,
-        )  # fmt: skip
-        self.current = step
-        self._passed_over.discard(step)
-        self._ranks.first(self._prune)
-        return final
+        began = time.monotonic()
+        assert self._writing is None, "a save that was begun must be waited for, or have ended"
+        portion = portion_of(tensors)
+        if self._staging is not None:
+            portion = self._staging.copy(portion)
+        facts = environment(device)
+
+        def write(warn: Warn) -> None:
+            self._ranks.first(self._require_same_place)
+            self._ranks.first(lambda: self._set_aside_before_saving(step, warn))
+            save_state(
+                self.path(step), portion, step=step, samples=samples, tokens=tokens, values=values,
+                recipe=recipe_text, environment=facts, ranks=self._ranks,
+            )  # fmt: skip
+            self._validation_losses.pop(step, None)
+            self._ranks.first(lambda: self._prune(warn))
+
+        self._writing = _Writing(step, write, began, background=self._staging is not None)
+
+    def saves(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there or being written; the same on all ranks after the same step."""
+        return step in (self.current, self._writing.step if self._writing is not None else None)
+
+    def ended(self) -> Saved | None:
+        """How the save went that was begun last; None if there is none, or it goes on. Told once, here or by `wait`."""
+        writing = self._writing
+        if writing is None or writing.goes_on():
+            return None
+        self._writing = None
+        saved = writing.result()
+        for text in writing.warnings:
+            self._warn(text)
+        if saved.error is None:
+            self.current, self._failed = saved.step, []
+            self._passed_over.discard(saved.step)
+        else:
+            self._failed.append(saved.error)
+        return saved
+
+    def wait(self) -> Saved | None:
+        """As `ended`, once the save has ended. To be called by all ranks after the same step.
+
+        Raises `CheckpointError` if more saves than may have failed one after the other.
+        """
+        if self._writing is not None:
+            self._writing.join()
+        saved = self.ended()
+        if len(self._failed) > self._max_failures:
+            again = f" ({len(self._failed)} saves in a row have failed.)" if self._max_failures else ""
+            raise CheckpointError(f"{self._failed[-1]}{again}") from self._failed[-1]
+        return saved
+
+    def close(self) -> None:
+        """Wait for a save in the background, for a run that ends without asking how it went."""
+        if self._writing is not None:
+            self._writing.join()
 
     def load(self, step: int, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest:
         """Load one checkpoint into `tensors` (see `load_state`). Raises `CheckpointError`."""
         manifest = load_state(self.path(step), tensors, prefix, self._ranks)
         self.current = step
+        return manifest
+
+    def newest_at(self, path: Path) -> Path:
+        """`examine.newest_at` as the first rank sees it: another run may be saving there. Raises as that does."""
+        return Path(os.fsdecode(self._ranks.first(lambda: os.fsencode(newest_at(path)))))
+
+    def load_from(
+        self, folder: Path, tensors: Mapping[str, Shard], prefix: str = "", convert: bool = False
+    ) -> Manifest:
+        """Load another run's checkpoint, which stays as it is. Raises `CheckpointError`."""
+        return load_state(folder, tensors, prefix, self._ranks, convert)
+
+    def go_back_to(self, step: int, tensors: Mapping[str, Shard]) -> Manifest:
+        """Load the checkpoint of `step` and rename later ones, so that none of them is ever the latest again.
+
+        Raises `CheckpointError` if there is none of that step, or if it is damaged or does not fit.
+        """
+        steps = self._agreed_steps()
+        if step not in steps:
+            there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
+            raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; {there}.")
+        manifest = self.load(step, tensors)
+        self._ranks.first(lambda: self._set_aside_after(step, steps))
         return manifest
 
     def load_latest(self, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest | None:
@@ -108,8 +224,7 @@ class CheckpointManager:
         Raises `CheckpointError` if there are some and none can be used, if one does not fit, or if there are ranks
         that do not see the folder.
         """
-        self._require_shared_folder()
-        steps = json.loads(self._ranks.first(lambda: json.dumps(self.steps()).encode()))
+        steps = self._agreed_steps()
         damages: list[str] = []
         for step in reversed(steps):
             try:
@@ -125,6 +240,8 @@ class CheckpointManager:
                     f"going on from step {step}: {again} {'step' if again == 1 else 'steps'} will be trained again."
                 )
             return manifest
+        if damages and self._agreed_steps() != steps:  # a reader beside a run, which has saved and deleted meanwhile
+            return self.load_latest(tensors, prefix)
         if damages:
             listed = "\n  ".join(damages)
             raise CheckpointError(
@@ -132,6 +249,12 @@ class CheckpointManager:
                 "Restore one of them from a copy, or start over with --fresh --force."
             )
         return None
+
+    def _agreed_steps(self) -> list[int]:
+        """Steps with a committed checkpoint, on all ranks those that the first one sees."""
+        self._require_shared_folder()
+        listed: list[int] = json.loads(self._ranks.first(lambda: json.dumps(self.steps()).encode()))
+        return listed
 
     def _require_shared_folder(self) -> None:
         """Raises `CheckpointError` before any training is lost to a folder that is another one on another machine."""
@@ -158,20 +281,101 @@ class CheckpointManager:
                 "set run.output_dir to a folder that they share."
             )
 
-    def _set_aside_before_saving(self, step: int) -> None:
+    def _require_same_place(self) -> None:
+        """Raises `CheckpointError` rather than let a run write into a folder that is not, or no longer, its own."""
+        try:
+            same = self._place is None or os.path.samestat(os.fstat(self._place), os.stat(self.folder))
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{self.folder} is no longer the folder that this run began in: it was removed, moved or replaced. "
+                "Nothing is written there; move it back, and the next save will find it."
+            )
+
+    def _set_aside_before_saving(self, step: int, warn: Warn) -> None:
         """Checkpoints that loading passed over: later ones must not be 'latest' again, and none counts as kept."""
         for other in self.steps():
-            if other <= step and (other == step or other not in self._passed_over):
-                continue
-            try:
-                aside = storage.set_aside(self.path(other))
-            except OSError as error:
-                raise CheckpointError(f"cannot rename {self.path(other)}: {cause(error, self.folder)}.") from error
-            self._warn(f"the checkpoint of step {other}, which was passed over, is now {aside.name}.")
+            if other > step or (other < step and other in self._passed_over):
+                self._set_aside(other, "was passed over", warn)
 
-    def _prune(self) -> None:
-        for step in storage.superseded(self.steps(), self.keep_last or 0, self.keep_every):
+    def _set_aside_after(self, step: int, steps: Sequence[int]) -> None:
+        for later in steps:
+            if later > step:
+                self._set_aside(later, f"is later than step {step}", self._warn)
+
+    def _set_aside(self, step: int, why: str, warn: Warn) -> None:
+        try:
+            aside = storage.set_aside(self.path(step))
+        except OSError as error:
+            raise CheckpointError(f"cannot rename {self.path(step)}: {cause(error, self.folder)}.") from error
+        warn(f"the checkpoint of step {step}, which {why}, is now {aside.name}.")
+
+    def _prune(self, warn: Warn) -> None:
+        steps = self.steps()
+        kept = self._best(steps)
+        for step in storage.superseded(steps, self._keep.last, self._keep.every):
+            if step in kept:
+                continue
             try:
                 storage.remove(self.path(step))
             except OSError as error:
-                self._warn(f"cannot delete the old checkpoint {self.path(step)}: {cause(error, self.folder)}.")
+                warn(f"cannot delete the old checkpoint {self.path(step)}: {cause(error, self.folder)}.")
+
+    def _best(self, steps: Sequence[int]) -> list[int]:
+        """The `keep.best` steps of the lowest validation loss, and those of which it cannot be read just now."""
+        if not self._keep.best:
+            return []
+        unread = []
+        for step in steps:
+            if step not in self._validation_losses:
+                try:
+                    self._validation_losses[step] = _validation_loss(self.path(step))
+                except CheckpointError:
+                    unread.append(step)
+        known = [step for step in steps if math.isfinite(self._validation_losses.get(step, math.inf))]
+        return unread + sorted(known, key=lambda step: (self._validation_losses[step], -step))[: self._keep.best]
+
+
+class _Writing:
+    """A save on its way, in a thread of its own or, in the foreground, over and done with."""
+
+    def __init__(self, step: int, write: Callable[[Warn], None], began: float, background: bool) -> None:
+        self.warnings: list[str] = []
+        self.step = step
+        self._write = write
+        self._began = began
+        self._error: Exception | None = None
+        # A daemon: after an error that only this rank met, the save would wait for ranks that are gone.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if background else None
+        if self._thread is None:
+            self._run()
+        else:
+            self._thread.start()
+        self._blocked_seconds = time.monotonic() - began
+
+    def goes_on(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> Saved:
+        """Raises what was no matter of disks."""
+        if self._error is not None and not isinstance(self._error, CheckpointError):
+            raise self._error
+        return Saved(self.step, self._error, self._blocked_seconds, self._ended - self._began)
+
+    def _run(self) -> None:
+        try:
+            self._write(self.warnings.append)
+        except Exception as error:  # for the thread that asks for the result
+            self._error = error
+        self._ended = time.monotonic()
+
+
+def _validation_loss(folder: Path) -> float:
+    """The one that stands in a checkpoint's manifest; infinite if none does. Raises `CheckpointError`."""
+    value = storage.read_manifest(folder).values.get(VALIDATION_LOSS)
+    return float(value) if isinstance(value, int | float) else math.inf

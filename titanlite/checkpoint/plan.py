@@ -5,8 +5,7 @@ A box is a part of a whole tensor: its offset and its shape. Every process that 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import xxhash
 
@@ -61,7 +60,20 @@ def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def share_by_size(sizes: Mapping[str, int], rank: int, ranks: int) -> list[str]:
-    """The names that fall to one of `ranks` ranks: dealt out from the largest, so that all get about as much."""
-    dealt = sorted(sizes, key=lambda name: (-sizes[name], name))
-    return list(itertools.islice(dealt, rank, None, ranks))
+def shared_out(sizes: Mapping[str, int], wanted: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """The files that each rank reads whole, from how many bytes of each every rank wants.
+
+    From the largest on, each goes where it adds least: to a rank that has few by then, or that wants most of it anyway.
+    """
+    holders: dict[str, list[int]] = {file: [] for file in sizes}
+    for rank, files in enumerate(wanted):
+        for file in files:
+            holders[file].append(rank)
+    loads = [0] * len(wanted)
+    shares: list[list[str]] = [[] for _ in wanted]
+    for file in sorted(sizes, key=lambda file: (-sizes[file], file)):
+        candidates = [min(range(len(loads)), key=loads.__getitem__), *holders[file]]
+        rank = min(candidates, key=lambda rank: (loads[rank] - wanted[rank].get(file, 0), rank))
+        shares[rank].append(file)
+        loads[rank] += sizes[file]
+    return shares

@@ -1,6 +1,6 @@
-"""How the processes of a run act as one on a checkpoint: what one says all hear, and what fails on one fails on all.
+"""How the processes of a run act as one on their files: what one says all hear, and what fails on one fails on all.
 
-Messages are bytes over the default process group's CPU backend; nothing is pickled. Alone, a process needs no group.
+Messages are bytes over a process group of hosts; nothing is pickled. Alone, a process needs no group.
 """
 
 from __future__ import annotations
@@ -8,28 +8,34 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
-from titanlite.errors import CheckpointError
+from titanlite.errors import CheckpointError, GuardStop, TitanliteError, UsageError
 
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, NewerFormatError, DamagedCheckpointError)}
+_KINDS: dict[str, type[TitanliteError]] = {
+    kind.__name__: kind for kind in (GuardStop, UsageError, CheckpointError, NewerFormatError, DamagedCheckpointError)
+}
 """What a rank may be told of, the gravest first: an older checkpoint mends damage and nothing else."""
 _DONE, _FAILED = b"+", b"-"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share a checkpoint. `first` and `each` are collective when there are several.
+    """This process among those that share files. `first` and `each` are collective when there are several.
 
-    If the action raises anywhere, both raise on every rank, and none is left waiting: the same `CheckpointError` (or
+    If the action raises anywhere, both raise on every rank, and none is left waiting: the same `UsageError` (or
     `DamagedCheckpointError` …) everywhere, but where an action raised something else, there that itself.
     """
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
+    """Theirs, and of nobody else: messages of a save in the background must not meet those of a step. None: the
+    default group, for processes that do nothing beside."""
 
     @property
     def is_first(self) -> bool:
@@ -54,19 +60,19 @@ class Ranks:
     def _broadcast(self, message: bytes) -> bytes:
         """The first rank's message; what the others give is ignored."""
         length = torch.tensor([len(message)])
-        dist.broadcast(length, 0)
+        dist.broadcast(length, 0, self.group)
         data = _tensor(message) if self.is_first else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, 0)
+        dist.broadcast(data, 0, self.group)
         return data.numpy().tobytes()
 
     def _gather(self, message: bytes) -> list[bytes]:
         """All ranks' messages on the first rank, nothing on the others."""
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]))
+        dist.all_gather(lengths, torch.tensor([len(message)]), self.group)
         longest = int(max(lengths))
         padded = _tensor(message.ljust(longest, b"\0"))
         received = [torch.empty(longest, dtype=torch.uint8) for _ in lengths] if self.is_first else None
-        dist.gather(padded, received, 0)
+        dist.gather(padded, received, 0, self.group)
         return [
             data[: int(length)].numpy().tobytes() for data, length in zip(received or (), lengths, strict=self.is_first)
         ]
@@ -74,6 +80,13 @@ class Ranks:
 
 ALONE = Ranks()
 """A process without others."""
+
+
+def joined_ranks(rank: int, size: int, timeout_seconds: float) -> Ranks:
+    """The processes of the default group, which all call this, with a group of their own for saving and loading."""
+    if size == 1:
+        return ALONE
+    return Ranks(rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
 
 
 def _tensor(message: bytes) -> torch.Tensor:
@@ -104,7 +117,9 @@ def _result(message: bytes, own: Exception | None) -> bytes:
     """What a message of success holds. Raises the error that another tells of, or `own` if that is no user's error."""
     if message[:1] == _DONE:
         return message[1:]
-    if own is not None and not isinstance(own, CheckpointError):
+    if own is not None and not isinstance(own, tuple(_KINDS.values())):
         raise own
     kind, text = json.loads(message[1:])
-    raise _KINDS[kind](text) from own
+    error = _KINDS[kind](text)
+    error.on_all_ranks = True
+    raise error from own

@@ -19,18 +19,25 @@ SAVE_NOW = "save-now"
 _LOOK_EVERY_SECONDS = 1.0
 """A look at a shared file system may take a while; steps may be short."""
 
+_RETRY_SECONDS = 30.0
+"""After a save that failed, the next is asked for so much later: a full disk may have been cleared by then."""
+
 
 class SaveRequests:
-    """Asks once for each save that is due, and not again before `saved`. Of all ranks only one is `heeded`."""
+    """Asks once for each save that is due, and not again before it is known how it went. Of all ranks only one is
+    `heeded`.
+    """
 
     def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None], heeded: bool = True) -> None:
         """`file` asks for a save by being there; `every_minutes` 0: the clock asks for none."""
         self._file: Path | None = file if heeded else None
         self._limit_seconds = 60 * every_minutes if heeded and every_minutes else math.inf
         self._warn = warn
+        self._heeded = heeded
         self._saved_at = time.monotonic()
+        self._retry_at = math.inf
         self._looked_at = -math.inf
-        self._asked = self._asked_by_file = False
+        self._asked = self._asked_by_file = self._saves_for_file = False
 
     def due(self) -> bool:
         """Whether to ask for a checkpoint now."""
@@ -40,16 +47,30 @@ class SaveRequests:
         if self._file is not None and now - self._looked_at >= _LOOK_EVERY_SECONDS:
             self._looked_at = now
             self._asked_by_file = os.path.exists(self._file)
-        self._asked = self._asked_by_file or now - self._saved_at >= self._limit_seconds
+        if math.isfinite(self._retry_at):  # whatever asked for the save that failed still does
+            self._asked = now >= self._retry_at
+        else:
+            self._asked = self._asked_by_file or now - self._saved_at >= self._limit_seconds
         return self._asked
 
+    def begun(self) -> None:
+        """A save of the state of now was begun, for whatever reason: the clock begins anew."""
+        self._saves_for_file = self._asked_by_file
+        self._saved_at = time.monotonic()
+
+    def failed(self) -> None:
+        """A save came to nothing: ask for another one in a while."""
+        self._asked = self._saves_for_file = False
+        self._retry_at = time.monotonic() + _RETRY_SECONDS if self._heeded else math.inf
+
     def saved(self) -> None:
-        """A checkpoint was committed: the clock begins anew, and the file that asked for it goes."""
-        if self._asked_by_file and self._file is not None:
+        """The save that was begun last is committed: the file that had asked for it before goes."""
+        if self._saves_for_file and self._file is not None:
             try:
                 self._file.unlink(missing_ok=True)
             except OSError as error:
                 self._warn(f"cannot delete {self._file}: {cause(error, self._file)}. It is not looked for any more.")
                 self._file = None
-        self._asked = self._asked_by_file = False
-        self._saved_at = time.monotonic()
+        self._asked = self._asked_by_file = self._asked_by_file and not self._saves_for_file
+        self._saves_for_file = False
+        self._retry_at = math.inf

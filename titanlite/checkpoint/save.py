@@ -7,22 +7,21 @@ matter.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
 import titanlite
 from titanlite.checkpoint.format import DTYPES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, Scalar, encode
-from titanlite.checkpoint.plan import group_by_size, pieces, within
+from titanlite.checkpoint.plan import Box, group_by_size, pieces, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.storage import abandon, begin, commit, describe_file, pending, refusals_explained
+from titanlite.checkpoint.storage import abandon, begin, commit, pending, refusals_explained
+from titanlite.checkpoint.stream import Source, write_tensors
 from titanlite.durable import sync_path
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
@@ -31,62 +30,113 @@ FILE_BYTES = 4 * 2**30
 """A new file begins when the one before would grow past this."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A box of a whole tensor that this rank writes."""
+
+    name: str
+    offset: tuple[int, ...]
+    values: Tensor
+    """On any device; a view of what is trained, or a copy of it."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What falls to this rank of a checkpoint."""
+
+    table: Mapping[str, Mapping[str, object]]
+    """dtype and whole shape of the tensors that it writes something of, and of empty ones."""
+    pieces: Mapping[str, Piece]
+    """By the keys that they have in their files."""
+    file_bytes: int
+    """Size of its files."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.values.nbytes for piece in self.pieces.values())
+
+
+def portion_of(tensors: Mapping[str, Shard], file_bytes: int = FILE_BYTES) -> Portion:
+    """What this rank writes of a state, by views: each box that several ranks hold is shared out among them.
+
+    Tensors that share storage must be reduced to one name by the caller.
+    """
+    table: dict[str, Mapping[str, object]] = {}
+    cut: dict[str, Piece] = {}
+    for name, shard in tensors.items():
+        tensor, box = shard.tensor.detach(), shard.box
+        mine = pieces(name, box, tensor.nbytes, shard.copies, shard.copy, file_bytes)
+        if mine or 0 in shard.shape:
+            table[name] = {"dtype": _stored_dtype(name, tensor), "shape": shard.shape}
+        for part in mine:
+            cut[_key(name, part, shard.shape)] = Piece(name, part[0], tensor[within(part, box)])
+    return Portion(table, cut, file_bytes)
+
+
+class Staging:
+    """Host memory for copies of one run's portion, kept from save to save: from the second on its pages are there."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, portion: Portion) -> Portion:
+        """The same portion as it is now, in the host's memory; what is trained may change once this returns."""
+        values = {key: piece.values for key, piece in portion.pieces.items()}
+        if self._buffers.keys() != values.keys():
+            self._buffers = {key: _host_memory_like(tensor) for key, tensor in values.items()}
+        for key, tensor in values.items():
+            self._buffers[key].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in values.values()):
+            torch.cuda.current_stream().synchronize()
+        copies = {key: replace(piece, values=self._buffers[key]) for key, piece in portion.pieces.items()}
+        return replace(portion, pieces=copies)
+
+
 def save_state(
     final: Path,
+    portion: Portion,
     *,
     step: int,
     samples: int,
     tokens: int,
-    tensors: Mapping[str, Shard],
     values: Mapping[str, Scalar],
     recipe: str,
+    environment: Mapping[str, str],
     ranks: Ranks = ALONE,
-    file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write the folder `final` atomically; called by every rank, each with its parts of all tensors.
+    """Write the folder `final` atomically; called by every rank, each with its portion.
 
-    Returns once the checkpoint is committed. Whatever is no tensor is the first rank's. Tensors may be on any device;
-    one file's worth is on the host at a time. Raises `CheckpointError` on every rank if a disk refuses on any, with
-    nothing changed on it.
+    Returns once the checkpoint is committed. Whatever is no tensor is the first rank's. Raises `CheckpointError` on
+    every rank if a disk refuses on any, with nothing changed on it.
     """
-
     fields = {
         "step": step, "samples": samples, "tokens": tokens, "recipe": recipe, "values": dict(values),
-        "environment": {**environment(tensors), "ranks": str(ranks.size)},
+        "environment": {**environment, "ranks": str(ranks.size)},
     }  # fmt: skip
-    explained = refusals_explained(final)
+    explained = refusals_explained(final, portion.nbytes)
     try:
         ranks.first(explained(lambda: begin(final)))
-        tables = ranks.each(explained(lambda: write_pieces(pending(final), tensors, ranks.rank, file_bytes)))
+        tables = ranks.each(explained(lambda: write_portion(pending(final), portion, ranks.rank)))
         ranks.first(explained(lambda: _commit(final, joined(tables, **fields))))
     except Exception:  # on all ranks alike; what an interruption leaves, the next start clears
         ranks.first(lambda: abandon(final))
         raise
 
 
-def write_pieces(folder: Path, tensors: Mapping[str, Shard], rank: int = 0, file_bytes: int = FILE_BYTES) -> bytes:
-    """Write and sync what falls to this rank; its table of tensors and files, as JSON, for `joined`. Raises `OSError`.
-
-    Tensors that share storage must be reduced to one name by the caller.
-    """
-    table: dict[str, dict[str, Any]] = {"tensors": {}, "files": {}}
-    mine: dict[str, tuple[str, Shard]] = {}
-    for name, shard in tensors.items():
-        cut = _pieces(name, shard, file_bytes)
-        if cut or 0 in shard.shape:
-            table["tensors"][name] = {"dtype": _stored_dtype(name, shard), "shape": shard.shape, "chunks": []}
-        mine.update({_key(name, piece): (name, piece) for piece in cut})
-    sizes = {key: piece.tensor.nbytes for key, (_, piece) in mine.items()}
-    for number, keys in enumerate(group_by_size(sizes, file_bytes)):
+def write_portion(folder: Path, portion: Portion, rank: int = 0) -> bytes:
+    """Write and sync a portion; its table of tensors and files, as JSON, for `joined`. Raises `OSError`."""
+    tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in portion.table.items()}
+    files = {}
+    sizes = {key: piece.values.nbytes for key, piece in portion.pieces.items()}
+    for number, keys in enumerate(group_by_size(sizes, portion.file_bytes)):
         file = f"tensors-{rank:05d}-{number:03d}.safetensors"
-        _write_tensors(folder / file, {key: mine[key][1].tensor for key in keys})
-        sync_path(folder / file)
-        table["files"][file] = describe_file(folder / file).model_dump()
+        files[file] = write_tensors(folder / file, {key: _source(portion.pieces[key].values) for key in keys})
         for key in keys:
-            name, piece = mine[key]
-            chunk = {"offset": piece.offset, "shape": tuple(piece.tensor.shape), "file": file, "key": key}
-            table["tensors"][name]["chunks"].append(chunk)
-    return json.dumps(table).encode()
+            piece = portion.pieces[key]
+            chunk = {"offset": piece.offset, "shape": tuple(piece.values.shape), "file": file, "key": key}
+            tensors[piece.name]["chunks"].append(chunk)
+    listed = {file: entry.model_dump() for file, entry in files.items()}
+    return json.dumps({"tensors": tensors, "files": listed}).encode()
 
 
 def joined(tables: Sequence[bytes], **fields: object) -> Manifest:
@@ -106,55 +156,44 @@ def joined(tables: Sequence[bytes], **fields: object) -> Manifest:
     return Manifest.model_validate_json(json.dumps({**fields, "tensors": tensors, "files": files}))
 
 
-def environment(tensors: Mapping[str, Shard]) -> dict[str, str]:
-    """What a run's numbers may depend on beside its recipe: versions, platform, and the device the tensors are on."""
-    devices = (shard.tensor.device for shard in tensors.values())
-    cuda = next((device for device in devices if device.type == "cuda"), None)
+def environment(device: torch.device) -> dict[str, str]:
+    """What a run's numbers may depend on beside its recipe: versions, platform, and the device that it trains on."""
     return {
         "titanlite": titanlite.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "device": torch.cuda.get_device_name(cuda) if cuda is not None else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
     """torch's own name of the dtype, such as `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _pieces(name: str, shard: Shard, file_bytes: int) -> list[Shard]:
-    """What this rank writes of its box."""
-    tensor = shard.tensor.detach()
-    box = (shard.offset, tuple(tensor.shape))
-    cut = pieces(name, box, tensor.nbytes, shard.copies, shard.copy, file_bytes)
-    return [Shard(tensor[within(piece, box)], piece[0], shard.shape) for piece in cut]
-
-
-def _stored_dtype(name: str, shard: Shard) -> str:
-    dtype = dtype_name(shard.tensor)
+def _stored_dtype(name: str, tensor: Tensor) -> str:
+    dtype = dtype_name(tensor)
     if dtype not in DTYPES:
         raise ValueError(f"tensor '{name}' is {dtype}, which a checkpoint cannot hold")
     return dtype
 
 
-def _key(name: str, piece: Shard) -> str:
+def _key(name: str, part: Box, shape: tuple[int, ...]) -> str:
     """What a piece is called in its file: as its tensor, with the offset if it is not all of it."""
-    return name if piece.tensor.shape == piece.shape else f"{name}@{','.join(map(str, piece.offset))}"
+    return name if part[1] == shape else f"{name}@{','.join(map(str, part[0]))}"
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """One safetensors file with the permissions a new file has here. Raises `OSError`, whatever the library raised."""
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library writes a private temporary file and renames it
+def _source(values: Tensor) -> Source:
+    shape = tuple(values.shape)
+    origin = ((0,) * len(shape), shape)
+    return Source(dtype_name(values), shape, lambda box: values[within(box, origin)].cpu())
+
+
+def _host_memory_like(tensor: Tensor) -> Tensor:
+    # Pinned: only to such memory does a GPU copy without the host's help.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
 def _commit(final: Path, manifest: Manifest) -> None:

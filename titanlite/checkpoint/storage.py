@@ -12,8 +12,8 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
@@ -28,6 +28,7 @@ from titanlite.checkpoint.format import (
 )
 from titanlite.durable import cause, sync_path
 from titanlite.errors import CheckpointError
+from titanlite.recipe.units import format_bytes
 
 HASH_BLOCK_BYTES = 2**22
 
@@ -88,13 +89,14 @@ def abandon(final: Path) -> None:
 
 
 @contextmanager
-def refusals_explained(final: Path) -> Iterator[None]:
-    """Turn an `OSError` met while writing `final` into a `CheckpointError` with the path and the system's reason."""
+def refusals_explained(final: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn an `OSError` met while writing `final` into a `CheckpointError` with path, reason, and this rank's need."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the checkpoint {final}: {cause(error, final)}. Earlier checkpoints are untouched."
+            f"cannot write the checkpoint {final} (of which {format_bytes(needed_bytes)} fall to this rank): "
+            f"{cause(error, final)}. Earlier checkpoints are untouched."
         ) from error
 
 
@@ -165,15 +167,25 @@ def decode_manifest(folder: Path, data: bytes) -> Manifest:
 def verify_file(path: Path, expected: FileEntry) -> None:
     """Compare size and content with the manifest's. Raises `DamagedCheckpointError` naming the file."""
     with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != expected.bytes:
-            raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected.bytes}.")
+        require_size(path, file, expected)
         try:
             found = _hash(file)
         except OSError as error:
             raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if found != expected.xxh3_128:
-        raise DamagedCheckpointError(f"{path} is damaged: its content does not match its hash in {MANIFEST}.")
+        raise other_content(path)
+
+
+def require_size(path: Path, file: FileIO, expected: FileEntry) -> None:
+    """Raises `DamagedCheckpointError` if an opened file is not of the size that the manifest says."""
+    size = os.fstat(file.fileno()).st_size
+    if size != expected.bytes:
+        raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected.bytes}.")
+
+
+def other_content(path: Path) -> DamagedCheckpointError:
+    """For a file whose hash is not the manifest's."""
+    return DamagedCheckpointError(f"{path} is damaged: its content does not match its hash in {MANIFEST}.")
 
 
 def describe_file(path: Path) -> FileEntry:
@@ -182,7 +194,7 @@ def describe_file(path: Path) -> FileEntry:
         return FileEntry(bytes=os.fstat(file.fileno()).st_size, xxh3_128=_hash(file))
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> FileIO:
     """Open a regular file for reading; links, pipes and devices are refused. Raises `DamagedCheckpointError`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -198,17 +210,17 @@ def open_plain(path: Path) -> BinaryIO:
     return open(descriptor, "rb", buffering=0)
 
 
-def _read(file: BinaryIO, path: Path, size: int) -> bytes:
+def _read(file: FileIO, path: Path, size: int) -> bytes:
     try:
         return file.read(size) or b""
     except OSError as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _hash(file: BinaryIO) -> str:
+def _hash(file: FileIO) -> str:
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(HASH_BLOCK_BYTES))
-    while count := file.readinto(block):  # type: ignore[attr-defined]
+    while count := file.readinto(block):
         digest.update(block[:count])
     return digest.hexdigest()
 

@@ -5,18 +5,21 @@ The library's own `save_file` wants all tensors of a file at once. Reading stays
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
-from titanlite.checkpoint.format import DTYPES
+from titanlite.checkpoint.format import DTYPES, FileEntry
 from titanlite.checkpoint.plan import Box
 
 BLOCK_BYTES = 2**26
@@ -38,8 +41,8 @@ class Source:
         return math.prod(self.shape) * DTYPES[self.dtype][0]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Source]) -> None:
-    """Write and sync one file. The bytes depend on the tensors and their order alone. Raises `OSError`.
+def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
+    """Write and sync one file; its size and hash. The bytes depend on the tensors and their order. Raises `OSError`.
 
     Layout: 8 bytes little-endian length of the header; the header, JSON padded by spaces; then the values, those of
     wider dtypes first, so that each begins at a multiple of its element's size.
@@ -53,13 +56,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> None:
         header[name] = {"dtype": code, "shape": tensors[name].shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            for block in _blocks(tensors[name]):
-                file.write(block.flatten().view(torch.uint8).numpy().data)
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:
+        for data in itertools.chain[bytes | memoryview]([struct.pack("<Q", len(text)) + text], _bytes(tensors, order)):
+            hashed = beside.submit(digest.update, data)
+            file.write(data)
+            hashed.result()
+            size += len(data)
         file.flush()
         os.fsync(file.fileno())
+    return FileEntry(bytes=size, xxh3_128=digest.hexdigest())
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Box]:
@@ -74,6 +80,8 @@ def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Bo
         yield (first, *[0] * (len(shape) - 1)), (min(step, shape[0] - first), *shape[1:])
 
 
-def _blocks(source: Source) -> Iterator[Tensor]:
-    for box in row_blocks(source.shape, DTYPES[source.dtype][0], BLOCK_BYTES):
-        yield source.block(box).to(getattr(torch, source.dtype)).contiguous()
+def _bytes(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[bytes | memoryview]:
+    for source in map(tensors.__getitem__, order):
+        for box in row_blocks(source.shape, DTYPES[source.dtype][0], BLOCK_BYTES):
+            block = source.block(box).to(getattr(torch, source.dtype)).contiguous()
+            yield block.flatten().view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
 """Batches: the samples of a step, as the tensors of one data rank.
 
-A step's batch is a function of (split, plan, step) alone. Workers only compute it earlier and elsewhere, so neither
-their number nor a restart changes what is read, and there is no loader state to save.
+A batch is a function of (split, plan, number of its first sample) alone. Workers only compute it earlier and elsewhere,
+so neither their number nor a restart changes what is read. The state to save is one integer: samples read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,10 +24,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[imp
 from titanlite.data.packing import document_layout
 from titanlite.data.splits import Split
 from titanlite.data.tokenizers import Tokens
+from titanlite.errors import DataError
+from titanlite.models.loss import IGNORED
 from titanlite.parallel.layout import BatchPlan, ceil_div
-
-IGNORED = -100
-"""Label of a target that does not count: those of padding sequences."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,19 @@ class Batch:
 def train_loader(
     split: Split,
     plan: BatchPlan,
-    first_step: int,
-    last_step: int,
+    first_sample: int,
+    steps: int,
     *,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
     overfit_one_batch: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of the steps `first_step` (from 0) up to but not including `last_step`, one each.
+    """Batches of so many `steps`, one each, the first of which begins with sample `first_sample`.
 
-    To resume is to begin at another `first_step`. With `workers`, processes start at once and keep `prefetch`
+    To resume is to begin with another sample. With `workers`, processes start at once and keep `prefetch`
     batches each ready; they end when the iterator is exhausted or dropped, and when this process dies. With
-    `overfit_one_batch` every step has the samples of step 0.
+    `overfit_one_batch` every step has those of sample 0.
     """
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
@@ -89,7 +89,7 @@ def train_loader(
         loader: StatefulDataLoader[Batch] = StatefulDataLoader(
             _Steps(split, plan, overfit_one_batch),
             batch_size=None,
-            sampler=range(first_step, last_step),
+            sampler=range(first_sample, first_sample + steps * plan.global_batch, plan.global_batch),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_leave_signals_to_the_trainer,
@@ -98,6 +98,45 @@ def train_loader(
             snapshot_every_n_steps=0,  # there is no state
         )
     return iter(loader)
+
+
+UNREADABLE = (OSError, ValueError, DataError)
+"""What reading a batch may raise because of the data; anything else is no matter of theirs."""
+
+
+class ReadAhead:
+    """Batches that are read `count` of them before they are asked for.
+
+    A batch that cannot be read is known of while there are steps left in which the ranks can agree to save and stop.
+    """
+
+    def __init__(self, batches: Iterator[Batch], count: int) -> None:
+        self.failure: Exception | None = None
+        """What the batch met that comes after those that were read; raised once these are used up."""
+        self._batches = batches
+        self._count = count
+        self._read: deque[Batch] = deque()
+        self._has_more = True
+
+    @property
+    def waiting(self) -> int:
+        """Batches that were read and not asked for yet."""
+        return len(self._read)
+
+    def __iter__(self) -> ReadAhead:
+        return self
+
+    def __next__(self) -> Batch:
+        while self._has_more and len(self._read) <= self._count:
+            try:
+                self._read.append(next(self._batches))
+            except StopIteration:
+                self._has_more = False
+            except UNREADABLE as error:
+                self.failure, self._has_more = error, False
+        if self._read:
+            return self._read.popleft()
+        raise self.failure or StopIteration
 
 
 def validation_batches(
@@ -121,14 +160,14 @@ def validation_batches(
 
 @dataclass(frozen=True)
 class _Steps(Dataset[Batch]):
-    """The batches of a run on one data rank, by step."""
+    """The batches of a run on one data rank, by their first samples."""
 
     split: Split
     plan: BatchPlan
     overfit_one_batch: bool
 
-    def __getitem__(self, step: int) -> Batch:
-        numbers = self.plan.samples(0 if self.overfit_one_batch else step)
+    def __getitem__(self, first: int) -> Batch:
+        numbers = self.plan.samples(0 if self.overfit_one_batch else first)
         windows = [self.split.sample(number) for number in numbers if number is not None]
         shape = (self.plan.microbatches, self.plan.microbatch)
         return _assemble(self.split, windows, numbers, shape, self.plan.global_batch)
@@ -166,6 +205,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     Ctrl-C and a scheduler's SIGTERM reach every process. The trainer answers them by finishing its step and saving,
     for which it still needs its workers; only a SIGTERM that it sends itself (it is tearing them down) ends them.
     """
+    signal.set_wakeup_fd(-1)  # inherited: what this process is sent would be heard by the trainer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where a SIGTERM still ends a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -118,10 +118,11 @@ def _weights_are_fake(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def _eager(recipe: Recipe) -> Recipe:
-    """The recipe without what needs a device."""
+    """The recipe without what needs a device, or numbers to compare."""
     parallel = recipe.parallel.model_copy(update={"async_tp": False})
     compiled = recipe.compile.model_copy(update={"enabled": False})
-    return recipe.model_copy(update={"parallel": parallel, "compile": compiled})
+    resilience = recipe.resilience.model_copy(update={"rerun_every": 0})
+    return recipe.model_copy(update={"parallel": parallel, "compile": compiled, "resilience": resilience})
 
 
 def _tell_phases(learner: Learner, trace: MemoryTrace, offload: bool) -> None:

@@ -164,34 +164,37 @@ class KVCache:
         return self._keys[:, :end], self._values[:, :end]
 
 
-class CausalAttention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim)) v for positions that follow each other; has no weights.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v for positions that follow each other.
 
-    A module, so that it can be exchanged for one whose keys and values lie on several devices.
+    q [batch, seq, heads, head_dim], k and v [batch, keys, kv_heads, head_dim] -> like q.
+
+    mask [batch or 1, 1, seq, keys] (or its last two dimensions) says which keys a query may see; without one, all
+    of them or, if `causal`, those up to its own place.
     """
+    dtype = q.dtype
+    if by_float32_units(q):
+        q, k, v = q.float(), k.float(), v.float()
+    if mask is not None and device_kind(q) == "cuda":
+        # Of the kernels that take a mask and never hold all scores, none takes fewer heads of keys than of queries.
+        groups = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2).to(dtype)
+
+
+class CausalAttention(nn.Module):
+    """`causal_attention` as a module, so that it can be exchanged for one whose keys lie on several devices."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """q [batch, seq, heads, head_dim], k and v [batch, keys, kv_heads, head_dim] -> like q.
-
-        mask [batch or 1, 1, seq, keys] (or its last two dimensions) says which keys a query may see; without one, all
-        of them or, if `causal`, those up to its own place.
-        """
-        dtype = q.dtype
-        if by_float32_units(q):
-            q, k, v = q.float(), k.float(), v.float()
-        if mask is not None and device_kind(q) == "cuda":
-            # Of the kernels that take a mask and never hold all scores, none takes fewer heads of keys than of queries.
-            groups = q.shape[2] // k.shape[2]
-            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.transpose(1, 2).to(dtype)
+        return causal_attention(q, k, v, mask, causal)
 
 
 class Attention(nn.Module):

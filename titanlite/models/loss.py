@@ -7,14 +7,17 @@ from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32
 
+IGNORED = -100
+"""The label of what is no token of the text; torch's own."""
+
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[label], in at least float32; tokens labelled -100 (padding) count 0.
+    """Sum over tokens of -log softmax(logits)[label], in at least float32; tokens labelled `IGNORED` (padding) count 0.
 
     logits [batch, seq, vocab] in any float dtype, labels [batch, seq] int64; returns a scalar.
     """
     wide = at_least_float32(logits).flatten(0, -2)
-    return F.cross_entropy(wide, labels.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class TokenLoss(nn.Module):

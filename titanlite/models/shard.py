@@ -21,6 +21,11 @@ class Shard:
     copy: int = 0
     """Which of them this is, from 0."""
 
+    @property
+    def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape of what is held."""
+        return self.offset, tuple(self.tensor.shape)
+
     @staticmethod
     def whole(tensor: Tensor) -> Shard:
         """All of `tensor`, held once."""

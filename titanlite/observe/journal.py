@@ -5,6 +5,9 @@ On ranks other than the first a journal has neither, and says nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from titanlite.observe.console import PlainConsole, TerminalConsole
 from titanlite.observe.rows import Row, event_row
 from titanlite.observe.sinks import Sink
@@ -30,9 +33,14 @@ class Journal:
         for sink in (*self._sinks, *self._consoles):
             sink.write(row)
 
-    def event(self, step: int, event: str, detail: str) -> None:
-        """Something that happened after `step` steps and that nobody should have to guess later."""
-        self.write(event_row(step, event, detail))
+    def event(self, step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> None:
+        """Something that happened after `step` steps and that nobody should have to guess later; see `event_row`."""
+        self.write(event_row(step, event, detail, values))
+
+    def rewind(self, after_step: int) -> None:
+        """The run went back to `after_step`: the sinks drop the rows of later steps, as when a run is resumed."""
+        for sink in self._sinks:
+            sink.rewind(after_step)
 
     def say(self, text: str) -> None:
         """A message for the reader, not for the metrics."""

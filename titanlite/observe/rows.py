@@ -5,6 +5,7 @@ Metrics rows are made in `metrics.py`; the two other kinds here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 Row = dict[str, Any]
@@ -15,6 +16,10 @@ def validation_row(step: int, validation_loss: float, bits_per_byte: float) -> R
     return {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
 
 
-def event_row(step: int, event: str, detail: str) -> Row:
-    """Row of something that happened after `step` steps, such as a resume, a skipped step or a stop."""
-    return {"step": step, "event": event, "detail": detail}
+def event_row(step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> Row:
+    """Row of something that happened after `step` steps, such as a resume, a skipped step or a stop.
+
+    `values` are for machines what `detail` is for people; numbers in them are finite.
+    """
+    row = {"step": step, "event": event, "detail": detail}
+    return row if values is None else {**row, "values": dict(values)}

@@ -11,7 +11,10 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,20 +36,65 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Recipe keys that leave the training's numbers alone, but for rounding, so that a resumed run may change them."""
 
+_LEASE_SECONDS = 120
+"""NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
+
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]
 Differences = dict[str, tuple[Any, Any]]
 
 
+@dataclass(frozen=True)
+class Start:
+    """What the command line says about the run that the folder may hold."""
+
+    mode: Mode = "auto"
+    """`auto` resumes if there is a run and starts one if not; `resume` needs one; `fresh` refuses one."""
+    force: bool = False
+    """With `fresh`: delete the one there is."""
+    may_change: tuple[str, ...] = ()
+    """Keys, or patterns of keys, that may differ from the run's recipe although its numbers depend on them."""
+    step: int | None = None
+    """Go on from the checkpoint of this step; None: from the latest."""
+
+    restarted: bool = False
+    """Whether the launcher knows that this is a restart."""
+    job: str = ""
+    """The launcher's job, if its machines may come and go: those that come do not know of the starts before."""
+
+    @property
+    def again(self) -> Start:
+        """What a restart by the launcher does: the first start has done what was asked for once."""
+        return Start(may_change=self.may_change, restarted=True, job=self.job)
+
+
+GO_ON = Start()
+
+
 class RunFolder:
     """An opened run folder, locked for this process. Made by `open_run_folder`."""
 
-    def __init__(self, path: Path, lock: int, resumed: bool, changes: Differences, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: int,
+        resumed: bool,
+        changes: Differences,
+        warn: Callable[[str], None],
+        found: dict[str, Any],
+        start: Start,
+    ) -> None:
         self.path = path
         self.resumed = resumed
         """Whether the folder held this run already."""
         self.changes = changes
         """Recipe keys that this start of the run changed: (before, now)."""
+        self.found = found
+        """What `status.json` said when the folder was opened; empty for a new run."""
+        self.start = start
+        """What this start of the run does."""
+        self.attempt = _count(self.found) + 1
+        """Which start of the run this is, from 1."""
         self.recipe = path / "recipe.toml"
         self.status = path / "status.json"
         self.metrics = path / "metrics.jsonl"
@@ -59,7 +107,10 @@ class RunFolder:
     def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> None:
         """Say in `status.json` how the run stands; `exit_code` is None while it runs. A full disk only warns."""
         try:
-            replace_file(self.status, _status(state, step, exit_code, reason))
+            if not os.path.samestat(os.fstat(self._lock), os.stat(self.path / ".lock")):
+                self._warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
+                return
+            replace_file(self.status, _status(state, step, exit_code, reason, self.attempt, self.start.job))
         except OSError as error:
             self._warn(f"cannot write {self.status}: {cause(error, self.path)}.")
 
@@ -72,29 +123,37 @@ class RunFolder:
                 "Free some space, or set run.output_dir to a larger disk."
             )
 
+    def last_end(self) -> str:
+        """How the start before this one ended, for the reader; empty for a new run."""
+        if not self.found:
+            return ""
+        if self.found.get("state") != "running":
+            return ": ".join(str(self.found[key]) for key in ("state", "reason") if self.found.get(key))
+        who = f"process {self.found.get('pid', '?')} on {self.found.get('host', '?')}"
+        return f"{who} ended without a word: killed, or its machine was"
+
     def close(self) -> None:
         """Let other processes use the folder."""
         os.close(self._lock)
 
 
 def open_run_folder(
-    path: Path, recipe: Recipe, recipe_text: str, mode: Mode, force: bool, warn: Callable[[str], None]
+    path: Path, recipe: Recipe, recipe_text: str, start: Start, warn: Callable[[str], None]
 ) -> RunFolder:
-    """Create, resume or replace the run in `path`, as `mode` says, and lock it.
+    """Create, resume or replace the run in `path`, as `start` says, and lock it.
 
-    `auto` resumes if there is a run and starts one if not; `resume` needs one; `fresh` refuses one, or deletes it if
-    `force`. Raises `UsageError` for whatever stands in the way, before anything is changed.
+    Raises `UsageError` for whatever stands in the way, before anything is changed.
     """
     try:
         _refuse_foreign(path)
-        if mode == "resume" and not has_run(path):
+        if start.mode == "resume" and not has_run(path):
             raise UsageError(f"there is no run to resume in {path}; leave --resume away to start one.")
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path / ".lock", warn)
     except OSError as error:
         raise UsageError(f"cannot use {path} as the run folder: {cause(error, path)}.") from error
     try:
-        return _open_locked(path, recipe, recipe_text, mode, force, warn, lock)
+        return _open_locked(path, recipe, recipe_text, start, warn, lock)
     except OSError as error:
         os.close(lock)
         raise UsageError(f"cannot write the run folder {path}: {cause(error, path)}.") from error
@@ -108,51 +167,59 @@ def has_run(path: Path) -> bool:
     return any((path / name).exists() for name in OWNED)
 
 
-def forbidden_differences(old: Recipe, new: Recipe) -> Differences:
-    """Differences with which a run cannot go on from its checkpoint as the same run."""
-    return {
+def require_same_run(old: Recipe, new: Recipe, may_change: Sequence[str], what: str, ways_out: str) -> None:
+    """Raise `UsageError` with the difference if `new` cannot go on from a checkpoint of `old` as the same run.
+
+    Keys that match `may_change`, which the user named, are left to the user. The message begins with `what`, "… holds
+    a run", and ends with the `ways_out`.
+    """
+    forbidden = {
         key: values
         for key, values in recipe_differences(old, new).items()
-        if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        if not any(fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *may_change))
     }
+    if forbidden:
+        lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in forbidden.items())
+        named = " ".join(f"--allow-change {key}" for key in forbidden)
+        raise UsageError(f"{what} of another recipe:\n{lines}\n{ways_out} If you mean the change: {named}")
 
 
 def _open_locked(
-    path: Path, recipe: Recipe, text: str, mode: Mode, force: bool, warn: Callable[[str], None], lock: int
+    path: Path, recipe: Recipe, text: str, start: Start, warn: Callable[[str], None], lock: int
 ) -> RunFolder:
-    resumed, changes = has_run(path), {}
-    if resumed and mode == "fresh":
-        if not force:
+    resumed, changes, found = has_run(path), {}, _read_status(path / "status.json")
+    if start.restarted or (start.job and found.get("job") == start.job):
+        start = start.again
+    if resumed and start.mode == "fresh":
+        if not start.force:
             raise UsageError(
                 f"{path} holds a run already, and --fresh would delete it. Give the new run another run.name, "
                 "or add --force to delete the old one with its checkpoints."
             )
         for name in OWNED:
             _delete(path / name)
-        resumed = False
+        resumed, found = False, {}
     if resumed:
-        changes = _allowed_changes(path, recipe)
+        changes = _allowed_changes(path, recipe, start.may_change)
     if changes or not resumed:
         replace_file(path / "recipe.toml", text.encode())
     for name in ("checkpoints", "logs"):
         (path / name).mkdir(exist_ok=True)
     if not resumed:
-        replace_file(path / "status.json", _status("running", 0, None, ""))
-    return RunFolder(path, lock, resumed, changes, warn)
+        replace_file(path / "status.json", _status("running", 0, None, "", 1, start.job))
+    return RunFolder(path, lock, resumed, changes, warn, found, start)
 
 
-def _allowed_changes(path: Path, recipe: Recipe) -> Differences:
+def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> Differences:
     """What the recipe changes in the run of `path`. Raises `UsageError` with the difference if it may not."""
     ways_out = "Give the new run another run.name, or delete the old one with --fresh --force."
     stored = path / "recipe.toml"
     if not stored.is_file():
         raise UsageError(f"{path} holds what a run wrote, but no recipe.toml to resume by. {ways_out}")
     old = load_recipe(stored).recipe
-    forbidden = forbidden_differences(old, recipe) if _has_begun(path) else {}
-    if forbidden:
-        lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in forbidden.items())
-        raise UsageError(
-            f"{path} holds a run of another recipe:\n{lines}\nTo go on with that run, start {stored}. {ways_out}"
+    if _has_begun(path):
+        require_same_run(
+            old, recipe, may_change, f"{path} holds a run", f"To go on with that run, start {stored}. {ways_out}"
         )
     return recipe_differences(old, recipe)
 
@@ -181,30 +248,60 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int:
     """Take the folder for this process until it ends, however it ends; returns the descriptor that holds it.
 
     A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
-    trainer does not keep the next one out. Raises `UsageError` naming the holder, or `OSError`.
+    trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
+    while: a holder on another machine is waited for. Raises `UsageError` naming the holder, or `OSError`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
-        os.close(descriptor)
-        raise UsageError(
-            f"the run folder {path.parent} is in use by {holder}. "
-            "Wait for it to end, or give this run another run.name."
-        ) from None
-    except OSError as error:
-        warn(f"{path.parent} cannot be locked ({error.strerror}); see to it that no second process uses it.")
-        return descriptor
+    until = None
+    while not _taken(descriptor, path, warn):
+        holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
+        if until is None:
+            elsewhere = holder and not holder.endswith(f" on {platform.node()}")
+            until = time.monotonic() + (_LEASE_SECONDS if elsewhere else 0)
+            if elsewhere:
+                warn(f"{path.parent} is in use by {holder}; waiting for it to end, or for the lock of a lost machine.")
+        if time.monotonic() >= until:
+            os.close(descriptor)
+            raise UsageError(
+                f"the run folder {path.parent} is in use by {holder or 'another process'}. "
+                "Wait for it to end, or give this run another run.name."
+            )
+        time.sleep(1)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     return descriptor
 
 
-def _status(state: State, step: int, exit_code: int | None, reason: str) -> bytes:
+def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
+    """Whether this process has the folder now, or cannot know: not every file system has locks."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        warn(f"{path.parent} cannot be locked ({error.strerror}); see to it that no second process uses it.")
+    return True
+
+
+def _status(state: State, step: int, exit_code: int | None, reason: str, attempt: int, job: str) -> bytes:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    fields = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "time": now}
+    process = {"attempt": attempt, "job": job, "pid": os.getpid(), "host": platform.node()}
+    fields = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "time": now, **process}
     return json.dumps(fields, indent=1).encode() + b"\n"
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    """What `status.json` says; empty if there is none, or if it is damaged."""
+    with suppress(OSError, ValueError):
+        fields = json.loads(path.read_bytes())
+        return fields if isinstance(fields, dict) else {}
+    return {}
+
+
+def _count(status: dict[str, Any]) -> int:
+    """Starts that a status knows of; one from before they were counted is of the first."""
+    attempt = status.get("attempt", 1 if status else 0)
+    return attempt if isinstance(attempt, int) else 1
 
 
 def _delete(path: Path) -> None:

@@ -28,6 +28,8 @@ class Sink(Protocol):
 
     def write(self, row: Row) -> None: ...
 
+    def rewind(self, after_step: int) -> None: ...
+
     def sync(self) -> None: ...
 
     def close(self) -> None: ...
@@ -37,12 +39,13 @@ class JsonlSink:
     """`metrics.jsonl`: one JSON object a line, handed to the system at once, so that a kill loses no row.
 
     JSON has no NaN and no infinity: such a value is written as null, and an event row `nonfinite` after it says which
-    it was. Opening the file for a run that goes on after `after_step` drops the rows of later steps (they will come
-    again) and a last line that a kill cut in two; events are history and stay.
+    it was. Where a run goes on after `after_step`, resumed or rolled back, the rows of later steps are dropped (they
+    will come again), and a last line that a kill cut in two; events are history and stay.
     """
 
     def __init__(self, path: Path, after_step: int, warn: Warn) -> None:
         """Raises `UsageError` if the file cannot be read or written."""
+        self._path, self._warn = path, warn
         try:
             rewind(path, after_step)
             self._file = _Appender(path, warn)
@@ -55,6 +58,14 @@ class JsonlSink:
         if odd:
             detail = ", ".join(f"{key} is {value}" for key, value in odd.items())
             self._line(event_row(row["step"], "nonfinite", detail))
+
+    def rewind(self, after_step: int) -> None:
+        try:
+            if self._file.write(b""):  # while rows wait, the file may end within one
+                rewind(self._path, after_step)
+                self._file.reopen()
+        except OSError as error:
+            self._warn(f"cannot rewrite {self._path}: {cause(error, self._path)}. It keeps the rows of steps given up.")
 
     def sync(self) -> None:
         self._file.sync()
@@ -101,8 +112,11 @@ class TensorBoardSink:
             self._file = _Appender(path, warn)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
-        self._after_step = after_step
         self._begun = False
+        self.rewind(after_step)
+
+    def rewind(self, after_step: int) -> None:
+        self._first_step: int | None = after_step + 1
 
     def write(self, row: Row) -> None:
         if "event" in row:
@@ -113,9 +127,11 @@ class TensorBoardSink:
         if not self._begun:
             self._begun = True
             self._put(Event(wall_time=time.time(), file_version="brain.Event:2"))
-            # A start mark makes TensorBoard forget what an earlier process drew for the steps that come again.
+        if self._first_step is not None:
+            # A start mark makes TensorBoard forget what was drawn for the steps that come again.
             mark = SessionLog(status=SessionLog.START)
-            self._put(Event(wall_time=time.time(), step=self._after_step + 1, session_log=mark))
+            self._put(Event(wall_time=time.time(), step=self._first_step, session_log=mark))
+            self._first_step = None
         values = [
             Summary.Value(tag=_tag(key), simple_value=float(value))
             for key, value in row.items()
@@ -177,9 +193,18 @@ class _Appender:
         self._warn = warn
         self._waiting = bytearray()
         self._failing = False
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._descriptor = self._opened()
 
-    def write(self, data: bytes) -> None:
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def reopen(self) -> None:
+        """Go on in the file that now has this name. Raises `OSError`."""
+        replaced, self._descriptor = self._descriptor, self._opened()
+        os.close(replaced)
+
+    def write(self, data: bytes) -> bool:
+        """Whether nothing waits any more."""
         self._waiting += data
         try:
             while self._waiting:
@@ -190,6 +215,7 @@ class _Appender:
             self._failing = True
         else:
             self._failing = False
+        return not self._waiting
 
     def sync(self) -> None:
         """Have the system bring what it took to stable storage; of a disk that cannot, `write` has complained."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titanlite.models.layers import CausalAttention
+from titanlite.models.layers import CausalAttention, causal_attention
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.ring import RingAttention, RingDocuments, takes_flash
 from titanlite.parallel.tensor import gather_sequence, replace_module, ruled
@@ -108,7 +108,7 @@ class GatheredAttention(CausalAttention):
         self.group = group
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """As in `CausalAttention`, with this rank's part of each sequence; mask: as `GatheredMask` builds it."""
+        """As in `causal_attention`, with this rank's part of each sequence; mask: as `GatheredMask` builds it."""
         chunk = q.shape[_SEQUENCE] // 2
         if mask is not None:
             k, v = _GatherKeys.apply(k, v, self.group, (2 * self.group.size(),))
@@ -120,21 +120,18 @@ class GatheredAttention(CausalAttention):
         return torch.cat((front, _attend_to_the_last(q[:, chunk:], back_k, back_v)), dim=_SEQUENCE)
 
 
-_ATTENTION = CausalAttention()
-
-
 def _attend_to_the_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention where the last query's place is that of the last key; shapes as in `CausalAttention`."""
+    """Causal attention where the last query's place is that of the last key; shapes as in `causal_attention`."""
     queries, keys = q.shape[_SEQUENCE], k.shape[_SEQUENCE]
     if queries == keys:
-        return _ATTENTION(q, k, v, None, True)  # type: ignore[no-any-return]
+        return causal_attention(q, k, v, None, True)
     q_heads, k_heads, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if takes_flash(q_heads):
         # The kernel aligns its causal mask to the last key. The public function would align it to the first.
         out = torch.ops.aten._scaled_dot_product_flash_attention(q_heads, k_heads, v_heads, 0.0, True)[0]
         return out.transpose(1, 2)  # type: ignore[no-any-return]
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return _ATTENTION(q, k, v, mask, False)  # type: ignore[no-any-return]
+    return causal_attention(q, k, v, mask, False)
 
 
 class _GatherKeys(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The mesh and the batch as arithmetic: where a rank is, and which samples it takes in a step. No torch.
 
-The samples of a step do not depend on the layout: step s (from 0) takes samples s*B … s*B + B - 1 of the run,
-B being `training.global_batch`. Of D data ranks, rank r takes those at positions ≡ r (mod D).
+The samples of a step do not depend on the layout: the step that finds p samples read takes samples p … p + B - 1 of the
+run, B being `training.global_batch`. Of D data ranks, rank r takes those at positions ≡ r (mod D).
 """
 
 from __future__ import annotations
@@ -81,6 +81,15 @@ def layout_of(parallel: Parallel, world: int) -> Layout | None:
     return layout if layout.size == world else None
 
 
+def active_ranks(recipe: Recipe, launched: int) -> int:
+    """How many of the ranks that were launched train: all, or under `resilience.standby` those of the largest mesh
+    that fits. All too if none does: then the rule `mesh` says why.
+    """
+    if not recipe.resilience.standby:
+        return launched
+    return next((size for size in range(launched, 0, -1) if layout_of(recipe.parallel, size)), launched)
+
+
 def agreed_layout(parallel: Parallel, world: int) -> Layout:
     """`layout_of` for a recipe that the check has let through on `world` ranks."""
     layout = layout_of(parallel, world)
@@ -112,9 +121,10 @@ class BatchPlan:
         needed = ceil_div(ceil_div(self.global_batch, self.data_ranks), self.microbatch)
         return max(needed, self.least_microbatches)
 
-    def samples(self, step: int) -> list[int | None]:
-        """Sample numbers of `step` (counted from 0) on this rank, `microbatches * microbatch` long; None is padding."""
-        first = step * self.global_batch
+    def samples(self, first: int) -> list[int | None]:
+        """Sample numbers on this rank of the step that begins with sample `first`, `microbatches * microbatch` long;
+        None is padding.
+        """
         mine: list[int | None] = list(range(first + self.data_rank, first + self.global_batch, self.data_ranks))
         return mine + [None] * (self.microbatches * self.microbatch - len(mine))
 

@@ -126,11 +126,19 @@ class Program:
 
         Nothing is read from the device.
         """
+        return self.sum(self.compute(batch))
+
+    def compute(self, batch: Batch) -> Tensor:
+        """The first half of `forward_backward`: the loss of this rank's part; gradients are where backward put them."""
         valid = torch.full(
             (), batch.valid_tokens * self._place.counts_sequences, dtype=torch.float64, device=self.world.device
         )
         self.world.reduce(valid, "sum")
-        total = self._passes.train(self._mine(batch), valid) * self._reports
+        return self._passes.train(self._mine(batch), valid)
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The second half: adds up what each rank still has a part of; returns the loss of the global batch."""
+        total = own * self._reports
         self.world.reduce(total, "sum")
         self.shards.take_gradients()
         return total

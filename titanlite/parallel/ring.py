@@ -38,7 +38,7 @@ class RingAttention(nn.Module):
         self.group = group
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """As in `CausalAttention`, with this rank's part of each sequence; mask: as `RingDocuments` builds it."""
+        """As in `causal_attention`, with this rank's part of each sequence; mask: as `RingDocuments` builds it."""
         assert causal or mask is not None, "a model that sees what follows needs no balance, and has none here"
         dtype = q.dtype
         if by_float32_units(q):

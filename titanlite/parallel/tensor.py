@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32
+from titanlite.models.loss import IGNORED
 from titanlite.models.spec import ShardingRule, is_named_by
 from titanlite.parallel.slicing import CUT_DIMENSION, Slicing
 
@@ -169,7 +170,7 @@ class _VocabularyLoss(torch.autograd.Function):
         target = shifted.gather(1, columns).squeeze(1).masked_fill(~here, 0)
         exponentials = shifted.exp()
         total, target = _all_reduce(torch.stack((exponentials.sum(1), target)), "sum", group).unbind()
-        counted = labels >= 0
+        counted = labels != IGNORED
         ctx.save_for_backward(exponentials / total.unsqueeze(1), columns, here, counted)
         return (total.log() - target).masked_fill(~counted, 0).sum()
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
-from titanlite.errors import UsageError
-from titanlite.launch import launched
+from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, StoppedEarly, TitanliteError, UsageError
+from titanlite.launch import STOP_SIGNALS, Launch, launched
 from titanlite.parallel.host import keep_freed_memory
+
+_ENDED = "ended"
+"""Key under which those that stand by hear how the run ended."""
+_LOOK_EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -83,14 +94,15 @@ def _own_gpu(local_rank: int) -> int:
 
 
 @contextmanager
-def joined_world(deterministic: bool, timeout_seconds: float) -> Iterator[World]:
+def joined_world(deterministic: bool, timeout_seconds: float, size: int | None = None) -> Iterator[World]:
     """Pick the device, join the job's process group if there is one (nccl on CUDA, gloo on CPU), leave it at the end.
 
-    A rank that waits for the others longer than `timeout_seconds` fails.
+    A rank that waits for the others longer than `timeout_seconds` fails. With a `size`, only the first so many ranks
+    join; the others are in `stand_by` meanwhile.
     `deterministic` refuses, by an error of torch, every operation that may give other bits when it is repeated.
+    Raises `UsageError` if the ranks cannot meet.
     """
     place = launched()
-    rank, size = place.rank, place.size
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
@@ -100,18 +112,137 @@ def joined_world(deterministic: bool, timeout_seconds: float) -> Iterator[World]
     else:
         device = torch.device("cpu")
         keep_freed_memory()
-    if size == 1:
-        yield World(rank, size, device)
+    world = World(place.rank, size or place.size, device)
+    if place.size == 1:
+        yield world
         return
+    store = meet(place, timeout_seconds)
+    try:
+        if world.size > 1:
+            _form_group(world, store, timeout_seconds)
+        yield world
+    except BaseException as error:
+        if not (isinstance(error, TitanliteError) and error.on_all_ranks):
+            raise  # the process ends as it is: until then its connections hold, and no other rank speaks before it
+        _leave(world, store, place.size, error)
+        raise
+    _leave(world, store, place.size, None)
+
+
+def _form_group(world: World, store: Store, timeout_seconds: float) -> None:
     # gloo beside nccl: stop requests are agreed on between hosts without touching the GPU's queue.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method="env://" if place.address is None else f"tcp://{place.address}:{place.port}",
-        rank=rank,
-        world_size=size,
+        "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
+        store=PrefixStore("group", store),
+        rank=world.rank,
+        world_size=world.size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    try:
-        yield World(rank, size, device)
-    finally:
+
+
+def _leave(world: World, store: Store, launched_ranks: int, error: TitanliteError | None) -> None:
+    """End the process group; the first rank tells those that stand by how the run ended, and waits until they know."""
+    if world.size > 1:
         dist.destroy_process_group()
+    if world.is_first and launched_ranks > world.size:
+        store.set(_ENDED, f"{error.exit_code if error else EXIT_DONE} {int(getattr(error, 'signalled', False))}")
+        with suppress(dist.DistError):
+            store.wait([f"{_ENDED}/{rank}" for rank in range(world.size, launched_ranks)], timedelta(seconds=10))
+
+
+def stand_by(timeout_seconds: float) -> int:
+    """Wait, as a rank that the mesh has no place for, until the run ends; returns its exit code.
+
+    A stop signal ends this process alone. Raises `StoppedEarly` as the others do, `OtherRankFailed` if the first rank
+    is gone without having said how the run ended, and `UsageError` if the ranks cannot meet.
+    """
+    place = launched()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(EXIT_DONE))
+    store = meet(place, timeout_seconds)
+    try:
+        while not store.check([_ENDED]):
+            time.sleep(_LOOK_EVERY_SECONDS)
+        code, signalled = map(int, store.get(_ENDED).split())
+        store.set(f"{_ENDED}/{place.rank}", "")
+    except dist.DistError as error:
+        raise OtherRankFailed(f"rank {place.rank} stood by, and the run it waited for is gone.") from error
+    if code == EXIT_STOPPED_EARLY:
+        stop = StoppedEarly("the run was stopped")
+        stop.signalled = bool(signalled)
+        raise stop
+    return code
+
+
+def meet(place: Launch, timeout_seconds: float) -> Store:
+    """A store that all ranks of the job share, and that no earlier start of it has written to.
+
+    torchrun's agent keeps one store for all restarts, and gloo would find the addresses of dead processes in it. So the
+    first rank draws a name for this start, under which all go on; each other rank asks for it under a name of its own,
+    which makes sure that the answer is not an old one. Raises `UsageError` if a rank does not come in time.
+    """
+    url = "env://" if place.address is None else f"tcp://{place.address}:{place.port}"
+    at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if place.address is None else url[6:]
+    limit = timedelta(seconds=timeout_seconds)
+    try:
+        store = _in_time(lambda: next(rendezvous(url, place.rank, place.size, timeout=limit))[0], timeout_seconds)
+        if place.rank == 0:
+            start = uuid4().hex
+            for other in range(1, place.size):
+                _answer(store, other, start, time.monotonic() + timeout_seconds)
+        else:
+            name = uuid4().hex
+            store.set(f"asks/{place.rank}", name)
+            store.wait([f"answer/{name}"], limit)
+            start = store.get(f"answer/{name}").decode()
+            store.set(f"{start}/{place.rank}", "")
+    except (dist.DistError, TimeoutError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"rank {place.rank} of {place.size} could not meet the others at {at} within {timeout_seconds:g} s "
+            f"(parallel.timeout_seconds): {reason}. The first rank listens there: see to it that it was started, "
+            "that other machines reach it under this name, and that no other program has the port (MASTER_PORT)."
+        ) from error
+    return PrefixStore(start, store)
+
+
+def _in_time(act: Callable[[], Store], seconds: float) -> Store:
+    """What `act` returns. Raises `TimeoutError` a little after it should have itself: for the first word of a program
+    that listens but is no store, torch waits for ever.
+    """
+    met: Future[Store] = Future()
+
+    def run() -> None:
+        try:
+            met.set_result(act())
+        except Exception as error:  # for the thread that waits
+            met.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds + 2.0)
+    if thread.is_alive():
+        raise TimeoutError("what listens there does not answer")
+    return met.result()
+
+
+def _answer(store: Store, other: int, start: str, until: float) -> None:
+    """Tell rank `other` the name of this start, as often as it asks under another name: the first may be an old one."""
+    answered = b""
+    while not store.check([f"{start}/{other}"]):
+        if store.check([f"asks/{other}"]) and (name := store.get(f"asks/{other}")) != answered:
+            store.set(f"answer/{name.decode()}", start)
+            answered = name
+        if time.monotonic() > until:
+            raise TimeoutError(f"rank {other} did not come")
+        time.sleep(0.002)
+
+
+def is_loss_of_another(error: BaseException) -> bool:
+    """Whether `error` is what a rank meets when another has gone, rather than what it did itself.
+
+    NCCL's errors and those of the store have a type; gloo's are known by where they were raised.
+    """
+    if error.__cause__ is not None and is_loss_of_another(error.__cause__):
+        return True
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

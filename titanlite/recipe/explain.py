@@ -21,6 +21,8 @@ _EXAMPLES: dict[str, Any] = {
     "extends": "base.toml",
     "run.stop_after_step": 1000,
     "run.stop_after_minutes": 55.0,
+    "checkpoint.warm_start": "runs/base",
+    "checkpoint.resume_from": "runs/base/500",
     "model.dim": 768,
     "model.layers": 12,
     "model.heads": 12,

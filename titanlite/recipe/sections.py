@@ -260,26 +260,71 @@ class Compile(Section):
 
 
 class Checkpoint(Section):
-    """What is saved, and when."""
+    """What is saved, and when; and what a new run begins with."""
 
     every_steps: NonNegative = 0
     """Save every so many steps; 0: only at the end, and when the run is stopped."""
     every_minutes: NonNegativeFloat = 0.0
     """Save also when so many minutes have passed since the last save, by the first rank's clock; 0: never."""
+    mode: Literal["async", "sync"] = "async"
+    """`async`: training stops while the state is copied to the host's memory, and goes on while that is written;
+    `sync`: it stops until all is written, and no memory is taken."""
     keep_last: NonNegative = 2
     """Keep so many checkpoints, the newest; older ones are deleted once a newer one is committed. 0: keep all."""
     keep_every: NonNegative = 0
     """Of the older ones, keep those whose step is a multiple of this; 0: none."""
+    keep_best: NonNegative = 0
+    """Of the older ones, keep so many of those saved right after a validation: the ones of the lowest loss."""
+    max_failures: NonNegative = 3
+    """Saves that may fail in a row (a full disk, say) before the run ends; each is tried again, a while later."""
+    warm_start: str | None = None
+    """Weights that a new run begins with: a run folder, or one of its checkpoints (`runs/base/500`), of any layout and
+    number format. Step, data, schedule and optimizer begin anew."""
+    resume_from: str | None = None
+    """As `warm_start`, but the whole state: the new run goes on from that step, by a recipe that may differ as little
+    as that of a resumed run."""
+
+
+WATCHDOG_PATIENCE = 4
+"""How much longer than a step whatever no earlier step has shown the length of may take: compiling, saving, …"""
+LONGEST_SPIKE_WINDOW = 1024
+"""Checkpoints hold as many steps of history, whatever the recipe's window."""
 
 
 class Resilience(Section):
     """What happens when something goes wrong."""
 
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A step whose loss or gradient norm is not finite is never applied. `stop` then ends the run (exit code 3);
-    `skip` goes on, up to `max_skips`."""
+    `skip` goes on, up to `max_skips`; `rollback` goes back to the newest checkpoint and past the samples that were read
+    since, up to `max_rollbacks`."""
+    on_spike: Literal["off", "stop", "skip", "rollback"] = "off"
+    """The same for a step whose loss or gradient norm stands out above those of the steps before; `off`: not judged."""
+    spike_zscore: PositiveFloat = 10.0
+    """Standard deviations above the median, estimated robustly, from which a step stands out."""
+    spike_window: Annotated[int, Field(ge=8, le=LONGEST_SPIKE_WINDOW)] = 128
+    """Steps taken before, to which a step is compared; none is judged before there are so many."""
     max_skips: NonNegative = 10
     """Skipped steps after which `skip` stops the run too."""
+    watchdog_seconds: NonNegativeFloat = 120.0
+    """A step that takes longer ends every rank with its stacks in `RUN/logs`, and names the rank that the others wait
+    for; saves, validations and the first step may take four times as long. 0: never, and no straggler is named."""
+    max_rollbacks: NonNegative = 3
+    """Times the run goes back; the next bad step that asks for it stops the run."""
+    check_replicas_every: NonNegative = 0
+    """Every so many steps, and before each checkpoint, compare the bits of what several ranks hold copies of; another
+    value on one of them stops the run (exit code 3) and names the rank. 0: never."""
+    rerun_every: NonNegative = 0
+    """Every so many steps, compute loss and gradients twice and compare the bits; a difference stops the run (exit
+    code 3) and names the rank. Needs `run.deterministic`. 0: never."""
+    max_crashes: NonNegative = 3
+    """Stop with a verdict (exit code 3) instead of starting again, when one step has failed so many times in a row with
+    no checkpoint past it; 0: never. Processes that were killed do not count, and a changed recipe counts anew."""
+    grace_seconds: NonNegativeFloat = 0.0
+    """Seconds from the first stop signal to the end, whatever happens: if the state is not saved by then, the process
+    says what is lost and ends. A little less than the scheduler grants; 0: no limit."""
+    standby: bool = False
+    """Ranks beyond the largest mesh that fits wait for the next start of the run, instead of being refused."""
 
 
 class Metrics(Section):

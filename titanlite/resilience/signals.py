@@ -1,22 +1,32 @@
-"""Asking a run to stop or to save: signals, and agreement between ranks on the step after which all of them do."""
+"""Asking a run to stop or to save: signals, and agreement between ranks on the step after which all of them do.
+
+Signals are heard by a thread of their own: Python's handlers wait until the main thread comes back from what it is in,
+and out of a collective that another rank has left it never does.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import signal
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
-from titanlite.errors import TitanliteError
+from titanlite.errors import StoppedEarly, TitanliteError
+from titanlite.launch import STOP_SIGNALS
 
-_GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ECHO_SECONDS = 1.0
 """Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""
+_CLOSE = b"\0"
+"""What ends the listener; no signal has this number."""
 
 
 @dataclass(frozen=True)
@@ -30,40 +40,83 @@ class Agreement:
 
 
 class StopRequests:
-    """The first signal asks for a save and a stop at the step's end; a second one ends the process at once."""
+    """The first signal asks for a save and a stop at the step's end; a second one ends the process at once.
 
-    def __init__(self, ranks: int, speaks: bool) -> None:
-        """`speaks`: whether this rank tells the user at once that it has heard."""
-        self._signal: int | None = None
-        self._asked_at = 0.0
+    So does the end of `grace_seconds` (0: no limit) after the first, if the run is then still within this context.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        speaks: bool,
+        grace_seconds: float = 0.0,
+        lost: Callable[[], str] = lambda: "what was not saved is lost",
+    ) -> None:
+        """`speaks`: whether this rank tells the user at once that it has heard. `lost` says what an end now costs."""
         self._ranks = ranks
         self._speaks = speaks
+        self._grace_seconds = grace_seconds
+        self._lost = lost
+        self._signal: int | None = None
+        self._signalled = False
+        """Whether all ranks stop because of a signal to one of them, and not for a limit."""
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequests:
+        self._ear, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
         # What the user's shell ignores (nohup: SIGHUP) stays ignored.
-        heeded = [number for number in _GRACEFUL if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heeded}
+        # The system's own handler writes the number of each signal here, whatever the main thread is at.
+        self._previous_mouth = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._previous_mouth)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.write(self._mouth, _CLOSE)
+        self._listener.join()
+        os.close(self._ear)
+        os.close(self._mouth)
+        if isinstance(error, StoppedEarly):
+            error.signalled, error.heard = self._signalled, self._signal is not None
         # The last exchange must end before the process group does. After an error that only this rank may have met,
         # the others may never join it: then the process ends as it is, and its launcher ends theirs.
-        if self._pending is not None and (kind is None or issubclass(kind, TitanliteError)):
+        alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
+        if self._pending is not None and alike:
             self._pending[0].wait()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._signal is None:
-            self._signal, self._asked_at = number, now
-            if self._speaks:
-                # Not print: a handler may run in the middle of one. A lost terminal (SIGHUP) takes no more words.
-                with suppress(OSError):
-                    os.write(2, b"stopping after this step; a second signal ends the run at once, unsaved\n")
-        elif now - self._asked_at > _ECHO_SECONDS:
-            os._exit(128 + number)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, so that a signal between two steps counts for the next one."""
+        self._signal = self._signal or number
+
+    def _listen(self) -> None:
+        """In the listener's thread: notes the first signal, and ends the process on a second one or for the time."""
+        asked_at: float | None = None
+        deadline = math.inf
+        while True:
+            seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+            if not select.select([self._ear], [], [], seconds)[0]:
+                _say(f"resilience.grace_seconds = {self._grace_seconds:g} are over: {self._lost()}")
+                os._exit(128 + (self._signal or 0))
+            heard = os.read(self._ear, 64)
+            for number in self._previous.keys() & set(heard):
+                now = time.monotonic()
+                if asked_at is None:
+                    asked_at, deadline = now, now + (self._grace_seconds or math.inf)
+                    self._note(number, None)
+                    if self._speaks:
+                        _say("stopping after this step; a second signal ends the run at once, unsaved")
+                elif now - asked_at > _ECHO_SECONDS:
+                    os._exit(128 + number)
+            if _CLOSE in heard:
+                return
 
     def agreed(self, limit: str | None, save: bool = False) -> Agreement:
         """What is done after this step; the same on every rank.
@@ -72,16 +125,24 @@ class StopRequests:
         for a checkpoint. With several ranks the answer is that of the step before: the exchange runs on the hosts,
         beside the step, and is not waited for.
         """
-        mine = limit or (signal.Signals(self._signal).name if self._signal is not None else None)
+        heard = signal.Signals(self._signal).name if self._signal is not None else None
         if self._ranks == 1:
-            return Agreement(mine, save)
-        stop_asked = save_asked = False
+            self._signalled = heard is not None
+            return Agreement(limit or heard, save)
+        limited = signalled = saved = False
         if self._pending is not None:
             work, flags = self._pending
             work.wait()
-            stop_asked, save_asked = map(bool, flags)
-        flags = torch.tensor([1 if mine else 0, 1 if save else 0])
+            limited, signalled, saved = map(bool, flags)
+        self._signalled = signalled and not limited
+        flags = torch.tensor([limit is not None, heard is not None, save], dtype=torch.int64)
         work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = (work, flags)
-        return Agreement((mine or "another rank was asked to stop") if stop_asked else None, save_asked)
+        return Agreement((limit or heard or "another rank was asked to stop") if limited or signalled else None, saved)
+
+
+def _say(text: str) -> None:
+    """Not print: another thread may be in the middle of one. A lost terminal (SIGHUP) takes no more words."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())

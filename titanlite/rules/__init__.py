@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from titanlite.errors import Finding
+from titanlite.parallel.layout import active_ranks
 from titanlite.recipe.sections import Recipe
 from titanlite.rules import idle, layout, pipeline, run
 
@@ -36,13 +37,20 @@ RULES: tuple[Rule, ...] = (
     layout.rounded_sums,
     layout.padding,
     run.never_reached,
+    run.rollback,
+    run.rerun,
     idle.without_effect,
     idle.memory_budget,
+    run.watching,
+    run.checkpoints,
     run.looking_inside,
 )
 
 
 def check(recipe: Recipe, world: int = 1) -> list[Finding]:
     """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
-    findings = [finding for rule in RULES for finding in rule(recipe, world)]
+    active = active_ranks(recipe, world)
+    findings = [finding for rule in RULES for finding in rule(recipe, active)]
+    if active < world:
+        findings.append(layout.standing_by(active, world))
     return sorted(findings, key=lambda finding: finding.severity != "error")

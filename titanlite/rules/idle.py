@@ -9,7 +9,7 @@ from typing import Any
 from titanlite.errors import Finding
 from titanlite.optim.schedules import SCHEDULES
 from titanlite.parallel.layout import layout_of
-from titanlite.parallel.stages import stages_per_rank
+from titanlite.parallel.stages import fixes_stages
 from titanlite.recipe.sections import Pipeline, Recipe
 from titanlite.rules.terms import warning
 
@@ -30,16 +30,20 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def _of_the_run(recipe: Recipe) -> list[Idle]:
-    name, optimizer = recipe.schedule.name, recipe.optimizer.name
+    name, optimizer, guards = recipe.schedule.name, recipe.optimizer.name, recipe.resilience
+    actions = (guards.on_nonfinite, guards.on_spike)
     return [
         ("schedule.decay_steps", name in ("constant", "sqrt"), f"the {name} schedule has no decay phase"),
         ("schedule.decay_shape", name in SCHEDULES and name != "wsd", "only wsd has a decay of a chosen shape"),
         ("schedule.final_lr_ratio", name == "constant", "the constant schedule stays at the peak"),
         ("optimizer.muon_lr", optimizer == "adamw", "the optimizer is adamw"),
         ("optimizer.muon_momentum", optimizer == "adamw", "the optimizer is adamw"),
-        ("resilience.max_skips", recipe.resilience.on_nonfinite == "stop", 'on_nonfinite = "stop" skips nothing'),
+        ("resilience.max_skips", "skip" not in actions, "neither on_nonfinite nor on_spike skips"),
+        ("resilience.max_rollbacks", "rollback" not in actions, "neither on_nonfinite nor on_spike goes back"),
+        *((f"resilience.spike_{key}", guards.on_spike == "off", 'on_spike is "off"') for key in ("zscore", "window")),
         ("data.prefetch", recipe.data.workers == 0, "without data.workers nothing is fetched ahead"),
         ("checkpoint.keep_every", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
+        ("checkpoint.keep_best", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
         ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),
         ("precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
@@ -50,20 +54,18 @@ def _of_the_layout(recipe: Recipe, world: int) -> list[Idle]:
     parallel, layout = recipe.parallel, layout_of(recipe.parallel, world)
     stage, pipeline = parallel.zero_stage, parallel.pipeline
     uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
-    fixed = parallel.pp > 1 and stages_per_rank(pipeline) == stages_per_rank(_with_other_stages(pipeline))
+    copied = layout is None or max(layout.weights(stage)[0], layout.tp, layout.pp) > 1
+    fixed = parallel.pp > 1 and fixes_stages(pipeline.schedule)
     return [
         *((f"parallel.pipeline.{name}", parallel.pp == 1, "parallel.pp is 1") for name in Pipeline.model_fields),
         ("parallel.pipeline.stages_per_rank", fixed, f"{pipeline.schedule} fixes it"),
+        ("resilience.check_replicas_every", not copied, "no rank holds a copy of what another does"),
         ("parallel.cp_method", parallel.cp == 1, "parallel.cp is 1"),
         ("parallel.async_tp", parallel.tp == 1, "parallel.tp is 1"),
         ("parallel.zero_stage", uncut and stage > 0, "every rank is a copy: there is none to cut over"),
         ("parallel.prefetch", stage == 0 or uncut, "no weights are cut, so none are gathered"),
         ("parallel.dp_shard", stage == 0 and parallel.dp_shard > 1, "in stage 0 nothing is cut, its ranks are copies"),
     ]
-
-
-def _with_other_stages(pipeline: Pipeline) -> Pipeline:
-    return pipeline.model_copy(update={"stages_per_rank": pipeline.stages_per_rank + 1})
 
 
 def memory_budget(recipe: Recipe, world: int) -> Iterator[Finding]:

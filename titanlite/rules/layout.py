@@ -46,6 +46,12 @@ def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
     yield Finding(f"parallel.{key}", f"{problem} {verb} {count(world, 'rank')};", fix)
 
 
+def standing_by(active: int, world: int) -> Finding:
+    """Ranks that have no place in the mesh, where the recipe lets them wait."""
+    problem = f"the largest mesh that fits takes {count(active, 'rank')}: {world - active} of {world} stand by"
+    return warning("resilience.standby", problem, "until the run starts with other ranks.")
+
+
 def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Every tensor parallel rank has a part of every matrix."""
     spec, config, tp = spec_named(recipe), config_of(recipe), recipe.parallel.tp

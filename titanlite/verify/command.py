@@ -12,6 +12,7 @@ from titanlite.check import checked
 from titanlite.describe import describe
 from titanlite.errors import EXIT_DONE, LayoutDiffers, UsageError
 from titanlite.launch import launched
+from titanlite.parallel.layout import active_ranks
 from titanlite.recipe.load import load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_count
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
     place = launched()
     loaded = load_recipe(arguments.recipe, overrides)
     checked(loaded, place.size)
+    if (active := active_ranks(loaded.recipe, place.size)) < place.size:
+        raise UsageError(f"the layout has places for {active} ranks; start so many, since none stands by here.")
     small = shrink(loaded.recipe, place.size, arguments.steps)
     errors = [finding for finding in check(small, place.size) if finding.severity == "error"]
     assert not errors, f"shrinking made a legal recipe illegal: {errors}"

@@ -1,0 +1,33 @@
+"""What chaos tests get: a nursery for processes, and an empty sandbox each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from nursery import Nursery
+from sandbox import Sandbox
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[tuple[Any, ...], Any]:
+    """Uninterrupted runs, each trained once."""
+    return {}
+
+
+@pytest.fixture
+def box(nursery: Nursery, references: dict[tuple[Any, ...], Any], tmp_path: Path) -> Sandbox:
+    return Sandbox(nursery, tmp_path, references)

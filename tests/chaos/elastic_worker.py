@@ -1,0 +1,53 @@
+"""`titanlite train`, slowed down, that notes what it does when: a line of JSON each, in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+NOTES = Path("notes")
+HURRY = Path("hurry")
+PAUSE_SECONDS = 0.1
+
+
+def note(what: str, **fields: Any) -> None:
+    # A start of the run has a port of its own where its ranks meet.
+    start = os.environ.get("MASTER_PORT", "")
+    line = {"what": what, "time": time.time(), "start": start, "pid": os.getpid(), "agent": os.getppid(), **fields}
+    with (NOTES / str(os.getpid())).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    note("process")
+    from titanlite import train
+    from titanlite.launch import end_process
+    from titanlite.learner import Learner
+    from titanlite.trainer import Trainer
+
+    run, take_step = Trainer.run, Learner.step
+
+    def noted_run(self: Trainer) -> None:
+        note("loaded", step=self.step, rank=self.world.rank, ranks=self.world.size)
+        run(self)
+
+    def noted_step(self: Learner, number: int, batch: Any, factor: float) -> Any:
+        if not HURRY.exists():
+            time.sleep(PAUSE_SECONDS)
+        result = take_step(self, number, batch, factor)
+        result[0].item()  # the step is done, not only queued
+        note("step", step=number, samples=batch.samples)
+        return result
+
+    Trainer.run, Learner.step = noted_run, noted_step  # type: ignore[method-assign]
+    code = train._told_to_launcher(*train._ended(sys.argv[1:]))
+    note("end", code=code)
+    end_process(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""SIGKILL: of all ranks, of one, and at each point of a save."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from collections import Counter
+from functools import partial
+
+from fault import EQUAL, Fault, Outcome
+from sandbox import EVERY, Job, Sandbox
+
+POINTS = {
+    "before the first byte": 3,
+    "in a shard": 4,
+    "between shards": 5,
+    "before the manifest": 6,
+    "in the manifest": 6,
+    "before the rename": 7,
+    "after the rename": 8,
+}
+_OF_EACH_RANK = ("before the first byte", "in a shard", "between shards")
+"""The other points are the first rank's alone."""
+
+
+def killed_in_save(point: str, mode: str, ranks: int) -> Fault:
+    """The rank that writes is killed in the second save; the others end by themselves."""
+    faulty = ranks - 1 if point in _OF_EACH_RANK else 0
+
+    def run(box: Sandbox) -> Outcome:
+        words = f"--checkpoint.mode={mode}"
+        job = box.start(words, ranks=ranks, fault="killed_in_save", point=point, step=2 * EVERY, on=[faulty])
+        codes = job.wait()
+        assert codes[faulty] == -signal.SIGKILL and 0 not in codes, job.said
+        reached, last = box.step(), 2 * EVERY if point == "after the rename" else EVERY
+        assert reached >= 2 * EVERY + 2 * (mode == "async" and ranks == 1), "a save in the background stops nothing"
+        assert box.steps()[-1] == last
+        box.command("checkpoint", "verify", "runs/run", "--deep")
+        said = box.train(words, ranks=ranks).said
+        assert box.resumed() == last
+        box.require_whole(ranks=ranks)
+        return Outcome(reached - last, EQUAL, box.message(said, "resumed|the last one"))
+
+    # One process and both modes at each point by default; several ranks where all of them write.
+    return Fault(
+        POINTS[point] if mode == "sync" else 9,
+        f"SIGKILL in a save, {point}" + (f" ({mode}, {ranks} ranks)" if ranks > 1 else f" ({mode})"),
+        "the process kills itself there" + (" once training has gone on for two steps" if mode == "async" else ""),
+        run,
+        slow=(ranks > 1) != (point == "in a shard" and mode == "async"),
+    )
+
+
+def killed_all(box: Sandbox) -> Outcome:
+    box.paused(ranks=3, on=[1]).kill()
+    reached = box.step()
+    said = box.train(ranks=3).said
+    box.require_whole(ranks=3)
+    return Outcome(reached - box.resumed(), EQUAL, box.message(said, "resumed|the last one"))
+
+
+def killed_one(box: Sandbox) -> Outcome:
+    """The others wait for its part of a step, and are not told by anybody."""
+    job = box.paused(ranks=3, on=[1])
+    job.children[1].kill()
+    codes = job.wait(60)
+    assert codes[1] == -signal.SIGKILL and 0 not in codes, "none may go on, or believe that all is well"
+    reached = box.step()
+    box.train(ranks=3)
+    box.require_whole(ranks=3)
+    return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[0].said, "has lost another rank"))
+
+
+_LONG = ("--training.steps=100000", "--checkpoint.every_steps=2")
+_LEFT_BY_A_KILL = r"\.step-[0-9]+\.(writing|replaced|deleting)|\.mark-[0-9a-f]+"
+
+
+def at_random(box: Sandbox, ranks: int, kills: int) -> Outcome:
+    """Again and again, of one rank or of all, while the run starts, trains and saves in the background."""
+    moments = random.Random(time.time_ns())  # other moments each time; whatever they are, the promises hold
+    lost, kinds = 0, Counter[str]()
+    for _ in range(kills):
+        committed = box.steps()
+        kinds[_kill_somewhere(box, box.start(*_LONG, ranks=ranks), moments)] += 1
+        if box.run_folder().exists():
+            assert all(re.fullmatch(_LEFT_BY_A_KILL, name) for name in box.leftovers())
+            assert max(box.steps(), default=0) >= max(committed, default=0), "what was committed stays"
+        if box.steps():
+            box.command("checkpoint", "verify", "runs/run", "--deep")
+        lost += box.step() - max(box.steps(), default=0)
+
+    end = f"--run.stop_after_step={box.step() + 3}"
+    box.start(*_LONG, end, ranks=ranks).ended(75)
+    assert box.leftovers() == [], "the next start clears what a kill has left"
+    box.start(*_LONG, end, "--run.name=whole", ranks=ranks).ended(75)
+    assert box.curve() == box.curve("whole")
+    assert box.tensors(box.step()) == box.tensors(box.step(), "whole")
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return Outcome(lost, EQUAL, f"{listed}; {box.step()} steps in all")
+
+
+def _kill_somewhere(box: Sandbox, job: Job, moments: random.Random) -> str:
+    """Kill one process or all: now and then while they start, mostly in and around steps and saves; what was killed."""
+    begun = box.step()
+    if moments.random() < 0.15:
+        time.sleep(moments.uniform(0, 1))
+    else:
+        box.until(lambda: box.step() > begun, job)
+        time.sleep(moments.uniform(0, 0.3))
+    when = "" if box.step() > begun else " while starting"
+    if moments.random() < 0.5:
+        job.kill()
+        return f"of all{when}"
+    moments.choice(job.children).kill()
+    if not when:  # in the middle of a start, a launcher must end the others
+        assert 0 not in job.wait(60), "the others end by themselves, and do not believe that all is well"
+    job.kill()
+    return f"of one{when}"
+
+
+def many(ranks: int, kills: int) -> Fault:
+    what = f"{kills} SIGKILLs at random moments, of one of {ranks} ranks or of all"
+    return Fault(
+        2, what, "from outside; the same command again", partial(at_random, ranks=ranks, kills=kills), slow=True
+    )
+
+
+FAULTS = [
+    Fault(1, "SIGKILL of one rank of three", "from outside; then started again", killed_one),
+    Fault(2, "SIGKILL of all ranks", "from outside; then the same command again", killed_all),
+    *(many(ranks, kills) for ranks, kills in ((2, 40), (3, 35), (4, 25))),
+    *(killed_in_save(point, mode, ranks) for mode in ("sync", "async") for point in POINTS for ranks in (1, 2)),
+]

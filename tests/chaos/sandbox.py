@@ -1,0 +1,251 @@
+"""A folder in which a tiny run is started, broken and started again, and the uninterrupted run that it must equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nursery import PATIENCE_SECONDS, Child, Nursery
+from safetensors import safe_open
+
+STEPS = 16
+EVERY = 4
+"""Steps between saves."""
+
+RECIPE = f"""
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = {STEPS}
+sequence_length = 16
+global_batch = 4
+[optimizer]
+name = "muon"
+[precision]
+compute = "float32"
+[checkpoint]
+every_steps = {EVERY}
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+
+Curve = list[tuple[Any, ...]]
+
+
+class Job:
+    """The processes of one start of a run, by rank."""
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self.children = children
+
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> list[int]:
+        """Their exit codes, once all have ended."""
+        return [child.wait(seconds) for child in self.children]
+
+    def done(self) -> Job:
+        """This job, which must end well."""
+        assert set(self.wait()) == {0}, self.said
+        return self
+
+    def ended(self, code: int) -> Job:
+        """This job, whose every process must end with `code`."""
+        assert set(self.wait()) == {code}, f"{self.wait()} and not {code}:\n{self.said}"
+        return self
+
+    def send(self, number: int) -> None:
+        for child in self.children:
+            child.send(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    @property
+    def said(self) -> str:
+        return "\n".join(child.said for child in self.children)
+
+
+class Sandbox:
+    """One folder, `runs/run` in it, and what can be done to it."""
+
+    def __init__(self, nursery: Nursery, folder: Path, references: dict[tuple[Any, ...], Any]) -> None:
+        self.folder = folder
+        self.nursery = nursery
+        self._references = references
+        self._starts = 0
+        self.mistake = ""
+        """What every process of this sandbox does wrong; a function of `faulty_train`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(300)))
+        (folder / "recipe.toml").write_text(RECIPE)
+
+    def another(self, name: str) -> Sandbox:
+        """One of the same kind in a folder below this one."""
+        return Sandbox(self.nursery, self.folder / name, self._references)
+
+    # --- starting
+
+    def start(self, *arguments: str, ranks: int = 1, port: int = 0, missing: int = 0, **chaos: Any) -> Job:
+        """Start `titanlite.train` on so many ranks, as torchrun would; `chaos` is what `faulty_train` makes of it.
+
+        `missing`: so many of the first ranks never start. They meet at `port`, or at one that is free.
+        """
+        port = port or free_port()
+        command = ["titanlite.train", "recipe.toml", *arguments]
+        return Job([self._child(command, chaos, _place(rank, ranks, port)) for rank in range(missing, ranks)])
+
+    def train(self, *arguments: str, **names: Any) -> Job:
+        """`start`, and wait for a good end."""
+        return self.start(*arguments, **names).done()
+
+    def command(self, *arguments: str, code: int = 0, **chaos: Any) -> str:
+        """What another command prints, which must end with `code`."""
+        child = self.begin(*arguments, **chaos)
+        assert child.wait() == code, f"{child.wait()} and not {code}:\n{child.said}"
+        return child.said
+
+    def begin(self, *arguments: str, **chaos: Any) -> Child:
+        return self._child(["titanlite", *arguments], chaos, {})
+
+    def _child(self, command: list[str], chaos: dict[str, Any], place: dict[str, str]) -> Child:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **place}
+        if self.mistake:
+            environment["MISTAKE"] = self.mistake
+        if chaos:
+            environment["CHAOS"] = json.dumps(chaos)
+        self._starts += 1
+        return self.nursery.start(command, self.folder, self.folder / f"said-{self._starts}.txt", environment)
+
+    def paused(self, *arguments: str, ranks: int = 1, step: int = EVERY + 3, **chaos: Any) -> Job:
+        """A run that waits before `step`, or in its save, on the ranks `on`, until `go` is called."""
+        job = self.start(*arguments, ranks=ranks, fault="paused", step=step, **chaos)
+        self.until((self.folder / "here").exists, job)
+        return job
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    # --- looking
+
+    def run_folder(self, run: str = "run") -> Path:
+        return self.folder / "runs" / run
+
+    def rows(self, run: str = "run") -> list[dict[str, Any]]:
+        """What stands in `metrics.jsonl`, but for a last line that is not whole yet."""
+        try:
+            lines = (self.run_folder(run) / "metrics.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def curve(self, run: str = "run") -> Curve:
+        """Step, samples, loss and gradient norm of every step, as they stand in the file: all their digits."""
+        kept = ("step", "samples", "tokens", "loss", "grad_norm")
+        return [tuple(row[key] for key in kept) for row in self.rows(run) if "loss" in row]
+
+    def step(self, run: str = "run") -> int:
+        """The last step that was written down."""
+        return max((row["step"] for row in self.rows(run) if "loss" in row), default=0)
+
+    def events(self, kind: str, run: str = "run") -> list[dict[str, Any]]:
+        return [row for row in self.rows(run) if row.get("event") == kind]
+
+    def status(self, run: str = "run") -> dict[str, Any]:
+        return json.loads((self.run_folder(run) / "status.json").read_text())
+
+    def steps(self, run: str = "run") -> list[int]:
+        """Steps with a committed checkpoint."""
+        folder = self.run_folder(run) / "checkpoints"
+        return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+    def checkpoint(self, step: int, run: str = "run") -> Path:
+        return self.run_folder(run) / "checkpoints" / f"step-{step:08d}"
+
+    def leftovers(self, run: str = "run") -> list[str]:
+        """Names beside the committed checkpoints."""
+        return [name for name in os.listdir(self.run_folder(run) / "checkpoints") if not name.startswith("step-")]
+
+    def tensors(self, step: int, run: str = "run") -> dict[str, bytes]:
+        """Every chunk of a checkpoint, bit by bit."""
+        found: dict[str, bytes] = {}
+        for file in self.checkpoint(step, run).glob("*.safetensors"):
+            with safe_open(file, framework="numpy") as handle:
+                found |= {key: handle.get_tensor(key).tobytes() for key in handle.keys()}  # noqa: SIM118
+        return found
+
+    def until(self, condition: Callable[[], object], job: Job | None = None) -> None:
+        """Wait until it holds; `job` must not end before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline
+            assert job is None or all(child.poll() is None for child in job.children), job.said if job else ""
+            time.sleep(0.002)
+
+    # --- comparing
+
+    def prepared(self) -> None:
+        """Make `runs/run` one that was stopped at its third save, with the checkpoints of that and the second."""
+        key = ("prepared",)
+        if key not in self._references:
+            source = self.another("prepared")
+            source.start(f"--run.stop_after_step={3 * EVERY}").ended(75)
+            self._references[key] = source.run_folder()
+        shutil.copytree(self._references[key], self.run_folder())
+
+    def resumed(self, run: str = "run") -> int:
+        """The step that the run went on from last."""
+        return int(self.events("resumed", run)[-1]["step"])
+
+    def whole(self, *arguments: str, ranks: int = 1) -> tuple[Curve, dict[str, bytes]]:
+        """Curve and last tensors of a run that nothing befalls; trained once for all sandboxes."""
+        key = (ranks, arguments, (self.folder / "recipe.toml").read_text())
+        if key not in self._references:
+            self.train(*arguments, "--run.name=whole", ranks=ranks)
+            self._references[key] = self.curve("whole"), self.tensors(self.step("whole"), "whole")
+        return self._references[key]
+
+    def require_whole(self, *arguments: str, ranks: int = 1, run: str = "run") -> None:
+        """The run has ended as if nothing had befallen it: every number of its curve, every bit of its state."""
+        curve, tensors = self.whole(*arguments, ranks=ranks)
+        assert self.curve(run) == curve, "the curve differs"
+        assert self.tensors(curve[-1][0], run) == tensors, "the last state differs"
+        assert self.leftovers(run) == []
+
+    def message(self, text: str, pattern: str) -> str:
+        """The lines of what was said that match, without this folder's name; there must be some."""
+        lines = [line for line in text.splitlines() if re.search(pattern, line)]
+        assert lines, f"'{pattern}' was not said in:\n{text}"
+        return " ".join(dict.fromkeys(lines)).replace(f"{self.folder}/", "")
+
+
+def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process on one machine."""
+    if ranks == 1:
+        return {}
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,16 @@
+"""Each fault is brought about, and what was promised holds."""
+
+from __future__ import annotations
+
+import pytest
+from fault import Fault
+from fault_matrix import MATRIX
+from sandbox import Sandbox
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=[pytest.mark.slow] if fault.slow else [], id=fault.name) for fault in MATRIX],
+)
+def test_what_is_promised_holds(fault: Fault, box: Sandbox) -> None:
+    fault.run(box)

@@ -1,0 +1,33 @@
+"""What a rank does in the tests of saves in the background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.ranks import joined_ranks
+from titanlite.models.shard import Shard
+
+
+def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[int]:
+    """Steps of messages among all ranks, each with a save of its state beside it; the steps that were committed."""
+    checkpoints = CheckpointManager(Path(folder), print, joined_ranks(rank, world, timeout_seconds=60), background=True)
+    held, committed = torch.zeros(3), []
+    for step in range(1, steps + 1):
+        for _ in range(20):
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            assert total == world
+        held.fill_(step)
+        saved = checkpoints.wait()
+        if saved is not None:
+            committed.append(saved.step)
+        state = {"w": Shard(held, (3 * rank,), (3 * world,))}
+        checkpoints.begin(step=step, samples=0, tokens=0, tensors=state, values={}, recipe_text="")
+        held.fill_(-1)
+    saved = checkpoints.wait()
+    assert saved is not None
+    return [*committed, saved.step]

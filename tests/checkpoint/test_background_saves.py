@@ -1,0 +1,249 @@
+"""Saves beside the training: what they hold, that there is one at a time, and what becomes of those that fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import background_ranks
+import pytest
+import torch
+from pool import Pool
+
+from titanlite.checkpoint import manager, requests, storage
+from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Keep
+from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
+from titanlite.checkpoint.save import Staging, portion_of
+from titanlite.errors import CheckpointError
+from titanlite.models.shard import Shard
+
+
+def begin(checkpoints: CheckpointManager, step: int, weights: torch.Tensor, **values: Any) -> None:
+    state = {"w": Shard.whole(weights)}
+    checkpoints.begin(step=step, samples=0, tokens=0, tensors=state, values=values, recipe_text="")
+
+
+def loaded(folder: Path) -> tuple[int, torch.Tensor]:
+    into = torch.zeros(40, 3)
+    manifest = CheckpointManager(folder, pytest.fail).load_latest({"w": Shard.whole(into)})
+    assert manifest is not None
+    return manifest.step, into
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, no save gets further than its beginning."""
+    go, save_state = threading.Event(), manager.save_state
+
+    def waiting(*arguments: Any, **names: Any) -> None:
+        assert go.wait(timeout=60)
+        save_state(*arguments, **names)
+
+    monkeypatch.setattr(manager, "save_state", waiting)
+    return go
+
+
+def test_what_is_saved_is_the_state_from_when_the_save_began(tmp_path: Path, held: threading.Event) -> None:
+    checkpoints, weights = CheckpointManager(tmp_path, pytest.fail, background=True), torch.randn(40, 3)
+    before = weights.clone()
+    begin(checkpoints, 5, weights)
+    weights.add_(1)
+    assert checkpoints.ended() is None and checkpoints.current is None and checkpoints.steps() == []
+    held.set()
+    saved = checkpoints.wait()
+    assert saved is not None and (saved.step, saved.error) == (5, None) and 0 <= saved.blocked_seconds <= saved.seconds
+    assert checkpoints.current == 5 and checkpoints.ended() is None and checkpoints.wait() is None
+    assert loaded(tmp_path)[0] == 5 and torch.equal(loaded(tmp_path)[1], before)
+
+
+def test_a_staging_is_filled_anew_by_each_copy() -> None:
+    staging, weights = Staging(), torch.randn(6, 4)
+    for _ in range(2):
+        weights.mul_(2)
+        (piece,) = staging.copy(portion_of({"w": Shard.whole(weights)})).pieces.values()
+        assert torch.equal(piece.values, weights)
+        assert piece.values.data_ptr() != weights.data_ptr()
+
+
+def test_strided_tensors_are_staged_as_they_are() -> None:
+    matrix = torch.arange(6.0).reshape(2, 3).t()
+    (piece,) = Staging().copy(portion_of({"w": Shard.whole(matrix)})).pieces.values()
+    assert torch.equal(piece.values, matrix)
+
+
+def fail_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The first so many saves meet a full disk."""
+    calls, write = [0], manager.save_state
+
+    def failing(final: Path, *arguments: Any, **names: Any) -> None:
+        calls[0] += 1
+        if calls[0] <= times:
+            raise CheckpointError(f"{final}: {os.strerror(errno.ENOSPC)}")
+        write(final, *arguments, **names)
+
+    monkeypatch.setattr(manager, "save_state", failing)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_failures_are_told_and_too_many_in_a_row_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=2)
+    fail_first(monkeypatch, 2)
+    for step in (1, 2):
+        begin(checkpoints, step, torch.zeros(40, 3))
+        saved = checkpoints.wait()
+        assert saved is not None and saved.step == step and "No space left" in str(saved.error)
+        assert checkpoints.current is None
+    begin(checkpoints, 3, torch.zeros(40, 3))
+    assert checkpoints.wait().error is None and checkpoints.current == 3  # type: ignore[union-attr]
+    fail_first(monkeypatch, 3)
+    for step in (4, 5):
+        begin(checkpoints, step, torch.zeros(40, 3))
+        checkpoints.wait()
+    begin(checkpoints, 6, torch.zeros(40, 3))
+    with pytest.raises(CheckpointError, match="3 saves in a row have failed"):
+        checkpoints.wait()
+    assert loaded(tmp_path)[0] == 3
+
+
+def test_a_mistake_of_ours_is_raised_where_the_save_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*arguments: Any, **names: Any) -> None:
+        raise TypeError("ours")
+
+    monkeypatch.setattr(manager, "save_state", mistaken)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True, max_failures=5)
+    begin(checkpoints, 1, torch.zeros(40, 3))
+    with pytest.raises(TypeError, match="ours"):
+        checkpoints.wait()
+
+
+def test_ranks_save_in_the_background_while_they_talk_of_other_things(pool: Pool, tmp_path: Path) -> None:
+    """Their messages about the save and those of the steps do not mix."""
+    assert pool.run(background_ranks.train_while_saving, 3, str(tmp_path), 4) == [[1, 2, 3, 4]] * 3
+    into = torch.zeros(9)
+    manifest = CheckpointManager(tmp_path, pytest.fail).load_latest({"w": Shard.whole(into)})
+    assert manifest is not None and manifest.step == 4 and into.tolist() == [4.0] * 9
+
+
+def test_a_failed_save_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(requests.time, "monotonic", lambda: now[0])
+    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=0, warn=pytest.fail)
+    assert not asks.due()
+    asks.failed()
+    now[0] = requests._RETRY_SECONDS - 1
+    assert not asks.due()
+    now[0] += 1
+    assert asks.due() and not asks.due()
+    asks.begun()
+    asks.saved()
+    now[0] *= 10
+    assert not asks.due()
+
+
+# --- which stay
+
+
+def test_the_best_by_validation_stay_beside_the_newest(tmp_path: Path) -> None:
+    losses = {1: 4.0, 2: 2.0, 3: 3.0, 4: None, 5: 2.5, 6: 9.0, 7: 8.0}
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Keep(last=1, best=2))
+    for step, loss in losses.items():
+        begin(checkpoints, step, torch.zeros(2), **({VALIDATION_LOSS: loss} if loss is not None else {}))
+        checkpoints.wait()
+    assert checkpoints.steps() == [2, 5, 7]
+
+
+# --- which is loaded
+
+
+def three(tmp_path: Path, warn: Callable[[str], None]) -> CheckpointManager:
+    checkpoints = CheckpointManager(tmp_path, warn)
+    for step in (10, 20, 30):
+        begin(checkpoints, step, torch.full((40, 3), float(step)))
+        checkpoints.wait()
+    return checkpoints
+
+
+def test_going_back_loads_that_step_and_later_ones_are_never_the_latest_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints, into = three(tmp_path, said.append), torch.zeros(40, 3)
+    assert checkpoints.go_back_to(10, {"w": Shard.whole(into)}).step == 10 and into[0, 0] == 10
+    assert checkpoints.steps() == [10] and loaded(tmp_path)[0] == 10
+    assert (tmp_path / "set-aside-1-step-00000030").is_dir() and ["later than step 10" in text for text in said] == [
+        True
+    ] * 2
+
+
+def test_going_back_to_a_step_without_a_checkpoint_says_which_there_are(tmp_path: Path) -> None:
+    checkpoints = three(tmp_path, pytest.fail)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 15; there are those of 10, 20, 30"):
+        checkpoints.go_back_to(15, {})
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+def test_values_of_another_float_are_taken_where_asked_for(tmp_path: Path) -> None:
+    values = torch.randn(40, 3)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail)
+    begin(checkpoints, 1, values)
+    checkpoints.wait()
+    for dtype in (torch.bfloat16, torch.float64):
+        into = {"w": Shard.whole(torch.zeros(40, 3, dtype=dtype))}
+        with pytest.raises(CheckpointError, match="float32 in the checkpoint"):
+            checkpoints.load_from(checkpoints.path(1), into)
+        checkpoints.load_from(checkpoints.path(1), into, convert=True)
+        assert torch.equal(into["w"].tensor, values.to(dtype))
+    whole = {"w": Shard.whole(torch.zeros(40, 3, dtype=torch.int32))}
+    with pytest.raises(CheckpointError, match="int32 here"):
+        checkpoints.load_from(checkpoints.path(1), whole, convert=True)
+
+
+def test_no_file_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True, max_failures=1)
+    begin(checkpoints, 1, torch.ones(40, 3))
+    checkpoints.wait()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        begin(checkpoints, 2, torch.ones(40, 3))
+        saved = checkpoints.wait()
+    assert saved is not None and "free)" in str(saved.error)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    assert json.loads((tmp_path / "step-00000001" / "manifest.json").read_bytes())["step"] == 1
+
+
+def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Keep(last=1, best=1))
+    read, unreadable = storage.read_manifest, [True]
+
+    def sometimes(folder: Path) -> Any:
+        if unreadable[0] and folder.name.endswith("1"):
+            raise CheckpointError("stale file handle")
+        return read(folder)
+
+    monkeypatch.setattr(storage, "read_manifest", sometimes)
+    for step, loss in ((1, 1.0), (2, 3.0)):
+        begin(checkpoints, step, torch.zeros(2), **{VALIDATION_LOSS: loss})
+        checkpoints.wait()
+    unreadable[0] = False
+    begin(checkpoints, 3, torch.zeros(2), **{VALIDATION_LOSS: 4.0})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_a_step_that_is_saved_anew_has_its_new_loss(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Keep(last=2, best=1))
+    for step, loss in ((1, 5.0), (2, 1.0), (2, 9.0), (3, 8.0)):
+        begin(checkpoints, step, torch.zeros(2), **{VALIDATION_LOSS: loss})
+        checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3]

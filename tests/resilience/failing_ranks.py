@@ -1,0 +1,108 @@
+"""Runs in which something goes wrong. As a program: `titanlite train` with a fault, FAULT@STEP@RANK (or nothing)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RECIPE = """
+[run]
+name = "tiny"
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 2
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = 5
+sequence_length = 16
+global_batch = 4
+[precision]
+compute = "float64"
+[checkpoint]
+every_steps = 2
+mode = "sync"
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+RUN = Path("runs/tiny")
+
+
+def write_recipe(folder: Path) -> None:
+    """What the runs train on."""
+    (folder / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    (folder / "recipe.toml").write_text(RECIPE)
+
+
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def program(fault: str, *arguments: str) -> list[str]:
+    """The command of one process."""
+    return [sys.executable, __file__, fault, "recipe.toml", *arguments]
+
+
+def started(fault: str, *arguments: str, count: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
+    """A run's processes, by rank."""
+    port, processes = str(free_port()), []
+    for rank in range(count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        variables = {**os.environ, **place, **meeting, **environment}
+        command = program(fault, *arguments)
+        processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit codes and stderr, by rank."""
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def failing(fault: str, step: int, rank: int) -> None:
+    """Have the fault happen in that step of that rank."""
+    import torch
+
+    from titanlite.launch import launched
+    from titanlite.learner import Learner
+
+    take_step = Learner.step
+
+    def failing_step(self: Learner, number: int, *rest: Any) -> Any:
+        if number == step and launched().rank == rank:
+            if fault == "raise":
+                raise ValueError("the sample is poisoned")
+            if fault == "memory":
+                raise torch.OutOfMemoryError("Allocator: tried to allocate 3.00 GiB. Free: 1.00 GiB. Used: 9 GiB. More")
+            if fault == "hang":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(self, number, *rest)
+
+    Learner.step = failing_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from titanlite.launch import end_process
+    from titanlite.train import _ended, _told_to_launcher
+
+    if sys.argv[1]:
+        what, at_step, on_rank = sys.argv[1].split("@")
+        failing(what, int(at_step), int(on_rank))
+    end_process(_told_to_launcher(*_ended(sys.argv[2:])))

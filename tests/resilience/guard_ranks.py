@@ -1,0 +1,116 @@
+"""What a rank does in the tests of guards: a whole run of the trainer, with a fault on one of the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.ranks import Ranks
+from titanlite.data.splits import open_data
+from titanlite.errors import TitanliteError
+from titanlite.learner import Learner
+from titanlite.observe.journal import Journal
+from titanlite.observe.rows import Row
+from titanlite.parallel.program import Program
+from titanlite.parallel.world import World
+from titanlite.recipe.load import to_toml
+from titanlite.recipe.sections import Recipe
+from titanlite.rules import check
+from titanlite.trainer import Trainer
+
+
+@dataclass
+class Kept:
+    """A sink that keeps the rows."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def rewind(self, after_step: int) -> None:
+        self.rows = [row for row in self.rows if "event" in row or row["step"] <= after_step]
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+Ended = tuple[str, list[Row], dict[str, torch.Tensor]]
+"""What the run ended with (empty: its last step), its rows, and what the rank then holds of the weights."""
+
+
+def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str, int, int] | None = None) -> Ended:
+    """`fault`: its kind, and the rank and the step (from 1, as the rank counts them) at which it happens."""
+    recipe = Recipe.model_validate_json(recipe_json)
+    assert not [finding for finding in check(recipe, world) if finding.severity == "error"]
+    data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
+    journal, kept, said = Journal(), Kept(), ""
+    journal.add(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        if fault is not None and fault[1] == rank:
+            _inject(patch, fault[0], fault[2])
+        checkpoints = CheckpointManager(Path(folder), print, Ranks(rank, world))
+        trainer = Trainer(recipe, to_toml(recipe), World(rank, world, torch.device("cpu")), data, checkpoints, journal)
+        try:
+            trainer.run()
+        except TitanliteError as error:
+            said = f"{type(error).__name__}: {error}"
+    weights = {name: shard.tensor.detach().clone() for name, shard in trainer.shards.table.items()}
+    return said, kept.rows, weights
+
+
+def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
+    whole_step, forward_backward, compute, add = (
+        Learner.step, Program.forward_backward, Program.compute, Program.sum
+    )  # fmt: skip
+    calls = {"steps": 0, "passes": 0}
+
+    def nan_in_a_gradient(self: Program, batch: Any) -> torch.Tensor:
+        loss = forward_backward(self, batch)
+        calls["steps"] += 1
+        if calls["steps"] == step:
+            held = next(tensor for tensor in self.shards.local().values() if tensor.numel())
+            assert held.grad is not None
+            held.grad.view(-1)[0] = float("nan")
+        return loss
+
+    def flipped(choose: Callable[[Learner], torch.Tensor]) -> Callable[..., Any]:
+        def stepped(self: Learner, *arguments: Any) -> Any:
+            result = whole_step(self, *arguments)
+            calls["steps"] += 1
+            if calls["steps"] == step:
+                choose(self).view(-1)[:1].view(torch.int64).bitwise_xor_(1)  # the last bit of a float64
+            return result
+
+        return stepped
+
+    def another_loss(self: Program, batch: Any) -> torch.Tensor:
+        calls["passes"] += 1
+        return compute(self, batch) * (1 + 1e-15 * (calls["passes"] == step))
+
+    def another_gradient(self: Program, own: torch.Tensor) -> torch.Tensor:
+        loss = add(self, own)
+        calls["passes"] += 1
+        if calls["passes"] == step:
+            held = self.shards.local()["norm.weight"]
+            assert held.grad is not None
+            held.grad.view(-1)[:1].view(torch.int64).bitwise_xor_(1)
+        return loss
+
+    owner, name, broken = {
+        "nan": (Program, "forward_backward", nan_in_a_gradient),
+        "weight": (Learner, "step", flipped(lambda self: self.weights["norm.weight"].detach())),
+        "moment": (Learner, "step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
+        "loss twice": (Program, "compute", another_loss),
+        "gradient twice": (Program, "sum", another_gradient),
+    }[kind]
+    patch.setattr(owner, name, broken)

@@ -1,0 +1,54 @@
+"""Processes that are stuck still end: for the time, or at the second signal."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from failing_ranks import RUN, ended, program, started, write_recipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def wait_for_step(step: int) -> None:
+    metrics = RUN / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while not metrics.is_file() or f'{{"step": {step}, "samples"' not in metrics.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_the_run_ends_when_its_grace_is_over(folder: Path) -> None:
+    """Step 4 never ends; that of step 2 is the last checkpoint, step 3 is lost."""
+    command = program("hang@4@0", "--resilience.grace_seconds=0.5", "--checkpoint.mode=sync")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_step(3)
+    process.send_signal(signal.SIGUSR1)
+    ((code, said),) = ended([process])
+    assert code == 128 + signal.SIGUSR1
+    assert "grace_seconds = 0.5 are over: up to step 2 is saved; what came after, up to step 4, is lost" in said
+    assert [path.name for path in (RUN / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another(folder: Path) -> None:
+    """Python's own handlers would never run: the main thread is inside a collective."""
+    processes = started("hang@4@1")
+    wait_for_step(3)
+    try:
+        processes[0].send_signal(signal.SIGTERM)
+        time.sleep(1.5)  # or it is an echo of the first
+        assert processes[0].poll() is None
+        processes[0].send_signal(signal.SIGTERM)
+        assert processes[0].wait(60) == 128 + signal.SIGTERM
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

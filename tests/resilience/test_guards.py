@@ -1,0 +1,359 @@
+"""What the guards call a bad step, against numpy; and runs that meet one: skipped, stopped, gone back from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titanlite import trainer
+from titanlite.checkpoint.format import MANIFEST, encode
+from titanlite.checkpoint.storage import read_manifest
+from titanlite.cli import run_command
+from titanlite.data.loader import train_loader
+from titanlite.errors import GuardStop
+from titanlite.parallel.program import Program
+from titanlite.recipe.sections import Resilience
+from titanlite.resilience.guards import Guards, RollBack
+from titanlite.train import main
+
+CPU = torch.device("cpu")
+NAN, INF = math.nan, math.inf
+Numbers = list[tuple[float, float]]
+
+
+def judged(guards: Guards, numbers: Numbers, first: int = 1) -> list[bool]:
+    """Which of the steps with these losses and gradient norms are taken."""
+    return [
+        bool(guards.judge(step, torch.tensor(loss), torch.tensor(norm)))
+        for step, (loss, norm) in enumerate(numbers, start=first)
+    ]
+
+
+def history(steps: int, seed: int = 0) -> Numbers:
+    """Steps of a run that goes well."""
+    random = np.random.default_rng(seed)
+    return list(zip((2 + 0.1 * random.random(steps)).tolist(), (1 + 0.5 * random.random(steps)).tolist(), strict=True))
+
+
+@settings(deadline=None)
+@given(
+    window=st.integers(8, 30),
+    extra=st.integers(0, 20),
+    rises=st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)),
+    seed=st.integers(0, 99),
+)
+def test_a_spikes_scores_are_those_of_median_and_mad(
+    window: int, extra: int, rises: tuple[float, float], seed: int
+) -> None:
+    guards = Guards(Resilience(on_spike="skip", spike_window=window, spike_zscore=60.0), CPU)
+    before = [(float(np.float32(loss)), float(np.float32(norm))) for loss, norm in history(window + extra, seed)]
+    last = (float(np.float32(2 * rises[0])), float(np.float32(rises[1])))
+    taken = judged(guards, [*before, last])
+    compared = np.array(before[-window:])
+    median = np.median(compared, axis=0)
+    deviation = np.maximum(1.4826 * np.median(np.abs(compared - median), axis=0), 0.01 * median)
+    z = (np.array(last) - median) / deviation
+    assert taken == [True] * (window + extra) + [bool((z <= 60).all())]
+    if not taken[-1]:
+        (bad,) = guards.review()
+        assert (bad.step, bad.loss, bad.grad_norm) == (window + extra + 1, *last)
+        assert (bad.loss_z, bad.grad_norm_z) == pytest.approx(tuple(z), rel=1e-9)
+        assert bad.kind == ("gradient_spike" if z[1] > z[0] else "loss_spike")
+
+
+def test_what_is_not_a_spike() -> None:
+    section = Resilience(on_spike="skip", spike_window=8)
+    assert all(judged(Guards(section, CPU), [*history(7), (1e6, 1e6)])), "too few steps to compare it to"
+    assert all(judged(Guards(section, CPU), [*history(8), (1e-3, 1e-3)])), "downwards"
+    flat = [(2.0, 1.0)] * 8
+    taken = judged(Guards(section, CPU), [*flat, (2.19, 1.09), (2.21, 1.0)])
+    assert taken[-2:] == [True, False], "ten times the least deviation, 1 %, are 10 %"
+    off = Guards(Resilience(), CPU)
+    before = {name: tensor.clone() for name, tensor in off.state().items()}
+    assert all(judged(off, [*history(200), (1e9, 1e9)]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in off.state().items()), "off: nothing is kept"
+
+
+def test_bad_steps_are_not_what_later_ones_are_compared_to() -> None:
+    guards = Guards(Resilience(on_spike="skip", on_nonfinite="skip", spike_window=8, max_skips=99), CPU)
+    bad = [(50.0, 1.0), (NAN, 1.0), (2.0, 50.0), (2.0, INF), (INF, NAN)] * 3
+    taken = judged(guards, [*history(8), *bad, *history(3), (50.0, 1.0)])
+    assert taken == [True] * 8 + [False] * 15 + [True] * 3 + [False]
+    kinds = [step.kind for step in guards.review()]
+    assert kinds == ["loss_spike", "nonfinite", "gradient_spike", "nonfinite", "nonfinite"] * 3 + ["loss_spike"]
+    assert guards.review() == []
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("on_spike", ["off", "stop", "skip", "rollback"])
+@pytest.mark.parametrize("bad", [(NAN, 1.0), (2.0, INF), (40.0, 1.0), (2.0, 40.0)])
+def test_each_kind_has_its_own_policy(on_nonfinite: Any, on_spike: Any, bad: tuple[float, float]) -> None:
+    guards = Guards(Resilience(on_nonfinite=on_nonfinite, on_spike=on_spike, spike_window=8), CPU)
+    finite = all(map(math.isfinite, bad))
+    policy = on_spike if finite else on_nonfinite
+    taken = judged(guards, [*history(9), bad, *history(3)])[-4:]
+    assert taken == {"off": [1, 1, 1, 1], "skip": [0, 1, 1, 1]}.get(policy, [0, 0, 0, 0])
+    seen = guards.review()
+    assert [(step.step, step.action, step.kind == "nonfinite") for step in seen] == [(10, policy, not finite)] * (
+        policy != "off"
+    )
+    if policy in ("off", "skip"):
+        guards.act(seen)
+        return
+    with pytest.raises(GuardStop if policy == "stop" else RollBack):
+        guards.act(seen)
+
+
+def test_steps_after_the_one_that_halts_are_neither_counted_nor_listed() -> None:
+    guards = Guards(Resilience(on_nonfinite="rollback", max_rollbacks=1), CPU)
+    judged(guards, [(NAN, NAN)] * 5)
+    with pytest.raises(RollBack):
+        guards.act(guards.review())
+    guards.rolled_back(0, 1)
+    assert judged(guards, [(1.0, 1.0), (NAN, 1.0), (1.0, 1.0)]) == [True, False, False]
+    seen = guards.review()
+    assert [bad.step for bad in seen] == [2] and (guards.rollbacks, guards.skipped) == (1, 0)
+    with pytest.raises(GuardStop, match="max_rollbacks = 1"):
+        guards.act(seen)
+
+
+def test_the_budget_of_skips_holds_over_restarts() -> None:
+    section = Resilience(on_nonfinite="skip", max_skips=3)
+    guards = Guards(section, CPU)
+    judged(guards, [(NAN, 1.0)] * 3)
+    guards.act(guards.review())
+    again = Guards(section, CPU)
+    for name, tensor in again.state().items():
+        tensor.copy_(guards.state()[name])
+    again.resumed()
+    again.act(again.review())
+    judged(again, [(NAN, 1.0)])
+    with pytest.raises(GuardStop, match="max_skips = 3"):
+        again.act(again.review())
+
+
+def test_bad_steps_wait_for_a_review_however_late_it_is() -> None:
+    guards = Guards(Resilience(on_nonfinite="rollback", on_spike="skip", spike_window=8, max_skips=3), CPU)
+    judged(guards, [*history(8), (90.0, 1.0), (NAN, 1.0), *history(2500)])
+    assert [bad.step for bad in guards.review()] == [9, 10]
+
+
+# Runs.
+
+RECIPE = """
+[run]
+name = "tiny"
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = 32
+sequence_length = 16
+global_batch = 8
+[optimizer]
+lr = 1e-2
+[schedule]
+name = "constant"
+[precision]
+compute = "float32"
+[checkpoint]
+every_steps = 10
+[resilience]
+spike_window = 12
+[metrics]
+log_every = 4
+tensorboard = false
+"""
+BAD_STEP, BATCH = 26, 8
+BAD = (BAD_STEP - 1) * BATCH
+"""First sample of the step that a run without detours would read them in."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def scramble(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], None]:
+    """Give the batches that begin with certain samples labels that no text has."""
+    compute = Program.compute
+
+    def where(spoiled: Callable[[int], bool]) -> None:
+        def scrambled(self: Program, batch: Any) -> torch.Tensor:
+            if spoiled(batch.samples[0]):
+                batch = dataclasses.replace(batch, labels=(batch.labels * 7 + 91) % 256)
+            return compute(self, batch)
+
+        monkeypatch.setattr(Program, "compute", scrambled)
+
+    return where
+
+
+def train(*arguments: str) -> int:
+    return run_command(main, ["recipe.toml", *arguments])
+
+
+def rows(run: str, event: str | None = None) -> list[dict[str, Any]]:
+    found = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row.get("event") == event]
+
+
+def curve(run: str) -> list[tuple[object, ...]]:
+    return [(row["step"], row["samples"], row["tokens"], row["loss"], row["grad_norm"]) for row in rows(run)]
+
+
+def reason(run: str) -> str:
+    return str(json.loads(Path("runs", run, "status.json").read_text())["reason"])
+
+
+def manifest_of(run: str, step: int) -> Any:
+    return read_manifest(Path("runs", run, "checkpoints", f"step-{step:08d}"))
+
+
+def test_a_spoiled_batch_is_told_and_skipped(folder: Path, scramble: Callable[..., None]) -> None:
+    scramble(lambda first: first == BAD)
+    assert train("--resilience.on_spike=skip") == 0
+    (bad,) = rows("tiny", "gradient_spike")
+    values = bad["values"]
+    assert bad["step"] == BAD_STEP and values["samples"] == [BAD, BAD + BATCH - 1] and values["action"] == "skip"
+    assert values["grad_norm_z"] > 10 and values["loss"] > 6 and "1 of at most 10" in bad["detail"]
+    assert len(curve("tiny")) == 9 and max(row["loss"] for row in rows("tiny")[-2:]) < 2
+
+
+def test_a_spoiled_batch_stops_the_run(folder: Path, scramble: Callable[..., None]) -> None:
+    scramble(lambda first: first == BAD)
+    assert train("--resilience.on_spike=stop") == 3
+    assert f"step {BAD_STEP}: the gradient norm" in reason("tiny") and "not applied" in reason("tiny")
+    assert len(rows("tiny", "gradient_spike")) == 1
+    assert [row["step"] for row in rows("tiny", "checkpoint")] == [10, 20]
+
+
+def test_a_resumed_run_judges_as_one_that_never_stopped(folder: Path, scramble: Callable[..., None]) -> None:
+    """The history is in the checkpoint: the spike comes 6 steps after the resume, and is compared to 12."""
+    scramble(lambda first: first == BAD)
+    keys = ("--resilience.on_spike=skip", "--metrics.log_every=1")
+    assert train(*keys, "--run.name=whole") == 0
+    for stop in (7, 20, 26):
+        assert train(*keys, "--run.name=parts", f"--run.stop_after_step={stop}") == 75
+    assert train(*keys, "--run.name=parts") == 0
+    assert curve("parts") == curve("whole")
+    assert rows("parts", "gradient_spike") == rows("whole", "gradient_spike") != []
+
+
+def at_another_place(folder: str, step: int, samples: int) -> None:
+    """Have a checkpoint say that so many samples were read."""
+    manifest = manifest_of(folder, step).model_copy(update={"samples": samples})
+    Path("runs", folder, "checkpoints", f"step-{step:08d}", MANIFEST).write_bytes(encode(manifest))
+
+
+def test_going_back_is_going_on_from_the_checkpoint_with_other_samples(
+    folder: Path, scramble: Callable[..., None]
+) -> None:
+    """Bad at step 26, heard of at the next logged one, 28: back to 20, and on with what step 29 would have read."""
+    scramble(lambda first: first == BAD)
+    assert train("--resilience.on_spike=rollback", "--run.name=back") == 0
+    assert train("--run.name=other", "--run.stop_after_step=20") == 75
+    at_another_place("other", 20, 28 * BATCH)
+    assert train("--run.name=other") == 0
+    assert curve("back") == curve("other")
+    assert [row["step"] for row in rows("back")] == [1, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert rows("back")[-1]["samples"] == (32 + 8) * BATCH and rows("back")[-1]["tokens"] == 32 * BATCH * 16
+    (event,) = rows("back", "rollback")
+    assert event["values"] == {"to_step": 20, "samples": [20 * BATCH, 28 * BATCH - 1]}
+    assert "From step 28 back to 20" in Path("runs/back/logs/console.log").read_text()
+    assert manifest_of("back", 30).samples == (30 + 8) * BATCH
+
+
+def test_without_a_checkpoint_the_run_goes_back_to_its_beginning(
+    folder: Path, scramble: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scramble(lambda first: first == BAD)
+    keys = ("--checkpoint.every_steps=0", "--optimizer.name=muon", "--training.steps=29")
+    assert train(*keys, "--resilience.on_spike=rollback", "--run.name=back") == 0
+    shifted = 28 * BATCH
+    monkeypatch.setattr(
+        trainer,
+        "train_loader",
+        lambda split, plan, first, steps, **options: train_loader(split, plan, first + shifted, steps, **options),
+    )
+    assert train(*keys, "--run.name=other") == 0
+    assert [(step, samples - shifted, *rest) for step, samples, *rest in curve("back")] == [
+        (step, samples, *rest) for step, samples, *rest in curve("other")
+    ]
+
+
+def test_a_restart_neither_forgets_that_the_run_went_back_nor_reads_what_it_passed_over(
+    folder: Path, scramble: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies right after it went back, at step 22, before any other save."""
+    scramble(lambda first: first == BAD)
+    keys = ("--resilience.on_spike=rollback", "--data.workers=1")
+    assert train(*keys, "--run.name=whole") == 0
+    with monkeypatch.context() as patch:
+        after_step = trainer.Trainer._after_step
+
+        def dies(self: trainer.Trainer) -> None:
+            after_step(self)
+            if self.guards.rollbacks and self.step == 22:
+                raise KeyboardInterrupt
+
+        patch.setattr(trainer.Trainer, "_after_step", dies)
+        assert train(*keys, "--run.name=parts") not in (0, 75)
+    assert train(*keys, "--run.name=parts") == 0
+    assert curve("parts") == curve("whole")
+    assert len(rows("parts", "rollback")) == 1
+
+
+def test_a_run_that_always_goes_wrong_ends(folder: Path, scramble: Callable[..., None]) -> None:
+    scramble(lambda first: first >= BAD)
+    keys = ("--resilience.on_spike=rollback", "--resilience.max_rollbacks=2", "--metrics.log_every=1")
+    assert train(*keys) == 3
+    assert "went back 2 times" in reason("tiny")
+    assert [row["step"] for row in rows("tiny", "rollback")] == [26, 21]
+    assert manifest_of("tiny", 20).samples == 27 * BATCH
+    assert train(*keys) == 3, "the budget is spent"
+    assert len(rows("tiny", "rollback")) == 2
+    steps = [row["step"] for row in rows("tiny")]
+    assert steps == sorted(set(steps)), "one curve"
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(folder: Path, scramble: Callable[..., None]) -> None:
+    def spoil(first: int) -> bool:
+        if first == BAD:
+            Path("runs/tiny/checkpoints/step-00000020/manifest.json").write_text("{}")
+        return first == BAD
+
+    scramble(spoil)
+    assert train("--resilience.on_spike=rollback") == 0
+    (event,) = rows("tiny", "rollback")
+    assert event["values"]["to_step"] == 10 and event["values"]["samples"] == [10 * BATCH, 28 * BATCH - 1]
+    assert rows("tiny")[-1]["step"] == 32
+
+
+def test_a_bad_last_step_is_not_the_end(folder: Path, poison: Callable[[int], None]) -> None:
+    """The step is judged when the run wants to save its end: it goes back from there."""
+    poison(31)
+    assert train("--resilience.on_nonfinite=rollback", "--training.steps=31") == 0
+    (event,) = rows("tiny", "rollback")
+    assert event["values"]["to_step"] == 30
+    assert manifest_of("tiny", 31).samples == 32 * BATCH

@@ -1,0 +1,281 @@
+"""What a run begins with and what it may change: warm starts, branches, chosen steps, keys that are allowed by name."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from titanlite import restore
+from titanlite.checkpoint import manager, requests
+from titanlite.cli import run_command
+from titanlite.data.splits import Split
+from titanlite.resilience.guards import Guards
+from titanlite.train import main
+
+TINY = """
+[run]
+name = "a"
+[model]
+preset = "debug"
+dim = 16
+layers = 2
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+validation_percent = 20
+[training]
+steps = 8
+sequence_length = 16
+global_batch = 4
+[optimizer]
+lr = 1e-2
+[precision]
+compute = "float32"
+[checkpoint]
+every_steps = 2
+keep_last = 0
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(300)))
+    (tmp_path / "tiny.toml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return run_command(main, ["tiny.toml", *arguments])
+
+
+def curve(run: str) -> list[tuple[Any, ...]]:
+    rows = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["samples"], row["loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row]
+
+
+def events(run: str, event: str) -> list[dict[str, Any]]:
+    rows = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == event]
+
+
+def tensors(run: str, step: int) -> dict[str, torch.Tensor]:
+    files = sorted(Path("runs", run, "checkpoints", f"step-{step:08d}").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def steps(run: str) -> list[str]:
+    return sorted(path.name for path in Path("runs", run, "checkpoints").iterdir())
+
+
+def test_saving_in_the_background_changes_no_number(folder: Path) -> None:
+    assert train() == 0 and train("--run.name=b", "--checkpoint.mode=sync") == 0
+    assert curve("a") == curve("b") and steps("a") == steps("b") == [f"step-{n:08d}" for n in (2, 4, 6, 8)]
+    for step in (2, 4, 6, 8):
+        a, b = tensors("a", step), tensors("b", step)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_warm_start_takes_the_weights_and_nothing_else(folder: Path) -> None:
+    """With a rate that moves no weight, those after one step are those that the run began with."""
+    assert train() == 0
+    warm = ("--checkpoint.warm_start=runs/a/4", "--training.steps=1", "--optimizer.lr=1e-30")
+    assert train("--run.name=b", *warm) == 0
+    before, after = tensors("a", 4), tensors("b", 1)
+    weights = [name for name in before if name.startswith("model.")]
+    assert weights and all(torch.equal(before[name], after[name]) for name in weights)
+    assert after["optimizer.adamw/steps"] == 1 and [row[:2] for row in curve("b")] == [(1, 4)]
+
+
+def test_a_warm_start_in_another_number_format_rounds_the_weights(folder: Path) -> None:
+    assert train("--training.steps=2") == 0
+    warm = ("--checkpoint.warm_start=runs/a", "--training.steps=1", "--optimizer.lr=1e-300")
+    assert train("--run.name=b", "--precision.compute=float64", *warm) == 0
+    before, after = tensors("a", 2), tensors("b", 1)
+    name = "model.head.weight"
+    assert after[name].dtype == torch.float64 and torch.equal(after[name].float(), before[name])
+
+
+def test_a_run_that_goes_on_needs_no_warm_start_any_more(folder: Path) -> None:
+    assert train() == 0
+    warm = ("--run.name=b", "--checkpoint.warm_start=runs/a")
+    assert train(*warm, "--run.stop_after_step=3") == 75
+    assert train(*warm) == 0
+    assert train("--run.name=c", "--checkpoint.warm_start=runs/a") == 0
+    assert curve("b") == curve("c")
+
+
+@pytest.mark.parametrize("key", ["warm_start", "resume_from"])
+def test_what_cannot_be_begun_with_is_named(folder: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(f"--checkpoint.{key}=runs/nothing") == 2
+    assert "there is no folder 'runs/nothing'" in capsys.readouterr().err
+
+
+def test_a_branch_goes_on_with_the_whole_state_of_another_run(folder: Path) -> None:
+    assert train() == 0
+    assert train("--run.name=b", "--checkpoint.resume_from=runs/a/4") == 0
+    assert curve("b") == curve("a")[4:]
+    ours, theirs = tensors("a", 8), tensors("b", 8)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert steps("a") == [f"step-{n:08d}" for n in (2, 4, 6, 8)]
+
+
+def test_a_branch_of_another_recipe_is_refused_or_allowed_by_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--run.stop_after_step=4") == 75
+    branch = ("--run.name=b", "--checkpoint.resume_from=runs/a", "--optimizer.lr=0.02")
+    assert train(*branch) == 2
+    said = capsys.readouterr().err
+    assert "optimizer.lr: 0.01 there, 0.02 here" in said and "--allow-change optimizer.lr" in said
+    assert train(*branch, "--allow-change", "optimizer.lr") == 0
+    assert [row[0] for row in curve("b")] == [5, 6, 7, 8]
+
+
+def test_a_resumed_run_may_change_a_key_that_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--run.stop_after_step=4") == 75
+    changed = ("--optimizer.lr=0.02", "--optimizer.weight_decay=0.0")
+    assert train(*changed, "--allow-change=optimizer.lr") == 2
+    said = capsys.readouterr().err
+    assert "optimizer.weight_decay" in said and "optimizer.lr:" not in said
+    assert train(*changed, "--allow-change=optimizer.*") == 0
+    assert [row["detail"] for row in events("a", "resumed")] and "optimizer.lr: 0.01 -> 0.02" in str(
+        events("a", "resumed")
+    )
+
+
+def test_a_key_that_there_is_not_cannot_be_allowed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--allow-change", "optimizer.learning_rate") == 2
+    assert "--allow-change optimizer.learning_rate: there is no such recipe key" in capsys.readouterr().err
+
+
+def test_another_text_is_refused_or_allowed_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--run.stop_after_step=4") == 75
+    (folder / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(300)))
+    assert train() == 2 and "--allow-change data.corpus" in capsys.readouterr().err
+    assert train("--allow-change=data.corpus") == 0
+
+
+def test_going_on_from_a_chosen_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    whole = curve("a")
+    assert train("--from-step=5") == 4
+    assert "there are those of 2, 4, 6, 8" in capsys.readouterr().err
+    assert train("--from-step=4", "--run.stop_after_step=5") == 75
+    assert curve("a") == whole[:5]
+    assert {"step-00000005", "set-aside-1-step-00000008"} <= set(steps("a"))
+    assert train() == 0 and curve("a") == whole
+
+
+def test_a_restart_by_torchrun_does_not_begin_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--fresh --force` was done by the first start."""
+    assert train("--run.stop_after_step=4") == 75
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train("--fresh", "--force") == 0
+    assert [row["detail"] for row in events("a", "resumed")]
+
+
+def test_another_environment_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--run.stop_after_step=4") == 75
+    there = restore.environment
+    monkeypatch.setattr(restore, "environment", lambda device: {**there(device), "torch": "9.9"})
+    assert train() == 0
+    assert f"torch {torch.__version__} -> 9.9" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two saves in a row fail; the third is written, and the run's numbers are those of one without trouble."""
+    assert train("--run.name=b") == 0
+    monkeypatch.setattr(requests, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("titanlite.checkpoint.save.write_tensors", _full_twice())
+    assert train() == 0
+    failed = events("a", "save_failed")
+    assert len(failed) == 2 and all("No space left on device" in row["detail"] for row in failed)
+    assert curve("a") == curve("b") and steps("a")[-1] == "step-00000008"
+
+
+def _full_twice() -> Any:
+    from titanlite.checkpoint.save import write_tensors
+
+    calls = [0]
+
+    def full_at_first(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_tensors(*arguments)
+
+    return full_at_first
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_harms_no_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--run.stop_after_step=2") == 75
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("titanlite.checkpoint.save.write_tensors", full)
+    assert train("--checkpoint.max_failures=1") == 4
+    said = capsys.readouterr().err
+    assert "2 saves in a row have failed" in said and "free)" in said
+    assert steps("a") == ["step-00000002"]
+
+
+def test_a_run_that_a_guard_stops_finishes_the_save_under_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of step 4 is still being written when the loss of step 6 is found to be no number."""
+    write, judge = manager.save_state, Guards.judge
+
+    def slowly(*arguments: Any, **names: Any) -> None:
+        time.sleep(0.5)
+        write(*arguments, **names)
+
+    def bad(self: Guards, step: int, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return judge(self, step, loss * torch.nan if step == 6 else loss, norm)
+
+    monkeypatch.setattr(manager, "save_state", slowly)
+    monkeypatch.setattr(Guards, "judge", bad)
+    assert train("--checkpoint.every_steps=4") == 3
+    assert steps("a") == ["step-00000004"]
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, sample: int) -> None:
+    read = Split.sample
+
+    def failing(self: Split, number: int) -> Any:
+        if number == sample:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "corpus.txt")
+        return read(self, number)
+
+    monkeypatch.setattr(Split, "sample", failing)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_cannot_be_read_ends_the_run_with_its_state_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    with monkeypatch.context() as patch:
+        unreadable(patch, sample=21)
+        assert train(f"--data.workers={workers}") == 2
+    said = capsys.readouterr().err
+    assert "step 6: one of the samples 20 to 23 cannot be read" in said and "corpus.txt" in said
+    assert "The state after step 5 is saved." in said and steps("a")[-1] == "step-00000005"
+    assert train() == 0 and train("--run.name=b") == 0 and curve("a") == curve("b")

@@ -1,0 +1,142 @@
+"""What ended a run unforeseen, written down where the next start finds it, and when to stop starting. No torch.
+
+Each start of a run has a number. The first of its ranks to fail leaves a file under that number; ranks that fail
+because it did find its word there. A process that was killed leaves nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from titanlite.durable import sync_path
+from titanlite.errors import GuardStop
+
+
+@dataclass(frozen=True)
+class Crash:
+    """How one start of a run failed."""
+
+    attempt: int
+    """Number of the start in the run's life, from 1."""
+    restart: int
+    """How often torchrun had started its processes again, 0 without it."""
+    time: str
+    """ISO 8601, UTC."""
+    step: int
+    """The step under way, from 1; before the first of this start was, the one that it would have been."""
+    samples: tuple[int, ...]
+    """First and last sample of that step, over all ranks; empty if it had not begun."""
+    rank: int
+    ranks: int
+    host: str
+    kind: str
+    """Type of the exception."""
+    message: str
+    traceback: str
+    recipe: str
+    """`digest` of the recipe."""
+
+    @property
+    def where(self) -> str:
+        """Such as `rank 1 of 4 on node7`."""
+        return f"rank {self.rank} of {self.ranks} on {self.host}"
+
+    @property
+    def what(self) -> str:
+        """Such as `ValueError: no such token`."""
+        return f"{self.kind}: {self.message}" if self.message else self.kind
+
+
+def digest(recipe_text: str) -> str:
+    """Tells recipes apart."""
+    return hashlib.sha256(recipe_text.encode()).hexdigest()[:16]
+
+
+def file_of(folder: Path, attempt: int) -> Path:
+    """Where the crash of that start is recorded."""
+    return folder / f"attempt-{attempt:05d}.json"
+
+
+def record(folder: Path, crash: Crash) -> None:
+    """Write a crash down, unless another rank's of the same start is there: that one is the cause.
+
+    Raises `OSError` if it cannot be written.
+    """
+    folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not begun anew
+    try:
+        descriptor = os.open(file_of(folder, crash.attempt), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        return
+    with open(descriptor, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(crash), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_path(folder)
+
+
+def recorded(folder: Path, attempt: int) -> Crash | None:
+    """The crash of that start; None if there is no record of it, or none that can be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        fields = json.loads(file_of(folder, attempt).read_text(encoding="utf-8"))
+        return Crash(**{**fields, "samples": tuple(fields["samples"])})
+    return None
+
+
+def attempts(folder: Path) -> list[int]:
+    """Numbers of the starts of which there are records, ascending."""
+    names = (path.stem.partition("-")[2] for path in folder.glob("attempt-*.json"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def history(folder: Path) -> list[Crash]:
+    """The recorded crashes, in their order."""
+    found = (recorded(folder, attempt) for attempt in attempts(folder))
+    return [crash for crash in found if crash is not None]
+
+
+def verdict(crashes: Sequence[Crash], limit: int, committed: int, recipe: str) -> str | None:
+    """Why this run should not be started again; None if it may be.
+
+    `crashes` are the run's, in their order, `committed` the step of its newest checkpoint (0: none), `recipe` the
+    digest of what it would be started with. Its last `limit` crashes (0: no limit) must have been at one step that no
+    checkpoint is past, under this recipe.
+    """
+    last = crashes[-limit:] if limit else []
+    if not last or len(last) < limit or {(crash.step, crash.recipe) for crash in last} != {(last[-1].step, recipe)}:
+        return None
+    crash = last[-1]
+    if crash.step <= committed:
+        return None
+    step = f"step {crash.step}"
+    what = f"{step} (samples {crash.samples[0]} to {crash.samples[1]})" if crash.samples else f"starting with {step}"
+    times = "once" if limit == 1 else f"{limit} times in a row"
+    return f"{what} has failed {times}, with no checkpoint past it; the last time on {crash.where}: {crash.what}"
+
+
+def refuse_loop(folder: Path, limit: int, committed: int, recipe_text: str) -> None:
+    """Raise `GuardStop` with the verdict if there is one."""
+    reason = verdict(history(folder), limit, committed, digest(recipe_text))
+    if reason is not None:
+        raise GuardStop(
+            f"{reason}\nThe run is not started again (resilience.max_crashes = {limit}). Once the cause is mended, "
+            f"delete {folder}, where the tracebacks are; a changed recipe is tried in any case."
+        )
+
+
+def whom_it_follows(folder: Path, attempt: int, rank: int, error: Exception) -> str:
+    """Why `rank` ends with an `error` that another rank's end has caused."""
+    cause = recorded(folder, attempt)
+    if cause is not None:
+        return f"rank {rank} ends because {cause.where} failed in step {cause.step}: {cause.what}"
+    words = str(error).partition("\n")[0].partition(". ")[0]
+    return (
+        f"rank {rank} has lost another rank, which left no word in {folder}: it was killed (by the system, if memory "
+        f"ran out), or its machine or the network went. {type(error).__name__}: {words}"
+    )

@@ -1,0 +1,96 @@
+"""What a rank leaves behind when it hangs or dies: the Python stacks of its threads, and torch's flight recorder.
+
+One file a rank, which every start of the run adds to. Writing to it takes no lock, and no other file is read.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from titanlite.resilience.progress import Progress
+
+ASKS_FOR_STACKS = signal.SIGUSR2
+"""Signal upon which a rank writes its stacks to its log and goes on."""
+
+_RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+"""In `torch._C._distributed_c10d`, as far as this build of torch has them: NCCL's collectives, and all others."""
+
+
+class Evidence:
+    """`RUN/logs/rank-00003.log`, open for as long as the run is watched; where it cannot be opened, standard error."""
+
+    def __init__(self, logs: Path, process: Progress) -> None:
+        self._logs = logs
+        self._process = process
+        path = logs / f"rank-{process.rank:05d}.log"
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError:
+            self._file = os.dup(2)  # a folder that cannot be used stops the run in clearer words elsewhere
+        self.write(f"watched from now on; {ASKS_FOR_STACKS.name} has it write its stacks here")
+        # A handler that is there already is the user's, or that of the program around the run.
+        self._handles_faults = not faulthandler.is_enabled()
+        if self._handles_faults:
+            faulthandler.enable(self._file)
+        faulthandler.register(ASKS_FOR_STACKS, self._file)
+
+    def close(self) -> None:
+        """Put the signals back, and close the file."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(ASKS_FOR_STACKS)
+        if self._handles_faults:
+            faulthandler.disable()
+        os.close(self._file)
+
+    def write(self, text: str) -> None:
+        """Add a paragraph, with the time and this process's name before it. A full disk loses it."""
+        with suppress(OSError):
+            os.write(self._file, f"{_now()} {self._process.name}: {text}\n".encode())
+
+    def write_later(self, seconds: float) -> None:
+        """Write the stacks in so many seconds unless this is called again before.
+
+        Needs no Python thread to run: it is how a process tells of a call that keeps the interpreter to itself.
+        """
+        faulthandler.dump_traceback_later(seconds, file=self._file)
+
+    def write_all(self, why: str) -> None:
+        """Write the stacks of all threads, and what the flight recorder holds beside them."""
+        self.write(why)
+        with suppress(OSError):
+            faulthandler.dump_traceback(self._file)
+        for name in _RECORDERS:
+            self._write_flight(name)
+
+    def _write_flight(self, recorder: str) -> None:
+        dump = getattr(getattr(torch._C, "_distributed_c10d", None), recorder, None)
+        # The recorder's other form is a pickle, which would run code in whoever opens it.
+        if dump is None:
+            return
+        text = dump()
+        kind, stamp = recorder.split("_")[2], _now().replace(":", "")
+        with suppress(OSError, ValueError):
+            if json.loads(text).get("entries"):
+                (self._logs / f"flight-{kind}-{self._process.rank:05d}-{stamp}.json").write_bytes(text)
+
+
+def add_report(logs: Path, text: str) -> None:
+    """Say on standard error and in `RUN/logs/watchdog.log` why the run stands still."""
+    data = f"{_now()} {text}\n".encode()
+    with suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, data)
+    with suppress(OSError), open(logs / "watchdog.log", "ab", buffering=0) as file:
+        file.write(data)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

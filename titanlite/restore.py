@@ -1,0 +1,97 @@
+"""What a run's state begins with: the values of its own checkpoint, of another run's, or initial ones.
+
+Refuses what would train on in silence with wrong numbers: ranks that read different texts, and another text, or another
+recipe, than the checkpoint's run had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from titanlite.checkpoint.examine import recipe_of
+from titanlite.checkpoint.format import Manifest
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.save import environment
+from titanlite.checkpoint.storage import read_manifest
+from titanlite.errors import DataError
+from titanlite.learner import Learner
+from titanlite.models.shard import Shard
+from titanlite.observe.run_folder import Start, require_same_run
+from titanlite.parallel.world import World
+from titanlite.recipe.sections import Recipe
+
+_ALONE_REFUSED = "Give the new run a recipe that differs in less."
+
+
+def restore(
+    learner: Learner,
+    state: Mapping[str, Shard],
+    recipe: Recipe,
+    world: World,
+    checkpoints: CheckpointManager,
+    corpus: str,
+    start: Start,
+    say: Callable[[str], None],
+) -> Manifest | None:
+    """Give `state`, this rank's part of all that the learner changes, its values; the manifest of the checkpoint that
+    the run goes on from, or None if it begins.
+
+    `corpus` is the fingerprint of the training text. Called by all ranks. Raises `CheckpointError`, `DataError` and
+    `UsageError`.
+    """
+    _require_one_corpus(world, corpus)
+    manifest = _loaded(state, recipe, checkpoints, start)
+    if manifest is not None:
+        _require_same_corpus(manifest, corpus, start)
+        _tell_other_environment(manifest, world, say)
+        learner.guards.resumed()
+        return manifest
+    learner.initialise()
+    if recipe.checkpoint.warm_start is not None:
+        weights = {name: shard for name, shard in state.items() if name.startswith("model.")}
+        folder = checkpoints.newest_at(Path(recipe.checkpoint.warm_start))
+        checkpoints.load_from(folder, weights, "model.", convert=True)
+        say(f"begins with the weights of {folder}")
+    return None
+
+
+def _loaded(
+    state: Mapping[str, Shard], recipe: Recipe, checkpoints: CheckpointManager, start: Start
+) -> Manifest | None:
+    if start.step is not None:
+        return checkpoints.go_back_to(start.step, state)
+    manifest = checkpoints.load_latest(state)
+    if manifest is not None or recipe.checkpoint.resume_from is None:
+        return manifest
+    folder = checkpoints.newest_at(Path(recipe.checkpoint.resume_from))
+    require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
+    return checkpoints.load_from(folder, state)
+
+
+def _require_one_corpus(world: World, corpus: str) -> None:
+    if not world.all_equal(int(corpus, 16) >> 1):
+        raise DataError(
+            f"rank {world.rank} reads another corpus than others. Every machine must see the same files"
+            " (data.corpus; for 'python-stdlib', run the same Python)."
+        )
+
+
+def _require_same_corpus(manifest: Manifest, corpus: str, start: Start) -> None:
+    allowed = any(fnmatchcase("data.corpus", pattern) for pattern in start.may_change)
+    if allowed or manifest.values.get("corpus", corpus) == corpus:
+        return
+    raise DataError(
+        f"the training text is not what it was when the checkpoint of step {manifest.step} was written: a file of "
+        "data.corpus has changed (for 'python-stdlib': another Python runs). Put it back to go on with this run, "
+        "give the new text a run of its own by another run.name, or go on with it by --allow-change data.corpus."
+    )
+
+
+def _tell_other_environment(manifest: Manifest, world: World, say: Callable[[str], None]) -> None:
+    """Other versions or devices round otherwise: the curve goes on, but not bit for bit."""
+    before, here = manifest.environment, environment(world.device)
+    changed = [f"{key} {before.get(key, 'unknown')} -> {now}" for key, now in here.items() if before.get(key) != now]
+    if changed:
+        say(f"warning: the checkpoint was written elsewhere ({', '.join(changed)}): numbers may round differently.")
