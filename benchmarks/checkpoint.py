@@ -45,7 +45,7 @@ Turn = Callable[[], float]
 BLOCKS = 8
 SPREAD_LIMIT = 0.25
 """Interquartile range of a contestant's seconds over their median, above which the numbers are called worthless."""
-DD_BLOCK = "64M"
+DD_BLOCK = "4M"  # its fastest here
 
 
 @dataclass(frozen=True)

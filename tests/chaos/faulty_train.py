@@ -65,17 +65,13 @@ def main(argv: list[str]) -> int:
 # --- moments
 
 
-def wrap(owner: Any, name: str, before: Callable[..., object] | None = None, after: Act | None = None) -> None:
-    """Have calls of `owner.name` preceded by `before`, with the same arguments, and followed by `after`."""
+def wrap(owner: Any, name: str, before: Callable[..., object]) -> None:
+    """Have calls of `owner.name` preceded by calls of `before` with the same arguments."""
     original = getattr(owner, name)
 
     def wrapped(*arguments: Any, **names: Any) -> Any:
-        if before is not None:
-            before(*arguments, **names)
-        result = original(*arguments, **names)
-        if after is not None:
-            after()
-        return result
+        before(*arguments, **names)
+        return original(*arguments, **names)
 
     setattr(owner, name, wrapped)
 
@@ -84,11 +80,7 @@ def before_step(step: int, act: Act) -> None:
     """`act` when all steps before `step` are done."""
     from titanlite.learner import Learner
 
-    wrap(Learner, "step", before=lambda self, number, *_: act() if number == step else None)
-
-
-_step = 0
-"""The last step that was begun, once `follow` was called."""
+    wrap(Learner, "step", lambda self, number, *_: act() if number == step else None)
 
 
 def between_saves(step: int, act: Act) -> None:
@@ -103,14 +95,19 @@ def between_saves(step: int, act: Act) -> None:
     before_step(step, settled)
 
 
+_step = 0
+"""The last step that was begun, once `follow` was called."""
+
+
 def follow() -> None:
+    """Keep `_step` up to date."""
     from titanlite.learner import Learner
 
     def note(self: Learner, number: int, *_: object) -> None:
         global _step
         _step = number
 
-    wrap(Learner, "step", before=note)
+    wrap(Learner, "step", note)
 
 
 def in_save(point: str, step: int, act: Act) -> None:
@@ -151,8 +148,8 @@ def in_save(point: str, step: int, act: Act) -> None:
 
     stream.open = partial(open, buffering=0)  # what is written is on the disk
     stream._bytes = blocks
-    wrap(save, "write_tensors", before=file_begins)
-    wrap(Path, "write_bytes", before=bytes_are_written)
+    wrap(save, "write_tensors", file_begins)
+    wrap(Path, "write_bytes", bytes_are_written)
     os.rename = renamed
 
 
@@ -262,7 +259,7 @@ def slow_on_rank_1(seconds: float) -> None:
 
     watchdog.WINDOW_LOOKS = 20
     if os.environ["RANK"] == "1":
-        wrap(Learner, "step", before=partial(_slow_disk, seconds))
+        wrap(Learner, "step", partial(_slow_disk, seconds))
 
 
 def _slow_disk(seconds: float, *_: object) -> None:
@@ -341,7 +338,7 @@ def samples_noted() -> None:
         with open(f"samples-{rank}.jsonl", "a") as file:
             file.write(json.dumps([number, *batch.samples]) + "\n")
 
-    wrap(Learner, "step", before=note)
+    wrap(Learner, "step", note)
 
 
 def clock_goes_back() -> None:

@@ -124,6 +124,8 @@ def _become(words: dict[str, Any]) -> NoReturn:
         os.environ.clear()
         os.environ.update(words["environment"])
         gc.unfreeze()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
         code = faulty_train.main(words["start"])
     except SystemExit as end:
         code = int(end.code or 0)

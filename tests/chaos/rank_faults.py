@@ -118,7 +118,7 @@ def killed_under_torchrun(box: Sandbox) -> Outcome:
 
 
 def hung(box: Sandbox) -> Outcome:
-    words = ("--resilience.watchdog_seconds=4",)
+    words = ("--resilience.watchdog_seconds=6",)
     job = box.start(*words, ranks=2, fault="stopped", step=EVERY + 3, on=[1]).ended(1)
     logs = box.run_folder() / "logs"
     verdict = (logs / "watchdog.log").read_text().splitlines()[0]

@@ -52,6 +52,7 @@ def plain(text: str, folder: Path) -> str:
     """Text for a cell, without what is another each time: the folder that the run was in, machine and process."""
     text = re.sub(rf"\b{re.escape(platform.node())}\b", "node-a", text)
     text = re.sub(r"\b(process) [0-9]+", r"\1 4711", text)
+    text = re.sub(r"\[/\S*/gloo/\S*\].*", "(gloo)", text)
     text = text.replace(f"{folder}/", "").replace(str(folder), ".").replace("|", "\\|").replace("\n", " ")
     return re.sub(r"(.)\1{60,}", r"\1…\1", re.sub(r"\s+", " ", text)).strip()
 

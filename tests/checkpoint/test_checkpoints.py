@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from titanlite.checkpoint import storage
+from titanlite.checkpoint import headers, manager, storage
 from titanlite.checkpoint.format import DTYPES, MANIFEST, NewerFormatError, _checksum, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager, Keep
@@ -448,6 +448,52 @@ def test_a_linked_checkpoint_is_read_and_only_the_link_is_pruned(tmp_path):
     assert os.listdir(tmp_path / "run") == ["step-00000002"] and (tmp_path / "elsewhere" / MANIFEST).exists()
 
 
+# --- readers beside a run
+
+
+def test_a_reader_that_came_too_late_takes_the_newer_one(tmp_path, monkeypatch):
+    run, load, warnings = Run(tmp_path, keep_last=1), manager.load_state, []
+    run.save(1)
+
+    def late(folder, *rest):
+        if folder.name == folder_name(1):
+            run.save(2)
+        return load(folder, *rest)
+
+    monkeypatch.setattr(manager, "load_state", late)
+    tensors = state(-1)
+    manifest = CheckpointManager(tmp_path, warnings.append).load_latest(whole(tensors))
+    assert manifest.step == 2 and torch.equal(tensors["model.w"], state(2)["model.w"])
+
+
+def test_a_file_that_goes_while_it_is_opened_is_missing_whatever_torch_calls_it(tmp_path, monkeypatch):
+    def maps_nothing(path, framework):
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    monkeypatch.setattr(headers, "safe_open", maps_nothing)
+    with pytest.raises(FileNotFoundError), headers.open_tensors(tmp_path / "gone"):
+        pass
+    (tmp_path / "there").touch()
+    with pytest.raises(RuntimeError), headers.open_tensors(tmp_path / "there"):
+        pass
+
+
+def test_a_folder_that_is_no_longer_the_runs_is_not_written_to(tmp_path):
+    run = Run(tmp_path / "run")
+    run.save(1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for there in (False, True):
+        with pytest.raises(CheckpointError, match="no longer the folder that this run began in"):
+            run.save(2)
+        assert os.path.exists(tmp_path / "run") == there
+        (tmp_path / "run").mkdir(exist_ok=True)
+    assert os.listdir(tmp_path / "run") == []
+    (tmp_path / "run").rmdir()
+    (tmp_path / "moved").rename(tmp_path / "run")
+    run.save(3)
+    assert run.manager.steps() == [1, 3]
+
+
 # --- kills
 
 
@@ -511,7 +557,7 @@ def test_killed_at_random_moments_the_newest_is_whole(tmp_path):
             run.save(step, big)
 
     killed = 0
-    while killed < 20:
+    while killed < (20 if run.manager.latest() else 200):  # a busy machine needs more than one for its first save
         latest = run.manager.latest() or 0
         child = os.fork()
         if child == 0:

@@ -188,6 +188,7 @@ def test_memory_is_bounded_by_blocks_and_not_by_tensors(
     if way == "import":
         export_huggingface(checkpoint, tmp_path / "hf")
     monkeypatch.setattr(stream, "BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(stream, "BATCH_BYTES", 2**20)
     seen = watch_memory(monkeypatch)
     if way == "import":
         import_huggingface(tmp_path / "hf", tmp_path / "out")

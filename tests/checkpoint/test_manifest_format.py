@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanlite.checkpoint import format
 from titanlite.checkpoint.format import (
     DamagedCheckpointError,
     Manifest,
@@ -113,6 +114,13 @@ def test_content_that_must_not_be_believed_is_refused_with_its_place(table, said
 def test_what_is_no_manifest_at_all_is_refused(data):
     with pytest.raises(DamagedCheckpointError):
         decode(data, "m")
+
+
+def test_a_table_without_end_is_refused_before_it_is_looked_at(monkeypatch):
+    monkeypatch.setattr(format, "MAX_TENSORS", 1)
+    monkeypatch.setattr(format, "_checksum", pytest.fail)
+    with pytest.raises(DamagedCheckpointError, match="m is not valid: it lists more than 1 tensors"):
+        decode(json.dumps(fields(tensors={"a": 0, "b": 0})).encode(), "m")
 
 
 def test_a_newer_version_says_which_titanlite_is_needed_whatever_else_changed():

@@ -143,7 +143,8 @@ def test_one_layout_goes_on_from_another(
 def test_bfloat16_goes_on_from_float32_under_another_layout(pool: Pool, corpus: str, checkpoints: Checkpoints) -> None:
     """Only the products are of fewer bits: the whole state is taken over as it is."""
     folder, saved = checkpoints.of("tp, zero 3", precision={"compute": "float32"})
-    assert {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()} == {torch.float32}
+    learned = [tensor for name, tensor in saved.items() if not name.startswith("guards.")]
+    assert {tensor.dtype for tensor in learned if tensor.is_floating_point()} == {torch.float32}
     compute, loader = {"compute": "bfloat16"}, "pp, two stages a rank"
     recipe = small_recipe(
         corpus, precision=compute, parallel=LAYOUTS[loader][1], checkpoint={"resume_from": str(folder)}
@@ -171,7 +172,7 @@ def test_a_warm_start_takes_weights_of_another_format_and_layout(
         {name: tensor for name, tensor in begun.items() if name in weights},
         {name: tensor.to(master) for name, tensor in weights.items()},
     )
-    assert not any(tensor.any() for name, tensor in begun.items() if name not in weights)
+    assert not any(tensor.any() for name, tensor in begun.items() if name.startswith("optimizer."))
     if after == "float64":
         for result in ends:
             assert_same(result, reference(corpus, **sections))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, Manifest, TensorEntry
@@ -20,6 +21,9 @@ from titanlite.checkpoint.storage import decode_manifest, manifest_bytes, verify
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
+READERS = 4
+"""Files that a rank reads at once, each hashed by a thread of its own."""
+
 
 def load_state(
     folder: Path, into: Mapping[str, Shard], prefix: str = "", ranks: Ranks = ALONE, convert: bool = False
@@ -27,9 +31,9 @@ def load_state(
     """Copy the checkpoint's values into `into`, in place; called by every rank, each with its parts of the tensors.
 
     Each file is read whole by the rank that wants most of it, and compared with its hash; beside that, a rank reads its
-    own parts and no more. It holds them and a block of `read.BLOCK_BYTES`. `prefix` limits the reading to the tensors
-    whose names begin with it (`model.` for the weights alone). `convert` takes values of another floating-point dtype,
-    rounded to that of `into`.
+    own parts and no more. It holds them and `READERS` blocks of `read.BLOCK_BYTES`. `prefix` limits the reading to the
+    tensors whose names begin with it (`model.` for the weights alone). `convert` takes values of another floating-point
+    dtype, rounded to that of `into`.
 
     Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
@@ -104,8 +108,9 @@ def _part(chunk: Chunk, shard: Shard | None) -> Box | None:
 
 def _read(folder: Path, manifest: Manifest, placed: Placed, into: Mapping[str, Shard], verified: Sequence[str]) -> None:
     """Fill this rank's parts, and read all of the files that are its to verify. Raises `DamagedCheckpointError`."""
-    for file, chunks in placed.items():
-        path = folder / file
+
+    def fill(file: str) -> None:
+        path, chunks = folder / file, placed[file]
         try:
             if file in verified:
                 read_verified(path, manifest.files[file], manifest.tensors, chunks, into)
@@ -113,3 +118,6 @@ def _read(folder: Path, manifest: Manifest, placed: Placed, into: Mapping[str, S
                 read_parts(path, manifest.tensors, own, into)
         except OSError as error:
             raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        list(readers.map(fill, placed))

@@ -26,8 +26,8 @@ from titanlite.durable import sync_path
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
-FILE_BYTES = 4 * 2**30
-"""A new file begins when the one before would grow past this."""
+FILE_BYTES = 2**29
+"""A new file begins when the one before would grow past this. Files are what is read at once, and by whom."""
 
 
 @dataclass(frozen=True)

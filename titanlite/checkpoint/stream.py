@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ from titanlite.checkpoint.plan import Box
 
 BLOCK_BYTES = 2**26
 """A tensor goes through memory in runs of rows of about this size (one row, if that is larger)."""
+BATCH_BYTES = 2**25
+"""As soon as this is written it is synced, while more is written."""
+Data = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
     text += b" " * (-len(text) % 8)
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:
-        for data in itertools.chain[bytes | memoryview]([struct.pack("<Q", len(text)) + text], _bytes(tensors, order)):
-            hashed = beside.submit(digest.update, data)
-            file.write(data)
-            hashed.result()
-            size += len(data)
+
+        def accompany(batch: list[Data]) -> None:
+            for data in batch:
+                digest.update(data)
+            if size:
+                os.fsync(file.fileno())  # what was written before, so that the disk has work all the time
+
+        for batch in _batches(itertools.chain([struct.pack("<Q", len(text)) + text], _bytes(tensors, order))):
+            meanwhile = beside.submit(accompany, batch)
+            file.writelines(batch)
+            meanwhile.result()
+            size += sum(map(len, batch))
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(bytes=size, xxh3_128=digest.hexdigest())
@@ -80,7 +90,21 @@ def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Bo
         yield (first, *[0] * (len(shape) - 1)), (min(step, shape[0] - first), *shape[1:])
 
 
-def _bytes(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[bytes | memoryview]:
+def _batches(blocks: Iterable[Data]) -> Iterator[list[Data]]:
+    """The blocks, as many together as make up `BATCH_BYTES`."""
+    batch: list[Data] = []
+    size = 0
+    for data in blocks:
+        batch.append(data)
+        size += len(data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bytes(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[Data]:
     for source in map(tensors.__getitem__, order):
         for box in row_blocks(source.shape, DTYPES[source.dtype][0], BLOCK_BYTES):
             block = source.block(box).to(getattr(torch, source.dtype)).contiguous()
