@@ -260,28 +260,45 @@ def warm(path: Path) -> None:
             pass
 
 
-def idle_share(seconds: float = 0.25) -> float | None:
-    """Part of the cores that others take while nothing is measured; None where the system does not tell."""
+def foreign_share(seconds: float = 0.25) -> float:
+    """Part of the cores that others take while nothing is measured; 0 where the system does not tell."""
     before = busy_core_seconds()
     time.sleep(seconds)
     after = busy_core_seconds()
-    return None if before is None or after is None else (after - before) / (seconds * (os.cpu_count() or 1))
+    return 0.0 if before is None or after is None else (after - before) / (seconds * (os.cpu_count() or 1))
 
 
-def play(comparison: Comparison, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each contestant by round, and what others took of the cores before each round."""
+def wait_for_quiet(until: float) -> float:
+    """Return once others leave the cores alone, or at the time `until`; the part that they took at last."""
+    os.sync()
+    while (share := foreign_share()) > FOREIGN_LIMIT and time.monotonic() < until:
+        pass
+    return share
+
+
+def play(comparison: Comparison, rounds: int, patience: float) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of each contestant by round, and what others took of the cores before or after each round, the more.
+
+    For `patience` seconds, rounds are put off and repeated for others' sake.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in comparison.turns}
-    others = []
+    others: list[float] = []
+    until = time.monotonic() + patience
     for turn in comparison.turns.values():
         turn()  # for memory and files that are there from the second time on
-    for number in range(rounds):
+    while len(others) < rounds:
+        before = wait_for_quiet(until)
+        order = random.sample(list(seconds), len(seconds))
+        played = {name: comparison.turns[name]() for name in order}
         os.sync()
-        others.append(idle_share())
-        for name in random.sample(list(seconds), len(seconds)):
-            seconds[name].append(comparison.turns[name]())
-        said = ", ".join(f"{name} {values[-1]:.3f} s" for name, values in seconds.items())
-        tell(f"{comparison.title}, round {number + 1} of {rounds}: {said}")
-    return seconds, [share for share in others if share is not None]
+        share = max(before, foreign_share())
+        said = ", ".join(f"{name} {played[name]:.3f} s" for name in seconds)
+        tell(f"{comparison.title}, round {len(others) + 1} of {rounds}: {said}; others {share:.0%}")
+        if share <= FOREIGN_LIMIT or time.monotonic() >= until:
+            others.append(share)
+            for name, taken in played.items():
+                seconds[name].append(taken)
+    return seconds, others
 
 
 def summarise(seconds: Mapping[str, Sequence[float]], nbytes: int) -> dict[str, dict[str, Any]]:
@@ -311,8 +328,9 @@ def doubts(summary: Mapping[str, Mapping[str, Any]], others: Sequence[float], ro
         for name, row in summary.items()
         if row["spread"] > SPREAD_LIMIT
     ]
-    if others and sum(others) / len(others) > FOREIGN_LIMIT:
-        reasons.append(f"other processes took {sum(others) / len(others):.1%} of the cores between the rounds")
+    if max(others) > FOREIGN_LIMIT:
+        disturbed = sum(share > FOREIGN_LIMIT for share in others)
+        reasons.append(f"other processes took up to {max(others):.0%} of the cores around {disturbed} of the rounds")
     if rounds < 4:
         reasons.append(f"{rounds} rounds are too few to know their spread")
     return reasons
@@ -371,7 +389,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"\nthe first save in the background stops training for {first_blocked:.3f} s: its memory is made then")
     results = {}
     for comparison in arena.comparisons():
-        seconds, others = play(comparison, arguments.rounds)
+        seconds, others = play(comparison, arguments.rounds, arguments.patience)
         summary = summarise(seconds, arena.nbytes)
         reasons = doubts(summary, others, arguments.rounds)
         print(f"\n{table(comparison.title, summary)}")
@@ -387,6 +405,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds by which each comparison waits for other processes"
+    )
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; four times the state must fit")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser.parse_args(argv)

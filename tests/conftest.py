@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ sys.path.append(str(Path(__file__).parent))
 from pool import Pool
 
 torch.set_num_threads(1)
+
+# Where the tests run in the background these are ignored, and so they would be by the processes that tests signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,9 @@ def test_checkpoint_prints_tables_and_writes_what_it_measured(
     from checkpoint import main
 
     out = tmp_path / "out.json"
-    assert main(["--gib", "0.001", "--rounds", "1", "--folder", str(tmp_path), "--json", str(out)]) == 0
+    assert (
+        main(["--gib", "0.001", "--rounds", "1", "--patience", "0", "--folder", str(tmp_path), "--json", str(out)]) == 0
+    )
     said, result = capsys.readouterr().out, json.loads(out.read_text())
     assert "| async save | " in said and "NO CLAIM: 1 rounds" in said and os.listdir(tmp_path) == ["out.json"]
     contestants = [list(of["seconds"]) for of in result["comparisons"].values()]
