@@ -91,6 +91,7 @@ from pathlib import Path
 from titanlite.resilience.watchdog import Watchdog
 
 def on_and_on():
+    print("begun", flush=True)
     while True:
         time.sleep(0.1)
 
@@ -99,7 +100,6 @@ def words(step, text):
 
 with Watchdog(float(sys.argv[1]), Path("."), last_words=words) as watchdog:
     watchdog.beat(7)
-    print("begun", flush=True)
     on_and_on()
 """
 
