@@ -44,9 +44,14 @@ def restore(
     `UsageError`.
     """
     _require_one_corpus(world, corpus)
-    manifest = _loaded(state, recipe, checkpoints, snapshots, start, say)
+    manifest = _loaded(state, recipe, checkpoints, snapshots, start)
     if manifest is not None:
         _require_same_corpus(manifest, corpus, start)
+    if snapshots is not None:
+        snapshots.begin_line()  # before later checkpoints go: a later snapshot must not come back in their place
+    if start.step is not None:
+        checkpoints.set_aside_after(start.step)
+    if manifest is not None:
         _tell_other_environment(manifest, world, say)
         learner.guards.resumed()
         return manifest
@@ -65,18 +70,13 @@ def _loaded(
     checkpoints: CheckpointManager,
     snapshots: Snapshots | None,
     start: Start,
-    say: Callable[[str], None],
 ) -> Manifest | None:
     if start.step is not None:
-        if snapshots is not None:
-            snapshots.renew()  # first: none of what the run goes back from may count again
-        return checkpoints.go_back_to(start.step, state)
+        return checkpoints.load_chosen(start.step, state)
     if snapshots is not None:
-        manifest = snapshots.load_latest(state, newer_than=checkpoints.newest() or 0)
-        if manifest is not None:
-            say(f"goes on from the snapshot of step {manifest.step} in memory")
-            return manifest
-    manifest = checkpoints.load_latest(state)
+        manifest = checkpoints.load_latest(state, newer=lambda step: snapshots.load_latest(state, newer_than=step))
+    else:
+        manifest = checkpoints.load_latest(state)
     if manifest is not None or recipe.checkpoint.resume_from is None:
         return manifest
     folder = checkpoints.newest_at(Path(recipe.checkpoint.resume_from))

@@ -21,6 +21,8 @@ from titanlite.resilience.watchdog import Watchdog
 
 _LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts to save what a run ends with."""
+_SHORT_SECONDS = 1.0
+"""A wait that nobody needs to hear of."""
 
 
 class Saving:
@@ -43,6 +45,7 @@ class Saving:
         self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, heeded=heeded)
         self._snapshots_fail: bool | None = None
         """Whether the last one did; None before the first."""
+        self._snapshots_late = False
 
     def due(self) -> bool:
         """Whether the clock or the user asks for a checkpoint, on this rank."""
@@ -76,16 +79,22 @@ class Saving:
 
     def commit_instead(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
         """As `commit`, in place of the checkpoint that there may be of the same step, and of all snapshots."""
-        self._checkpoints.current = None
+        self._checkpoints.forget_current()
         self.commit(tensors, facts)
         if self._snapshots is not None:
-            self._snapshots.renew()
+            self._snapshots.begin_line()
 
     def take_snapshot(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
         """Begin a snapshot, once the one before has ended."""
         assert self._snapshots is not None, "the recipe asks for none"
         with self._watchdog.during("saving"):
+            before = time.monotonic()
             self._note_snapshot(self._snapshots.wait())
+            waited = time.monotonic() - before
+            if waited > _SHORT_SECONDS and not self._snapshots_late:
+                self._snapshots_late = True
+                said = f"training waited {waited:.1f} s for the one before; told once: raise resilience.snapshot_every"
+                self._journal.event(facts.step, "snapshot_late", said)
             self._journal.sync()
             self._snapshots.begin(tensors, facts)
 
@@ -120,8 +129,10 @@ class Saving:
         self._free_memory()
 
     def lost(self, step: int) -> str:
-        """What would be lost if the process ended now, after `step`."""
+        """What would be lost if the process ended now, after `step`; empty for nothing."""
         current = self._checkpoints.current
+        if current == step:
+            return ""
         kept = f"up to step {current}" if current is not None else "nothing of this start"
         return f"{kept} is saved; what came after, up to step {step}, is lost and will be trained again"
 

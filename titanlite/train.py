@@ -164,8 +164,6 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             own = start.again if restarted else start
             if restarted and (start.mode, start.step) != ("auto", None):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
-            if snapshots is not None:
-                snapshots.prepare()
             trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots)
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
             if folder is not None:

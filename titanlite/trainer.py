@@ -19,7 +19,7 @@ from titanlite.checkpoint.save import Facts, environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import StoppedEarly
+from titanlite.errors import StoppedEarly, UsageError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
 from titanlite.observe.flops import peak_flops
@@ -65,7 +65,7 @@ class Trainer:
         self.recipe_text = recipe_text
         self.world = world
         self.data = data
-        self.checkpoints, self.snapshots = checkpoints, snapshots
+        self.checkpoints = checkpoints
         self.journal = journal
         self.watchdog = watchdog
         self.total_steps = total_steps(recipe.training)
@@ -77,13 +77,11 @@ class Trainer:
         self._corpus = data.train.fingerprint
         self._start = start
         self._environment = environment(world.device)
-        self._restore(start)
+        self.snapshots = self._usable(snapshots)
+        self._restore(start, self.snapshots)
         self._ahead = self._reading(iter(()))
-        if snapshots is not None:
-            snapshots.require_room(self._state())
-
         self.saving = Saving(
-            checkpoints, snapshots, journal, watchdog, recipe.checkpoint.every_minutes, heeded=world.is_first
+            checkpoints, self.snapshots, journal, watchdog, recipe.checkpoint.every_minutes, heeded=world.is_first
         )
         self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -96,10 +94,24 @@ class Trainer:
             peak_flops=peak_flops(card),
         )
 
-    def _restore(self, start: Start) -> None:
-        """Begin, or go on from a checkpoint, as `start` says."""
+    def _usable(self, snapshots: Snapshots | None) -> Snapshots | None:
+        """The snapshots, if the machines can keep any. A restart goes on without rather than not at all."""
+        if snapshots is None:
+            return None
+        try:
+            snapshots.prepare()
+            snapshots.require_room(self._state())
+        except UsageError as error:
+            if not self._start.restarted:
+                raise
+            self.journal.say(f"warning: no snapshots are taken: {error}")
+            return None
+        return snapshots
+
+    def _restore(self, start: Start, snapshots: Snapshots | None = None) -> None:
+        """Begin, or go on from a checkpoint or one of the `snapshots`, as `start` says."""
         manifest = restore(
-            self.learner, self._state(), self.recipe, self.world, self.checkpoints, self.snapshots,
+            self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
             self._corpus, start, self.journal.say,
         )  # fmt: skip
         self.step = manifest.step if manifest is not None else 0
@@ -197,7 +209,7 @@ class Trainer:
             with self.metrics.paused():
                 self._save()
         every = self.recipe.resilience.snapshot_every
-        if every and self.step % every == 0 and not last:
+        if self.snapshots is not None and self.step % every == 0 and not last:
             with self.metrics.paused():
                 self._examine()
                 self.saving.take_snapshot(self._state(), self._facts())

@@ -31,6 +31,7 @@ def kept(rank: int, folder: str, machines: Sequence[int], warnings: list[str], b
 def take(rank: int, world: int, folder: str, machines: list[int], steps: list[int], background: bool = False) -> None:
     """Snapshots of the state of each step, one after the other."""
     one, held = kept(rank, folder, machines, [], background), part(rank, world, 0)
+    one.begin_line()
     for step in steps:
         for shard in held.values():
             shard.tensor.fill_(step)
@@ -75,6 +76,8 @@ def take_with_fault(rank: int, world: int, folder: str, machines: list[int], fau
     """A good snapshot of step 1, then one of step 2 with a fault on rank `faulty`: how that ended."""
     take(rank, world, folder, machines, [1])
     one = kept(rank, folder, machines, [])
+    one.load_latest(part(rank, world, -1), 0)
+    one.begin_line()
     with pytest.MonkeyPatch.context() as patch:
         if rank == faulty:
             _break(patch, fault)
@@ -117,7 +120,7 @@ def come_back(rank: int, world: int, folder: str, machines: list[int], away: int
     memory, aside = Path(folder) / f"machine-{away}", Path(folder) / "away"
     ranks = Ranks(rank, world)
     ranks.first(lambda: os.fsencode(shutil.copytree(memory, aside)))
-    one.renew()
+    one.begin_line()
     assert load(rank, world, folder, machines)[0] is None
     ranks.each(lambda: None)
     ranks.first(lambda: os.fsencode(shutil.copytree(aside, memory, dirs_exist_ok=True)))

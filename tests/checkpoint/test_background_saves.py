@@ -174,7 +174,7 @@ def three(tmp_path: Path, warn: Callable[[str], None]) -> CheckpointManager:
 def test_going_back_loads_that_step_and_later_ones_are_never_the_latest_again(tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints, into = three(tmp_path, said.append), torch.zeros(40, 3)
-    assert checkpoints.go_back_to(10, {"w": Shard.whole(into)}).step == 10 and into[0, 0] == 10
+    assert checkpoints.load_chosen(10, {"w": Shard.whole(into)}).step == 10 and into[0, 0] == 10
     assert checkpoints.steps() == [10] and loaded(tmp_path)[0] == 10
     assert (tmp_path / "set-aside-1-step-00000030").is_dir() and ["later than step 10" in text for text in said] == [
         True
@@ -184,7 +184,7 @@ def test_going_back_loads_that_step_and_later_ones_are_never_the_latest_again(tm
 def test_going_back_to_a_step_without_a_checkpoint_says_which_there_are(tmp_path: Path) -> None:
     checkpoints = three(tmp_path, pytest.fail)
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 15; there are those of 10, 20, 30"):
-        checkpoints.go_back_to(15, {})
+        checkpoints.load_chosen(15, {})
     assert checkpoints.steps() == [10, 20, 30]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,10 +25,12 @@ from titanlite.checkpoint.snapshots import LINE, Snapshots, copies, fetches, kee
 from titanlite.cli import run_command
 from titanlite.errors import UsageError
 from titanlite.models.shard import Shard
+from titanlite.observe.run_folder import Start
 from titanlite.train import main
 
 PAIRS, RING, UNEQUAL = [0, 0, 2, 2], [0, 1, 2], [0, 0, 0, 3]
 """Ranks on machines, these by their first rank."""
+SAID = ["going on from the snapshot of step 5 in memory."]
 
 some_machines = some.lists(some.integers(0, 4), min_size=1, max_size=9).map(
     lambda places: [places.index(place) for place in places]
@@ -106,13 +109,15 @@ def test_a_lost_machine_costs_nothing(pool: Pool, folder: Path, machines: list[i
         shutil.copytree(folder, folder.with_name("all"), dirs_exist_ok=True)
         assert not list(folder.glob("machine-*/*/*3")), "the one before is gone"
         shutil.rmtree(folder / f"machine-{machine}")
-        assert pool.run(snapshot_ranks.load, world, str(folder), machines) == [(5, [])] * world
+        before = {path: path.stat().st_size for path in folder.rglob("tensors-*")}
+        assert pool.run(snapshot_ranks.load, world, str(folder), machines) == [(5, SAID)] + [(5, [])] * (world - 1)
+        assert {path: path.stat().st_size for path in folder.rglob("tensors-*")} == before, "none keeps more"
         assert pool.run(snapshot_ranks.load, world, str(folder), machines, 5) == [(None, [])] * world, "a disk has it"
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("all"), folder)
         left = [rank for rank, place in enumerate(machines) if place != machine][:2]
         fewer = [machines[rank] for rank in left]
-        assert pool.run(snapshot_ranks.load, len(fewer), str(folder), fewer, 0, world) == [(5, [])] * len(fewer)
+        assert pool.run(snapshot_ranks.load, len(fewer), str(folder), fewer, 0, world)[0] == (5, SAID)
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("all"), folder)
 
@@ -128,7 +133,7 @@ def test_on_one_machine_nothing_is_copied(pool: Pool, folder: Path) -> None:
     """In the background, where the state changes as soon as the save is begun."""
     pool.run(snapshot_ranks.take, 2, str(folder), [0, 0], [3, 4, 5], True)
     assert stored(folder, 0, 5) == {MANIFEST, "tensors-00000-000.safetensors", "tensors-00001-000.safetensors"}
-    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 0]) == [(5, [])] * 2
+    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 0]) == [(5, SAID), (5, [])]
 
 
 @pytest.mark.parametrize("fault", ["no memory for a copy", "a file is lost", "a file is cut"])
@@ -137,12 +142,12 @@ def test_a_snapshot_that_fails_leaves_the_one_before(pool: Pool, folder: Path, f
     assert len(set(ends)) == 1 and ends[0][0] == "CheckpointError" and "rank 1: cannot write" in ends[0][1]
     assert not list(folder.glob("machine-*/*/.step*")) and not list(folder.glob("machine-*/*/*2"))
     shutil.rmtree(folder / "machine-2")
-    assert pool.run(snapshot_ranks.load, 3, str(folder), RING) == [(1, [])] * 3
+    assert pool.run(snapshot_ranks.load, 3, str(folder), RING)[1:] == [(1, [])] * 2
 
 
 def test_a_machine_that_comes_back_brings_nothing_from_another_line(pool: Pool, folder: Path) -> None:
     assert pool.run(snapshot_ranks.come_back, 2, str(folder), [0, 1], 1) == [None, None]
-    assert len(list((folder / "machine-1").iterdir())) == 1, "nor does it keep that in its memory"
+    assert not list(folder.glob("machine-1/*/*step*")), "nor does it keep that in its memory"
 
 
 def test_a_damaged_snapshot_is_passed_over(pool: Pool, folder: Path) -> None:
@@ -160,11 +165,12 @@ def test_what_a_killed_process_left(pool: Pool, folder: Path) -> None:
     pool.run(snapshot_ranks.take, 2, str(folder), [0, 1], [5])
     (first,), (second,) = ((folder / f"machine-{number}").iterdir() for number in (0, 1))
     (second / folder_name(5) / MANIFEST).unlink()
-    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 1]) == [(5, [])] * 2
+    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 1]) == [(5, SAID), (5, [])]
+    pool.run(snapshot_ranks.take, 2, str(folder), [0, 1], [5])
     (first / ".step-00000007.writing").mkdir()
     (first / folder_name(5) / "tensors-00001-000.safetensors").unlink()
     os.truncate(second / folder_name(5) / "tensors-00000-000.safetensors", 10)
-    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 1]) == [(5, [])] * 2
+    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 1]) == [(5, SAID), (5, [])]
     assert not list(first.glob(".step*"))
 
 
@@ -203,12 +209,13 @@ def test_two_of_them_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_unreadable_line_is_begun_anew(folder: Path) -> None:
     one = alone(folder)
+    one.begin_line()
     one.begin({"w": Shard.whole(torch.ones(3))}, Facts(5))
     assert one.wait() is not None
     (folder / "checkpoints" / LINE).write_bytes(b"../../..")
     other = alone(folder)
     assert other.load_latest({"w": Shard.whole(torch.ones(3))}, 0) is None
-    assert len(list(folder.glob("titanlite-*"))) == 1
+    assert not list(folder.glob("titanlite-*/step*"))
     other.close()
     assert not list(folder.glob("titanlite-*"))
 
@@ -281,7 +288,7 @@ def test_a_run_goes_on_from_its_last_snapshot(train: Callable[..., int], capsys:
         dies_in(patch, 12)
         with pytest.raises(RuntimeError, match="dies"):
             train("--run.name=b", EVERY)
-    assert "goes on from the snapshot of step 6 in memory" in capsys.readouterr().out
+    assert "going on from the snapshot of step 6 in memory" in capsys.readouterr().out
     assert train("--run.name=b", EVERY) == 0
     assert "snapshot of" not in capsys.readouterr().out, "the disk has step 10, which is later than 9"
     assert curve("b") == curve("a")
@@ -303,3 +310,74 @@ def test_a_run_that_turns_elsewhere_leaves_its_snapshots(
                 train(*start)
     assert train(EVERY) == 0
     assert "from the snapshot" not in capsys.readouterr().out
+
+
+def killed(train: Callable[..., int], step: int, *words: str) -> None:
+    """A run with snapshots of every third step that dies in `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        dies_in(patch, step)
+        with pytest.raises(RuntimeError, match="dies"):
+            train("--run.name=run", EVERY, *words)
+
+
+def test_a_machine_that_comes_back_after_the_run_went_on_without_it(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it holds is of steps that have been taken otherwise since: here, with another learning rate."""
+    killed(train, 9)
+    os.rename("memory", "away")
+    os.mkdir("memory")
+    killed(train, 7, "--optimizer.lr=1e-4", "--allow-change=optimizer.lr")
+    shutil.rmtree("memory")
+    os.rename("away", "memory")
+    assert train("--run.name=run", "--optimizer.lr=1e-4", EVERY) == 0
+    assert "from the snapshot" not in capsys.readouterr().out
+    assert [row[0] for row in curve("run")] == list(range(1, 13))
+
+
+def test_a_snapshot_stands_in_for_a_damaged_checkpoint(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by another name of the run's folder; and a command that is refused costs nothing."""
+    killed(train, 12)
+    (file,) = Path("runs/run/checkpoints/step-00000010").glob("*.safetensors")
+    os.truncate(file, file.stat().st_size - 1)
+    assert train("--run.name=run", "--from-step=4", EVERY) == 4
+    os.symlink("runs", "link")
+    capsys.readouterr()
+    assert train("--run.name=run", "--run.output_dir=link", EVERY) == 0
+    said = capsys.readouterr().out
+    assert "step 10 is passed over" in said and "from the snapshot of step 9" in said
+    assert curve("run") == curve_alone(train)
+
+
+def curve_alone(train: Callable[..., int]) -> list[tuple[Any, ...]]:
+    assert train("--run.name=alone") == 0
+    return curve("alone")
+
+
+def test_a_rollback_goes_to_the_same_step_with_snapshots_or_without(
+    train: Callable[..., int], poison: Callable[[int], None]
+) -> None:
+    for name, every in (("a", 0), ("b", 3)):
+        poison(9)
+        words = "--resilience.on_nonfinite=rollback", f"--resilience.snapshot_every={every}"
+        assert train(f"--run.name={name}", *words) == 0
+    (back,) = [row for row in rows("b") if row.get("event") == "rollback"]
+    assert "From step 9 back to 5" in back["detail"]
+    assert curve("a") == curve("b")
+
+
+def test_a_restart_goes_on_without_snapshots_where_they_do_not_fit(tmp_path: Path) -> None:
+    said: list[str] = []
+    for restarted in (False, True):
+        stand_in = SimpleNamespace(
+            _start=Start(restarted=restarted), _state=dict, journal=SimpleNamespace(say=said.append)
+        )
+        none = Snapshots(tmp_path / "nowhere", tmp_path, pytest.fail)
+        if restarted:
+            assert trainer.Trainer._usable(stand_in, none) is None
+        else:
+            with pytest.raises(UsageError):
+                trainer.Trainer._usable(stand_in, none)
+    assert "no snapshots are taken" in said[0] and len(said) == 1

@@ -46,9 +46,10 @@ class Writing:
     def goes_on(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def join(self) -> None:
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it has ended, or for so long."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def result(self) -> Saved:
         """Raises what was no matter of disks."""

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class CheckpointManager:
         self._passed_over: set[int] = set()
         self._staging = Staging() if background else None
         self._writing: Writing | None = None
+        self._begun: int | None = None
+        """Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any."""
         self._max_failures = max_failures
         self._failed: list[CheckpointError] = []
         """Of the saves since the last that was committed."""
@@ -94,10 +96,6 @@ class CheckpointManager:
         """The newest committed step, whole or damaged; None if there is none."""
         return max(self.steps(), default=None)
 
-    def newest(self) -> int | None:
-        """`latest` as the first rank sees it; called by all."""
-        return max(self._agreed_steps(), default=None)
-
     def path(self, step: int) -> Path:
         return self.folder / folder_name(step)
 
@@ -119,11 +117,12 @@ class CheckpointManager:
             self._validation_losses.pop(step, None)
             self._ranks.first(lambda: self._prune(warn))
 
+        self._begun = step
         self._writing = Writing(step, write, began, background=self._staging is not None)
 
     def saves(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there or being written; the same on all ranks after the same step."""
-        return step in (self.current, self._writing.step if self._writing is not None else None)
+        return step == self._begun
 
     def ended(self) -> Saved | None:
         """How the save went that was begun last; None if there is none, or it goes on. Told once, here or by `wait`."""
@@ -149,6 +148,7 @@ class CheckpointManager:
         if self._writing is not None:
             self._writing.join()
         saved = self.ended()
+        self._begun = self.current
         if len(self._failed) > self._max_failures:
             again = f" ({len(self._failed)} saves in a row have failed.)" if self._max_failures else ""
             raise CheckpointError(f"{self._failed[-1]}{again}") from self._failed[-1]
@@ -162,8 +162,12 @@ class CheckpointManager:
     def load(self, step: int, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest:
         """Load one checkpoint into `tensors` (see `load_state`). Raises `CheckpointError`."""
         manifest = load_state(self.path(step), tensors, prefix, self._ranks)
-        self.current = step
+        self.current = self._begun = step
         return manifest
+
+    def forget_current(self) -> None:
+        """The checkpoint of this step is to be written anew."""
+        self.current = self._begun = None
 
     def newest_at(self, path: Path) -> Path:
         """`examine.newest_at` as the first rank sees it: another run may be saving there. Raises as that does."""
@@ -175,21 +179,28 @@ class CheckpointManager:
         """Load another run's checkpoint, which stays as it is. Raises `CheckpointError`."""
         return load_state(folder, tensors, prefix, self._ranks, convert)
 
-    def go_back_to(self, step: int, tensors: Mapping[str, Shard]) -> Manifest:
-        """Load the checkpoint of `step` and rename later ones, so that none of them is ever the latest again.
-
-        Raises `CheckpointError` if there is none of that step, or if it is damaged or does not fit.
-        """
+    def load_chosen(self, step: int, tensors: Mapping[str, Shard]) -> Manifest:
+        """`load`, with an answer for a step that there is none of. Raises `CheckpointError`."""
         steps = self._agreed_steps()
         if step not in steps:
             there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; {there}.")
-        manifest = self.load(step, tensors)
-        self._ranks.first(lambda: self._set_aside_after(step, steps))
-        return manifest
+        return self.load(step, tensors)
 
-    def load_latest(self, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest | None:
+    def set_aside_after(self, step: int) -> None:
+        """Rename later checkpoints, so that none of them is ever the latest again. Raises `CheckpointError`."""
+        self._ranks.first(lambda: self._set_aside_after(step, self.steps()))
+
+    def load_latest(
+        self,
+        tensors: Mapping[str, Shard],
+        prefix: str = "",
+        newer: Callable[[int], Manifest | None] = lambda step: None,
+    ) -> Manifest | None:
         """Load the newest checkpoint that is whole; None if there has never been one.
+
+        Before one of a step is tried, `newer` may load something else that is of a later one; it is asked with step 0
+        once there is none to try.
 
         Raises `CheckpointError` if there are some and none can be used, if one does not fit, or if there are ranks
         that do not see the folder.
@@ -197,6 +208,9 @@ class CheckpointManager:
         steps = self._agreed_steps()
         damages: list[str] = []
         for step in reversed(steps):
+            other = newer(step)
+            if other is not None:
+                return other
             try:
                 manifest = self.load(step, tensors, prefix)
             except DamagedCheckpointError as damage:
@@ -210,8 +224,11 @@ class CheckpointManager:
                     f"going on from step {step}: {again} {'step' if again == 1 else 'steps'} will be trained again."
                 )
             return manifest
+        other = newer(0)
+        if other is not None:
+            return other
         if damages and self._agreed_steps() != steps:  # a reader beside a run, which has saved and deleted meanwhile
-            return self.load_latest(tensors, prefix)
+            return self.load_latest(tensors, prefix, newer)
         if damages:
             listed = "\n  ".join(damages)
             raise CheckpointError(

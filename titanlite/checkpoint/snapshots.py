@@ -11,14 +11,13 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +32,20 @@ from titanlite.checkpoint.load import load_state, wanted_files
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import Facts, Staging, manifest_text, portion_of, write_portion, writer_of
 from titanlite.durable import cause, replace_file
-from titanlite.errors import UsageError
+from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.shard import Shard
 from titanlite.recipe.units import format_bytes
 
 BLOCK_BYTES = 2**24
 """What is sent from machine to machine at once."""
 LINE = ".snapshots"
-"""File beside the run's checkpoints: the name of its line of snapshots. A run that goes back or begins anew gets
-another, so that what machines that are away by then still hold means nothing any more."""
+"""File beside the run's checkpoints. Each start of a run begins a line of snapshots, which this file names, with the
+digest of the one that the start went on from, if any. No others count: those that machines which are away still hold
+may be of steps that the run has taken otherwise since."""
+_OF_LINE = "snapshots"
+"""The value in a snapshot's manifest that says of which line it is."""
+_LAST_SECONDS = 10.0
+"""For which the end of a run waits for a snapshot that nobody will read any more."""
 _MARK = "machine"
 """File by which ranks see that they are on one machine."""
 
@@ -68,6 +72,14 @@ class Whole:
     """The machines that hold each of these."""
 
 
+class Line(NamedTuple):
+    """The snapshots that count."""
+
+    name: str
+    origin: str = ""
+    """Digest of the manifest of one more, of an earlier line: what this one begins with."""
+
+
 class Snapshots:
     """The last snapshot of one run. Every rank has one; what is called is called by all and ends alike on all.
 
@@ -80,26 +92,27 @@ class Snapshots:
         self, memory: Path, checkpoints: Path, warn: Warn, ranks: Ranks = ALONE, background: bool = False
     ) -> None:
         """`memory`: a folder in memory, each machine's own. `checkpoints`: the run's folder, which all see."""
-        self._memory = memory
-        self._line = checkpoints / LINE
+        self._file = checkpoints / LINE
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
         self._staging = Staging() if background else None
         self._writing: Writing | None = None
-        self._folder = memory
+        self._loaded = ""
+        """Digest of the manifest of the one that was loaded, until a line begins."""
+        run = hashlib.sha256(os.fsencode(checkpoints.resolve())).hexdigest()[:16]
+        self._folder = memory / f"titanlite-{os.getuid()}-{run}"
+        self._line = Line("")
         self._machines = [0] * ranks.size
         """By rank, its machine: the first rank that sees the same folder."""
 
     def prepare(self) -> None:
         """Make or find this machine's folder, and clear what a killed process left there. Raises `UsageError`."""
-        line = self._ranks.first(lambda: _line_of(self._line)).decode()
-        run = hashlib.sha256(os.fsencode(self._line.absolute())).hexdigest()[:16]
-        lines = f"titanlite-{os.getuid()}-{run}-"
-        self._folder = self._memory / (lines + line)
         marks = self._ranks.each(lambda: _marked(self._folder))
         told = self._ranks.first(lambda: json.dumps([marks.index(mark) for mark in marks]).encode())
         self._machines = json.loads(told)
-        self._on_each_machine(lambda: _clear(self._folder, lines))
+        line = self._ranks.first(lambda: json.dumps(_read_line(self._file)).encode())
+        self._line = Line(*json.loads(line))
+        self._on_each_machine(lambda: _clear(self._folder, self._line))
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
@@ -114,17 +127,20 @@ class Snapshots:
     def begin(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
         """Begin a snapshot of a state, which may change once this returns; `ended` and `wait` tell how it went.
 
-        The one that was begun before must have ended.
+        A line must have begun, and the snapshot that was begun before must have ended.
         """
         began = time.monotonic()
+        assert self._line.name, "snapshots begin with a line"
         assert self._writing is None, "a snapshot that was begun must be waited for, or have ended"
+        facts = replace(facts, values={**facts.values, _OF_LINE: self._line.name})
         portion = portion_of(tensors)
         if self._staging is not None:
             portion = self._staging.copy(portion)
 
         def write(warn: Warn) -> None:
             final, ranks = self._folder / folder_name(facts.step), self._ranks
-            pending, explained = storage.pending(final), storage.refusals_explained(final, portion.nbytes)
+            pending, explained = storage.pending(final), storage.refusals_explained(final, portion.nbytes, "snapshot")
+            text = b""
             try:
                 self._on_each_machine(explained(lambda: storage.begin(final)))
                 tables = ranks.each(explained(lambda: write_portion(pending, portion, ranks.rank)))
@@ -133,7 +149,7 @@ class Snapshots:
                 ranks.each(explained(lambda: carry(copies(sizes, self._machines), pending, ranks)))
                 self._on_each_machine(explained(lambda: storage.commit(final, text)))
             except Exception:
-                self._on_each_machine(lambda: storage.abandon(final))
+                self._on_each_machine(lambda: _undo(final, text))
                 raise
             self._on_each_machine(lambda: _remove_others(final, warn))
 
@@ -158,32 +174,39 @@ class Snapshots:
     def load_latest(self, tensors: Mapping[str, Shard], newer_than: int) -> Manifest | None:
         """Load the newest whole snapshot of a step after `newer_than`; None if there is none.
 
-        Raises `CheckpointError` if it does not fit the model.
+        Raises `CheckpointError` if it does not fit the model. Call `begin_line` once the state is what the run goes on
+        from, this or another.
         """
         for whole in self._whole():
             if whole.step <= newer_than:
                 break
             try:
-                return self._load(whole, tensors)
+                manifest = self._load(whole, tensors)
+                self._warn(f"going on from the snapshot of step {whole.step} in memory.")
+                return manifest
             except DamagedCheckpointError as damage:
                 self._warn(f"{damage} The snapshot of step {whole.step} is passed over.")
         return None
 
-    def renew(self) -> None:
-        """No snapshot there is, here or on a machine that is away, counts any more. Raises as `prepare` does."""
+    def begin_line(self) -> None:
+        """Of the snapshots so far, here or on machines that are away, none but the one just loaded counts any more.
+
+        Raises `UsageError` if that cannot be written down.
+        """
         self.wait()
-        self._ranks.first(lambda: forget(self._line.parent))
-        self.prepare()
+        line = self._ranks.first(lambda: json.dumps(_new_line(self._file, self._loaded)).encode())
+        self._line, self._loaded = Line(*json.loads(line)), ""
+        self._on_each_machine(lambda: _clear(self._folder, self._line))
 
     def close(self) -> None:
-        """Free the memory: the state is on a disk by now."""
+        """Free the memory: the state is on a disk by now. One that is on its way is not waited for long."""
         if self._writing is not None:
-            self._writing.join()
+            self._writing.join(_LAST_SECONDS)
         if self._leads:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._ranks.is_first:
-            with suppress(OSError):
-                forget(self._line.parent)
+            with suppress(UsageError):
+                forget(self._file.parent)
 
     @property
     def _leads(self) -> bool:
@@ -203,27 +226,38 @@ class Snapshots:
     def _load(self, whole: Whole, tensors: Mapping[str, Shard]) -> Manifest:
         folder = self._folder / folder_name(whole.step)
         self._on_each_machine(lambda: _make_way(folder, whole.digest))
-        self._fetch(whole, folder, [MANIFEST])
-        manifest = storage.decode_manifest(folder, self._ranks.first(lambda: storage.manifest_bytes(folder)))
-        self._fetch(whole, folder, wanted_files(manifest, tensors))
-        return load_state(folder, tensors, ranks=self._ranks, shared=False)
+        fetched: list[str] = []
+        try:
+            self._fetch(whole, folder, [MANIFEST])
+            manifest = storage.decode_manifest(folder, self._ranks.first(lambda: storage.manifest_bytes(folder)))
+            fetched = self._fetch(whole, folder, wanted_files(manifest, tensors))
+            manifest = load_state(folder, tensors, ranks=self._ranks, shared=False)
+        finally:  # a machine keeps no more than it did, and nothing that may be half of a file
+            for file in fetched:
+                (folder / file).unlink(missing_ok=True)
+        self._loaded = whole.digest
+        return manifest
 
-    def _fetch(self, whole: Whole, folder: Path, wanted: Sequence[str]) -> None:
-        """Have each machine get the files that its ranks want and it lacks. Raises `DamagedCheckpointError`."""
+    def _fetch(self, whole: Whole, folder: Path, wanted: Sequence[str]) -> list[str]:
+        """Have each machine get the files that its ranks want and it lacks; those that came to this rank.
+
+        Raises `DamagedCheckpointError`.
+        """
         told = self._ranks.each(lambda: json.dumps(wanted).encode())
         plan = self._ranks.first(
             lambda: json.dumps(fetches(whole, self._machines, list(map(json.loads, told)))).encode()
         )
         moves = [Move(*fields) for fields in json.loads(plan)]
         self._ranks.each(lambda: _carried(moves, folder, self._ranks))
+        return [move.file for move in moves if move.target == self._ranks.rank]
 
 
 def forget(checkpoints: Path) -> None:
-    """No snapshot of the run with these checkpoints counts any more: it goes on from elsewhere, or takes none.
-
-    Raises `OSError`.
-    """
-    (checkpoints / LINE).unlink(missing_ok=True)
+    """No snapshot of the run with these checkpoints counts any more: it takes none. Raises `UsageError`."""
+    try:
+        (checkpoints / LINE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot delete {checkpoints / LINE}: {cause(error, checkpoints)}.") from error
 
 
 def keepers(machines: Sequence[int]) -> list[int]:
@@ -315,31 +349,38 @@ def _held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]:
     held = []
     for step in storage.checkpoint_steps(folder):
         place = folder / folder_name(step)
-        try:
-            text = storage.manifest_bytes(place)
-            files = {file: entry.bytes for file, entry in storage.decode_manifest(place, text).files.items()}
-        except DamagedCheckpointError:
-            continue
+        files = {file: entry.bytes for file, entry in storage.read_manifest(place).files.items()}
         here = {file: size for file, size in files.items() if _size(place / file) == size}
         missing = [file for file in files if file not in here]
-        held.append((step, xxhash.xxh3_128_hexdigest(text), {**here, MANIFEST: len(text)}, missing))
+        held.append((step, _digest(place), {**here, MANIFEST: _size(place / MANIFEST)}, missing))
     return held
+
+
+def _digest(folder: Path) -> str:
+    """Of a snapshot's manifest; empty if it has none."""
+    path = folder / MANIFEST
+    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.exists() else ""
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _line_of(path: Path) -> bytes:
-    """The name of the run's line of snapshots, a new one if it has none."""
+def _read_line(path: Path) -> Line:
+    """The run's line of snapshots; a nameless one, of which there are none, if the file is not there or damaged."""
     try:
-        text = path.read_bytes() if path.exists() else b""
-        if not re.fullmatch(rb"[0-9a-f]{16}", text):
-            text = os.urandom(8).hex().encode()
-            replace_file(path, text)
+        return Line(*(str(word) for word in json.loads(path.read_bytes())))
+    except (OSError, ValueError, TypeError):
+        return Line("")
+
+
+def _new_line(path: Path, origin: str) -> Line:
+    line = Line(os.urandom(8).hex(), origin)
+    try:
+        replace_file(path, json.dumps(line).encode())
     except OSError as error:
-        raise UsageError(f"cannot use {path}, without which no snapshots are kept: {cause(error, path)}.") from error
-    return text
+        raise UsageError(f"cannot write {path}, without which no snapshots are kept: {cause(error, path)}.") from error
+    return line
 
 
 def _marked(folder: Path) -> bytes:
@@ -362,12 +403,27 @@ def _marked(folder: Path) -> bytes:
         ) from error
 
 
-def _clear(folder: Path, lines: str) -> None:
-    """Remove what a killed process left, and what is of other lines of the same run."""
-    storage.clear_leftovers(folder)
-    for path in folder.parent.iterdir():
-        if path.name.startswith(lines) and path.name != folder.name:
-            shutil.rmtree(path, ignore_errors=True)
+def _clear(folder: Path, line: Line) -> None:
+    """Remove what a killed process left, what cannot be read, and what does not count. Raises `UsageError`."""
+    try:
+        storage.clear_leftovers(folder)
+        for step in storage.checkpoint_steps(folder):
+            place = folder / folder_name(step)
+            try:
+                counts = bool(line.name) and storage.read_manifest(place).values.get(_OF_LINE) == line.name
+            except CheckpointError:
+                counts = False
+            if not counts and (not line.origin or _digest(place) != line.origin):
+                storage.remove(place)
+    except OSError as error:
+        raise UsageError(f"cannot clear {folder}: {cause(error, folder)}.") from error
+
+
+def _undo(final: Path, manifest: bytes) -> None:
+    """Remove what there is of a snapshot, also where it is committed: elsewhere it is not."""
+    storage.abandon(final)
+    if manifest and _digest(final) == xxhash.xxh3_128_hexdigest(manifest):
+        shutil.rmtree(final, ignore_errors=True)
 
 
 def _require_free(folder: Path, needed: int) -> None:
@@ -394,8 +450,7 @@ def _remove_others(final: Path, warn: Warn) -> None:
 def _make_way(folder: Path, digest: str) -> None:
     """Make the folder for a snapshot's files, without what is there of another one of the same step."""
     try:
-        manifest = folder / MANIFEST
-        if folder.exists() and not (manifest.exists() and xxhash.xxh3_128_hexdigest(manifest.read_bytes()) == digest):
+        if folder.exists() and _digest(folder) != digest:
             storage.remove(folder)
         folder.mkdir(exist_ok=True)
     except OSError as error:

@@ -90,14 +90,14 @@ def abandon(final: Path) -> None:
 
 
 @contextmanager
-def refusals_explained(final: Path, needed_bytes: int) -> Iterator[None]:
+def refusals_explained(final: Path, needed_bytes: int, what: str = "checkpoint") -> Iterator[None]:
     """Turn an `OSError` met while writing `final` into a `CheckpointError` with path, reason, and this rank's need."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the checkpoint {final} (of which {format_bytes(needed_bytes)} fall to this rank): "
-            f"{cause(error, final)}. Earlier checkpoints are untouched."
+            f"cannot write the {what} {final} (of which {format_bytes(needed_bytes)} fall to this rank): "
+            f"{cause(error, final)}. Earlier {what}s are untouched."
         ) from error
 
 

@@ -181,6 +181,7 @@ class Guards:
     def initialise(self) -> None:
         """Forget all steps, as before the first."""
         self._history.fill_(_NONE)
+        self._count(0, 0)
 
     def state(self) -> dict[str, Tensor]:
         """History and counts for the checkpoint; live, and right after a review."""

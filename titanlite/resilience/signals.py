@@ -52,7 +52,9 @@ class StopRequests:
         grace_seconds: float = 0.0,
         lost: Callable[[], str] = lambda: "what was not saved is lost",
     ) -> None:
-        """`speaks`: whether this rank tells the user at once that it has heard. `lost` says what an end now costs."""
+        """`speaks`: whether this rank tells the user at once that it has heard. `lost` says what an end now costs,
+        and nothing if that is nothing.
+        """
         self._ranks = ranks
         self._speaks = speaks
         self._grace_seconds = grace_seconds
@@ -103,8 +105,9 @@ class StopRequests:
         while True:
             seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             if not select.select([self._ear], [], [], seconds)[0]:
-                _say(f"resilience.grace_seconds = {self._grace_seconds:g} are over: {self._lost()}")
-                os._exit(128 + (self._signal or 0))
+                lost = self._lost()
+                _say(f"resilience.grace_seconds = {self._grace_seconds:g} are over: {lost or 'all is saved'}")
+                os._exit(128 + (self._signal or 0) if lost else StoppedEarly.exit_code)
             heard = os.read(self._ear, 64)
             for number in self._previous.keys() & set(heard):
                 now = time.monotonic()
