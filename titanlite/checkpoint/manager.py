@@ -142,12 +142,15 @@ class CheckpointManager:
         def write(warn: Warn) -> None:
             self._ranks.first(self._require_same_place)
             self._ranks.first(lambda: self._set_aside_before_saving(step, warn))
-            save_state(
+            doubt = save_state(
                 self.path(step), portion, step=step, samples=samples, tokens=tokens, values=values,
                 recipe=recipe_text, environment=facts, ranks=self._ranks,
             )  # fmt: skip
             self._validation_losses.pop(step, None)
-            self._ranks.first(lambda: self._prune(warn))
+            if doubt:
+                warn(doubt)
+            else:
+                self._ranks.first(lambda: self._prune(warn))
 
         self._writing = _Writing(step, write, began, background=self._staging is not None)
 
@@ -312,7 +315,11 @@ class CheckpointManager:
         warn(f"the checkpoint of step {step}, which {why}, is now {aside.name}.")
 
     def _prune(self, warn: Warn) -> None:
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except CheckpointError as error:  # no reason to take the one just committed for a failed one
+            warn(str(error))
+            return
         kept = self._best(steps)
         for step in storage.superseded(steps, self._keep.last, self._keep.every):
             if step in kept:

@@ -103,11 +103,11 @@ def save_state(
     recipe: str,
     environment: Mapping[str, str],
     ranks: Ranks = ALONE,
-) -> None:
+) -> str:
     """Write the folder `final` atomically; called by every rank, each with its portion.
 
-    Returns once the checkpoint is committed. Whatever is no tensor is the first rank's. Raises `CheckpointError` on
-    every rank if a disk refuses on any, with nothing changed on it.
+    Returns once the checkpoint is committed, with what `commit` says of it. Whatever is no tensor is the first rank's.
+    Raises `CheckpointError` on every rank if a disk refuses on any, with nothing changed on it.
     """
     fields = {
         "step": step, "samples": samples, "tokens": tokens, "recipe": recipe, "values": dict(values),
@@ -117,7 +117,7 @@ def save_state(
     try:
         ranks.first(explained(lambda: begin(final)))
         tables = ranks.each(explained(lambda: write_portion(pending(final), portion, ranks.rank)))
-        ranks.first(explained(lambda: _commit(final, joined(tables, **fields))))
+        return ranks.first(explained(lambda: _commit(final, joined(tables, **fields)).encode())).decode()
     except Exception:  # on all ranks alike; what an interruption leaves, the next start clears
         ranks.first(lambda: abandon(final))
         raise
@@ -196,11 +196,11 @@ def _host_memory_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
-def _commit(final: Path, manifest: Manifest) -> None:
-    """Raises `OSError`, and `CheckpointError` rather than write what no reader would take."""
+def _commit(final: Path, manifest: Manifest) -> str:
+    """What `commit` says. Raises `OSError`, and `CheckpointError` rather than write what no reader would take."""
     data = encode(manifest)
     if len(data) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"the table of the tensors is too large ({len(data)} bytes): they are cut too finely.")
     (pending(final) / MANIFEST).write_bytes(data)
     sync_path(pending(final) / MANIFEST)
-    commit(final)
+    return commit(final)
