@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 import waiting_ranks
 from hypothesis import given
 from hypothesis import strategies as some
 from pool import Pool
 
+from titanlite.checkpoint import save
+from titanlite.checkpoint.format import FileEntry
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.errors import CheckpointError
+from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
 from titanlite.resilience.progress import (
     LEFT,
@@ -30,7 +38,7 @@ from titanlite.resilience.progress import (
     unheard,
     wakers,
 )
-from titanlite.resilience.sampling import where
+from titanlite.resilience.sampling import Sampler, where
 from titanlite.resilience.watchdog import Beat, _Silence
 from titanlite.rules.run import watching
 
@@ -208,6 +216,37 @@ def test_where_a_thread_is() -> None:
     json.loads("1", parse_int=lambda _: seen.append(where(sys._getframe(1))))
     name = "test_watchdog.py:test_where_a_thread_is"
     assert seen == [(True, name), *2 * [(False, "test_watchdog.py:elsewhere")], (False, name)]
+
+
+def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def hung_disk(*arguments: object) -> FileEntry:
+        begun.set()
+        go.wait(timeout=60)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def wait() -> None:
+        with pytest.raises(CheckpointError):
+            checkpoints.wait()
+
+    monkeypatch.setattr(save, "write_tensors", hung_disk)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True)
+    tensors = {"w": Shard.whole(torch.zeros(3))}
+    checkpoints.begin(step=1, samples=0, tokens=0, tensors=tensors, values={}, recipe_text="")
+    trainer = threading.Thread(target=wait)
+    trainer.start()
+    try:
+        assert begun.wait(timeout=60) and trainer.ident is not None
+        sampler, until, expected = Sampler(trainer.ident), time.monotonic() + 20, "test_watchdog.py:hung_disk"
+        while (seen := sampler.look().place) != expected and time.monotonic() < until:
+            time.sleep(0.01)  # until it has come to wait
+    finally:
+        go.set()
+        trainer.join()
+    assert seen == expected
 
 
 @pytest.mark.parametrize("way", waiting_ranks.WAYS)
