@@ -27,6 +27,8 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
+from titanlite.resilience.board import Verdict
+from titanlite.resilience.crashes import history
 from titanlite.resilience.progress import (
     LEFT,
     Progress,
@@ -103,8 +105,8 @@ def on_and_on():
     while True:
         time.sleep(0.1)
 
-def words(step, text):
-    Path("words").write_text(f"{step} {text}")
+def words(hang):
+    Path("words").write_text(f"{hang.step} {hang.rank} {hang.stacks} {hang.verdict}")
 
 with Watchdog(float(sys.argv[1]), Path("."), last_words=words) as watchdog:
     watchdog.beat(7)
@@ -167,6 +169,13 @@ def test_who_does_not_run_is_woken_by_one_neighbour(ranks: list[Progress], data:
         neighbours = [one.rank for one in ranks if one.rank not in silent and one.pids == ranks[number].pids]
         expected |= {(min(neighbours), 100 + number)} if neighbours else set()
     assert len(wakers(ranks, silent)) == len(expected) and set(wakers(ranks, silent)) == expected
+
+
+def test_a_verdict_says_which_rank_is_to_blame_and_where_it_is() -> None:
+    before = [rank(0), rank(1, waits=False, host="elsewhere"), rank(2)]
+    after = [replace(one, count=1) for one in before]
+    assert Verdict.of(before, after).blamed == [(1, "elsewhere")]
+    assert Verdict.of(before[::2], after[::2]).blamed == []
 
 
 def test_who_tells_nothing_new_does_not_run() -> None:
@@ -288,7 +297,7 @@ def test_a_process_writes_its_stacks_when_asked_and_ends_when_it_hangs(tmp_path:
     assert "in on_and_on" in asked and "in on_and_on" in hung and f"process {one.pid}" in hung
     report = (tmp_path / "watchdog.log").read_text()
     assert report == errors.decode() and "after step 7, training" in report and "<string>:on_and_on" in report
-    assert (tmp_path / "words").read_text() == "7 " + report.partition(" ")[2].rstrip("\n")
+    assert (tmp_path / "words").read_text() == "7 0 rank-00000.log " + report.partition(" ")[2].rstrip("\n")
 
 
 def test_a_fatal_signal_leaves_stacks(tmp_path: Path) -> None:
@@ -338,4 +347,7 @@ def test_a_slow_rank_is_named_and_a_stopped_one_is_left_behind(tmp_path: Path) -
         assert json.loads(flight.read_text())["entries"]
     hung = [row for row in rows(tmp_path, "stopped") if row.get("event") == "hung"]
     assert [(row["step"], "rank 1 " in str(row["detail"])) for row in hung] == [(4, True)]
+    (crash,) = history(logs / "crashes")
+    assert (crash.kind, crash.step, crash.samples, crash.rank, crash.ranks) == ("Hang", 5, (16, 19), 1, 2)
+    assert crash.message == hung[0]["detail"] and crash.traceback.endswith("runs/stopped/logs/rank-00001.log")
     assert curve(tmp_path, "stopped") == curve(tmp_path, "slow")
