@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from safetensors.torch import load_file
 
 from titanlite import restore
 from titanlite.checkpoint import manager, requests
+from titanlite.checkpoint.examine import newest_at_first
+from titanlite.checkpoint.format import folder_name
 from titanlite.cli import run_command
 from titanlite.data.splits import Split
+from titanlite.errors import CheckpointError
+from titanlite.learner import Learner
 from titanlite.resilience.guards import Guards
 from titanlite.train import main
 
@@ -116,6 +121,47 @@ def test_a_run_that_goes_on_needs_no_warm_start_any_more(folder: Path) -> None:
     assert train(*warm) == 0
     assert train("--run.name=c", "--checkpoint.warm_start=runs/a") == 0
     assert curve("b") == curve("c")
+
+
+@pytest.mark.parametrize("key", ["warm_start", "resume_from"])
+def test_a_run_that_saves_on_is_begun_with_as_it_was_at_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The first start of b dies before it has saved; a has come further when the second is made."""
+
+    def killed(self: Learner, number: int, *rest: Any) -> Any:
+        raise KeyboardInterrupt
+
+    begins = ("--run.name=b", f"--checkpoint.{key}=runs/a")
+    assert train("--run.stop_after_step=4") == 75
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Learner, "step", killed)
+        train(*begins)
+    assert train() == 0
+    assert train(*begins) == 0
+    assert train("--run.name=c", f"--checkpoint.{key}=runs/a/4") == 0 and curve("b") == curve("c") != []
+
+
+def test_what_a_path_meant_at_first_it_means_until_that_is_gone(tmp_path: Path) -> None:
+    def save(step: int) -> Path:
+        (folder := checkpoints / folder_name(step)).mkdir(parents=True)
+        return folder
+
+    run, record = tmp_path / "run", tmp_path / "record"
+    checkpoints = run / "checkpoints"
+    two = save(2)
+    assert newest_at_first(run, record) == two
+    four = save(4)
+    assert newest_at_first(run, record) == two
+    assert newest_at_first(checkpoints, record) == four, "another path"
+    six = save(6)
+    assert newest_at_first(checkpoints, record) == four
+    four.rmdir()
+    assert newest_at_first(checkpoints, record) == six
+    record.write_text("[")
+    assert newest_at_first(checkpoints, record) == six
+    with pytest.raises(CheckpointError, match=r"cannot write .*nowhere"):
+        newest_at_first(run, tmp_path / "nowhere" / "record")
 
 
 @pytest.mark.parametrize("key", ["warm_start", "resume_from"])

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.examine import newest_at
+from titanlite.checkpoint.examine import newest_at_first
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
@@ -32,6 +32,9 @@ Warn = Callable[[str], None]
 
 VALIDATION_LOSS = "validation_loss"
 """The value beside a checkpoint's tensors that tells which are the best ones."""
+
+BEGINS_WITH = ".begins-with.json"
+"""Beside the checkpoints: which one of another run this run began with, and by what path that was asked for."""
 
 _CPU = torch.device("cpu")
 
@@ -198,9 +201,13 @@ class CheckpointManager:
         self.current = step
         return manifest
 
-    def newest_at(self, path: Path) -> Path:
-        """`examine.newest_at` as the first rank sees it: another run may be saving there. Raises as that does."""
-        return Path(os.fsdecode(self._ranks.first(lambda: os.fsencode(newest_at(path)))))
+    def begins_with(self, path: Path) -> Path:
+        """The newest checkpoint at `path` as the first rank saw it when this run began; the run there may go on.
+
+        Raises as `examine.newest_at_first` does.
+        """
+        record = self.folder / BEGINS_WITH
+        return Path(os.fsdecode(self._ranks.first(lambda: os.fsencode(newest_at_first(path, record)))))
 
     def load_from(
         self, folder: Path, tensors: Mapping[str, Shard], prefix: str = "", convert: bool = False
