@@ -236,6 +236,31 @@ def test_a_restart_by_torchrun_does_not_begin_anew(folder: Path, monkeypatch: py
     assert [row["detail"] for row in events("a", "resumed")]
 
 
+def test_a_restart_does_what_the_first_start_could_not_and_no_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--from-step 4`: the first start fails before it goes back, the second stops at 6, the third goes on there."""
+    assert train() == 0
+    whole = curve("a")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/0/error.json")
+
+    def failing(*arguments: Any) -> None:
+        raise CheckpointError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager.CheckpointManager, "go_back_to", failing)
+        assert train("--from-step=4") == 4
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train("--from-step=4", "--run.stop_after_step=6") == 75
+    assert steps("a")[-1] == "step-00000006" and curve("a") == whole[:6]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert train("--from-step=4") == 0
+    assert not [name for name in steps("a") if name.endswith("6") and name.startswith("set-aside-2")]
+    assert [row["step"] for row in events("a", "resumed")] == [4, 6] and curve("a") == whole
+
+
 def test_another_environment_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import os
 import platform
 import sys
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
         tuple(arguments.allow_change),
         arguments.from_step,
         restarted=under is not None and under.restarts > 0,
-        job=under.job if under and under.elastic else "",
+        job=under.names if under else (),
     )
     _require_keys(start.may_change)
     loaded = load_recipe(arguments.recipe, overrides)
@@ -128,17 +129,21 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         trainer: Trainer | None = None
         folder: RunFolder | None = None
 
+        launchers = ranks.each(lambda: json.dumps(start.job).encode())
+
         def opened() -> bytes:
             nonlocal folder
-            folder = _opened(stack, loaded, path, start, journal, lambda: 0 if trainer is None else trainer.step)
+            job = sorted({name for names in launchers for name in json.loads(names)})
+            asked = replace(start, job=tuple(job))
+            folder = _opened(stack, loaded, path, asked, journal, lambda: 0 if trainer is None else trainer.step)
             folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0))
             checkpoints.prepare()
             crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
-            return f"{folder.attempt} {int(folder.start.restarted)}".encode()
+            return json.dumps([folder.attempt, folder.start.mode, folder.start.step]).encode()
 
-        # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says whether
-        # this is a restart: a machine that has just come does not know.
-        attempt, restarted = map(int, ranks.first(opened).split())
+        # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says what is to
+        # be done: a machine that has just come does not know what the job's earlier starts did.
+        attempt, mode, step = json.loads(ranks.first(opened))
 
         def under_way() -> tuple[int, int | None]:
             return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
@@ -147,8 +152,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         last_words = partial(_hung, journal, folder, records, crash)
         watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, last_words)
         with _failures_recorded(records, crash), watchdog, full_memory_explained():
-            own = start.again if restarted else start
-            if restarted and (start.mode, start.step) != ("auto", None):
+            own = replace(start, mode=mode, step=step)
+            if start.mode != "auto" and (mode, step) != (start.mode, start.step):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
             trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog)
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
@@ -244,7 +249,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
     journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
     if trainer.recipe.metrics.tensorboard:
         journal.add(TensorBoardSink(folder.tensorboard, trainer.step, journal.say))
-    folder.write_status("running", trainer.step)
+    folder.settle(trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
     journal.say(
         f"{folder.path}: {run['preset']}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
