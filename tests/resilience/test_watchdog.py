@@ -24,6 +24,7 @@ from pool import Pool
 from titanlite.checkpoint import save
 from titanlite.checkpoint.format import FileEntry
 from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.save import Facts
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
@@ -243,8 +244,7 @@ def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
 
     monkeypatch.setattr(save, "write_tensors", hung_disk)
     checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True)
-    tensors = {"w": Shard.whole(torch.zeros(3))}
-    checkpoints.begin(step=1, samples=0, tokens=0, tensors=tensors, values={}, recipe_text="")
+    checkpoints.begin({"w": Shard.whole(torch.zeros(3))}, Facts(1, 0, 0, ""))
     trainer = threading.Thread(target=wait)
     trainer.start()
     try:

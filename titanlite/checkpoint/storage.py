@@ -64,13 +64,16 @@ def begin(final: Path) -> None:
     pending(final).mkdir(parents=True)
 
 
-def commit(final: Path) -> str:
-    """Make what is pending, all files of it synced, the checkpoint `final`, in place of the one there is.
+def commit(final: Path, manifest: bytes) -> str:
+    """Make what is pending, all files of it synced, and this manifest the checkpoint `final`, in place of the one there
+    is.
 
     Raises `OSError` if `final` is not what was pending; `abandon` then brings back what it was. Once it is, no error
     undoes that: what is returned, if not empty, says why a loss of power might, and that older ones must stay.
     """
     replaced = _hidden(final, "replaced")
+    (pending(final) / MANIFEST).write_bytes(manifest)
+    sync_path(pending(final) / MANIFEST)
     sync_path(pending(final))
     if final.exists():
         _delete(replaced)
