@@ -177,9 +177,13 @@ class Snapshots:
 
     def close(self) -> None:
         """Free the memory: the state is on a disk by now."""
-        self.wait()
+        if self._writing is not None:
+            self._writing.join()
         if self._leads:
             shutil.rmtree(self._folder, ignore_errors=True)
+        if self._ranks.is_first:
+            with suppress(OSError):
+                forget(self._line.parent)
 
     @property
     def _leads(self) -> bool:
