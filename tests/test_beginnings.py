@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from safetensors.torch import load_file
 
 from titanlite import restore
 from titanlite.checkpoint import manager, requests
+from titanlite.checkpoint.examine import newest_at_first
+from titanlite.checkpoint.format import folder_name
 from titanlite.cli import run_command
 from titanlite.data.splits import Split
+from titanlite.errors import CheckpointError
+from titanlite.learner import Learner
 from titanlite.resilience.guards import Guards
 from titanlite.train import main
 
@@ -119,6 +124,47 @@ def test_a_run_that_goes_on_needs_no_warm_start_any_more(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["warm_start", "resume_from"])
+def test_a_run_that_saves_on_is_begun_with_as_it_was_at_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The first start of b dies before it has saved; a has come further when the second is made."""
+
+    def killed(self: Learner, number: int, *rest: Any) -> Any:
+        raise KeyboardInterrupt
+
+    begins = ("--run.name=b", f"--checkpoint.{key}=runs/a")
+    assert train("--run.stop_after_step=4") == 75
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Learner, "step", killed)
+        train(*begins)
+    assert train() == 0
+    assert train(*begins) == 0
+    assert train("--run.name=c", f"--checkpoint.{key}=runs/a/4") == 0 and curve("b") == curve("c") != []
+
+
+def test_what_a_path_meant_at_first_it_means_until_that_is_gone(tmp_path: Path) -> None:
+    def save(step: int) -> Path:
+        (folder := checkpoints / folder_name(step)).mkdir(parents=True)
+        return folder
+
+    run, record = tmp_path / "run", tmp_path / "record"
+    checkpoints = run / "checkpoints"
+    two = save(2)
+    assert newest_at_first(run, record) == two
+    four = save(4)
+    assert newest_at_first(run, record) == two
+    assert newest_at_first(checkpoints, record) == four, "another path"
+    six = save(6)
+    assert newest_at_first(checkpoints, record) == four
+    four.rmdir()
+    assert newest_at_first(checkpoints, record) == six
+    record.write_text("[")
+    assert newest_at_first(checkpoints, record) == six
+    with pytest.raises(CheckpointError, match=r"cannot write .*nowhere"):
+        newest_at_first(run, tmp_path / "nowhere" / "record")
+
+
+@pytest.mark.parametrize("key", ["warm_start", "resume_from"])
 def test_what_cannot_be_begun_with_is_named(folder: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(f"--checkpoint.{key}=runs/nothing") == 2
     assert "there is no folder 'runs/nothing'" in capsys.readouterr().err
@@ -188,6 +234,31 @@ def test_a_restart_by_torchrun_does_not_begin_anew(folder: Path, monkeypatch: py
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train("--fresh", "--force") == 0
     assert [row["detail"] for row in events("a", "resumed")]
+
+
+def test_a_restart_does_what_the_first_start_could_not_and_no_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--from-step 4`: the first start fails before it goes back, the second stops at 6, the third goes on there."""
+    assert train() == 0
+    whole = curve("a")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/0/error.json")
+
+    def failing(*arguments: Any) -> None:
+        raise CheckpointError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager.CheckpointManager, "load_chosen", failing)
+        assert train("--from-step=4") == 4
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train("--from-step=4", "--run.stop_after_step=6") == 75
+    assert steps("a")[-1] == "step-00000006" and curve("a") == whole[:6]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert train("--from-step=4") == 0
+    assert not [name for name in steps("a") if name.endswith("6") and name.startswith("set-aside-2")]
+    assert [row["step"] for row in events("a", "resumed")] == [4, 6] and curve("a") == whole
 
 
 def test_another_environment_is_told(

@@ -17,7 +17,7 @@ LEVELS = (
     ("errors", "__init__"),
     ("registry", "launch"),
     ("recipe", "cli"),
-    ("durable", "models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules"),
+    ("durable", "messages", "models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules"),
     ("parallel.stages", "parallel.timetable", "parallel.slicing", "resilience.crashes"),
     ("rules", "describe", "sharding_table"),
     ("check", "models", "precision"),
@@ -31,6 +31,7 @@ LEVELS = (
 
 KNOW_TORCH_DISTRIBUTED = (
     "parallel",
+    "messages",
     "checkpoint.ranks",
     "optim.clip",
     "resilience",

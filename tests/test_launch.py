@@ -53,6 +53,23 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_what_torchrun_tells() -> None:
     assert torchrun({"RANK": "0", "WORLD_SIZE": "2"}) is None
     told = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "5"}
-    assert torchrun(told) == Torchrun(restarts=2, restarts_left=3, agents=1, job="job", elastic=False)
+    assert torchrun(told) == Torchrun(restarts=2, restarts_left=3, agents=1, names=(), elastic=False)
     elastic = torchrun({**told, "GROUP_WORLD_SIZE": "4", "TITANLITE_ELASTIC": "1"})
     assert elastic is not None and elastic.elastic and elastic.agents == 4
+
+
+@pytest.mark.parametrize(
+    ("job", "elastic", "file", "names"),
+    [
+        ("night", "1", "/tmp/torchelastic_ab/night_cd/attempt_3/0/error.json", ("night_cd", "night")),
+        ("night", "0", "/tmp/torchelastic_ab/night_cd/attempt_0/7/error.json", ("night_cd",)),
+        ("none", "1", "/tmp/torchelastic_ab/none_cd/attempt_0/0/error.json", ("none_cd",)),
+        ("night", "1", "", ("night",)),
+        ("none", "0", "", ()),
+    ],
+)
+def test_what_all_starts_of_a_job_have_in_common(job: str, elastic: str, file: str, names: tuple[str, ...]) -> None:
+    """torchrun calls every job without an id "none"."""
+    told = {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_ERROR_FILE": file, "TITANLITE_ELASTIC": elastic}
+    under = torchrun(told)
+    assert under is not None and under.names == names

@@ -8,10 +8,14 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What schedulers, launchers and users send to have a job end."""
+
+_NO_ID = "none"
+"""torchrun's id of every job that was given none."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Torchrun:
     restarts_left: int
     agents: int
     """Machines (their torchruns) that take part."""
-    job: str
-    """Name of the job among those of its rendezvous."""
+    names: tuple[str, ...]
+    """What the starts of this job have in common, and those of different jobs do not: the name of the folder that this
+    torchrun keeps, and, where machines come and go, the job's id at the rendezvous if it was given one."""
     elastic: bool
     """Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so."""
 
@@ -74,12 +79,15 @@ def torchrun(environment: Mapping[str, str] = os.environ) -> Torchrun | None:
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    elastic = environment.get("TITANLITE_ELASTIC") == "1"
+    job = environment["TORCHELASTIC_RUN_ID"]
+    folder = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parts[-4:-3]  # FOLDER/attempt_0/0/error.json
     return Torchrun(
         restarts=restarts,
         restarts_left=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
         agents=int(environment.get("GROUP_WORLD_SIZE", "1")),
-        job=environment["TORCHELASTIC_RUN_ID"],
-        elastic=environment.get("TITANLITE_ELASTIC") == "1",
+        names=(*folder, job) if elastic and job != _NO_ID else folder,
+        elastic=elastic,
     )
 
 

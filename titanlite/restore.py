@@ -58,7 +58,7 @@ def restore(
     learner.initialise()
     if recipe.checkpoint.warm_start is not None:
         weights = {name: shard for name, shard in state.items() if name.startswith("model.")}
-        folder = checkpoints.newest_at(Path(recipe.checkpoint.warm_start))
+        folder = checkpoints.begins_with(Path(recipe.checkpoint.warm_start))
         checkpoints.load_from(folder, weights, "model.", convert=True)
         say(f"begins with the weights of {folder}")
     return None
@@ -79,7 +79,7 @@ def _loaded(
         manifest = checkpoints.load_latest(state)
     if manifest is not None or recipe.checkpoint.resume_from is None:
         return manifest
-    folder = checkpoints.newest_at(Path(recipe.checkpoint.resume_from))
+    folder = checkpoints.begins_with(Path(recipe.checkpoint.resume_from))
     require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
     return checkpoints.load_from(folder, state)
 

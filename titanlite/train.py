@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import os
 import platform
 import sys
@@ -14,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,7 @@ from titanlite.rules.terms import count
 if TYPE_CHECKING:
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import World
-    from titanlite.resilience.watchdog import LastWords
+    from titanlite.resilience.watchdog import Hang
     from titanlite.trainer import Trainer
 
 _AGENT_SECONDS = 3.0
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
         tuple(arguments.allow_change),
         arguments.from_step,
         restarted=under is not None and under.restarts > 0,
-        job=under.job if under and under.elastic else "",
+        job=under.names if under else (),
     )
     _require_keys(start.may_change)
     loaded = load_recipe(arguments.recipe, overrides)
@@ -139,30 +141,34 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         )
         trainer: Trainer | None = None
         folder: RunFolder | None = None
-        last_words: LastWords | None = None
+
+        launchers = ranks.each(lambda: json.dumps(start.job).encode())
 
         def opened() -> bytes:
-            nonlocal folder, last_words
-            folder = _opened(stack, loaded, path, start, journal, lambda: 0 if trainer is None else trainer.step)
+            nonlocal folder
+            job = sorted({name for names in launchers for name in json.loads(names)})
+            asked = replace(start, job=tuple(job))
+            folder = _opened(stack, loaded, path, asked, journal, lambda: 0 if trainer is None else trainer.step)
             folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0))
             checkpoints.prepare()
             if snapshots is None:
                 forget(checkpoints.folder)
             crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
-            last_words = partial(_hung, journal, folder)
-            return f"{folder.attempt} {int(folder.start.restarted)}".encode()
+            return json.dumps([folder.attempt, folder.start.mode, folder.start.step]).encode()
 
-        # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says whether
-        # this is a restart: a machine that has just come does not know.
-        attempt, restarted = map(int, ranks.first(opened).split())
+        # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says what is to
+        # be done: a machine that has just come does not know what the job's earlier starts did.
+        attempt, mode, step = json.loads(ranks.first(opened))
 
         def under_way() -> tuple[int, int | None]:
             return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
 
+        crash = partial(_crash, attempt, world, loaded, under_way)
+        last_words = partial(_hung, journal, folder, records, crash)
         watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, last_words)
-        with _failures_recorded(records, attempt, world, loaded, under_way), watchdog, full_memory_explained():
-            own = start.again if restarted else start
-            if restarted and (start.mode, start.step) != ("auto", None):
+        with _failures_recorded(records, crash), watchdog, full_memory_explained():
+            own = replace(start, mode=mode, step=step)
+            if start.mode != "auto" and (mode, step) != (start.mode, start.step):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
             trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots)
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
@@ -193,43 +199,52 @@ def _opened(
     return folder
 
 
+def _crash(
+    attempt: int,
+    world: World,
+    loaded: LoadedRecipe,
+    under_way: Callable[[], tuple[int, int | None]],
+    kind: str,
+    message: str,
+    traceback: str,
+) -> crashes.Crash:
+    """What fails on this rank; `under_way`: the step to put it down to, and its first sample if it had begun."""
+    (step, first), under = under_way(), torchrun()
+    return crashes.Crash(
+        attempt=attempt,
+        restart=under.restarts if under else 0,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        step=step,
+        samples=(first, first + loaded.recipe.training.global_batch - 1) if first is not None else (),
+        rank=world.rank,
+        ranks=world.size,
+        host=platform.node(),
+        kind=kind,
+        message=message,
+        traceback=traceback,
+        recipe=crashes.digest(loaded.text),
+    )
+
+
 @contextmanager
-def _failures_recorded(
-    records: Path, attempt: int, world: World, loaded: LoadedRecipe, under_way: Callable[[], tuple[int, int | None]]
-) -> Iterator[None]:
+def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.Crash]) -> Iterator[None]:
     """Leave a record of what fails on this rank alone; what failed because another rank did becomes one line.
 
-    `under_way`: the step to put it down to, and its first sample if it had begun. Raises `OtherRankFailed` for the
-    other's failure.
+    Raises `OtherRankFailed` for the other's failure.
     """
     from titanlite.parallel.world import is_loss_of_another
 
     try:
         yield
     except Exception as error:
-        (step, first), under = under_way(), torchrun()
+        failed = crash(type(error).__name__, str(error), traceback.format_exc())
         # What is wrong before the first step begins is said to who can mend it, and is no step that fails.
-        if isinstance(error, TitanliteError) and (error.on_all_ranks or first is None):
+        if isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples):
             raise
-        if world.size > 1 and is_loss_of_another(error):
-            raise OtherRankFailed(crashes.whom_it_follows(records, attempt, world.rank, error)) from error
-        batch = loaded.recipe.training.global_batch
-        crash = crashes.Crash(
-            attempt=attempt,
-            restart=under.restarts if under else 0,
-            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            step=step,
-            samples=(first, first + batch - 1) if first is not None else (),
-            rank=world.rank,
-            ranks=world.size,
-            host=platform.node(),
-            kind=type(error).__name__,
-            message=str(error),
-            traceback=traceback.format_exc(),
-            recipe=crashes.digest(loaded.text),
-        )
+        if failed.ranks > 1 and is_loss_of_another(error):
+            raise OtherRankFailed(crashes.whom_it_follows(records, failed.attempt, failed.rank, error)) from error
         with suppress(OSError):  # the disk may be what failed
-            crashes.record(records, crash)
+            crashes.record(records, failed)
         raise
 
 
@@ -249,7 +264,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
     journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
     if trainer.recipe.metrics.tensorboard:
         journal.add(TensorBoardSink(folder.tensorboard, trainer.step, journal.say))
-    folder.write_status("running", trainer.step)
+    folder.settle(trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
     journal.say(
         f"{folder.path}: {run['preset']}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
@@ -263,10 +278,20 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
         journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
 
 
-def _hung(journal: Journal, folder: RunFolder, step: int, verdict: str) -> None:
-    """What the first rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
-    folder.write_status("failed", step, TitanliteError.exit_code, verdict)
-    journal.event(step, "hung", verdict)
+def _hung(
+    journal: Journal,
+    folder: RunFolder | None,
+    records: Path,
+    crash: Callable[[str, str, str], crashes.Crash],
+    hang: Hang,
+) -> None:
+    """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
+    if folder is not None:
+        folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.verdict)
+        journal.event(hang.step, "hung", hang.verdict)
+    ended = crash("Hang", hang.verdict, f"the stacks of all threads are in {hang.stacks}")
+    with suppress(OSError):
+        crashes.record(records, replace(ended, rank=hang.rank, host=hang.host))
 
 
 def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:

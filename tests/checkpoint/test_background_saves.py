@@ -175,6 +175,7 @@ def test_going_back_loads_that_step_and_later_ones_are_never_the_latest_again(tm
     said: list[str] = []
     checkpoints, into = three(tmp_path, said.append), torch.zeros(40, 3)
     assert checkpoints.load_chosen(10, {"w": Shard.whole(into)}).step == 10 and into[0, 0] == 10
+    checkpoints.set_aside_after(10)
     assert checkpoints.steps() == [10] and loaded(tmp_path)[0] == 10
     assert (tmp_path / "set-aside-1-step-00000030").is_dir() and ["later than step 10" in text for text in said] == [
         True

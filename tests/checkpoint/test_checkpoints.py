@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import resource
 import signal
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -481,6 +483,59 @@ def test_a_folder_that_is_no_longer_the_runs_is_not_written_to(tmp_path):
     (tmp_path / "moved").rename(tmp_path / "run")
     run.save(3)
     assert run.manager.steps() == [1, 3]
+
+
+# --- errors of the disk
+
+
+def fail_at(patch: pytest.MonkeyPatch, call: int, done: bool) -> list[str]:
+    """The `call`-th change of the disk from now on is refused, or it is `done` and its answer lost; what was called."""
+    calls: list[str] = []
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            if len(calls) != call or done:
+                result = original(*args, **kwargs)
+            if len(calls) == call:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return result
+
+        patch.setattr(owner, name, counted)
+
+    for owner, names in ((os, ("fsync", "rename", "mkdir", "rmdir", "unlink")), (Path, ("write_bytes",))):
+        for name in names:
+            wrap(owner, name)
+    return calls
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_after_an_error_at_any_call_a_save_has_failed_or_is_there(tmp_path, monkeypatch, again, done):
+    """One or the other, as the run is told; older ones stay if the disk is not sure, and the next try succeeds."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    call, calls, unsure = 0, [""], 0
+    while len(calls) >= call:
+        call += 1
+        folder = tmp_path / str(call)
+        for step in (1, 2) if again else (1,):
+            Run(folder).save(step)
+        run = Run(folder, keep_last=1)
+        with monkeypatch.context() as patch, suppress(CheckpointError):
+            calls = fail_at(patch, call, done)
+            run.save(2, state(3))
+        there = run.manager.current == 2
+        step, tensors = run.load()
+        assert (step, int(tensors["model.w"][0, 0])) == ((2, 3) if there else (2, 2) if again else (1, 1)), calls
+        doubt = any("loss of power" in text for text in run.warnings)
+        assert run.manager.steps()[0] == 1 or (there and not doubt)
+        unsure += doubt
+        run.save(2, state(4))
+        assert Run(folder).load()[1]["model.w"][0, 0] == 4
+        assert os.listdir(folder) == ["step-00000002"], "the next start clears the rest"
+    assert call > 8 and unsure == 1
 
 
 # --- kills

@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from titanlite import durable
 from titanlite.errors import EXIT_RECIPE, UsageError
-from titanlite.observe.run_folder import OWNED, Start, has_run, open_run_folder
+from titanlite.observe.run_folder import Start, has_run, open_run_folder
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
 
@@ -78,7 +81,7 @@ def test_the_status_is_replaced_whole(tmp_path):
     folder.write_status("stopped", 7, 75, "SIGTERM")
     status = json.loads(folder.status.read_text())
     assert time.time() - 60 < datetime.fromisoformat(status.pop("time")).timestamp() <= time.time()
-    who = {"attempt": 1, "job": "", "pid": os.getpid(), "host": platform.node()}
+    who = {"attempt": 1, "job": [], "pending": "", "pid": os.getpid(), "host": platform.node()}
     assert status == {"state": "stopped", "exit_code": 75, "step": 7, "reason": "SIGTERM", **who}
     folder.close()
 
@@ -265,27 +268,147 @@ def test_starts_are_counted_and_the_last_end_is_known(tmp_path):
     folder.close()
 
 
+def started_as(path, start, **sections):
+    of = recipe(**sections)
+    return open_run_folder(path, of, to_toml(of), start, pytest.fail)
+
+
+DELETE = Start("fresh", force=True)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "deleted"),
     [
-        pytest.param(Start(job="a"), Start("fresh", True, job="b"), True, id="another job"),
-        pytest.param(Start(job="a"), Start("fresh", True, job="a"), False, id="a machine that came to the same"),
-        pytest.param(Start(), Start("fresh", True), True, id="no job"),
-        pytest.param(Start(), Start("fresh", True, restarted=True), False, id="a restart"),
+        pytest.param((), replace(DELETE), True, id="by hand"),
+        pytest.param(("a",), replace(DELETE, job=("b",)), True, id="another job"),
+        pytest.param(("a",), replace(DELETE, job=("a",)), False, id="the same job"),
+        pytest.param(("a", "b"), replace(DELETE, job=("b", "c")), False, id="the same job, on other machines"),
+        pytest.param(("a",), replace(DELETE, job=("a",), restarted=True), False, id="a restart"),
+        pytest.param(("b",), replace(DELETE, job=("a",), restarted=True), True, id="a restart, the first that is here"),
+        pytest.param((), replace(DELETE, job=("a",), restarted=True), True, id="the same, of a run begun by hand"),
+        pytest.param((), replace(DELETE, restarted=True), False, id="a restart of a job without a name"),
+        pytest.param(None, replace(DELETE, job=("a",), restarted=True), False, id="a restart, and no status is there"),
     ],
 )
-def test_a_restart_deletes_nothing(tmp_path, before, now, deleted):
-    """The command line is the same each time; only the first start may do what it says once."""
+def test_what_was_asked_for_once_is_done_once(tmp_path, before, now, deleted):
+    """The command line is the same each time; only the first start that can may do what it says once."""
     started(tmp_path)
-    open_run_folder(tmp_path, recipe(), to_toml(recipe()), before, pytest.fail).close()
-    status = json.loads((tmp_path / "status.json").read_text())
-    (tmp_path / "status.json").write_text(json.dumps({**status, "job": before.job}))
-    folder = open_run_folder(tmp_path, recipe(), to_toml(recipe()), now, pytest.fail)
-    assert (not folder.metrics.exists(), folder.start.restarted) == (deleted, not deleted)
+    status = tmp_path / "status.json"
+    if before is None:
+        status.unlink()
+    else:
+        status.write_text(json.dumps({**json.loads(status.read_text()), "job": before}))
+    folder = started_as(tmp_path, now)
+    assert (not folder.metrics.exists(), not folder.resumed, folder.start.mode == "fresh") == (deleted,) * 3
+    folder.write_status("running", 0)
     folder.close()
+    assert json.loads(status.read_text())["pending"] == ""
+
+
+def test_a_restart_refuses_what_the_first_start_refused(tmp_path):
+    started(tmp_path)
+    for restarted in (False, True):
+        with pytest.raises(UsageError, match="--force"):
+            started_as(tmp_path, Start("fresh", restarted=restarted, job=("a",)))
+
+
+def test_an_unreadable_status_stops_a_start_that_might_delete(tmp_path):
+    started(tmp_path)
+    (tmp_path / "status.json").unlink()
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(UsageError, match="cannot use the run folder"):
+        started_as(tmp_path, replace(DELETE, job=("a",)))
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_going_back_to_a_step_is_pending_until_the_state_is_restored(tmp_path):
+    def start(step=4, job=("a",), restarted=True):
+        folder = started_as(
+            tmp_path, Start("auto" if step is None else "resume", step=step, job=job, restarted=restarted)
+        )
+        folder.write_status("running", 0)
+        folder.close()
+        return folder
+
+    started(tmp_path)
+    assert start(restarted=False).start.step == 4
+    assert start().start.step == 4
+    assert start(step=None, restarted=False).start.step == 4, "a machine that comes, whatever its command line"
+    assert start(step=None, job=(), restarted=False).start.step is None, "the user's word"
+    assert start(step=6, job=("b",)).start.step == 6
+    assert start(step=4, job=(), restarted=True).start.step is None, "it is not known to be pending"
+    folder = started_as(tmp_path, Start("resume", step=4, job=("c",)))
+    folder.settle(4)
+    folder.close()
+    assert start(job=("c",)).start == Start(job=("c",), restarted=True)
+
+
+def test_a_restart_without_a_name_does_what_is_pending_if_it_is_asked_for_too(tmp_path):
+    started(tmp_path)
+    folder = started_as(tmp_path, Start("resume", step=4))
+    folder.write_status("running", 0)
+    folder.close()
+    for step in (6, 4):
+        folder = started_as(tmp_path, Start("resume", step=step, restarted=True))
+        assert folder.start.step == (4 if step == 4 else None)
+        folder.close()
+
+
+def test_what_is_done_must_be_written_down(tmp_path, monkeypatch):
+    """Else a restart would do it again, and undo what was trained since; where nothing was pending, a run goes on."""
+    started(tmp_path)
+    for start, ends in ((Start(), False), (Start("resume", step=4), True)):
+        warnings = []
+        folder = open_run_folder(tmp_path, recipe(), to_toml(recipe()), start, warnings.append)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+            with pytest.raises(UsageError, match="--from-step 4 is done") if ends else nullcontext():
+                folder.settle(4)
+        assert len(warnings) == 1
+        folder.close()
+
+
+def killed_at(patch, call):
+    """The process is killed right before or after its `call`-th change to the folder; what it called."""
+    calls = []
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            for act in (lambda: None, lambda: original(*args, **kwargs)):
+                result = act()
+                calls.append(name)
+                if len(calls) == call:
+                    raise KeyboardInterrupt
+            return result
+
+        patch.setattr(owner, name, counted)
+
+    for owner, name in ((shutil, "rmtree"), (os, "replace"), (Path, "unlink"), (Path, "mkdir")):
+        wrap(owner, name)
+    return calls
+
+
+def test_a_deletion_that_was_killed_is_finished_by_the_restart(tmp_path, monkeypatch):
+    call, calls = 0, [""]
+    while len(calls) >= call:
+        call += 1
+        path = tmp_path / str(call)
+        started(path)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            calls = killed_at(patch, call)
+            started_as(path, replace(DELETE, job=("a",)), model={"dim": 99}).close()
+        folder = started_as(path, replace(DELETE, job=("a",), restarted=True), model={"dim": 99})
+        assert sorted(listing(path)) == ["recipe.toml", "status.json"]
+        assert folder.recipe.read_text() == to_toml(recipe(model={"dim": 99}))
+        assert json.loads(folder.status.read_text())["pending"] == "" and folder.start.step is None
+        folder.close()
+    assert call > 15
 
 
 def test_a_run_killed_while_it_was_deleted_is_still_a_run(tmp_path, monkeypatch):
+    """For a user who does not ask again to have it deleted."""
     started(tmp_path)
     deleted = []
     real = shutil.rmtree
@@ -299,7 +422,7 @@ def test_a_run_killed_while_it_was_deleted_is_still_a_run(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, "fresh", force=True)
-    assert (tmp_path / "recipe.toml").exists() and OWNED[-1] == "recipe.toml"
+    assert (tmp_path / "recipe.toml").exists()
     folder = opened(tmp_path)
     assert folder.resumed
     folder.close()

@@ -45,14 +45,13 @@ def test_rows_are_in_the_file_at_once(tmp_path):
     sink.close()
 
 
-def test_what_json_cannot_say_is_null_and_an_event(tmp_path):
+def test_what_json_cannot_say_is_null_and_said_beside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path, 0, pytest.fail)
     sink.write({**metric(3, math.nan), "grad_norm": -math.inf})
     sink.close()
-    row, event = rows_of(path)
-    assert row["loss"] is None and row["grad_norm"] is None and row["lr"] == 1e-3
-    assert event == {"step": 3, "event": "nonfinite", "detail": "loss is nan, grad_norm is -inf"}
+    odd = {"loss": "nan", "grad_norm": "-inf"}
+    assert rows_of(path) == [{**metric(3), "loss": None, "grad_norm": None, "nonfinite": odd}]
     assert "NaN" not in path.read_text()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from failing_ranks import RUN, ended, program, started, write_recipe
 from titanlite.cli import run_command
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.learner import Learner
+from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import Crash, digest, history, record, verdict
 from titanlite.train import _told_to_launcher, main
 
@@ -137,6 +140,40 @@ def test_the_count_begins_anew_without_the_records_and_past_the_step(
     assert starts()[0].startswith("start 1 of this run, 1 rank on ")
     assert [text.split(" of ")[0] for text in starts()] == ["start 1", "start 3", "start 5"]
     assert "failed: ValueError: the sample is poisoned" not in starts()[0] and "failed: step 5" in starts()[2]
+
+
+def test_a_step_that_hangs_again_and_again_ends_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Instead of the process, the step ends here; what is not a process's end no clock decides."""
+
+    class EndedError(Exception):
+        pass
+
+    def hang(self: Learner, number: int, *rest: Any) -> Any:
+        if number != 4:
+            return take_step(self, number, *rest)
+        ended.clear()
+        hangs.set()
+        assert ended.wait(timeout=60)
+        hangs.clear()
+        raise EndedError
+
+    take_step, hangs, ended = Learner.step, threading.Event(), threading.Event()
+    monkeypatch.setattr(Learner, "step", hang)
+    monkeypatch.setattr(watchdog._Silence, "after", lambda *_: math.inf if hangs.is_set() else 0.0)
+    monkeypatch.setattr(watchdog, "_LAST_WORDS_SECONDS", 600.0)
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    for _ in range(2):
+        with pytest.raises(EndedError):
+            train("--resilience.max_crashes=2")
+    first, second = history(RUN / "logs" / "crashes")
+    assert (first.kind, first.step, first.samples, second.attempt) == ("Hang", 4, (12, 15), 2)
+    assert "rank 0 (" in first.message and first.traceback.endswith("runs/tiny/logs/rank-00000.log")
+    capsys.readouterr()
+    assert train("--resilience.max_crashes=2") == 3
+    said = capsys.readouterr().err
+    assert "step 4 (samples 12 to 15) has failed 2 times in a row" in said and "Hang: no progress" in said
 
 
 def test_what_the_user_got_wrong_is_no_crash(folder: Path) -> None:

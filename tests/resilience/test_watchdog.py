@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 import waiting_ranks
 from hypothesis import given
 from hypothesis import strategies as some
 from pool import Pool
 
+from titanlite.checkpoint import save
+from titanlite.checkpoint.format import FileEntry
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.save import Facts
+from titanlite.errors import CheckpointError
+from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
+from titanlite.resilience.board import Verdict
+from titanlite.resilience.crashes import history
 from titanlite.resilience.progress import (
     LEFT,
     Progress,
@@ -30,7 +41,7 @@ from titanlite.resilience.progress import (
     unheard,
     wakers,
 )
-from titanlite.resilience.sampling import where
+from titanlite.resilience.sampling import Sampler, where
 from titanlite.resilience.watchdog import Beat, _Silence
 from titanlite.rules.run import watching
 
@@ -95,8 +106,8 @@ def on_and_on():
     while True:
         time.sleep(0.1)
 
-def words(step, text):
-    Path("words").write_text(f"{step} {text}")
+def words(hang):
+    Path("words").write_text(f"{hang.step} {hang.rank} {hang.stacks} {hang.verdict}")
 
 with Watchdog(float(sys.argv[1]), Path("."), last_words=words) as watchdog:
     watchdog.beat(7)
@@ -161,6 +172,13 @@ def test_who_does_not_run_is_woken_by_one_neighbour(ranks: list[Progress], data:
     assert len(wakers(ranks, silent)) == len(expected) and set(wakers(ranks, silent)) == expected
 
 
+def test_a_verdict_says_which_rank_is_to_blame_and_where_it_is() -> None:
+    before = [rank(0), rank(1, waits=False, host="elsewhere"), rank(2)]
+    after = [replace(one, count=1) for one in before]
+    assert Verdict.of(before, after).blamed == [(1, "elsewhere")]
+    assert Verdict.of(before[::2], after[::2]).blamed == []
+
+
 def test_who_tells_nothing_new_does_not_run() -> None:
     before = [rank(0, count=3), rank(1, count=5), rank(2, count=7)]
     after = [rank(0, count=4), rank(1, count=5), rank(2, count=7, doing=LEFT), rank(3, count=1)]
@@ -210,6 +228,36 @@ def test_where_a_thread_is() -> None:
     assert seen == [(True, name), *2 * [(False, "test_watchdog.py:elsewhere")], (False, name)]
 
 
+def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def hung_disk(*arguments: object) -> FileEntry:
+        begun.set()
+        go.wait(timeout=60)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def wait() -> None:
+        with pytest.raises(CheckpointError):
+            checkpoints.wait()
+
+    monkeypatch.setattr(save, "write_tensors", hung_disk)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True)
+    checkpoints.begin({"w": Shard.whole(torch.zeros(3))}, Facts(1, 0, 0, ""))
+    trainer = threading.Thread(target=wait)
+    trainer.start()
+    try:
+        assert begun.wait(timeout=60) and trainer.ident is not None
+        sampler, until, expected = Sampler(trainer.ident), time.monotonic() + 20, "test_watchdog.py:hung_disk"
+        while (seen := sampler.look().place) != expected and time.monotonic() < until:
+            time.sleep(0.01)  # until it has come to wait
+    finally:
+        go.set()
+        trainer.join()
+    assert seen == expected
+
+
 @pytest.mark.parametrize("way", waiting_ranks.WAYS)
 def test_a_rank_that_waits_is_told_from_one_that_is_held_up(pool: Pool, tmp_path: Path, way: str) -> None:
     waiting, busy = pool.run(waiting_ranks.seen, 2, way, str(tmp_path / "seen"))
@@ -249,7 +297,7 @@ def test_a_process_writes_its_stacks_when_asked_and_ends_when_it_hangs(tmp_path:
     assert "in on_and_on" in asked and "in on_and_on" in hung and f"process {one.pid}" in hung
     report = (tmp_path / "watchdog.log").read_text()
     assert report == errors.decode() and "after step 7, training" in report and "<string>:on_and_on" in report
-    assert (tmp_path / "words").read_text() == "7 " + report.partition(" ")[2].rstrip("\n")
+    assert (tmp_path / "words").read_text() == "7 0 rank-00000.log " + report.partition(" ")[2].rstrip("\n")
 
 
 def test_a_fatal_signal_leaves_stacks(tmp_path: Path) -> None:
@@ -299,4 +347,7 @@ def test_a_slow_rank_is_named_and_a_stopped_one_is_left_behind(tmp_path: Path) -
         assert json.loads(flight.read_text())["entries"]
     hung = [row for row in rows(tmp_path, "stopped") if row.get("event") == "hung"]
     assert [(row["step"], "rank 1 " in str(row["detail"])) for row in hung] == [(4, True)]
+    (crash,) = history(logs / "crashes")
+    assert (crash.kind, crash.step, crash.samples, crash.rank, crash.ranks) == ("Hang", 5, (16, 19), 1, 2)
+    assert crash.message == hung[0]["detail"] and crash.traceback.endswith("runs/stopped/logs/rank-00001.log")
     assert curve(tmp_path, "stopped") == curve(tmp_path, "slow")

@@ -59,6 +59,12 @@ def _receiving() -> None:
         dist.send(torch.ones(4), 0)
 
 
+def _in_a_thread() -> None:
+    saving = threading.Thread(target=_all_reduce)
+    saving.start()
+    saving.join()
+
+
 WAYS: dict[str, Callable[[], None]] = {
     "all_reduce": _all_reduce,
     "work": _work,
@@ -66,6 +72,7 @@ WAYS: dict[str, Callable[[], None]] = {
     "ring": _ring,
     "sharded": _sharded,
     "receiving": _receiving,
+    "in a thread": _in_a_thread,
 }
 
 

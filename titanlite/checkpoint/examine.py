@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.headers import check_header, placed_chunks
 from titanlite.checkpoint.storage import checkpoint_steps, open_plain, read_manifest, verify_file
+from titanlite.durable import cause, replace_file
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
@@ -43,6 +45,24 @@ def checkpoints_at(path: Path) -> list[Path]:
 def newest_at(path: Path) -> Path:
     """The newest checkpoint folder that a path means. Raises as `checkpoints_at`."""
     return checkpoints_at(path)[-1]
+
+
+def newest_at_first(path: Path, record: Path) -> Path:
+    """`newest_at` as of the first time that it was asked for, which the file `record` tells of: the run there may have
+    saved since. Asked anew for another path, and for a checkpoint that is gone.
+
+    Raises as `newest_at`, and `CheckpointError` if the answer cannot be recorded.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(record.read_bytes())
+        if known["path"] == str(path) and (folder := Path(known["checkpoint"])).is_dir():
+            return folder
+    folder = newest_at(path)
+    try:
+        replace_file(record, json.dumps({"path": str(path), "checkpoint": str(folder)}).encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {record}: {cause(error, record)}.") from error
+    return folder
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.background import Saved, Warn, Writing
-from titanlite.checkpoint.examine import newest_at
+from titanlite.checkpoint.examine import newest_at_first
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
@@ -28,6 +28,9 @@ from titanlite.models.shard import Shard
 
 VALIDATION_LOSS = "validation_loss"
 """The value beside a checkpoint's tensors that tells which are the best ones."""
+
+BEGINS_WITH = ".begins-with.json"
+"""Beside the checkpoints: which one of another run this run began with, and by what path that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,12 @@ class CheckpointManager:
         def write(warn: Warn) -> None:
             self._ranks.first(self._require_same_place)
             self._ranks.first(lambda: self._set_aside_before_saving(step, warn))
-            save_state(self.path(step), portion, facts, self._ranks)
+            doubt = save_state(self.path(step), portion, facts, self._ranks)
             self._validation_losses.pop(step, None)
-            self._ranks.first(lambda: self._prune(warn))
+            if doubt:
+                warn(doubt)
+            else:
+                self._ranks.first(lambda: self._prune(warn))
 
         self._begun = step
         self._writing = Writing(step, write, began, background=self._staging is not None)
@@ -169,9 +175,13 @@ class CheckpointManager:
         """The checkpoint of this step is to be written anew."""
         self.current = self._begun = None
 
-    def newest_at(self, path: Path) -> Path:
-        """`examine.newest_at` as the first rank sees it: another run may be saving there. Raises as that does."""
-        return Path(os.fsdecode(self._ranks.first(lambda: os.fsencode(newest_at(path)))))
+    def begins_with(self, path: Path) -> Path:
+        """The newest checkpoint at `path` as the first rank saw it when this run began; the run there may go on.
+
+        Raises as `examine.newest_at_first` does.
+        """
+        record = self.folder / BEGINS_WITH
+        return Path(os.fsdecode(self._ranks.first(lambda: os.fsencode(newest_at_first(path, record)))))
 
     def load_from(
         self, folder: Path, tensors: Mapping[str, Shard], prefix: str = "", convert: bool = False
@@ -299,7 +309,11 @@ class CheckpointManager:
         warn(f"the checkpoint of step {step}, which {why}, is now {aside.name}.")
 
     def _prune(self, warn: Warn) -> None:
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except CheckpointError as error:  # no reason to take the one just committed for a failed one
+            warn(str(error))
+            return
         kept = self._best(steps)
         for step in storage.superseded(steps, self._keep.last, self._keep.every):
             if step in kept:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
 from titanlite.errors import CheckpointError, GuardStop, TitanliteError, UsageError
+from titanlite.messages import as_tensor, gathered
 
 _KINDS: dict[str, type[TitanliteError]] = {
     kind.__name__: kind for kind in (GuardStop, UsageError, CheckpointError, NewerFormatError, DamagedCheckpointError)
@@ -53,7 +54,7 @@ class Ranks:
         if self.size == 1:
             return [action() or b""]
         message, error = _attempt(action)
-        messages = self._gather(message)
+        messages = gathered(message, self.size, self.group, on_first_alone=True)
         _result(self._broadcast(_verdict(messages)), error)
         return [message[1:] for message in messages]
 
@@ -69,21 +70,9 @@ class Ranks:
         """The first rank's message; what the others give is ignored."""
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, self.group)
-        data = _tensor(message) if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        data = as_tensor(message) if self.is_first else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0, self.group)
         return data.numpy().tobytes()
-
-    def _gather(self, message: bytes) -> list[bytes]:
-        """All ranks' messages on the first rank, nothing on the others."""
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]), self.group)
-        longest = int(max(lengths))
-        padded = _tensor(message.ljust(longest, b"\0"))
-        received = [torch.empty(longest, dtype=torch.uint8) for _ in lengths] if self.is_first else None
-        dist.gather(padded, received, 0, self.group)
-        return [
-            data[: int(length)].numpy().tobytes() for data, length in zip(received or (), lengths, strict=self.is_first)
-        ]
 
 
 ALONE = Ranks()
@@ -95,10 +84,6 @@ def joined_ranks(rank: int, size: int, timeout_seconds: float) -> Ranks:
     if size == 1:
         return ALONE
     return Ranks(rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)))
-
-
-def _tensor(message: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 def _attempt(action: Callable[[], bytes | None]) -> tuple[bytes, Exception | None]:

@@ -103,17 +103,17 @@ class Staging:
         return replace(portion, pieces=copies)
 
 
-def save_state(final: Path, portion: Portion, facts: Facts, ranks: Ranks = ALONE) -> None:
+def save_state(final: Path, portion: Portion, facts: Facts, ranks: Ranks = ALONE) -> str:
     """Write the folder `final` atomically; called by every rank, each with its portion.
 
-    Returns once the checkpoint is committed. Raises `CheckpointError` on every rank if a disk refuses on any, with
-    nothing changed on it.
+    Returns once the checkpoint is committed, with what `commit` says of it. Raises `CheckpointError` on every rank if a
+    disk refuses on any, with nothing changed on it.
     """
     explained = refusals_explained(final, portion.nbytes)
     try:
         ranks.first(explained(lambda: begin(final)))
         tables = ranks.each(explained(lambda: write_portion(pending(final), portion, ranks.rank)))
-        ranks.first(explained(lambda: commit(final, manifest_text(tables, facts))))
+        return ranks.first(explained(lambda: commit(final, manifest_text(tables, facts)).encode())).decode()
     except Exception:  # on all ranks alike; what an interruption leaves, the next start clears
         ranks.first(lambda: abandon(final))
         raise

@@ -147,7 +147,7 @@ class Snapshots:
                 text = ranks.first(lambda: manifest_text(tables, facts))
                 sizes = {file: entry["bytes"] for file, entry in json.loads(text)["files"].items()}
                 ranks.each(explained(lambda: carry(copies(sizes, self._machines), pending, ranks)))
-                self._on_each_machine(explained(lambda: storage.commit(final, text)))
+                self._on_each_machine(explained(lambda: storage.commit(final, text).encode()))
             except Exception:
                 self._on_each_machine(lambda: _undo(final, text))
                 raise

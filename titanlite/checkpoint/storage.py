@@ -64,9 +64,12 @@ def begin(final: Path) -> None:
     pending(final).mkdir(parents=True)
 
 
-def commit(final: Path, manifest: bytes) -> None:
+def commit(final: Path, manifest: bytes) -> str:
     """Make what is pending, all files of it synced, and this manifest the checkpoint `final`, in place of the one there
-    is. Raises `OSError`.
+    is.
+
+    Raises `OSError` if `final` is not what was pending; `abandon` then brings back what it was. Once it is, no error
+    undoes that: what is returned, if not empty, says why a loss of power might, and that older ones must stay.
     """
     replaced = _hidden(final, "replaced")
     (pending(final) / MANIFEST).write_bytes(manifest)
@@ -75,9 +78,21 @@ def commit(final: Path, manifest: bytes) -> None:
     if final.exists():
         _delete(replaced)
         os.rename(final, replaced)
-    os.rename(pending(final), final)
-    sync_path(final.parent)
-    _delete(replaced)
+    try:
+        os.rename(pending(final), final)
+    except OSError:  # a file server may have done it, and its answer be lost
+        if pending(final).exists() or not final.exists():
+            raise
+    try:
+        sync_path(final.parent)
+    except OSError as error:
+        return (
+            f"the checkpoint {final} is whole, but the disk does not say that it will be found after a loss of power: "
+            f"{cause(error, final)}. Older ones stay until a later save."
+        )
+    with suppress(OSError):  # the next start does it
+        _delete(replaced)
+    return ""
 
 
 def abandon(final: Path) -> None:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,7 +27,7 @@ from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes
 
 OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "status.json", "recipe.toml")
-"""What a run writes, besides `.lock`. The recipe is written first and deleted last: what has none is no run."""
+"""What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""
 
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
@@ -59,13 +59,30 @@ class Start:
 
     restarted: bool = False
     """Whether the launcher knows that this is a restart."""
-    job: str = ""
-    """The launcher's job, if its machines may come and go: those that come do not know of the starts before."""
+    job: tuple[str, ...] = ()
+    """Names of the launcher's job: each of its starts shares one with the start before, and none with another job's.
+    Empty where the launcher gives none."""
+
+    @property
+    def once(self) -> str:
+        """What is to be done once, by the first start of a job that can, in the command line's words; or empty."""
+        if self.mode == "fresh":
+            return "--fresh"
+        return "" if self.step is None else f"--from-step {self.step}"
 
     @property
     def again(self) -> Start:
-        """What a restart by the launcher does: the first start has done what was asked for once."""
-        return Start(may_change=self.may_change, restarted=True, job=self.job)
+        """What is done from then on."""
+        return replace(self, mode="auto", force=False, step=None)
+
+    def still(self, pending: str) -> Start:
+        """What is done while the `pending` part of that is not, allowed as it was and perhaps begun."""
+        word, _, step = pending.partition(" ")
+        if word == "--fresh":
+            return replace(self.again, mode="fresh", force=True)
+        if word == "--from-step" and step.isdigit():
+            return replace(self.again, mode="resume", step=int(step))
+        return self.again
 
 
 GO_ON = Start()
@@ -103,16 +120,32 @@ class RunFolder:
         self.logs = path / "logs"
         self._lock = lock
         self._warn = warn
+        self._pending = start.once if resumed else ""
 
-    def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> None:
-        """Say in `status.json` how the run stands; `exit_code` is None while it runs. A full disk only warns."""
+    def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> bool:
+        """Say in `status.json` how the run stands; `exit_code` is None while it runs. A full disk only warns.
+
+        Returns whether it stands there now.
+        """
         try:
             if not os.path.samestat(os.fstat(self._lock), os.stat(self.path / ".lock")):
                 self._warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
-                return
-            replace_file(self.status, _status(state, step, exit_code, reason, self.attempt, self.start.job))
+                return False
+            status = _status(state, step, exit_code, reason, self.attempt, self.start.job, self._pending)
+            replace_file(self.status, status)
         except OSError as error:
             self._warn(f"cannot write {self.status}: {cause(error, self.path)}.")
+            return False
+        return True
+
+    def settle(self, step: int) -> None:
+        """Say that the run goes on after `step`, and that what was asked for once is done: no restart does it again.
+
+        Raises `UsageError` where something was and this cannot be written: a restart would undo what was trained since.
+        """
+        pending, self._pending = self._pending, ""
+        if not self.write_status("running", step) and pending:
+            raise UsageError(f"{self.status} cannot be written, so a restart would not know that {pending} is done.")
 
     def require_space(self, needed_bytes: int, purpose: str) -> None:
         """Raise `UsageError` if the file system has less room than `purpose` will need."""
@@ -156,7 +189,7 @@ def open_run_folder(
         return _open_locked(path, recipe, recipe_text, start, warn, lock)
     except OSError as error:
         os.close(lock)
-        raise UsageError(f"cannot write the run folder {path}: {cause(error, path)}.") from error
+        raise UsageError(f"cannot use the run folder {path}: {cause(error, path)}.") from error
     except BaseException:
         os.close(lock)
         raise
@@ -187,20 +220,21 @@ def require_same_run(old: Recipe, new: Recipe, may_change: Sequence[str], what: 
 def _open_locked(
     path: Path, recipe: Recipe, text: str, start: Start, warn: Callable[[str], None], lock: int
 ) -> RunFolder:
-    resumed, changes, found = has_run(path), {}, _read_status(path / "status.json")
-    if start.restarted or (start.job and found.get("job") == start.job):
-        start = start.again
-    if resumed and start.mode == "fresh":
-        if not start.force:
+    found, resumed = _read_status(path / "status.json"), has_run(path)
+    start = _still_to_do(start, found)
+    if start.mode == "fresh":
+        if resumed and not start.force:
             raise UsageError(
                 f"{path} holds a run already, and --fresh would delete it. Give the new run another run.name, "
                 "or add --force to delete the old one with its checkpoints."
             )
+        if resumed:  # until its recipe and status are replaced, what is left of the old run says that it is to go
+            replace_file(path / "status.json", _status("running", 0, None, "", 1, start.job, start.once))
         for name in OWNED:
-            _delete(path / name)
+            if name not in ("status.json", "recipe.toml"):
+                _delete(path / name)
         resumed, found = False, {}
-    if resumed:
-        changes = _allowed_changes(path, recipe, start.may_change)
+    changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if changes or not resumed:
         replace_file(path / "recipe.toml", text.encode())
     for name in ("checkpoints", "logs"):
@@ -208,6 +242,20 @@ def _open_locked(
     if not resumed:
         replace_file(path / "status.json", _status("running", 0, None, "", 1, start.job))
     return RunFolder(path, lock, resumed, changes, warn, found, start)
+
+
+def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
+    """What this start is to do: what it was asked for, or, if an earlier start of its job has been here, what is left
+    of that start's work.
+
+    A restart that cannot tell does nothing that was not begun, for it might undo what its job has trained.
+    """
+    names, pending = found.get("job"), str(found.get("pending", ""))
+    if set(start.job) & set(names if isinstance(names, list) else [names]):
+        return start.still(pending)
+    if not start.restarted or (start.job and names is not None):
+        return start
+    return start.still(pending if pending == start.once else "")
 
 
 def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> Differences:
@@ -283,16 +331,18 @@ def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
     return True
 
 
-def _status(state: State, step: int, exit_code: int | None, reason: str, attempt: int, job: str) -> bytes:
+def _status(
+    state: State, step: int, exit_code: int | None, reason: str, attempt: int, job: tuple[str, ...], pending: str = ""
+) -> bytes:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    process = {"attempt": attempt, "job": job, "pid": os.getpid(), "host": platform.node()}
+    process = {"attempt": attempt, "job": job, "pending": pending, "pid": os.getpid(), "host": platform.node()}
     fields = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "time": now, **process}
     return json.dumps(fields, indent=1).encode() + b"\n"
 
 
 def _read_status(path: Path) -> dict[str, Any]:
-    """What `status.json` says; empty if there is none, or if it is damaged."""
-    with suppress(OSError, ValueError):
+    """What `status.json` says; empty if there is none, or if it is damaged. Raises `OSError` if it cannot be read."""
+    with suppress(FileNotFoundError, ValueError):
         fields = json.loads(path.read_bytes())
         return fields if isinstance(fields, dict) else {}
     return {}

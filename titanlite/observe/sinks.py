@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from titanlite.durable import cause, replace_file
 from titanlite.errors import UsageError
-from titanlite.observe.rows import Row, event_row
+from titanlite.observe.rows import Row
 
 Warn = Callable[[str], None]
 
@@ -38,8 +38,8 @@ class Sink(Protocol):
 class JsonlSink:
     """`metrics.jsonl`: one JSON object a line, handed to the system at once, so that a kill loses no row.
 
-    JSON has no NaN and no infinity: such a value is written as null, and an event row `nonfinite` after it says which
-    it was. Where a run goes on after `after_step`, resumed or rolled back, the rows of later steps are dropped (they
+    JSON has no NaN and no infinity: such a value is written as null, and `nonfinite` in the same row says which it was.
+    Where a run goes on after `after_step`, resumed or rolled back, the rows of later steps are dropped (they
     will come again), and a last line that a kill cut in two; events are history and stay.
     """
 
@@ -53,11 +53,10 @@ class JsonlSink:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
 
     def write(self, row: Row) -> None:
-        odd = {key: value for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-        self._line({key: None if key in odd else value for key, value in row.items()})
+        odd = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         if odd:
-            detail = ", ".join(f"{key} is {value}" for key, value in odd.items())
-            self._line(event_row(row["step"], "nonfinite", detail))
+            row = {**row, **dict.fromkeys(odd), "nonfinite": odd}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def rewind(self, after_step: int) -> None:
         try:
@@ -72,9 +71,6 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
-
-    def _line(self, row: Row) -> None:
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def rewind(path: Path, after_step: int) -> None:

@@ -318,8 +318,8 @@ class Resilience(Section):
     """Every so many steps, compute loss and gradients twice and compare the bits; a difference stops the run (exit
     code 3) and names the rank. Needs `run.deterministic`. 0: never."""
     max_crashes: NonNegative = 3
-    """Stop with a verdict (exit code 3) instead of starting again, when one step has failed so many times in a row with
-    no checkpoint past it; 0: never. Processes that were killed do not count, and a changed recipe counts anew."""
+    """Stop with a verdict (exit code 3) instead of starting again, when one step has failed or hung so many times in a
+    row with no checkpoint past it; 0: never. Killed processes do not count, and a changed recipe counts anew."""
     grace_seconds: NonNegativeFloat = 0.0
     """Seconds from the first stop signal to the end, whatever happens: if the state is not saved by then, the process
     says what is lost and ends. A little less than the scheduler grants; 0: no limit."""

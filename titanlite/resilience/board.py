@@ -29,13 +29,16 @@ class Verdict:
     table: str
     wakers: list[list[int]]
     """(rank, pid): the rank wakes the process, so that its stacks are written too."""
+    blamed: list[tuple[int, str]]
+    """(rank, host) of those that hold up the run; empty if all wait for each other."""
 
     @classmethod
     def of(cls, before: list[Progress], after: list[Progress]) -> Verdict:
         """What follows from two readings of all ranks."""
         silent = unheard(before, after)
         named = laggards(after, silent)
-        return cls(accusation(after, named), table(after), [list(pair) for pair in wakers(after, silent)])
+        blamed = [(rank.rank, rank.host) for rank in after if rank.rank in named]
+        return cls(accusation(after, named), table(after), [list(pair) for pair in wakers(after, silent)], blamed)
 
 
 class Board:

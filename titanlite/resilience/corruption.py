@@ -10,13 +10,14 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from titanlite.errors import GuardStop
+from titanlite.messages import gathered
 from titanlite.models.shard import Shard
 
 
@@ -49,12 +50,13 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
         return
     copied = {_key(name, shard): (name, shard.tensor) for name, shard in held.items() if shard.copies > 1}
     sums = checksums(tensor for _, tensor in copied.values()).cpu()
-    table = _gathered(torch.stack((torch.tensor(list(copied)), sums), dim=1), ranks)
+    mine = torch.stack((torch.tensor(list(copied)), sums), dim=1)
+    table = _table(gathered(mine.numpy().tobytes(), ranks))
     different = _different(table)
     if not different:
         return
-    mine = {str(key): name for key, (name, _) in copied.items() if key in different}
-    told = [json.loads(text) for text in _texts(json.dumps([platform.node(), mine]), ranks)]
+    known = {str(key): name for key, (name, _) in copied.items() if key in different}
+    told = _told([platform.node(), known], ranks)
     names = {int(key): name for _, known in told for key, name in known.items()}
     found: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
     for key in different:
@@ -80,8 +82,7 @@ def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Ten
     """
     different = [names[index] for index in (first != second).nonzero().flatten().tolist()]
     loss = names[0] in different
-    texts = _texts(json.dumps([platform.node(), different, loss]), ranks)
-    told = [json.loads(text) for text in texts]
+    told = _told([platform.node(), different, loss], ranks)
     saw = [rank for rank, (_, found, _) in enumerate(told) if found]
     if not saw:
         return
@@ -107,24 +108,20 @@ def _key(name: str, shard: Shard) -> int:
     return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little") >> 1
 
 
-Table = np.ndarray[tuple[int, int, int], np.dtype[np.int64]]
-"""[ranks, parts, 2]: key and checksum. Where a rank has fewer parts than another, the rest is zeros."""
+Table = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+"""[parts of all ranks, 3]: rank, key and checksum."""
 
 
-def _gathered(mine: Tensor, ranks: int) -> Table:
-    """Every rank's rows, on every rank."""
-    longest = torch.tensor(mine.shape[0])
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    padded = torch.zeros(int(longest), 2, dtype=torch.int64)
-    padded[: mine.shape[0]] = mine
-    everyone = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(everyone, padded)
-    return torch.stack(everyone).numpy()
+def _table(messages: Sequence[bytes]) -> Table:
+    """Of each rank's [parts, 2], keys and checksums."""
+    parts = [np.frombuffer(message, np.int64).reshape(-1, 2) for message in messages]
+    rows = [np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)]
+    return np.concatenate(rows)
 
 
 def _different(table: Table) -> list[int]:
     """Keys with more than one checksum."""
-    keys, sums = table.reshape(-1, 2).T
+    _, keys, sums = table.T
     order = np.lexsort((sums, keys))
     keys, sums = keys[order], sums[order]
     return sorted({int(key) for key in keys[1:][(keys[1:] == keys[:-1]) & (sums[1:] != sums[:-1])]})
@@ -132,7 +129,7 @@ def _different(table: Table) -> list[int]:
 
 def _blamed(table: Table, key: int) -> tuple[bool, tuple[int, ...]]:
     """Whether most copies agree, and the ranks with the others; all that have a copy where there is no majority."""
-    rows = {int(rank): int(table[rank, row, 1]) for rank, row in zip(*np.nonzero(table[:, :, 0] == key), strict=True)}
+    rows = {int(rank): int(found) for rank, _, found in table[table[:, 1] == key]}
     (usual, votes), *_ = Counter(rows.values()).most_common(1)
     majority = 2 * votes > len(rows)
     return majority, tuple(rank for rank, found in rows.items() if not majority or found != usual)
@@ -150,15 +147,6 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def _texts(text: str, ranks: int) -> list[str]:
-    """Every rank's text, by rank."""
-    if ranks == 1:
-        return [text]
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
-    dist.all_gather(lengths, torch.tensor([data.numel()]))
-    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-    padded[: data.numel()] = data
-    everyone = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(everyone, padded)
-    return [one[: int(length)].numpy().tobytes().decode() for one, length in zip(everyone, lengths, strict=True)]
+def _told(word: object, ranks: int) -> list[Any]:
+    """Every rank's word, by rank."""
+    return [json.loads(text) for text in gathered(json.dumps(word).encode(), ranks)]

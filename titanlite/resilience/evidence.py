@@ -25,13 +25,18 @@ _RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 """In `torch._C._distributed_c10d`, as far as this build of torch has them: NCCL's collectives, and all others."""
 
 
+def log_of(logs: Path, rank: int) -> Path:
+    """The file that has a rank's stacks."""
+    return logs / f"rank-{rank:05d}.log"
+
+
 class Evidence:
     """`RUN/logs/rank-00003.log`, open for as long as the run is watched; where it cannot be opened, standard error."""
 
     def __init__(self, logs: Path, process: Progress) -> None:
         self._logs = logs
         self._process = process
-        path = logs / f"rank-{process.rank:05d}.log"
+        path = log_of(logs, process.rank)
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError:

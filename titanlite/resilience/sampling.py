@@ -1,7 +1,8 @@
 """Where a thread is, seen from another one: whether it waits for other ranks, and in whose function. No torch.
 
-A look costs some microseconds, of which the thread looked at notices next to nothing. It sees the host's side alone:
-work that was queued on a GPU goes on unseen, and what a compiled region waits for counts as work.
+A thread that joins another is where that one is: it is held up by whatever holds up the other. A look costs some
+microseconds, of which the thread looked at notices next to nothing. It sees the host's side alone: work that was queued
+on a GPU goes on unseen, and what a compiled region waits for counts as work.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sysconfig
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -41,6 +43,15 @@ def where(frame: FrameType | None) -> Where:
     while frame is not None and not _is_own(frame.f_code.co_filename):
         frame = frame.f_back
     return Where(waits, "?" if frame is None else _place(frame.f_code))
+
+
+def _joined(frame: FrameType | None) -> Thread | None:
+    """The thread that one with this innermost frame waits to see end; older Pythons wait in a function below `join`."""
+    for caller in (frame, frame.f_back) if frame is not None else ():
+        if caller is not None and caller.f_code is Thread.join.__code__:
+            joined: Thread = caller.f_locals["self"]
+            return joined
+    return None
 
 
 def _waits(frame: FrameType) -> bool:
@@ -84,8 +95,12 @@ class Sampler:
         """Counted in the window so far."""
 
     def look(self) -> Where:
-        """Where the thread is now."""
-        return where(sys._current_frames().get(self._thread))
+        """Where the thread is now, or the one that it waits to see end, such as that of a save."""
+        frames = sys._current_frames()
+        frame = frames.get(self._thread)
+        while (joined := _joined(frame)) is not None and (inner := frames.pop(joined.ident or 0, None)) is not None:
+            frame = inner
+        return where(frame)
 
     def count(self, seen: Where) -> None:
         """Add to the window."""

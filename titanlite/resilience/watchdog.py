@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from titanlite.errors import TitanliteError
 from titanlite.recipe.sections import WATCHDOG_PATIENCE
 from titanlite.resilience.board import Board
-from titanlite.resilience.evidence import ASKS_FOR_STACKS, Evidence, add_report
+from titanlite.resilience.evidence import ASKS_FOR_STACKS, Evidence, add_report, log_of
 from titanlite.resilience.progress import Progress
 from titanlite.resilience.sampling import Sampler
 
@@ -36,8 +36,23 @@ _LAST_WORDS_SECONDS = 30.0
 """After so long the process ends, whether it could write its evidence or not."""
 _TRAINING = "training"
 
-LastWords = Callable[[int, str], None]
-"""Takes the last finished step, and why the run ends."""
+
+@dataclass(frozen=True)
+class Hang:
+    """Why a run without progress is ended."""
+
+    step: int
+    """The last that this rank has finished."""
+    verdict: str
+    rank: int
+    """One that holds up the run; this one, if that is unknown or none stands out."""
+    host: str
+    """That rank's."""
+    stacks: Path
+    """The file that has them, of that rank."""
+
+
+LastWords = Callable[[Hang], None]
 
 
 class Beat(NamedTuple):
@@ -164,7 +179,8 @@ class Watchdog:
             add_report(self._logs, f"{text}\n{everyone}".rstrip())
         self._evidence.write(text)
         if self._last_words is not None:
-            self._last_words(mine.step, text)
+            rank, host = verdict.blamed[0] if verdict is not None and verdict.blamed else (mine.rank, mine.host)
+            self._last_words(Hang(mine.step, text, rank, host, log_of(self._logs, rank)))
         os._exit(TitanliteError.exit_code)
 
 
