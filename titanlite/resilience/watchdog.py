@@ -154,7 +154,6 @@ class Watchdog:
         verdict = board.heard() if board is not None else None
         if verdict is not None:
             text, everyone = verdict.text, verdict.table
-            _wake([pid for rank, pid in verdict.wakers if rank == mine.rank])
         elif board is not None:
             text, everyone = "who is to blame is unknown: the store, at the first rank or its launcher, is silent", ""
         else:
@@ -165,6 +164,9 @@ class Watchdog:
         self._evidence.write(text)
         if self._last_words is not None:
             self._last_words(mine.step, text)
+        if board is not None and verdict is not None:
+            _wake([pid for rank, pid in verdict.wakers if rank == mine.rank])  # from now on trainers may go on
+            board.part()
         os._exit(TitanliteError.exit_code)
 
 
