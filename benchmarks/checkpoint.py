@@ -36,6 +36,7 @@ from titanlite.checkpoint.headers import placed_chunks
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager, Saved
 from titanlite.checkpoint.read import read_parts
+from titanlite.checkpoint.save import Facts
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 
@@ -87,7 +88,7 @@ class Arena:
         save_file(_on_host(self.state), self.raw)
         self.saved = folder / "saved"
         """A checkpoint to be loaded."""
-        save(CheckpointManager(self.saved, tell), self.state, device)
+        save(CheckpointManager(self.saved, tell), self.state)
         self.saved /= "step-00000001"
         os.sync()
 
@@ -108,7 +109,7 @@ class Arena:
     def async_save(self) -> float:
         """How long a save in the background stops training; its writing is waited for, apart."""
         clear(self.background.folder)
-        return save(self.background, self.state, self.device).blocked_seconds
+        return save(self.background, self.state).blocked_seconds
 
     def memcpy(self) -> Turn:
         """The same bytes to memory that is there already: by the C library's function, or from the GPU in one piece."""
@@ -126,7 +127,7 @@ class Arena:
     def save(self) -> float:
         """From the state to a committed checkpoint."""
         clear(self.foreground.folder)
-        return self._timed(lambda: save(self.foreground, self.state, self.device))
+        return self._timed(lambda: save(self.foreground, self.state))
 
     def dd_write(self) -> float:
         """From a file in the page cache to a synced one."""
@@ -222,10 +223,10 @@ class Arena:
             torch.cuda.synchronize()
 
 
-def save(manager: CheckpointManager, state: State, device: torch.device) -> Saved:
+def save(manager: CheckpointManager, state: State) -> Saved:
     """A committed checkpoint."""
     shards = {name: Shard.whole(tensor) for name, tensor in state.items()}
-    manager.begin(step=1, samples=1, tokens=1, tensors=shards, values={}, recipe_text="", device=device)
+    manager.begin(shards, Facts(1))
     saved = manager.wait()
     assert saved is not None
     return saved

@@ -23,7 +23,7 @@ LEVELS = (
     ("check", "models", "precision"),
     ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
     ("learner",),
-    ("restore",),
+    ("restore", "saving"),
     ("trainer", "generate", "dryrun"),
     ("train", "verify", "__main__"),
 )
@@ -44,7 +44,7 @@ WITHOUT_TORCH = (
     *("models.spec", "models.llama_spec", "parallel.layout", "parallel.stages", "parallel.slicing"),
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
     *("data.order", "data.packing", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
-    *("checkpoint.headers", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),
+    *("checkpoint.headers", "checkpoint.background", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),
     *("checkpoint.huggingface_command", "resilience.crashes"),
     *("observe.flops", "observe.rows", "verify.command", "verify.shrink", "verify.verdict"),
     *("resilience.progress", "resilience.sampling"),

@@ -75,6 +75,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder: Path) -> Non
     assert json.loads((folder / "runs/signalled/status.json").read_text())["state"] == "stopped"
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on(folder: Path) -> None:
     """Five sequences over 2 and 3 ranks: padding on some, in float64, where a wrong factor cannot hide."""
     launch(folder, 1, "--run.name=whole")

@@ -14,6 +14,7 @@ from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import Manifest
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import environment
+from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import DataError
 from titanlite.learner import Learner
@@ -31,6 +32,7 @@ def restore(
     recipe: Recipe,
     world: World,
     checkpoints: CheckpointManager,
+    snapshots: Snapshots | None,
     corpus: str,
     start: Start,
     say: Callable[[str], None],
@@ -42,7 +44,7 @@ def restore(
     `UsageError`.
     """
     _require_one_corpus(world, corpus)
-    manifest = _loaded(state, recipe, checkpoints, start)
+    manifest = _loaded(state, recipe, checkpoints, snapshots, start, say)
     if manifest is not None:
         _require_same_corpus(manifest, corpus, start)
         _tell_other_environment(manifest, world, say)
@@ -58,10 +60,22 @@ def restore(
 
 
 def _loaded(
-    state: Mapping[str, Shard], recipe: Recipe, checkpoints: CheckpointManager, start: Start
+    state: Mapping[str, Shard],
+    recipe: Recipe,
+    checkpoints: CheckpointManager,
+    snapshots: Snapshots | None,
+    start: Start,
+    say: Callable[[str], None],
 ) -> Manifest | None:
     if start.step is not None:
+        if snapshots is not None:
+            snapshots.renew()  # first: none of what the run goes back from may count again
         return checkpoints.go_back_to(start.step, state)
+    if snapshots is not None:
+        manifest = snapshots.load_latest(state, newer_than=checkpoints.newest() or 0)
+        if manifest is not None:
+            say(f"goes on from the snapshot of step {manifest.step} in memory")
+            return manifest
     manifest = checkpoints.load_latest(state)
     if manifest is not None or recipe.checkpoint.resume_from is None:
         return manifest

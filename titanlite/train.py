@@ -98,6 +98,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     """Run a checked recipe to its end. Raises `TitanliteError` of the type that says how else it ended."""
     from titanlite.checkpoint.manager import CheckpointManager, Keep
     from titanlite.checkpoint.ranks import Ranks, joined_ranks
+    from titanlite.checkpoint.snapshots import Snapshots, forget
     from titanlite.data.splits import open_data
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import full_memory_explained, joined_world
@@ -124,6 +125,18 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             background=section.mode == "async",
             max_failures=section.max_failures,
         )
+        every = recipe.resilience.snapshot_every
+        snapshots = (
+            Snapshots(
+                Path(recipe.resilience.snapshot_dir),
+                checkpoints.folder,
+                journal.say,
+                joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
+                background=section.mode == "async",
+            )
+            if every
+            else None
+        )
         trainer: Trainer | None = None
         folder: RunFolder | None = None
         last_words: LastWords | None = None
@@ -133,6 +146,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             folder = _opened(stack, loaded, path, start, journal, lambda: 0 if trainer is None else trainer.step)
             folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0))
             checkpoints.prepare()
+            if snapshots is None:
+                forget(checkpoints.folder)
             crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
             last_words = partial(_hung, journal, folder)
             return f"{folder.attempt} {int(folder.start.restarted)}".encode()
@@ -149,7 +164,9 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             own = start.again if restarted else start
             if restarted and (start.mode, start.step) != ("auto", None):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
-            trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog)
+            if snapshots is not None:
+                snapshots.prepare()
+            trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots)
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
             if folder is not None:
                 _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts])

@@ -13,11 +13,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Saved
-from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
+from titanlite.checkpoint.format import Scalar
+from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager
+from titanlite.checkpoint.save import Facts, environment
+from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import DataError, GuardStop, StoppedEarly
+from titanlite.errors import StoppedEarly
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
 from titanlite.observe.flops import peak_flops
@@ -35,6 +37,7 @@ from titanlite.resilience.guards import BadStep, RollBack
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.restore import restore
+from titanlite.saving import Saving
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
@@ -53,6 +56,7 @@ class Trainer:
         journal: Journal,
         start: Start = GO_ON,
         watchdog: Watchdog = OFF,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
         there is one.
@@ -61,7 +65,7 @@ class Trainer:
         self.recipe_text = recipe_text
         self.world = world
         self.data = data
-        self.checkpoints = checkpoints
+        self.checkpoints, self.snapshots = checkpoints, snapshots
         self.journal = journal
         self.watchdog = watchdog
         self.total_steps = total_steps(recipe.training)
@@ -72,14 +76,14 @@ class Trainer:
         self.program, self.shards, self.guards = learner.program, learner.shards, learner.guards
         self._corpus = data.train.fingerprint
         self._start = start
+        self._environment = environment(world.device)
         self._restore(start)
-        self._ahead = ReadAhead(iter(()), 0)
-        self.under_way = self.step + 1, self.samples
-        """The step that is being taken and its first sample, its batch being read first; what fails now is put down to
-        them."""
+        self._ahead = self._reading(iter(()))
+        if snapshots is not None:
+            snapshots.require_room(self._state())
 
-        self.save_requests = SaveRequests(
-            checkpoints.folder.parent / SAVE_NOW, recipe.checkpoint.every_minutes, journal.say, heeded=world.is_first
+        self.saving = Saving(
+            checkpoints, snapshots, journal, watchdog, recipe.checkpoint.every_minutes, heeded=world.is_first
         )
         self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -95,8 +99,8 @@ class Trainer:
     def _restore(self, start: Start) -> None:
         """Begin, or go on from a checkpoint, as `start` says."""
         manifest = restore(
-            self.learner, self._state(), self.recipe, self.world, self.checkpoints, self._corpus, start,
-            self.journal.say,
+            self.learner, self._state(), self.recipe, self.world, self.checkpoints, self.snapshots,
+            self._corpus, start, self.journal.say,
         )  # fmt: skip
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
@@ -114,9 +118,12 @@ class Trainer:
         self.watchdog.beat(self.step, "starting")
         self.metrics.start(tokens=self.tokens)
         stop_requests = StopRequests(
-            self.world.size, self.world.is_first, self.recipe.resilience.grace_seconds, self._unsaved
+            self.world.size,
+            self.world.is_first,
+            self.recipe.resilience.grace_seconds,
+            lambda: self.saving.lost(self.step),
         )
-        with stop_requests, _collecting_garbage_seldom(), self._finishing_save():
+        with stop_requests, _collecting_garbage_seldom(), self.saving.finished(self.world.size == 1):
             self._stop_if(self._step_limit())
             while True:
                 try:
@@ -125,45 +132,27 @@ class Trainer:
                 except RollBack as back:
                     self._roll_back(back.bad)
 
-    @contextmanager
-    def _finishing_save(self) -> Iterator[None]:
-        """Let a save in the background end before an error ends the run, unless it may wait for ranks that are gone.
-
-        What ends all ranks alike is a guard; any other error may be this rank's alone.
-        """
-        try:
-            yield
-        except Exception as error:
-            if self.world.size == 1 or type(error) is GuardStop:
-                self.checkpoints.close()
-                self._note(self.checkpoints.ended())
-            raise
-
     def _train(self, stop_requests: StopRequests, started: float) -> None:
         """From the step and the sample that the run is at to the end. Raises what `run` does, or `RollBack`."""
         for batch, wait_seconds in self._batches():
             self._train_step(batch, wait_seconds)
             self._after_step()
             unreadable = "data cannot be read" if self._ahead.failure is not None else None
-            agreement = stop_requests.agreed(self._time_limit(started) or unreadable, self.save_requests.due())
+            agreement = stop_requests.agreed(self._time_limit(started) or unreadable, self.saving.due())
             self._stop_if(self._step_limit() or agreement.stop)
             if agreement.save:
-                with self.metrics.paused(), self.watchdog.during("saving"):
+                with self.metrics.paused():
                     self._save()
-            self._note(self.checkpoints.ended())
+            self.saving.look()
         self._save_at_end()  # a signal waits for this one too
-
-    def _unsaved(self) -> str:
-        """What would be lost if the process ended now."""
-        kept = f"up to step {self.checkpoints.current}" if self.checkpoints.current is not None else "nothing"
-        return f"{kept} is saved; what came after, up to step {self.step}, is lost and will be trained again"
 
     def _stop_if(self, reason: str | None) -> None:
         """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
         if reason and self.step < self.total_steps:
             self._save_at_end()
             if self._ahead.failure is not None:
-                raise self._unreadable(f" The state after step {self.step} is saved.") from self._ahead.failure
+                said = f" The state after step {self.step} is saved."
+                raise self._ahead.unreadable(said) from self._ahead.failure
             raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
 
     def _train_step(self, batch: Batch, wait_seconds: float) -> None:
@@ -205,8 +194,13 @@ class Trainer:
                 self._validate(last)
         every = self.recipe.checkpoint.every_steps
         if every and self.step % every == 0 and not last:
-            with self.metrics.paused(), self.watchdog.during("saving"):
+            with self.metrics.paused():
                 self._save()
+        every = self.recipe.resilience.snapshot_every
+        if every and self.step % every == 0 and not last:
+            with self.metrics.paused():
+                self._examine()
+                self.saving.take_snapshot(self._state(), self._facts())
 
     def _validate(self, last: bool) -> None:
         """Loss on held-out text; after the last step with what compressors make of the same text beside it."""
@@ -227,48 +221,26 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""
-        self._review()
-        self.save_requests.begun()
-        if self.checkpoints.saves(self.step):
-            return
-        self._note(self.checkpoints.wait())
-        if self.recipe.resilience.check_replicas_every:
-            self._compare_replicas()
-        self.journal.sync()  # no row of a committed step may be lost with the machine's power
-        validated = {VALIDATION_LOSS: self._validated[1]} if self._validated and self._validated[0] == self.step else {}
-        self.checkpoints.begin(
-            step=self.step,
-            samples=self.samples,
-            tokens=self.tokens,
-            tensors=self._state(),
-            values={"corpus": self._corpus, **validated},
-            recipe_text=self.recipe_text,
-            device=self.world.device,
-        )
-        self._note(self.checkpoints.ended())
+        self._examine()
+        self.saving.begin(self._state(), self._facts())
 
     def _save_at_end(self) -> None:
-        """Return once this step is committed. Raises `CheckpointError` when that has failed too often."""
-        pause = 1.0
-        while self.checkpoints.current != self.step:
-            with self.watchdog.during("saving"):
-                self._save()
-                self._note(self.checkpoints.wait())
-                if self.checkpoints.current != self.step:
-                    time.sleep(pause)
-            pause = min(2 * pause, 30.0)
+        """Return once this step is committed."""
+        self._examine()
+        self.saving.commit(self._state(), self._facts())
 
-    def _note(self, saved: Saved | None) -> None:
-        """Write down how a save went, if one has ended."""
-        if saved is None:
-            return
-        if saved.error is not None:
-            self.journal.event(saved.step, "save_failed", str(saved.error))
-            self.save_requests.failed()
-            return
-        spent = f"training stood still for {saved.blocked_seconds:.3f} s of {saved.seconds:.3f} s"
-        self.journal.event(saved.step, "checkpoint", f"{self.checkpoints.path(saved.step)}; {spent}")
-        self.save_requests.saved()
+    def _examine(self) -> None:
+        """What is to be saved must be good."""
+        self._review()
+        if self.recipe.resilience.check_replicas_every and not self.saving.covers(self.step):
+            self._compare_replicas()
+
+    def _facts(self) -> Facts:
+        """What a checkpoint of this step says beside the tensors."""
+        values: dict[str, Scalar] = {"corpus": self._corpus}
+        if self._validated is not None and self._validated[0] == self.step:
+            values[VALIDATION_LOSS] = self._validated[1]
+        return Facts(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)
 
     def _review(self) -> None:
         """Write down the bad steps since the last review. Raises `GuardStop` or `RollBack` as the recipe says."""
@@ -289,7 +261,7 @@ class Trainer:
         """
         left, read, counts = self.step, self.samples, (self.guards.skipped, self.guards.rollbacks + 1)
         with self.watchdog.during("going back"):
-            self._note(self.checkpoints.wait())
+            self.saving.settle()
             self._restore(self._start.again)
         self.guards.rolled_back(*counts)
         first, self.samples = self.samples, read
@@ -299,8 +271,7 @@ class Trainer:
             f"({self.guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
         )
         self.journal.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
-        self.checkpoints.current = None  # it says that less was read
-        self._save_at_end()
+        self.saving.commit_instead(self._state(), self._facts())  # what it was loaded from says that less was read
         self.metrics.start(tokens=self.tokens)
 
     def _compare_replicas(self) -> None:
@@ -319,32 +290,31 @@ class Trainer:
             pin_memory=cuda,
             overfit_one_batch=self.recipe.debug.overfit_one_batch,
         )
-        # An agreement among ranks takes two steps.
-        self._ahead = ReadAhead(batches, count=0 if self.world.size == 1 else 2)
+        self._ahead = self._reading(batches)
         with ExitStack() as first_step:
             if self.recipe.debug.trace_shapes:
                 first_step.enter_context(traced_shapes(self.program.model, self.journal.say))
             while True:
                 before = time.perf_counter()
-                self.under_way = self.step + 1, self.samples
                 try:
                     batch = next(self._ahead, None)
                 except UNREADABLE as error:
-                    raise self._unreadable(self._saved_alone()) from error
+                    raise self._ahead.unreadable(self._saved_alone()) from error
                 if batch is None:
                     return
                 moved = batch.to(self.world.device)
                 yield moved, time.perf_counter() - before
                 first_step.close()
 
-    def _unreadable(self, saved: str) -> DataError:
-        """What is said of the batch that could not be read."""
-        ahead = self._ahead.waiting
-        first = self.samples + ahead * self.plan.global_batch
-        self.under_way = self.step + ahead + 1, first
-        last = first + self.plan.global_batch - 1
-        said = f"step {self.step + ahead + 1}: one of the samples {first} to {last} cannot be read"
-        return DataError(f"{said}: {self._ahead.failure}.{saved}")
+    def _reading(self, batches: Iterator[Batch]) -> ReadAhead:
+        # An agreement among ranks takes two steps.
+        count = 0 if self.world.size == 1 else 2
+        return ReadAhead(batches, count, self.step + 1, self.samples, self.plan.global_batch)
+
+    @property
+    def under_way(self) -> tuple[int, int]:
+        """The step that is being taken and its first sample; what fails now is put down to them."""
+        return self._ahead.under_way
 
     def _saved_alone(self) -> str:
         """Save before an error, if there are no other ranks to agree with."""

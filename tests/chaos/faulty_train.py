@@ -372,6 +372,23 @@ def listed_in_any_order() -> None:
     os.listdir = lambda *path: shuffled(listdir(*path))
 
 
+# --- another world
+
+
+def machines_of_their_own() -> None:
+    """Each rank is on a machine of its own, whose memory is the folder `memory` and the rank's number."""
+    from titanlite.checkpoint.snapshots import Snapshots
+
+    begin = Snapshots.__init__
+
+    def elsewhere(self: Any, memory: Path, *rest: Any, **names: Any) -> None:
+        own = memory / os.environ.get("RANK", "0")
+        own.mkdir(parents=True, exist_ok=True)
+        begin(self, own, *rest, **names)
+
+    Snapshots.__init__ = elsewhere
+
+
 # --- mistakes of titanlite's that the chaos suite would have to find
 
 
@@ -380,7 +397,7 @@ def writes_in_place() -> None:
     from titanlite.checkpoint import save, storage
 
     storage.pending = save.pending = lambda final: final
-    save.commit = lambda final: None
+    save.commit = lambda final, manifest: (final / "manifest.json").write_bytes(manifest)
 
 
 def goes_on_without_momentum() -> None:

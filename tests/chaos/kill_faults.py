@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -73,6 +74,21 @@ def killed_one(box: Sandbox) -> Outcome:
     return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[0].said, "has lost another rank"))
 
 
+def lost_machine(box: Sandbox, away: int) -> Outcome:
+    """Long after the last checkpoint, but soon after a snapshot; the machine is replaced by an empty one."""
+    words = ("--resilience.snapshot_every=2", "--resilience.snapshot_dir=memory", "--checkpoint.mode=sync")
+    box.mistake = "machines_of_their_own"
+    box.paused(*words, "--checkpoint.every_steps=0", ranks=3, on=[1]).kill()
+    reached = box.step()
+    assert box.steps() == []
+    shutil.rmtree(box.folder / "memory" / str(away))
+    said = box.train(*words, ranks=3).said
+    assert box.resumed() == reached // 2 * 2
+    box.require_whole(ranks=3)
+    assert not list((box.folder / "memory").glob("*/*")), "a run that has ended leaves no memory taken"
+    return Outcome(reached - box.resumed(), EQUAL, box.message(said, "from the snapshot"))
+
+
 _LONG = ("--training.steps=100000", "--checkpoint.every_steps=2")
 _LEFT_BY_A_KILL = r"\.step-[0-9]+\.(writing|replaced|deleting)|\.mark-[0-9a-f]+"
 
@@ -129,6 +145,16 @@ def many(ranks: int, kills: int) -> Fault:
 
 FAULTS = [
     Fault(1, "SIGKILL of one rank of three", "from outside; then started again", killed_one),
+    *(
+        Fault(
+            1,
+            f"a machine and its memory are lost, that of rank {away} of three, with a snapshot every 2 steps",
+            "SIGKILL of all ranks, and rm of the machine's folder; then started again",
+            partial(lost_machine, away=away),
+            slow=away == 0,
+        )
+        for away in (0, 1)
+    ),
     Fault(2, "SIGKILL of all ranks", "from outside; then the same command again", killed_all),
     *(many(ranks, kills) for ranks, kills in ((2, 40), (3, 35), (4, 25))),
     *(killed_in_save(point, mode, ranks) for mode in ("sync", "async") for point in POINTS for ranks in (1, 2)),

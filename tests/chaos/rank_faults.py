@@ -212,7 +212,7 @@ FAULTS = [
     Fault(12, "slow rank", "0.6 s of sleep in each step of one rank of two", slowed, slow=True),
     Fault(26, "rendezvous endpoint dead", "the first rank is never started", nobody_listens, slow=True),
     Fault(26, "port taken", "another program listens there", port_taken),
-    Fault(27, "exception in one rank of three", "raised in its step", fails_alone, slow=True),
+    Fault(27, "exception in one rank of three", "raised in its step", fails_alone),
     Fault(31, "crash loop at one step", "the same exception at each start", crash_loop, slow=True),
-    Fault(28, "memory full on one rank of two", "an allocation of 2^60 bytes", memory_full, slow=True),
+    Fault(28, "memory full on one rank of two", "an allocation of 2^60 bytes", memory_full),
 ]

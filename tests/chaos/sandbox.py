@@ -90,7 +90,7 @@ class Sandbox:
         self._references = references
         self._starts = 0
         self.mistake = ""
-        """What every process of this sandbox does wrong; a function of `faulty_train`."""
+        """What every process of this sandbox does otherwise than titanlite; a function of `faulty_train`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(300)))
         (folder / "recipe.toml").write_text(RECIPE)

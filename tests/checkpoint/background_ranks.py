@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import joined_ranks
+from titanlite.checkpoint.save import Facts
 from titanlite.models.shard import Shard
 
 
@@ -27,7 +28,7 @@ def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[i
         if saved is not None:
             committed.append(saved.step)
         state = {"w": Shard(held, (3 * rank,), (3 * world,))}
-        checkpoints.begin(step=step, samples=0, tokens=0, tensors=state, values={}, recipe_text="")
+        checkpoints.begin(state, Facts(step))
         held.fill_(-1)
     saved = checkpoints.wait()
     assert saved is not None

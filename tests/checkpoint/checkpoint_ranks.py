@@ -13,6 +13,7 @@ import torch
 from titanlite.checkpoint import load, save
 from titanlite.checkpoint.manager import CheckpointManager, Keep
 from titanlite.checkpoint.ranks import Ranks
+from titanlite.checkpoint.save import Facts
 from titanlite.models.shard import Shard
 
 Ended = tuple[str, str]
@@ -40,7 +41,7 @@ def manager(folder: str, rank: int, world: int, warnings: list[str] | None = Non
 
 def commit(checkpoints: CheckpointManager, tensors: dict[str, Shard], step: int) -> Ended:
     try:
-        checkpoints.begin(step=step, samples=0, tokens=0, tensors=tensors, values={}, recipe_text="")
+        checkpoints.begin(tensors, Facts(step))
         checkpoints.wait()
     except Exception as error:
         return type(error).__name__, str(error)

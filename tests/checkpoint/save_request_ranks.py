@@ -9,6 +9,7 @@ import torch
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
+from titanlite.checkpoint.save import Facts
 from titanlite.models.shard import Shard
 from titanlite.resilience.signals import StopRequests
 
@@ -24,7 +25,7 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
                 (Path(folder) / SAVE_NOW).touch()
             if requests.agreed(None, now >= step and asks.due()).save:
                 state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
-                checkpoints.begin(step=now, samples=0, tokens=0, tensors=state, values={}, recipe_text="")
+                checkpoints.begin(state, Facts(now))
                 checkpoints.wait()
                 asks.begun()
                 asks.saved()

@@ -18,14 +18,13 @@ from pool import Pool
 from titanlite.checkpoint import manager, requests, storage
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Keep
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.save import Staging, portion_of
+from titanlite.checkpoint.save import Facts, Staging, portion_of
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
 
 def begin(checkpoints: CheckpointManager, step: int, weights: torch.Tensor, **values: Any) -> None:
-    state = {"w": Shard.whole(weights)}
-    checkpoints.begin(step=step, samples=0, tokens=0, tensors=state, values=values, recipe_text="")
+    checkpoints.begin({"w": Shard.whole(weights)}, Facts(step, values=values))
 
 
 def loaded(folder: Path) -> tuple[int, torch.Tensor]:

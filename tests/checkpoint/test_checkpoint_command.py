@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import environment, portion_of, save_state
+from titanlite.checkpoint.save import Facts, environment, portion_of, save_state
 from titanlite.cli import main
 from titanlite.models.shard import Shard
 
@@ -41,10 +41,8 @@ def write(run: Path, step: int, values: dict[str, torch.Tensor] | None = None, f
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {name: Shard.whole(tensor) for name, tensor in (values or tensors(float(step))).items()}
-    save_state(
-        folder, portion_of(state, file_bytes), step=step, samples=step * 10, tokens=step * 1000,
-        values={"corpus": "ab"}, environment=environment(torch.device("cpu")), recipe=RECIPE,
-    )  # fmt: skip
+    facts = Facts(step, step * 10, step * 1000, RECIPE, {"corpus": "ab"}, environment(torch.device("cpu")))
+    save_state(folder, portion_of(state, file_bytes), facts)
     return folder
 
 
@@ -80,7 +78,7 @@ def test_inspect_shows_the_newest(checkpoint: Run, tmp_path: Path, place: str) -
 
 def test_a_recipe_that_is_none_says_nothing_of_the_layout(checkpoint: Run, tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
-    save_state(folder, portion_of({}), step=1, samples=0, tokens=0, values={}, environment={}, recipe="[")
+    save_state(folder, portion_of({}), Facts(1, recipe="["))
     code, out, _ = checkpoint("inspect", folder)
     assert code == 0 and "layout       unknown" in out
 
@@ -208,6 +206,6 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal_raw(checkpoint: Run, 
     escape = '[run]\nname = "\\u001b[2J"\n[parallel]\ntp = "\\u001b[2J"\n'
     nothing = portion_of({})
     values = {"a": "\x1b[2J"}
-    save_state(folder, nothing, step=1, samples=0, tokens=0, values=values, environment={}, recipe=escape)
+    save_state(folder, nothing, Facts(1, recipe=escape, values=values))
     code, out, _ = checkpoint("inspect", folder)
     assert code == 0 and "\x1b" not in out and out.count("[2J") == 3

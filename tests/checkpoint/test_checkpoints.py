@@ -23,7 +23,7 @@ from titanlite.checkpoint.format import DTYPES, MANIFEST, NewerFormatError, _che
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager, Keep
 from titanlite.checkpoint.plan import group_by_size
-from titanlite.checkpoint.save import portion_of, save_state
+from titanlite.checkpoint.save import Facts, portion_of, save_state
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
@@ -42,9 +42,7 @@ class Run:
 
     def save(self, step: int, tensors: dict[str, torch.Tensor] | None = None) -> Path:
         tensors = state(step) if tensors is None else tensors
-        self.manager.begin(
-            step=step, samples=step * 10, tokens=step * 100, tensors=whole(tensors), values={}, recipe_text=""
-        )
+        self.manager.begin(whole(tensors), Facts(step, samples=step * 10, tokens=step * 100))
         self.manager.wait()
         return self.manager.path(step)
 
@@ -93,16 +91,7 @@ tables = st.dictionaries(
 def test_any_tensors_come_back_bit_for_bit(table, file_bytes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / folder_name(3)
     tensors = {name: random_bits(*spec) for name, spec in table.items()}
-    save_state(
-        folder,
-        portion_of(whole(tensors), file_bytes),
-        step=3,
-        samples=4,
-        tokens=5,
-        environment={},
-        values={"n": 1},
-        recipe="a = 1",
-    )
+    save_state(folder, portion_of(whole(tensors), file_bytes), Facts(3, 4, 5, "a = 1", {"n": 1}))
     manifest = read_manifest(folder)
     assert (manifest.samples, manifest.tokens, manifest.values, manifest.recipe) == (4, 5, {"n": 1}, "a = 1")
     targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

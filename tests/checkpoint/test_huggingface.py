@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 from titanlite import cli
 from titanlite.checkpoint import huggingface, stream
 from titanlite.checkpoint.examine import damages, newest_at, recipe_of
-from titanlite.checkpoint.format import MANIFEST, encode
+from titanlite.checkpoint.format import MANIFEST
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
-from titanlite.checkpoint.save import joined, portion_of, save_state, write_portion
+from titanlite.checkpoint.save import Facts, manifest_text, portion_of, save_state, write_portion
 from titanlite.checkpoint.storage import pending, read_manifest
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.llama_spec import (
@@ -73,16 +73,7 @@ def saved(folder: Path, section: Model = PLAIN, model: torch.nn.Module | None = 
     tensors = {f"model.{name}": Shard.whole(parameter) for name, parameter in model.named_parameters()}
     tensors["optimizer.norm.weight.moment"] = Shard.whole(torch.ones(32))
     final = folder / "checkpoints" / "step-00000003"
-    save_state(
-        final,
-        portion_of(tensors),
-        step=3,
-        samples=9,
-        tokens=9,
-        values={},
-        environment={},
-        recipe=to_toml(recipe(section)),
-    )
+    save_state(final, portion_of(tensors), Facts(3, 9, 9, to_toml(recipe(section))))
     return final
 
 
@@ -152,9 +143,7 @@ def test_what_several_ranks_wrote_in_parts_is_put_together(tmp_path: Path, monke
     folder = tmp_path / "step-00000003"
     folder.mkdir()
     tables = [write_portion(folder, portion_of(shards, 3000), rank) for rank, shards in enumerate(cut)]
-    fields: dict[str, Any] = {"step": 3, "samples": 0, "tokens": 0, "values": {}, "environment": {}}
-    manifest = joined(tables, recipe=to_toml(recipe(PLAIN)), **fields)
-    (folder / MANIFEST).write_bytes(encode(manifest))
+    (folder / MANIFEST).write_bytes(manifest_text(tables, Facts(3, recipe=to_toml(recipe(PLAIN)))))
     monkeypatch.setattr(stream, "BLOCK_BYTES", 700)
     export_huggingface(folder, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titanlite.checkpoint import read
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest
 from titanlite.checkpoint.headers import placed_chunks
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.read import read_parts, runs, without_short_runs
-from titanlite.checkpoint.save import joined, portion_of, write_portion
+from titanlite.checkpoint.save import Facts, manifest_text, portion_of, write_portion
+from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 
 
@@ -34,10 +35,8 @@ def write_rows(folder: Path, whole: torch.Tensor, ranks: int) -> Manifest:
     for rank, part in enumerate(whole.split(rows)):
         shard = Shard(part, (rank * rows, *[0] * (whole.dim() - 1)), tuple(whole.shape))
         tables.append(write_portion(folder, portion_of({"w": shard}), rank))
-    fields: dict[str, Any] = {"step": 1, "samples": 0, "tokens": 0, "recipe": "", "values": {}, "environment": {}}
-    manifest = joined(tables, **fields)
-    (folder / MANIFEST).write_bytes(encode(manifest))
-    return manifest
+    (folder / MANIFEST).write_bytes(manifest_text(tables, Facts(1)))
+    return read_manifest(folder)
 
 
 def read_box(folder: Path, manifest: Manifest, into: Shard) -> None:

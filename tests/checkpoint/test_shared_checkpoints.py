@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import Any
 
 import checkpoint_ranks
 import numpy as np
@@ -16,15 +15,14 @@ from hypothesis import strategies as st
 from pool import Pool
 
 from titanlite.checkpoint import plan
-from titanlite.checkpoint.format import MANIFEST, Manifest, encode
+from titanlite.checkpoint.format import MANIFEST, Manifest
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.plan import overlap, pieces, shared_out
-from titanlite.checkpoint.save import joined, portion_of, write_portion
+from titanlite.checkpoint.save import Facts, manifest_text, portion_of, write_portion
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
-FIELDS: dict[str, Any] = {"step": 1, "samples": 0, "tokens": 0, "recipe": "", "values": {}, "environment": {}}
 Cutting = list[dict[str, Shard]]
 """Each rank's shards of the same tensors."""
 
@@ -32,9 +30,8 @@ Cutting = list[dict[str, Shard]]
 def written(folder: Path, cutting: Cutting, file_bytes: int = 10**9) -> Manifest:
     """What the ranks write, one after the other, and the manifest of all."""
     tables = [write_portion(folder, portion_of(shards, file_bytes), rank) for rank, shards in enumerate(cutting)]
-    manifest = joined(tables, **FIELDS)
-    (folder / MANIFEST).write_bytes(encode(manifest))
-    return manifest
+    (folder / MANIFEST).write_bytes(manifest_text(tables, Facts(1)))
+    return read_manifest(folder)
 
 
 @st.composite

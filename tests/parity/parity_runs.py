@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
+from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.splits import open_data
 from titanlite.errors import StoppedEarly
 from titanlite.models.init import initialise
@@ -87,18 +88,25 @@ def train(rank: int, world: int, recipe_json: str, folder: str | None = None) ->
     return kept.curve(), _held(trainer.shards.table)
 
 
-def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str) -> list[Part]:
-    """What this rank holds of the state, all of it, that the last checkpoint in `folder` is of."""
-    with _trainer(rank, world, recipe_json, folder) as (trainer, _), suppress(StoppedEarly):
+def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, memory: str | None = None) -> list[Part]:
+    """What this rank holds of the state, all of it, that the last checkpoint in `folder` is of, and the last snapshot
+    in `memory`.
+    """
+    with _trainer(rank, world, recipe_json, folder, memory=memory) as (trainer, _), suppress(StoppedEarly):
         trainer.run()
     return _held(trainer._state())
 
 
 def train_on(
-    rank: int, world: int, recipe_json: str, may_change: tuple[str, ...] = ()
+    rank: int,
+    world: int,
+    recipe_json: str,
+    may_change: tuple[str, ...] = (),
+    folder: str | None = None,
+    memory: str | None = None,
 ) -> tuple[list[Part], Curve, list[Part]]:
     """What this rank holds of the state that the run begins with; then as `train`."""
-    with _trainer(rank, world, recipe_json, start=Start(may_change=may_change)) as (trainer, kept):
+    with _trainer(rank, world, recipe_json, folder, Start(may_change=may_change), memory) as (trainer, kept):
         begun = _held(trainer._state())
         trainer.run()
     return begun, kept.curve(), _held(trainer.shards.table)
@@ -106,16 +114,30 @@ def train_on(
 
 @contextmanager
 def _trainer(
-    rank: int, world: int, recipe_json: str, folder: str | None = None, start: Start = GO_ON
+    rank: int,
+    world: int,
+    recipe_json: str,
+    folder: str | None = None,
+    start: Start = GO_ON,
+    memory: str | None = None,
 ) -> Iterator[tuple[Trainer, _Kept]]:
+    """`memory`: where the two machines that the ranks are on have a folder each, which stays as if they had crashed."""
     recipe = Recipe.model_validate_json(recipe_json)
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed)
     journal, kept = Journal(), _Kept()
     journal.add(kept)
     with _shared_folder(world) as scratch:
         checkpoints = CheckpointManager(Path(folder or scratch), print, Ranks(rank, world))
+        snapshots = None
+        if memory is not None:
+            machine = Path(memory) / str(2 * rank // world)
+            machine.mkdir(parents=True, exist_ok=True)
+            checkpoints.folder.mkdir(exist_ok=True)
+            snapshots = Snapshots(machine, checkpoints.folder, print, Ranks(rank, world))
+            snapshots.prepare()
+            snapshots.close = lambda: None  # type: ignore[method-assign]
         place = World(rank, world, torch.device("cpu"))
-        yield Trainer(recipe, to_toml(recipe), place, data, checkpoints, journal, start), kept
+        yield Trainer(recipe, to_toml(recipe), place, data, checkpoints, journal, start, snapshots=snapshots), kept
 
 
 def _held(table: Mapping[str, Shard]) -> list[Part]:

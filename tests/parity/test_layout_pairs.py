@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,11 @@ def on_disk(folder: Path) -> Whole:
 
 
 def train_on(
-    pool: Pool, layout: str, recipe: Recipe, may_change: tuple[str, ...] = ()
+    pool: Pool, layout: str, recipe: Recipe, may_change: tuple[str, ...] = (), *folders: str
 ) -> tuple[Whole, list[tuple[Curve, Whole]]]:
     """The state that the run begins with; each rank's curve, and the weights at the end."""
-    begun, curves, ended = zip(*everywhere(pool, parity_runs.train_on, layout, recipe, may_change), strict=True)
+    told = everywhere(pool, parity_runs.train_on, layout, recipe, may_change, *folders)
+    begun, curves, ended = zip(*told, strict=True)
     weights = assemble(itertools.chain(*ended))
     return assemble(itertools.chain(*begun)), [(curve, weights) for curve in curves]
 
@@ -138,6 +140,32 @@ def test_one_layout_goes_on_from_another(
     for curve, weights in ends:
         assert len(curve["loss"]) == STEP
         assert_same((curve, weights), last_steps(reference(corpus, optimizer=name), curve))
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader"),
+    [
+        ("tp, zero 3", "hsdp"),
+        pytest.param("pp in a V, tp, zero 1", "zero 3", marks=pytest.mark.slow),
+        pytest.param("hsdp", "one process", marks=pytest.mark.slow),
+    ],
+)
+def test_a_snapshot_goes_on_under_another_layout(
+    pool: Pool, corpus: str, tmp_path: Path, saver: str, loader: str
+) -> None:
+    """On two machines, one of which is lost, and with no checkpoint on a disk."""
+    every = {"snapshot_every": STEP}
+    folders = str(tmp_path / "checkpoints"), str(tmp_path / "memory")
+    until = small_recipe(corpus, parallel=LAYOUTS[saver][1], resilience=every, run={"stop_after_step": STEP})
+    saved = assemble(itertools.chain(*everywhere(pool, parity_runs.train_until_stopped, saver, until, *folders)))
+    shutil.rmtree(tmp_path / "checkpoints" / f"step-{STEP:08d}")
+    shutil.rmtree(tmp_path / "memory" / "1")
+    recipe = small_recipe(corpus, parallel=LAYOUTS[loader][1], resilience=every)
+    begun, ends = train_on(pool, loader, recipe, (), *folders)
+    assert_same_bits(begun, saved)
+    for curve, weights in ends:
+        assert len(curve["loss"]) == STEP
+        assert_same((curve, weights), last_steps(reference(corpus), curve))
 
 
 def test_bfloat16_goes_on_from_float32_under_another_layout(pool: Pool, corpus: str, checkpoints: Checkpoints) -> None:

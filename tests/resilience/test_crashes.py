@@ -158,6 +158,7 @@ def test_kills_are_no_crashes_and_are_told_of(folder: Path) -> None:
     assert not (RUN / "logs" / "crashes").exists()
 
 
+@pytest.mark.slow
 def test_the_rank_that_failed_is_the_one_that_is_heard(folder: Path) -> None:
     (first_code, first), (second_code, second) = ended(started("raise@4@1", "--resilience.max_crashes=1"))
     assert (first_code, second_code) == (1, 1)
@@ -171,6 +172,7 @@ def test_the_rank_that_failed_is_the_one_that_is_heard(folder: Path) -> None:
     assert "step 4 (samples 12 to 15) has failed once" in verdicts[0][1] and not verdicts[1][1]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_on_one_rank(folder: Path) -> None:
     (first_code, first), (second_code, second) = ended(started("memory@3@1"))
     assert (first_code, second_code) == (1, 2)

@@ -30,12 +30,12 @@ save_state, step, signals, pause = manager.save_state, int(sys.argv[1]), int(sys
 if not pause:
     listening._ECHO_SECONDS = 60.0  # on a busy machine "at once" may take a second
 
-def save(final, portion, **values):
-    if values["step"] == step:
+def save(final, portion, facts, ranks):
+    if facts.step == step:
         for _ in range(signals):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(pause)
-    return save_state(final, portion, **values)
+    return save_state(final, portion, facts, ranks)
 
 manager.save_state = save
 sys.exit(run_command(main, ["recipe.toml", *sys.argv[4:]]))

@@ -26,14 +26,20 @@ READERS = 4
 
 
 def load_state(
-    folder: Path, into: Mapping[str, Shard], prefix: str = "", ranks: Ranks = ALONE, convert: bool = False
+    folder: Path,
+    into: Mapping[str, Shard],
+    prefix: str = "",
+    ranks: Ranks = ALONE,
+    convert: bool = False,
+    shared: bool = True,
 ) -> Manifest:
     """Copy the checkpoint's values into `into`, in place; called by every rank, each with its parts of the tensors.
 
     Each file is read whole by the rank that wants most of it, and compared with its hash; beside that, a rank reads its
     own parts and no more. It holds them and `READERS` blocks of `read.BLOCK_BYTES`. `prefix` limits the reading to the
     tensors whose names begin with it (`model.` for the weights alone). `convert` takes values of another floating-point
-    dtype, rounded to that of `into`.
+    dtype, rounded to that of `into`. Without `shared`, a rank sees a folder of its own with the files that it wants
+    something of, and compares all of these with their hashes.
 
     Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
@@ -44,8 +50,15 @@ def load_state(
     placed = placed_chunks(stored)
     found = ranks.each(lambda: _compared(stored, placed, into, convert))
     shares = json.loads(ranks.first(lambda: _agreed(folder, manifest, list(placed), found)))
-    ranks.each(lambda: _read(folder, manifest, placed, into, shares[ranks.rank]))
+    verified = shares[ranks.rank] if shared else wanted_files(manifest, into)
+    ranks.each(lambda: _read(folder, manifest, placed, into, verified))
     return manifest
+
+
+def wanted_files(manifest: Manifest, into: Mapping[str, Shard]) -> list[str]:
+    """The files that hold a part of `into`."""
+    placed = placed_chunks(manifest.tensors)
+    return [file for file, chunks in placed.items() if _wanted_bytes(manifest.tensors, chunks, into)]
 
 
 def mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:

@@ -9,31 +9,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from titanlite.checkpoint import storage
+from titanlite.checkpoint.background import Saved, Warn, Writing
 from titanlite.checkpoint.examine import newest_at
-from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
+from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.save import Staging, environment, portion_of, save_state
+from titanlite.checkpoint.save import Facts, Staging, portion_of, save_state
 from titanlite.durable import cause
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
-Warn = Callable[[str], None]
-
 VALIDATION_LOSS = "validation_loss"
 """The value beside a checkpoint's tensors that tells which are the best ones."""
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,19 +37,6 @@ class Keep:
     last: int = 0
     every: int = 0
     best: int = 0
-
-
-@dataclass(frozen=True)
-class Saved:
-    """How a save ended; the same on all ranks."""
-
-    step: int
-    error: CheckpointError | None
-    """Why there is no checkpoint of this step; None: it is committed."""
-    blocked_seconds: float
-    """How long training stood still for it."""
-    seconds: float
-    """From its beginning to its end."""
 
 
 class CheckpointManager:
@@ -85,7 +66,7 @@ class CheckpointManager:
         self._warn = warn if ranks.is_first else lambda text: None
         self._passed_over: set[int] = set()
         self._staging = Staging() if background else None
-        self._writing: _Writing | None = None
+        self._writing: Writing | None = None
         self._max_failures = max_failures
         self._failed: list[CheckpointError] = []
         """Of the saves since the last that was committed."""
@@ -113,43 +94,32 @@ class CheckpointManager:
         """The newest committed step, whole or damaged; None if there is none."""
         return max(self.steps(), default=None)
 
+    def newest(self) -> int | None:
+        """`latest` as the first rank sees it; called by all."""
+        return max(self._agreed_steps(), default=None)
+
     def path(self, step: int) -> Path:
         return self.folder / folder_name(step)
 
-    def begin(
-        self,
-        *,
-        step: int,
-        samples: int,
-        tokens: int,
-        tensors: Mapping[str, Shard],
-        values: Mapping[str, Scalar],
-        recipe_text: str,
-        device: torch.device = _CPU,
-    ) -> None:
-        """Begin a checkpoint of the state after `step` steps, which may change once this returns; `ended` and `wait`
-        tell how it went. In the foreground it has ended by then.
+    def begin(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+        """Begin a checkpoint of a state, which may change once this returns; `ended` and `wait` tell how it went.
 
-        One that is still being written is waited for, since its memory is needed.
+        In the foreground it has ended by then. One that was begun before must have ended, since its memory is needed.
         """
-        began = time.monotonic()
+        began, step = time.monotonic(), facts.step
         assert self._writing is None, "a save that was begun must be waited for, or have ended"
         portion = portion_of(tensors)
         if self._staging is not None:
             portion = self._staging.copy(portion)
-        facts = environment(device)
 
         def write(warn: Warn) -> None:
             self._ranks.first(self._require_same_place)
             self._ranks.first(lambda: self._set_aside_before_saving(step, warn))
-            save_state(
-                self.path(step), portion, step=step, samples=samples, tokens=tokens, values=values,
-                recipe=recipe_text, environment=facts, ranks=self._ranks,
-            )  # fmt: skip
+            save_state(self.path(step), portion, facts, self._ranks)
             self._validation_losses.pop(step, None)
             self._ranks.first(lambda: self._prune(warn))
 
-        self._writing = _Writing(step, write, began, background=self._staging is not None)
+        self._writing = Writing(step, write, began, background=self._staging is not None)
 
     def saves(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there or being written; the same on all ranks after the same step."""
@@ -335,44 +305,6 @@ class CheckpointManager:
                     unread.append(step)
         known = [step for step in steps if math.isfinite(self._validation_losses.get(step, math.inf))]
         return unread + sorted(known, key=lambda step: (self._validation_losses[step], -step))[: self._keep.best]
-
-
-class _Writing:
-    """A save on its way, in a thread of its own or, in the foreground, over and done with."""
-
-    def __init__(self, step: int, write: Callable[[Warn], None], began: float, background: bool) -> None:
-        self.warnings: list[str] = []
-        self.step = step
-        self._write = write
-        self._began = began
-        self._error: Exception | None = None
-        # A daemon: after an error that only this rank met, the save would wait for ranks that are gone.
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if background else None
-        if self._thread is None:
-            self._run()
-        else:
-            self._thread.start()
-        self._blocked_seconds = time.monotonic() - began
-
-    def goes_on(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def result(self) -> Saved:
-        """Raises what was no matter of disks."""
-        if self._error is not None and not isinstance(self._error, CheckpointError):
-            raise self._error
-        return Saved(self.step, self._error, self._blocked_seconds, self._ended - self._began)
-
-    def _run(self) -> None:
-        try:
-            self._write(self.warnings.append)
-        except Exception as error:  # for the thread that asks for the result
-            self._error = error
-        self._ended = time.monotonic()
 
 
 def _validation_loss(folder: Path) -> float:

@@ -57,6 +57,14 @@ class Ranks:
         _result(self._broadcast(_verdict(messages)), error)
         return [message[1:] for message in messages]
 
+    def send(self, block: torch.Tensor, rank: int) -> None:
+        """Send bytes (a CPU tensor) to another rank, which receives as many."""
+        dist.send(block, rank, self.group)
+
+    def receive(self, block: torch.Tensor, rank: int) -> None:
+        """Fill `block` with what another rank sends."""
+        dist.recv(block, rank, self.group)
+
     def _broadcast(self, message: bytes) -> bytes:
         """The first rank's message; what the others give is ignored."""
         length = torch.tensor([len(message)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 import titanlite
-from titanlite.checkpoint.format import DTYPES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, Scalar, encode
+from titanlite.checkpoint.format import DTYPES, MAX_MANIFEST_BYTES, Manifest, Scalar, encode
 from titanlite.checkpoint.plan import Box, group_by_size, pieces, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, refusals_explained
 from titanlite.checkpoint.stream import Source, write_tensors
-from titanlite.durable import sync_path
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 
@@ -54,6 +53,18 @@ class Portion:
     @property
     def nbytes(self) -> int:
         return sum(piece.values.nbytes for piece in self.pieces.values())
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says beside its tensors; see `format.Manifest`. Of all ranks' the first one's counts."""
+
+    step: int
+    samples: int = 0
+    tokens: int = 0
+    recipe: str = ""
+    values: Mapping[str, Scalar] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def portion_of(tensors: Mapping[str, Shard], file_bytes: int = FILE_BYTES) -> Portion:
@@ -92,32 +103,17 @@ class Staging:
         return replace(portion, pieces=copies)
 
 
-def save_state(
-    final: Path,
-    portion: Portion,
-    *,
-    step: int,
-    samples: int,
-    tokens: int,
-    values: Mapping[str, Scalar],
-    recipe: str,
-    environment: Mapping[str, str],
-    ranks: Ranks = ALONE,
-) -> None:
+def save_state(final: Path, portion: Portion, facts: Facts, ranks: Ranks = ALONE) -> None:
     """Write the folder `final` atomically; called by every rank, each with its portion.
 
-    Returns once the checkpoint is committed. Whatever is no tensor is the first rank's. Raises `CheckpointError` on
-    every rank if a disk refuses on any, with nothing changed on it.
+    Returns once the checkpoint is committed. Raises `CheckpointError` on every rank if a disk refuses on any, with
+    nothing changed on it.
     """
-    fields = {
-        "step": step, "samples": samples, "tokens": tokens, "recipe": recipe, "values": dict(values),
-        "environment": {**environment, "ranks": str(ranks.size)},
-    }  # fmt: skip
     explained = refusals_explained(final, portion.nbytes)
     try:
         ranks.first(explained(lambda: begin(final)))
         tables = ranks.each(explained(lambda: write_portion(pending(final), portion, ranks.rank)))
-        ranks.first(explained(lambda: _commit(final, joined(tables, **fields))))
+        ranks.first(explained(lambda: commit(final, manifest_text(tables, facts))))
     except Exception:  # on all ranks alike; what an interruption leaves, the next start clears
         ranks.first(lambda: abandon(final))
         raise
@@ -129,7 +125,7 @@ def write_portion(folder: Path, portion: Portion, rank: int = 0) -> bytes:
     files = {}
     sizes = {key: piece.values.nbytes for key, piece in portion.pieces.items()}
     for number, keys in enumerate(group_by_size(sizes, portion.file_bytes)):
-        file = f"tensors-{rank:05d}-{number:03d}.safetensors"
+        file = f"tensors-{rank:05d}-{number:03d}.safetensors"  # see writer_of
         files[file] = write_tensors(folder / file, {key: _source(portion.pieces[key].values) for key in keys})
         for key in keys:
             piece = portion.pieces[key]
@@ -139,10 +135,16 @@ def write_portion(folder: Path, portion: Portion, rank: int = 0) -> bytes:
     return json.dumps({"tensors": tensors, "files": listed}).encode()
 
 
-def joined(tables: Sequence[bytes], **fields: object) -> Manifest:
-    """The manifest of what all ranks wrote; `fields` are its other fields.
+def writer_of(file: str) -> int:
+    """The rank that wrote a file of a checkpoint, by its name."""
+    return int(file.split("-")[1])
 
-    Raises `ValueError` unless the parts make whole tensors: then the ranks disagree on how the tensors are cut.
+
+def manifest_text(tables: Sequence[bytes], facts: Facts) -> bytes:
+    """The manifest of what all ranks wrote, from their tables in the order of the ranks.
+
+    Raises `ValueError` unless the parts make whole tensors (then the ranks disagree on how these are cut), and
+    `CheckpointError` rather than give what no reader would take.
     """
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
@@ -153,7 +155,11 @@ def joined(tables: Sequence[bytes], **fields: object) -> Manifest:
             if (entry["dtype"], entry["shape"]) != (part["dtype"], part["shape"]):
                 raise ValueError(f"tensor '{name}' is {entry['dtype']}{entry['shape']} on one rank, and not on another")
             entry["chunks"] += part["chunks"]
-    return Manifest.model_validate_json(json.dumps({**fields, "tensors": tensors, "files": files}))
+    told = {**vars(facts), "environment": {**facts.environment, "ranks": str(len(tables))}}
+    text = encode(Manifest.model_validate_json(json.dumps({**told, "tensors": tensors, "files": files})))
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"the table of the tensors is too large ({len(text)} bytes): they are cut too finely.")
+    return text
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -194,13 +200,3 @@ def _source(values: Tensor) -> Source:
 def _host_memory_like(tensor: Tensor) -> Tensor:
     # Pinned: only to such memory does a GPU copy without the host's help.
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-
-
-def _commit(final: Path, manifest: Manifest) -> None:
-    """Raises `OSError`, and `CheckpointError` rather than write what no reader would take."""
-    data = encode(manifest)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"the table of the tensors is too large ({len(data)} bytes): they are cut too finely.")
-    (pending(final) / MANIFEST).write_bytes(data)
-    sync_path(pending(final) / MANIFEST)
-    commit(final)

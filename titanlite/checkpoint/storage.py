@@ -64,12 +64,13 @@ def begin(final: Path) -> None:
     pending(final).mkdir(parents=True)
 
 
-def commit(final: Path) -> None:
-    """Make what is pending, all files of it synced, the checkpoint `final`, in place of the one there is.
-
-    Raises `OSError`.
+def commit(final: Path, manifest: bytes) -> None:
+    """Make what is pending, all files of it synced, and this manifest the checkpoint `final`, in place of the one there
+    is. Raises `OSError`.
     """
     replaced = _hidden(final, "replaced")
+    (pending(final) / MANIFEST).write_bytes(manifest)
+    sync_path(pending(final) / MANIFEST)
     sync_path(pending(final))
     if final.exists():
         _delete(replaced)

@@ -110,23 +110,24 @@ class ReadAhead:
     A batch that cannot be read is known of while there are steps left in which the ranks can agree to save and stop.
     """
 
-    def __init__(self, batches: Iterator[Batch], count: int) -> None:
+    def __init__(self, batches: Iterator[Batch], count: int, step: int, first_sample: int, samples: int) -> None:
+        """The first of the batches, of so many `samples` each over all ranks, is that of `step`."""
         self.failure: Exception | None = None
         """What the batch met that comes after those that were read; raised once these are used up."""
+        self.under_way = step, first_sample
+        """Step and first sample of the batch that was asked for last: what fails now is put down to them."""
         self._batches = batches
         self._count = count
+        self._samples = samples
+        self._next = self.under_way
         self._read: deque[Batch] = deque()
         self._has_more = True
-
-    @property
-    def waiting(self) -> int:
-        """Batches that were read and not asked for yet."""
-        return len(self._read)
 
     def __iter__(self) -> ReadAhead:
         return self
 
     def __next__(self) -> Batch:
+        self.under_way = self._next
         while self._has_more and len(self._read) <= self._count:
             try:
                 self._read.append(next(self._batches))
@@ -134,9 +135,20 @@ class ReadAhead:
                 self._has_more = False
             except UNREADABLE as error:
                 self.failure, self._has_more = error, False
-        if self._read:
-            return self._read.popleft()
-        raise self.failure or StopIteration
+        if not self._read:
+            raise self.failure or StopIteration
+        self._next = self._later(1)
+        return self._read.popleft()
+
+    def unreadable(self, saved: str) -> DataError:
+        """What to say of the batch that could not be read, and of what is saved; it is the one under way from now."""
+        self.under_way = step, first = self._later(len(self._read))
+        said = f"step {step}: one of the samples {first} to {first + self._samples - 1} cannot be read"
+        return DataError(f"{said}: {self.failure}.{saved}")
+
+    def _later(self, batches: int) -> tuple[int, int]:
+        step, first = self._next
+        return step + batches, first + batches * self._samples
 
 
 def validation_batches(

@@ -323,6 +323,12 @@ class Resilience(Section):
     grace_seconds: NonNegativeFloat = 0.0
     """Seconds from the first stop signal to the end, whatever happens: if the state is not saved by then, the process
     says what is lost and ends. A little less than the scheduler grants; 0: no limit."""
+    snapshot_every: NonNegative = 0
+    """Every so many steps, keep the whole state in the memory of the machines, each machine's part on the next one too:
+    a restart after the loss of one machine, or of processes, then goes on from there without reading a disk. 0: never.
+    A machine keeps up to four times its part of a checkpoint, and the copy that is being written."""
+    snapshot_dir: str = "/dev/shm"
+    """Folder for them on each machine: of a file system in memory, which outlives the run's processes."""
     standby: bool = False
     """Ranks beyond the largest mesh that fits wait for the next start of the run, instead of being refused."""
 

@@ -1,0 +1,124 @@
+"""What a rank does in the tests of snapshots. Machines are folders; which one a rank is on, the test says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_ranks import Ended, part
+
+from titanlite.checkpoint import snapshots
+from titanlite.checkpoint.ranks import Ranks, joined_ranks
+from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.snapshots import Snapshots
+
+
+def kept(rank: int, folder: str, machines: Sequence[int], warnings: list[str], background: bool = False) -> Snapshots:
+    memory = Path(folder) / f"machine-{machines[rank]}"
+    memory.mkdir(exist_ok=True)
+    ranks = joined_ranks(rank, len(machines), 60) if background else Ranks(rank, len(machines))
+    one = Snapshots(memory, Path(folder) / "checkpoints", warnings.append, ranks, background)
+    one.prepare()
+    return one
+
+
+def take(rank: int, world: int, folder: str, machines: list[int], steps: list[int], background: bool = False) -> None:
+    """Snapshots of the state of each step, one after the other."""
+    one, held = kept(rank, folder, machines, [], background), part(rank, world, 0)
+    for step in steps:
+        for shard in held.values():
+            shard.tensor.fill_(step)
+        saved = one.wait()
+        assert saved is None or saved.error is None
+        one.begin(held, Facts(step, samples=10 * step))
+        for shard in held.values():
+            shard.tensor.fill_(-1)
+    saved = one.wait()
+    assert saved is not None and saved.error is None and saved.step == steps[-1]
+
+
+def load(
+    rank: int, world: int, folder: str, machines: list[int], newer_than: int = 0, of: int | None = None
+) -> tuple[int | None, list[str]]:
+    """The step of the snapshot that is loaded, whose values must all be that; and what was warned of. `of`: ranks by
+    which the state is cut, if there were others when it was taken.
+    """
+    warnings: list[str] = []
+    held = part(rank, world, -1) if of is None else cut_otherwise(rank, world, of)
+    manifest = kept(rank, folder, machines, warnings).load_latest(held, newer_than)
+    if manifest is None:
+        return None, warnings
+    assert manifest.samples == 10 * manifest.step
+    for name, shard in held.items():
+        assert torch.equal(shard.tensor, torch.full_like(shard.tensor, manifest.step)), name
+    return manifest.step, warnings
+
+
+def cut_otherwise(rank: int, world: int, of: int) -> dict[str, Any]:
+    """The state of `of` ranks, by columns and not rows on the first rank, and whole on the others."""
+    from titanlite.models.shard import Shard
+
+    state = {name: shard for number in range(of) for name, shard in part(number, of, -1).items()}
+    held = {name: Shard.whole(torch.full(shard.shape, -1).to(shard.tensor.dtype)) for name, shard in state.items()}
+    if rank == 0:
+        held["model.w"] = Shard(torch.full((8, 2), -1.0), (0, 1), (8, 3))
+    return held
+
+
+def take_with_fault(rank: int, world: int, folder: str, machines: list[int], fault: str, faulty: int) -> Ended:
+    """A good snapshot of step 1, then one of step 2 with a fault on rank `faulty`: how that ended."""
+    take(rank, world, folder, machines, [1])
+    one = kept(rank, folder, machines, [])
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == faulty:
+            _break(patch, fault)
+        one.begin(part(rank, world, 2), Facts(2, samples=20))
+        saved = one.wait()
+    assert saved is not None and saved.error is not None
+    return type(saved.error).__name__, str(saved.error)
+
+
+def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
+    write, real = snapshots.write_portion, open
+
+    def full(path: Path, mode: str, **names: Any) -> Any:
+        if mode == "wb":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, **names)
+
+    def lost(folder: Path, *rest: Any) -> bytes:
+        table = write(folder, *rest)
+        for file in folder.glob("tensors-*"):
+            file.unlink()
+        return table
+
+    def cut(folder: Path, *rest: Any) -> bytes:
+        table = write(folder, *rest)
+        for file in folder.glob(f"tensors-{rest[1]:05d}*"):
+            os.truncate(file, 20)
+        return table
+
+    if fault == "no memory for a copy":
+        patch.setattr(snapshots, "open", full, raising=False)
+    else:
+        patch.setattr(snapshots, "write_portion", lost if fault == "a file is lost" else cut)
+
+
+def come_back(rank: int, world: int, folder: str, machines: list[int], away: int) -> int | None:
+    """Snapshots are taken, one machine goes, the run turns to another line, and that machine comes back."""
+    take(rank, world, folder, machines, [5])
+    one = kept(rank, folder, machines, [])
+    memory, aside = Path(folder) / f"machine-{away}", Path(folder) / "away"
+    ranks = Ranks(rank, world)
+    ranks.first(lambda: os.fsencode(shutil.copytree(memory, aside)))
+    one.renew()
+    assert load(rank, world, folder, machines)[0] is None
+    ranks.each(lambda: None)
+    ranks.first(lambda: os.fsencode(shutil.copytree(aside, memory, dirs_exist_ok=True)))
+    return load(rank, world, folder, machines)[0]

@@ -1,0 +1,305 @@
+"""Snapshots in memory: what is kept where, which losses they survive, and what they never bring back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import snapshot_ranks
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from pool import Pool
+
+from titanlite import trainer
+from titanlite.checkpoint import snapshots
+from titanlite.checkpoint.format import MANIFEST, folder_name
+from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.snapshots import LINE, Snapshots, copies, fetches, keepers, put_together
+from titanlite.cli import run_command
+from titanlite.errors import UsageError
+from titanlite.models.shard import Shard
+from titanlite.train import main
+
+PAIRS, RING, UNEQUAL = [0, 0, 2, 2], [0, 1, 2], [0, 0, 0, 3]
+"""Ranks on machines, these by their first rank."""
+
+some_machines = some.lists(some.integers(0, 4), min_size=1, max_size=9).map(
+    lambda places: [places.index(place) for place in places]
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path
+
+
+def stored(folder: Path, machine: int, step: int) -> set[str]:
+    (place,) = (folder / f"machine-{machine}").glob(f"titanlite-*/{folder_name(step)}")
+    return {path.name for path in place.iterdir()}
+
+
+@given(some_machines, some.data())
+def test_any_machine_may_be_lost(machines: list[int], data: some.DataObject) -> None:
+    """By the plans alone: what they keep, put together without one machine, is whole, and each gets what it wants."""
+    places = sorted(set(machines))
+    sizes = {f"tensors-{rank:05d}-{number:03d}.safetensors": 5 for rank in range(len(machines)) for number in (0, 1)}
+    held = {place: {file for file in sizes if machines[snapshots.writer_of(file)] == place} for place in places}
+    for move in copies(sizes, machines):
+        assert move.file in held[machines[move.source]] and machines[move.target] != machines[move.source]
+        held[machines[move.target]].add(move.file)
+    lost = data.draw(some.sampled_from(places)) if len(places) > 1 else None
+    reports = [report(sizes, held[rank]) if rank in places and rank != lost else b"" for rank in range(len(machines))]
+    (whole,) = put_together(reports)
+    assert whole.step == 7 and whole.sizes == {**sizes, MANIFEST: 3}
+    some_files = some.lists(some.sampled_from([*sizes, MANIFEST]), unique=True)
+    wanted = [data.draw(some_files) for _ in machines]
+    if lost is not None:
+        held[lost] = set()
+    for file, size, source, target in fetches(whole, machines, wanted):
+        assert file in held[source] | {MANIFEST} and size == whole.sizes[file] and file in wanted[target]
+        assert file not in held[machines[target]], "no machine gets what it has, or a file twice"
+        held[machines[target]].add(file)
+    for rank, files in enumerate(wanted):
+        assert {file for file in files if file != MANIFEST} <= held[machines[rank]]
+
+
+def report(sizes: dict[str, int], held: set[str]) -> bytes:
+    here = {file: sizes[file] for file in held} | {MANIFEST: 3}
+    return json.dumps([[7, "digest", here, [file for file in sizes if file not in held]]]).encode()
+
+
+@given(some_machines)
+def test_in_each_turn_a_machine_sends_or_receives(machines: list[int]) -> None:
+    sizes = {f"tensors-{rank:05d}-000.safetensors": 1 for rank in range(len(machines))}
+    assert all((machines[a] == machines[b]) == (len(set(machines)) == 1) for a, b in enumerate(keepers(machines)))
+    turns, sends, receives = 1, set(), set()
+    for move in copies(sizes, machines):
+        source, target = machines[move.source], machines[move.target]
+        if source in receives or target in sends:
+            turns, sends, receives = turns + 1, set(), set()
+        sends.add(source)
+        receives.add(target)
+    assert turns <= 3
+
+
+def test_what_is_not_whole_is_not_counted() -> None:
+    sizes = {"tensors-00000-000.safetensors": 1, "tensors-00001-000.safetensors": 1}
+    first, second = sizes
+    assert put_together([report(sizes, {first}), b""]) == []
+    assert len(put_together([report(sizes, {first}), report(sizes, {second})])) == 1
+    assert put_together([b"", b"[]"]) == []
+
+
+@pytest.mark.parametrize("machines", [PAIRS, RING, UNEQUAL])
+def test_a_lost_machine_costs_nothing(pool: Pool, folder: Path, machines: list[int]) -> None:
+    """Neither its ranks' values nor, once it is replaced, those of others; also where other ranks load."""
+    world = len(machines)
+    pool.run(snapshot_ranks.take, world, str(folder), machines, [3, 5])
+    for machine in sorted(set(machines)):
+        shutil.copytree(folder, folder.with_name("all"), dirs_exist_ok=True)
+        assert not list(folder.glob("machine-*/*/*3")), "the one before is gone"
+        shutil.rmtree(folder / f"machine-{machine}")
+        assert pool.run(snapshot_ranks.load, world, str(folder), machines) == [(5, [])] * world
+        assert pool.run(snapshot_ranks.load, world, str(folder), machines, 5) == [(None, [])] * world, "a disk has it"
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name("all"), folder)
+        left = [rank for rank, place in enumerate(machines) if place != machine][:2]
+        fewer = [machines[rank] for rank in left]
+        assert pool.run(snapshot_ranks.load, len(fewer), str(folder), fewer, 0, world) == [(5, [])] * len(fewer)
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name("all"), folder)
+
+
+def test_two_neighbours_lost_are_too_many(pool: Pool, folder: Path) -> None:
+    pool.run(snapshot_ranks.take, 3, str(folder), RING, [5])
+    for machine in (0, 1):
+        shutil.rmtree(folder / f"machine-{machine}")
+    assert pool.run(snapshot_ranks.load, 3, str(folder), RING) == [(None, [])] * 3
+
+
+def test_on_one_machine_nothing_is_copied(pool: Pool, folder: Path) -> None:
+    """In the background, where the state changes as soon as the save is begun."""
+    pool.run(snapshot_ranks.take, 2, str(folder), [0, 0], [3, 4, 5], True)
+    assert stored(folder, 0, 5) == {MANIFEST, "tensors-00000-000.safetensors", "tensors-00001-000.safetensors"}
+    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 0]) == [(5, [])] * 2
+
+
+@pytest.mark.parametrize("fault", ["no memory for a copy", "a file is lost", "a file is cut"])
+def test_a_snapshot_that_fails_leaves_the_one_before(pool: Pool, folder: Path, fault: str) -> None:
+    ends = pool.run(snapshot_ranks.take_with_fault, 3, str(folder), RING, fault, 1)
+    assert len(set(ends)) == 1 and ends[0][0] == "CheckpointError" and "rank 1: cannot write" in ends[0][1]
+    assert not list(folder.glob("machine-*/*/.step*")) and not list(folder.glob("machine-*/*/*2"))
+    shutil.rmtree(folder / "machine-2")
+    assert pool.run(snapshot_ranks.load, 3, str(folder), RING) == [(1, [])] * 3
+
+
+def test_a_machine_that_comes_back_brings_nothing_from_another_line(pool: Pool, folder: Path) -> None:
+    assert pool.run(snapshot_ranks.come_back, 2, str(folder), [0, 1], 1) == [None, None]
+    assert len(list((folder / "machine-1").iterdir())) == 1, "nor does it keep that in its memory"
+
+
+def test_a_damaged_snapshot_is_passed_over(pool: Pool, folder: Path) -> None:
+    pool.run(snapshot_ranks.take, 2, str(folder), [0, 1], [5])
+    for file in folder.glob("machine-*/*/*/tensors-00001-000.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    (step, warnings), (other, _) = pool.run(snapshot_ranks.load, 2, str(folder), [0, 1])
+    assert step is other is None and "does not match its hash" in warnings[0] and "passed over" in warnings[0]
+
+
+def test_what_a_killed_process_left(pool: Pool, folder: Path) -> None:
+    """In the middle of a snapshot, and in the middle of getting files from another machine."""
+    pool.run(snapshot_ranks.take, 2, str(folder), [0, 1], [5])
+    (first,), (second,) = ((folder / f"machine-{number}").iterdir() for number in (0, 1))
+    (second / folder_name(5) / MANIFEST).unlink()
+    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 1]) == [(5, [])] * 2
+    (first / ".step-00000007.writing").mkdir()
+    (first / folder_name(5) / "tensors-00001-000.safetensors").unlink()
+    os.truncate(second / folder_name(5) / "tensors-00000-000.safetensors", 10)
+    assert pool.run(snapshot_ranks.load, 2, str(folder), [0, 1]) == [(5, [])] * 2
+    assert not list(first.glob(".step*"))
+
+
+def alone(folder: Path) -> Snapshots:
+    one = Snapshots(folder, folder / "checkpoints", pytest.fail)
+    one.prepare()
+    return one
+
+
+def test_a_folder_of_somebody_else_is_refused(folder: Path) -> None:
+    alone(folder)
+    (place,) = folder.glob("titanlite-*")
+    place.chmod(0o770)
+    with pytest.raises(UsageError, match="made by somebody else"):
+        alone(folder)
+    shutil.rmtree(place)
+    place.symlink_to(folder / "checkpoints")
+    with pytest.raises(UsageError, match="made by somebody else"):
+        alone(folder)
+    with pytest.raises(UsageError, match=r"resilience\.snapshot_dir"):
+        Snapshots(folder / "nowhere", folder / "checkpoints", pytest.fail).prepare()
+
+
+def test_two_of_them_must_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    one, state = alone(folder), {"w": Shard.whole(torch.zeros(1000))}
+    for free in (7999, 8000):
+        monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda path, free=free: Usage(free))
+        if free < 8000:
+            with pytest.raises(UsageError, match=r"two snapshots .* need 7\.81 KiB"):
+                one.require_room(state)
+    one.require_room(state)
+
+
+def test_an_unreadable_line_is_begun_anew(folder: Path) -> None:
+    one = alone(folder)
+    one.begin({"w": Shard.whole(torch.ones(3))}, Facts(5))
+    assert one.wait() is not None
+    (folder / "checkpoints" / LINE).write_bytes(b"../../..")
+    other = alone(folder)
+    assert other.load_latest({"w": Shard.whole(torch.ones(3))}, 0) is None
+    assert len(list(folder.glob("titanlite-*"))) == 1
+    other.close()
+    assert not list(folder.glob("titanlite-*"))
+
+
+RECIPE = """
+[model]
+preset = "debug"
+dim = 16
+layers = 1
+heads = 2
+kv_heads = 1
+ffn_dim = 24
+[data]
+corpus = "corpus.txt"
+[training]
+steps = 12
+sequence_length = 16
+global_batch = 4
+[precision]
+compute = "float32"
+[checkpoint]
+mode = "sync"
+every_steps = 5
+[metrics]
+log_every = 1
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(300)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "memory").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: run_command(main, ["recipe.toml", "--resilience.snapshot_dir=memory", *words])
+
+
+EVERY = "--resilience.snapshot_every=3"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(name: str) -> list[tuple[Any, ...]]:
+    return [(row["step"], row["samples"], row["loss"], row["grad_norm"]) for row in rows(name) if "loss" in row]
+
+
+def dies_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    take_step = trainer.Trainer._train_step
+
+    def dies(self: trainer.Trainer, *arguments: Any) -> None:
+        if self.step + 1 == step:
+            raise RuntimeError("the process dies")
+        take_step(self, *arguments)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", dies)
+
+
+def test_a_run_goes_on_from_its_last_snapshot(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """After a crash later than the last checkpoint on disk; with the curve of a run that nothing happened to."""
+    assert train("--run.name=a") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        dies_in(patch, 9)
+        with pytest.raises(RuntimeError, match="dies"):
+            train("--run.name=b", EVERY)
+    assert len(list(Path("memory").iterdir())) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        dies_in(patch, 12)
+        with pytest.raises(RuntimeError, match="dies"):
+            train("--run.name=b", EVERY)
+    assert "goes on from the snapshot of step 6 in memory" in capsys.readouterr().out
+    assert train("--run.name=b", EVERY) == 0
+    assert "snapshot of" not in capsys.readouterr().out, "the disk has step 10, which is later than 9"
+    assert curve("b") == curve("a")
+    assert [row["event"] for row in rows("b") if row.get("event", "").startswith("snapshot")] == ["snapshot"] * 2
+    assert not list(Path("memory").iterdir()), "once the state is on a disk, the memory is free"
+
+
+@pytest.mark.parametrize(
+    "words", [["--from-step=5", EVERY], ["--fresh", "--force", EVERY], ["--resilience.snapshot_every=0"]]
+)
+def test_a_run_that_turns_elsewhere_leaves_its_snapshots(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """And dies before it has taken any other."""
+    for start, step in ([EVERY], 9), (words, 1 if "--fresh" in words else 6):
+        with pytest.MonkeyPatch.context() as patch:
+            dies_in(patch, step)
+            with pytest.raises(RuntimeError, match="dies"):
+                train(*start)
+    assert train(EVERY) == 0
+    assert "from the snapshot" not in capsys.readouterr().out

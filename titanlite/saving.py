@@ -1,0 +1,154 @@
+"""What a run keeps of itself: its checkpoints and snapshots, when they are asked for, and what is said of them.
+
+The trainer says which state after which step; when a save is due on all ranks it learns from `resilience.signals`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from titanlite.checkpoint.background import Saved
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
+from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.snapshots import Snapshots
+from titanlite.errors import GuardStop, StoppedEarly
+from titanlite.models.shard import Shard
+from titanlite.observe.journal import Journal
+from titanlite.resilience.watchdog import Watchdog
+
+_LONGEST_PAUSE_SECONDS = 30.0
+"""Between two attempts to save what a run ends with."""
+
+
+class Saving:
+    """Saves of one run, and the words about them. What it does, all ranks do after the same step."""
+
+    def __init__(
+        self,
+        checkpoints: CheckpointManager,
+        snapshots: Snapshots | None,
+        journal: Journal,
+        watchdog: Watchdog,
+        every_minutes: float,
+        heeded: bool,
+    ) -> None:
+        """`heeded`: of all ranks' clocks and files that ask for a save, whether this one's count."""
+        self._checkpoints = checkpoints
+        self._snapshots = snapshots
+        self._journal = journal
+        self._watchdog = watchdog
+        self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, heeded=heeded)
+        self._snapshots_fail: bool | None = None
+        """Whether the last one did; None before the first."""
+
+    def due(self) -> bool:
+        """Whether the clock or the user asks for a checkpoint, on this rank."""
+        return self._requests.due()
+
+    def covers(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`, or one is being written: another would be none the better."""
+        return self._checkpoints.saves(step)
+
+    def begin(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+        """Begin a checkpoint, once the one before has ended. Raises `CheckpointError` if too many have failed."""
+        self._requests.begun()
+        if self.covers(facts.step):
+            return
+        with self._watchdog.during("saving"):
+            self._note(self._checkpoints.wait())
+            self._journal.sync()  # no row of a committed step may be lost with the machine's power
+            self._checkpoints.begin(tensors, facts)
+        self.look()
+
+    def commit(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+        """Return once there is a checkpoint of this state. Raises `CheckpointError` when that has failed too often."""
+        pause = 1.0
+        while self._checkpoints.current != facts.step:
+            with self._watchdog.during("saving"):
+                self.begin(tensors, facts)
+                self._note(self._checkpoints.wait())
+                if self._checkpoints.current != facts.step:
+                    time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def commit_instead(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+        """As `commit`, in place of the checkpoint that there may be of the same step, and of all snapshots."""
+        self._checkpoints.current = None
+        self.commit(tensors, facts)
+        if self._snapshots is not None:
+            self._snapshots.renew()
+
+    def take_snapshot(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+        """Begin a snapshot, once the one before has ended."""
+        assert self._snapshots is not None, "the recipe asks for none"
+        with self._watchdog.during("saving"):
+            self._note_snapshot(self._snapshots.wait())
+            self._journal.sync()
+            self._snapshots.begin(tensors, facts)
+
+    def look(self) -> None:
+        """Write down what has ended."""
+        self._note(self._checkpoints.ended())
+        if self._snapshots is not None:
+            self._note_snapshot(self._snapshots.ended())
+
+    def settle(self) -> None:
+        """Return once nothing is being written. Raises `CheckpointError` if too many saves have failed."""
+        self._note(self._checkpoints.wait())
+        if self._snapshots is not None:
+            self._note_snapshot(self._snapshots.wait())
+
+    @contextmanager
+    def finished(self, alone: bool) -> Iterator[None]:
+        """Let a save in the background end before an error ends the run, unless it may wait for ranks that are gone.
+
+        What ends all ranks alike is a guard; any other error may be this rank's alone, if it is not `alone`.
+        """
+        try:
+            yield
+        except StoppedEarly:
+            self._free_memory()
+            raise
+        except Exception as error:
+            if alone or type(error) is GuardStop:
+                self._checkpoints.close()
+                self._note(self._checkpoints.ended())
+            raise
+        self._free_memory()
+
+    def lost(self, step: int) -> str:
+        """What would be lost if the process ended now, after `step`."""
+        current = self._checkpoints.current
+        kept = f"up to step {current}" if current is not None else "nothing of this start"
+        return f"{kept} is saved; what came after, up to step {step}, is lost and will be trained again"
+
+    def _free_memory(self) -> None:
+        """The run has ended with its state on a disk."""
+        if self._snapshots is not None:
+            self._snapshots.close()
+
+    def _note(self, saved: Saved | None) -> None:
+        """Write down how a save went, if one has ended."""
+        if saved is None:
+            return
+        if saved.error is not None:
+            self._journal.event(saved.step, "save_failed", str(saved.error))
+            self._requests.failed()
+            return
+        self._journal.event(saved.step, "checkpoint", f"{self._checkpoints.path(saved.step)}; {_spent(saved)}")
+        self._requests.saved()
+
+    def _note_snapshot(self, saved: Saved | None) -> None:
+        """Write down a snapshot that went otherwise than the one before; there may be one every few seconds."""
+        if saved is None or self._snapshots_fail is (saved.error is not None):
+            return
+        self._snapshots_fail = saved.error is not None
+        said = f"kept in memory; {_spent(saved)}; only what goes otherwise is told of from now on"
+        self._journal.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or said))
+
+
+def _spent(saved: Saved) -> str:
+    return f"training stood still for {saved.blocked_seconds:.3f} s of {saved.seconds:.3f} s"
