@@ -27,13 +27,18 @@ TITANLITE_RESULT_FILE=$(mktemp)
 export TITANLITE_RESULT_FILE
 trap 'rm -f "$TITANLITE_RESULT_FILE"' EXIT
 
+limit=0
+pass_on() {
+  limit=1
+  kill -USR1 "${step:-}" 2>/dev/null || true
+}
+trap pass_on USR1
+trap : TERM # scancel and preemption tell the parts themselves
 # Parts that end early, or with 75, must not take the others with them.
 srun --export=ALL --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 ${MIN_NODES:+--no-kill} \
   "$root/scripts/torchrun.sh" "$@" &
 step=$!
-limit=0
-trap 'limit=1; kill -USR1 "$step" 2>/dev/null || true' USR1
-trap : TERM # scancel and preemption tell the parts themselves
+if ((limit)); then pass_on; fi
 code=0
 wait_for "$step" || code=$?
 # srun's code is the highest: a machine that was lost on the way may hide that the others ended as they should.

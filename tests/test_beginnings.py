@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import write_tiny
 
 from titanlite import restore
 from titanlite.checkpoint import manager, requests
@@ -25,46 +26,25 @@ from titanlite.learner import Learner
 from titanlite.resilience.guards import Guards
 from titanlite.train import main
 
-TINY = """
-[run]
-name = "a"
-[model]
-preset = "debug"
-dim = 16
-layers = 2
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-validation_percent = 20
-[training]
-steps = 8
-sequence_length = 16
-global_batch = 4
-[optimizer]
-lr = 1e-2
-[precision]
-compute = "float32"
-[checkpoint]
-every_steps = 2
-keep_last = 0
-[metrics]
-log_every = 1
-tensorboard = false
-"""
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(300)))
-    (tmp_path / "tiny.toml").write_text(TINY)
+    write_tiny(
+        tmp_path,
+        lines=300,
+        run={"name": "a"},
+        model={"layers": 2},
+        data={"validation_percent": 20},
+        training={"steps": 8, "global_batch": 4},
+        optimizer={"lr": 1e-2},
+        checkpoint={"every_steps": 2, "keep_last": 0},
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def train(*arguments: str) -> int:
-    return run_command(main, ["tiny.toml", *arguments])
+    return run_command(main, ["recipe.toml", *arguments])
 
 
 def curve(run: str) -> list[tuple[Any, ...]]:

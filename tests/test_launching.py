@@ -10,12 +10,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ import torch.distributed.run
 import yaml
 from clone import ROOT, make_clone, wait_until, write_program
 from jsonschema import Draft202012Validator
+from ports import free_port
+from tiny import write_tiny
 
 from titanlite import errors
 from titanlite.check import checked
@@ -60,9 +60,9 @@ parts=()
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
   SLURM_NODEID=$node "$@" &
   parts+=($!)
-  echo "part $!" >>"$CALLS"
 done
 trap 'kill -USR1 "${parts[@]}" 2>/dev/null' USR1
+printf 'part %s\n' "${parts[@]}" >>"$CALLS"
 highest=0
 for part in "${parts[@]}"; do
   while kill -0 "$part" 2>/dev/null; do wait "$part"; done
@@ -71,27 +71,6 @@ for part in "${parts[@]}"; do
   if ((code > highest)); then highest=$code; fi
 done
 exit "$highest"
-"""
-
-RECIPE = """
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = 120
-sequence_length = 16
-global_batch = 4
-[precision]
-compute = "float64"
-[metrics]
-log_every = 1
-tensorboard = false
 """
 
 
@@ -112,6 +91,10 @@ class Desk:
 
     def calls(self, of: str) -> list[str]:
         return [line for line in self.calls_file.read_text().splitlines() if line.startswith(of)]
+
+    def wait_for(self, torchruns: int, parts: int) -> None:
+        """Until so many torchruns train, and srun, with so many parts, listens."""
+        wait_until(lambda: (len(self.calls("torchrun")), len(self.calls("part"))) == (torchruns, parts))
 
     def start(self, program: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -141,15 +124,6 @@ def limit_of(job: subprocess.Popen[str]) -> None:
     text = (ROOT / "scripts/slurm.sh").read_text()
     (name,) = re.findall(r"^#SBATCH --signal=B:([A-Z0-9]+)@300$", text, re.MULTILINE)
     job.send_signal(signal.Signals[f"SIG{name}"])
-
-
-def free_port() -> int:
-    """One among those that a job's number can lead to."""
-    for port in range(10_000, 30_000):
-        with socket.socket() as tried, suppress(OSError):
-            tried.bind(("localhost", port))
-            return port
-    raise AssertionError("all ports are taken")
 
 
 def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -237,7 +211,7 @@ def test_a_signal_before_anything_is_trained_ends_all(desk: Desk) -> None:
 
 def test_at_the_time_limit_all_save_and_the_job_is_queued_again(desk: Desk) -> None:
     job = desk.sbatch("a.toml", "--run.name=with spaces", nodes=2, BEHAVIOUR="trains")
-    wait_until(lambda: len(desk.calls("torchrun")) == 2)
+    desk.wait_for(torchruns=2, parts=2)
     limit_of(job)
     code, output = end_of(job)
     assert code == 75 and "goes back into the queue" in output
@@ -277,7 +251,7 @@ def test_what_ends_by_itself_is_not_queued_again(desk: Desk, behaviour: str, cod
 )
 def test_at_the_time_limit_with_nothing_to_go_on_with(desk: Desk, behaviour: str, code: int, said: str) -> None:
     job = desk.sbatch("a.toml", BEHAVIOUR=behaviour)
-    wait_until(lambda: bool(desk.calls("torchrun")))
+    desk.wait_for(torchruns=1, parts=1)
     limit_of(job)
     ended, output = end_of(job)
     assert ended == code and said in output and desk.calls("scontrol") == []
@@ -285,7 +259,7 @@ def test_at_the_time_limit_with_nothing_to_go_on_with(desk: Desk, behaviour: str
 
 def test_a_lost_machine_neither_ends_the_run_nor_hides_how_it_ended(desk: Desk) -> None:
     job = desk.sbatch("a.toml", nodes=2, BEHAVIOUR="trains", LATER="dies", MIN_NODES="1")
-    wait_until(lambda: bool(desk.calls("torchrun")))
+    desk.wait_for(torchruns=1, parts=2)
     limit_of(job)
     assert end_of(job)[0] == 75
     assert desk.calls("scontrol") == [f"scontrol requeue {JOB}"]
@@ -295,7 +269,7 @@ def test_a_lost_machine_neither_ends_the_run_nor_hides_how_it_ended(desk: Desk) 
 def test_a_cancelled_job_saves_and_is_not_queued_again(desk: Desk) -> None:
     """Slurm signals the batch script and the parts, but not srun."""
     job = desk.sbatch("a.toml", BEHAVIOUR="trains")
-    wait_until(lambda: bool(desk.calls("torchrun")))
+    desk.wait_for(torchruns=1, parts=1)
     job.send_signal(signal.SIGTERM)
     os.kill(int(desk.calls("part")[0].split()[1]), signal.SIGTERM)
     assert end_of(job)[0] == 75
@@ -412,8 +386,7 @@ def test_a_job_that_meets_its_time_limit_trains_as_if_it_had_none(
     """
     desk = Desk(tmp_path, f'exec "{sys.executable}" "$@"')
     write_program(tmp_path / "programs/hostname", "echo localhost")
-    (desk.clone / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
-    (desk.clone / "recipe.toml").write_text(RECIPE)
+    write_tiny(desk.clone, lines=400, training={"steps": 400, "global_batch": 4}, precision={"compute": "float64"})
     environment = {"PET_NPROC_PER_NODE": "1", "PET_LOCAL_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
     number = str(free_port() - 10_000)
 
@@ -437,12 +410,12 @@ def test_a_job_that_meets_its_time_limit_trains_as_if_it_had_none(
     assert code == 75, output
     assert desk.calls("scontrol") == [f"scontrol requeue {number}"]
     step = len(rows("job"))
-    assert step < 120 and status() == ("stopped", 75, step)
+    assert step < 400 and status() == ("stopped", 75, step)
     assert (desk.clone / f"runs/job/checkpoints/step-{step:08d}/manifest.json").is_file()
 
     code, output = end_of(submit())
     assert code == 0, output
-    assert status() == ("done", 0, 120) and len(desk.calls("scontrol")) == 1
+    assert status() == ("done", 0, 400) and len(desk.calls("scontrol")) == 1
 
     monkeypatch.chdir(desk.clone)
     assert main(["recipe.toml", "--run.name=whole"]) == 0

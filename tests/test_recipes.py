@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,18 @@ def test_a_recipe_is_short_and_restates_neither_defaults_nor_what_it_extends(pat
         assert before != value, f"{key} is {value!r} without being said"
 
 
+def _children_seconds() -> float:
+    """Processor time of the processes that have ended: a busy machine takes no more of it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_512_ranks_are_described_at_once() -> None:
-    """In far less time than the 20 s that the slowest machine may take."""
-    start = time.perf_counter()
+    """In far less work than the 20 s that the slowest machine may take."""
+    start = _children_seconds()
     command = [sys.executable, "-m", "titanlite", "check", str(CONFIGS / "llama3_405b.toml"), "--world", "512"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 20
+    assert _children_seconds() - start < 20
     for part in ("mesh       pp 8", "layers.*.attention.wq: 16384 x 16384 -> 2048 x 16384", "16 stages", "a rank "):
         assert part in done.stdout

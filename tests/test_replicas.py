@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,50 +13,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-
-RECIPE = """
-[model]
-preset = "debug"
-dim = 16
-layers = 2
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-validation_percent = 10
-[training]
-steps = 6
-sequence_length = 16
-global_batch = 5
-[validation]
-every_steps = 3
-sequences = 7
-[optimizer]
-name = "muon"
-[precision]
-compute = "float64"
-[checkpoint]
-every_steps = 2
-[metrics]
-log_every = 1
-tensorboard = false
-"""
+from ports import free_port
+from tiny import write_tiny
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(300)))
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_tiny(
+        tmp_path,
+        lines=300,
+        run={"name": "run"},
+        model={"layers": 2},
+        data={"validation_percent": 10},
+        training={"global_batch": 5},
+        validation={"every_steps": 3, "sequences": 7},
+        optimizer={"name": "muon"},
+        precision={"compute": "float64"},
+        checkpoint={"every_steps": 2},
+    )
     return tmp_path
 
 
 def started(folder: Path, ranks: int, *arguments: str, folders: Sequence[Path] = ()) -> list[subprocess.Popen[bytes]]:
     """The recipe's processes, with the environment that torchrun gives them on one machine; each in its own folder."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
         environment = {**os.environ, **place, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}

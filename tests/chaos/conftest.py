@@ -29,5 +29,6 @@ def references() -> dict[tuple[Any, ...], Any]:
 
 
 @pytest.fixture
-def box(nursery: Nursery, references: dict[tuple[Any, ...], Any], tmp_path: Path) -> Sandbox:
-    return Sandbox(nursery, tmp_path, references)
+def box(nursery: Nursery, references: dict[tuple[Any, ...], Any], tmp_path: Path) -> Iterator[Sandbox]:
+    yield Sandbox(nursery, tmp_path, references)
+    nursery.clear()  # what a failed test leaves running would slow down all others

@@ -37,7 +37,7 @@ def passing(row: int, what: str, how: str, said: str, ranks: int = 1, slow: bool
 
 
 class _small_disk:  # noqa: N801 - reads as a context manager
-    """A disk of half a MiB for `runs`; needs root."""
+    """A disk of one MiB for `runs`; needs root."""
 
     def __init__(self, box: Sandbox) -> None:
         self._path = box.folder / "runs"

@@ -46,7 +46,7 @@ every_steps = {EVERY}
 log_every = 1
 tensorboard = false
 """
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 600
 
 Note = dict[str, Any]
 

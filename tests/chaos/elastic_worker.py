@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -12,6 +13,9 @@ from typing import Any
 NOTES = Path("notes")
 HURRY = Path("hurry")
 PAUSE_SECONDS = 0.1
+LONG_PAUSE_SECONDS = 1.0
+"""After `AT_PACE` steps of a start: however long the machines that are to join take to come, there are steps left."""
+AT_PACE = 30
 
 
 def note(what: str, **fields: Any) -> None:
@@ -29,7 +33,7 @@ def main() -> None:
     from titanlite.learner import Learner
     from titanlite.trainer import Trainer
 
-    run, take_step = Trainer.run, Learner.step
+    run, take_step, taken = Trainer.run, Learner.step, itertools.count()
 
     def noted_run(self: Trainer) -> None:
         note("loaded", step=self.step, rank=self.world.rank, ranks=self.world.size)
@@ -37,7 +41,7 @@ def main() -> None:
 
     def noted_step(self: Learner, number: int, batch: Any, factor: float) -> Any:
         if not HURRY.exists():
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS if next(taken) < AT_PACE else LONG_PAUSE_SECONDS)
         result = take_step(self, number, batch, factor)
         result[0].item()  # the step is done, not only queued
         note("step", step=number, samples=batch.samples)

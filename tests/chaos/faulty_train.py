@@ -223,19 +223,19 @@ def memory_full(step: int) -> None:
     """A request for more than any machine has, and what the allocator really says to it."""
     import torch
 
-    before_step(step, partial(torch.empty, 2**60, dtype=torch.uint8))
+    between_saves(step, partial(torch.empty, 2**60, dtype=torch.uint8))
 
 
 def raises(step: int) -> None:
     def fail() -> None:
         raise ValueError("the sample is poisoned")
 
-    before_step(step, fail)
+    between_saves(step, fail)
 
 
 def stopped(step: int) -> None:
     """As by a debugger, or a machine that swaps: SIGSTOP, and nobody says go on."""
-    before_step(step, partial(os.kill, os.getpid(), signal.SIGSTOP))
+    between_saves(step, partial(os.kill, os.getpid(), signal.SIGSTOP))
 
 
 def killed_in_two_lives(step: int) -> None:

@@ -66,7 +66,7 @@ def killed_one(box: Sandbox) -> Outcome:
     """The others wait for its part of a step, and are not told by anybody."""
     job = box.paused(ranks=3, on=[1])
     job.children[1].kill()
-    codes = job.wait(60)
+    codes = job.wait()
     assert codes[1] == -signal.SIGKILL and 0 not in codes, "none may go on, or believe that all is well"
     reached = box.step()
     box.train(ranks=3)
@@ -131,7 +131,7 @@ def _kill_somewhere(box: Sandbox, job: Job, moments: random.Random) -> str:
         return f"of all{when}"
     moments.choice(job.children).kill()
     if not when:  # in the middle of a start, a launcher must end the others
-        assert 0 not in job.wait(60), "the others end by themselves, and do not believe that all is well"
+        assert 0 not in job.wait(), "the others end by themselves, and do not believe that all is well"
     job.kill()
     return f"of one{when}"
 

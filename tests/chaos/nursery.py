@@ -78,6 +78,10 @@ class Nursery:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
+    def clear(self) -> None:
+        """Kill all that still run."""
+        self.ask(clear=True)
+
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
@@ -99,14 +103,22 @@ def _serve() -> None:
             pid, status = os.waitpid(words["poll"], os.WNOHANG)
             running.discard(pid)
             answer = os.waitstatus_to_exitcode(status) if pid else None
+        elif "clear" in words:
+            answer = _kill(running)
         else:
             answer = os.fork()
             if answer == 0:
                 _become(words)
             running.add(answer)
         print(json.dumps(answer), flush=True)
-    for pid in running:
+    _kill(running)
+
+
+def _kill(running: set[int]) -> None:
+    while running:
+        pid = running.pop()
         os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def _become(words: dict[str, Any]) -> NoReturn:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 from fault import Fault
@@ -64,6 +64,7 @@ def main(target: Path) -> int:
         for number, fault in enumerate(MATRIX):
             lines.append(line(number, fault, nursery, Path(folder), references))
             print(lines[-1], flush=True)
+            nursery.clear()
     nursery.close()
     failed = sum("**failed**" in text for text in lines)
     end = f"\n{len(lines)} faults, {failed} of them with a promise that was not kept.\n"

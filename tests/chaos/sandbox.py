@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nursery import PATIENCE_SECONDS, Child, Nursery
+from ports import free_port
 from safetensors import safe_open
 
 STEPS = 16
@@ -195,7 +195,7 @@ class Sandbox:
         while not condition():
             assert time.monotonic() < deadline
             assert job is None or all(child.poll() is None for child in job.children), job.said if job else ""
-            time.sleep(0.002)
+            time.sleep(0.01)
 
     # --- comparing
 
@@ -242,10 +242,3 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }  # fmt: skip
-
-
-def free_port() -> int:
-    """One that nobody listens on just now."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]

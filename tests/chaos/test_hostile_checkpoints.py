@@ -201,7 +201,7 @@ def test_it_is_refused_in_words_and_nothing_runs(box: Sandbox, attack: str) -> N
         "branch": ("train", "recipe.toml", "--run.name=branch", f"--checkpoint.resume_from={folder}"),
     }
     for name, child in [(name, box.begin(*words)) for name, words in commands.items()]:
-        code = child.wait(60)
+        code = child.wait()
         if code == 0 and attack.startswith(MAY_PASS.get(name, ())):
             continue
         assert code == 4, f"{name} ended with {code}:\n{child.said}"

@@ -15,7 +15,8 @@ from titanlite.models.shard import Shard
 
 def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[int]:
     """Steps of messages among all ranks, each with a save of its state beside it; the steps that were committed."""
-    checkpoints = CheckpointManager(Path(folder), print, joined_ranks(rank, world, timeout_seconds=60), background=True)
+    ranks = joined_ranks(rank, world, timeout_seconds=200)
+    checkpoints = CheckpointManager(Path(folder), print, ranks, background=True)
     held, committed = torch.zeros(3), []
     for step in range(1, steps + 1):
         for _ in range(20):

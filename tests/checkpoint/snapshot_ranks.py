@@ -22,7 +22,7 @@ from titanlite.checkpoint.snapshots import Snapshots
 def kept(rank: int, folder: str, machines: Sequence[int], warnings: list[str], background: bool = False) -> Snapshots:
     memory = Path(folder) / f"machine-{machines[rank]}"
     memory.mkdir(exist_ok=True)
-    ranks = joined_ranks(rank, len(machines), 60) if background else Ranks(rank, len(machines))
+    ranks = joined_ranks(rank, len(machines), 200) if background else Ranks(rank, len(machines))
     one = Snapshots(memory, Path(folder) / "checkpoints", warnings.append, ranks, background)
     one.prepare()
     return one

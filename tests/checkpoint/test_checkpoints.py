@@ -601,7 +601,7 @@ def test_killed_at_random_moments_the_newest_is_whole(tmp_path):
             run.save(step, big)
 
     killed = 0
-    while killed < (20 if run.manager.latest() else 200):  # a busy machine needs more than one for its first save
+    while killed < (20 if run.manager.latest() else 200):  # a busy machine needs more, and longer, for its first save
         latest = run.manager.latest() or 0
         child = os.fork()
         if child == 0:
@@ -609,7 +609,7 @@ def test_killed_at_random_moments_the_newest_is_whole(tmp_path):
                 save_for_ever(latest + 1)
             finally:
                 os._exit(1)
-        time.sleep(moments.uniform(0.0, 0.08))
+        time.sleep(moments.uniform(0.0, 0.08 if latest else 0.08 * (1 + killed)))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         killed += 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import save_request_ranks
 from pool import Pool
+from tiny import write_tiny
 
 from titanlite.checkpoint import requests
 from titanlite.checkpoint.manager import CheckpointManager
@@ -17,34 +18,10 @@ from titanlite.checkpoint.storage import superseded
 from titanlite.cli import run_command
 from titanlite.train import main
 
-RECIPE = """
-[run]
-name = "tiny"
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = 6
-sequence_length = 16
-global_batch = 2
-[precision]
-compute = "float32"
-[metrics]
-log_every = 1
-tensorboard = false
-"""
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 from pool import Pool
+from tiny import write_tiny
 
 from titanlite import trainer
 from titanlite.checkpoint import snapshots
@@ -220,35 +221,15 @@ def test_an_unreadable_line_is_begun_anew(folder: Path) -> None:
     assert not list(folder.glob("titanlite-*"))
 
 
-RECIPE = """
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = 12
-sequence_length = 16
-global_batch = 4
-[precision]
-compute = "float32"
-[checkpoint]
-mode = "sync"
-every_steps = 5
-[metrics]
-log_every = 1
-tensorboard = false
-"""
-
-
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(300)))
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_tiny(
+        tmp_path,
+        lines=300,
+        run={"name": "run"},
+        training={"steps": 12, "global_batch": 4},
+        checkpoint={"mode": "sync", "every_steps": 5},
+    )
     (tmp_path / "memory").mkdir()
     monkeypatch.chdir(tmp_path)
     return lambda *words: run_command(main, ["recipe.toml", "--resilience.snapshot_dir=memory", *words])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_workers_end_with_the_iterator() -> None:
 def test_workers_outlive_signals_to_the_whole_job() -> None:
     plan, others = BatchPlan(6, 1, 0, 6), multiprocessing.active_children()
     batches = train_loader(make_split(), plan, 0, 40, workers=2, prefetch=1)
-    found = [next(batches).samples]
+    found = [next(batches).samples for _ in range(2)]  # one of each worker, which then is past its beginning
     for child in children_but(others):
         for name in ("-INT", "-TERM"):
             subprocess.run(["kill", name, str(child.pid)], check=True)
@@ -188,21 +189,24 @@ def test_workers_outlive_signals_to_the_whole_job() -> None:
     assert found == [tuple(range(6 * step, 6 * step + 6)) for step in range(40)]
 
 
-def _ignore_signals_and_wait() -> None:
+def _ignore_signals_and_wait(ready: Event) -> None:
     _leave_signals_to_the_trainer(0)
-    time.sleep(60)
+    ready.set()
+    time.sleep(200)
 
 
 @needs_sigwaitinfo
 def test_a_stuck_worker_obeys_its_parent() -> None:
-    worker = multiprocessing.get_context("fork").Process(target=_ignore_signals_and_wait, daemon=True)
+    forked = multiprocessing.get_context("fork")
+    ready = forked.Event()
+    worker = forked.Process(target=_ignore_signals_and_wait, args=(ready,), daemon=True)
     worker.start()
-    time.sleep(0.2)
+    assert ready.wait(60)
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     worker.join(timeout=0.3)
     assert worker.is_alive()
     worker.terminate()
-    worker.join(timeout=5)
+    worker.join(timeout=60)
     assert worker.exitcode == 0
 
 
@@ -224,7 +228,7 @@ def test_workers_die_with_a_killed_trainer(tmp_path: Path) -> None:
         subprocess.run([sys.executable, str(script)], stdout=output, check=False)
     alive = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
     assert len(alive) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while alive and time.monotonic() < deadline:
         time.sleep(0.2)
         alive = {pid for pid in alive if _runs(pid)}

@@ -208,10 +208,10 @@ def test_a_second_process_is_refused_by_the_holders_name(tmp_path):
         try:
             opened(tmp_path)
             if os.fork() == 0:  # a data worker, which outlives its trainer
-                time.sleep(20)
+                time.sleep(60)
                 os._exit(0)
             os.write(written, b"x")
-            time.sleep(20)
+            time.sleep(200)
         finally:
             os._exit(1)
     os.close(written)
@@ -228,22 +228,28 @@ def test_a_second_process_is_refused_by_the_holders_name(tmp_path):
 
 
 HOLD = """
-import fcntl, sys, time
+import fcntl, sys
 lock = open(sys.argv[1], "w")
 fcntl.lockf(lock, fcntl.LOCK_EX)
 print("process 7 on elsewhere", file=lock, flush=True)
 print("held", flush=True)
-time.sleep(0.7)
+sys.stdin.read()
 """
 
 
 def test_the_lock_of_a_lost_machine_is_waited_for(tmp_path):
     """A file server lets go of it after a while."""
     started(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".lock"], stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         warnings = []
-        opened(tmp_path, warn=warnings.append).close()
+
+        def warn(text):
+            warnings.append(text)
+            holder.stdin.close()
+
+        opened(tmp_path, warn=warn).close()
     assert len(warnings) == 1 and "in use by process 7 on elsewhere; waiting" in warnings[0]
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}\n"
 

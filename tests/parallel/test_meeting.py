@@ -31,10 +31,10 @@ def met(size: int, value: str) -> list[str]:
     seen = [""] * size
 
     def rank(number: int) -> None:
-        store = meet(Launch(rank=number, size=size), 20)
+        store = meet(Launch(rank=number, size=size), 120)
         if number == 0:
             store.set("address", value)
-        store.wait(["address"], timedelta(seconds=20))
+        store.wait(["address"], timedelta(seconds=120))
         seen[number] = store.get("address").decode()
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]

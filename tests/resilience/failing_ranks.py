@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -45,13 +44,6 @@ def write_recipe(folder: Path) -> None:
     (folder / "recipe.toml").write_text(RECIPE)
 
 
-def free_port() -> int:
-    """One that nobody listens on just now."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
-
-
 def program(fault: str, *arguments: str) -> list[str]:
     """The command of one process."""
     return [sys.executable, __file__, fault, "recipe.toml", *arguments]
@@ -59,6 +51,8 @@ def program(fault: str, *arguments: str) -> list[str]:
 
 def started(fault: str, *arguments: str, count: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
     """A run's processes, by rank."""
+    from ports import free_port  # not where this file is a program
+
     port, processes = str(free_port()), []
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -91,6 +85,7 @@ def failing(fault: str, step: int, rank: int) -> None:
             if fault == "memory":
                 raise torch.OutOfMemoryError("Allocator: tried to allocate 3.00 GiB. Free: 1.00 GiB. Used: 9 GiB. More")
             if fault == "hang":
+                Path("hangs").touch()
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(self, number, *rest)

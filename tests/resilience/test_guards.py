@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_tiny
 
 from titanlite import trainer
 from titanlite.checkpoint.format import MANIFEST, encode
@@ -150,36 +151,6 @@ def test_bad_steps_wait_for_a_review_however_late_it_is() -> None:
 
 # Runs.
 
-RECIPE = """
-[run]
-name = "tiny"
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = 32
-sequence_length = 16
-global_batch = 8
-[optimizer]
-lr = 1e-2
-[schedule]
-name = "constant"
-[precision]
-compute = "float32"
-[checkpoint]
-every_steps = 10
-[resilience]
-spike_window = 12
-[metrics]
-log_every = 4
-tensorboard = false
-"""
 BAD_STEP, BATCH = 26, 8
 BAD = (BAD_STEP - 1) * BATCH
 """First sample of the step that a run without detours would read them in."""
@@ -187,8 +158,15 @@ BAD = (BAD_STEP - 1) * BATCH
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_tiny(
+        tmp_path,
+        training={"steps": 32, "global_batch": 8},
+        optimizer={"lr": 1e-2},
+        schedule={"name": "constant"},
+        checkpoint={"every_steps": 10},
+        resilience={"spike_window": 12},
+        metrics={"log_every": 4},
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -20,6 +20,8 @@ import waiting_ranks
 from hypothesis import given
 from hypothesis import strategies as some
 from pool import Pool
+from tiny import write_tiny
+from torch.distributed import HashStore
 
 from titanlite.checkpoint import save
 from titanlite.checkpoint.format import FileEntry
@@ -28,6 +30,7 @@ from titanlite.checkpoint.save import Facts
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
+from titanlite.resilience import board
 from titanlite.resilience.board import Verdict
 from titanlite.resilience.crashes import history
 from titanlite.resilience.progress import (
@@ -45,33 +48,6 @@ from titanlite.resilience.sampling import Sampler, where
 from titanlite.resilience.watchdog import Beat, _Silence
 from titanlite.rules.run import watching
 
-RECIPE = """
-[run]
-name = "tiny"
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = 18
-sequence_length = 16
-global_batch = 4
-[precision]
-compute = "float32"
-[checkpoint]
-every_steps = 3
-[resilience]
-watchdog_seconds = 3
-[metrics]
-log_every = 1
-tensorboard = false
-"""
-
 RANK = """
 import os, runpy, signal, sys, time
 from titanlite.learner import Learner
@@ -81,7 +57,7 @@ step, fault, rank = Learner.step, sys.argv[1], sys.argv[2]
 watchdog.WINDOW_LOOKS = 15
 
 def slow_disk():
-    time.sleep(0.25)
+    time.sleep(0.6)
 
 def faulty(self, number, batch, factor):
     if os.environ["RANK"] == rank:
@@ -102,15 +78,17 @@ from pathlib import Path
 from titanlite.resilience.watchdog import Watchdog
 
 def on_and_on():
-    print("begun", flush=True)
     while True:
         time.sleep(0.1)
+        if not Path("hang").exists():
+            watchdog.beat(7)
 
 def words(hang):
     Path("words").write_text(f"{hang.step} {hang.rank} {hang.stacks} {hang.verdict}")
 
 with Watchdog(float(sys.argv[1]), Path("."), last_words=words) as watchdog:
     watchdog.beat(7)
+    print("watched", flush=True)
     on_and_on()
 """
 
@@ -274,6 +252,54 @@ def test_a_watchdog_slower_than_the_process_group_is_warned_of() -> None:
     assert not warned(120, 600) and not warned(0, 600) and not warned(900, 600, world=1)
 
 
+def boards(monkeypatch: pytest.MonkeyPatch, count: int) -> list[board.Board]:
+    """Those of so many ranks, at work."""
+    store = HashStore()
+    monkeypatch.setattr(board, "_get_default_store", lambda: store)
+    made = [board.Board(rank(number), count, 0.02) for number in range(count)]
+    for one in made:
+        threading.Thread(target=one.run, daemon=True).start()
+    return made
+
+
+def test_no_rank_ends_before_all_have_left_their_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "_PARTING_SECONDS", 120.0)
+    ranks, events = boards(monkeypatch, 3), list[str]()
+    ranks[1].ending = True
+
+    def end(number: int) -> None:
+        assert ranks[number].heard() is not None
+        events.append("evidence")
+        ranks[number].part()
+        events.append("end")
+
+    ending = [threading.Thread(target=end, args=(number,)) for number in range(3)]
+    for number in (0, 1):
+        ending[number].start()
+    while ranks[0]._store.add("ready", 0) < 2:
+        time.sleep(0.01)
+    ending[2].start()  # a process that was stopped, and is woken
+    for thread in ending:
+        thread.join()
+    assert events == ["evidence"] * 3 + ["end"] * 3
+
+
+def test_a_rank_that_leaves_no_evidence_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "_PARTING_SECONDS", 0.1)
+    ranks = boards(monkeypatch, 2)
+    ranks[0].ending = True
+    assert ranks[0].heard() is not None
+    ranks[0].part()
+    ranks[1].stop()
+
+
+def test_evidence_is_expected_of_ranks_that_run_or_are_woken() -> None:
+    before = [rank(0, count=1), rank(1, count=1), rank(2, count=1, pids="dead"), rank(3, doing=LEFT)]
+    after = [replace(before[0], count=2), *before[1:]]
+    verdict = board.Verdict.of(before, after)
+    assert (verdict.wakers, verdict.parting) == ([[0, 101]], 2)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -289,8 +315,12 @@ def test_a_process_writes_its_stacks_when_asked_and_ends_when_it_hangs(tmp_path:
     ) as one:
         assert one.stdout is not None
         one.stdout.readline()
-        one.send_signal(signal.SIGUSR2)
-        _, errors = one.communicate(timeout=60)
+        until = time.monotonic() + 120
+        while "in on_and_on" not in log(tmp_path, 0) and time.monotonic() < until:
+            one.send_signal(signal.SIGUSR2)  # the first may come before the loop has begun
+            time.sleep(0.1)
+        (tmp_path / "hang").touch()
+        _, errors = one.communicate(timeout=240)
     assert one.returncode == 1
     written = log(tmp_path, 0)
     asked, _, hung = written.partition("no sign of life")
@@ -310,7 +340,7 @@ def torchrun(folder: Path, fault: str, number: int, name: str) -> subprocess.Com
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     return subprocess.run(
         [*command, "rank.py", fault, str(number), f"--run.name={name}"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -325,8 +355,13 @@ def curve(folder: Path, name: str) -> list[tuple[object, ...]]:
 @pytest.mark.slow
 def test_a_slow_rank_is_named_and_a_stopped_one_is_left_behind(tmp_path: Path) -> None:
     """The slow run ends undisturbed, and is the curve that the other one, interrupted, must come back to."""
-    (tmp_path / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(500)))
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_tiny(
+        tmp_path,
+        lines=500,
+        training={"steps": 18, "global_batch": 4},
+        checkpoint={"every_steps": 3},
+        resilience={"watchdog_seconds": 8},
+    )
     (tmp_path / "rank.py").write_text(RANK)
     slow = torchrun(tmp_path, "slow", 1, "slow")
     assert slow.returncode == 0, slow.stderr

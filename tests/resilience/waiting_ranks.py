@@ -82,7 +82,7 @@ def seen(rank: int, world: int, way: str, file: str) -> Where:
 
     def look() -> None:
         last: list[Where] = []
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while time.monotonic() < until and len(last) < _ENOUGH:
             time.sleep(0.02)
             now = sampler.look()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import verify_ranks
 from pool import Pool
+from ports import free_port
 
 from titanlite.cli import main
 from titanlite.parallel.program import PlainLoop
@@ -179,10 +179,7 @@ def test_compiled(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ranks_of_a_launcher(recipe: str) -> None:
     """As processes with torchrun's variables: one voice, one exit code."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
         environment = {**os.environ, **place, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}

@@ -222,7 +222,7 @@ def _in_time(act: Callable[[], Store], seconds: float) -> Store:
     thread.start()
     thread.join(seconds + 2.0)
     if thread.is_alive():
-        raise TimeoutError("what listens there does not answer")
+        raise TimeoutError("there was no answer")
     return met.result()
 
 

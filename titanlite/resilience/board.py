@@ -11,14 +11,17 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from titanlite.resilience.progress import LEFT, Progress, accusation, laggards, stragglers, table, unheard, wakers
 
-_ENDING, _REPORTERS, _VERDICT = "ending", "reporters", "verdict"
+_ENDING, _REPORTERS, _VERDICT, _READY, _PARTING = "ending", "reporters", "verdict", "ready", "parting"
 _READINGS_APART = 3
 """Periods between two readings that tell who still runs."""
+_PARTING_SECONDS = 10.0
+"""So long a rank that is ready to end waits for the others; one that is stuck in the system may never be."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,17 @@ class Verdict:
     """(rank, pid): the rank wakes the process, so that its stacks are written too."""
     blamed: list[tuple[int, str]]
     """(rank, host) of those that hold up the run; empty if all wait for each other."""
+    parting: int
+    """How many ranks leave evidence: those that run, and those that are woken."""
 
     @classmethod
     def of(cls, before: list[Progress], after: list[Progress]) -> Verdict:
         """What follows from two readings of all ranks."""
         silent = unheard(before, after)
-        named = laggards(after, silent)
+        named, woken = laggards(after, silent), [list(pair) for pair in wakers(after, silent)]
         blamed = [(rank.rank, rank.host) for rank in after if rank.rank in named]
-        return cls(accusation(after, named), table(after), [list(pair) for pair in wakers(after, silent)], blamed)
+        running = sum(rank.doing != LEFT and rank.rank not in silent for rank in after)
+        return cls(accusation(after, named), table(after), woken, blamed, running + len(woken))
 
 
 class Board:
@@ -58,6 +64,9 @@ class Board:
         self._done = threading.Event()
         """There is a verdict, or there will never be one."""
         self._stopped = threading.Event()
+        self._ready = threading.Event()
+        self._parted = threading.Event()
+        """All ranks are ready to end, or it will never be known."""
         self._keys = [f"rank-{rank}" for rank in range(ranks)]
         self._period = period_seconds
         self._tellings = 0
@@ -68,11 +77,20 @@ class Board:
     def stop(self) -> None:
         """Have the thread say good-bye and end."""
         self._stopped.set()
+        self._ready.set()
 
     def heard(self) -> Verdict | None:
         """What the ranks found, waited for as long as that takes them; None if the store does not answer."""
-        self._done.wait(timeout=2 * self._period * _READINGS_APART + 5.0)
+        self._done.wait(timeout=2 * self._period * _READINGS_APART + 10.0)
         return self._verdict
+
+    def part(self) -> None:
+        """Say that this rank has left its evidence, and return once all ranks have, or some seconds later.
+
+        The end of any one ends the others: its launcher kills them, and the store may be gone with it.
+        """
+        self._ready.set()
+        self._parted.wait(timeout=_PARTING_SECONDS)
 
     def run(self) -> None:
         """The body of the thread."""
@@ -82,6 +100,7 @@ class Board:
             pass  # the store is gone: what is known by now has to do
         finally:
             self._done.set()
+            self._parted.set()
 
     def _exchange(self) -> None:
         compared = None
@@ -92,6 +111,8 @@ class Board:
             self.ending = self.ending or self._store.check([_ENDING])
             if self.ending:
                 self._verdict = self._agree()
+                self._done.set()
+                self._part_from(self._verdict.parting)
                 return
             if self.mine.rank == 0 and self.mine.shares is not compared:
                 compared = self.mine.shares
@@ -123,6 +144,13 @@ class Board:
             time.sleep(self._period)
             self._tell()
         return Verdict(**json.loads(self._store.get(_VERDICT)))
+
+    def _part_from(self, ranks: int) -> None:
+        """Return when so many are ready. Raises `RuntimeError` when that takes too long."""
+        self._ready.wait()
+        if self._store.add(_READY, 1) >= ranks:
+            self._store.set(_PARTING, "1")
+        self._store.wait([_PARTING], timedelta(seconds=_PARTING_SECONDS))
 
     def _compare(self) -> None:
         """Note who slows the others down, once for as long as it lasts."""

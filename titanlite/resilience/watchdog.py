@@ -169,7 +169,6 @@ class Watchdog:
         verdict = board.heard() if board is not None else None
         if verdict is not None:
             text, everyone = verdict.text, verdict.table
-            _wake([pid for rank, pid in verdict.wakers if rank == mine.rank])
         elif board is not None:
             text, everyone = "who is to blame is unknown: the store, at the first rank or its launcher, is silent", ""
         else:
@@ -181,6 +180,9 @@ class Watchdog:
         if self._last_words is not None:
             rank, host = verdict.blamed[0] if verdict is not None and verdict.blamed else (mine.rank, mine.host)
             self._last_words(Hang(mine.step, text, rank, host, log_of(self._logs, rank)))
+        if board is not None and verdict is not None:
+            _wake([pid for rank, pid in verdict.wakers if rank == mine.rank])  # from now on trainers may go on
+            board.part()
         os._exit(TitanliteError.exit_code)
 
 
