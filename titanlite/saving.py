@@ -45,7 +45,6 @@ class Saving:
         self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, heeded=heeded)
         self._snapshots_fail: bool | None = None
         """Whether the last one did; None before the first."""
-        self._snapshots_late = False
 
     def due(self) -> bool:
         """Whether the clock or the user asks for a checkpoint, on this rank."""
@@ -61,7 +60,7 @@ class Saving:
         if self.covers(facts.step):
             return
         with self._watchdog.during("saving"):
-            self._note(self._checkpoints.wait())
+            self._note(self._awaited(self._checkpoints, "checkpoint", facts.step))
             self._journal.sync()  # no row of a committed step may be lost with the machine's power
             self._checkpoints.begin(tensors, facts)
         self.look()
@@ -88,13 +87,7 @@ class Saving:
         """Begin a snapshot, once the one before has ended."""
         assert self._snapshots is not None, "the recipe asks for none"
         with self._watchdog.during("saving"):
-            before = time.monotonic()
-            self._note_snapshot(self._snapshots.wait())
-            waited = time.monotonic() - before
-            if waited > _SHORT_SECONDS and not self._snapshots_late:
-                self._snapshots_late = True
-                said = f"training waited {waited:.1f} s for the one before; told once: raise resilience.snapshot_every"
-                self._journal.event(facts.step, "snapshot_late", said)
+            self._note_snapshot(self._awaited(self._snapshots, "snapshot", facts.step))
             self._journal.sync()
             self._snapshots.begin(tensors, facts)
 
@@ -135,6 +128,16 @@ class Saving:
             return ""
         kept = f"up to step {current}" if current is not None else "nothing of this start"
         return f"{kept} is saved; what came after, up to step {step}, is lost and will be trained again"
+
+    def _awaited(self, kept: CheckpointManager | Snapshots, what: str, step: int) -> Saved | None:
+        """What `kept.wait()` returns; if training stands still for that, it is said."""
+        before = time.monotonic()
+        saved = kept.wait()
+        seconds = time.monotonic() - before
+        if seconds > _SHORT_SECONDS:
+            said = f"training stood still for {seconds:.1f} s until the {what} before was complete"
+            self._journal.event(step, "waited", said)
+        return saved
 
     def _free_memory(self) -> None:
         """The run has ended with its state on a disk."""

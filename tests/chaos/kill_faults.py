@@ -90,27 +90,30 @@ def lost_machine(box: Sandbox, away: int) -> Outcome:
 
 
 _LONG = ("--training.steps=100000", "--checkpoint.every_steps=2")
-_LEFT_BY_A_KILL = r"\.step-[0-9]+\.(writing|replaced|deleting)|\.mark-[0-9a-f]+"
+_LEFT_BY_A_KILL = r"\.step-[0-9]+\.(writing|replaced|deleting)|\.mark-[0-9a-f]+|\.snapshots"
 
 
-def at_random(box: Sandbox, ranks: int, kills: int) -> Outcome:
+def at_random(box: Sandbox, ranks: int, kills: int, words: tuple[str, ...] = ()) -> Outcome:
     """Again and again, of one rank or of all, while the run starts, trains and saves in the background."""
     moments = random.Random(time.time_ns())  # other moments each time; whatever they are, the promises hold
     lost, kinds = 0, Counter[str]()
     for _ in range(kills):
-        committed = box.steps()
-        kinds[_kill_somewhere(box, box.start(*_LONG, ranks=ranks), moments)] += 1
+        committed, reached = box.steps(), box.step()
+        job = box.start(*_LONG, *words, ranks=ranks)
+        kinds[_kill_somewhere(box, job, moments)] += 1
+        lost += reached - box.resumed() if "resumed" in job.said else 0
         if box.run_folder().exists():
             assert all(re.fullmatch(_LEFT_BY_A_KILL, name) for name in box.leftovers())
             assert max(box.steps(), default=0) >= max(committed, default=0), "what was committed stays"
         if box.steps():
             box.command("checkpoint", "verify", "runs/run", "--deep")
-        lost += box.step() - max(box.steps(), default=0)
 
-    end = f"--run.stop_after_step={box.step() + 3}"
-    box.start(*_LONG, end, ranks=ranks).ended(75)
+    reached = box.step()
+    end = f"--run.stop_after_step={reached + 3}"
+    box.start(*_LONG, *words, end, ranks=ranks).ended(75)
+    lost += reached - box.resumed()
     assert box.leftovers() == [], "the next start clears what a kill has left"
-    box.start(*_LONG, end, "--run.name=whole", ranks=ranks).ended(75)
+    box.start(*_LONG, *words, end, "--run.name=whole", ranks=ranks).ended(75)
     assert box.curve() == box.curve("whole")
     assert box.tensors(box.step()) == box.tensors(box.step(), "whole")
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -136,6 +139,13 @@ def _kill_somewhere(box: Sandbox, job: Job, moments: random.Random) -> str:
     return f"of one{when}"
 
 
+def with_snapshots(box: Sandbox, ranks: int, kills: int) -> Outcome:
+    """At every step, in the background, each rank on a machine of its own; few checkpoints beside."""
+    box.mistake = "machines_of_their_own"
+    words = "--checkpoint.every_steps=7", "--resilience.snapshot_every=1", "--resilience.snapshot_dir=memory"
+    return at_random(box, ranks, kills, words)
+
+
 def many(ranks: int, kills: int) -> Fault:
     what = f"{kills} SIGKILLs at random moments, of one of {ranks} ranks or of all"
     return Fault(
@@ -157,5 +167,12 @@ FAULTS = [
     ),
     Fault(2, "SIGKILL of all ranks", "from outside; then the same command again", killed_all),
     *(many(ranks, kills) for ranks, kills in ((2, 40), (3, 35), (4, 25))),
+    Fault(
+        2,
+        "12 SIGKILLs at random moments, of one of 2 ranks or of all, with a snapshot in memory every step",
+        "from outside; the same command again",
+        partial(with_snapshots, ranks=2, kills=12),
+        slow=True,
+    ),
     *(killed_in_save(point, mode, ranks) for mode in ("sync", "async") for point in POINTS for ranks in (1, 2)),
 ]
