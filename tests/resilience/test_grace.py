@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -50,3 +51,24 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(folder: Path) -> Non
         for process in processes:
             process.kill()
             process.communicate()
+
+
+BUSY = """
+import time
+from titanlite.resilience.signals import StopRequests
+
+with StopRequests(1, True, 0.2, lambda: ""):
+    print("begun", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_where_nothing_is_lost_the_end_of_the_grace_is_a_stop(tmp_path: Path) -> None:
+    """The state is saved, and the process is busy with something else."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as one:
+        assert one.stdout is not None and one.stdout.readline()
+        one.send_signal(signal.SIGTERM)
+        _, said = one.communicate(timeout=60)
+    assert one.returncode == 75 and "0.2 are over: all is saved" in said
