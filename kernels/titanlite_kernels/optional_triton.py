@@ -1,0 +1,53 @@
+"""Triton where it is installed; without it, kernels are still defined, so that references and fakes import everywhere.
+
+Operations take `tl`, `jit`, `wrap_triton` and `serves` from here and import nothing of Triton themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns when nobody has said it
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on this platform, or a CPU build of torch: the references serve
+    triton = tl = None
+
+INSTALLED = triton is not None
+INTERPRETING = INSTALLED and bool(triton.knobs.runtime.interpret)
+"""Whether kernels run as Python on CPU tensors (TRITON_INTERPRET=1): right, and very slow."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`; without Triton, the function as it stands, which nobody launches."""
+    return triton.jit(function) if INSTALLED else function
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`torch.library.wrap_triton`, which lets the compiler see a launch; interpreted kernels are launched directly."""
+    return kernel if INTERPRETING else torch.library.wrap_triton(kernel)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether Triton kernels run on x: on a CUDA device (or in the interpreter), in a width that they compute in.
+
+    Below float32 they compute in float32. Float64 is for proofs: there the reference is the answer.
+    """
+    return INSTALLED and (x.is_cuda or (INTERPRETING and x.device.type == "cpu")) and x.dtype != torch.float64
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n: blocks have such lengths."""
+    return 1 << max(n - 1, 0).bit_length()
