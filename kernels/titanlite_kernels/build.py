@@ -100,7 +100,8 @@ def _specialised(build: Build) -> tuple[dict[str, str], dict[str, Any], dict[tup
     """Types, constants and attributes of the arguments, as Triton's own launcher would derive them."""
     names = build.kernel.arg_names
     assert set(names) == set(build.signature) | set(build.constexprs), f"{build.name}: {names} is what it takes"
-    constants = dict(build.constexprs) | {name: 1 for name, value in build.signature.items() if value == 1 and isinstance(value, int)}
+    ones = {name: 1 for name, value in build.signature.items() if isinstance(value, int) and value == 1}
+    constants = dict(build.constexprs) | ones
     signature = {name: "constexpr" if name in constants else _type(build.signature[name]) for name in names}
     aligned = [
         index
