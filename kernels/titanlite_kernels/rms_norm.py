@@ -18,8 +18,9 @@ from titanlite_kernels.build import Build
 from titanlite_kernels.optional_triton import cdiv, jit, multiprocessors, power_of_two, serves, tl, wrap_triton
 from titanlite_kernels.sharding import Way, offers
 
-WIDEST_ROW = 16384
-"""Llama 3 405B's. A row is held in the registers of one program; wider ones are left to the reference."""
+WIDEST_ROW = 8192
+"""Llama 3 70B's. A program holds its row, and backward the weight and its gradient too, in registers: wider ones spill,
+and are left to the reference."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,10 +62,11 @@ def _forward(
     x, residual, weight, y, summed, rows, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    first = tl.program_id(0) * ROWS
+    stride = tl.full((), DIM, tl.int64)  # all elements may be more than 2^31
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    at = first * DIM + (row * DIM + column)
+    at = first * stride + (row * DIM + column)
     inside = (first + row < rows) & (column < DIM)
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
@@ -84,13 +86,15 @@ def _backward(
 ):  # fmt: skip
     # Few programs take many rows each: the weight's gradient is a sum over rows, held in registers meanwhile.
     program = tl.program_id(0)
+    stride = tl.full((), DIM, tl.int64)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + column, mask=column < DIM, other=0.0).to(x.dtype.element_ty).to(tl.float32)
     grad_w = tl.zeros([ROWS, BLOCK], tl.float32)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tile.to(tl.int64) * ROWS
-        at = first * DIM + (row * DIM + column)
+    # Two stages: the next rows are on their way while these are summed.
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=2):
+        first = tile * ROWS
+        at = first * stride + (row * DIM + column)
         inside = (first + row < rows) & (column < DIM)
         values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
@@ -112,11 +116,11 @@ def _tile(dim: int) -> tuple[int, int]:
 
 
 def _forward_warps(block: int, rows: int) -> int:
-    return min(16, max(1, block * rows // 1024))  # 32 values a thread: four loads of 16 bytes in flight
+    return max(1, block * rows // 1024)  # 32 values a thread: four loads of 16 bytes in flight
 
 
 def _backward_warps(block: int, rows: int) -> int:
-    return min(32, max(1, block * rows // 512))  # 16 values a thread: x, its gradient, the weight and its gradient
+    return max(1, block * rows // 512)  # 16 values a thread: x, its gradient, the weight and its gradient
 
 
 def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -288,7 +292,7 @@ def _build(kernel: Any, model: str, dim: int, tokens: int, adds: bool) -> Build:
     )
 
 
-_SHAPES = (("8B", 4096, 8192), ("70B", 8192, 8192), ("405B", 16384, 8192), ("8B heads", 128, 8192 * 32))
+_SHAPES = (("8B", 4096, 8192), ("70B", 8192, 8192), ("8B heads", 128, 8192 * 32))
 
 BUILDS = tuple(
     _build(kernel, *shape, adds)
