@@ -21,7 +21,7 @@ from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_override
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes, format_count
 from titanlite.registry import Registry
-from titanlite.rules import check
+from titanlite.rules import check, kernels
 from titanlite.rules.terms import count, times
 from titanlite.sharding_table import shape_text, sharding_table, sharding_text
 
@@ -105,6 +105,7 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     yield "memory", f"{memory['total']} a rank: {parts}{where}; activations come on top"
     operations = f"{format_count(run['flops_per_token'])} operations a token, {run['flops']:.3g} in all"
     yield "compute", f"{recipe.precision.compute}; {operations}"
+    yield "kernels", kernels.in_words(recipe)
     yield "folder", str(Path(recipe.run.output_dir) / recipe.run.name)
 
 

@@ -147,6 +147,13 @@ class Rotation:
         return (x * self.cos + turned * self.sin).to(x.dtype)
 
 
+class Rotate(nn.Module):
+    """A rotation of queries and keys, as a module, so that it can be exchanged for a fused one."""
+
+    def forward(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return rotation(q), rotation(k)
+
+
 class KVCache:
     """Keys and values of one block for the positions already seen; grows by `extend`, up to `capacity`."""
 
@@ -209,6 +216,7 @@ class Attention(nn.Module):
         self.wo = Linear(heads * self.head_dim, dim)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        self.rotate = Rotate()
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -218,12 +226,19 @@ class Attention(nn.Module):
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotation(q), rotation(k)
+        q, k = self.rotate(q, k, rotation)
         causal = mask is None
         if cache is not None:
             causal = causal and cache.length == 0
             k, v = cache.extend(k, v)
         return self.wo(self.core(q, k, v, mask, causal).flatten(-2))
+
+
+class GatedProduct(nn.Module):
+    """silu(gate) * up, as a module, so that it can be exchanged for a fused one."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -233,7 +248,8 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate = Linear(dim, ffn_dim)
         self.up = Linear(dim, ffn_dim)
+        self.product = GatedProduct()
         self.down = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.product(self.gate(x), self.up(x)))

@@ -32,6 +32,7 @@ OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "status.json", "
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
     "data.workers", "data.prefetch", "training.microbatch", "parallel.*", "recompute.*", "compile.*",
+    "kernels.*",
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip
 """Recipe keys that leave the training's numbers alone, but for rounding, so that a resumed run may change them."""

@@ -22,6 +22,7 @@ from titanlite.parallel.stages import stage_split
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.recipe.sections import Recipe
+from titanlite.rules.kernels import fused
 
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
@@ -35,15 +36,20 @@ def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program
     if layout.size > 1:
         return _shared(spec, config, recipe, world, layout)
     with torch.device("meta"):
-        model = _model(spec, config, recipe)
+        model = _model(spec, config, recipe, world.device)
     model.to_empty(device=world.device)
     _tie(model, spec.tied(config))
     _recompute_and_compile(model, spec, recipe)
     return Program(model, world, Shards.of(model), PlainLoop(model))
 
 
-def _model(spec: ModelSpec, config: Any, recipe: Recipe) -> nn.Module:
+def _model(spec: ModelSpec, config: Any, recipe: Recipe, device: torch.device) -> nn.Module:
     model: nn.Module = spec.build(config, compute_dtype(recipe.precision)).to(master_dtype(recipe.precision))
+    if operations := fused(recipe, device.type):
+        # Imported here: it knows Triton, which a run without kernels need not load.
+        from titanlite.models.fused import use_kernels
+
+        use_kernels(model, operations)
     return model
 
 
@@ -68,7 +74,7 @@ def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: 
         model, shards, passes = _pipeline(spec, config, recipe, world, meshes)
         return Program(model, world, shards, passes, meshes.place, sequence)
     with torch.device("meta"):
-        model = _model(spec, config, recipe)
+        model = _model(spec, config, recipe, world.device)
     part = _apply(model, spec, config, recipe, world, meshes)
     shards = Shards(dict(model.named_parameters()), meshes, part.slicings)
     return Program(model, world, shards, PlainLoop(model, part.sync), meshes.place, sequence)
@@ -88,7 +94,7 @@ def _pipeline(
         if stage.rank != meshes.place.pp:
             continue
         with torch.device("meta"):
-            module = keep_pieces(_model(spec, config, recipe), pieces, stage.modules)
+            module = keep_pieces(_model(spec, config, recipe, world.device), pieces, stage.modules)
         part = _apply(module, spec, config, recipe, world, meshes)
         held.append(Held(stage, module, part.sync))
         parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})

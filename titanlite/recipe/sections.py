@@ -252,6 +252,20 @@ class Recompute(Section):
     a `mode`, and with `compile`."""
 
 
+class Kernels(Section):
+    """Which of a model's operations run as fused kernels. On a CPU all are PyTorch's own."""
+
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """`triton`: one Triton kernel an operation, forward and backward; `torch`: PyTorch's operations; `auto`: Triton on
+    a GPU, but for what `compile` fuses by itself."""
+    rms_norm: Literal["auto", "triton", "torch"] | None = None
+    """The same for RMSNorm alone."""
+    rope: Literal["auto", "triton", "torch"] | None = None
+    """The same for the rotation of queries and keys."""
+    swiglu: Literal["auto", "triton", "torch"] | None = None
+    """The same for silu(gate) x up."""
+
+
 class Compile(Section):
     """torch.compile."""
 
@@ -365,6 +379,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
     precision: Precision = Precision()
+    kernels: Kernels = Kernels()
     recompute: Recompute = Recompute()
     compile: Compile = Compile()
     checkpoint: Checkpoint = Checkpoint()

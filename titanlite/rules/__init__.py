@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from titanlite.errors import Finding
 from titanlite.parallel.layout import active_ranks
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import idle, layout, pipeline, run
+from titanlite.rules import idle, kernels, layout, pipeline, run
 
 Rule = Callable[[Recipe, int], Iterator[Finding]]
 
@@ -36,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     layout.offloading,
     layout.rounded_sums,
     layout.padding,
+    kernels.wide_kernels,
     run.never_reached,
     run.rollback,
     run.rerun,

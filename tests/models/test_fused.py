@@ -1,0 +1,80 @@
+"""Fused kernels inside of a model: in Triton's interpreter, the numbers of the plain modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titanlite.errors import UsageError
+from titanlite.recipe.sections import Recipe
+from titanlite.rules import check
+from titanlite.rules.kernels import OPERATIONS, choices, fused, in_words
+
+BOTH_WAYS = """
+import json, sys
+import torch
+from titanlite.models.fused import FUSED, use_kernels
+from titanlite.models.llama import Llama
+from titanlite.models.llama_spec import LlamaConfig
+
+torch.manual_seed(0)
+config = LlamaConfig(dim=12, layers=2, heads=3, kv_heads=1, ffn_dim=20, vocab_size=17, qk_norm=True)
+model = Llama(config, torch.float32)
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+tokens, labels = torch.randint(0, 17, (2, 2, 7))
+
+def step():
+    model.zero_grad()
+    loss = model(tokens, labels)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+plain = step()
+use_kernels(model, list(FUSED))
+kinds = sorted({type(module).__name__ for module in model.modules()})
+apart = [float((a - b).norm() / b.norm()) for a, b in zip(step(), plain)]
+print(json.dumps({"kinds": kinds, "apart": max(apart)}))
+"""
+
+
+def test_a_model_computes_the_same_with_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH_WAYS],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"FusedRMSNorm", "FusedRotate", "FusedProduct"} < set(found["kinds"]) and "RMSNorm" not in found["kinds"]
+    assert 0 < found["apart"] < 1e-5
+
+
+def recipe(**sections: dict[str, object]) -> Recipe:
+    return Recipe.model_validate({"training": {"steps": 1}, **sections})
+
+
+def test_what_runs_where() -> None:
+    assert fused(recipe(), "cuda") == list(OPERATIONS) and fused(recipe(), "cpu") == []
+    compiled = recipe(compile={"enabled": True}, kernels={"rope": "triton"})
+    assert fused(compiled, "cuda") == ["rope"]
+    assert in_words(compiled) == (
+        "rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours)"
+    )
+    assert not any(choice.fused for choice in choices(recipe(precision={"compute": "float64"})).values())
+    assert fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]
+
+
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"kernels\.rope = 'triton': Triton needs a GPU"):
+        fused(recipe(kernels={"rope": "triton"}), "cpu")
+    wide = recipe(kernels={"swiglu": "triton"}, precision={"compute": "float64"})
+    assert [finding.key for finding in check(wide)] == ["kernels.swiglu"]

@@ -1,0 +1,74 @@
+"""Which operations run as fused Triton kernels, and why; from the recipe and the kind of device alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from titanlite.errors import Finding, UsageError
+from titanlite.recipe.sections import Recipe
+
+OPERATIONS = ("rms_norm", "rope", "swiglu")
+
+
+class Choice(NamedTuple):
+    """How one operation runs."""
+
+    fused: bool
+    why: str
+
+
+def choices(recipe: Recipe, device: str = "cuda") -> dict[str, Choice]:
+    """By operation, how it runs on a `device` of that type."""
+    return {name: _choice(recipe, name, device) for name in OPERATIONS}
+
+
+def fused(recipe: Recipe, device: str) -> list[str]:
+    """The operations that run as Triton kernels. Raises `UsageError` if one was asked for that cannot."""
+    for key in ("backend", *OPERATIONS):
+        if device != "cuda" and getattr(recipe.kernels, key) == "triton":
+            raise UsageError(
+                f"kernels.{key} = 'triton': Triton needs a GPU, and this run is on {device}. Leave it at 'auto'."
+            )
+    return [name for name, choice in choices(recipe, device).items() if choice.fused]
+
+
+def _choice(recipe: Recipe, name: str, device: str) -> Choice:
+    asked = getattr(recipe.kernels, name) or recipe.kernels.backend
+    if asked == "torch":
+        return Choice(False, "asked for")
+    if device != "cuda":
+        return Choice(False, f"Triton does not run on a {device.upper()}")
+    if recipe.precision.compute == "float64":
+        return Choice(False, "the kernels compute in float32")
+    if asked == "triton":
+        return Choice(True, "asked for")
+    if recipe.compile.enabled:
+        return Choice(False, "the compiler fuses it with its neighbours")
+    return Choice(True, "without the compiler nothing else fuses it")
+
+
+def in_words(recipe: Recipe) -> str:
+    """One line on what runs on a GPU."""
+    found = choices(recipe)
+    parts = []
+    for way, runs in (("Triton", True), ("torch", False)):
+        reasons: dict[str, list[str]] = {}
+        for name, choice in found.items():
+            if choice.fused is runs:
+                reasons.setdefault(choice.why, []).append(name)
+        parts += [f"{', '.join(names)} by {way} ({why})" for why, names in reasons.items()]
+    return "; ".join(parts)
+
+
+def wide_kernels(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Kernels asked for by name that would not run."""
+    if recipe.precision.compute != "float64":
+        return
+    keys = [name for name in ("backend", *OPERATIONS) if getattr(recipe.kernels, name) == "triton"]
+    for key in keys:
+        yield Finding(
+            f"kernels.{key}",
+            "Triton's kernels compute in float32, and precision.compute is float64",
+            "set it to 'auto', or compute in another precision",
+        )
