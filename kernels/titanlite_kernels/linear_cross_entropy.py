@@ -33,10 +33,15 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 WARPS = 8
-CHUNK = {"cpu": 512}
-"""Tokens whose logits are in memory at a time, by kind of device."""
-CHUNK_ON_CARDS = 2048
-"""The weight's gradient is read and written once a chunk: by so many tokens that the products take longer."""
+CHUNK = 2048
+
+
+def tokens_at_a_time(device_kind: str) -> int:
+    """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`.
+
+    So many that the products take longer than to read and write the weight's gradient, which happens once a chunk.
+    """
+    return 512 if device_kind == "cpu" else CHUNK
 
 
 def linear_cross_entropy(
@@ -54,8 +59,9 @@ def linear_cross_entropy(
     group: ProcessGroup | None = None,
     first: int = 0,
 ) -> Tensor:
-    """The sum over tokens of token_weight * (-log softmax(logits)[label] + z_loss * logsumexp(logits)^2), a scalar in at
-    least float32. Differentiable by `hidden` and `weight`.
+    """The sum over tokens of token_weight * (-log softmax(logits)[label] + z_loss * logsumexp(logits)^2).
+
+    A scalar in at least float32, differentiable by `hidden` and `weight`.
 
     The weight may be wider than `hidden`: it is rounded to its dtype for the products, and its gradient is not.
     Tokens labelled `ignore_index` count 0, whatever their logits. Another label outside the vocabulary makes the loss
@@ -66,7 +72,7 @@ def linear_cross_entropy(
     two numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
     rank's summand: who gave it to all ranks sums it.
     """
-    rows, (vocab, dim) = labels.numel(), weight.shape
+    rows, dim = labels.numel(), weight.shape[1]
     if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"{shapes} do not fit: [..., dim], [vocab, dim] and [...] are needed")
@@ -75,7 +81,7 @@ def linear_cross_entropy(
     how = _How(
         z_loss=float(z_loss),
         recompute=recompute,
-        chunk=chunk or CHUNK.get(hidden.device.type, CHUNK_ON_CARDS),
+        chunk=chunk or tokens_at_a_time(hidden.device.type),
         triton=serves(hidden) if backend == "auto" else backend == "triton",
         wide_products=hidden.device.type == "cpu" if wide_products is None else wide_products,
         group="" if group is None else group.group_name,
@@ -154,7 +160,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = run(*ctx.saved_tensors, grad, *ctx.wanted, *ctx.how)
         else:
             grads = [_scaled(each, grad, dtype) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *(each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None, None
+        return (
+            *(each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True)),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -316,7 +328,7 @@ def _(
     )
 
 
-# ---- products ----------------------------------------------------------------------------------------------------------
+# ---- products --------------------------------------------------------------------------------------------------------
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, wide_products: bool) -> Tensor:
@@ -341,7 +353,7 @@ _ROWS = 4096
 """Of a matrix that is as large as the weight, rows that temporary tensors hold at a time."""
 
 
-# ---- a chunk of logits -------------------------------------------------------------------------------------------------
+# ---- a chunk of logits -----------------------------------------------------------------------------------------------
 
 
 def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Tensor:
@@ -442,12 +454,11 @@ def _rows(
     if GRADIENT:
         tl.debug_barrier()  # the label's logit was read by all threads, and one of them writes it
         slope = factor * (1 + 2 * z_loss * lse)
+        read = tl.where(factor != 0, columns, 0)  # of a token that does not count, nothing
         for offset in range(0, columns, BLOCK):
-            inside = offset + at < columns
-            # Of a token that does not count nothing is read.
-            x = tl.load(start + offset + at, mask=inside & (factor != 0), other=0.0).to(tl.float32)
+            x = tl.load(start + offset + at, mask=offset + at < read, other=0.0).to(tl.float32)
             grad = slope * tl.exp(x - lse) - tl.where(offset + at == label, factor, 0.0)
-            tl.store(start + offset + at, tl.where(factor != 0, grad, 0.0), mask=inside)
+            tl.store(start + offset + at, tl.where(factor != 0, grad, 0.0), mask=offset + at < columns)
 
 
 def _launch(
@@ -497,11 +508,11 @@ def _(logits: Tensor, *rest: Any) -> Tensor:
 
 def _builds() -> tuple[Build, ...]:
     kinds = {
-        "statistics": (dict(GIVEN=False, GRADIENT=False), 1),
-        "gradient": (dict(GIVEN=True, GRADIENT=True), 2),
-        "statistics_and_gradient": (dict(GIVEN=False, GRADIENT=True), 2),
+        "statistics": ({"GIVEN": False, "GRADIENT": False}, 1),
+        "gradient": ({"GIVEN": True, "GRADIENT": True}, 2),
+        "statistics_and_gradient": ({"GIVEN": False, "GRADIENT": True}, 2),
     }
-    rows = CHUNK_ON_CARDS
+    rows = CHUNK
     return tuple(
         Build(
             name=f"linear_cross_entropy.{name}",

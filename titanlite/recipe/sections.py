@@ -240,6 +240,15 @@ class Precision(Section):
     before it is sent. In float64 runs, float64."""
 
 
+class Kernels(Section):
+    """Which code computes what there are several ways for."""
+
+    linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
+    """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
+    time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;
+    `torch` always, without Triton."""
+
+
 class Recompute(Section):
     """Activations that are computed a second time in the backward pass, instead of kept."""
 
@@ -365,6 +374,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
     precision: Precision = Precision()
+    kernels: Kernels = Kernels()
     recompute: Recompute = Recompute()
     compile: Compile = Compile()
     checkpoint: Checkpoint = Checkpoint()
