@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def serves(x: Tensor) -> bool:
     Below float32 they compute in float32. Float64 is for proofs: there the reference is the answer.
     """
     return INSTALLED and (x.is_cuda or (INTERPRETING and x.device.type == "cpu")) and x.dtype != torch.float64
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; those of an H100 where there is none to ask (tracing for one that is elsewhere)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def cdiv(a: int, b: int) -> int:

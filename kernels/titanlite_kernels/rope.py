@@ -1,0 +1,164 @@
+"""Rotary embedding (Su et al. 2021) of queries and keys in one launch.
+
+Shapes: q [batch, seq, heads, head_dim], k [batch, seq, kv_heads, head_dim] with any strides whose last is 1 (slices
+of one projection, gradients that attention hands back transposed); cos and sin [1 or batch, seq, 1, head_dim] whose
+two halves are alike. Pair i is (x[i], x[i + head_dim / 2]), as in Hugging Face. Results are contiguous, like q and k;
+computed in float32. The backward is the rotation by the opposite angle, so it keeps cos and sin alone.
+Bytes, for n elements of q and k together of b bytes: 2nb, and half of cos and sin; the same backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanlite_kernels.build import Build
+from titanlite_kernels.optional_triton import jit, power_of_two, serves, tl, wrap_triton
+from titanlite_kernels.sharding import Way, offers
+
+LARGEST_TOKEN = 16384
+"""Values of one token's queries (128 heads of 128): one program holds them; more are left to the reference."""
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k, rotated: by Triton where that serves, else the reference."""
+    if serves(q) and max(q.shape[2], k.shape[2]) * q.shape[3] <= LARGEST_TOKEN:
+        return rope_op(q, k, cos, sin, False)
+    return rope_reference(q, k, cos, sin)
+
+
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch."""
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+@jit
+def _rotate(
+    q, k, cos, sin, q_out, k_out, seq, cos_batch, cos_seq, sin_batch, sin_seq,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, KV_HEAD_BLOCK: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    # A program rotates all heads of one token, so that its angles are read once.
+    token = tl.program_id(0).to(tl.int64)
+    batch = token // seq
+    place = token % seq
+    pair = tl.arange(0, HALF_BLOCK)[None, :]
+    c = tl.load(cos + batch * cos_batch + place * cos_seq + pair, mask=pair < HALF).to(tl.float32)
+    s = tl.load(sin + batch * sin_batch + place * sin_seq + pair, mask=pair < HALF).to(tl.float32)
+    if INVERSE:
+        s = -s
+    _rotate_heads(
+        q + batch * q_batch + place * q_seq, q_head, q_out + token * (HEADS * 2 * HALF), c, s,
+        HEADS, HEAD_BLOCK, HALF, HALF_BLOCK,
+    )  # fmt: skip
+    _rotate_heads(
+        k + batch * k_batch + place * k_seq, k_head, k_out + token * (KV_HEADS * 2 * HALF), c, s,
+        KV_HEADS, KV_HEAD_BLOCK, HALF, HALF_BLOCK,
+    )  # fmt: skip
+
+
+@jit
+def _rotate_heads(
+    x, head_stride, out, c, s,
+    HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    pair = tl.arange(0, HALF_BLOCK)[None, :]
+    inside = (head < HEADS) & (pair < HALF)
+    at = x + head * head_stride + pair
+    first = tl.load(at, mask=inside).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside).to(tl.float32)
+    to = out + head * (2 * HALF) + pair
+    tl.store(to, first * c - second * s, mask=inside)
+    tl.store(to + HALF, second * c + first * s, mask=inside)
+
+
+def _warps(heads: int, head_dim: int) -> int:
+    return min(16, max(1, power_of_two(heads) * power_of_two(head_dim) // 1024))
+
+
+@torch.library.triton_op("titanlite_kernels::rope", mutates_args=())
+def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    batch, seq, heads, head_dim = q.shape
+    kv_heads, half = k.shape[2], head_dim // 2
+    q_out, k_out = _like(q), _like(k)
+    if q.numel():
+        wrap_triton(_rotate)[(batch * seq,)](
+            q, k, cos, sin, q_out, k_out, seq,
+            cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), sin.stride(0) if sin.shape[0] > 1 else 0,
+            sin.stride(1), *q.stride()[:3], *k.stride()[:3],
+            HEADS=heads, KV_HEADS=kv_heads, HEAD_BLOCK=power_of_two(heads), KV_HEAD_BLOCK=power_of_two(kv_heads),
+            HALF=half, HALF_BLOCK=power_of_two(half), INVERSE=inverse, num_warps=_warps(heads, head_dim),
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@rope_op.register_fake
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _like(q), _like(k)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    grad_q, grad_k = rope_op(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse)
+    return grad_q, grad_k, None, None, None
+
+
+rope_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@offers(torch.ops.titanlite_kernels.rope.default)
+def _(q: Any, k: Any, cos: Any, sin: Any, inverse: bool) -> list[Way]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    by_batch = Shard(0) if cos.shape[0] > 1 else Replicate()
+    angles = {Replicate(): Replicate(), Shard(0): by_batch, Shard(1): Shard(1), Shard(2): Replicate()}
+    return [([x, x], [x, x, angle, angle, None]) for x, angle in angles.items()]
+
+
+def _build(model: str, heads: int, inverse: bool, seq: int = 8192, kv_heads: int = 8, head_dim: int = 128) -> Build:
+    half = head_dim // 2
+    return Build(
+        name=f"rope.{'backward' if inverse else 'forward'}",
+        kernel=_rotate,
+        signature={
+            **dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16"),
+            **{"cos": "*fp32", "sin": "*fp32", "seq": seq, "cos_batch": 0, "cos_seq": head_dim},
+            **{"sin_batch": 0, "sin_seq": head_dim},
+            **{"q_batch": seq * heads * head_dim, "q_seq": heads * head_dim, "q_head": head_dim},
+            **{"k_batch": seq * kv_heads * head_dim, "k_seq": kv_heads * head_dim, "k_head": head_dim},
+        },
+        constexprs={
+            **{"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_BLOCK": heads, "KV_HEAD_BLOCK": kv_heads},
+            **{"HALF": half, "HALF_BLOCK": half, "INVERSE": inverse},
+        },
+        num_warps=_warps(heads, head_dim),
+        shape=f"Llama 3 {model}: {seq:,} tokens x ({heads} + {kv_heads}) heads x {head_dim}, bfloat16",
+        minimal_bytes=2 * 2 * seq * (heads + kv_heads) * head_dim + 2 * 4 * seq * half,
+        programs=seq,
+    )
+
+
+BUILDS = tuple(
+    _build(model, heads, inverse)
+    for inverse in (False, True)
+    for model, heads in (("8B", 32), ("70B", 64), ("405B", 128))
+)

@@ -1,0 +1,138 @@
+"""SwiGLU's middle, silu(gate) * up (Shazeer 2020), forward and a backward that keeps nothing but its inputs.
+
+Shapes: gate, up and the result alike, any number of dimensions; bfloat16, float16 or float32, computed in float32.
+Bytes, for n elements of b bytes: forward 3nb (two read, one written), backward 5nb (three read, two written).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titanlite_kernels.build import Build
+from titanlite_kernels.optional_triton import cdiv, jit, serves, tl, wrap_triton
+from titanlite_kernels.sharding import Way, offers
+
+BLOCK = 2048
+WARPS = 4
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, like gate: by Triton where that serves, else the reference."""
+    return swiglu_op(gate, up) if serves(gate) else swiglu_reference(gate, up)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same in PyTorch, which below float32 rounds silu(gate) before it multiplies."""
+    return F.silu(gate) * up
+
+
+@jit
+def _forward(gate, up, out, elements, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # 64 bits: 131,072 tokens of 28,672 are past 2^31
+    at = tl.arange(0, BLOCK)
+    inside = start + at < elements
+    g = tl.load(gate + start + at, mask=inside).to(tl.float32)
+    u = tl.load(up + start + at, mask=inside).to(tl.float32)
+    tl.store(out + start + at, g * tl.sigmoid(g) * u, mask=inside)
+
+
+@jit
+def _backward(grad, gate, up, grad_gate, grad_up, elements, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    inside = start + at < elements
+    d = tl.load(grad + start + at, mask=inside).to(tl.float32)
+    g = tl.load(gate + start + at, mask=inside).to(tl.float32)
+    u = tl.load(up + start + at, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    tl.store(grad_up + start + at, d * g * sigmoid, mask=inside)
+    tl.store(grad_gate + start + at, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=inside)
+
+
+@torch.library.triton_op("titanlite_kernels::swiglu", mutates_args=())
+def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if n := gate.numel():
+        wrap_triton(_forward)[(cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+@torch.library.triton_op("titanlite_kernels::swiglu_backward", mutates_args=())
+def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    if n := gate.numel():
+        wrap_triton(_backward)[(cdiv(n, BLOCK),)](grad, gate, up, grad_gate, grad_up, n, BLOCK=BLOCK, num_warps=WARPS)
+    return grad_gate, grad_up
+
+
+@swiglu_op.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@swiglu_backward_op.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(gate, memory_format=torch.contiguous_format),
+        torch.empty_like(up, memory_format=torch.contiguous_format),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_backward_op(grad, *ctx.saved_tensors)
+
+
+swiglu_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _pointwise(results: int, arguments: int, dims: int) -> list[Way]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = (Replicate(), *(Shard(dim) for dim in range(dims)))
+    return [([placement] * results, [placement] * arguments) for placement in placements]
+
+
+@offers(torch.ops.titanlite_kernels.swiglu.default)
+def _(gate: Any, up: Any) -> list[Way]:
+    return _pointwise(1, 2, len(gate.shape))
+
+
+@offers(torch.ops.titanlite_kernels.swiglu_backward.default)
+def _(grad: Any, gate: Any, up: Any) -> list[Way]:
+    return _pointwise(2, 3, len(gate.shape))
+
+
+def _builds() -> tuple[Build, ...]:
+    found = []
+    for name, tokens, width in (("8B", 8192, 14336), ("70B", 8192, 28672)):
+        n = tokens * width
+        shape = f"Llama 3 {name}: {tokens:,} tokens x {width:,}, bfloat16"
+        for kernel, pointers in ((_forward, "gate up out"), (_backward, "grad gate up grad_gate grad_up")):
+            names = pointers.split()
+            signature: dict[str, str | int | float] = {**dict.fromkeys(names, "*bf16"), "elements": n}
+            found.append(
+                Build(
+                    name=f"swiglu.{kernel.__name__.strip('_')}",
+                    kernel=kernel,
+                    signature=signature,
+                    constexprs={"BLOCK": BLOCK},
+                    num_warps=WARPS,
+                    shape=shape,
+                    minimal_bytes=len(names) * 2 * n,
+                    programs=cdiv(n, BLOCK),
+                )
+            )
+    return tuple(found)
+
+
+BUILDS = _builds()
