@@ -127,7 +127,7 @@ def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x)
-    summed = y if residual is None else torch.empty_like(x)
+    summed = x if residual is None else torch.empty_like(x)
     dim = x.shape[-1]
     block, tile = _tile(dim)
     if rows := x.numel() // dim:

@@ -54,7 +54,7 @@ def run(pool: Pool, ranks: int, recipe: Recipe) -> list[Result]:
 
 _references: dict[str, Result] = {}
 
-_LAYOUT = ("parallel", "recompute", "compile", "training")
+_LAYOUT = ("parallel", "recompute", "compile", "kernels", "training")
 """Sections that must not matter (of `training`, only the microbatch is ever another)."""
 
 

@@ -53,7 +53,11 @@ def parts_of_a_gradient_are_not_summed(patch: Patch) -> None:
 
 def a_vocabulary_slice_begins_one_token_late(patch: Patch) -> None:
     begin = tensor.VocabularyLoss.__init__
-    patch.setattr(tensor.VocabularyLoss, "__init__", lambda self, group, first: begin(self, group, first + (first > 0)))
+    patch.setattr(
+        tensor.VocabularyLoss,
+        "__init__",
+        lambda self, group, first, whole: begin(self, group, first + (first > 0), whole),
+    )
 
 
 def every_tensor_parallel_rank_reports_the_loss(patch: Patch) -> None:

@@ -11,6 +11,7 @@ Sections = dict[str, dict[str, Any]]
 SCHEDULES = (
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 )  # fmt: skip
+CHUNKS = {"kernels": {"linear_cross_entropy": "torch"}}
 FOUR_LAYERS = {"dim": 32, "layers": 4, "heads": 8, "kv_heads": 4, "ffn_dim": 48, "vocab_size": 264}
 
 
@@ -161,8 +162,12 @@ def multiplied() -> Iterator[Point]:
         yield Point(ranks, layout, {"optimizer": {"name": "muon", "clip_norm": 0.05}}, default=index == 3)
         yield Point(ranks, layout, {"model": {"qk_norm": False}}, default=False)
         yield Point(ranks, layout, {"compile": {"enabled": True}}, default=False)
+        yield Point(ranks, layout, CHUNKS, default=index < 2)
+        yield Point(ranks, layout, {**CHUNKS, "compile": {"enabled": True}}, default=False)
+        yield Point(ranks, layout, {**CHUNKS, "model": {"tie_embeddings": True}}, default=False)
     for schedule in SCHEDULES:
         pipe = {"pp": 2, "pipeline": _pipeline(schedule)}
+        yield Point(2, pipe, CHUNKS, default=schedule == "ZBVZeroBubble")
         for mode in ("full", "selective"):
             yield Point(2, pipe, {"recompute": {"mode": mode}}, default=False)
         yield Point(2, pipe, {"model": {"tie_embeddings": True}}, default=False)

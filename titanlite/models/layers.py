@@ -59,6 +59,14 @@ def by_float32_units(x: Tensor) -> bool:
     return BFLOAT16_ON_FLOAT32_UNITS and x.dtype == torch.bfloat16 and device_kind(x) == "cpu"
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in x's dtype."""
+    weight = weight.to(x.dtype)
+    if by_float32_units(x):
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+    return F.linear(x, weight)
+
+
 class Linear(nn.Linear):
     """x @ weight.T without bias, in x's dtype. Values are set by `models.init`, not here."""
 
@@ -69,10 +77,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if by_float32_units(x):
-            return F.linear(x.float(), weight.float()).to(x.dtype)
-        return F.linear(x, weight)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Embedding):

@@ -39,8 +39,7 @@ class Head(Linear):
         self.loss = TokenLoss()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        logits = super().forward(x)
-        return logits if labels is None else self.loss(logits, labels)
+        return super().forward(x) if labels is None else self.loss(x, self.weight, labels)
 
 
 class DocumentMask(nn.Module):

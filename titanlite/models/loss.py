@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titanlite.models.layers import at_least_float32
+from titanlite.models.layers import at_least_float32, by_float32_units, device_kind, linear
 
 IGNORED = -100
 """The label of what is no token of the text; torch's own."""
+LARGE_LOGITS = 64 * 2**20
+"""Bytes, in float32, up to which all logits at once are the quicker way and no burden."""
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,7 +25,42 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TokenLoss(nn.Module):
-    """`cross_entropy_sum` as a module, so that it can be exchanged for one whose logits lie on several devices."""
+    """Hidden states and the head's weight to the summed loss: by all logits at once or, where these are many, by
+    chunks. A module, so that it can be exchanged for one whose logits lie on several devices.
+    """
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __init__(self, way: Literal["auto", "torch", "off"] = "auto", recompute: bool = False) -> None:
+        """`way`: `kernels.linear_cross_entropy` of the recipe. `recompute`: chunks keep a number per token until the
+        backward pass, and then form their logits anew; else the weight's gradient is held until then.
+        """
+        super().__init__()
+        self.way = way
+        self.recompute = recompute
+
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """hidden [batch, seq, dim], weight [vocab, dim], labels [batch, seq] -> scalar."""
+        large = 4 * labels.numel() * weight.shape[0] > LARGE_LOGITS
+        if self.way == "off" or (self.way == "auto" and not large):
+            return self.of_logits(linear(hidden, weight), labels)
+        # Imported here: Triton takes a second that small runs need not pay.
+        from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, tokens_at_a_time
+
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            ignore_index=IGNORED,
+            recompute=self.recompute,
+            chunk=tokens_at_a_time(device_kind(hidden)),
+            backend="torch" if self.way == "torch" else "auto",
+            wide_products=by_float32_units(hidden),
+            **self.part(),
+        )
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits [batch, seq, vocab], labels [batch, seq] -> scalar."""
         return cross_entropy_sum(logits, labels)
+
+    def part(self) -> dict[str, Any]:
+        """Whose group, and which part of the vocabulary, the weight is of: here, all of it."""
+        return {}

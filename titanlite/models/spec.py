@@ -25,7 +25,7 @@ Over tp, activations between matrices are parts of the sequence:
 - `gather`: the module's input, a part of the sequence, is joined to all of it
 - `column`: a matrix whose rows (output features) are cut; its output stays cut
 - `row`: a matrix whose columns (input features) are cut; its outputs are summed, and each rank keeps its part
-- `loss`: takes logits of a part of the vocabulary
+- `loss`: takes hidden states, a matrix with rows for a part of the vocabulary, and labels: a `models.loss.TokenLoss`
 
 Over cp, each rank has part of the sequence throughout:
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelSpec
 from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
 from titanlite.parallel.layout import Layout, agreed_layout, batch_plan
 from titanlite.parallel.program import PlainLoop, Program, Sync
 from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
-from titanlite.parallel.stages import stage_split
+from titanlite.parallel.stages import keeps_all_microbatches, stage_split
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.recipe.sections import Recipe
@@ -50,6 +51,11 @@ def _model(spec: ModelSpec, config: Any, recipe: Recipe, device: torch.device) -
         from titanlite.models.fused import use_kernels
 
         use_kernels(model, operations)
+    pipeline = recipe.parallel.pipeline
+    for module in model.modules():
+        if isinstance(module, TokenLoss):
+            module.way = recipe.kernels.linear_cross_entropy
+            module.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(pipeline.schedule)
     return model
 
 

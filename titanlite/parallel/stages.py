@@ -63,6 +63,11 @@ def splits_backward(schedule: str) -> bool:
     return schedule == "InterleavedZeroBubble" or schedule in V_SHAPED
 
 
+def keeps_all_microbatches(schedule: str) -> bool:
+    """Whether the last stage has run all microbatches forward before it runs the first one backward."""
+    return schedule in ("GPipe", "LoopedBFS")
+
+
 def stage_split(pieces: Sequence[Piece], pipeline: Pipeline, pp: int) -> tuple[Stage, ...]:
     """The stages of `pp` ranks, first to last: `blocks_per_stage`, or the split whose largest stage is smallest.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32
-from titanlite.models.loss import IGNORED
+from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, is_named_by
 from titanlite.parallel.slicing import CUT_DIMENSION, Slicing
 
@@ -34,7 +34,8 @@ def cut_tensors(model: nn.Module, plan: Sequence[ShardingRule], group: dist.Proc
     for rule, name, module in ruled(model, plan):
         if rule.style == "loss":
             head = slices[f"{name.rpartition('.')[0]}.weight"]
-            replace_module(model, name, VocabularyLoss(group, head.share(group.size(), group.rank())[0]))
+            assert isinstance(module, TokenLoss)
+            replace_module(model, name, VocabularyLoss(group, head.share(group.size(), group.rank())[0], module))
             continue
         dimension = CUT_DIMENSION.get(rule.style)
         first = 0
@@ -142,22 +143,26 @@ def _scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(summed)  # type: ignore[no-any-return]
 
 
-class VocabularyLoss(nn.Module):
-    """The summed token losses from logits of which each rank has a part of the vocabulary (Shoeybi et al., section 3).
+class VocabularyLoss(TokenLoss):
+    """The summed token losses where each rank has the logits of a part of the vocabulary (Shoeybi et al., section 3).
 
-    Per token, three numbers travel; logits never do.
+    Per token, two or three numbers travel; logits never do. The result is the same on every rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup, first: int) -> None:
-        """`first`: token that this rank's part begins with."""
-        super().__init__()
+    def __init__(self, group: dist.ProcessGroup, first: int, whole: TokenLoss) -> None:
+        """`first`: token that this rank's part begins with. `whole`: the loss that this one takes the place of."""
+        super().__init__(whole.way, whole.recompute)
         self.group = group
         self.first = first
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits [batch, seq, this rank's part], labels [batch, seq] -> scalar, the same on every rank."""
+    def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits [batch, seq, this rank's part], labels [batch, seq] -> scalar."""
         wide = at_least_float32(logits).flatten(0, -2)
         return _VocabularyLoss.apply(wide, labels.flatten(), self.first, self.group)  # type: ignore[no-any-return]
+
+    def part(self) -> dict[str, Any]:
+        """See `TokenLoss`. Each rank's gradient of the hidden states is a summand; `_Gather`'s backward adds them."""
+        return {"group": self.group, "first": self.first}
 
 
 class _VocabularyLoss(torch.autograd.Function):

@@ -253,7 +253,7 @@ class Recompute(Section):
 
 
 class Kernels(Section):
-    """Which of a model's operations run as fused kernels. On a CPU all are PyTorch's own."""
+    """Which of a model's operations run as fused kernels. On a CPU they are PyTorch's own."""
 
     backend: Literal["auto", "triton", "torch"] = "auto"
     """`triton`: one Triton kernel an operation, forward and backward; `torch`: PyTorch's operations; `auto`: Triton on
@@ -264,6 +264,10 @@ class Kernels(Section):
     """The same for the rotation of queries and keys."""
     swiglu: Literal["auto", "triton", "torch"] | None = None
     """The same for silu(gate) x up."""
+    linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
+    """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
+    time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;
+    `torch` always, without Triton."""
 
 
 class Compile(Section):

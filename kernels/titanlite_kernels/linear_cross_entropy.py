@@ -1,0 +1,536 @@
+"""Linear + cross-entropy: the sum over tokens of -log softmax(hidden weight^T)[label], never all logits at a time.
+
+Shapes: hidden [..., dim], weight [vocab, dim], labels [...] int64; any float dtypes, sums in at least float32.
+
+A chunk of tokens has its logits formed, turned into their own gradient where they lie, and multiplied into both
+gradients, all in the forward pass; the backward pass only scales these. That is the arithmetic of the plain path
+(6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until then. With
+`recompute`, the forward pass keeps a number per token, and the backward pass forms the logits anew (8 n dim vocab), a
+chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once. It is meant
+for who runs many forward passes before the first backward one.
+
+Bytes, for n tokens of a chunk and b bytes a logit: statistics n vocab b (read), gradient 2 n vocab b (read, written).
+Both in one launch read each row twice, the second time from the cache: a row of Llama 3's, 256 KB, does not fit into
+registers. A product fused with the softmax would save the forward of `recompute` 2 n vocab b, a tenth of the product's
+own time at dim 4096 on an H200: less than what a product in Triton loses to cuBLAS there. So there is none.
+
+The softmax by chunks is Milakov & Gimelshein's (2018); gradients in the forward pass are Liger-Kernel's idea (2024).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titanlite_kernels.build import Build
+from titanlite_kernels.optional_triton import cdiv, jit, serves, tl, wrap_triton
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+BLOCK = 4096
+WARPS = 8
+CHUNK = 2048
+
+
+def tokens_at_a_time(device_kind: str) -> int:
+    """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`.
+
+    So many that the products take longer than to read and write the weight's gradient, which happens once a chunk.
+    """
+    return 512 if device_kind == "cpu" else CHUNK
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    recompute: bool = False,
+    chunk: int | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+    wide_products: bool | None = None,
+    group: ProcessGroup | None = None,
+    first: int = 0,
+) -> Tensor:
+    """The sum over tokens of token_weight * (-log softmax(logits)[label] + z_loss * logsumexp(logits)^2).
+
+    A scalar in at least float32, differentiable by `hidden` and `weight`.
+
+    The weight may be wider than `hidden`: it is rounded to its dtype for the products, and its gradient is not.
+    Tokens labelled `ignore_index` count 0, whatever their logits. Another label outside the vocabulary makes the loss
+    infinite. `chunk`: tokens at a time. `wide_products`: form the products of a narrow `hidden` in float32; so CPUs do
+    unless told otherwise.
+
+    With a `group` each rank has the rows of the weight that begin at `first`, and the same hidden states and labels;
+    two numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
+    rank's summand: who gave it to all ranks sums it.
+    """
+    rows, dim = labels.numel(), weight.shape[1]
+    if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
+        raise ValueError(f"{shapes} do not fit: [..., dim], [vocab, dim] and [...] are needed")
+    if backend == "triton" and hidden.dtype == torch.float64:
+        raise ValueError("the Triton kernels compute in float32: for float64, backend must be 'torch' or 'auto'")
+    how = _How(
+        z_loss=float(z_loss),
+        recompute=recompute,
+        chunk=chunk or tokens_at_a_time(hidden.device.type),
+        triton=serves(hidden) if backend == "auto" else backend == "triton",
+        wide_products=hidden.device.type == "cpu" if wide_products is None else wide_products,
+        group="" if group is None else group.group_name,
+        ranks=1 if group is None else group.size(),
+        first=first,
+    )
+    labels = labels.reshape(rows)
+    counted = labels != ignore_index
+    weights = counted.to(_wide(hidden.dtype))
+    if token_weights is not None:
+        weights = torch.where(counted, token_weights.detach().reshape(rows).to(weights.dtype), 0)
+    grad = torch.is_grad_enabled()
+    wanted = grad and hidden.requires_grad, grad and weight.requires_grad
+    loss: Tensor = _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how, wanted)[0]  # type: ignore[no-untyped-call]
+    return loss
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The same by all logits at once."""
+    logits = F.linear(hidden, weight.to(hidden.dtype)).flatten(0, -2)
+    logits = logits.to(_wide(logits.dtype))
+    labels = labels.flatten()
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    losses = losses + z_loss * logits.logsumexp(1).square()
+    scale = 1 if token_weights is None else token_weights.flatten()
+    return (losses * scale).where(labels != ignore_index, 0).sum()
+
+
+class _How(NamedTuple):
+    """What a call computes, apart from its tensors."""
+
+    z_loss: float
+    recompute: bool
+    chunk: int
+    triton: bool
+    wide_products: bool
+    group: str
+    ranks: int
+    first: int
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Plain Python around torch's operations in eager mode, so that whoever counts memory sees them all. Compilers are
+    shown two operations that they leave alone, so that no fusion brings the logits back together.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, how: _How, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, ...]:
+        run = forward_op if torch.compiler.is_compiling() else _forward
+        loss, lse, grad_hidden, grad_weight = run(hidden, weight, labels, weights, *wanted, *how)
+        ctx.how, ctx.wanted, ctx.dtypes = how, wanted, (hidden.dtype, weight.dtype)
+        if how.recompute:
+            ctx.save_for_backward(hidden, weight, labels, weights, lse)
+        else:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return (loss,)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.how.recompute:
+            run = backward_op if torch.compiler.is_compiling() else _backward
+            grads = run(*ctx.saved_tensors, grad, *ctx.wanted, *ctx.how)
+        else:
+            grads = [_scaled(each, grad, dtype) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return (
+            *(each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True)),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale in another dtype. What was saved is not written on: backward may come again."""
+    if x.dtype == dtype or torch.compiler.is_compiling():
+        return (x * scale).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    for part, into in zip(x.split(_ROWS), out.split(_ROWS), strict=True):  # not all of it again in x's dtype
+        into.copy_(part * scale)
+    return out
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+    z_loss: float,
+    recompute: bool,
+    chunk: int,
+    triton: bool,
+    wide_products: bool,
+    group: str,
+    ranks: int,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; each token's logsumexp; the gradients before they are scaled, empty where unwanted or recomputed."""
+    wide = _wide(hidden.dtype)
+    factor = _rounded(weight, hidden.dtype, wide_products)
+    lse, losses = torch.empty_like(weights), torch.empty_like(weights)
+    grad_hidden = hidden.new_zeros(hidden.shape if want_hidden and not recompute else (0,), dtype=wide)
+    grad_weight = weight.new_zeros(weight.shape if want_weight and not recompute else (0,), dtype=wide)
+    gradient = bool(grad_hidden.numel() or grad_weight.numel())
+
+    def run(rows: slice) -> None:
+        part, scale = hidden[rows].to(factor.dtype), weights[rows]
+        logits = part @ factor.t()
+        if gradient and ranks == 1:
+            statistics = _statistics_and_gradient(logits, labels[rows], scale, first, z_loss, triton)
+        else:
+            statistics = _statistics(logits, labels[rows], first, triton)
+            if ranks > 1:
+                statistics = _joined(statistics, group, ranks)
+            if gradient:
+                _gradient(logits, labels[rows], statistics[0], scale, first, z_loss, triton)
+        lse[rows], target = statistics
+        losses[rows] = torch.where(scale != 0, scale * (lse[rows] - target + z_loss * lse[rows].square()), 0)
+        if grad_hidden.numel():
+            _add_product(grad_hidden[rows], logits, factor)
+        if grad_weight.numel():
+            _add_product(grad_weight, logits.t(), part)
+
+    for start in range(0, hidden.shape[0], chunk):
+        run(slice(start, start + chunk))
+    return losses.sum(), lse, grad_hidden, grad_weight
+
+
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+    z_loss: float,
+    recompute: bool,
+    chunk: int,
+    triton: bool,
+    wide_products: bool,
+    group: str,
+    ranks: int,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients from recomputed logits, empty where unwanted."""
+    wide = _wide(hidden.dtype)
+    factor = _rounded(weight, hidden.dtype, wide_products)
+    scale = weights * grad
+    x = hidden.to(factor.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if want_hidden else (0,), dtype=wide)
+    grad_weight = weight.new_zeros(weight.shape if want_weight else (0,))
+
+    def run(columns: slice) -> None:
+        part = factor[columns]
+        logits = x @ part.t()
+        _gradient(logits, labels, lse, scale, first + columns.start, z_loss, triton)
+        if want_hidden:
+            _add_product(grad_hidden, logits, part)
+        if want_weight and grad_weight.dtype == wide:
+            _add_product(grad_weight[columns], logits.t(), x)
+        elif want_weight:
+            grad_weight[columns] = logits.t() @ x
+
+    # As many logits at a time as in a chunk of tokens, and rows of them that are aligned to vectors.
+    width = max(16, chunk * weight.shape[0] // max(1, hidden.shape[0]) // 16 * 16)
+    for start in range(0, weight.shape[0], width):
+        run(slice(start, start + width))
+    return grad_hidden.to(hidden.dtype), grad_weight
+
+
+_SIGNATURE = (
+    "bool want_hidden, bool want_weight, float z_loss, bool recompute, int chunk, bool triton, bool wide_products, "
+    "str group, int ranks, int first"
+)
+forward_op = torch.library.custom_op(
+    "titanlite_kernels::linear_cross_entropy",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor weights, {_SIGNATURE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+backward_op = torch.library.custom_op(
+    "titanlite_kernels::linear_cross_entropy_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor weights, Tensor lse, Tensor grad, "
+    f"{_SIGNATURE}) -> (Tensor, Tensor)",
+)
+
+
+@forward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+    z_loss: float,
+    recompute: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _wide(hidden.dtype)
+    return (
+        weights.new_empty(()),
+        torch.empty_like(weights),
+        hidden.new_empty(hidden.shape if want_hidden and not recompute else (0,), dtype=wide),
+        weight.new_empty(weight.shape if want_weight and not recompute else (0,), dtype=wide),
+    )
+
+
+@backward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape if want_hidden else (0,)), weight.new_empty(
+        weight.shape if want_weight else (0,)
+    )
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype, wide_products: bool) -> Tensor:
+    """The weight as products take it: rounded like the hidden states, in the dtype that products are formed in."""
+    rounded = weight.to(dtype)
+    return rounded.to(_wide(dtype)) if wide_products else rounded
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where the total may be wider than what is multiplied."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cpu":
+        # The CPU has no product that ends in a wider sum: each part is rounded before it is added.
+        for part, rows in zip(total.split(_ROWS), a.split(_ROWS), strict=True):
+            part += rows @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+_ROWS = 4096
+"""Of a matrix that is as large as the weight, rows that temporary tensors hold at a time."""
+
+
+# ---- a chunk of logits -----------------------------------------------------------------------------------------------
+
+
+def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Tensor:
+    """logits [n, columns], labels [n] -> [2, n]: logsumexp, and the label's logit (-inf where it is elsewhere)."""
+    if triton:
+        return statistics_op(logits, labels, first)
+    parts = zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, labels)), strict=True)
+    return torch.cat([_reference_statistics(part.to(_wide(part.dtype)), label - first) for part, label in parts], dim=1)
+
+
+def _gradient(
+    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, first: int, z_loss: float, triton: bool
+) -> None:
+    """Turn logits into the gradient of scale * loss by them; 0 where the scale is."""
+    if triton:
+        gradient_op(logits, labels, lse, scale, first, z_loss)
+        return
+    split = _rows_at_a_time(logits)
+    for part, label, each_lse, each_scale in zip(*(x.split(split) for x in (logits, labels, lse, scale)), strict=True):
+        _reference_gradient(part, part.to(lse.dtype), label - first, each_lse, each_scale, z_loss)
+
+
+def _statistics_and_gradient(
+    logits: Tensor, labels: Tensor, scale: Tensor, first: int, z_loss: float, triton: bool
+) -> Tensor:
+    """Both, where the logits are those of the whole vocabulary."""
+    if triton:
+        return statistics_and_gradient_op(logits, labels, scale, first, z_loss)
+    found = []
+    for part, label, each in zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, labels, scale)), strict=True):
+        wide = part.to(scale.dtype)
+        found.append(_reference_statistics(wide, label - first))
+        _reference_gradient(part, wide, label - first, found[-1][0], each, z_loss)
+    return torch.cat(found, dim=1)
+
+
+def _rows_at_a_time(logits: Tensor) -> int:
+    """So few that several passes over their logits find them in a CPU's cache, and that a card's are all busy."""
+    values = 2**20 if logits.device.type == "cpu" else 2**25
+    return max(1, values // max(1, logits.shape[1]))
+
+
+def _reference_statistics(wide: Tensor, columns: Tensor) -> Tensor:
+    here = (columns >= 0) & (columns < wide.shape[1])
+    target = wide.gather(1, columns.clamp(0, wide.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return torch.stack((wide.logsumexp(1), target.masked_fill(~here, -torch.inf)))
+
+
+def _reference_gradient(
+    logits: Tensor, wide: Tensor, columns: Tensor, lse: Tensor, scale: Tensor, z_loss: float
+) -> None:
+    """`wide` is `logits`, or a copy; it is written on too."""
+    here = (columns >= 0) & (columns < wide.shape[1])
+    slope = scale * (1 + 2 * z_loss * lse)
+    wide.sub_(lse.unsqueeze(1)).exp_().mul_(slope.unsqueeze(1))
+    wide.scatter_add_(1, columns.clamp(0, wide.shape[1] - 1).unsqueeze(1), -(scale * here).unsqueeze(1))
+    wide.masked_fill_((scale == 0).unsqueeze(1), 0)
+    if wide is not logits:
+        logits.copy_(wide)
+
+
+def _joined(statistics: Tensor, group: str, ranks: int) -> Tensor:
+    """The statistics [2, n] of all ranks' parts of the vocabulary, as those of the whole."""
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(statistics.contiguous(), ranks, group)
+    lse, target = torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 2, -1).unbind(1)
+    return torch.stack((lse.logsumexp(0), target.amax(0)))
+
+
+@jit
+def _rows(
+    logits, labels, statistics, scale, rows, columns, stride, first, z_loss,
+    GIVEN: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program a row. GIVEN: the statistics are read, not written. GRADIENT: the row becomes its gradient."""
+    row = tl.program_id(0)
+    start = logits + row.to(tl.int64) * stride
+    label = tl.load(labels + row) - first
+    at = tl.arange(0, BLOCK)
+    factor = 1.0
+    if GRADIENT:
+        factor = tl.load(scale + row)
+    if GIVEN:
+        lse = tl.load(statistics + row)
+    else:
+        here = (label >= 0) & (label < columns)
+        target = tl.load(start + label, mask=here, other=-float("inf")).to(tl.float32)
+        # Finite at first: of -inf alone the maximum would be -inf too, and their difference no number.
+        top = tl.full((), -3.0e38, tl.float32)
+        total = tl.full((), 0.0, tl.float32)
+        for offset in range(0, columns, BLOCK):
+            x = tl.load(start + offset + at, mask=offset + at < columns, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(top, tl.max(x, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+            top = higher
+        lse = top + tl.log(total)
+        tl.store(statistics + row, lse)
+        tl.store(statistics + rows + row, target)
+    if GRADIENT:
+        tl.debug_barrier()  # the label's logit was read by all threads, and one of them writes it
+        slope = factor * (1 + 2 * z_loss * lse)
+        read = tl.where(factor != 0, columns, 0)  # of a token that does not count, nothing
+        for offset in range(0, columns, BLOCK):
+            x = tl.load(start + offset + at, mask=offset + at < read, other=0.0).to(tl.float32)
+            grad = slope * tl.exp(x - lse) - tl.where(offset + at == label, factor, 0.0)
+            tl.store(start + offset + at, tl.where(factor != 0, grad, 0.0), mask=offset + at < columns)
+
+
+def _launch(
+    logits: Tensor, labels: Tensor, statistics: Tensor, scale: Tensor, first: int, z_loss: float, **flags: bool
+) -> None:
+    rows, columns = logits.shape
+    if rows:
+        wrap_triton(_rows)[(rows,)](
+            logits, labels, statistics, scale, rows, columns, logits.stride(0), first, z_loss,
+            BLOCK=BLOCK, num_warps=WARPS, **flags,
+        )  # fmt: skip
+
+
+@torch.library.triton_op("titanlite_kernels::softmax_statistics", mutates_args=())
+def statistics_op(logits: Tensor, labels: Tensor, first: int) -> Tensor:
+    statistics = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    _launch(logits, labels, statistics, statistics, first, 0.0, GIVEN=False, GRADIENT=False)
+    return statistics
+
+
+@torch.library.triton_op("titanlite_kernels::softmax_gradient_", mutates_args=("logits",))
+def gradient_op(logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, first: int, z_loss: float) -> None:
+    _launch(logits, labels, lse, scale, first, z_loss, GIVEN=True, GRADIENT=True)
+
+
+@torch.library.triton_op("titanlite_kernels::softmax_statistics_and_gradient_", mutates_args=("logits",))
+def statistics_and_gradient_op(logits: Tensor, labels: Tensor, scale: Tensor, first: int, z_loss: float) -> Tensor:
+    statistics = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    _launch(logits, labels, statistics, scale, first, z_loss, GIVEN=False, GRADIENT=True)
+    return statistics
+
+
+@statistics_op.register_fake
+def _(logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+
+
+@gradient_op.register_fake
+def _(logits: Tensor, *rest: Any) -> None:
+    return None
+
+
+@statistics_and_gradient_op.register_fake
+def _(logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+
+
+def _builds() -> tuple[Build, ...]:
+    kinds = {
+        "statistics": ({"GIVEN": False, "GRADIENT": False}, 1),
+        "gradient": ({"GIVEN": True, "GRADIENT": True}, 2),
+        "statistics_and_gradient": ({"GIVEN": False, "GRADIENT": True}, 2),
+    }
+    rows = CHUNK
+    return tuple(
+        Build(
+            name=f"linear_cross_entropy.{name}",
+            kernel=_rows,
+            signature={
+                "logits": "*bf16", "labels": "*i64", "statistics": "*fp32", "scale": "*fp32",
+                "rows": rows, "columns": columns, "stride": columns, "first": 0, "z_loss": 0.0,
+            },
+            constexprs={**flags, "BLOCK": BLOCK},
+            num_warps=WARPS,
+            shape=f"Llama 3{of}: {rows:,} tokens x {columns:,}, bfloat16",
+            minimal_bytes=passes * 2 * rows * columns,
+            programs=rows,
+            trips=(cdiv(columns, BLOCK),) * (2 if name == "statistics_and_gradient" else 1),
+        )
+        for of, columns in (("", 128_256), (" over tp 8", 16_032))
+        for name, (flags, passes) in kinds.items()
+    )  # fmt: skip
+
+
+BUILDS = _builds()

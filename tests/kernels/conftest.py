@@ -1,0 +1,59 @@
+"""Kernels' tests run on a CUDA device where there is one, else in Triton's interpreter, in a process of its own.
+
+Files called `run_*.py` hold them; pytest collects those only when it is given their names, as `run_on_device` does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from titanlite_kernels.optional_triton import INSTALLED, INTERPRETING
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parent))
+
+
+def _round_as_devices_do() -> None:
+    """Have the interpreter round float32 to the nearest bfloat16, as every device does; it cuts bits off."""
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+        return convert(values, source, target, mode)
+
+    interpreter._convert_float = rounding
+
+
+if INTERPRETING:
+    _round_as_devices_do()
+
+
+@pytest.fixture
+def run_on_device() -> Callable[[str], None]:
+    """Run the tests in a file beside this one, with kernels that work."""
+    if not INSTALLED:
+        pytest.skip("needs Triton: pip install 'triton>=3.6' (Linux)")
+
+    def run(file: str) -> None:
+        interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+        process = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / file)],
+            cwd=ROOT,
+            env=os.environ | interpreted,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+
+    return run
