@@ -150,7 +150,7 @@ def matrix_instructions(ptx: str) -> str:
 _ARGUMENT = re.compile(r"(%\w+): !tt\.ptr<")
 _RESULT = re.compile(r"^\s*(%\w+)(?::\d+)? = ")
 _OPERAND = re.compile(r"(%\w+)")
-_ACCESS = re.compile(r"tt\.(load|store|atomic_rmw)\b.*?(%\w+).*: (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
+_ACCESS = re.compile(r"tt\.(load|store|atomic_rmw)\b.*?(%\w+).*: \(?(?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
 _LOOP = re.compile(r"scf\.for %\w+ = (%\w+) to (%\w+) step (%\w+)")
 _CARRIED = re.compile(r"(%\w+) = (%\w+)")
 _CONSTANT = re.compile(r"(%\w+) = arith\.constant (-?\d+) : i\d+")
