@@ -38,7 +38,7 @@ def test_built_without_spills_and_with_wide_loads(build: Build, target: str) -> 
     built = row(build, target)
     assert built["spill_bytes"] == 0
     assert built["vector_bytes"] >= 16
-    assert 1 <= built["bytes_over_minimum"] <= (1.06 if "rms_norm.backward" in build.name else 1.0)
+    assert 1 <= built["bytes_over_minimum"] <= (1.03 if "rms_norm.backward" in build.name else 1.0)
 
 
 @needs_triton
