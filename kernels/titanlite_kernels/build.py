@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -45,8 +45,9 @@ class Build:
     programs: int
     """How many programs a launch at this shape has."""
     num_stages: int = 3
-    trips: tuple[int, ...] = ()
-    """How often each loop runs whose bounds are no compile-time constants, in the order of the source."""
+    trips: tuple[float, ...] = ()
+    """How often each loop runs whose bounds are no compile-time constants, in the order of the source; the mean over
+    the programs."""
     cached: tuple[str, ...] = field(default=())
     """Pointers that programs share, small enough for the cache: what they point to counts once, as `minimal_bytes` says
     it, not once for each program."""
@@ -92,7 +93,7 @@ def compile_build(build: Build, target: str) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         vector_bytes=widest_load(compiled.asm["ptx"]),
         tensor_cores=matrix_instructions(compiled.asm["ptx"]),
-        moved_bytes=build.programs * _moved_by_a_program(build, compiled.asm["ttir"]),
+        moved_bytes=round(build.programs * _moved_by_a_program(build, compiled.asm["ttir"])),
     )
 
 
@@ -150,20 +151,20 @@ def matrix_instructions(ptx: str) -> str:
 _ARGUMENT = re.compile(r"(%\w+): !tt\.ptr<")
 _RESULT = re.compile(r"^\s*(%\w+)(?::\d+)? = ")
 _OPERAND = re.compile(r"(%\w+)")
-_ACCESS = re.compile(r"tt\.(load|store|atomic_rmw)\b.*?(%\w+).*: (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
+_ACCESS = re.compile(r"tt\.(load|store|atomic_rmw)\b.*?(%\w+).*: \(?(?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
 _LOOP = re.compile(r"scf\.for %\w+ = (%\w+) to (%\w+) step (%\w+)")
 _CARRIED = re.compile(r"(%\w+) = (%\w+)")
 _CONSTANT = re.compile(r"(%\w+) = arith\.constant (-?\d+) : i\d+")
 
 
-def _moved_by_a_program(build: Build, ttir: str) -> int:
+def _moved_by_a_program(build: Build, ttir: str) -> float:
     """Bytes that one program loads and stores, masked lanes included, `build.cached` pointers left out."""
     pointers = [name for name in build.kernel.arg_names if str(build.signature.get(name, "")).startswith("*")]
-    moved: Counter[str] = Counter()
+    moved: defaultdict[str, float] = defaultdict(float)
     base: dict[str, str] = {}  # value -> the argument that it points into
     constants: dict[str, int] = {}
     trips = iter(build.trips)
-    runs = [1]  # how often the block around a line runs, outermost first
+    runs = [1.0]  # how often the block around a line runs, outermost first
     for line in ttir.splitlines():
         if "tt.func" in line:
             base = dict(zip(_ARGUMENT.findall(line), pointers, strict=True))
@@ -197,10 +198,10 @@ def _bytes_of(dtype: str) -> int:
     return max(1, int(bits[0]) // 8)
 
 
-def _trips(line: str, constants: dict[str, int], given: Any) -> int:
+def _trips(line: str, constants: dict[str, int], given: Iterator[float]) -> float:
     loop = _LOOP.search(line)
     assert loop is not None, line
     if all(bound in constants for bound in loop.groups()):
         first, end, step = (constants[bound] for bound in loop.groups())
         return max(0, -(-(end - first) // step))
-    return int(next(given))
+    return next(given)

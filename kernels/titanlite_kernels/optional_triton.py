@@ -21,6 +21,9 @@ try:
 except ImportError:  # not on this platform, or a CPU build of torch: the references serve
     triton = tl = None
 
+__all__ = ["INSTALLED", "INTERPRETING", "cdiv", "jit", "multiprocessors", "power_of_two", "serves", "tl", "triton"]
+__all__ += ["wrap_triton"]
+
 INSTALLED = triton is not None
 INTERPRETING = INSTALLED and bool(triton.knobs.runtime.interpret)
 """Whether kernels run as Python on CPU tensors (TRITON_INTERPRET=1): right, and very slow."""

@@ -287,7 +287,7 @@ def _build(kernel: Any, model: str, dim: int, tokens: int, adds: bool) -> Build:
         shape=f"Llama 3 {model}: {tokens:,} x {dim:,}, bfloat16",
         minimal_bytes=moved * 2 * tokens * dim,
         programs=programs,
-        trips=() if forward else (cdiv(tiles, programs),),
+        trips=() if forward else (tiles / programs,),
         cached=("weight",),
     )
 

@@ -112,27 +112,21 @@ def _(grad: Any, gate: Any, up: Any) -> list[Way]:
     return _pointwise(2, 3, len(gate.shape))
 
 
-def _builds() -> tuple[Build, ...]:
-    found = []
-    for name, tokens, width in (("8B", 8192, 14336), ("70B", 8192, 28672)):
-        n = tokens * width
-        shape = f"Llama 3 {name}: {tokens:,} tokens x {width:,}, bfloat16"
-        for kernel, pointers in ((_forward, "gate up out"), (_backward, "grad gate up grad_gate grad_up")):
-            names = pointers.split()
-            signature: dict[str, str | int | float] = {**dict.fromkeys(names, "*bf16"), "elements": n}
-            found.append(
-                Build(
-                    name=f"swiglu.{kernel.__name__.strip('_')}",
-                    kernel=kernel,
-                    signature=signature,
-                    constexprs={"BLOCK": BLOCK},
-                    num_warps=WARPS,
-                    shape=shape,
-                    minimal_bytes=len(names) * 2 * n,
-                    programs=cdiv(n, BLOCK),
-                )
-            )
-    return tuple(found)
+def _build(kernel: Any, pointers: tuple[str, ...], tokens: int = 8192, width: int = 14336) -> Build:
+    n = tokens * width
+    return Build(
+        name=f"swiglu.{kernel.__name__.strip('_')}",
+        kernel=kernel,
+        signature={**dict.fromkeys(pointers, "*bf16"), "elements": n},
+        constexprs={"BLOCK": BLOCK},
+        num_warps=WARPS,
+        shape=f"Llama 3 8B: {tokens:,} x {width:,}, bfloat16",
+        minimal_bytes=len(pointers) * 2 * n,
+        programs=cdiv(n, BLOCK),
+    )
 
 
-BUILDS = _builds()
+BUILDS = (
+    _build(_forward, ("gate", "up", "out")),
+    _build(_backward, ("grad", "gate", "up", "grad_gate", "grad_up")),
+)
