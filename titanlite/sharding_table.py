@@ -18,7 +18,7 @@ _TOLD: dict[Style, str] = {
     "gather": "input: all-gather; backward reduce-scatter",
     "column": "nothing",
     "row": "output: reduce-scatter; backward all-gather",
-    "loss": "two or three numbers a token, no logits",
+    "loss": "three numbers a token",
     "attention": "keys and values: all-gather; backward reduce-scatter",
     "mask": "document numbers: all-gather",
 }

@@ -5,9 +5,9 @@ Shapes: hidden [..., dim], weight [vocab, dim], labels [...] int64; any float dt
 A chunk of tokens has its logits formed, turned into their own gradient where they lie, and multiplied into both
 gradients, all in the forward pass; the backward pass only scales these. That is the arithmetic of the plain path
 (6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until then. With
-`recompute`, the forward pass keeps a number per token, and the backward pass forms the logits anew (8 n dim vocab), a
-chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once. It is meant
-for who runs many forward passes before the first backward one.
+`recompute`, the forward pass keeps three numbers per token, and the backward pass forms the logits anew (8 n dim
+vocab), a chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once. It
+is meant for who runs many forward passes before the first backward one.
 
 Bytes, for n tokens of a chunk and b bytes a logit: statistics n vocab b (read), gradient 2 n vocab b (read, written).
 Both in one launch read each row twice, the second time from the cache: a row of Llama 3's, 256 KB, does not fit into
@@ -69,7 +69,7 @@ def linear_cross_entropy(
     unless told otherwise.
 
     With a `group` each rank has the rows of the weight that begin at `first`, and the same hidden states and labels;
-    two numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
+    three numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
     rank's summand: who gave it to all ranks sums it.
     """
     rows, dim = labels.numel(), weight.shape[1]
@@ -145,10 +145,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, how: _How, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, ...]:
         run = forward_op if torch.compiler.is_compiling() else _forward
-        loss, lse, grad_hidden, grad_weight = run(hidden, weight, labels, weights, *wanted, *how)
+        loss, statistics, grad_hidden, grad_weight = run(hidden, weight, labels, weights, *wanted, *how)
         ctx.how, ctx.wanted, ctx.dtypes = how, wanted, (hidden.dtype, weight.dtype)
         if how.recompute:
-            ctx.save_for_backward(hidden, weight, labels, weights, lse)
+            ctx.save_for_backward(hidden, weight, labels, weights, statistics)
         else:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return (loss,)
@@ -195,10 +195,10 @@ def _forward(
     ranks: int,
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss; each token's logsumexp; the gradients before they are scaled, empty where unwanted or recomputed."""
+    """The loss; each token's statistics; the gradients before they are scaled, empty where unwanted or recomputed."""
     wide = _wide(hidden.dtype)
     factor = _rounded(weight, hidden.dtype, wide_products)
-    lse, losses = torch.empty_like(weights), torch.empty_like(weights)
+    statistics = weights.new_empty(3, hidden.shape[0])
     grad_hidden = hidden.new_zeros(hidden.shape if want_hidden and not recompute else (0,), dtype=wide)
     grad_weight = weight.new_zeros(weight.shape if want_weight and not recompute else (0,), dtype=wide)
     gradient = bool(grad_hidden.numel() or grad_weight.numel())
@@ -207,15 +207,12 @@ def _forward(
         part, scale = hidden[rows].to(factor.dtype), weights[rows]
         logits = part @ factor.t()
         if gradient and ranks == 1:
-            statistics = _statistics_and_gradient(logits, labels[rows], scale, first, z_loss, triton)
+            statistics[:, rows] = _statistics_and_gradient(logits, labels[rows], scale, first, z_loss, triton)
         else:
-            statistics = _statistics(logits, labels[rows], first, triton)
-            if ranks > 1:
-                statistics = _joined(statistics, group, ranks)
+            found = _statistics(logits, labels[rows], first, triton)
+            statistics[:, rows] = found = _joined(found, group, ranks) if ranks > 1 else found
             if gradient:
-                _gradient(logits, labels[rows], statistics[0], scale, first, z_loss, triton)
-        lse[rows], target = statistics
-        losses[rows] = torch.where(scale != 0, scale * (lse[rows] - target + z_loss * lse[rows].square()), 0)
+                _gradient(logits, labels[rows], found, scale, first, z_loss, triton)
         if grad_hidden.numel():
             _add_product(grad_hidden[rows], logits, factor)
         if grad_weight.numel():
@@ -223,7 +220,9 @@ def _forward(
 
     for start in range(0, hidden.shape[0], chunk):
         run(slice(start, start + chunk))
-    return losses.sum(), lse, grad_hidden, grad_weight
+    top, log_total, target = statistics
+    losses = log_total - (target - top) + z_loss * (top + log_total).square()
+    return torch.where(weights != 0, weights * losses, 0).sum(), statistics, grad_hidden, grad_weight
 
 
 def _backward(
@@ -231,7 +230,7 @@ def _backward(
     weight: Tensor,
     labels: Tensor,
     weights: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     grad: Tensor,
     want_hidden: bool,
     want_weight: bool,
@@ -255,7 +254,7 @@ def _backward(
     def run(columns: slice) -> None:
         part = factor[columns]
         logits = x @ part.t()
-        _gradient(logits, labels, lse, scale, first + columns.start, z_loss, triton)
+        _gradient(logits, labels, statistics, scale, first + columns.start, z_loss, triton)
         if want_hidden:
             _add_product(grad_hidden, logits, part)
         if want_weight and grad_weight.dtype == wide:
@@ -285,7 +284,7 @@ backward_op = torch.library.custom_op(
     "titanlite_kernels::linear_cross_entropy_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor weights, Tensor lse, Tensor grad, "
+    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor weights, Tensor statistics, Tensor grad, "
     f"{_SIGNATURE}) -> (Tensor, Tensor)",
 )
 
@@ -305,7 +304,7 @@ def _(
     wide = _wide(hidden.dtype)
     return (
         weights.new_empty(()),
-        torch.empty_like(weights),
+        weights.new_empty(3, hidden.shape[0]),
         hidden.new_empty(hidden.shape if want_hidden and not recompute else (0,), dtype=wide),
         weight.new_empty(weight.shape if want_weight and not recompute else (0,), dtype=wide),
     )
@@ -317,7 +316,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     weights: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     grad: Tensor,
     want_hidden: bool,
     want_weight: bool,
@@ -357,7 +356,11 @@ _ROWS = 4096
 
 
 def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Tensor:
-    """logits [n, columns], labels [n] -> [2, n]: logsumexp, and the label's logit (-inf where it is elsewhere)."""
+    """logits [n, columns], labels [n] -> [3, n]: the largest logit; the log of the sum of exp(logit - largest); the
+    label's logit (-inf where it is elsewhere).
+
+    Not the sum of the first two: that would be rounded to a logit's last place, and a probability be wrong by as much.
+    """
     if triton:
         return statistics_op(logits, labels, first)
     parts = zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, labels)), strict=True)
@@ -365,15 +368,16 @@ def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Ten
 
 
 def _gradient(
-    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, first: int, z_loss: float, triton: bool
+    logits: Tensor, labels: Tensor, statistics: Tensor, scale: Tensor, first: int, z_loss: float, triton: bool
 ) -> None:
     """Turn logits into the gradient of scale * loss by them; 0 where the scale is."""
     if triton:
-        gradient_op(logits, labels, lse, scale, first, z_loss)
+        gradient_op(logits, labels, statistics, scale, first, z_loss)
         return
-    split = _rows_at_a_time(logits)
-    for part, label, each_lse, each_scale in zip(*(x.split(split) for x in (logits, labels, lse, scale)), strict=True):
-        _reference_gradient(part, part.to(lse.dtype), label - first, each_lse, each_scale, z_loss)
+    rows = _rows_at_a_time(logits)
+    cut = (logits.split(rows), labels.split(rows), statistics.split(rows, dim=1), scale.split(rows))
+    for part, label, found, each in zip(*cut, strict=True):
+        _reference_gradient(part, part.to(scale.dtype), label - first, found, each, z_loss)
 
 
 def _statistics_and_gradient(
@@ -386,7 +390,7 @@ def _statistics_and_gradient(
     for part, label, each in zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, labels, scale)), strict=True):
         wide = part.to(scale.dtype)
         found.append(_reference_statistics(wide, label - first))
-        _reference_gradient(part, wide, label - first, found[-1][0], each, z_loss)
+        _reference_gradient(part, wide, label - first, found[-1], each, z_loss)
     return torch.cat(found, dim=1)
 
 
@@ -399,27 +403,34 @@ def _rows_at_a_time(logits: Tensor) -> int:
 def _reference_statistics(wide: Tensor, columns: Tensor) -> Tensor:
     here = (columns >= 0) & (columns < wide.shape[1])
     target = wide.gather(1, columns.clamp(0, wide.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    return torch.stack((wide.logsumexp(1), target.masked_fill(~here, -torch.inf)))
+    top = wide.amax(1)
+    total = (wide - top.unsqueeze(1)).exp_().sum(1)
+    return torch.stack((top, total.log(), target.masked_fill(~here, -torch.inf)))
 
 
 def _reference_gradient(
-    logits: Tensor, wide: Tensor, columns: Tensor, lse: Tensor, scale: Tensor, z_loss: float
+    logits: Tensor, wide: Tensor, columns: Tensor, statistics: Tensor, scale: Tensor, z_loss: float
 ) -> None:
     """`wide` is `logits`, or a copy; it is written on too."""
-    here = (columns >= 0) & (columns < wide.shape[1])
-    slope = scale * (1 + 2 * z_loss * lse)
-    wide.sub_(lse.unsqueeze(1)).exp_().mul_(slope.unsqueeze(1))
-    wide.scatter_add_(1, columns.clamp(0, wide.shape[1] - 1).unsqueeze(1), -(scale * here).unsqueeze(1))
-    wide.masked_fill_((scale == 0).unsqueeze(1), 0)
+    here = ((columns >= 0) & (columns < wide.shape[1])).unsqueeze(1)
+    at = columns.clamp(0, wide.shape[1] - 1).unsqueeze(1)
+    top, log_total, _ = (each.unsqueeze(1) for each in statistics)
+    scale = scale.unsqueeze(1)
+    extra = scale * (2 * z_loss) * (top + log_total)
+    probability = wide.sub_(top).sub_(log_total).exp_().gather(1, at)
+    # Where a probability is about 1, nearly nothing is left of scale * (1 - 1): so it is not added to first.
+    wide.mul_(scale + extra).scatter_(1, at, scale * (probability - here.to(scale.dtype)) + extra * probability)
+    wide.masked_fill_(scale == 0, 0)
     if wide is not logits:
         logits.copy_(wide)
 
 
 def _joined(statistics: Tensor, group: str, ranks: int) -> Tensor:
-    """The statistics [2, n] of all ranks' parts of the vocabulary, as those of the whole."""
+    """The statistics [3, n] of all ranks' parts of the vocabulary, as those of the whole."""
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(statistics.contiguous(), ranks, group)
-    lse, target = torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 2, -1).unbind(1)
-    return torch.stack((lse.logsumexp(0), target.amax(0)))
+    tops, log_totals, targets = torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 3, -1).unbind(1)
+    top = tops.amax(0)
+    return torch.stack((top, (tops - top + log_totals).logsumexp(0), targets.amax(0)))
 
 
 @jit
@@ -436,7 +447,8 @@ def _rows(
     if GRADIENT:
         factor = tl.load(scale + row)
     if GIVEN:
-        lse = tl.load(statistics + row)
+        top = tl.load(statistics + row)
+        log_total = tl.load(statistics + rows + row)
     else:
         here = (label >= 0) & (label < columns)
         target = tl.load(start + label, mask=here, other=-float("inf")).to(tl.float32)
@@ -448,16 +460,19 @@ def _rows(
             higher = tl.maximum(top, tl.max(x, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
             top = higher
-        lse = top + tl.log(total)
-        tl.store(statistics + row, lse)
-        tl.store(statistics + rows + row, target)
+        log_total = tl.log(total)
+        tl.store(statistics + row, top)
+        tl.store(statistics + rows + row, log_total)
+        tl.store(statistics + 2 * rows + row, target)
     if GRADIENT:
         tl.debug_barrier()  # the label's logit was read by all threads, and one of them writes it
-        slope = factor * (1 + 2 * z_loss * lse)
+        extra = factor * (2 * z_loss * (top + log_total))
         read = tl.where(factor != 0, columns, 0)  # of a token that does not count, nothing
         for offset in range(0, columns, BLOCK):
             x = tl.load(start + offset + at, mask=offset + at < read, other=0.0).to(tl.float32)
-            grad = slope * tl.exp(x - lse) - tl.where(offset + at == label, factor, 0.0)
+            probability = tl.exp(x - top - log_total)
+            # Not (factor + extra) * probability - factor: of a probability of about 1 nearly nothing would be left.
+            grad = factor * (probability - tl.where(offset + at == label, 1.0, 0.0)) + extra * probability
             tl.store(start + offset + at, tl.where(factor != 0, grad, 0.0), mask=offset + at < columns)
 
 
@@ -474,26 +489,26 @@ def _launch(
 
 @torch.library.triton_op("titanlite_kernels::softmax_statistics", mutates_args=())
 def statistics_op(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    statistics = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float32)
     _launch(logits, labels, statistics, statistics, first, 0.0, GIVEN=False, GRADIENT=False)
     return statistics
 
 
 @torch.library.triton_op("titanlite_kernels::softmax_gradient_", mutates_args=("logits",))
-def gradient_op(logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, first: int, z_loss: float) -> None:
-    _launch(logits, labels, lse, scale, first, z_loss, GIVEN=True, GRADIENT=True)
+def gradient_op(logits: Tensor, labels: Tensor, statistics: Tensor, scale: Tensor, first: int, z_loss: float) -> None:
+    _launch(logits, labels, statistics, scale, first, z_loss, GIVEN=True, GRADIENT=True)
 
 
 @torch.library.triton_op("titanlite_kernels::softmax_statistics_and_gradient_", mutates_args=("logits",))
 def statistics_and_gradient_op(logits: Tensor, labels: Tensor, scale: Tensor, first: int, z_loss: float) -> Tensor:
-    statistics = logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float32)
     _launch(logits, labels, statistics, scale, first, z_loss, GIVEN=False, GRADIENT=True)
     return statistics
 
 
 @statistics_op.register_fake
 def _(logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    return logits.new_empty(3, logits.shape[0], dtype=torch.float32)
 
 
 @gradient_op.register_fake
@@ -503,7 +518,7 @@ def _(logits: Tensor, *rest: Any) -> None:
 
 @statistics_and_gradient_op.register_fake
 def _(logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(2, logits.shape[0], dtype=torch.float32)
+    return logits.new_empty(3, logits.shape[0], dtype=torch.float32)
 
 
 def _builds() -> tuple[Build, ...]:

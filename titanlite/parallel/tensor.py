@@ -146,7 +146,7 @@ def _scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class VocabularyLoss(TokenLoss):
     """The summed token losses where each rank has the logits of a part of the vocabulary (Shoeybi et al., section 3).
 
-    Per token, two or three numbers travel; logits never do. The result is the same on every rank.
+    Per token, three numbers travel; logits never do. The result is the same on every rank.
     """
 
     def __init__(self, group: dist.ProcessGroup, first: int, whole: TokenLoss) -> None:

@@ -1,0 +1,290 @@
+"""Linear + cross-entropy by chunks in plain torch: right in float64, and as lean as it says; its kernels' tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import vocabulary_ranks
+from exactness import DTYPES, assert_as_exact_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pool import Pool
+from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from titanlite.dryrun.memory import MemoryTrace
+
+Loss = Callable[..., Tensor]
+WAYS = pytest.mark.parametrize("recompute", [False, True])
+few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+
+
+def arguments(rows: int, vocab: int, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = torch.randn(rows, dim, dtype=dtype), torch.randn(vocab, dim, dtype=dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, vocab, (rows,))
+
+
+def with_gradients(loss: Loss, hidden: Tensor, weight: Tensor, *rest: Any, **keys: Any) -> list[Tensor]:
+    """The loss, and the gradients of a third of it."""
+    value = loss(hidden, weight, *rest, **keys)
+    return [value.detach(), *torch.autograd.grad(value / 3, (hidden, weight))]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_kernels(run_on_device: Callable[[str], None]) -> None:
+    run_on_device("run_linear_cross_entropy.py")
+
+
+@few
+@given(
+    rows=st.integers(1, 40), vocab=st.integers(1, 70), dim=st.integers(1, 9), chunk=st.integers(1, 50),
+    recompute=st.booleans(), weighted=st.booleans(), ignored=st.integers(0, 5),
+    z_loss=st.sampled_from((0.0, 1e-2)),
+)  # fmt: skip
+def test_loss_and_gradients_are_those_of_all_logits(
+    rows: int, vocab: int, dim: int, chunk: int, recompute: bool, weighted: bool, ignored: int, z_loss: float
+) -> None:
+    hidden, weight, labels = arguments(rows, vocab, dim)
+    labels[torch.randperm(rows)[:ignored]] = -1
+    weights = torch.rand(rows, dtype=torch.float64) if weighted else None
+    keys = {"ignore_index": -1, "z_loss": z_loss}
+    expected = with_gradients(linear_cross_entropy_reference, hidden, weight, labels, weights, **keys)
+    ours = with_gradients(
+        linear_cross_entropy, hidden, weight, labels, weights, **keys, chunk=chunk, recompute=recompute
+    )
+    assert_same(ours, expected)
+
+
+@WAYS
+@pytest.mark.parametrize("wide_products", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_exact_as_eager(dtype: torch.dtype, wide_products: bool, recompute: bool) -> None:
+    for weight_dtype in {dtype, torch.float32}:
+        hidden = (torch.randn(2, 15, 24) / 5).to(dtype).requires_grad_()
+        weight = torch.randn(50, 24).to(dtype).to(weight_dtype).requires_grad_()
+        labels = torch.randint(0, 50, (2, 15))
+        ours = partial(linear_cross_entropy, chunk=7, wide_products=wide_products, recompute=recompute)
+        assert_as_exact_as_eager(
+            lambda h, w, labels=labels, ours=ours: ours(h, w, labels),
+            lambda h, w, labels=labels: linear_cross_entropy_reference(h, w, labels),
+            [hidden, weight],
+        )
+
+
+@WAYS
+def test_any_layout_in_memory(recompute: bool) -> None:
+    hidden, weight, labels = arguments(12, 20, 12)
+    views = hidden[:, ::2].reshape(3, 4, 6).transpose(0, 1), weight[:, 6:], labels.view(3, 4).t()
+    expected = linear_cross_entropy_reference(*views)
+    ours = linear_cross_entropy(*views, chunk=5, recompute=recompute)
+    assert_same(
+        [ours, *torch.autograd.grad(ours, (hidden, weight))],
+        [expected, *torch.autograd.grad(expected, (hidden, weight))],
+    )
+
+
+@WAYS
+def test_what_does_not_count(recompute: bool) -> None:
+    """Padding, whatever it holds; and nothing at all."""
+    hidden, weight, labels = arguments(6, 20, 4)
+    labels[2:4] = -100
+    keys = {"chunk": 2, "recompute": recompute}
+    loss = linear_cross_entropy(hidden, weight, labels, **keys)
+    spoilt = hidden.detach().clone()
+    spoilt[2], spoilt[3] = float("nan"), float("inf")
+    spoilt.requires_grad_()
+    same, grad, _ = with_gradients(linear_cross_entropy, spoilt, weight, labels, **keys)
+    assert torch.equal(same, loss) and grad[[0, 1, 4, 5]].all() and not grad[2:4].any()
+    for none in (torch.full((6,), -100), torch.full((0,), 5)):
+        found = with_gradients(linear_cross_entropy, hidden[: len(none)], weight, none, **keys)
+        assert not any(each.any() for each in found)
+
+
+@pytest.mark.parametrize(("hidden_value", "expected"), [(0.0, 20 * torch.log(torch.tensor(50.0)).item()), (1e4, None)])
+@WAYS
+def test_extreme_values(hidden_value: float, expected: float | None, recompute: bool) -> None:
+    hidden, weight, labels = arguments(20, 50, 3, torch.float32)
+    with torch.no_grad():
+        hidden *= hidden_value
+    keys = {"chunk": 7, "recompute": recompute}
+    found = with_gradients(linear_cross_entropy, hidden, weight, labels, **keys)
+    torch.testing.assert_close(found, with_gradients(linear_cross_entropy_reference, hidden, weight, labels))
+    assert expected is None or found[0].item() == pytest.approx(expected)
+
+
+@WAYS
+def test_what_is_wrong_is_seen(recompute: bool) -> None:
+    hidden, weight, labels = arguments(6, 20, 4)
+    keys = {"chunk": 2, "recompute": recompute}
+    for wrong in (20, -1):
+        labels[3] = wrong
+        assert linear_cross_entropy(hidden, weight, labels, **keys) == float("inf")
+    labels[3] = 0
+    with torch.no_grad():
+        hidden[3] = float("nan")
+    assert all(found.isnan().any() for found in with_gradients(linear_cross_entropy, hidden, weight, labels, **keys))
+    with pytest.raises(ValueError, match=r"hidden \(6, 4\), weight \(20, 3\), labels \(6,\) do not fit"):
+        linear_cross_entropy(hidden, weight[:, :3], labels)
+    with pytest.raises(ValueError, match="float64"):
+        linear_cross_entropy(hidden, weight, labels, backend="triton")
+
+
+class Tied(nn.Module):
+    """An embedding that is the head too."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+        self.loss = loss
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.table[tokens].sin(), self.table, labels)
+
+
+@WAYS
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "both"])
+def test_a_tied_weight_compiled_and_checkpointed(how: str, recompute: bool) -> None:
+    tokens, labels = torch.randint(0, 30, (2, 9)), torch.randint(0, 30, (2, 9))
+
+    def gradient(loss: Loss, how: str) -> list[Tensor]:
+        model = Tied(loss)
+        run: Loss = model
+        if how != "plain":
+            run = lambda *inputs: checkpoint(model, *inputs, use_reentrant=False)  # noqa: E731
+        if how == "both":
+            run = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=False)
+        value = run(tokens, labels)
+        (value / 3).backward()
+        return [value.detach(), model.table.grad]
+
+    ours = gradient(partial(linear_cross_entropy, chunk=5, recompute=recompute), how)
+    assert_same(ours, gradient(linear_cross_entropy_reference, "plain"))
+
+
+@WAYS
+def test_operations_are_those_of_the_contract(recompute: bool) -> None:
+    """6 n dim vocab, or 8 with logits formed twice; 2 without gradients, and none for what is frozen."""
+    hidden, weight, labels = arguments(24, 32, 4)
+    product = 2 * 24 * 32 * 4
+
+    def in_place(total: Any, a: tuple[int, int], b: tuple[int, int], **rest: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    def operations(hidden: Tensor, weight: Tensor) -> int:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+            loss = linear_cross_entropy(hidden, weight, labels, chunk=10, recompute=recompute)
+            if loss.requires_grad:
+                loss.backward()
+        return counter.get_total_flops()
+
+    assert operations(hidden, weight) == (4 if recompute else 3) * product
+    assert operations(hidden, weight.detach()) == operations(hidden.detach(), weight) == (2 + recompute) * product
+    with torch.no_grad():
+        assert operations(hidden, weight) == product
+
+
+@WAYS
+def test_backward_may_come_twice(recompute: bool) -> None:
+    """As pipeline schedules ask that compute the gradients of inputs and of weights apart."""
+    hidden, weight, labels = arguments(9, 12, 4)
+    loss = linear_cross_entropy(hidden, weight, labels, recompute=recompute)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True))
+
+
+@WAYS
+def test_ranks_that_share_the_vocabulary(pool: Pool, recompute: bool) -> None:
+    """Each has the whole loss, a summand of the hidden states' gradient, and its rows of the weight's."""
+    hidden, weight, labels = vocabulary_ranks.arguments()
+    expected = with_gradients(linear_cross_entropy_reference, hidden, weight, labels, z_loss=1e-2)
+    ranks = pool.run(vocabulary_ranks.loss_and_gradients, 3, recompute)
+    for loss, _, _ in ranks:
+        assert_same([loss], expected[:1])
+    assert_same([sum(grad for _, grad, _ in ranks) / 3, torch.cat([grad for _, _, grad in ranks]) / 3], expected[1:])
+
+
+class _Shown(TorchDispatchMode):
+    """Shows a trace each operation."""
+
+    def __init__(self, trace: MemoryTrace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        result = operation(*given, **(named or {}))
+        self._trace.see(operation, given, named or {}, result)
+        return result
+
+
+def peak_bytes(loss: Loss, rows: int, vocab: int, dim: int) -> int:
+    """What a forward and a backward pass hold at most beside their arguments, on tensors without memory."""
+    hidden, weight = (
+        torch.empty(n, dim, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (rows, vocab)
+    )
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    trace = MemoryTrace()
+    for tensor in (hidden, weight, labels):
+        trace.mark(tensor, "other")
+    before, begin = trace.since(0).peak.total, trace.now()
+    with trace.watch(), _Shown(trace):
+        (loss(hidden, weight, labels) / 3).backward()
+    return trace.since(begin).peak.total - before
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_memory_at_the_sizes_of_llama_3(backend: str) -> None:
+    """16,384 tokens, 128,256 of them known, 4,096 wide: the logits path takes 25 GB beside what it is given.
+
+    Ours holds at most the gradients, in the dtype of the weight and before that in float32 (3.5 GB); recomputing, those
+    in the weight's dtype and a chunk.
+    """
+    sizes = 16_384, 128_256, 4_096
+    everything = peak_bytes(linear_cross_entropy_reference, *sizes)
+    logits = sizes[0] * sizes[1]
+    assert everything >= 3 * 4 * logits, "log-softmax, its gradient and that of the logits, in float32"
+    held = peak_bytes(partial(linear_cross_entropy, backend=backend), *sizes)
+    recomputed = peak_bytes(partial(linear_cross_entropy, backend=backend, recompute=True), *sizes)
+    assert held < 0.15 * everything
+    assert recomputed < 0.08 * everything
+
+
+_RESIDENT = """
+import resource, sys
+import torch
+from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+torch.set_num_threads(1)
+hidden, weight = torch.randn(4096, 64, requires_grad=True), torch.randn(16384, 64, requires_grad=True)
+labels = torch.randint(0, 16384, (4096,))
+def grown(loss):
+    hidden.grad = weight.grad = None
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    loss(hidden, weight, labels).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+linear_cross_entropy(hidden[:8], weight, labels[:8]).backward()  # what libraries take once
+print(grown(linear_cross_entropy), grown(linear_cross_entropy_reference))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_on_a_cpu() -> None:
+    """A process's own, smaller peak first: a quarter of Llama's tokens, an eighth of its vocabulary."""
+    process = subprocess.run([sys.executable, "-c", _RESIDENT], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    ours, everything = map(int, process.stdout.split())
+    assert everything > 3 * 4 * 4096 * 16384 * 0.9
+    assert ours < 0.15 * everything, f"{ours:,} bytes, and {everything:,} by all logits"
