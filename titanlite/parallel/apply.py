@@ -57,12 +57,12 @@ def _to_float8(
 
     These are cast once a step where that saves something. Raises `UsageError` on a device that has no float8.
     """
-    found = decisions(spec, config, recipe)
+    section = recipe.precision.float8
+    found = decisions(spec, config, section)
     if found:
         require_float8(world.device)
     keep = whole and batch_plan(recipe, layout, 0).microbatches > 1
-    settings = SETTINGS[recipe.precision.float8.recipe]
-    return convert(model, found, settings, compute_dtype(recipe.precision), keep)
+    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), keep)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:

@@ -38,6 +38,10 @@ class Quantised(NamedTuple):
     scale: Tensor
     """[] or [rows, 1], float32."""
 
+    def scale_of_rows(self) -> Tensor:
+        """[rows, 1], contiguous: where one factor has scales of rows, the other must have them too."""
+        return self.scale.expand(self.values.shape[0], 1).contiguous()
+
 
 def power_of_two(largest: Tensor, format: torch.dtype) -> Tensor:
     """What values up to `largest` are multiplied with to fill `format`, rounded down to a power of two.
@@ -73,20 +77,14 @@ def product(left: Quantised, right: Quantised, dtype: torch.dtype, fast_accumula
     """left [m, k] times right [n, k] transposed -> [m, n] in `dtype`; in float64 exact but for the last bits."""
     if dtype == torch.float64:
         return (left.values.double() * left.scale) @ (right.values.double() * right.scale).t()
-    scales = left.scale, right.scale
-    by_rows = any(scale.dim() for scale in scales)
-    if by_rows:  # then the other has to have as many
-        scales = tuple(
-            scale.expand(values.shape[0], 1).contiguous()
-            for values, scale in zip((left.values, right.values), scales, strict=True)
-        )
+    by_rows = left.scale.dim() > 0 or right.scale.dim() > 0
     # CUDA's kernels for scales of rows know no wider result.
     out = torch.bfloat16 if by_rows and left.values.is_cuda else dtype
     result = torch._scaled_mm(
         left.values,
         right.values.t(),
-        scale_a=scales[0],
-        scale_b=scales[1].t(),
+        scale_a=left.scale_of_rows() if by_rows else left.scale,
+        scale_b=right.scale_of_rows().t() if by_rows else right.scale,
         out_dtype=out,
         use_fast_accum=fast_accumulation,
     )
@@ -107,7 +105,7 @@ class _Float8Linear(torch.autograd.Function):
         return product(quantise(x, how.left), ready, x.dtype, how.fast_accumulation)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         settings, (for_input, for_weight, *_) = ctx.settings, ctx.needs_input_grad
         tokens, how, also = x.shape[0], settings.grad_input, settings.grad_weight
@@ -153,8 +151,8 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
         kept = tuple(self.get_buffer(name) for name in self._kept)
-        result: Tensor = _Float8Linear.apply(x.flatten(0, -2), weight, self.settings, *kept)
-        return result.unflatten(0, x.shape[:-1])
+        result: Tensor = _Float8Linear.apply(x.flatten(0, -2), weight, self.settings, *kept)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ Arithmetic on names and sizes, without torch: `titanlite check` says it, `float8
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from titanlite.models.spec import ModelSpec, is_named_by
-from titanlite.parallel.slicing import Shape, pattern_of, slicings
-from titanlite.recipe.sections import Float8, Recipe
+from titanlite.parallel.slicing import Shape, pattern_of
+from titanlite.recipe.sections import Float8
 
 ALIGNMENT = 16
 """Sizes that the matrix units' float8 products take are multiples of this."""
@@ -25,7 +24,7 @@ class Cast:
     format: Literal["e4m3", "e5m2"]
     """e4m3 keeps 3 bits after the point down to 2^-14 of the largest value, e5m2 2 bits down to 2^-29."""
     scale: Literal["tensor", "row"]
-    """One scale, or one for each vector that is multiplied and summed: rows of the left factor, columns of the right."""
+    """One scale, or one for each vector that is multiplied and summed: left rows, right columns."""
 
 
 @dataclass(frozen=True)
@@ -73,61 +72,65 @@ class Decision:
 
     name: str
     shape: Shape
-    """[outputs, inputs] of the smallest share that a tensor parallel rank has."""
+    """[outputs, inputs] of its weight, in whole."""
     skipped: str | None
     """Why it stays as it is; None: it is converted."""
 
 
-def decisions(spec: ModelSpec, config: Any, recipe: Recipe) -> tuple[Decision, ...]:
-    """One for each linear of the model, the same on every rank; none where float8 is not enabled."""
-    section, tied = recipe.precision.float8, spec.tied(config)
+def decisions(spec: ModelSpec, config: Any, section: Float8) -> tuple[Decision, ...]:
+    """One for each linear of the model; none where float8 is not enabled.
+
+    They do not depend on the layout, as the numbers must not: whole sizes count.
+    """
     if not section.enabled:
         return ()
-    shapes = dict(spec.shapes(config))
-    plan, shared = spec.sharding(config), {*tied, *tied.values()}
-    shapes |= {name: shapes[other] for name, other in tied.items()}
-    tables = tuple(rule.pattern for rule in plan if rule.style == "vocab")
-    cuts, found = slicings(shapes, plan), []
+    shapes, tied = spec.shapes(config), spec.tied(config)
+    shapes = {**shapes, **{name: shapes[other] for name, other in tied.items()}}
+    tables = tuple(rule.pattern for rule in spec.sharding(config) if rule.style == "vocab")
+    found = []
     for parameter, shape in shapes.items():
         name = parameter.removesuffix(".weight")
-        if len(shape) != 2 or is_named_by(tables, name):
-            continue
-        slicing, shares = cuts.get(parameter), {shape}
-        if slicing is not None:
-            sizes = {slicing.share(recipe.parallel.tp, rank)[1] for rank in range(recipe.parallel.tp)}
-            shares = {(size, shape[1]) if slicing.dimension == 0 else (shape[0], size) for size in sizes}
-        reason = "shares its weight with the embedding" if parameter in shared else _reason(section, name, shares)
-        found.append(Decision(name, min(shares), reason))
+        if len(shape) == 2 and not is_named_by(tables, name):
+            reason = "shares the embedding's weight" if parameter in tied else _reason(section, name, *shape)
+            found.append(Decision(name, shape, reason))
     return tuple(found)
 
 
-def _reason(section: Float8, name: str, shares: set[Shape]) -> str | None:
-    """Why a linear whose shares have these sizes is not converted, if it is not."""
+def _reason(section: Float8, name: str, outputs: int, inputs: int) -> str | None:
+    """Why a linear of these sizes is not converted, if it is not."""
     if is_named_by(section.exclude, name):
         return "excluded"
-    for rows, columns in sorted(shares):
-        if rows % ALIGNMENT or columns % ALIGNMENT:
-            return f"{rows} x {columns} is not in multiples of {ALIGNMENT}"
-        if mean_size(rows, columns) < section.min_size:
-            return f"{rows} x {columns} has a mean size of {mean_size(rows, columns):.0f}, below {section.min_size}"
+    if not aligned((outputs, inputs)):
+        return f"not in multiples of {ALIGNMENT}"
+    if mean_size(outputs, inputs) < section.min_size:
+        return f"below min_size {section.min_size}"
     return None
+
+
+def aligned(shape: Shape) -> bool:
+    """Whether a weight of this shape can be multiplied in float8."""
+    return all(size % ALIGNMENT == 0 for size in shape)
 
 
 def mean_size(outputs: int, inputs: int) -> float:
     """The harmonic mean of a weight's sizes: it grows with what float8 saves a linear over what its casts cost.
 
-    Of a token, three products of 2 x outputs x inputs operations take half as long: 3 x outputs x inputs are saved. Its
-    inputs and outputs are read for their largest value, read, written and turned: some 8 bytes of each. So it pays above
-    16/3 of the operations that the device does in the time of a byte: 1300 at an H100's 250, half that where the
+    Of a token, three products of 2 x outputs x inputs operations take half as long: 3 x outputs x inputs are saved.
+    Its inputs and outputs are read for their largest value, read, written and turned: some 8 bytes of each. So it pays
+    above 16/3 of the operations that the device does in the time of a byte: 1300 at an H100's 250, half that where the
     compiler fuses the casts with what comes before. The number of tokens does not matter.
     """
     return 2 * outputs * inputs / (outputs + inputs)
 
 
 def summary(found: Sequence[Decision]) -> str:
-    """`float8: converted 224 of 225 linears; head skipped: excluded`, alike ones together."""
-    skipped = [each for each in found if each.skipped is not None]
-    alike = Counter((pattern_of(each.name), each.skipped) for each in skipped)
-    reasons = [f"{name} skipped{f' ({times} times)' * (times > 1)}: {why}" for (name, why), times in alike.items()]
-    return "; ".join([f"converted {len(found) - len(skipped)} of {len(found)} linears", *reasons])
-
+    """`converted 224 of 225 linears; skipped: head (excluded)`."""
+    reasons: dict[str, list[str]] = {}
+    for each in found:
+        names = reasons.setdefault(each.skipped or "", [])
+        if pattern_of(each.name) not in names:
+            names.append(pattern_of(each.name))
+    reasons.pop("", None)
+    skipped = ", ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    converted = sum(each.skipped is None for each in found)
+    return f"converted {converted} of {len(found)} linears{'; skipped: ' * bool(skipped)}{skipped}"

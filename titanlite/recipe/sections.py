@@ -241,8 +241,8 @@ class Float8(Section):
     exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     min_size: NonNegative = 1024
-    """Linears below this stay as they are, as their casts would take longer than float8 saves. Compared with
-    2 x outputs x inputs / (outputs + inputs) of what one rank computes with."""
+    """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
+    take longer than float8 saves."""
 
 
 class Precision(Section):

@@ -10,7 +10,7 @@ from titanlite.errors import Finding
 from titanlite.optim.schedules import SCHEDULES
 from titanlite.parallel.layout import layout_of
 from titanlite.parallel.stages import fixes_stages
-from titanlite.recipe.sections import Pipeline, Recipe
+from titanlite.recipe.sections import Float8, Pipeline, Recipe
 from titanlite.rules.terms import warning
 
 Idle = tuple[str, bool, str]
@@ -46,6 +46,10 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
         ("checkpoint.keep_best", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
         ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),
         ("precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"),
+        *(
+            (f"precision.float8.{key}", not recipe.precision.float8.enabled, "precision.float8.enabled is false")
+            for key in Float8.model_fields
+        ),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
     ]
 
