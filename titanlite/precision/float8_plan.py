@@ -47,7 +47,8 @@ class Settings:
 
 
 _TENSOR, _ROW, _WIDE = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")
-_BY_ROWS = Product(_ROW, _ROW, fast_accumulation=True)
+_FORWARD = Product(_ROW, _ROW, fast_accumulation=True)
+_BACKWARD = Product(_ROW, _ROW, fast_accumulation=False)
 
 SETTINGS: dict[str, Settings] = {
     "tensorwise": Settings(
@@ -55,11 +56,10 @@ SETTINGS: dict[str, Settings] = {
         grad_input=Product(_WIDE, _TENSOR, fast_accumulation=False),
         grad_weight=Product(_WIDE, _TENSOR, fast_accumulation=False),
     ),
-    "rowwise": Settings(_BY_ROWS, _BY_ROWS, _BY_ROWS),
-    # Gradients add up over the whole run, so that their errors do too. Without their product, the weight's columns are
-    # never a contracted dimension of their own: one scale does for it in grad_input.
+    "rowwise": Settings(_FORWARD, _BACKWARD, _BACKWARD),
+    # A weight has one scale in grad_input, so that it need not be read again along its columns.
     "rowwise_with_hp_grad_weight": Settings(
-        output=_BY_ROWS, grad_input=Product(_ROW, _TENSOR, fast_accumulation=True), grad_weight=None
+        output=_FORWARD, grad_input=Product(_ROW, _TENSOR, fast_accumulation=False), grad_weight=None
     ),
 }
 """What the recipes of these names stand for: formats and scales are those of torchao's recipes of the same names (its
