@@ -15,5 +15,5 @@ def float8_recipe(corpus: str, recipe: str, **sections: dict[str, Any]) -> Recip
     """In float64, but for the factors of products."""
     sections.setdefault("training", {"microbatch": 1})
     section = {"enabled": True, "recipe": recipe, "min_size": 0}
-    precision = {"float8": section, **sections.pop("precision", {})}
+    precision = {"compute": "float64", "float8": section, **sections.pop("precision", {})}
     return small_recipe(corpus, model=MODEL, optimizer={"lr": 1e-3}, precision=precision, **sections)

@@ -91,3 +91,22 @@ def test_a_layout_is_one_process(pool: Pool, corpus: str, recipe: str, layout: s
     same = layout.startswith(ALL_SAME) or (recipe == EXACT_GRADIENTS and layout == "cp")
     for result in found:
         assert_close(result, alone(corpus, recipe), *((SAME, SAME) if same else SCALED))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "stage"),
+    [
+        ("tensorwise", 3, 3),
+        pytest.param("tensorwise", 2, 2, marks=pytest.mark.slow),
+        pytest.param("rowwise", 3, 1, marks=pytest.mark.slow),
+        pytest.param(EXACT_GRADIENTS, 2, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_that_travel_in_float8_give_the_same(
+    pool: Pool, corpus: str, recipe: str, ranks: int, stage: int
+) -> None:
+    """Three ranks have uneven shares of 32 and 64 rows."""
+    gathers = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
+    sections = {"parallel": {"zero_stage": stage}, "precision": {"float8": gathers}}
+    for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
+        assert_close(result, alone(corpus, recipe), *SCALED)

@@ -240,6 +240,8 @@ class Float8(Section):
     `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact)."""
     exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
+    all_gather: bool = False
+    """Gather the shards of converted weights in float8, with half the bytes of bfloat16; each rank scales its rows."""
     min_size: NonNegative = 1024
     """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
     take longer than float8 saves."""
