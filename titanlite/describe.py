@@ -147,7 +147,18 @@ def _state_bytes(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> dict[s
         "gradients": width * (used if once_a_step else kept),
         "optimizer": width * moments,
     }
+    if copies := _kept_in_float8(recipe, layout, rank):
+        parts["float8"] = copies
     return {**parts, "total": sum(parts.values())}
+
+
+def _kept_in_float8(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> int:
+    """Bytes of the weights that are cast once a step, which are those that rest whole; for each of two products."""
+    if layout.weights(recipe.parallel.zero_stage)[1] > 1 or recipe.parallel.offload:
+        return 0
+    found = decisions(_spec(recipe), _config(recipe), recipe.precision.float8)
+    converted = {f"{each.name}.weight" for each in found if each.skipped is None}
+    return 2 * _count(item.used for item in rank if item.name in converted)
 
 
 def _gathered(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> int:

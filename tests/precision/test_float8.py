@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from titanlite.describe import describe
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.precision import float8
 from titanlite.precision.float8 import FORMATS, Float8Linear, KeptWeights, convert, power_of_two, quantise
@@ -273,3 +274,24 @@ def test_what_is_wrong_with_a_recipe(severity: str, key: str, world: int, values
 )
 def test_sound_recipes_have_no_findings(world: int, values: Recipe) -> None:
     assert not [finding for finding in check(values, world) if "float8" in finding.key or finding.severity == "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_compiled_casts_and_products_give_the_same_bits(recipe: str) -> None:
+    """In one graph, with a kept weight: what is cast outside of it does not depend on what the compiler fuses."""
+    weight = torch.nn.Parameter(torch.randn(48, 64))
+    linear = Float8Linear(SETTINGS[recipe], weight)
+    linear.refresh(weight.detach().bfloat16())
+    arguments = torch.randn(2, 21, 64).bfloat16(), weight, torch.randn(2, 21, 48).bfloat16()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False)
+    assert all(map(torch.equal, gradients(compiled, *arguments), gradients(linear, *arguments)))
+
+
+def test_kept_weights_are_counted() -> None:
+    """A byte for each of two products, of all matrices of the blocks; sharded ones are not kept."""
+    matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 384)
+    assert describe(recipe(min_size=0))["state_bytes"]["float8"] == 2 * matrices
+    assert describe(recipe(min_size=0, world={"zero_stage": 0}), 2)["state_bytes"]["float8"] == 2 * matrices
+    assert "float8" not in describe(recipe(min_size=0), 2)["state_bytes"]
+    assert "float8" not in describe(Recipe.model_validate({"training": {"steps": 1}}))["state_bytes"]

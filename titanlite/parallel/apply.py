@@ -38,7 +38,7 @@ def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program
         return _shared(spec, config, recipe, world, layout)
     with torch.device("meta"):
         model = _model(spec, config, recipe)
-    kept = _to_float8(model, spec, config, recipe, world, layout, whole=True)
+    kept = _to_float8(model, spec, config, recipe, world, whole=True)
     model.to_empty(device=world.device)
     _tie(model, spec.tied(config))
     _recompute_and_compile(model, spec, recipe)
@@ -51,18 +51,18 @@ def _model(spec: ModelSpec, config: Any, recipe: Recipe) -> nn.Module:
 
 
 def _to_float8(
-    model: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: Layout, whole: bool
+    model: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, whole: bool
 ) -> KeptWeights:
     """Have linears multiply in float8, in place. `whole`: whether weights rest where they are used, and uncut.
 
-    These are cast once a step where that saves something. Raises `UsageError` on a device that has no float8.
+    These are cast once a step, and outside of compiled code, which would not round them to the compute dtype first as
+    they are where they travel in it. Raises `UsageError` on a device that has no float8.
     """
     section = recipe.precision.float8
     found = decisions(spec, config, section)
     if found:
         require_float8(world.device)
-    keep = whole and batch_plan(recipe, layout, 0).microbatches > 1
-    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), keep)
+    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), keep=whole)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
@@ -162,7 +162,7 @@ def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, worl
     if parallel.async_tp and layout.tp > 1:
         overlap_tensor_parallel(meshes.tp, world.device)
     whole = meshes.cut.size() == 1 and not parallel.offload
-    kept = _to_float8(module, spec, config, recipe, world, layout, whole)
+    kept = _to_float8(module, spec, config, recipe, world, whole)
     _recompute_and_compile(module, spec, recipe)
     sync = shard_model(module, spec, meshes, parallel, recipe.precision)
     if not tied:
