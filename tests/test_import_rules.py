@@ -19,6 +19,7 @@ LEVELS = (
     ("recipe", "cli"),
     ("durable", "messages", "models.spec", "models.llama_spec", "parallel.layout", "optim.names", "optim.schedules"),
     ("parallel.stages", "parallel.timetable", "parallel.slicing", "resilience.crashes"),
+    ("precision.float8_plan",),
     ("rules", "describe", "sharding_table"),
     ("check", "models", "precision"),
     ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
@@ -48,7 +49,7 @@ WITHOUT_TORCH = (
     *("checkpoint.headers", "checkpoint.background", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),
     *("checkpoint.huggingface_command", "resilience.crashes"),
     *("observe.flops", "observe.rows", "verify.command", "verify.shrink", "verify.verdict"),
-    *("resilience.progress", "resilience.sampling"),
+    *("resilience.progress", "resilience.sampling", "precision.float8_plan"),
 )
 
 

@@ -106,7 +106,19 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     operations = f"{format_count(run['flops_per_token'])} operations a token, {run['flops']:.3g} in all"
     yield "compute", f"{recipe.precision.compute}; {operations}"
     yield "kernels", kernels.in_words(recipe)
+    if (float8 := run["float8"]) is not None:
+        yield "float8", float8["summary"]
+        for name, factors in float8["settings"].items():
+            yield "", f"{name}: {_product(factors)}"
     yield "folder", str(Path(recipe.run.output_dir) / recipe.run.name)
+
+
+def _product(factors: dict[str, Any] | None) -> str:
+    """How the factors of a product become float8."""
+    if factors is None:
+        return "in the compute dtype"
+    left, right = (f"{factors[side]['format']}, a scale a {factors[side]['scale']}" for side in ("left", "right"))
+    return f"{left if left == right else f'{left}, times {right}'}{'; fast sums' * factors['fast_accumulation']}"
 
 
 def main(argv: list[str]) -> int:

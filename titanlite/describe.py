@@ -6,7 +6,7 @@ Arithmetic on the recipe alone, for any mesh; knows neither devices nor torch. G
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.parallel.layout import Layout, active_ranks, agreed_layout, batch_plan, total_steps
 from titanlite.parallel.slicing import Shape, Share, box, pattern_of, slicings
 from titanlite.parallel.stages import Stage, splits_backward, stage_split
+from titanlite.precision.float8_plan import SETTINGS, decisions, summary
 from titanlite.recipe.sections import Pipeline, Recipe
 
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -66,10 +67,21 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "parameters_kept": max(_count(item.kept for item in rank) for rank in ranks),
         "shapes": _shapes(ranks),
         "pipeline": _pipeline(recipe, layout, plan.microbatches),
+        "float8": _float8(recipe),
         "state_bytes": max((_state_bytes(recipe, layout, rank) for rank in ranks), key=lambda parts: parts["total"]),
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * steps * tokens_per_step,
     }
+
+
+def _float8(recipe: Recipe) -> dict[str, Any] | None:
+    """Which linears multiply in float8 and how, and why the others do not; None where it is not enabled."""
+    section = recipe.precision.float8
+    found, name = decisions(_spec(recipe), _config(recipe), section), section.recipe
+    if not found:
+        return None
+    linears = [asdict(each) for each in found]
+    return {"recipe": name, "settings": asdict(SETTINGS[name]), "summary": summary(found), "linears": linears}
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -135,7 +147,18 @@ def _state_bytes(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> dict[s
         "gradients": width * (used if once_a_step else kept),
         "optimizer": width * moments,
     }
+    if copies := _kept_in_float8(recipe, layout, rank):
+        parts["float8"] = copies
     return {**parts, "total": sum(parts.values())}
+
+
+def _kept_in_float8(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> int:
+    """Bytes of the weights that are cast once a step, which are those that rest whole; for each of two products."""
+    if layout.weights(recipe.parallel.zero_stage)[1] > 1 or recipe.parallel.offload:
+        return 0
+    found = decisions(_spec(recipe), _config(recipe), recipe.precision.float8)
+    converted = {f"{each.name}.weight" for each in found if each.skipped is None}
+    return 2 * _count(item.used for item in rank if item.name in converted)
 
 
 def _gathered(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> int:

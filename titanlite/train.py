@@ -273,6 +273,8 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
         f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(len(trainer.data.train.stream))} "
         f"tokens, {trainer.data.train.windows} sequences an epoch"
     )
+    if run["float8"] is not None:
+        journal.say(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
     journal.event(trainer.step, "started", _start_in_words(folder, hosts))
     if folder.resumed:
         changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())

@@ -304,10 +304,15 @@ def test_the_resolved_recipe_reads_back(tmp_path_factory: pytest.TempPathFactory
     assert recipe_differences(recipe, loaded.recipe) == {}
 
 
+_INNER = (("parallel", "pipeline"), ("precision", "float8"))
+"""Sections within sections."""
+
+
 def test_the_resolved_recipe_is_complete(write: Write) -> None:
     text = load_recipe(write('[training]\ntokens = "2M"')).text
     defaults = Recipe().model_dump()
-    tables = [*defaults.items(), ("parallel.pipeline", defaults["parallel"].pop("pipeline"))]
+    inner = [(f"{section}.{name}", defaults[section].pop(name)) for section, name in _INNER]
+    tables = [*defaults.items(), *inner]
     for section, values in tables:
         assert f"[{section}]" in text
         assert all(f"\n{key} = " in text for key, value in values.items() if value is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,8 +59,8 @@ def by_float32_units(x: Tensor) -> bool:
     return BFLOAT16_ON_FLOAT32_UNITS and x.dtype == torch.bfloat16 and device_kind(x) == "cpu"
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in x's dtype."""
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., inputs] @ weight.T [inputs, outputs], in x's dtype."""
     weight = weight.to(x.dtype)
     if by_float32_units(x):
         return F.linear(x.float(), weight.float()).to(x.dtype)
@@ -72,12 +72,14 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        # An attribute, so that it can be exchanged for a product in another number format.
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = multiply
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return self.multiply(x, self.weight)
 
 
 class Embedding(nn.Embedding):

@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titanlite.models.layers import Attention, Embedding, KVCache, Linear, RMSNorm, Rotation, SwiGLU, rope_frequencies
+from titanlite.models.layers import (
+    Attention,
+    Embedding,
+    KVCache,
+    Linear,
+    RMSNorm,
+    Rotation,
+    SwiGLU,
+    multiply,
+    rope_frequencies,
+)
 from titanlite.models.llama_spec import LlamaConfig
 from titanlite.models.loss import TokenLoss
 
@@ -39,7 +49,10 @@ class Head(Linear):
         self.loss = TokenLoss()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        return super().forward(x) if labels is None else self.loss(x, self.weight, labels)
+        if labels is not None and self.multiply is multiply:
+            return self.loss(x, self.weight, labels)
+        logits = super().forward(x)
+        return logits if labels is None else self.loss.of_logits(logits, labels)  # of a product in another format
 
 
 class DocumentMask(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titanlite.models.layers import at_least_float32, by_float32_units, device_kind, linear
+from titanlite.models.layers import at_least_float32, by_float32_units, device_kind, multiply
 
 IGNORED = -100
 """The label of what is no token of the text; torch's own."""
@@ -41,7 +41,7 @@ class TokenLoss(nn.Module):
         """hidden [batch, seq, dim], weight [vocab, dim], labels [batch, seq] -> scalar."""
         large = 4 * labels.numel() * weight.shape[0] > LARGE_LOGITS
         if self.way == "off" or (self.way == "auto" and not large):
-            return self.of_logits(linear(hidden, weight), labels)
+            return self.of_logits(multiply(hidden, weight), labels)
         # Imported here: Triton takes a second that small runs need not pay.
         from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, tokens_at_a_time
 

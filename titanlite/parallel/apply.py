@@ -1,11 +1,11 @@
 """From a model spec and a recipe to the program that runs on this rank.
 
-In this order: pipeline stages, tensor parallelism, context parallelism, recomputation, compilation, FSDP2.
+In this order: pipeline stages, tensor parallelism, context parallelism, float8, recomputation, compilation, FSDP2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from titanlite.parallel.shards import Shards
 from titanlite.parallel.stages import keeps_all_microbatches, stage_split
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
+from titanlite.precision.float8 import KeptWeights, convert, require_float8
+from titanlite.precision.float8_plan import SETTINGS, decisions
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.kernels import fused
 
@@ -38,10 +40,11 @@ def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program
         return _shared(spec, config, recipe, world, layout)
     with torch.device("meta"):
         model = _model(spec, config, recipe, world.device)
+    kept = _to_float8(model, spec, config, recipe, world, whole=True)
     model.to_empty(device=world.device)
     _tie(model, spec.tied(config))
     _recompute_and_compile(model, spec, recipe)
-    return Program(model, world, Shards.of(model), PlainLoop(model))
+    return Program(model, world, Shards.of(model), PlainLoop(model), refresh=kept.refresh)
 
 
 def _model(spec: ModelSpec, config: Any, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -57,6 +60,21 @@ def _model(spec: ModelSpec, config: Any, recipe: Recipe, device: torch.device) -
             module.way = recipe.kernels.linear_cross_entropy
             module.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(pipeline.schedule)
     return model
+
+
+def _to_float8(
+    model: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, whole: bool
+) -> KeptWeights:
+    """Have linears multiply in float8, in place. `whole`: whether weights rest where they are used, and uncut.
+
+    These are cast once a step, and outside of compiled code, which would not round them to the compute dtype first as
+    they are where they travel in it. Raises `UsageError` on a device that has no float8.
+    """
+    section = recipe.precision.float8
+    found = decisions(spec, config, section)
+    if found:
+        require_float8(world.device)
+    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), keep=whole)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
@@ -77,25 +95,25 @@ def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: 
     )
     sequence = SequencePart(layout.cp, meshes.place.cp) if layout.cp > 1 else None
     if layout.pp > 1:
-        model, shards, passes = _pipeline(spec, config, recipe, world, meshes)
-        return Program(model, world, shards, passes, meshes.place, sequence)
+        model, shards, passes, refresh = _pipeline(spec, config, recipe, world, meshes)
+        return Program(model, world, shards, passes, meshes.place, sequence, refresh)
     with torch.device("meta"):
         model = _model(spec, config, recipe, world.device)
     part = _apply(model, spec, config, recipe, world, meshes)
     shards = Shards(dict(model.named_parameters()), meshes, part.slicings)
-    return Program(model, world, shards, PlainLoop(model, part.sync), meshes.place, sequence)
+    return Program(model, world, shards, PlainLoop(model, part.sync), meshes.place, sequence, part.kept.refresh)
 
 
 def _pipeline(
     spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes
-) -> tuple[nn.Module, Shards, Pipeline]:
-    """The stages of a model that are on this rank."""
+) -> tuple[nn.Module, Shards, Pipeline, Callable[[], None]]:
+    """The stages of a model that are on this rank; called before each batch, the last brings them up to date."""
     from titanlite.parallel.pipeline import Held, Pipeline, Plan, keep_pieces
 
     layout, training = meshes.layout, recipe.training
     pieces, tied = spec.pieces(config, training.sequence_length), spec.tied(config)
     stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
-    held, parameters, slicings = [], {}, {}
+    held, parameters, slicings, kept = [], {}, {}, []
     for stage in stages:
         if stage.rank != meshes.place.pp:
             continue
@@ -103,6 +121,7 @@ def _pipeline(
             module = keep_pieces(_model(spec, config, recipe, world.device), pieces, stage.modules)
         part = _apply(module, spec, config, recipe, world, meshes)
         held.append(Held(stage, module, part.sync))
+        kept.append(part.kept)
         parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
         slicings.update({tied.get(name, name): slicing for name, slicing in part.slicings.items()})
     batches = batch_plan(recipe, layout, meshes.place.data)
@@ -119,7 +138,12 @@ def _pipeline(
         held[0].module if len(held) == 1 else nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
     )
     shards = Shards(parameters, meshes, slicings, tied=frozenset(tied.values()))
-    return model, shards, Pipeline(held, plan, meshes.pp, world.device)
+
+    def refresh() -> None:
+        for weights in kept:
+            weights.refresh()
+
+    return model, shards, Pipeline(held, plan, meshes.pp, world.device), refresh
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,7 @@ class _Part:
 
     sync: Sync
     slicings: Mapping[str, Slicing]
+    kept: KeptWeights
 
 
 def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes) -> _Part:
@@ -148,11 +173,13 @@ def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, worl
         share_sequences(module, plan, meshes.cp, parallel.cp_method)
     if parallel.async_tp and layout.tp > 1:
         overlap_tensor_parallel(meshes.tp, world.device)
+    whole = meshes.cut.size() == 1 and not parallel.offload
+    kept = _to_float8(module, spec, config, recipe, world, whole)
     _recompute_and_compile(module, spec, recipe)
     sync = shard_model(module, spec, meshes, parallel, recipe.precision)
     if not tied:
         module.to_empty(device=rests_on)
-    return _Part(sync, slicings)
+    return _Part(sync, slicings, kept)
 
 
 def _has(model: nn.Module, parameter: str) -> bool:

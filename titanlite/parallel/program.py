@@ -7,7 +7,7 @@ same numbers however the batch is cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,14 +112,19 @@ class Program:
         passes: Passes,
         place: Place = FIRST,
         sequence: SequencePart | None = None,
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        """`model`: what of it is on this rank. `sequence`: this rank's part of each sequence, if not all."""
+        """`model`: what of it is on this rank. `sequence`: this rank's part of each sequence, if not all.
+
+        `refresh` is called before the first pass with weights that may be new.
+        """
         self.model = model
         self.world = world
         self.shards = shards
         self._passes = passes
         self._place = place
         self._sequence = sequence
+        self._refresh = refresh
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Leave this step's gradients on the tensors of `shards.local()`; returns the loss of the global batch.
@@ -134,6 +139,7 @@ class Program:
             (), batch.valid_tokens * self._place.counts_sequences, dtype=torch.float64, device=self.world.device
         )
         self.world.reduce(valid, "sum")
+        self._refresh()
         return self._passes.train(self._mine(batch), valid)
 
     def sum(self, own: Tensor) -> Tensor:
@@ -147,6 +153,7 @@ class Program:
     def evaluate(self, batches: Iterable[tuple[Batch, int]]) -> Evaluation:
         """Loss over held-out batches, each with the bytes that its labels stand for. Reads the device once."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        self._refresh()
         for batch, label_bytes in batches:
             sums[0] += self._passes.evaluate(self._mine(batch.to(self.world.device))) * self._reports
             sums[1] += batch.valid_tokens * self._place.counts_sequences

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titanlite.models.spec import ModelSpec, is_named_by
+from titanlite.parallel.float8_gather import gather_in_float8
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.program import NoSync, Sync
 from titanlite.precision.casting import compute_dtype, reduce_dtype
@@ -25,8 +26,8 @@ def shard_model(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Par
     """Cut the parameters of `model`, in place, over the ranks that compute with the same ones; returns what these do
     around microbatches.
 
-    Weights travel in the compute dtype, gradients in the reduce dtype. Gradients are sums over all ranks, never means.
-    With `parallel.offload`, what is cut rests in the host's memory.
+    Weights travel in the compute dtype or in float8, gradients in the reduce dtype. Gradients are sums over all ranks,
+    never means. With `parallel.offload`, what is cut rests in the host's memory.
     """
     copies, cut, stage = meshes.copies.size(), meshes.cut.size(), parallel.zero_stage
     if copies * cut == 1 and not parallel.offload:
@@ -51,6 +52,8 @@ def shard_model(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Par
         # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(units, parallel.prefetch)
+    if precision.float8.all_gather and cut > 1:
+        gather_in_float8(units, cut)
     assert isinstance(model, FSDPModule)
     return MicrobatchSync(model, stage)
 

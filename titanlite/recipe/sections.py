@@ -230,6 +230,23 @@ class Parallel(Section):
     """A rank that waits longer than this for others ends the run, also while these save or load."""
 
 
+class Float8(Section):
+    """Matrix products in float8; weights, gradients and what is between the products stay as they are."""
+
+    enabled: bool = False
+    """Form the products of linear layers in float8: on GPUs from compute capability 8.9 on in half the time."""
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_hp_grad_weight"] = "tensorwise"
+    """`tensorwise`: one scale a tensor, gradients in e5m2 (the fastest); `rowwise`: one a row or column, all in e4m3;
+    `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact)."""
+    exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
+    """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
+    all_gather: bool = False
+    """Gather the shards of converted weights in float8, with half the bytes of bfloat16; each rank scales its rows."""
+    min_size: NonNegative = 1024
+    """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
+    take longer than float8 saves."""
+
+
 class Precision(Section):
     """Number formats."""
 
@@ -238,6 +255,7 @@ class Precision(Section):
     reduce: Literal["bfloat16", "float32"] = "float32"
     """Gradients on their way between data ranks; bfloat16 halves the bytes and rounds, also what adds up on a rank
     before it is sent. In float64 runs, float64."""
+    float8: Float8 = Float8()
 
 
 class Recompute(Section):

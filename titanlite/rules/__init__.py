@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from titanlite.errors import Finding
 from titanlite.parallel.layout import active_ranks
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import idle, kernels, layout, pipeline, run
+from titanlite.rules import float8, idle, kernels, layout, pipeline, run
 
 Rule = Callable[[Recipe, int], Iterator[Finding]]
 
@@ -33,6 +33,10 @@ RULES: tuple[Rule, ...] = (
     layout.overlap,
     layout.microbatches,
     pipeline.pipeline,
+    float8.nothing_converted,
+    float8.halved_backward,
+    float8.exclusions,
+    float8.shares,
     layout.offloading,
     layout.rounded_sums,
     layout.padding,

@@ -10,7 +10,7 @@ from titanlite.errors import Finding
 from titanlite.optim.schedules import SCHEDULES
 from titanlite.parallel.layout import layout_of
 from titanlite.parallel.stages import fixes_stages
-from titanlite.recipe.sections import Pipeline, Recipe
+from titanlite.recipe.sections import Float8, Pipeline, Recipe
 from titanlite.rules.terms import warning
 
 Idle = tuple[str, bool, str]
@@ -46,6 +46,10 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
         ("checkpoint.keep_best", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
         ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),
         ("precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"),
+        *(
+            (f"precision.float8.{key}", not recipe.precision.float8.enabled, "precision.float8.enabled is false")
+            for key in Float8.model_fields
+        ),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
     ]
 
@@ -55,11 +59,13 @@ def _of_the_layout(recipe: Recipe, world: int) -> list[Idle]:
     stage, pipeline = parallel.zero_stage, parallel.pipeline
     uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
     copied = layout is None or max(layout.weights(stage)[0], layout.tp, layout.pp) > 1
+    cut = layout.weights(stage)[1] if layout is not None else 0
     fixed = parallel.pp > 1 and fixes_stages(pipeline.schedule)
     return [
         *((f"parallel.pipeline.{name}", parallel.pp == 1, "parallel.pp is 1") for name in Pipeline.model_fields),
         ("parallel.pipeline.stages_per_rank", fixed, f"{pipeline.schedule} fixes it"),
         ("resilience.check_replicas_every", not copied, "no rank holds a copy of what another does"),
+        ("precision.float8.all_gather", cut == 1, "no weights are cut, so none are gathered"),
         ("parallel.cp_method", parallel.cp == 1, "parallel.cp is 1"),
         ("parallel.async_tp", parallel.tp == 1, "parallel.tp is 1"),
         ("parallel.zero_stage", uncut and stage > 0, "every rank is a copy: there is none to cut over"),

@@ -16,6 +16,7 @@ from titanlite.recipe.sections import (
     Compile,
     Data,
     Debug,
+    Float8,
     Metrics,
     Model,
     Parallel,
@@ -42,7 +43,8 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     """`recipe`, which `check` accepts on `world` ranks, with a small model, short sequences and `steps` steps.
 
     `[parallel]`, `[precision]`, `[recompute]` and `[compile]` stay as they are, but for counts of blocks and
-    microbatches. The learning rate is at its peak from the first step on, so that weights move, but not by much.
+    microbatches, and for float8, which is for wide matrices and would hide what is compared. The learning rate is at
+    its peak from the first step on, so that weights move, but not by much.
     """
     layout = agreed_layout(recipe.parallel, world)
     pipeline = recipe.parallel.pipeline
@@ -59,6 +61,7 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
             "training": _training(real, layout, microbatches, steps),
             "schedule": Schedule(name="constant"),
             "optimizer": _with(recipe.optimizer, lr=min(recipe.optimizer.lr, _MOST_MOVED * model.init_std)),
+            "precision": _with(recipe.precision, float8=Float8()),
             "parallel": _with(recipe.parallel, pipeline=_with(pipeline, **parts)),
             "run": _with(recipe.run, stop_after_step=None, stop_after_minutes=None),
             "validation": Validation(),

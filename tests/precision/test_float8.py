@@ -1,0 +1,297 @@
+"""Casts and products in float8 against float64, with bounds from the formats; what is converted, and what is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from titanlite.describe import describe
+from titanlite.models.llama_spec import PRESETS, SPEC
+from titanlite.precision import float8
+from titanlite.precision.float8 import FORMATS, Float8Linear, KeptWeights, convert, power_of_two, quantise
+from titanlite.precision.float8_plan import SETTINGS, Cast, Product, decisions, mean_size, summary
+from titanlite.recipe.sections import Float8, Recipe
+from titanlite.rules import check
+
+BITS = {"e4m3": 3, "e5m2": 2}
+"""After the point."""
+LOWEST = {"e4m3": -6, "e5m2": -14}
+"""Exponent of the smallest value with all bits."""
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+"""Relative error of a rounding."""
+
+
+def spacings(x: Tensor, cast: Cast) -> Tensor:
+    """Between the float8 values next to each of x [rows, columns], worked out from the formats, in float64."""
+    x = x.double()
+    largest = x.abs().amax() if cast.scale == "tensor" else x.abs().amax(1, keepdim=True)
+    top = {"e4m3": 448.0, "e5m2": 57344.0}[cast.format]
+    scale = torch.exp2(torch.floor(torch.log2(top / largest)))
+    exponents = torch.floor(torch.log2((x * scale).abs().clamp(min=1e-300))).clamp(min=LOWEST[cast.format])
+    return torch.exp2(exponents - BITS[cast.format]) / scale
+
+
+CASTS = [Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")]
+
+
+@pytest.mark.parametrize("cast", CASTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_cast_is_off_by_half_a_spacing(cast: Cast, dtype: torch.dtype) -> None:
+    """Over twelve decades within a row, and with what a transposed matrix's strides are."""
+    x = (torch.randn(64, 48, dtype=torch.float64) * torch.logspace(-9, 3, 64, dtype=torch.float64)[:, None]).to(dtype)
+    for matrix in (x, x.t()):
+        values, scale = quantise(matrix, cast)
+        assert values.dtype == FORMATS[cast.format] and values.is_contiguous()
+        error = (values.double() * scale.double() - matrix.double()).abs()
+        spacing = spacings(matrix, cast)
+        assert (error <= spacing / 2).all()
+        assert (error > spacing / 3).any(), "or the spacings are too wide to say anything"
+
+
+@given(st.floats(min_value=2.0**-99, max_value=2.0**120, width=32), st.sampled_from(list(FORMATS)))
+def test_a_scale_is_a_power_of_two_that_fills_the_format(largest: float, name: str) -> None:
+    factor = power_of_two(torch.tensor(largest), FORMATS[name]).item()
+    assert math.frexp(factor)[0] == 0.5
+    assert torch.finfo(FORMATS[name]).max / 2 < largest * factor <= torch.finfo(FORMATS[name]).max
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    """In a whole tensor, or in the row that has it; an infinity does not become the format's largest value."""
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.ones(3, 16)
+        x[1, 5] = bad
+        values, scale = quantise(x, Cast("e4m3", "tensor"))
+        assert not (values.float() * scale).isfinite().any()
+        values, scale = quantise(x, Cast("e4m3", "row"))
+        assert (values.float() * scale).isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("cast", CASTS, ids=str)
+def test_zeros_and_the_smallest_numbers_are_kept_or_become_zero(cast: Cast) -> None:
+    for x in (torch.zeros(2, 16), torch.full((2, 16), 1e-44)):
+        values, scale = quantise(x, cast)
+        assert torch.equal(values.float() * scale, torch.zeros(2, 16))
+
+
+def test_scaling_by_another_power_of_two_rounds_alike() -> None:
+    """Why no rank asks another for its scale: a larger value elsewhere changes only what was close to nothing."""
+    x = torch.randn(512, 512)
+    alone = quantise(x, Cast("e4m3", "tensor"))
+    with_outlier = quantise(torch.cat([x, torch.full((1, 512), 11.3 * x.abs().max().item())]), Cast("e4m3", "tensor"))
+    ours, theirs = (each.values.float()[:512] * each.scale for each in (alone, with_outlier))
+    assert alone.scale != with_outlier.scale
+    full = x.abs() * with_outlier.scale.reciprocal() >= 2.0**-6
+    assert 0.99 < full.float().mean() < 1
+    assert torch.equal(ours[full], theirs[full])
+    assert (ours - theirs).abs().max() <= 2.0**-10 * with_outlier.scale
+
+
+def gradients(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output, and gradients of x and weight."""
+    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    out = multiply(x, weight)
+    out.backward(grad)
+    assert x.grad is not None and weight.grad is not None
+    assert (out.dtype, x.grad.dtype, weight.grad.dtype) == (x.dtype, x.dtype, weight.dtype)
+    return [out.detach(), x.grad, weight.grad]
+
+
+def assert_within(result: Tensor, left: Tensor, right: Tensor, casts: Product | None, dtype: torch.dtype) -> None:
+    """`result` is left [m, k] times right [n, k] transposed, up to what rounding both factors makes of it.
+
+    Each element within the worst case; all together as far off as independent roundings, each uniform over its
+    spacing (variance spacing^2 / 12), are expected to be; one bit more or less would be a factor of two.
+    """
+    left, right = left.double(), right.double()
+    true, summed = left @ right.t(), left.abs() @ right.t().abs()
+    # float32 sums, and the result's own rounding.
+    sums = (left.shape[1] * UNIT[torch.float32] * (dtype != torch.float64) + 2 * UNIT[dtype]) * summed
+    error = (result.double() - true).abs()
+    if casts is None:
+        assert (error <= sums + left.shape[1] * UNIT[dtype] * summed).all()
+        return
+    of_left, of_right = spacings(left, casts.left), spacings(right, casts.right)
+    worst = of_left / 2 @ right.t().abs() + (left.abs() + of_left / 2) @ of_right.t() / 2
+    assert (error <= worst + sums).all()
+    variance = (of_left**2 @ right.t() ** 2 + left**2 @ of_right.t() ** 2) / 12
+    expected = variance.sum().sqrt()
+    assert 0.8 * expected < error.norm() < 1.2 * (expected + (UNIT[dtype] * true).norm())
+
+
+@pytest.mark.parametrize("tokens", [(2, 40), (3, 7)], ids=["80 tokens", "21 tokens"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_products_are_as_exact_as_their_casts_say(recipe: str, dtype: torch.dtype, tokens: tuple[int, int]) -> None:
+    """Channels and tokens of very different size, as a model's are; 21 is no multiple of 16."""
+    how = SETTINGS[recipe]
+    x = (torch.randn(*tokens, 96) * torch.logspace(-2, 1, 96)).to(dtype)
+    weight = torch.randn(64, 96) * torch.logspace(0, -2, 96)
+    grad = (torch.randn(*tokens, 64) * torch.logspace(-6, -3, tokens[1])[:, None]).to(dtype)
+    weight = weight.double() if dtype == torch.float64 else weight
+    out, grad_x, grad_weight = gradients(Float8Linear(how), x, weight, grad)
+    rows, rounded, gradient = x.flatten(0, 1), weight.to(dtype), grad.flatten(0, 1)
+    assert out.shape == (*tokens, 64) and grad_x.shape == x.shape
+    assert_within(out.flatten(0, 1), rows, rounded, how.output, dtype)
+    assert_within(grad_x.flatten(0, 1), gradient, rounded.t(), how.grad_input, dtype)
+    assert_within(grad_weight, gradient.t(), rows.t(), how.grad_weight, dtype)
+
+
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_kept_weights_give_the_same_bits(recipe: str) -> None:
+    linear = torch.nn.Module()
+    linear.weight = torch.nn.Parameter(torch.randn(48, 32))
+    model = torch.nn.ModuleDict({"linear": linear})
+    found = [float8.Decision("linear", (48, 32), None)]
+    kept = convert(model, found, SETTINGS[recipe], torch.bfloat16, keep=True)
+    for _ in range(2):
+        with torch.no_grad():
+            linear.weight.mul_(-3)
+        kept.refresh()
+        arguments = torch.randn(16, 32).bfloat16(), linear.weight, torch.randn(16, 48).bfloat16()
+        anew = gradients(Float8Linear(SETTINGS[recipe]), *arguments)
+        assert all(map(torch.equal, gradients(linear.multiply, *arguments), anew))
+    assert list(model.state_dict()) == ["linear.weight"]
+
+
+def test_kept_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two casts a product are left for each microbatch: x and its gradient, the latter turned without another."""
+    linear = torch.nn.Module()
+    linear.weight = torch.nn.Parameter(torch.randn(48, 32))
+    kept = convert(
+        torch.nn.ModuleDict({"linear": linear}),
+        [float8.Decision("linear", (48, 32), None)],
+        SETTINGS["tensorwise"],
+        torch.float32,
+        keep=True,
+    )
+    cast: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        float8, "quantise", lambda matrix, how: (cast.append(tuple(matrix.shape)), quantise(matrix, how))[1]
+    )
+    kept.refresh()
+    assert cast == [(48, 32), (32, 48)]
+    cast.clear()
+    gradients(linear.multiply, torch.randn(16, 32), linear.weight, torch.randn(16, 48))
+    assert cast == [(16, 32), (16, 48), (32, 16)]
+
+
+def recipe(preset: str = "debug", world: dict[str, Any] | None = None, **keys: Any) -> Recipe:
+    section = {"enabled": True, **keys}
+    return Recipe.model_validate(
+        {
+            "model": {"preset": preset},
+            "training": {"steps": 10, "sequence_length": 256},
+            "precision": {"float8": section},
+            "parallel": world or {},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys", "said"),
+    [
+        ("llama3-8b", {}, "converted 224 of 225 linears; skipped: head (excluded)"),
+        ("llama3-8b", {"exclude": []}, "converted 225 of 225 linears"),
+        (
+            "llama3.2-1b",
+            {"exclude": ["layers.*.attention.wo"]},
+            "converted 64 of 113 linears; skipped: layers.*.attention.wk, layers.*.attention.wv (below min_size 1024), "
+            "layers.*.attention.wo (excluded), head (shares the embedding's weight)",
+        ),
+        ("debug", {"min_size": 0, "exclude": ["head", "layers.2.ffn.up"]}, "converted 27 of 29 linears; skipped: "
+         "layers.*.ffn.up, head (excluded)"),
+    ],
+)  # fmt: skip
+def test_what_is_converted(preset: str, keys: dict[str, Any], said: str) -> None:
+    assert summary(decisions(SPEC, PRESETS[preset], Float8(enabled=True, **keys))) == said
+
+
+def test_nothing_is_decided_where_float8_is_off() -> None:
+    assert decisions(SPEC, PRESETS["llama3-8b"], Float8()) == ()
+
+
+def test_sizes_that_are_no_multiples_of_16_are_skipped() -> None:
+    config = SPEC.configure(Recipe.model_validate({"model": {"ffn_dim": 392}}).model)
+    found = decisions(SPEC, config, Float8(enabled=True, min_size=0))
+    assert {each.name.rpartition(".")[2] for each in found if each.skipped == "not in multiples of 16"} == {
+        "gate", "up", "down",
+    }  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.integers(16, 10**5), st.integers(16, 10**5))
+def test_the_mean_size_is_between_the_smaller_one_and_twice_that(outputs: int, inputs: int) -> None:
+    smaller = min(outputs, inputs)
+    assert smaller * (1 - 1e-12) <= mean_size(outputs, inputs) < 2 * smaller
+
+
+@pytest.mark.parametrize("preset", ["debug", "125m"])
+def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
+    """By its modules and by the spec's shapes; parameters keep their names."""
+    with torch.device("meta"):
+        model = SPEC.build(PRESETS[preset], torch.bfloat16)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    found = decisions(SPEC, PRESETS[preset], Float8(enabled=True, min_size=0))
+    assert {each.name: each.shape for each in found} == {name: tuple(m.weight.shape) for name, m in linears.items()}
+    before = list(model.state_dict())
+    kept = convert(model, found, SETTINGS["tensorwise"], torch.bfloat16, keep=True)
+    assert list(model.state_dict()) == before
+    converted = [name for name, module in linears.items() if isinstance(module.multiply, Float8Linear)]
+    assert converted == [name for name in linears if name != "head"]
+    assert isinstance(kept, KeptWeights) and len(kept.modules) == len(converted)
+
+
+@pytest.mark.parametrize(
+    ("severity", "key", "world", "values"),
+    [
+        ("warning", "precision.float8.enabled", 1, recipe()),
+        ("error", "precision.float8.exclude", 1, recipe(min_size=0, exclude=["layers.*.wq"])),
+        ("error", "parallel.tp", 4, recipe("30m", {"tp": 3, "dp_shard": 1}, min_size=0)),
+        ("warning", "precision.float8.exclude", 8, recipe("llama3-8b", {"tp": 8})),
+        (
+            "error", "precision.float8.enabled", 2,
+            recipe(min_size=0, world={"pp": 2, "pipeline": {"schedule": "ZBVZeroBubble"}}),
+        ),
+        ("warning", "precision.float8.min_size", 1, recipe(enabled=False, min_size=0)),
+        ("warning", "precision.float8.recipe", 1, recipe(enabled=False, recipe="rowwise")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_wrong_with_a_recipe(severity: str, key: str, world: int, values: Recipe) -> None:
+    assert (severity, key) in [(finding.severity, finding.key) for finding in check(values, world)]
+
+
+@pytest.mark.parametrize(
+    ("world", "values"),
+    [(1, recipe(min_size=0)), (2, recipe(min_size=0, world={"tp": 2})), (2, recipe(min_size=0, world={"pp": 2}))],
+)
+def test_sound_recipes_have_no_findings(world: int, values: Recipe) -> None:
+    assert not [finding for finding in check(values, world) if "float8" in finding.key or finding.severity == "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_compiled_casts_and_products_give_the_same_bits(recipe: str) -> None:
+    """In one graph, with a kept weight: what is cast outside of it does not depend on what the compiler fuses."""
+    weight = torch.nn.Parameter(torch.randn(48, 64))
+    linear = Float8Linear(SETTINGS[recipe], weight)
+    linear.refresh(weight.detach().bfloat16())
+    arguments = torch.randn(2, 21, 64).bfloat16(), weight, torch.randn(2, 21, 48).bfloat16()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False)
+    assert all(map(torch.equal, gradients(compiled, *arguments), gradients(linear, *arguments)))
+
+
+def test_kept_weights_are_counted() -> None:
+    """A byte for each of two products, of all matrices of the blocks; sharded ones are not kept."""
+    matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 384)
+    assert describe(recipe(min_size=0))["state_bytes"]["float8"] == 2 * matrices
+    assert describe(recipe(min_size=0, world={"zero_stage": 0}), 2)["state_bytes"]["float8"] == 2 * matrices
+    assert "float8" not in describe(recipe(min_size=0), 2)["state_bytes"]
+    assert "float8" not in describe(Recipe.model_validate({"training": {"steps": 1}}))["state_bytes"]

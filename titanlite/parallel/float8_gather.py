@@ -1,0 +1,124 @@
+"""Sharded weights that travel in float8: half the bytes of an all-gather in bfloat16.
+
+Ranks hold whole rows, so each rank casts its own with a scale a row; what arrives is bfloat16 again, every value one
+that float8 has. Casting that for a product changes nothing but values close to nothing beside the largest, since all
+scales are powers of two: nobody needs to ask for the largest value of a whole weight first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from titanlite.parallel.layout import ceil_div
+from titanlite.precision.float8 import Float8Linear, quantise
+from titanlite.precision.float8_plan import Cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ROWS = Cast("e4m3", "row")
+_ALIGNMENT = 8
+"""Bytes: each part of a message begins at a multiple, to be read as any number format."""
+
+
+def gather_in_float8(units: Sequence[nn.Module], ranks: int) -> None:
+    """Have the FSDP units gather the weights of converted linears in float8, over `ranks` that they are cut over."""
+    for unit in units:
+        shares = tuple(_shares(unit, ranks))
+        if any(share.converted for share in shares):
+            assert isinstance(unit, FSDPModule)
+            unit.set_custom_all_gather(Float8Gather(shares))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What each rank sends of a parameter, in FSDP's order; the last ranks' may be padded."""
+
+    rows: int
+    columns: int
+    converted: bool
+
+
+def _shares(unit: nn.Module, ranks: int) -> Iterator[_Share]:
+    for module in unit.modules():
+        converted = isinstance(getattr(module, "multiply", None), Float8Linear)
+        for parameter in module.parameters(recurse=False):
+            rows, *rest = parameter.shape
+            yield _Share(ceil_div(rows, ranks), prod(rest), converted)
+
+
+class Float8Gather:
+    """An all-gather of a unit's parameters (torch's `AllGather`, by shape)."""
+
+    def __init__(self, shares: Sequence[_Share]) -> None:
+        self._shares = shares
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is gathered."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Gather `input_tensor`, this rank's shares one after the other, into `output_tensor`."""
+        sent = _packed(self._message(input_tensor))
+        received = sent.new_empty(group.size() * sent.numel())
+        # As bytes: gloo does not send float8.
+        dist.all_gather_into_tensor(received, sent, group=group)
+        for message, out in zip(received.view(group.size(), -1), output_tensor.view(group.size(), -1), strict=True):
+            self._unpack(message, out)
+
+    def _message(self, flat: Tensor) -> Iterator[Tensor]:
+        """What is sent for each share: its values, or float8 values and the scale of each row."""
+        for share, values in self._split(flat):
+            if share.converted:
+                yield from quantise(values, _ROWS)
+            else:
+                yield values
+
+    def _unpack(self, message: Tensor, out: Tensor) -> None:
+        """The values of one rank's message, into its part of what is gathered."""
+        parts = _Parts(message)
+        for share, values in self._split(out):
+            if share.converted:
+                rounded = parts.next(values.shape, torch.float8_e4m3fn).to(values.dtype)
+                torch.mul(rounded, parts.next((share.rows, 1), torch.float32).to(values.dtype), out=values)
+            else:
+                values.copy_(parts.next(values.shape, values.dtype))
+
+    def _split(self, flat: Tensor) -> Iterator[tuple[_Share, Tensor]]:
+        """Each share with its [rows, columns] of `flat`."""
+        pieces = flat.split([share.rows * share.columns for share in self._shares])
+        return ((s, piece.view(s.rows, s.columns)) for s, piece in zip(self._shares, pieces, strict=True))
+
+
+def _padding(size: int) -> int:
+    return -size % _ALIGNMENT
+
+
+def _packed(parts: Iterator[Tensor]) -> Tensor:
+    """The bytes of all parts, each filled up to `_ALIGNMENT`."""
+    flat = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
+    return torch.cat([piece for part in flat for piece in (part, part.new_zeros(_padding(part.numel())))])
+
+
+class _Parts:
+    """Reads what `_packed` wrote, part by part."""
+
+    def __init__(self, message: Tensor) -> None:
+        self._message = message
+        self._read = 0
+
+    def next(self, shape: Sequence[int], dtype: torch.dtype) -> Any:
+        size = prod(shape) * dtype.itemsize
+        part = self._message[self._read : self._read + size].view(dtype).view(*shape)
+        self._read += size + _padding(size)
+        return part

@@ -1,0 +1,199 @@
+"""Linear layers whose products are formed in float8, on `torch._scaled_mm`, with scales found anew at each use.
+
+What is multiplied is rounded, and nothing else: weights, their gradients and activations keep their formats, and there
+is no state to save. Scales are powers of two. Rounding to float8 then gives the same value whatever the scale, but for
+values so small that they lose bits: the numbers do not depend on how a batch or a weight is cut over ranks, to within
+2^-17 of the largest value (docs/float8.md), and no rank needs to ask others for theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlite.errors import UsageError
+from titanlite.precision.float8_plan import ALIGNMENT, Cast, Decision, Settings
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_SMALLEST = 2.0**-100
+"""A largest value below this is treated as this, so that scales and their reciprocals stay in the range of float32."""
+_EXPONENT = 0x7F800000
+"""The bits of a float32 that hold its exponent."""
+_KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")
+"""Buffers with a weight in float8."""
+_CAPABILITY = (8, 9)
+"""GPUs that multiply float8."""
+
+
+class Quantised(NamedTuple):
+    """A matrix in float8: `values` * `scale`. What is summed over in a product is its last dimension."""
+
+    values: Tensor
+    """[rows, columns], float8, contiguous."""
+    scale: Tensor
+    """[] or [rows, 1], float32."""
+
+    def scale_of_rows(self) -> Tensor:
+        """[rows, 1], contiguous: where one factor has scales of rows, the other must have them too."""
+        return self.scale.expand(self.values.shape[0], 1).contiguous()
+
+
+def power_of_two(largest: Tensor, format: torch.dtype) -> Tensor:
+    """What values up to `largest` are multiplied with to fill `format`, rounded down to a power of two.
+
+    NaN where the largest value is not finite, so that everything scaled by it is NaN too.
+    """
+    largest = largest.float()
+    ratio = torch.finfo(format).max / largest.clamp(min=_SMALLEST)
+    # Times 0: cutting the mantissa away would turn a NaN into infinity.
+    return (ratio.view(torch.int32) & _EXPONENT).view(torch.float32) + largest * 0
+
+
+def quantise(matrix: Tensor, cast: Cast) -> Quantised:
+    """`matrix` [rows, columns] in float8, contiguous whatever its strides. Nothing overflows."""
+    size = matrix.abs()
+    largest = size.amax() if cast.scale == "tensor" else size.amax(1, keepdim=True)
+    return scaled(matrix, power_of_two(largest, FORMATS[cast.format]), FORMATS[cast.format])
+
+
+def scaled(matrix: Tensor, factor: Tensor, format: torch.dtype) -> Quantised:
+    """`matrix` in float8 after multiplication with `factor`, a power of two: exact, in any dtype."""
+    return Quantised((matrix * factor.to(matrix.dtype)).to(format).contiguous(), factor.reciprocal())
+
+
+def _turned(quantised: Quantised, source: Tensor, was: Cast, cast: Cast) -> Quantised:
+    """`source`, of which `quantised` is made by `was`, transposed and cast by `cast`."""
+    if was == cast and cast.scale == "tensor":
+        return Quantised(quantised.values.t().contiguous(), quantised.scale)
+    return quantise(source.t(), cast)
+
+
+def product(left: Quantised, right: Quantised, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
+    """left [m, k] times right [n, k] transposed -> [m, n] in `dtype`; in float64 exact but for the last bits."""
+    if dtype == torch.float64:
+        return (left.values.double() * left.scale) @ (right.values.double() * right.scale).t()
+    by_rows = left.scale.dim() > 0 or right.scale.dim() > 0
+    # CUDA's kernels for scales of rows know no wider result.
+    out = torch.bfloat16 if by_rows and left.values.is_cuda else dtype
+    result = torch._scaled_mm(
+        left.values,
+        right.values.t(),
+        scale_a=left.scale_of_rows() if by_rows else left.scale,
+        scale_b=right.scale_of_rows().t() if by_rows else right.scale,
+        out_dtype=out,
+        use_fast_accum=fast_accumulation,
+    )
+    return result.to(dtype)
+
+
+class _Float8Linear(torch.autograd.Function):
+    """x [tokens, inputs], weight [outputs, inputs] -> [tokens, outputs] in x's dtype; so are both gradients formed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, settings: Settings, *kept: Tensor) -> Tensor:
+        """`kept`: the weight in float8 as both products with it take it, values and scale of each; or nothing."""
+        ctx.settings, ctx.weight_dtype = settings, weight.dtype
+        how = settings.output
+        ready = Quantised(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right)
+        # Not the weight in float8: where weights are gathered anew for backward, it would stay whole.
+        ctx.save_for_backward(x, *(kept[2:] if kept else (weight,)))
+        return product(quantise(x, how.left), ready, x.dtype, how.fast_accumulation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        settings, (for_input, for_weight, *_) = ctx.settings, ctx.needs_input_grad
+        tokens, how, also = x.shape[0], settings.grad_input, settings.grad_weight
+        if also is not None and tokens % ALIGNMENT:  # the sum over tokens
+            grad, x = (F.pad(matrix, (0, 0, 0, -tokens % ALIGNMENT)) for matrix in (grad, x))
+        quantised = quantise(grad, how.left)
+        grad_input = grad_weight = None
+        if for_input:
+            right = Quantised(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right)
+            grad_input = product(quantised, right, x.dtype, how.fast_accumulation)[:tokens]
+        if for_weight and also is None:
+            grad_weight = grad.t() @ x
+        elif for_weight:
+            left, right = _turned(quantised, grad, how.left, also.left), quantise(x.t(), also.right)
+            grad_weight = product(left, right, x.dtype, also.fast_accumulation)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_input, grad_weight, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+class Float8Linear(nn.Module):
+    """Takes the place of a linear's `multiply`; its weight stays where it is."""
+
+    def __init__(self, settings: Settings, weight: Tensor | None = None) -> None:
+        """With a `weight`, there is room to keep it in float8 (twice, for the two products that it is a factor of)."""
+        super().__init__()
+        self.settings = settings
+        self._kept: tuple[str, ...] = ()
+        if weight is not None:
+            for name, tensor in zip(_KEPT, self._cast(weight.detach()), strict=True):
+                self.register_buffer(name, tensor, persistent=False)
+            self._kept = _KEPT
+
+    def _cast(self, weight: Tensor) -> tuple[Tensor, ...]:
+        settings = self.settings
+        return *quantise(weight, settings.output.right), *quantise(weight.t(), settings.grad_input.right)
+
+    def refresh(self, weight: Tensor) -> None:
+        """Cast `weight` [outputs, inputs] anew, into the same memory: a compiled product reads it there."""
+        for name, tensor in zip(self._kept, self._cast(weight), strict=True):
+            self.get_buffer(name).copy_(tensor)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
+        kept = tuple(self.get_buffer(name) for name in self._kept)
+        result: Tensor = _Float8Linear.apply(x.flatten(0, -2), weight, self.settings, *kept)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """Weights that are cast once a step instead of in every microbatch, twice: those that rest whole on their rank."""
+
+    modules: Sequence[nn.Module]
+    """Converted linears."""
+    dtype: torch.dtype
+    """That activations have: weights are rounded to it first, as where they travel in it."""
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """To be called whenever the weights have changed."""
+        for module in self.modules:
+            weight: Any = module.weight
+            held = weight.to_local() if hasattr(weight, "to_local") else weight
+            module.multiply.refresh(held.to(self.dtype))  # type: ignore[operator, union-attr]
+
+
+def convert(
+    model: nn.Module, found: Sequence[Decision], settings: Settings, dtype: torch.dtype, keep: bool
+) -> KeptWeights:
+    """Convert those of the linears in `found` that are in `model`, in place; `dtype` is that of activations.
+
+    With `keep`, for weights that rest whole where the model runs, casts are kept over a step; the returned ones need to
+    be refreshed before each.
+    """
+    names = {each.name for each in found if each.skipped is None}
+    modules = [module for name, module in model.named_modules() if name in names]
+    for module in modules:
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        module.multiply = Float8Linear(settings, weight if keep else None)
+    return KeptWeights(modules if keep else (), dtype)
+
+
+def require_float8(device: torch.device) -> None:
+    """Raises `UsageError` if `device` cannot multiply float8."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+        raise UsageError(
+            "precision.float8: GPUs multiply float8 from compute capability 8.9 on (Ada, Hopper, Blackwell), and this "
+            f"is {torch.cuda.get_device_name(device)}. Write precision.float8.enabled = false."
+        )

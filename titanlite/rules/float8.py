@@ -1,0 +1,72 @@
+"""Rules about `[precision.float8]`: that it finds something to do, and what cannot be had together with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from titanlite.errors import Finding
+from titanlite.models.spec import is_named_by
+from titanlite.parallel.layout import layout_of
+from titanlite.parallel.slicing import Share, box, pattern_of, slicings
+from titanlite.parallel.stages import splits_backward
+from titanlite.precision.float8_plan import ALIGNMENT, Decision, aligned, decisions, mean_size, summary
+from titanlite.recipe.sections import Recipe
+from titanlite.rules.layout import cuts
+from titanlite.rules.run import heads
+from titanlite.rules.terms import config_of, spec_named, warning
+
+
+def nothing_converted(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Float8 that is enabled and leaves every linear as it is."""
+    found = _decisions(recipe, world)
+    if found and all(each.skipped is not None for each in found):
+        fix = "lower min_size or shorten exclude, or write enabled = false."
+        yield warning("precision.float8.enabled", f"{summary(found)};", fix)
+
+
+def exclusions(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Every pattern of `exclude` is the name of a linear."""
+    found = _decisions(recipe, world)
+    for pattern in recipe.precision.float8.exclude:
+        if found and not any(is_named_by((pattern,), each.name) for each in found):
+            fix = f"names are such as {found[0].name}, with * for a number (titanlite check --json has them all)."
+            yield Finding("precision.float8.exclude", f"no linear is named '{pattern}';", fix)
+
+
+def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """What each tensor parallel rank has of a converted linear can be multiplied in float8, and is worth it.
+
+    Left as it is on this layout alone, it would have other numbers than on others.
+    """
+    tp, section, spec = recipe.parallel.tp, recipe.precision.float8, spec_named(recipe)
+    converted = {pattern_of(f"{each.name}.weight"): each for each in _decisions(recipe, world) if each.skipped is None}
+    if spec is None or tp == 1:
+        return
+    cut = slicings({name: each.shape for name, each in converted.items()}, spec.sharding(config_of(recipe)))
+    for name, slicing in cut.items():
+        whole, module = converted[name].shape, name.removesuffix(".weight")
+        parts = {box(whole, slicing, Share(tp, rank), Share(1, 0))[1] for rank in range(tp)}
+        misfit = next((part for part in sorted(parts) if not aligned(part)), None)
+        rows, columns = min(parts)
+        if misfit is not None:
+            problem = f"{module} is {misfit[0]} x {misfit[1]} on a rank, and float8 takes multiples of {ALIGNMENT};"
+            yield Finding("parallel.tp", problem, f'choose another tp, or add "{module}" to precision.float8.exclude.')
+        elif mean_size(rows, columns) < section.min_size:
+            problem = f"of {module}, {rows} x {columns} on a rank is less than min_size counts on: float8 costs time;"
+            yield warning("precision.float8.exclude", problem, f'add "{module}".')
+
+
+def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Schedules that compute a linear's two gradients at different times."""
+    schedule, layout = recipe.parallel.pipeline.schedule, layout_of(recipe.parallel, world)
+    if recipe.precision.float8.enabled and layout is not None and layout.pp > 1 and splits_backward(schedule):
+        problem = f"{schedule} computes gradients of inputs and of weights apart, and float8 linears only know both;"
+        yield Finding("precision.float8.enabled", problem, "write false, or choose 1F1B or Interleaved1F1B.")
+
+
+def _decisions(recipe: Recipe, world: int) -> tuple[Decision, ...]:
+    """None where the model's sizes do not fit together, which other rules report."""
+    spec = spec_named(recipe)
+    if spec is None or any(next(rule(recipe, world), None) for rule in (heads, cuts)):
+        return ()
+    return decisions(spec, config_of(recipe), recipe.precision.float8)
