@@ -35,7 +35,7 @@ class Learner:
         self.guards = Guards(recipe.resilience, world.device)
         self._recipe = recipe
         self._ranks = world.size
-        self._parts = self.shards.parts()
+        self._shares = self.shards.shares()
 
     def initialise(self) -> None:
         """Bring everything to its state before the first step, the weights to the values that the seed gives them."""
@@ -54,7 +54,7 @@ class Learner:
         twice = every > 0 and number % every == 0
         loss = self._computed_twice(number, batch) if twice else self.program.forward_backward(batch)
         norm = clip_gradients(
-            self.weights.values(), self._recipe.optimizer.clip_norm, ranks=self._ranks, parts=self._parts
+            self.weights.values(), self._recipe.optimizer.clip_norm, ranks=self._ranks, parts=self._shares
         )
         # With weights that rest in the host's memory the norm is there, and the step waits for it.
         taken = self.guards.judge(number, loss, norm.to(loss.device)).to(norm.device)

@@ -154,11 +154,12 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             if snapshots is None:
                 forget(checkpoints.folder)
             crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
-            return json.dumps([folder.attempt, folder.start.mode, folder.start.step]).encode()
+            begun = folder.start
+            return json.dumps([folder.attempt, begun.mode, begun.step, begun.restarted]).encode()
 
         # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says what is to
         # be done: a machine that has just come does not know what the job's earlier starts did.
-        attempt, mode, step = json.loads(ranks.first(opened))
+        attempt, mode, step, restarted = json.loads(ranks.first(opened))
 
         def under_way() -> tuple[int, int | None]:
             return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
@@ -167,7 +168,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         last_words = partial(_hung, journal, folder, records, crash)
         watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, last_words)
         with _failures_recorded(records, crash), watchdog, full_memory_explained():
-            own = replace(start, mode=mode, step=step)
+            own = replace(start, mode=mode, step=step, restarted=restarted)
             if start.mode != "auto" and (mode, step) != (start.mode, start.step):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
             trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots)

@@ -232,9 +232,8 @@ class Snapshots:
             manifest = storage.decode_manifest(folder, self._ranks.first(lambda: storage.manifest_bytes(folder)))
             fetched = self._fetch(whole, folder, wanted_files(manifest, tensors))
             manifest = load_state(folder, tensors, ranks=self._ranks, shared=False)
-        finally:  # a machine keeps no more than it did, and nothing that may be half of a file
-            for file in fetched:
-                (folder / file).unlink(missing_ok=True)
+        finally:  # a machine keeps no more than it did
+            _forget_files(folder, fetched)
         self._loaded = whole.digest
         return manifest
 
@@ -248,8 +247,13 @@ class Snapshots:
             lambda: json.dumps(fetches(whole, self._machines, list(map(json.loads, told)))).encode()
         )
         moves = [Move(*fields) for fields in json.loads(plan)]
-        self._ranks.each(lambda: _carried(moves, folder, self._ranks))
-        return [move.file for move in moves if move.target == self._ranks.rank]
+        mine = [move.file for move in moves if move.target == self._ranks.rank]
+        try:
+            self._ranks.each(lambda: _carried(moves, folder, self._ranks))
+        except Exception:
+            _forget_files(folder, mine)  # they may hold anything
+            raise
+        return mine
 
 
 def forget(checkpoints: Path) -> None:
@@ -455,6 +459,11 @@ def _make_way(folder: Path, digest: str) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise DamagedCheckpointError(f"{folder} cannot be used: {cause(error, folder)}.") from error
+
+
+def _forget_files(folder: Path, files: Sequence[str]) -> None:
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
 
 
 def _carried(moves: Sequence[Move], folder: Path, ranks: Ranks) -> None:

@@ -58,7 +58,7 @@ class Start:
     """Go on from the checkpoint of this step; None: from the latest."""
 
     restarted: bool = False
-    """Whether the launcher knows that this is a restart."""
+    """Whether it is known that this is not the job's first start."""
     job: tuple[str, ...] = ()
     """Names of the launcher's job: each of its starts shares one with the start before, and none with another job's.
     Empty where the launcher gives none."""
@@ -252,7 +252,7 @@ def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
     """
     names, pending = found.get("job"), str(found.get("pending", ""))
     if set(start.job) & set(names if isinstance(names, list) else [names]):
-        return start.still(pending)
+        return replace(start.still(pending), restarted=True)
     if not start.restarted or (start.job and names is not None):
         return start
     return start.still(pending if pending == start.once else "")

@@ -73,7 +73,7 @@ class Shards:
         """Parameter name -> what is held here; after `take_gradients` each carries its gradient in `.grad`."""
         return {name: shard.tensor for name, shard in self.table.items()}
 
-    def parts(self) -> Tensor:
+    def shares(self) -> Tensor:
         """For each tensor of `local`, 1 over the ranks that hold the same part; with its norm, it counts once."""
         like = next(iter(self.table.values())).tensor
         return torch.tensor([1 / shard.copies for shard in self.table.values()], dtype=like.dtype, device=like.device)
