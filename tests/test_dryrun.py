@@ -127,6 +127,18 @@ def test_bytes_of_tensor_and_sequence_parallelism_are_those_of_the_paper(ranks: 
     assert {each.dtype for each in run.collectives if each.operation != "all-reduce"} == {"bfloat16"}
 
 
+def test_a_loss_by_chunks_gathers_three_numbers_a_token() -> None:
+    """Once, where the one by all logits sums one number and then two."""
+    ways = [
+        dry_run(recipe(parallel={"tp": 2}, kernels={"linear_cross_entropy": way}), 2, 1) for way in ("off", "torch")
+    ]
+    by_logits, by_chunks = (elements(run, "tp") for run in ways)
+    tokens = 8 * LENGTH
+    assert by_chunks["all-gather"] - by_logits["all-gather"] == 2 * 3 * tokens
+    assert by_logits["all-reduce"] - by_chunks["all-reduce"] == 3 * tokens
+    assert by_chunks["reduce-scatter"] == by_logits["reduce-scatter"]
+
+
 def test_tensor_parallelism_divides_what_zero_communicates() -> None:
     run = dry_run(recipe(parallel={"tp": 2, "zero_stage": 3}, precision={"compute": "float32"}), 8, 3)
     norms = LAYERS * 2 * DIM

@@ -144,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, how: _How, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, ...]:
-        run = forward_op if torch.compiler.is_compiling() else _forward
+        run: Any = forward_op if torch.compiler.is_compiling() else _forward
         loss, statistics, grad_hidden, grad_weight = run(hidden, weight, labels, weights, *wanted, *how)
         ctx.how, ctx.wanted, ctx.dtypes = how, wanted, (hidden.dtype, weight.dtype)
         if how.recompute:
@@ -154,19 +154,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (loss,)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.how.recompute:
-            run = backward_op if torch.compiler.is_compiling() else _backward
+            run: Any = backward_op if torch.compiler.is_compiling() else _backward
             grads = run(*ctx.saved_tensors, grad, *ctx.wanted, *ctx.how)
         else:
             grads = [_scaled(each, grad, dtype) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (
-            *(each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True)),
-            None,
-            None,
-            None,
-            None,
-        )
+        grad_hidden, grad_weight = (each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True))
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,7 +169,9 @@ def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype or torch.compiler.is_compiling():
         return (x * scale).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
-    for part, into in zip(x.split(_ROWS), out.split(_ROWS), strict=True):  # not all of it again in x's dtype
+    for part, into in zip(
+        torch.split(x, _ROWS), torch.split(out, _ROWS), strict=True
+    ):  # not all of it again in x's dtype
         into.copy_(part * scale)
     return out
 
@@ -342,7 +339,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif total.device.type == "cpu":
         # The CPU has no product that ends in a wider sum: each part is rounded before it is added.
-        for part, rows in zip(total.split(_ROWS), a.split(_ROWS), strict=True):
+        for part, rows in zip(torch.split(total, _ROWS), torch.split(a, _ROWS), strict=True):
             part += rows @ b
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -363,7 +360,7 @@ def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Ten
     """
     if triton:
         return statistics_op(logits, labels, first)
-    parts = zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, labels)), strict=True)
+    parts = zip(*(torch.split(x, _rows_at_a_time(logits)) for x in (logits, labels)), strict=True)
     return torch.cat([_reference_statistics(part.to(_wide(part.dtype)), label - first) for part, label in parts], dim=1)
 
 
@@ -375,9 +372,9 @@ def _gradient(
         gradient_op(logits, labels, statistics, scale, first, z_loss)
         return
     rows = _rows_at_a_time(logits)
-    cut = (logits.split(rows), labels.split(rows), statistics.split(rows, dim=1), scale.split(rows))
+    cut = (torch.split(x, rows) for x in (logits, labels, statistics.t(), scale))
     for part, label, found, each in zip(*cut, strict=True):
-        _reference_gradient(part, part.to(scale.dtype), label - first, found, each, z_loss)
+        _reference_gradient(part, part.to(scale.dtype), label - first, found.t(), each, z_loss)
 
 
 def _statistics_and_gradient(
@@ -387,7 +384,9 @@ def _statistics_and_gradient(
     if triton:
         return statistics_and_gradient_op(logits, labels, scale, first, z_loss)
     found = []
-    for part, label, each in zip(*(x.split(_rows_at_a_time(logits)) for x in (logits, labels, scale)), strict=True):
+    for part, label, each in zip(
+        *(torch.split(x, _rows_at_a_time(logits)) for x in (logits, labels, scale)), strict=True
+    ):
         wide = part.to(scale.dtype)
         found.append(_reference_statistics(wide, label - first))
         _reference_gradient(part, wide, label - first, found[-1], each, z_loss)

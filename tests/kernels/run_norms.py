@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=4, deadline=None, derandomize=True, database=None)
 dtypes = st.sampled_from(DTYPES)
 
 
@@ -130,10 +130,9 @@ def test_arguments_need_not_be_contiguous(name: str) -> None:
     assert_as_exact_as_eager(operation, reference, arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_need_not_be_contiguous(dtype: torch.dtype) -> None:
-    q, k, (cos, sin) = leaf(2, 3, 4, 8, dtype=dtype), leaf(2, 3, 2, 8, dtype=dtype), angles(1, 3, 8)
-    gradients = [torch.randn(2, x.shape[2], 3, 8, device=DEVICE).transpose(1, 2) for x in (q, k)]
+def test_gradients_need_not_be_contiguous() -> None:
+    q, k, (cos, sin) = leaf(2, 2, 4, 8), leaf(2, 2, 2, 8), angles(1, 2, 8)
+    gradients = [torch.randn(2, x.shape[2], 2, 8, device=DEVICE).transpose(1, 2) for x in (q, k)]
     ours = results(rope.rope, [q, k, cos, sin], gradients)
     same = results(rope.rope, [q, k, cos, sin], [gradient.contiguous() for gradient in gradients])
     assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
@@ -238,7 +237,7 @@ def test_swiglu_is_split_anyhow(mesh: DeviceMesh) -> None:
 def test_rotation_is_split_by_batch_sequence_or_heads(
     mesh: DeviceMesh, split: int, angle: int | None, batch: int
 ) -> None:
-    q, k, tables = torch.randn(2, 3, 4, 8, device=DEVICE), torch.randn(2, 3, 2, 8, device=DEVICE), angles(batch, 3, 8)
+    q, k, tables = torch.randn(2, 2, 4, 8, device=DEVICE), torch.randn(2, 2, 2, 8, device=DEVICE), angles(batch, 2, 8)
     of_tables = Replicate() if angle is None else Shard(angle)
     spread = [DTensor.from_local(x, mesh, [Shard(split)]).requires_grad_() for x in (q, k)]
     spread += [DTensor.from_local(x, mesh, [of_tables]) for x in tables]

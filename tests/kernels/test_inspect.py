@@ -71,6 +71,7 @@ def test_bytes_are_those_of_every_pass_of_every_loop() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_spills_end_the_command_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(inspect, "builds", lambda: iter([SPILLING, TRAFFIC]))
     assert inspect.main(["--json", "--target", "sm_80"]) == 1
