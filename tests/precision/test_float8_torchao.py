@@ -1,4 +1,4 @@
-"""Float8 linears against torchao's, where it is installed (`pip install --no-deps torchao==0.18.0`)."""
+"""Float8 linears against torchao's, where it is installed (the extra `torchao`)."""
 
 from __future__ import annotations
 
