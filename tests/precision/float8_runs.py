@@ -1,4 +1,4 @@
-"""Runs of a small model whose linears multiply in float8: sizes are multiples of 16, on two ranks of a tp group too."""
+"""Runs of a small model whose linears multiply in float8: sizes are multiples of 32, on two ranks of a tp group too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from parity_runs import small_recipe
 
 from titanlite.recipe.sections import Recipe
 
-MODEL = {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "vocab_size": 272}
+MODEL = {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "ffn_dim": 128, "vocab_size": 272}
 
 
 def float8_recipe(corpus: str, recipe: str, **sections: dict[str, Any]) -> Recipe:

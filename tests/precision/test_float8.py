@@ -31,6 +31,8 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-
 def spacings(x: Tensor, cast: Cast) -> Tensor:
     """Between the float8 values next to each of x [rows, columns], worked out from the formats, in float64."""
     x = x.double()
+    if cast.scale == "block":
+        return spacings(x.reshape(-1, 32), Cast(cast.format, "row")).view(x.shape)
     largest = x.abs().amax() if cast.scale == "tensor" else x.abs().amax(1, keepdim=True)
     top = {"e4m3": 448.0, "e5m2": 57344.0}[cast.format]
     scale = torch.exp2(torch.floor(torch.log2(top / largest)))
@@ -38,18 +40,19 @@ def spacings(x: Tensor, cast: Cast) -> Tensor:
     return torch.exp2(exponents - BITS[cast.format]) / scale
 
 
-CASTS = [Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")]
+CASTS = [Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor"), Cast("e4m3", "block")]
 
 
 @pytest.mark.parametrize("cast", CASTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_cast_is_off_by_half_a_spacing(cast: Cast, dtype: torch.dtype) -> None:
     """Over twelve decades within a row, and with what a transposed matrix's strides are."""
-    x = (torch.randn(64, 48, dtype=torch.float64) * torch.logspace(-9, 3, 64, dtype=torch.float64)[:, None]).to(dtype)
+    x = (torch.randn(64, 96, dtype=torch.float64) * torch.logspace(-9, 3, 64, dtype=torch.float64)[:, None]).to(dtype)
     for matrix in (x, x.t()):
-        values, scale = quantise(matrix, cast)
-        assert values.dtype == FORMATS[cast.format] and values.is_contiguous()
-        error = (values.double() * scale.double() - matrix.double()).abs()
+        cast_to = quantise(matrix, cast)
+        assert cast_to.values.dtype == FORMATS[cast.format] and cast_to.values.is_contiguous()
+        assert torch.equal(cast_to.scale.to(torch.float8_e8m0fnu).float(), cast_to.scale)
+        error = (cast_to.widened(torch.float64) - matrix.double()).abs()
         spacing = spacings(matrix, cast)
         assert (error <= spacing / 2).all()
         assert (error > spacing / 3).any(), "or the spacings are too wide to say anything"
@@ -75,9 +78,8 @@ def test_what_is_not_finite_stays_so() -> None:
 
 @pytest.mark.parametrize("cast", CASTS, ids=str)
 def test_zeros_and_the_smallest_numbers_are_kept_or_become_zero(cast: Cast) -> None:
-    for x in (torch.zeros(2, 16), torch.full((2, 16), 1e-44)):
-        values, scale = quantise(x, cast)
-        assert torch.equal(values.float() * scale, torch.zeros(2, 16))
+    for x in (torch.zeros(2, 32), torch.full((2, 32), 1e-44)):
+        assert torch.equal(quantise(x, cast).widened(torch.float32), torch.zeros(2, 32))
 
 
 def test_scaling_by_another_power_of_two_rounds_alike() -> None:
@@ -146,15 +148,15 @@ def test_products_are_as_exact_as_their_casts_say(recipe: str, dtype: torch.dtyp
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_kept_weights_give_the_same_bits(recipe: str) -> None:
     linear = torch.nn.Module()
-    linear.weight = torch.nn.Parameter(torch.randn(48, 32))
+    linear.weight = torch.nn.Parameter(torch.randn(64, 32))
     model = torch.nn.ModuleDict({"linear": linear})
-    found = [float8.Decision("linear", (48, 32), None)]
+    found = [float8.Decision("linear", (64, 32), None)]
     kept = convert(model, found, SETTINGS[recipe], torch.bfloat16, keep=True)
     for _ in range(2):
         with torch.no_grad():
             linear.weight.mul_(-3)
         kept.refresh()
-        arguments = torch.randn(16, 32).bfloat16(), linear.weight, torch.randn(16, 48).bfloat16()
+        arguments = torch.randn(16, 32).bfloat16(), linear.weight, torch.randn(16, 64).bfloat16()
         anew = gradients(Float8Linear(SETTINGS[recipe]), *arguments)
         assert all(map(torch.equal, gradients(linear.multiply, *arguments), anew))
     assert list(model.state_dict()) == ["linear.weight"]
@@ -259,6 +261,7 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
             "error", "precision.float8.enabled", 2,
             recipe(min_size=0, world={"pp": 2, "pipeline": {"schedule": "ZBVZeroBubble"}}),
         ),
+        ("warning", "precision.float8.recipe", 1, recipe(recipe="mxfp8")),
         ("warning", "precision.float8.min_size", 1, recipe(enabled=False, min_size=0)),
         ("warning", "precision.float8.recipe", 1, recipe(enabled=False, recipe="rowwise")),
     ],
@@ -280,10 +283,10 @@ def test_sound_recipes_have_no_findings(world: int, values: Recipe) -> None:
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_compiled_casts_and_products_give_the_same_bits(recipe: str) -> None:
     """In one graph, with a kept weight: what is cast outside of it does not depend on what the compiler fuses."""
-    weight = torch.nn.Parameter(torch.randn(48, 64))
+    weight = torch.nn.Parameter(torch.randn(96, 64))
     linear = Float8Linear(SETTINGS[recipe], weight)
     linear.refresh(weight.detach().bfloat16())
-    arguments = torch.randn(2, 21, 64).bfloat16(), weight, torch.randn(2, 21, 48).bfloat16()
+    arguments = torch.randn(2, 21, 64).bfloat16(), weight, torch.randn(2, 21, 96).bfloat16()
     compiled = torch.compile(linear, fullgraph=True, dynamic=False)
     assert all(map(torch.equal, gradients(compiled, *arguments), gradients(linear, *arguments)))
 

@@ -17,9 +17,9 @@ def final_loss(float8: dict[str, Any]) -> float:
     """On held-out text, after 300 steps on the standard library's source."""
     recipe = Recipe.model_validate(
         {
-            "training": {"steps": STEPS, "sequence_length": 64, "global_batch": 8},
+            "training": {"steps": STEPS, "sequence_length": 64, "global_batch": 16},
             "validation": {"every_steps": STEPS, "sequences": 64},
-            "optimizer": {"lr": 3e-3},
+            "optimizer": {"lr": 1e-3},
             "schedule": {"warmup_steps": 20},
             "precision": {"compute": "bfloat16", "float8": float8},
             "metrics": {"log_every": STEPS, "tensorboard": False},
@@ -38,5 +38,5 @@ def bfloat16_loss() -> float:
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_300_steps_end_within_a_percent_of_bfloat16(recipe: str, bfloat16_loss: float) -> None:
     loss = final_loss({"enabled": True, "recipe": recipe, "min_size": 0})
-    assert loss < 2.7, "that of 300 steps, not of the first few"
+    assert loss < 2.5, "that of 300 steps, not of the first few"
     assert loss == pytest.approx(bfloat16_loss, rel=0.01)

@@ -73,7 +73,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 ALL_SAME = ("zero", "hsdp", "pp")
 """Beginnings of layouts on which each scale is over what it is over in one process."""
-DEFAULT = {("tensorwise", "zero 3"), ("tensorwise", "tp"), ("rowwise", "tp"), (EXACT_GRADIENTS, "pp")}
+DEFAULT = {("tensorwise", "zero 3"), ("tensorwise", "tp")}
 
 
 def pairs() -> list[Any]:

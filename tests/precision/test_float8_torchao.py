@@ -1,4 +1,4 @@
-"""Float8 linears against torchao's, where it is installed (`pip install --no-deps torchao==0.18.0`)."""
+"""Float8 linears against torchao's, where it is installed (the extra `torchao`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("torchao")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("recipe", SETTINGS)
+@pytest.mark.parametrize("recipe", [name for name in SETTINGS if name != "mxfp8"])
 def test_the_same_bits(recipe: str, dtype: torch.dtype) -> None:
     """Of outputs and both gradients, for torchao's recipe of this name with scales that are powers of two."""
     from torchao.float8 import Float8LinearConfig

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlite.errors import UsageError
-from titanlite.precision.float8_plan import ALIGNMENT, Cast, Decision, Settings
+from titanlite.precision.float8_plan import BLOCK, Cast, Decision, Settings
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _SMALLEST = 2.0**-100
@@ -36,7 +36,17 @@ class Quantised(NamedTuple):
     values: Tensor
     """[rows, columns], float8, contiguous."""
     scale: Tensor
-    """[] or [rows, 1], float32."""
+    """[], [rows, 1], or [rows, columns / `BLOCK`], float32; in blocks, one that e8m0 has."""
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether parts of a row have scales of their own."""
+        return self.scale.dim() == 2 and self.scale.shape[1] > 1
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] in `dtype`."""
+        scale = self.scale.repeat_interleave(BLOCK, 1) if self.in_blocks else self.scale
+        return self.values.to(dtype) * scale.to(dtype)
 
     def scale_of_rows(self) -> Tensor:
         """[rows, 1], contiguous: where one factor has scales of rows, the other must have them too."""
@@ -56,6 +66,9 @@ def power_of_two(largest: Tensor, format: torch.dtype) -> Tensor:
 
 def quantise(matrix: Tensor, cast: Cast) -> Quantised:
     """`matrix` [rows, columns] in float8, contiguous whatever its strides. Nothing overflows."""
+    if cast.scale == "block":
+        values, scale = quantise(matrix.reshape(-1, BLOCK), Cast(cast.format, "row"))
+        return Quantised(values.view(matrix.shape), scale.view(matrix.shape[0], -1))
     size = matrix.abs()
     largest = size.amax() if cast.scale == "tensor" else size.amax(1, keepdim=True)
     return scaled(matrix, power_of_two(largest, FORMATS[cast.format]), FORMATS[cast.format])
@@ -74,9 +87,12 @@ def _turned(quantised: Quantised, source: Tensor, was: Cast, cast: Cast) -> Quan
 
 
 def product(left: Quantised, right: Quantised, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
-    """left [m, k] times right [n, k] transposed -> [m, n] in `dtype`; in float64 exact but for the last bits."""
-    if dtype == torch.float64:
-        return (left.values.double() * left.scale) @ (right.values.double() * right.scale).t()
+    """left [m, k] times right [n, k] transposed -> [m, n] in `dtype`; in float64 exact but for the last bits.
+
+    Products of blocks are formed in `dtype`, which has every value of e4m3 times a power of two.
+    """
+    if dtype == torch.float64 or left.in_blocks:
+        return left.widened(dtype) @ right.widened(dtype).t()
     by_rows = left.scale.dim() > 0 or right.scale.dim() > 0
     # CUDA's kernels for scales of rows know no wider result.
     out = torch.bfloat16 if by_rows and left.values.is_cuda else dtype
@@ -109,8 +125,8 @@ class _Float8Linear(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         settings, (for_input, for_weight, *_) = ctx.settings, ctx.needs_input_grad
         tokens, how, also = x.shape[0], settings.grad_input, settings.grad_weight
-        if also is not None and tokens % ALIGNMENT:  # the sum over tokens
-            grad, x = (F.pad(matrix, (0, 0, 0, -tokens % ALIGNMENT)) for matrix in (grad, x))
+        if also is not None and tokens % settings.alignment:  # the sum over tokens
+            grad, x = (F.pad(matrix, (0, 0, 0, -tokens % settings.alignment)) for matrix in (grad, x))
         quantised = quantise(grad, how.left)
         grad_input = grad_weight = None
         if for_input:

@@ -15,6 +15,8 @@ from titanlite.recipe.sections import Float8
 
 ALIGNMENT = 16
 """Sizes that the matrix units' float8 products take are multiples of this."""
+BLOCK = 32
+"""Neighbours that share a scale in the formats of the OCP Microscaling specification (MX, version 1.0)."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Cast:
 
     format: Literal["e4m3", "e5m2"]
     """e4m3 keeps 3 bits after the point down to 2^-14 of the largest value, e5m2 2 bits down to 2^-29."""
-    scale: Literal["tensor", "row"]
-    """One scale, or one for each vector that is multiplied and summed: left rows, right columns."""
+    scale: Literal["tensor", "row", "block"]
+    """One scale; or one for each vector that is multiplied and summed (left rows, right columns), or `BLOCK` of it."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,16 @@ class Settings:
     grad_input: Product
     grad_weight: Product | None
 
+    @property
+    def alignment(self) -> int:
+        """What sizes, and numbers of tokens, must be multiples of."""
+        return BLOCK if self.output.left.scale == "block" else ALIGNMENT
+
 
 _TENSOR, _ROW, _WIDE = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")
 _FORWARD = Product(_ROW, _ROW, fast_accumulation=True)
 _BACKWARD = Product(_ROW, _ROW, fast_accumulation=False)
+_BLOCKS = Product(Cast("e4m3", "block"), Cast("e4m3", "block"), fast_accumulation=False)
 
 SETTINGS: dict[str, Settings] = {
     "tensorwise": Settings(
@@ -61,9 +69,10 @@ SETTINGS: dict[str, Settings] = {
     "rowwise_with_hp_grad_weight": Settings(
         output=_FORWARD, grad_input=Product(_ROW, _TENSOR, fast_accumulation=False), grad_weight=None
     ),
+    "mxfp8": Settings(_BLOCKS, _BLOCKS, _BLOCKS),
 }
-"""What the recipes of these names stand for: formats and scales are those of torchao's recipes of the same names (its
-third is `rowwise_with_gw_hp`) with `round_scales_to_power_of_2`."""
+"""What the recipes of these names stand for: formats and scales of the first three are those of torchao's recipes of
+the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_of_2`."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +109,16 @@ def _reason(section: Float8, name: str, outputs: int, inputs: int) -> str | None
     """Why a linear of these sizes is not converted, if it is not."""
     if is_named_by(section.exclude, name):
         return "excluded"
-    if not aligned((outputs, inputs)):
-        return f"not in multiples of {ALIGNMENT}"
+    if not aligned((outputs, inputs), section):
+        return f"not in multiples of {SETTINGS[section.recipe].alignment}"
     if mean_size(outputs, inputs) < section.min_size:
         return f"below min_size {section.min_size}"
     return None
 
 
-def aligned(shape: Shape) -> bool:
+def aligned(shape: Shape, section: Float8) -> bool:
     """Whether a weight of this shape can be multiplied in float8."""
-    return all(size % ALIGNMENT == 0 for size in shape)
+    return all(size % SETTINGS[section.recipe].alignment == 0 for size in shape)
 
 
 def mean_size(outputs: int, inputs: int) -> float:

@@ -235,9 +235,10 @@ class Float8(Section):
 
     enabled: bool = False
     """Form the products of linear layers in float8: on GPUs from compute capability 8.9 on in half the time."""
-    recipe: Literal["tensorwise", "rowwise", "rowwise_with_hp_grad_weight"] = "tensorwise"
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_hp_grad_weight", "mxfp8"] = "tensorwise"
     """`tensorwise`: one scale a tensor, gradients in e5m2 (the fastest); `rowwise`: one a row or column, all in e4m3;
-    `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact)."""
+    `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact); `mxfp8`:
+    one for each 32 numbers, emulated, to study what it does to a model."""
     exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     all_gather: bool = False

@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     pipeline.pipeline,
     float8.nothing_converted,
     float8.halved_backward,
+    float8.emulation,
     float8.exclusions,
     float8.shares,
     layout.offloading,

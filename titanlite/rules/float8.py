@@ -9,7 +9,7 @@ from titanlite.models.spec import is_named_by
 from titanlite.parallel.layout import layout_of
 from titanlite.parallel.slicing import Share, box, pattern_of, slicings
 from titanlite.parallel.stages import splits_backward
-from titanlite.precision.float8_plan import ALIGNMENT, Decision, aligned, decisions, mean_size, summary
+from titanlite.precision.float8_plan import SETTINGS, Decision, aligned, decisions, mean_size, summary
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.layout import cuts
 from titanlite.rules.run import heads
@@ -40,20 +40,30 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
     """
     tp, section, spec = recipe.parallel.tp, recipe.precision.float8, spec_named(recipe)
     converted = {pattern_of(f"{each.name}.weight"): each for each in _decisions(recipe, world) if each.skipped is None}
+    takes = SETTINGS[section.recipe].alignment
     if spec is None or tp == 1:
         return
     cut = slicings({name: each.shape for name, each in converted.items()}, spec.sharding(config_of(recipe)))
     for name, slicing in cut.items():
         whole, module = converted[name].shape, name.removesuffix(".weight")
         parts = {box(whole, slicing, Share(tp, rank), Share(1, 0))[1] for rank in range(tp)}
-        misfit = next((part for part in sorted(parts) if not aligned(part)), None)
+        misfit = next((part for part in sorted(parts) if not aligned(part, section)), None)
         rows, columns = min(parts)
         if misfit is not None:
-            problem = f"{module} is {misfit[0]} x {misfit[1]} on a rank, and float8 takes multiples of {ALIGNMENT};"
+            problem = (
+                f"{module} is {misfit[0]} x {misfit[1]} on a rank, and {section.recipe} takes multiples of {takes};"
+            )
             yield Finding("parallel.tp", problem, f'choose another tp, or add "{module}" to precision.float8.exclude.')
         elif mean_size(rows, columns) < section.min_size:
             problem = f"of {module}, {rows} x {columns} on a rank is less than min_size counts on: float8 costs time;"
             yield warning("precision.float8.exclude", problem, f'add "{module}".')
+
+
+def emulation(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Blocks with scales of their own are multiplied in the compute dtype."""
+    if recipe.precision.float8.enabled and recipe.precision.float8.recipe == "mxfp8":
+        problem = "products of blocks are emulated: the numbers are those of MXFP8, and the time is more than without;"
+        yield warning("precision.float8.recipe", problem, "for speed, choose another.")
 
 
 def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
