@@ -2,7 +2,7 @@
 # The one test command: ./scripts/test.sh [--all] [pytest arguments …]
 #
 # Sets up what is missing, then lints, checks types and runs the tests; --all adds the long suites. Without pytest
-# arguments the parity suite runs beside the others.
+# arguments the parity suite runs beside the others, with the tests of float8 and of kernels.
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 source "$root/scripts/environment.sh"
@@ -19,12 +19,13 @@ fi
 "$python" -m mypy
 if (($#)); then exec "$python" -m pytest "${selection[@]}" "$@"; fi
 
-# Two at a time: most tests keep one core busy. What the parity suite has to say comes when the others are done.
+# Two at a time: most tests keep one core busy. What the second process has to say comes when the others are done.
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
-"$python" -m pytest "${selection[@]}" tests/parity >"$said" 2>&1 &
-parity=$! code=0
-"$python" -m pytest "${selection[@]}" --ignore=tests/parity || code=$?
-wait "$parity" || code=$?
+beside=(tests/parity tests/precision tests/kernels)
+"$python" -m pytest "${selection[@]}" "${beside[@]}" >"$said" 2>&1 &
+second=$! code=0
+"$python" -m pytest "${selection[@]}" "${beside[@]/#/--ignore=}" || code=$?
+wait "$second" || code=$?
 cat "$said"
 exit "$code"

@@ -95,7 +95,7 @@ def linear_cross_entropy(
         weights = torch.where(counted, token_weights.detach().reshape(rows).to(weights.dtype), 0)
     grad = torch.is_grad_enabled()
     wanted = grad and hidden.requires_grad, grad and weight.requires_grad
-    loss: Tensor = _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how, wanted)[0]  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how, wanted)[0]
     return loss
 
 

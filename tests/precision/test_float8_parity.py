@@ -21,6 +21,8 @@ SAME = 1e-12
 SCALED = 1e-6, 1e-4
 """Of losses and norms, and of weights: 2^-17 of the largest value is lost by one layout and not by another, which here
 and there turns a rounding; float8 itself changes losses by 1e-3 and weights by 1e-1."""
+OTHER_BATCH = 1e-4, 1e-4
+"""Scales of whole tensors are over more values then, and more roundings turn."""
 EXACT_GRADIENTS = "rowwise_with_hp_grad_weight"
 """Each token has its own scales, and no product sums over tokens."""
 
@@ -42,7 +44,10 @@ def assert_close(result: Result, reference: Result, curve: float, weights: float
     assert difference < weights, name
 
 
-@pytest.mark.parametrize("recipe", SETTINGS)
+RECIPES = [pytest.param(name, marks=() if name == "tensorwise" else pytest.mark.slow) for name in SETTINGS]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_float8_is_no_float64(corpus: str, recipe: str) -> None:
     """What is compared below differs from the run without float8, by what three bits are expected to change."""
     text = small_recipe(corpus, model=MODEL, optimizer={"lr": 1e-3}, training={"microbatch": 1}).model_dump_json()
@@ -52,9 +57,9 @@ def test_float8_is_no_float64(corpus: str, recipe: str) -> None:
     assert found[0]["loss"] == pytest.approx(plain[0]["loss"], rel=2e-3)
 
 
-@pytest.mark.parametrize("recipe", SETTINGS)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_microbatches_change_what_scales_are_over(corpus: str, recipe: str) -> None:
-    limits = (SAME, SAME) if recipe == EXACT_GRADIENTS else SCALED
+    limits = (SAME, SAME) if recipe == EXACT_GRADIENTS else OTHER_BATCH
     assert_close(alone(corpus, recipe, microbatch=4), alone(corpus, recipe), *limits)
 
 
@@ -96,8 +101,8 @@ def test_a_layout_is_one_process(pool: Pool, corpus: str, recipe: str, layout: s
 @pytest.mark.parametrize(
     ("recipe", "ranks", "stage"),
     [
-        ("tensorwise", 3, 3),
-        pytest.param("tensorwise", 2, 2, marks=pytest.mark.slow),
+        ("tensorwise", 2, 2),
+        pytest.param("tensorwise", 3, 3, marks=pytest.mark.slow),
         pytest.param("rowwise", 3, 1, marks=pytest.mark.slow),
         pytest.param(EXACT_GRADIENTS, 2, 3, marks=pytest.mark.slow),
     ],
