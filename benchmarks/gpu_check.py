@@ -29,17 +29,26 @@ def parts(small: bool, scratch: str) -> list[Part]:
     """What is run, with sizes for a GPU or, if `small`, such that a CPU finishes in a minute or two."""
     python = sys.executable
     step = [python, "benchmarks/train_step.py"]
-    size = ["--preset", "debug", "--sequence", "128", "--steps", "3"] if small else ["--preset", "llama3.2-1b"]
+    size = ["--model.preset=debug", "--training.sequence_length=128", "--steps", "3"] if small else []
+    torch_alone = ["--kernels.backend=torch", "--kernels.linear_cross_entropy=off"]
+    compiled = ["--compile.enabled=true"]
+    float8 = ["--precision.float8.enabled=true", *(["--precision.float8.min_size=0"] if small else [])]
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    models = [] if small else ["--models", "8B"]
     debug = [python, "-m", "titanlite.train", "configs/debug.toml", f"--run.output_dir={scratch}"]
     if small:
         debug += ["--training.tokens=100K", "--schedule.decay_steps=5", "--validation.sequences=16"]
     return [
-        Part("gpu tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"], 240),
-        Part("whole-run tests", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_trainer.py"], 240),
+        Part("gpu tests", [*test, "tests/gpu"], 240),
+        Part("kernels", [*test, "tests/kernels"], 240),
+        Part("whole-run tests", [*test, "tests/test_trainer.py"], 240),
         Part("debug recipe", debug, 240),
-        Part("step, eager", [*step, *size], 120),
-        Part("step, compiled", [*step, *size, "--compile"], 240),
-        Part("step, compiled, muon", [*step, *size, "--compile", "--optimizer", "muon"], 240),
+        Part("step, eager", [*step, *size, *torch_alone], 120),
+        Part("step, kernels", [*step, *size], 120),
+        Part("step, compiled", [*step, *size, *compiled], 240),
+        Part("step, compiled, muon", [*step, *size, *compiled, "--optimizer.name=muon"], 240),
+        Part("step, compiled, float8", [*step, *size, *compiled, *float8], 240),
+        Part("kernels against a copy", [python, "-m", "titanlite_kernels.bench", *models, "--json", "-"], 240),
     ]
 
 
@@ -68,9 +77,9 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| part | outcome | s | tokens/s | MFU | peak GiB |", "| --- | --- | --- | --- | --- | --- |"]
     for row in results:
         got = row.get("result", {})
-        rate = f"{got['tokens_per_second']:,.0f}" if got else ""
+        rate = f"{got['tokens_per_second']:,.0f}" if "tokens_per_second" in got else ""
         use = f"{got['mfu']:.1%}" if got.get("mfu") is not None else ""
-        memory = f"{got['memory_peak_gib']:.1f}" if got else ""
+        memory = f"{got['memory_peak_gib']:.1f}" if "memory_peak_gib" in got else ""
         lines.append(f"| {row['name']} | {row['outcome']} | {row['seconds']} | {rate} | {use} | {memory} |")
     return "\n".join(lines)
 

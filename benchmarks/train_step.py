@@ -1,7 +1,9 @@
-"""Tokens/s, MFU and peak memory of a full training step of any preset, on random tokens.
+"""Tokens/s, MFU and peak memory of a full training step of any recipe, on random tokens; one JSON object on stdout.
 
-python benchmarks/train_step.py --preset llama3.2-1b --sequence 8192 --compile        # one JSON object on stdout
-python benchmarks/train_step.py --preset debug --sequence 128 --steps 3               # small, for a CPU
+python benchmarks/train_step.py --compile.enabled=true --precision.float8.enabled=true
+python benchmarks/train_step.py --model.preset=debug --training.sequence_length=128 --steps 3      # small, for a CPU
+
+Any key of a recipe may be given; the others are those of `train_step.toml`. What runs is the trainer's own `Learner`.
 """
 
 from __future__ import annotations
@@ -9,78 +11,57 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
+from titanlite.check import checked
 from titanlite.data.loader import Batch
-from titanlite.models.init import initialise
-from titanlite.models.spec import spec_of
+from titanlite.learner import Learner
 from titanlite.observe.flops import mfu, peak_flops
 from titanlite.observe.metrics import peak_memory_bytes
-from titanlite.optim.build import Weights, build_optimizer
-from titanlite.optim.clip import clip_gradients
-from titanlite.parallel.compiled import compile_units
-from titanlite.parallel.program import PlainLoop, Program
-from titanlite.parallel.shards import Shards
+from titanlite.parallel.layout import agreed_layout, batch_plan
 from titanlite.parallel.world import World
-from titanlite.precision.casting import compute_dtype, master_dtype
-from titanlite.recipe.sections import Model, Optimizer, Precision, Resilience
-from titanlite.resilience.guards import Guards
+from titanlite.recipe.load import load_recipe, parse_with_overrides
+from titanlite.recipe.sections import Recipe
+
+BASE = Path(__file__).with_suffix(".toml")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama3.2-1b")
-    parser.add_argument("--sequence", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=1, help="sequences in one microbatch")
-    parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--optimizer", default="adamw")
-    parser.add_argument("--compute", default="bfloat16")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
-    arguments = parser.parse_args()
-    print(json.dumps(measure(arguments)))
+    parser.add_argument("--warmup", type=int, default=3, help="steps that allocate and compile")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured")
+    arguments, overrides = parse_with_overrides(parser, argv)
+    loaded = load_recipe(BASE, overrides)
+    checked(loaded, 1)
+    print(json.dumps({"overrides": overrides, **measure(loaded.recipe, arguments.warmup, arguments.steps)}))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """Median step over `steps`, after `warmup` steps that allocate and compile."""
+def measure(recipe: Recipe, warmup: int, steps: int) -> dict[str, object]:
+    """Median step over `steps`, after `warmup` steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = Precision(compute=arguments.compute)
-    spec = spec_of(arguments.preset)
-    config = spec.configure(Model(preset=arguments.preset))
-    with device:
-        model = spec.build(config, compute_dtype(precision)).to(master_dtype(precision))
-    initialise(Shards.of(model).table, lambda name: spec.initial_std(config, name), 0)
-    if arguments.compile:
-        compile_units(model, spec)
-    optimizer = build_optimizer(Optimizer(name=arguments.optimizer), spec, Weights.of(model), compute_dtype(precision))
-    program, guards = (
-        Program(model, World(0, 1, device), Shards.of(model), PlainLoop(model)),
-        Guards(Resilience(), device),
-    )
-    parameters = list(model.parameters())
-    batch = _random_batch(arguments, config.vocab_size, device)
+    learner = Learner(recipe, World(0, 1, device))
+    learner.initialise()
+    batch = _random_batch(recipe, learner.config.vocab_size).to(device)
 
     seconds = []
-    for step in range(1, arguments.warmup + arguments.steps + 1):
+    for step in range(1, warmup + steps + 1):
         _synchronise(device)
         before = time.perf_counter()
-        loss = program.forward_backward(batch)
-        norm = clip_gradients(parameters, 1.0)
-        optimizer.step(1.0, guards.judge(step, loss, norm))
-        model.zero_grad(set_to_none=True)
+        loss, _ = learner.step(step, batch, 1.0)
         _synchronise(device)
         seconds.append(time.perf_counter() - before)
-    median = statistics.median(seconds[arguments.warmup :])
+    median = statistics.median(seconds[warmup:])
     tokens_per_second = batch.valid_tokens / median
-    flops = spec.flops_per_token(config, arguments.sequence)
+    flops = learner.spec.flops_per_token(learner.config, recipe.training.sequence_length)
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
     return {
-        **vars(arguments),
         "device": card or "cpu",
-        "parameters": spec.parameter_count(config),
+        "torch": torch.__version__,
+        "parameters": learner.spec.parameter_count(learner.config),
         "first_step_seconds": seconds[0],
         "step_seconds_median": median,
         "tokens_per_second": tokens_per_second,
@@ -91,19 +72,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _random_batch(arguments: argparse.Namespace, vocab_size: int, device: torch.device) -> Batch:
-    shape = (arguments.microbatches, arguments.batch, arguments.sequence)
+def _random_batch(recipe: Recipe, vocab_size: int) -> Batch:
+    plan = batch_plan(recipe, agreed_layout(recipe.parallel, 1), 0)
+    shape, length = (plan.microbatches, plan.microbatch), recipe.training.sequence_length
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocab_size, (*shape[:2], arguments.sequence + 1), generator=generator).to(device)
-    sequences = arguments.microbatches * arguments.batch
+    tokens = torch.randint(0, vocab_size, (*shape, length + 1), generator=generator)
     return Batch(
         tokens=tokens[..., :-1].contiguous(),
         labels=tokens[..., 1:].contiguous(),
         positions=None,
         documents=None,
-        samples=tuple(range(sequences)),
-        sequences=sequences,
-        valid_tokens=sequences * arguments.sequence,
+        samples=tuple(range(plan.global_batch)),
+        sequences=plan.global_batch,
+        valid_tokens=plan.global_batch * length,
     )
 
 
@@ -113,4 +94,4 @@ def _synchronise(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

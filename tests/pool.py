@@ -23,6 +23,9 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
+        # Stores' files stay until the end: one that is gone keeps a store that is let go of later waiting for it.
+        self._stores = tempfile.TemporaryDirectory()
+        self._tasks = 0
         self._pipes: list[Connection] = []
         self._processes: list[SpawnProcess] = []
 
@@ -41,11 +44,14 @@ class Pool:
         with its traceback as text.
         """
         self._grow(world)
-        with tempfile.TemporaryDirectory() as folder:
-            target = f"{function.__module__}:{function.__qualname__}"
-            for rank, pipe in enumerate(self._pipes[:world]):
-                pipe.send((target, rank, world, os.path.join(folder, "store"), arguments))
-            answers = [self._answer(pipe) for pipe in self._pipes[:world]]
+        self._tasks += 1
+        store, target = (
+            os.path.join(self._stores.name, str(self._tasks)),
+            f"{function.__module__}:{function.__qualname__}",
+        )
+        for rank, pipe in enumerate(self._pipes[:world]):
+            pipe.send((target, rank, world, store, arguments))
+        answers = [self._answer(pipe) for pipe in self._pipes[:world]]
         if any(error is _SILENT for error, _ in answers):
             self.close()  # whatever it still says would be taken for the answer to the next task
         for rank, (error, _) in enumerate(answers):
@@ -75,14 +81,14 @@ def _work(pipe: Connection) -> None:
         try:
             if world > 1:
                 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-            result = getattr(importlib.import_module(module), name)(rank, world, *arguments)
-            pipe.send((None, result))
+            answer = None, getattr(importlib.import_module(module), name)(rank, world, *arguments)
         except Exception:
-            pipe.send((traceback.format_exc(), None))
-        finally:
-            _let_go_of_groups()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            answer = traceback.format_exc(), None
+        pipe.send(answer)
+        del answer
+        _let_go_of_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _let_go_of_groups() -> None:

@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=16384 if cuda else 64)
     parser.add_argument("--operation", help="only those whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; off the GPU it always is")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the device they are of there")
+    parser.add_argument("--json", metavar="FILE", help="write rows and device there; -: as the output's last line")
     asked = parser.parse_args(arguments)
     chosen = [case for case in CASES if (asked.operation or "") in case.name]
     if not chosen:
@@ -180,8 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(", ".join(f"{key} {value}" for key, value in on.items()))
     print(table(measured))
-    if asked.json:
-        asked.json.write_text(json.dumps({**on, "rows": measured}, indent=2) + "\n", encoding="utf-8")
+    if asked.json == "-":
+        print(json.dumps({**on, "rows": measured}))
+    elif asked.json:
+        Path(asked.json).write_text(json.dumps({**on, "rows": measured}, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

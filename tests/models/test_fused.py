@@ -67,7 +67,8 @@ def test_what_runs_where() -> None:
     compiled = recipe(compile={"enabled": True}, kernels={"rope": "triton"})
     assert fused(compiled, "cuda") == ["rope"]
     assert in_words(compiled) == (
-        "rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours)"
+        "rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours); "
+        "head and loss by chunks of large logits"
     )
     assert not any(choice.fused for choice in choices(recipe(precision={"compute": "float64"})).values())
     assert fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]

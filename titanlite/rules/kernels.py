@@ -58,7 +58,15 @@ def in_words(recipe: Recipe) -> str:
             if choice.fused is runs:
                 reasons.setdefault(choice.why, []).append(name)
         parts += [f"{', '.join(names)} by {way} ({why})" for why, names in reasons.items()]
-    return "; ".join(parts)
+    return "; ".join([*parts, _HEAD[recipe.kernels.linear_cross_entropy]])
+
+
+_HEAD = {
+    "auto": "head and loss by chunks of large logits",
+    "torch": "head and loss by chunks, without Triton",
+    "off": "head and loss with all logits at once",
+}
+"""What `kernels.linear_cross_entropy` means."""
 
 
 def wide_kernels(recipe: Recipe, world: int) -> Iterator[Finding]:
