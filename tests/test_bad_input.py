@@ -150,6 +150,7 @@ def test_a_full_disk_at_the_start(
     assert run_command(main, ["recipe.toml", "--model.ffn_dim=8"]) == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

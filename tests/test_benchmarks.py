@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 24, "vocab_size": 272, "sequence_length": 8}
 
 
+@pytest.mark.slow
 def test_single_device_prints_tables_and_writes_what_it_measured(tmp_path: Path) -> None:
     sizes = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     out = tmp_path / "out.json"

@@ -87,6 +87,7 @@ def test_another_number_of_ranks_goes_on(folder: Path) -> None:
     assert numbers(folder, "parts") == pytest.approx(numbers(folder, "whole"), rel=1e-11)
 
 
+@pytest.mark.slow
 def test_machines_that_share_no_disk_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The second rank's folder has no checkpoint: it would begin with fresh weights beside trained ones."""
     launch(folder, 1, "--run.name=alone", "--run.stop_after_step=2")

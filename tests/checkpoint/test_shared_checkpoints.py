@@ -65,7 +65,7 @@ def numbered(shapes: list[list[int]]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_saved_under_any_cutting_and_loaded_under_any_other(data, tmp_path_factory):
     shapes = st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=3)

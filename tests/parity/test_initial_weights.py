@@ -31,7 +31,7 @@ MESHES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_same_bits_on_every_mesh(pool: Pool, corpus: str, tied: bool) -> None:
     """Built on the meta device and cut there, against a model made and filled on one process without any of it."""
     model = {"tie_embeddings": tied}

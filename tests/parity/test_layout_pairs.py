@@ -33,9 +33,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 DEFAULT = {
     ("one process", "hsdp", "adamw"),
-    ("hsdp", "pp, two stages a rank", "adamw"),
     ("zero 3", "cp, zero 2", "adamw"),
-    ("tp, zero 3", "pp in a V, tp, zero 1", "adamw"),
+    ("tp, zero 3", "pp, two stages a rank", "adamw"),
     ("pp in a V, tp, zero 1", "zero 1", "adamw"),
     ("tp, zero 3", "zero 1", "muon"),
 }

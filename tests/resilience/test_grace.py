@@ -33,6 +33,7 @@ def test_the_run_ends_when_its_grace_is_over(folder: Path) -> None:
     assert [path.name for path in (RUN / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_rank_that_waits_for_another(folder: Path) -> None:
     """Python's own handlers would never run: the main thread is inside a collective."""
     processes = started("hang@4@1")

@@ -280,6 +280,7 @@ def test_without_a_checkpoint_the_run_goes_back_to_its_beginning(
     ]
 
 
+@pytest.mark.slow
 def test_a_restart_neither_forgets_that_the_run_went_back_nor_reads_what_it_passed_over(
     folder: Path, scramble: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

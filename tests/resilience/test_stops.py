@@ -77,7 +77,7 @@ def test_a_step_limit_that_is_already_reached_trains_no_further(folder: Path) ->
     [
         pytest.param(6, 1, 0.0, 0, id="in the last save: it is finished, and so is the run"),
         pytest.param(2, 2, 0.0, 75, id="twice at once: the launcher's echo"),
-        pytest.param(2, 20, 1.2, 128 + signal.SIGTERM, id="again after a while: at once"),
+        pytest.param(2, 20, 1.2, 128 + signal.SIGTERM, id="again after a while: at once", marks=pytest.mark.slow),
     ],
 )
 def test_signals_during_a_save(folder: Path, step: int, signals: int, pause: float, code: int) -> None:
