@@ -55,7 +55,7 @@ def alone() -> Iterator[Point]:
         yield Point(2, {"zero_stage": stage}, {"training": {"microbatch": 2}})
         # On three ranks, the last microbatch is partly padding.
         yield Point(3, {"zero_stage": stage}, {"training": {"microbatch": 2}}, default=stage == 3)
-        yield Point(4, {"zero_stage": stage, "dp_replicate": 2}, {"training": {"microbatch": 1}}, default=stage >= 2)
+        yield Point(4, {"zero_stage": stage, "dp_replicate": 2}, {"training": {"microbatch": 1}}, default=stage == 3)
     for ranks in (5, 7):
         yield Point(ranks, {"zero_stage": 3}, default=False)
     yield Point(2, {"zero_stage": 3, "offload": True})
@@ -78,9 +78,9 @@ def pairs() -> Iterator[Point]:
     """Two axes, with each ZeRO stage where data ranks are one of them."""
     for stage in range(4):
         for axis in ("tp", "cp"):
-            yield Point(4, {axis: 2, "zero_stage": stage}, default=stage == 3)
+            yield Point(4, {axis: 2, "zero_stage": stage}, default=stage == 3 and axis == "cp")
             yield Point(8, {axis: 2, "zero_stage": stage, "dp_replicate": 2}, default=False)
-            yield Point(4, {axis: 2, "zero_stage": stage}, {"optimizer": {"name": "muon"}}, default=stage == 2)
+            yield Point(4, {axis: 2, "zero_stage": stage}, {"optimizer": {"name": "muon"}}, default=False)
         for schedule in SCHEDULES:
             ways = {1: ("1F1B",), 2: ("ZBVZeroBubble",), 3: ("Interleaved1F1B",)}
             common = schedule in ways.get(stage, ())
@@ -98,7 +98,7 @@ def pairs() -> Iterator[Point]:
             yield Point(4, {axis: 2, "pp": 2, "pipeline": _pipeline(schedule)}, default=common)
     yield Point(8, {"pp": 2, "dp_replicate": 2, "zero_stage": 2}, default=False)
     yield Point(6, {"pp": 3, "zero_stage": 1, "pipeline": _pipeline("1F1B", microbatches=4)}, default=False)
-    yield Point(8, {"pp": 4, "zero_stage": 1}, {"model": FOUR_LAYERS})
+    yield Point(8, {"pp": 4, "zero_stage": 1}, {"model": FOUR_LAYERS}, default=False)
 
 
 def triples() -> Iterator[Point]:

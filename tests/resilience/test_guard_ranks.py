@@ -55,7 +55,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("action", [pytest.param("stop", marks=pytest.mark.slow), "skip", "rollback"])
+@pytest.mark.parametrize(
+    "action", [pytest.param("stop", marks=pytest.mark.slow), "rollback", pytest.param("skip", marks=pytest.mark.slow)]
+)
 def test_what_is_not_finite_on_one_rank_is_bad_on_all(pool: Pool, corpus: str, tmp_path: Path, action: str) -> None:
     """Step 5's gradient, after the checkpoint of step 4; then the numbers of one process that met the same."""
     text = recipe(corpus, resilience={"on_nonfinite": action})
@@ -115,7 +117,7 @@ def test_checkpoints_are_compared_first_whatever_the_interval(pool: Pool, corpus
         (1, {}, "adamw", False),
         (2, {"zero_stage": 2}, "muon", True),
         (4, {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}, "adamw", True),
-        (4, {"dp_replicate": 2, "tp": 2}, "muon", False),
+        pytest.param(4, {"dp_replicate": 2, "tp": 2}, "muon", False, marks=pytest.mark.slow),
         pytest.param(4, {"pp": 2, "dp_replicate": 2}, "adamw", True, marks=pytest.mark.slow),
         (2, {"pp": 2, "pipeline": {"schedule": "ZBVZeroBubble"}}, "adamw", False),
     ],
