@@ -108,6 +108,7 @@ def test_machines_that_share_no_disk_are_refused(folder: Path, tmp_path_factory:
     assert [process.returncode for process in processes] == [2, 2] and "another corpus" in said[1], said
 
 
+@pytest.mark.slow
 def test_ranks_save_together_by_the_first_ones_clock(folder: Path) -> None:
     """A wish is heard by all one step later, so saves that are always due come after every second step."""
     by_the_clock = ("--checkpoint.every_steps=0", "--checkpoint.every_minutes=1e-9", "--checkpoint.mode=sync")

@@ -104,7 +104,7 @@ def pairs() -> Iterator[Point]:
 def triples() -> Iterator[Point]:
     """Three axes over eight ranks."""
     for stage in range(4):
-        yield Point(8, {"tp": 2, "pp": 2, "zero_stage": stage}, default=stage == 3)
+        yield Point(8, {"tp": 2, "pp": 2, "zero_stage": stage}, default=False)
         yield Point(8, {"dp_replicate": 2, "tp": 2, "cp": 2, "zero_stage": stage}, default=stage == 2)
         yield Point(8, {"pp": 2, "cp": 2, "zero_stage": stage}, default=stage == 3)
     for schedule in SCHEDULES:
@@ -132,7 +132,7 @@ def pipelines() -> Iterator[Point]:
         # Twelve microbatches are asked for, and there are eight sequences.
         halved = schedule == "InterleavedZeroBubble"
         yield Point(2, {"pp": 2, "pipeline": _pipeline(schedule, microbatches=12)}, default=halved)
-        yield Point(4, {"pp": 2, "dp_replicate": 2, "pipeline": _pipeline(schedule)}, default=halved)
+        yield Point(4, {"pp": 2, "dp_replicate": 2, "pipeline": _pipeline(schedule)}, default=False)
     for schedule, stage in (("1F1B", 2), ("Interleaved1F1B", 3), ("InterleavedZeroBubble", 1)):
         tied = {"model": {"tie_embeddings": True}}
         yield Point(4, {"pp": 2, "zero_stage": stage, "pipeline": _pipeline(schedule)}, tied, default=stage != 2)

@@ -64,6 +64,7 @@ def losses(run: Path = RUN) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_who_stands_by_leaves_the_curve_alone_and_ends_with_the_others(folder: Path) -> None:
     words = ("--parallel.tp=2", "--resilience.standby=true", "--run.stop_after_step=4")
     processes = ended(started("", *words, count=3))
