@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -386,3 +388,23 @@ def test_a_slow_rank_is_named_and_a_stopped_one_is_left_behind(tmp_path: Path) -
     assert (crash.kind, crash.step, crash.samples, crash.rank, crash.ranks) == ("Hang", 5, (16, 19), 1, 2)
     assert crash.message == hung[0]["detail"] and crash.traceback.endswith("runs/stopped/logs/rank-00001.log")
     assert curve(tmp_path, "stopped") == curve(tmp_path, "slow")
+
+
+def test_a_look_keeps_nothing_alive() -> None:
+    """Trainers leave Python's collector of cycles off."""
+
+    class Activations:
+        pass
+
+    def looked_at() -> weakref.ref[Activations]:
+        held = Activations()
+        looker = threading.Thread(target=Sampler(threading.get_ident()).look)
+        looker.start()
+        looker.join()
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert looked_at()() is None
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ import sysconfig
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class Sampler:
     def look(self) -> Where:
         """Where the thread is now, or the one that it waits to see end, such as that of a save."""
         frames = sys._current_frames()
+        # This function's own, which holds the others: a cycle that would keep all that they hold, activations too.
+        frames.pop(get_ident(), None)
         frame = frames.get(self._thread)
         while (joined := _joined(frame)) is not None and (inner := frames.pop(joined.ident or 0, None)) is not None:
             frame = inner
