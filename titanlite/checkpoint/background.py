@@ -1,4 +1,4 @@
-"""A save that goes on beside training: its thread, and how it ended."""
+"""Saves that go on beside training, one at a time: their thread, and how they ended."""
 
 from __future__ import annotations
 
@@ -63,3 +63,43 @@ class Writing:
         except Exception as error:  # for the thread that asks for the result
             self._error = error
         self._ended = time.monotonic()
+
+
+class Writings:
+    """The saves of one kind, one after the other."""
+
+    def __init__(self, warn: Warn, background: bool) -> None:
+        """`warn` gets what a save warned of, in the thread that asks how it went."""
+        self._warn = warn
+        self._background = background
+        self._last: Writing | None = None
+
+    def begin(self, step: int, write: Callable[[Warn], None], began: float) -> None:
+        """Have `write` run; the save before must have ended, and have been told of. `began`: see `Writing`."""
+        self.require_none()
+        self._last = Writing(step, write, began, self._background)
+
+    def require_none(self) -> None:
+        """Where a save's memory is about to be used again."""
+        assert self._last is None, "a save that was begun must be waited for, or have ended"
+
+    def ended(self) -> Saved | None:
+        """How the last one went; None if there is none, or it goes on. Told once, here or by `wait`."""
+        last = self._last
+        if last is None or last.goes_on():
+            return None
+        self._last = None
+        saved = last.result()
+        for text in last.warnings:
+            self._warn(text)
+        return saved
+
+    def wait(self) -> Saved | None:
+        """As `ended`, once it has ended."""
+        self.join()
+        return self.ended()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it has ended, or for so long, without asking how it went."""
+        if self._last is not None:
+            self._last.join(seconds)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.background import Saved, Warn, Writing
+from titanlite.checkpoint.background import Saved, Warn, Writings
 from titanlite.checkpoint.examine import newest_at_first
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.load import load_state
@@ -69,7 +69,7 @@ class CheckpointManager:
         self._warn = warn if ranks.is_first else lambda text: None
         self._passed_over: set[int] = set()
         self._staging = Staging() if background else None
-        self._writing: Writing | None = None
+        self._writings = Writings(self._warn, background)
         self._begun: int | None = None
         """Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any."""
         self._max_failures = max_failures
@@ -108,7 +108,7 @@ class CheckpointManager:
         In the foreground it has ended by then. One that was begun before must have ended, since its memory is needed.
         """
         began, step = time.monotonic(), facts.step
-        assert self._writing is None, "a save that was begun must be waited for, or have ended"
+        self._writings.require_none()
         portion = portion_of(tensors)
         if self._staging is not None:
             portion = self._staging.copy(portion)
@@ -124,7 +124,7 @@ class CheckpointManager:
                 self._ranks.first(lambda: self._prune(warn))
 
         self._begun = step
-        self._writing = Writing(step, write, began, background=self._staging is not None)
+        self._writings.begin(step, write, began)
 
     def saves(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there or being written; the same on all ranks after the same step."""
@@ -132,13 +132,9 @@ class CheckpointManager:
 
     def ended(self) -> Saved | None:
         """How the save went that was begun last; None if there is none, or it goes on. Told once, here or by `wait`."""
-        writing = self._writing
-        if writing is None or writing.goes_on():
+        saved = self._writings.ended()
+        if saved is None:
             return None
-        self._writing = None
-        saved = writing.result()
-        for text in writing.warnings:
-            self._warn(text)
         if saved.error is None:
             self.current, self._failed = saved.step, []
             self._passed_over.discard(saved.step)
@@ -151,8 +147,7 @@ class CheckpointManager:
 
         Raises `CheckpointError` if more saves than may have failed one after the other.
         """
-        if self._writing is not None:
-            self._writing.join()
+        self._writings.join()
         saved = self.ended()
         self._begun = self.current
         if len(self._failed) > self._max_failures:
@@ -162,8 +157,7 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Wait for a save in the background, for a run that ends without asking how it went."""
-        if self._writing is not None:
-            self._writing.join()
+        self._writings.join()
 
     def load(self, step: int, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest:
         """Load one checkpoint into `tensors` (see `load_state`). Raises `CheckpointError`."""

@@ -26,7 +26,7 @@ import xxhash
 from torch import Tensor
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.background import Saved, Warn, Writing
+from titanlite.checkpoint.background import Saved, Warn, Writings
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.load import load_state, wanted_files
 from titanlite.checkpoint.ranks import ALONE, Ranks
@@ -96,7 +96,7 @@ class Snapshots:
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
         self._staging = Staging() if background else None
-        self._writing: Writing | None = None
+        self._writings = Writings(self._warn, background)
         self._loaded = ""
         """Digest of the manifest of the one that was loaded, until a line begins."""
         run = hashlib.sha256(os.fsencode(checkpoints.resolve())).hexdigest()[:16]
@@ -131,7 +131,7 @@ class Snapshots:
         """
         began = time.monotonic()
         assert self._line.name, "snapshots begin with a line"
-        assert self._writing is None, "a snapshot that was begun must be waited for, or have ended"
+        self._writings.require_none()
         facts = replace(facts, values={**facts.values, _OF_LINE: self._line.name})
         portion = portion_of(tensors)
         if self._staging is not None:
@@ -153,23 +153,15 @@ class Snapshots:
                 raise
             self._on_each_machine(lambda: _remove_others(final, warn))
 
-        self._writing = Writing(facts.step, write, began, background=self._staging is not None)
+        self._writings.begin(facts.step, write, began)
 
     def ended(self) -> Saved | None:
         """How the snapshot went that was begun last; None if there is none, or it goes on. Told once."""
-        writing = self._writing
-        if writing is None or writing.goes_on():
-            return None
-        self._writing = None
-        for text in writing.warnings:
-            self._warn(text)
-        return writing.result()
+        return self._writings.ended()
 
     def wait(self) -> Saved | None:
         """As `ended`, once it has ended."""
-        if self._writing is not None:
-            self._writing.join()
-        return self.ended()
+        return self._writings.wait()
 
     def load_latest(self, tensors: Mapping[str, Shard], newer_than: int) -> Manifest | None:
         """Load the newest whole snapshot of a step after `newer_than`; None if there is none.
@@ -200,8 +192,7 @@ class Snapshots:
 
     def close(self) -> None:
         """Free the memory: the state is on a disk by now. One that is on its way is not waited for long."""
-        if self._writing is not None:
-            self._writing.join(_LAST_SECONDS)
+        self._writings.join(_LAST_SECONDS)
         if self._leads:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._ranks.is_first:
