@@ -37,9 +37,11 @@ def step():
 
 plain = step()
 use_kernels(model, list(FUSED))
+seen = []
+model.layers["0"].ffn_norm.register_forward_hook(lambda module, given, made: seen.append((len(given), len(made))))
 kinds = sorted({type(module).__name__ for module in model.modules()})
 apart = [float((a - b).norm() / b.norm()) for a, b in zip(step(), plain)]
-print(json.dumps({"kinds": kinds, "apart": max(apart)}))
+print(json.dumps({"kinds": kinds, "apart": max(apart), "seen": seen}))
 """
 
 
@@ -56,6 +58,7 @@ def test_a_model_computes_the_same_with_kernels(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"FusedRMSNorm", "FusedRotate", "FusedProduct"} < set(found["kinds"]) and "RMSNorm" not in found["kinds"]
     assert 0 < found["apart"] < 1e-5
+    assert found["seen"] == [[2, 2]], "the sum and its norm are one call, which hooks see"
 
 
 def recipe(**sections: dict[str, object]) -> Recipe:
