@@ -3,8 +3,9 @@
 Shapes: hidden [..., dim], weight [vocab, dim], labels [...] int64; any float dtypes, sums in at least float32.
 
 A chunk of tokens has its logits formed, turned into their own gradient where they lie, and multiplied into both
-gradients, all in the forward pass; the backward pass only scales these. That is the arithmetic of the plain path
-(6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until then. With
+gradients, all in the forward pass; the backward pass only scales these, where they lie. That is the arithmetic of the
+plain path (6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until
+then; rounded to a narrower dtype, it has that memory as long as it lives. With
 `recompute`, the forward pass keeps three numbers per token, and the backward pass forms the logits anew (8 n dim
 vocab), a chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once. It
 is meant for who runs many forward passes before the first backward one.
@@ -71,7 +72,8 @@ def linear_cross_entropy(
 
     With a `group` each rank has the rows of the weight that begin at `first`, and the same hidden states and labels;
     three numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
-    rank's summand: who gave it to all ranks sums it.
+    rank's summand: who gave it to all ranks sums it. Arguments are a rank's own tensors: of DTensors, which this group
+    takes the place of, no sharding is known.
     """
     rows, dim = labels.numel(), weight.shape[1]
     if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:
@@ -160,25 +162,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             run: Any = backward_op if torch.compiler.is_compiling() else _backward
             grads = run(*ctx.saved_tensors, grad, *ctx.wanted, *ctx.how)
         else:
-            again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-            scale = _scaled_copy if again else _scaled_in_place
-            grads = [scale(each, grad, dtype) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+            compiling = torch.compiler.is_compiling()
+            last = not (compiling or torch._C._autograd._get_current_graph_task_keep_graph())
+            grads = [
+                _scaled(each, grad, dtype, last) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ]
         grad_hidden, grad_weight = (each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True))
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * scale in that dtype, for whoever needs x again."""
-    return (x * scale).to(dtype)
-
-
-def _scaled_in_place(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [rows, dim] * scale in that dtype, no wider than x's, where x lay: what a block becomes is written over it and
-    over those before it. So the gradient of a large vocabulary is never there twice.
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """x [rows, dim] * scale in that dtype, no wider than x's. In place, a block's result is written over the block and
+    those before it: so the gradient of a large vocabulary is never there twice.
     """
     if x.dtype == dtype:
-        return x.mul_(scale)
-    out = x.view(-1).view(dtype)[: x.numel()].view(x.shape)
+        return x.mul_(scale) if in_place else x * scale
+    if torch.compiler.is_compiling():
+        return (x * scale).to(dtype)
+    out = x.view(-1).view(dtype)[: x.numel()].view(x.shape) if in_place else torch.empty_like(x, dtype=dtype)
     for part, into in zip(torch.split(x, _ROWS), torch.split(out, _ROWS), strict=True):
         into.copy_(part * scale)
     return out

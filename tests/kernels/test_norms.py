@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from titanlite_kernels import rms_norm, rope, swiglu
-from titanlite_kernels.build import TARGETS, Build
+from titanlite_kernels.build import TARGETS, Build, compile_build
 from titanlite_kernels.inspect import row
 from titanlite_kernels.optional_triton import INSTALLED
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +40,17 @@ def test_built_without_spills_and_with_wide_loads(build: Build, target: str) -> 
     assert built["spill_bytes"] == 0
     assert built["vector_bytes"] >= 16
     assert 1 <= built["bytes_over_minimum"] <= (1.03 if "rms_norm.backward" in build.name else 1.0)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [build for build in BUILDS if "70B" not in build.shape or "rms" not in build.name])
+def test_float32_is_built_without_spills_although_it_is_computed_in_float64(build: Build) -> None:
+    wider = {"*bf16": "*fp32", "*fp32": "*fp64" if "rms_norm.backward" in build.name else "*fp32"}
+    signature = {name: wider.get(str(value), value) for name, value in build.signature.items()} | (
+        {"weight": "*fp32"} if "weight" in build.signature else {}
+    )
+    assert compile_build(replace(build, signature=signature), "sm_90").spill_bytes == 0
 
 
 @needs_triton
