@@ -51,7 +51,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 
 def elements(run: DryRun, dimension: str) -> dict[str, int]:
     """Operation -> numbers in all its messages over that dimension; without the greetings of a pipeline's stages."""
-    width = {"bfloat16": 2, "float32": 4}
+    width = {"bfloat16": 2, "float32": 4, "float64": 8}
     counted: Counter[str] = Counter()
     for each in run.collectives:
         if each.dimension == dimension and each.dtype in width:
