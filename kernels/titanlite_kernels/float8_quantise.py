@@ -1,12 +1,11 @@
 """A matrix in float8 (Micikevicius et al. 2022) with power-of-two scales, as it is, transposed, or both at once.
 
-Shapes: matrix [rows, columns] in bfloat16, float16 or float32; values alike, contiguous, in float8_e4m3fn or float8_e5m2,
-and float32 scales [] or [rows, 1] (of the transpose [columns, rows] and [columns, 1]): values * scale is the matrix.
-The scale is the smallest power of two with which nothing overflows, of all or of each row, and 2^-100 at least of
-the largest value; a NaN or an infinity makes all that shares its scale NaN. There is no gradient: callers are inside
-of autograd functions, which have their own.
-Bytes, for n elements of b bytes: n (2b + 1) and, both at once, n (2b + 2): a matrix is read for its largest values, and
-again to be cast. n (b + 1) for scales of rows, as a row is held meanwhile. Transposing costs none: a matrix whose
+Shapes: matrix [rows, columns] in bfloat16, float16 or float32; values alike, contiguous, in float8_e4m3fn or
+float8_e5m2, with float32 scales [] or [rows, 1]: values * scale is the matrix. Of the transpose: [columns, rows], with
+[] or [columns, 1]. A scale is the smallest power of two with which nothing overflows, of all or of a row; a NaN or an
+infinity makes all that shares its scale NaN. There is no gradient: callers are autograd functions, and have their own.
+Bytes, for n elements of b bytes: n (2b + 1) and, both at once, n (2b + 2), as a matrix is read for its largest values,
+and again to be cast; n (b + 1) for scales of rows, as a row is held meanwhile. Transposing costs none: a matrix whose
 transpose is contiguous is read as it lies, and written the other way.
 """
 
@@ -245,9 +244,7 @@ def float8_quantise_op(matrix: Tensor, format: torch.dtype, by_row: bool) -> tup
 
 
 @torch.library.triton_op("titanlite_kernels::float8_quantise_both", mutates_args=())
-def float8_quantise_both_op(
-    matrix: Tensor, format: torch.dtype, by_row: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def float8_quantise_both_op(matrix: Tensor, format: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values, scale, turned, turned_scale = _launch(matrix, format, by_row, plain=True, turned=True)
     return values, scale, turned, turned_scale
 

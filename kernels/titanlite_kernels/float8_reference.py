@@ -53,5 +53,5 @@ def quantise_both_reference(matrix: Tensor, format: torch.dtype, scale: Scale) -
     """`matrix` and its transpose in `format`."""
     plain = quantise_reference(matrix, format, scale)
     if scale == "tensor":
-        return plain, Float8(plain.values.t().contiguous(), plain.scale)
+        return plain, Float8(plain.values.t().contiguous(), plain.scale.clone())
     return plain, quantise_reference(matrix.t(), format, scale)

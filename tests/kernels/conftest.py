@@ -50,15 +50,22 @@ if INTERPRETING:
 
 
 @pytest.fixture
-def run_on_device() -> Callable[[str], None]:
-    """Run the tests in a file beside this one, with kernels that work."""
+def run_on_device() -> Callable[..., None]:
+    """Run the tests in files beside this one, with kernels that work; imports are dear, so one process for all."""
     if not INSTALLED:
         pytest.skip("needs Triton: pip install 'triton>=3.6' (Linux)")
 
-    def run(file: str) -> None:
+    def run(*files: str) -> None:
         interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
         process = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / file)],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                *(str(Path(__file__).parent / file) for file in files),
+            ],
             cwd=ROOT,
             env=os.environ | interpreted,
             capture_output=True,

@@ -1,4 +1,4 @@
-"""Casts to float8 as kernels, bit for bit those of the reference. `test_float8_quantise.py` runs this file."""
+"""Casts to float8 as kernels, bit for bit those of the reference. `test_norms.py` runs this file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titanlite.precision.float8 import Float8Linear
+from titanlite.precision.float8_plan import SETTINGS
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES: tuple[Scale, ...] = ("tensor", "row")
@@ -129,6 +132,21 @@ def test_float64_is_the_reference() -> None:
     matrix = of_many_sizes(5, 7).double()
     assert not optional_triton.serves(matrix)
     assert_as_the_reference(matrix, torch.float8_e4m3fn, "row")
+
+
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_a_linear_gives_the_same_bits_with_either(recipe: str) -> None:
+    x, weight, grad = (torch.randn(shape, device=DEVICE) for shape in ((32, 64), (96, 64), (32, 96)))
+    weight.requires_grad_()
+    found = []
+    for fused in (False, True):
+        for kept in (None, weight):
+            linear = Float8Linear(SETTINGS[recipe], kept, fused)
+            leaf = x.bfloat16().requires_grad_()
+            out = linear(leaf, weight)
+            found.append([out, *torch.autograd.grad(out, [leaf, weight], grad.bfloat16())])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[3], strict=True))
 
 
 def test_registrations_are_complete() -> None:

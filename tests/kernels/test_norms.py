@@ -1,4 +1,7 @@
-"""RMSNorm, rotary embedding and SwiGLU: exactness (in `run_norms.py`), what they compile to, what compilers see."""
+"""RMSNorm, rotary embedding, SwiGLU and casts to float8: what they compile to, and what compilers see of them.
+
+Their exactness is for `run_norms.py` and `run_float8_quantise.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from titanlite_kernels import rms_norm, rope, swiglu
-from titanlite_kernels.build import TARGETS, Build
+from titanlite_kernels import float8_quantise, rms_norm, rope, swiglu
+from titanlite_kernels.build import Build
 from titanlite_kernels.inspect import row
 from titanlite_kernels.optional_triton import INSTALLED
 from torch.utils.checkpoint import checkpoint
 
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="needs Triton: pip install 'triton>=3.6' (Linux)")
 
-BUILDS = (*rms_norm.BUILDS, *rope.BUILDS, *swiglu.BUILDS)
+BUILDS = (*rms_norm.BUILDS, *rope.BUILDS, *swiglu.BUILDS, *float8_quantise.BUILDS)
 
 
 def test_as_exact_as_eager(run_on_device: Callable[[str], None]) -> None:
-    run_on_device("run_norms.py")
+    run_on_device("run_norms.py", "run_float8_quantise.py")
 
 
 def builds() -> Iterator[object]:
-    for target in TARGETS:
-        for build in BUILDS:
+    for build in BUILDS:
+        for target in build.targets:
             quick = target == "sm_90" and build.shape.startswith("Llama 3 8B:") and "backward" in build.name
+            quick |= target == "sm_90" and build.name.endswith("cast_rows_both") and "activations" in build.shape
             name = f"{build.name}-{target}-{build.shape.split(':')[0]}"
             yield pytest.param(build, target, marks=() if quick else pytest.mark.slow, id=name)
 
@@ -38,7 +42,9 @@ def test_built_without_spills_and_with_wide_loads(build: Build, target: str) -> 
     built = row(build, target)
     assert built["spill_bytes"] == 0
     assert built["vector_bytes"] >= 16
-    assert 1 <= built["bytes_over_minimum"] <= (1.03 if "rms_norm.backward" in build.name else 1.0)
+    # Sums of the weight's gradient; lanes beyond the end of a row of 14,336, which are counted and move nothing.
+    more = {"rms_norm.backward": 1.03, "add_rms_norm.backward": 1.03, "float8_quantise.by_rows": 1.15}
+    assert 1 <= built["bytes_over_minimum"] <= more.get(build.name, 1.0)
 
 
 @needs_triton

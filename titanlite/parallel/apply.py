@@ -25,7 +25,7 @@ from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import KeptWeights, convert, require_float8
 from titanlite.precision.float8_plan import SETTINGS, decisions
 from titanlite.recipe.sections import Recipe
-from titanlite.rules.kernels import fused
+from titanlite.rules.kernels import QUANTISE, fused
 
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
@@ -74,7 +74,8 @@ def _to_float8(
     found = decisions(spec, config, section)
     if found:
         require_float8(world.device)
-    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), keep=whole)
+    by_kernel = QUANTISE in fused(recipe, world.device.type)
+    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), whole, by_kernel)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:

@@ -45,14 +45,17 @@ class _Share:
     rows: int
     columns: int
     converted: bool
+    fused: bool
+    """Whether its cast is Triton's."""
 
 
 def _shares(unit: nn.Module, ranks: int) -> Iterator[_Share]:
     for module in unit.modules():
-        converted = isinstance(getattr(module, "multiply", None), Float8Linear)
+        multiply = getattr(module, "multiply", None)
+        converted = isinstance(multiply, Float8Linear)
         for parameter in module.parameters(recurse=False):
             rows, *rest = parameter.shape
-            yield _Share(ceil_div(rows, ranks), prod(rest), converted)
+            yield _Share(ceil_div(rows, ranks), prod(rest), converted, converted and multiply.fused)
 
 
 class Float8Gather:
@@ -80,7 +83,7 @@ class Float8Gather:
         """What is sent for each share: its values, or float8 values and the scale of each row."""
         for share, values in self._split(flat):
             if share.converted:
-                yield from quantise(values, _ROWS)
+                yield from quantise(values, _ROWS, share.fused)
             else:
                 yield values
 

@@ -283,6 +283,8 @@ class Kernels(Section):
     """The same for the rotation of queries and keys."""
     swiglu: Literal["auto", "triton", "torch"] | None = None
     """The same for silu(gate) x up."""
+    float8_quantise: Literal["auto", "triton", "torch"] | None = None
+    """The same for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
     """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
     time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;

@@ -50,6 +50,7 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
             (f"precision.float8.{key}", not recipe.precision.float8.enabled, "precision.float8.enabled is false")
             for key in Float8.model_fields
         ),
+        ("kernels.float8_quantise", not recipe.precision.float8.enabled, "precision.float8.enabled is false"),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
     ]
 
