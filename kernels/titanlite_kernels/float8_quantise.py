@@ -158,14 +158,14 @@ _TURNED_TILE = (128, 64)
 """Rows and columns: 128 bytes in a row of bfloat16, and in a row of the transpose in float8, are a line of memory."""
 
 
-def _tile(rows: int, columns: int, widest: int) -> tuple[int, int]:
+def _tile(columns: int, widest: int) -> tuple[int, int]:
     """Rows and columns of a tile, at most `widest` of the latter."""
     block = min(power_of_two(columns), widest)
-    return min(power_of_two(rows), max(1, _BLOCK // block)), block
+    return max(1, _BLOCK // block), block
 
 
-def _row_warps(block_rows: int, block_columns: int) -> int:
-    return max(1, block_rows * block_columns // 1024)  # 32 values a thread: four loads of 16 bytes in flight
+def _row_warps(block_columns: int) -> int:
+    return max(_WARPS, block_columns // 1024)  # 32 values a thread, here too
 
 
 def _parts(device: torch.device) -> int:
@@ -175,7 +175,7 @@ def _parts(device: torch.device) -> int:
 
 def _spans(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
     """Programs of `_largest_by`."""
-    block_rows, block_columns = _tile(rows, columns, 512)
+    block_rows, block_columns = _tile(columns, 512)
     across = cdiv(columns, block_columns)
     return across, min(cdiv(rows, block_rows), cdiv(2 * _parts(device), across))
 
@@ -188,7 +188,7 @@ def _find_largest(matrix: Tensor, by_row: bool, plain: bool, turned: bool) -> Te
         wrap_triton(_largest)[(len(largest),)](matrix, largest, matrix.numel(), BLOCK=_BLOCK, num_warps=_WARPS)
         return largest
     largest = matrix.new_zeros(rows * plain + columns * turned, dtype=torch.int32)
-    block_rows, block_columns = _tile(rows, columns, 512)
+    block_rows, block_columns = _tile(columns, 512)
     wrap_triton(_largest_by)[_spans(rows, columns, matrix.device)](
         matrix, largest, rows, columns,
         BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, BY_ROW=plain, BY_COLUMN=turned, num_warps=_WARPS,
@@ -207,15 +207,15 @@ def _launch(matrix: Tensor, format: torch.dtype, by_row: bool, plain: bool, turn
     of_turned = _empty(matrix.t(), format, by_row) if turned else ()
     highest = torch.finfo(format).max
     if by_row and not turned and columns <= WIDEST_ROW:
-        block_rows, block_columns = _tile(rows, columns, WIDEST_ROW)
+        block_rows, block_columns = _tile(columns, WIDEST_ROW)
         wrap_triton(_by_rows)[(cdiv(rows, block_rows),)](
             matrix, *of_plain, rows, columns,
             MAX=highest, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
-            num_warps=_row_warps(block_rows, block_columns),
+            num_warps=_row_warps(block_columns),
         )  # fmt: skip
         return of_plain
     largest = _find_largest(matrix, by_row, plain, turned)
-    block_rows, block_columns = _cast_tile(rows, columns, turned)
+    block_rows, block_columns = _cast_tile(columns, turned)
     wrap_triton(_cast)[(cdiv(rows, block_rows) * cdiv(columns, block_columns),)](
         matrix, largest, *(of_plain or of_turned), *(of_turned or of_plain), rows, columns, len(largest),
         MAX=highest, PARTS=0 if by_row else power_of_two(_parts(matrix.device)),
@@ -224,8 +224,8 @@ def _launch(matrix: Tensor, format: torch.dtype, by_row: bool, plain: bool, turn
     return (*of_plain, *of_turned)
 
 
-def _cast_tile(rows: int, columns: int, turned: bool) -> tuple[int, int]:
-    return _TURNED_TILE if turned else _tile(rows, columns, 1024)
+def _cast_tile(columns: int, turned: bool) -> tuple[int, int]:
+    return _TURNED_TILE if turned else _tile(columns, 1024)
 
 
 def _empty(matrix: Tensor, format: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
@@ -283,13 +283,12 @@ _NAMES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 _CPU = torch.device("cpu")
 
 
-def _build(kernel: Any, way: str, tensors: dict[str, str], shape: tuple[str, int, int], **more: Any) -> Build:
+def _build(kernel: Any, way: str, arguments: dict[str, Any], shape: tuple[str, int, int], **more: Any) -> Build:
     name, rows, columns = shape
-    numbers = {"rows": rows, "columns": columns, "elements": rows * columns} | more.pop("numbers", {})
     return Build(
         name=f"float8_quantise.{kernel.__name__.strip('_')}{way}",
         kernel=kernel,
-        signature={"matrix": "*bf16", **tensors} | {key: numbers[key] for key in kernel.arg_names if key in numbers},
+        signature={"matrix": "*bf16", **arguments},
         shape=f"Llama 3 8B: {name}, {rows:,} x {columns:,}, bfloat16",
         targets=("sm_90", "sm_100"),
         **more,
@@ -297,18 +296,18 @@ def _build(kernel: Any, way: str, tensors: dict[str, str], shape: tuple[str, int
 
 
 def _largest_build(shape: tuple[str, int, int]) -> Build:
-    tiles, programs = cdiv(shape[1] * shape[2], _BLOCK), _parts(_CPU)
+    elements, programs = shape[1] * shape[2], _parts(_CPU)
     return _build(
-        _largest, "", {"largest": "*i32"}, shape, constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS,
-        minimal_bytes=2 * shape[1] * shape[2], programs=programs, trips=(tiles / programs,),
+        _largest, "", {"largest": "*i32", "elements": elements}, shape, constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS,
+        minimal_bytes=2 * elements, programs=programs, trips=(cdiv(elements, _BLOCK) / programs,),
     )  # fmt: skip
 
 
 def _largest_by_build(shape: tuple[str, int, int], plain: bool) -> Build:
     _, rows, columns = shape
-    (block_rows, block_columns), (across, spans) = _tile(rows, columns, 512), _spans(rows, columns, _CPU)
+    (block_rows, block_columns), (across, spans) = _tile(columns, 512), _spans(rows, columns, _CPU)
     return _build(
-        _largest_by, _way(True, plain, True), {"largest": "*i32"}, shape,
+        _largest_by, _way(True, plain, True), {"largest": "*i32", "rows": rows, "columns": columns}, shape,
         constexprs={"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BY_ROW": plain, "BY_COLUMN": True},
         num_warps=_WARPS, minimal_bytes=2 * rows * columns, programs=across * spans,
         trips=(cdiv(rows, block_rows) / spans,), cached=("largest",),
@@ -317,11 +316,12 @@ def _largest_by_build(shape: tuple[str, int, int], plain: bool) -> Build:
 
 def _cast_build(shape: tuple[str, int, int], format: torch.dtype, by_row: bool, plain: bool, turned: bool) -> Build:
     _, rows, columns = shape
-    block_rows, block_columns = _cast_tile(rows, columns, turned)
+    block_rows, block_columns = _cast_tile(columns, turned)
     values = f"*{_NAMES[format]}"
     tensors = {"largest": "*i32", "values": values, "scale": "*fp32", "turned": values, "turned_scale": "*fp32"}
+    numbers = {"rows": rows, "columns": columns, "parts": _parts(_CPU)}
     return _build(
-        _cast, _way(by_row, plain, turned), tensors, shape, numbers={"parts": _parts(_CPU)},
+        _cast, _way(by_row, plain, turned), tensors | numbers, shape,
         constexprs={
             "MAX": torch.finfo(format).max, "PARTS": 0 if by_row else power_of_two(_parts(_CPU)),
             "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "PLAIN": plain, "TURNED": turned,
@@ -333,11 +333,11 @@ def _cast_build(shape: tuple[str, int, int], format: torch.dtype, by_row: bool, 
 
 def _by_rows_build(shape: tuple[str, int, int]) -> Build:
     _, rows, columns = shape
-    block_rows, block_columns = _tile(rows, columns, WIDEST_ROW)
+    block_rows, block_columns = _tile(columns, WIDEST_ROW)
     return _build(
-        _by_rows, "", {"values": "*fp8e4nv", "scale": "*fp32"}, shape,
+        _by_rows, "", {"values": "*fp8e4nv", "scale": "*fp32", "rows": rows, "columns": columns}, shape,
         constexprs={"MAX": 448.0, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        num_warps=_row_warps(block_rows, block_columns), minimal_bytes=3 * rows * columns,
+        num_warps=_row_warps(block_columns), minimal_bytes=3 * rows * columns,
         programs=cdiv(rows, block_rows), cached=("scale",),
     )  # fmt: skip
 
@@ -346,21 +346,18 @@ def _way(by_row: bool, plain: bool, turned: bool) -> str:
     return f"_{'rows' if by_row else 'tensor'}_{'both' if plain and turned else 'turned' if turned else 'plain'}"
 
 
-_SHAPES = (("activations", 8192, 4096), ("hidden", 8192, 14336), ("weight", 14336, 4096))
+_ACTIVATIONS, _HIDDEN, _WEIGHT = ("activations", 8192, 4096), ("hidden", 8192, 14336), ("weight", 14336, 4096)
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-BUILDS = tuple(
-    build
-    for shape in _SHAPES
-    for build in (
-        _largest_build(shape),
-        _cast_build(shape, _E4M3, by_row=False, plain=True, turned=False),
-        _cast_build(shape, _E4M3, by_row=False, plain=False, turned=True),
-        _cast_build(shape, _E5M2, by_row=False, plain=True, turned=True),
-        _by_rows_build(shape),
-        _largest_by_build(shape, plain=False),
-        _largest_by_build(shape, plain=True),
-        _cast_build(shape, _E4M3, by_row=True, plain=False, turned=True),
-        _cast_build(shape, _E4M3, by_row=True, plain=True, turned=True),
-    )
+BUILDS = (
+    _largest_build(_ACTIVATIONS),
+    _cast_build(_ACTIVATIONS, _E4M3, by_row=False, plain=True, turned=False),
+    _cast_build(_ACTIVATIONS, _E4M3, by_row=False, plain=False, turned=True),
+    _by_rows_build(_ACTIVATIONS),
+    _by_rows_build(_HIDDEN),
+    _largest_by_build(_ACTIVATIONS, plain=False),
+    _largest_by_build(_ACTIVATIONS, plain=True),
+    _cast_build(_ACTIVATIONS, _E4M3, by_row=True, plain=False, turned=True),
+    *(_cast_build(shape, _E5M2, by_row=False, plain=True, turned=True) for shape in (_ACTIVATIONS, _HIDDEN)),
+    *(_cast_build(shape, _E4M3, by_row=True, plain=True, turned=True) for shape in (_ACTIVATIONS, _HIDDEN, _WEIGHT)),
 )

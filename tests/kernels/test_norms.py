@@ -71,14 +71,15 @@ def test_compilers_see_the_kernels_in_one_graph_forward_and_backward(monkeypatch
         y, h = rms_norm.add_rms_norm_op(x, x, weight, 1e-5)
         z = checkpoint(lambda h: rms_norm.rms_norm_op(h, weight, 1e-5), h, use_reentrant=False)
         turned, _ = rope.rope_op(q, k, cos, cos, False)
-        return swiglu.swiglu_op(y, z).sum() + turned.sum()
+        scale = float8_quantise.float8_quantise_both_op(y.detach().flatten(0, 1), torch.float8_e5m2, False)[1]
+        return swiglu.swiglu_op(y, z).sum() + turned.sum() + scale
 
     with FakeTensorMode():
         x, weight = torch.empty(2, 8, 64, requires_grad=True), torch.empty(64, requires_grad=True)
         q, k = torch.empty(2, 8, 4, 16, requires_grad=True), torch.empty(2, 8, 2, 16, requires_grad=True)
         block(x, weight, q, k, torch.empty(1, 8, 1, 16)).backward()
     kernels = [sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
-    forward, recomputed, backward = 4, 1, 4
+    forward, recomputed, backward = 4 + 2, 1, 4
     assert kernels == [forward, recomputed + backward]
 
 
@@ -89,6 +90,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from titanlite_kernels.inspect import main
+from titanlite_kernels.float8_quantise import quantise
 from titanlite_kernels.rms_norm import add_rms_norm, rms_norm
 from titanlite_kernels.rope import rope
 from titanlite_kernels.swiglu import swiglu
@@ -97,6 +99,7 @@ y, h = add_rms_norm(x, x, x[0, 0, 0], 1e-5)
 q, k = rope(y, rms_norm(h, x[0, 0, 0], 1e-5), x[:, :, :1].detach(), x[:, :, :1].detach())
 swiglu(q, k).sum().backward()
 assert x.grad.isfinite().all()
+assert quantise(x[0, 0].detach(), torch.float8_e5m2, "row").scale.shape == (4, 1)
 sys.exit(main([]))
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
