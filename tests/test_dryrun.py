@@ -138,13 +138,15 @@ def test_what_converted_linears_take_travels_in_bytes(keys: dict[str, Any], roun
     Not for embedding and head, nor for a block's input that a linear takes in full.
     """
     section = {"enabled": True, "min_size": 0, "all_gather": True, **keys}
-    run = dry_run(recipe(model={"ffn_dim": 64}, parallel={"tp": 2}, precision={"float8": section}), 2, 1)
+    width = 64
+    sizes = {"dim": width, "ffn_dim": width}
+    run = dry_run(recipe(model=sizes, parallel={"tp": 2}, precision={"float8": section}), 2, 1)
     sent = {each.dtype: each for each in traffic(run.collectives) if each.operation == "all-gather"}
     tokens = 8 * LENGTH
     in_bytes = [] if not rounded else [(sent["uint8"].count, sent["uint8"].message_bytes)]
-    assert in_bytes == ([(rounded, rounded * tokens * (DIM + 4))] if rounded else [])
+    assert in_bytes == ([(rounded, rounded * tokens * (width + 4))] if rounded else [])
     full = 4 * LAYERS - rounded + 2
-    assert (sent["bfloat16"].count, sent["bfloat16"].message_bytes) == (full, full * 2 * tokens * DIM)
+    assert (sent["bfloat16"].count, sent["bfloat16"].message_bytes) == (full, full * 2 * tokens * width)
     assert {each.dtype for each in run.collectives if each.operation == "reduce-scatter"} == {"bfloat16"}
 
 

@@ -54,7 +54,7 @@ def test_activations_arrive_as_float8_has_them(pool: Pool) -> None:
         quantise(whole.flatten(0, 1), Cast(name, "row")).widened(whole.dtype).view(whole.shape)
         for name in ("e4m3", "e5m2")
     ]
-    assert all(0 < (each - whole).abs().max() for each in expected)
+    assert all(not torch.equal(each, whole) for each in expected)
     for found in pool.run(float8_runs.sequences_gathered, 2):
         assert all(map(torch.equal, found, expected))
 

@@ -78,7 +78,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 ALL_SAME = ("zero", "hsdp", "pp")
 """Beginnings of layouts on which each scale is over what it is over in one process."""
-DEFAULT = {("tensorwise", "zero 3"), ("tensorwise", "tp")}
+DEFAULT = {("tensorwise", "zero 3")}
+"""And tp, with what it gathers in float8, below."""
 
 
 def pairs() -> list[Any]:

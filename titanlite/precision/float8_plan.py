@@ -55,12 +55,12 @@ class Settings:
     @property
     def sent_inputs(self) -> Cast | None:
         """How a linear's inputs can be cast by who has some of their rows, before they are cast for its products."""
-        return _by_rows(self.output.left, self.grad_weight and self.grad_weight.right)
+        return _by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
 
     @property
     def sent_gradients(self) -> Cast | None:
         """The same of the gradients of a linear's outputs."""
-        return _by_rows(self.grad_input.left, self.grad_weight and self.grad_weight.left)
+        return _by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
 
 
 def _by_rows(one: Cast, other: Cast | None) -> Cast | None:

@@ -83,10 +83,12 @@ def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def emulation(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Blocks with scales of their own are multiplied in the compute dtype."""
+    """Blocks with scales of their own are multiplied in the compute dtype where the device does not know them."""
     if recipe.precision.float8.enabled and recipe.precision.float8.recipe == "mxfp8":
-        problem = "products of blocks are emulated: the numbers are those of MXFP8, and the time is more than without;"
-        yield warning("precision.float8.recipe", problem, "for speed, choose another.")
+        problem = (
+            "GPUs below compute capability 10.0 (Blackwell) emulate products of blocks, slower than without float8;"
+        )
+        yield warning("precision.float8.recipe", problem, "for speed on such GPUs, choose another.")
 
 
 def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
