@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from titanlite.check import report
 from titanlite.describe import describe
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.precision import float8
@@ -334,6 +335,21 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
 )  # fmt: skip
 def test_what_is_wrong_with_a_recipe(severity: str, key: str, world: int, values: Recipe) -> None:
     assert (severity, key) in [(finding.severity, finding.key) for finding in check(values, world)]
+
+
+def test_check_says_what_is_sent_in_float8() -> None:
+    """Over tp module by module; shards of weights where there are any."""
+    section = {"min_size": 0, "all_gather": True}
+    lines = [line.strip() for line in report(recipe(**section, world={"tp": 2, "dp_shard": 2}), 4).splitlines()]
+    begin = lines.index("sent, shards of weights: e4m3")
+    assert lines[begin + 1 : begin + 4] == [
+        "sent over tp, inputs of layers.*.attention, layers.*.ffn: e4m3",
+        "sent over tp, gradients of layers.*.attention.wo, layers.*.ffn.down: e5m2",
+        "sent over tp, inputs of head: as computed (head: excluded)",
+    ]
+    assert "shards of weights" not in report(recipe(**section, world={"tp": 2}), 2)
+    assert "sent over tp" not in report(recipe(**section), 2)
+    assert "sent" not in report(recipe(min_size=0, world={"tp": 2, "dp_shard": 2}), 4)
 
 
 @pytest.mark.parametrize(
