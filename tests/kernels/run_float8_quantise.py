@@ -141,7 +141,7 @@ def test_a_linear_gives_the_same_bits_with_either(recipe: str) -> None:
     found = []
     for fused in (False, True):
         for kept in (None, weight):
-            linear = Float8Linear(SETTINGS[recipe], kept, fused)
+            linear = Float8Linear(SETTINGS[recipe], kept, fused=fused)
             leaf = x.bfloat16().requires_grad_()
             out = linear(leaf, weight)
             found.append([out, *torch.autograd.grad(out, [leaf, weight], grad.bfloat16())])

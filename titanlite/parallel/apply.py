@@ -22,8 +22,8 @@ from titanlite.parallel.shards import Shards
 from titanlite.parallel.stages import keeps_all_microbatches, stage_split
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
-from titanlite.precision.float8 import KeptWeights, convert, require_float8
-from titanlite.precision.float8_plan import SETTINGS, decisions
+from titanlite.precision.float8 import KeptWeights, convert, multiplies_blocks, require_float8
+from titanlite.precision.float8_plan import SETTINGS, decisions, gathers
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.kernels import QUANTISE, fused
 
@@ -74,8 +74,8 @@ def _to_float8(
     found = decisions(spec, config, section)
     if found:
         require_float8(world.device)
-    by_kernel = QUANTISE in fused(recipe, world.device.type)
-    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), whole, by_kernel)
+    native, by_kernel = multiplies_blocks(world.device), QUANTISE in fused(recipe, world.device.type)
+    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), whole, native, by_kernel)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
@@ -165,7 +165,8 @@ def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, worl
     layout, parallel, plan = meshes.layout, recipe.parallel, spec.sharding(config)
     rests_on = torch.device("cpu") if parallel.offload else world.device
     tied = {name: other for name, other in spec.tied(config).items() if _has(module, other) and _has(module, name)}
-    slicings = cut_tensors(module, plan, meshes.tp) if layout.tp > 1 else {}
+    casts = {each.module: each.cast for each in gathers(spec, config, recipe.precision.float8) if each.cast is not None}
+    slicings = cut_tensors(module, plan, meshes.tp, casts) if layout.tp > 1 else {}
     if tied:
         # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so now.
         module.to_empty(device=rests_on)
