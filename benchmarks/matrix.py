@@ -1,4 +1,4 @@
-"""The training steps that are worth comparing: models x ways to run them, each a process with a memory peak of its own."""
+"""The training steps worth comparing: models x ways to run them, each a process with a memory peak of its own."""
 
 from __future__ import annotations
 

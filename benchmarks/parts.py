@@ -44,7 +44,8 @@ def run(part: Part, seconds_left: float = float("inf")) -> dict[str, Any]:
             code = process.wait(allowed)
             result["outcome"] = "passed" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
-            result["outcome"] = f"over its {allowed:.0f} s"
+            what = "over its" if allowed == part.timeout_seconds else "cut off by the deadline after"
+            result["outcome"] = f"{what} {allowed:.0f} s"
         finally:
             _end(process)
         result["seconds"] = round(time.monotonic() - started, 1)

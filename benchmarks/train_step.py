@@ -154,6 +154,7 @@ def _traced(
         with profile(
             activities=activities,
             schedule=schedule(wait=0, warmup=1, active=1),
+            acc_events=True,
             on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
         ) as profiler:
             step(0)
@@ -195,9 +196,8 @@ def breakdown_table(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {1e3 * of['seconds']:.2f} | {of['share']:.1%} | {rate} |")
     lines.append(f"\nOne step under the profiler: {1e3 * found['step_seconds']:.1f} ms.")
     if found["unknown"]:
-        lines.append(
-            "other: " + ", ".join(f"{name} ({1e3 * taken:.2f} ms)" for name, taken in found["unknown"].items())
-        )
+        named = (f"{name} ({1e3 * taken:.2f} ms)" for name, taken in found["unknown"].items())
+        lines.append("other: " + ", ".join(named))
     return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ def test_turns_are_taken_in_rounds() -> None:
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len({tuple(turn) for turn in rounds}) > 1
 
 
-# ---- a stand-in for Liger-Kernel: its signatures and layouts, in plain PyTorch ------------------------------------------
+# ---- a stand-in for Liger-Kernel: its signatures and layouts, in plain PyTorch ---------------------------------------
 
 
 class _RMSNorm:
