@@ -73,7 +73,7 @@ def _precisions() -> Iterator[Part]:
 
 def _runs(scratch: str) -> Iterator[Part]:
     """The trainer itself: with `[debug]`'s tools, and stopped and gone on with."""
-    short = ["--training.steps=20", "--schedule.decay_steps=5", "--validation.sequences=16"]
+    short = ["--training.steps=20", "--schedule.decay_steps=5", "--validation.sequences=16", "--metrics.tensorboard=false"]
     train = [sys.executable, "-m", "titanlite.train", "configs/debug.toml", f"--run.output_dir={scratch}", *short]
     looked_at = ["--run.name=looked-at", "--debug.find_nonfinite=true", "--debug.trace_shapes=true"]
     yield Part("debug mode", [*train, *looked_at], 60)
