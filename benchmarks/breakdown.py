@@ -78,10 +78,15 @@ class _Span:
     end: float
 
 
-def breakdown(trace: dict[str, Any]) -> Breakdown:
-    """Of a Chrome trace of one step, as torch.profiler exports it. A GPU's kernels count if it has any."""
-    kernels = list(_spans(trace, "kernel", "gpu_memcpy", "gpu_memset"))
-    if kernels:
+def breakdown(trace: dict[str, Any], gpu: bool) -> Breakdown:
+    """Of a Chrome trace of one step, as torch.profiler exports it; on a GPU its kernels count, else the operators.
+
+    Raises `ValueError` if a GPU's kernels were not recorded.
+    """
+    if gpu:
+        kernels = list(_spans(trace, "kernel", "gpu_memcpy", "gpu_memset"))
+        if not kernels:
+            raise ValueError("the profiler recorded no kernels: may this process use CUPTI?")
         inside = [span for span in _spans(trace, "gpu_user_annotation") if span.name == OPTIMIZER]
         parts = [(_kernel_part(kernel, inside), kernel.name, kernel.end - kernel.start) for kernel in kernels]
         return _summed(parts, _union(kernels))

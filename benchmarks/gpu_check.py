@@ -42,17 +42,20 @@ def parts(small: bool, scratch: str) -> list[Part]:
     bench = [sys.executable, "-m", "titanlite_kernels.bench", "--json", "-", *([] if small else ["--models", "8B"])]
     interpreted = {"TRITON_INTERPRET": "1"} if small else {}
     exact = (
-        Part(f"kernels against float64: {file.stem.removeprefix('run_')}", [*test, str(file)], 90, interpreted)
+        Part(f"kernels against float64: {file.stem.removeprefix('run_')}", [*test, str(file)], 120, interpreted)
         for file in sorted((ROOT / "tests" / "kernels").glob("run_*.py"))
     )
-    further = (
+    selective = "compiled, selective recompute"
+    further = [
         Step(large, "compiled, float8 rowwise"),
-        Step("debug" if small else "3B", "compiled, selective recompute"),
+        Step("3B", selective),
         Step(large, "compiled, Triton kernels"),
-        Step("debug" if small else "1B", "compiled"),
+        Step("1B", "compiled"),
         Step(large, "compiled, Muon"),
-    )
-    steps = [Step(large, way).part(100) for way in (BFLOAT16.way, FLOAT8.way, "kernels", "eager")]
+    ]
+    if small:  # a CPU compiles for longer than it runs all the rest
+        further = [Step(DEBUG, selective)]
+    steps = [Step(large, way).part(120) for way in (BFLOAT16.way, FLOAT8.way, "kernels", "eager")]
     return [
         *exact,
         Part("kernels against a copy and others", bench, 120),
@@ -61,7 +64,7 @@ def parts(small: bool, scratch: str) -> list[Part]:
         Part("tests on the GPU", [*test, "tests/gpu"], 120),
         *steps[2:],
         *_runs(scratch),
-        *(step.part(75) for step in further if not (small and step == Step(DEBUG, "compiled"))),
+        *(step.part(120) for step in further),
     ]
 
 
@@ -73,7 +76,12 @@ def _precisions() -> Iterator[Part]:
 
 def _runs(scratch: str) -> Iterator[Part]:
     """The trainer itself: with `[debug]`'s tools, and stopped and gone on with."""
-    short = ["--training.steps=20", "--schedule.decay_steps=5", "--validation.sequences=16", "--metrics.tensorboard=false"]
+    short = [
+        "--training.steps=20",
+        "--schedule.decay_steps=5",
+        "--validation.sequences=16",
+        "--metrics.tensorboard=false",
+    ]
     train = [sys.executable, "-m", "titanlite.train", "configs/debug.toml", f"--run.output_dir={scratch}", *short]
     looked_at = ["--run.name=looked-at", "--debug.find_nonfinite=true", "--debug.trace_shapes=true"]
     yield Part("debug mode", [*train, *looked_at], 60)
@@ -86,7 +94,7 @@ def _runs(scratch: str) -> Iterator[Part]:
 
 def targets(results: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     """What was aimed at, what was measured, and whether that is enough; only of what was measured."""
-    got = {row["name"]: row["result"] for row in results if row["outcome"] == "passed" and "result" in row}
+    got = {row["name"]: row["result"] for row in results if "result" in row}
     found = list(_losses(got))
     kernels = got.get("kernels against a copy and others", {"rows": []})["rows"]
     for row in kernels:
@@ -129,7 +137,7 @@ def markdown(report: dict[str, Any]) -> str:
         if "rows" in got:
             roofs = f"a copy {got['copy_gb_per_second']:,} GB/s, a matrix product {got['matmul_tflops']} TFLOP/s"
             pieces += [f"{row['name'].capitalize()} ({roofs}):", printed(got["rows"])]
-        if "breakdown" in got:
+        if got.get("breakdown"):
             pieces += [f"{row['name']}:", breakdown_table(got["breakdown"])]
     return "\n\n".join(pieces)
 
@@ -170,8 +178,6 @@ def main() -> int:
             left = deadline - (time.monotonic() - started)
             if left < LEAST_SECONDS:
                 results.append({"name": part.name, "outcome": "left out: the deadline", "seconds": 0.0})
-            elif not cuda and "--kernels.backend=triton" in part.command:
-                results.append({"name": part.name, "outcome": "left out: needs a GPU", "seconds": 0.0})
             else:
                 patience = part.timeout_seconds if cuda else 4 * part.timeout_seconds
                 results.append(run(replace(part, timeout_seconds=patience), left))

@@ -112,7 +112,7 @@ def table(done: Sequence[dict[str, Any]]) -> str:
         first = firsts.setdefault(row["model"], got)
         speed, memory = (got[key] / first[key] for key in ("tokens_per_second", "memory_peak_gib"))
         used = f"{got['mfu']:.1%}" if got["mfu"] is not None else ""
-        classes = got.get("breakdown", {}).get("classes", {})
+        classes = (got.get("breakdown") or {"classes": {}})["classes"]
         shares = " | ".join(
             f"{classes[name]['share']:.1%}" if name in classes else "" for name in ("gemm", "attention", "idle")
         )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Part:
-    """A command that ends with 0, and whose last line on stdout may be a JSON object of results."""
+    """A command that ends with 0; the last line on stdout that is a JSON object is its results, wherever it ends."""
 
     name: str
     command: list[str]
@@ -50,9 +50,9 @@ def run(part: Part, seconds_left: float = float("inf")) -> dict[str, Any]:
             _end(process)
         result["seconds"] = round(time.monotonic() - started, 1)
         said, errors = (_read(stream) for stream in (stdout, stderr))
-    last = said.strip().splitlines()[-1:]
-    if last and last[0].startswith("{"):
-        result["result"] = json.loads(last[0])
+    objects = [line for line in said.splitlines() if line.startswith("{") and line.endswith("}")]
+    if objects:
+        result["result"] = json.loads(objects[-1])
     if result["outcome"] != "passed" or "result" not in result:
         result["output"] = (said + errors)[-3000:]
     return result

@@ -1,4 +1,4 @@
-"""Tokens/s, MFU and peak memory of a full training step of any recipe, on random tokens; one JSON object on stdout.
+"""Tokens/s, MFU and peak memory of a full training step of any recipe, on random tokens; a JSON object on stdout.
 
 python benchmarks/train_step.py --compile.enabled=true --precision.float8.enabled=true --breakdown
 python benchmarks/train_step.py --matrix                                # the usual dozen, as a table
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,15 +54,15 @@ def main(argv: list[str]) -> int:
         return run_matrix(arguments.small, arguments.out, overrides)
     loaded = load_recipe(BASE, overrides)
     checked(loaded, 1)
-    measured = measure(loaded.recipe, arguments.warmup, arguments.steps, arguments.breakdown)
+    for measured in measure(loaded.recipe, arguments.warmup, arguments.steps, arguments.breakdown):
+        print(json.dumps({"overrides": overrides, **measured}), flush=True)
     if arguments.breakdown:
         print(breakdown_table(measured["breakdown"]), file=sys.stderr)
-    print(json.dumps({"overrides": overrides, **measured}))
     return 0
 
 
-def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> dict[str, Any]:
-    """Median step over `steps`, after `warmup` steps."""
+def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> Iterator[dict[str, Any]]:
+    """Median step over `steps`, after `warmup` steps; then again with the breakdown: a profiler may end a process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learner = Learner(recipe, World(0, 1, device))
     _initialise(learner)
@@ -79,7 +79,7 @@ def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> di
     tokens_per_second = batch.valid_tokens / median
     flops = learner.spec.flops_per_token(learner.config, recipe.training.sequence_length)
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    measured = {
+    measured: dict[str, Any] = {
         "device": card or "cpu",
         "torch": torch.__version__,
         "parameters": learner.spec.parameter_count(learner.config),
@@ -91,14 +91,14 @@ def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> di
         "memory_peak_gib": peak_memory_bytes(device) / 2**30,
         "loss": loss.item(),
     }
+    yield measured
     if with_breakdown:
         # The products alone, and half of the square that MFU counts for attention: causal kernels leave the rest out.
         products = learner.spec.flops_per_token(learner.config, 0)
         work = {"gemm": batch.valid_tokens * products, "attention": batch.valid_tokens * (flops - products) / 2}
         first = warmup + steps + 1
         trace, profiled = _traced(learner, lambda step: learner.step(first + step, batch, 1.0), device)
-        measured["breakdown"] = _against_roof(trace, profiled, work, device)
-    return measured
+        yield measured | {"breakdown": _against_roof(trace, profiled, work, device)}
 
 
 def _initialise(learner: Learner) -> None:
@@ -173,7 +173,7 @@ def _against_roof(
 ) -> dict[str, Any]:
     """By class: seconds, their share of the step, and of what `work` counts (in FLOPs) the rate and its share of the
     bfloat16 matrix product's, measured now."""
-    found = breakdown(trace)
+    found = breakdown(trace, device.type == "cuda")
     roof = matmul_flops(device)
     classes: dict[str, dict[str, float]] = {}
     for name, taken in [*found.seconds.items(), ("idle", max(0.0, seconds - found.busy))]:

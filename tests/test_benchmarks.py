@@ -187,7 +187,7 @@ def test_a_step_on_a_gpu_is_the_sum_of_its_kernels() -> None:
         event("kernel", "nvjet_tst_64x64", 700, 80),  # a product of Muon's
         event("kernel", "mystery", 900, 25),
     ]
-    found = breakdown({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]})
+    found = breakdown({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}, gpu=True)
     microseconds = {kind: round(1e6 * seconds) for kind, seconds in found.seconds.items() if seconds}
     expected = {"gemm": 300, "communication": 200, "memory-bound": 50, "optimizer": 80, "other": 25}
     assert microseconds == expected
@@ -211,7 +211,7 @@ def test_a_step_on_a_cpu_is_the_sum_of_what_operators_do_themselves() -> None:
         event("cpu_op", "aten::mm", 620, 50),
         event("cpu_op", "aten::add", 400, 30, thread=2),
     ]
-    found = breakdown({"traceEvents": events})
+    found = breakdown({"traceEvents": events}, gpu=False)
     microseconds = {kind: round(1e6 * seconds) for kind, seconds in found.seconds.items() if seconds}
     assert microseconds == {"gemm": 200, "memory-bound": 60 + 30, "other": 40, "optimizer": 100}
     assert found.busy == pytest.approx(400e-6)
@@ -256,7 +256,7 @@ def test_parts_end_and_say_how() -> None:
         result: dict[str, object] = run(Part("it", ["bash", "-c", script], allowed, {"GIVEN": "thing"}), left)
         return result
 
-    passed = outcome('echo words; echo "{\\"value\\": \\"$GIVEN\\"}"')
+    passed = outcome('echo words; echo "{\\"value\\": \\"$GIVEN\\"}"; echo "{cut o"')
     assert passed["outcome"] == "passed" and passed["result"] == {"value": "thing"} and "output" not in passed
     failed = outcome("echo why >&2; exit 3")
     assert failed["outcome"] == "failed with 3" and failed["output"] == "why\n"

@@ -255,7 +255,8 @@ def rows(
 
     Medians over rounds, of ratios too. A contestant that raises has the error's name instead, and does not take part.
     """
-    torch.compiler.reset()  # the next model's shapes are constants too
+    if compiled:
+        torch.compiler.reset()  # the next model's shapes are constants too
     model = MODELS[name]
     turns: dict[tuple[str, str], Turn] = {}
     failures: dict[str, str] = {}
