@@ -2,7 +2,7 @@
 
 The yardsticks are a copy and a bfloat16 matrix product, measured in the same run. Contestants are the references, eager
 and through torch.compile, and Liger-Kernel where it is installed; all take turns, in another order each round.
-Without a CUDA device the operations are their references, at toy sizes: that this runs, and nothing about speed.
+Without a CUDA device all is plain PyTorch at toy sizes: that this runs, and nothing about speed.
 """
 
 from __future__ import annotations
