@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from titanlite_kernels import liger, linear_cross_entropy, rms_norm, rope, swiglu
+from titanlite_kernels import float8_quantise, float8_reference, liger, linear_cross_entropy, rms_norm, rope, swiglu
 from titanlite_kernels.inspect import table
 from titanlite_kernels.optional_triton import triton
 
@@ -106,6 +107,17 @@ def _head_arguments(model: Model, tokens: int, device: torch.device) -> list[Any
     return [_leaf(device, tokens, model.dim), weight, labels]
 
 
+def _float8(name: str, both: bool, format: torch.dtype, scale: float8_reference.Scale, passes: float) -> Case:
+    suffix = "_both" * both
+    return Case(
+        f"float8_{name}{suffix}",
+        partial(getattr(float8_quantise, f"quantise{suffix}"), format=format, scale=scale),
+        partial(getattr(float8_reference, f"quantise{suffix}_reference"), format=format, scale=scale),
+        lambda model, tokens, device: [torch.randn(tokens, model.dim, device=device, dtype=torch.bfloat16)],
+        (passes,),
+    )
+
+
 CASES = (
     Case("rms_norm", rms_norm.rms_norm, rms_norm.rms_norm_reference, _norm_arguments(1), (2, 3), liger=liger.rms_norm),
     Case(
@@ -123,6 +135,10 @@ CASES = (
         linear_cross_entropy.linear_cross_entropy_reference, _head_arguments,
         flops=lambda model, tokens: 6 * tokens * model.dim * model.vocab, liger=liger.linear_cross_entropy,
     ),
+    _float8("tensor", False, torch.float8_e4m3fn, "tensor", passes=2.5),
+    _float8("tensor", True, torch.float8_e5m2, "tensor", passes=3),
+    _float8("rows", False, torch.float8_e4m3fn, "row", passes=1.5),
+    _float8("rows", True, torch.float8_e4m3fn, "row", passes=3),
 )  # fmt: skip
 
 

@@ -56,6 +56,8 @@ def test_bytes_and_operations_over_time() -> None:
         **{"add_rms_norm.forward": 4 * dim, "add_rms_norm.backward": 4 * dim},
         **{"rope.forward": 2 * heads, "rope.backward": 2 * heads},
         **{"swiglu.forward": 3 * ffn, "swiglu.backward": 5 * ffn},
+        **{"float8_tensor.forward": 2.5 * dim, "float8_tensor_both.forward": 3 * dim},
+        **{"float8_rows.forward": 1.5 * dim, "float8_rows_both.forward": 3 * dim},
     }
     known = {name: row["gb_per_second"] * 1e3 for name, row in found.items() if name in expected}
     assert known == expected, "bytes in a microsecond"
