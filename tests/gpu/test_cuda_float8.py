@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titanlite.precision.float8 import Float8Linear, multiplies_blocks, quantise
+from titanlite.precision.float8 import Float8Linear, multiplies_blocks, quantise_both
 from titanlite.precision.float8_plan import SETTINGS, Cast
 
 pytestmark = [
@@ -16,11 +16,12 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cast", [Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")], ids=str)
-def test_casts_are_the_cpus(cast: Cast) -> None:
+def test_casts_are_the_cpus(cast: Cast, fused: bool) -> None:
     x = torch.randn(256, 512).bfloat16() * torch.logspace(-6, 2, 256).bfloat16()[:, None]
-    for here, there in zip(quantise(x, cast), quantise(x.cuda(), cast), strict=True):
-        assert torch.equal(here.float(), there.cpu().float())
+    for here, there in zip(quantise_both(x, cast, cast), quantise_both(x.cuda(), cast, cast, fused), strict=True):
+        assert all(torch.equal(a.float(), b.cpu().float()) for a, b in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -32,7 +33,7 @@ def test_products_are_the_cpus(recipe: str, dtype: torch.dtype, compiled: bool) 
     results = []
     for device in ("cpu", "cuda"):
         inputs = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
-        linear = Float8Linear(SETTINGS[recipe])
+        linear = Float8Linear(SETTINGS[recipe], fused=device == "cuda" and not compiled)
         multiply = torch.compile(linear, fullgraph=True) if compiled and device == "cuda" else linear
         out = multiply(*inputs)
         out.backward(grad.to(device))
