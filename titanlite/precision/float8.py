@@ -90,6 +90,8 @@ def product(
     if dtype == torch.float64 or (left.in_blocks and not native_blocks):
         return left.widened(dtype) @ right.widened(dtype).t()
     by_rows = not left.in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0)
+    if by_rows and left.values.device.type == "cpu":  # whose `_scaled_mm` learnt scales of rows after torch 2.11
+        return (left.widened(torch.float32) @ right.widened(torch.float32).t()).to(dtype)
     if left.in_blocks:
         # Torch's function for public use, `scaled_mm`, takes the same; inductor of torch 2.13 does not, in tiles.
         scales = in_tiles(left.scale), in_tiles(right.scale)
