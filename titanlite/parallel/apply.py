@@ -74,8 +74,13 @@ def _to_float8(
     found = decisions(spec, config, section)
     if found:
         require_float8(world.device)
-    native, by_kernel = multiplies_blocks(world.device), QUANTISE in fused(recipe, world.device.type)
-    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), whole, native, by_kernel)
+    native, dtype = multiplies_blocks(world.device), compute_dtype(recipe.precision)
+    by_kernel = _casts_by_kernel(recipe, world)
+    return convert(model, found, SETTINGS[section.recipe], dtype, whole, native, by_kernel)
+
+
+def _casts_by_kernel(recipe: Recipe, world: World) -> bool:
+    return QUANTISE in fused(recipe, world.device.type)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
@@ -159,14 +164,15 @@ class _Part:
 def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes) -> _Part:
     """Share `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
     from titanlite.parallel.context import share_sequences
-    from titanlite.parallel.tensor import cut_tensors
+    from titanlite.parallel.tensor import Sent, cut_tensors
     from titanlite.parallel.zero import shard_model
 
     layout, parallel, plan = meshes.layout, recipe.parallel, spec.sharding(config)
     rests_on = torch.device("cpu") if parallel.offload else world.device
     tied = {name: other for name, other in spec.tied(config).items() if _has(module, other) and _has(module, name)}
-    casts = {each.module: each.cast for each in gathers(spec, config, recipe.precision.float8) if each.cast is not None}
-    slicings = cut_tensors(module, plan, meshes.tp, casts) if layout.tp > 1 else {}
+    by_kernel, found = _casts_by_kernel(recipe, world), gathers(spec, config, recipe.precision.float8)
+    sent = {each.module: Sent(each.cast, by_kernel) for each in found if each.cast is not None}
+    slicings = cut_tensors(module, plan, meshes.tp, sent) if layout.tp > 1 else {}
     if tied:
         # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so now.
         module.to_empty(device=rests_on)
