@@ -77,6 +77,17 @@ def test_what_runs_where() -> None:
     assert fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]
 
 
+def test_casts_to_float8_are_spoken_of_where_there_are_any() -> None:
+    section = {"precision": {"float8": {"enabled": True}}}
+    assert fused(recipe(**section), "cuda") == [*OPERATIONS, "float8_quantise"]
+    assert "float8_quantise" not in fused(recipe(**section, compile={"enabled": True}), "cuda")
+    alone = recipe(**section, kernels={"backend": "torch", "float8_quantise": "triton"})
+    assert fused(alone, "cuda") == ["float8_quantise"] and "float8_quantise by Triton" in in_words(alone)
+    assert "float8" not in in_words(recipe())
+    idle = recipe(kernels={"float8_quantise": "triton"})
+    assert [finding.key for finding in check(idle)] == ["kernels.float8_quantise"]
+
+
 def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(UsageError, match=r"kernels\.rope = 'triton': Triton needs a GPU"):
         fused(recipe(kernels={"rope": "triton"}), "cpu")

@@ -52,8 +52,8 @@ FUSED: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 
 
 def use_kernels(model: nn.Module, operations: Collection[str]) -> None:
-    """Exchange the modules of these operations, in place."""
-    fused = {FUSED[name][0]: FUSED[name][1] for name in operations}
+    """Exchange the modules of these operations, in place; not all operations are modules."""
+    fused = {plain: by_kernel for name, (plain, by_kernel) in FUSED.items() if name in operations}
     for module in model.modules():
         if type(module) in fused:
             module.__class__ = fused[type(module)]

@@ -37,6 +37,7 @@ _EXAMPLES: dict[str, Any] = {
     "kernels.rms_norm": "triton",
     "kernels.rope": "torch",
     "kernels.swiglu": "torch",
+    "kernels.float8_quantise": "torch",
     "data.corpus": ["texts/*.txt", "more/pages.jsonl"],
     "training.steps": 1000,
     "training.tokens": "100B",
