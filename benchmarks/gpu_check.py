@@ -42,7 +42,7 @@ def parts(small: bool, scratch: str) -> list[Part]:
     bench = [sys.executable, "-m", "titanlite_kernels.bench", "--json", "-", *([] if small else ["--models", "8B"])]
     interpreted = {"TRITON_INTERPRET": "1"} if small else {}
     exact = (
-        Part(f"kernels against float64: {file.stem.removeprefix('run_')}", [*test, str(file)], 120, interpreted)
+        Part(f"kernels against float64: {file.stem.removeprefix('run_')}", [*test, str(file)], 60, interpreted)
         for file in sorted((ROOT / "tests" / "kernels").glob("run_*.py"))
     )
     selective = "compiled, selective recompute"

@@ -50,12 +50,21 @@ def run(part: Part, seconds_left: float = float("inf")) -> dict[str, Any]:
             _end(process)
         result["seconds"] = round(time.monotonic() - started, 1)
         said, errors = (_read(stream) for stream in (stdout, stderr))
-    objects = [line for line in said.splitlines() if line.startswith("{") and line.endswith("}")]
-    if objects:
-        result["result"] = json.loads(objects[-1])
+    found = _last_object(said)
+    if found is not None:
+        result["result"] = found
     if result["outcome"] != "passed" or "result" not in result:
         result["output"] = (said + errors)[-3000:]
     return result
+
+
+def _last_object(said: str) -> dict[str, Any] | None:
+    """Of the lines, the last that is a JSON object: others may begin as one."""
+    for line in reversed(said.splitlines()):
+        if line.startswith("{"):
+            with suppress(ValueError):
+                return dict(json.loads(line))
+    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

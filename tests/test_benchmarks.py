@@ -256,7 +256,7 @@ def test_parts_end_and_say_how() -> None:
         result: dict[str, object] = run(Part("it", ["bash", "-c", script], allowed, {"GIVEN": "thing"}), left)
         return result
 
-    passed = outcome('echo words; echo "{\\"value\\": \\"$GIVEN\\"}"; echo "{cut o"')
+    passed = outcome('echo words; echo "{\\"value\\": \\"$GIVEN\\"}"; echo "{1: 2}"; echo "{cut o"')
     assert passed["outcome"] == "passed" and passed["result"] == {"value": "thing"} and "output" not in passed
     failed = outcome("echo why >&2; exit 3")
     assert failed["outcome"] == "failed with 3" and failed["output"] == "why\n"

@@ -88,7 +88,7 @@ def _float8(recipe: Recipe, layout: Layout) -> dict[str, Any] | None:
         "settings": asdict(SETTINGS[name]),
         "summary": summary(found),
         "linears": [asdict(each) for each in found],
-        "sends_weights": section.all_gather and cut,
+        "sends_weights": section.all_gather and cut and SETTINGS[name].sent_weights is not None,
         "gathers": [asdict(each) for each in over_tp],
         "gathers_in_words": gathers_in_words(over_tp),
     }

@@ -350,12 +350,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no operation's name contains {asked.operation!r}")
     device = torch.device("cuda" if cuda else "cpu")
     roofs = Roofs(copy_bandwidth(device), matmul_flops(device))
-    measured = [
-        row
-        for case in chosen
-        for model in asked.models
-        for row in rows(case, model, asked.tokens, device, roofs, compiled=cuda and not asked.no_compile)
-    ]
     on = {
         "device": torch.cuda.get_device_name() if cuda else "cpu (references, no claim)",
         "torch": torch.__version__,
@@ -365,6 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "matmul_tflops": round(roofs.matmul / 1e12, 3),
     }
     print(", ".join(f"{key} {value}" for key, value in on.items()))
+    measured: list[dict[str, Any]] = []
+    for case in chosen:
+        for model in asked.models:
+            measured += rows(case, model, asked.tokens, device, roofs, compiled=cuda and not asked.no_compile)
+        if asked.json == "-" and case is not chosen[-1]:  # for who may end this before it is done
+            print(json.dumps({**on, "rows": measured}), flush=True)
     print(printed(measured))
     if asked.json == "-":
         print(json.dumps({**on, "rows": measured}))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from titanlite_kernels.build import Build
-from titanlite_kernels.float8_reference import Float8, Scale, quantise_both_reference, quantise_reference
+from titanlite_kernels.float8_reference import Float8, Scale, by_row, quantise_both_reference, quantise_reference
 from titanlite_kernels.optional_triton import cdiv, jit, multiprocessors, power_of_two, serves, tl, wrap_triton
 from titanlite_kernels.sharding import Way, offers
 
@@ -31,14 +31,14 @@ _CAPABILITY = (8, 9)
 def quantise(matrix: Tensor, format: torch.dtype, scale: Scale) -> Float8:
     """`matrix` in `format`: by Triton where that serves, else the reference."""
     if _fits(matrix):
-        return Float8(*float8_quantise_op(matrix, format, scale == "row"))
+        return Float8(*float8_quantise_op(matrix, format, by_row(scale)))
     return quantise_reference(matrix, format, scale)
 
 
 def quantise_both(matrix: Tensor, format: torch.dtype, scale: Scale) -> tuple[Float8, Float8]:
     """`matrix` and its transpose in `format`: by Triton where that serves, else the reference."""
     if _fits(matrix):
-        found = float8_quantise_both_op(matrix, format, scale == "row")
+        found = float8_quantise_both_op(matrix, format, by_row(scale))
         return Float8(*found[:2]), Float8(*found[2:])
     return quantise_both_reference(matrix, format, scale)
 
@@ -57,6 +57,12 @@ def _has_float8(device: torch.device) -> bool:
 
 
 @jit
+def _size(values):
+    # By the bits: what |NaN| is, devices may choose.
+    return values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
 def _factor(bits, MAX: tl.constexpr):
     # `float8_reference.power_of_two`. Divisions are exact ones: an approximate one may end below a power of two.
     largest = bits.to(tl.float32, bitcast=True)
@@ -65,14 +71,13 @@ def _factor(bits, MAX: tl.constexpr):
 
 
 @jit
-def _largest(matrix, largest, elements, BLOCK: tl.constexpr):
+def _largest(matrix, largest, elements, tiles, BLOCK: tl.constexpr):
     # Few programs take many tiles each, and the cast takes the largest of what each found.
-    found = tl.zeros([BLOCK], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0), num_stages=3):
+    found = tl.zeros([BLOCK], tl.int32)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=3):
         at = tile * tl.full((), BLOCK, tl.int64) + tl.arange(0, BLOCK)  # may be more than 2^31
-        values = tl.load(matrix + at, mask=at < elements, other=0.0)
-        found = tl.maximum(found, tl.abs(values.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
-    tl.store(largest + tl.program_id(0), tl.max(found.to(tl.int32, bitcast=True), axis=0))
+        found = tl.maximum(found, _size(tl.load(matrix + at, mask=at < elements, other=0.0)))
+    tl.store(largest + tl.program_id(0), tl.max(found, axis=0))
 
 
 @jit
@@ -82,19 +87,18 @@ def _largest_by(
 ):  # fmt: skip
     # Programs (i, j) take the i-th columns of every so many-th rows. `largest`: of rows, then of columns.
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    found = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    found = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(1), num_stages=3):
         row = tile * tl.full((), BLOCK_ROWS, tl.int64) + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        values = tl.load(matrix + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
-        size = tl.abs(values.to(tl.float32))
+        size = _size(tl.load(matrix + row[:, None] * columns + column[None, :], mask=inside, other=0.0))
         if BY_ROW:
-            tl.atomic_max(largest + row, tl.max(size.to(tl.int32, bitcast=True), axis=1), mask=row < rows)
+            tl.atomic_max(largest + row, tl.max(size, axis=1), mask=row < rows, sem="relaxed")
         if BY_COLUMN:
-            found = tl.maximum(found, size, propagate_nan=tl.PropagateNan.ALL)
+            found = tl.maximum(found, size)
     if BY_COLUMN:
-        bits = tl.max(found.to(tl.int32, bitcast=True), axis=0)
-        tl.atomic_max(largest + (rows if BY_ROW else 0) + column, bits, mask=column < columns)
+        at = largest + (rows if BY_ROW else 0) + column
+        tl.atomic_max(at, tl.max(found, axis=0), mask=column < columns, sem="relaxed")
 
 
 @jit
@@ -146,7 +150,7 @@ def _by_rows(
     inside = (row < rows) & (column < columns)
     at = row * columns + column
     x = tl.load(matrix + at, mask=inside, other=0.0).to(tl.float32)
-    factor = _factor(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1, keep_dims=True), MAX)
+    factor = _factor(tl.max(_size(x), axis=1, keep_dims=True), MAX)
     tl.store(values + at, (x * factor).to(values.dtype.element_ty), mask=inside)
     tl.store(scale + row, tl.div_rn(1.0, factor), mask=row < rows)
 
@@ -184,8 +188,9 @@ def _find_largest(matrix: Tensor, by_row: bool, plain: bool, turned: bool) -> Te
     """Bits of the largest values that the cast needs: of all, in parts, or of rows and then of columns."""
     rows, columns = matrix.shape
     if not by_row:
-        largest = matrix.new_empty(min(cdiv(matrix.numel(), _BLOCK), _parts(matrix.device)), dtype=torch.int32)
-        wrap_triton(_largest)[(len(largest),)](matrix, largest, matrix.numel(), BLOCK=_BLOCK, num_warps=_WARPS)
+        tiles = cdiv(matrix.numel(), _BLOCK)  # not by the kernel: of nearly 2^31 elements it would overflow
+        largest = matrix.new_empty(min(tiles, _parts(matrix.device)), dtype=torch.int32)
+        wrap_triton(_largest)[(len(largest),)](matrix, largest, matrix.numel(), tiles, BLOCK=_BLOCK, num_warps=_WARPS)
         return largest
     largest = matrix.new_zeros(rows * plain + columns * turned, dtype=torch.int32)
     block_rows, block_columns = _tile(columns, 512)
@@ -298,7 +303,8 @@ def _build(kernel: Any, way: str, arguments: dict[str, Any], shape: tuple[str, i
 def _largest_build(shape: tuple[str, int, int]) -> Build:
     elements, programs = shape[1] * shape[2], _parts(_CPU)
     return _build(
-        _largest, "", {"largest": "*i32", "elements": elements}, shape, constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS,
+        _largest, "", {"largest": "*i32", "elements": elements, "tiles": cdiv(elements, _BLOCK)}, shape,
+        constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS,
         minimal_bytes=2 * elements, programs=programs, trips=(cdiv(elements, _BLOCK) / programs,),
     )  # fmt: skip
 

@@ -43,10 +43,22 @@ def quantise_reference(matrix: Tensor, format: torch.dtype, scale: Scale) -> Flo
     """`matrix` [rows, columns] of any float dtype in `format`, contiguous whatever its strides. Nothing overflows."""
     if matrix.dtype == torch.float16:
         matrix = matrix.float()  # which has the powers of two that small values are multiplied with
-    size = matrix.abs()
-    factor = power_of_two(size.amax() if scale == "tensor" else size.amax(1, keepdim=True), format)
+    factor = power_of_two(_largest(matrix, by_row(scale)), format)
     # In any dtype: multiplying with a power of two is exact.
     return Float8((matrix * factor.to(matrix.dtype)).to(format).contiguous(), factor.reciprocal())
+
+
+def by_row(scale: Scale) -> bool:
+    """Whether rows have scales of their own. Raises ValueError for what is no way to scale."""
+    if scale not in ("tensor", "row"):
+        raise ValueError(f"scale {scale!r} must be tensor or row")
+    return scale == "row"
+
+
+def _largest(matrix: Tensor, rows: bool) -> Tensor:
+    if not matrix.numel():
+        return matrix.new_zeros((len(matrix), 1) if rows else ())
+    return matrix.abs().amax(1, keepdim=True) if rows else matrix.abs().amax()
 
 
 def quantise_both_reference(matrix: Tensor, format: torch.dtype, scale: Scale) -> tuple[Float8, Float8]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from titanlite_kernels.build import Build
 from titanlite_kernels.optional_triton import cdiv, jit, serves, tl, wrap_triton
@@ -79,6 +80,8 @@ def linear_cross_entropy(
     if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"{shapes} do not fit: [..., dim], [vocab, dim] and [...] are needed")
+    if backend not in ("auto", "triton", "torch") or (chunk is not None and chunk < 1):
+        raise ValueError(f"backend {backend!r} must be auto, triton or torch, and chunk {chunk} at least 1")
     if backend == "triton" and hidden.dtype == torch.float64:
         raise ValueError("the Triton kernels compute in float32: for float64, backend must be 'torch' or 'auto'")
     how = _How(
@@ -91,7 +94,7 @@ def linear_cross_entropy(
         ranks=1 if group is None else group.size(),
         first=first,
     )
-    labels = labels.reshape(rows)
+    labels = labels.reshape(rows).contiguous()  # a kernel reads them one after the other
     counted = labels != ignore_index
     weights = counted.to(_wide(hidden.dtype))
     if token_weights is not None:
@@ -157,6 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (loss,)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.how.recompute:
             run: Any = backward_op if torch.compiler.is_compiling() else _backward

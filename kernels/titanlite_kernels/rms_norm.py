@@ -25,14 +25,22 @@ and are left to the reference. In float32, computed in twice its width, half as 
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: by Triton where that serves, else the reference."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: by Triton where that serves, else the reference.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _require_shapes(x, x, weight)
     if _fits(x):
         return rms_norm_op(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(h), h) for h = x + residual: by Triton where that serves, else the reference."""
+    """(rms_norm(h), h) for h = x + residual: by Triton where that serves, else the reference.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _require_shapes(x, residual, weight)
     if _fits(x):
         return add_rms_norm_op(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
@@ -49,6 +57,12 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     """`add_rms_norm` in PyTorch."""
     summed = x + residual
     return rms_norm_reference(summed, weight, eps), summed
+
+
+def _require_shapes(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    if x.shape != residual.shape or weight.shape != x.shape[-1:]:
+        shapes = f"x {tuple(x.shape)}, residual {tuple(residual.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes} do not fit: the first two must be alike, and the weight as long as their rows")
 
 
 def _fits(x: Tensor) -> bool:

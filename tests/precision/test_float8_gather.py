@@ -60,16 +60,20 @@ def test_activations_arrive_as_float8_has_them(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "inputs", "gradients"),
+    ("recipe", "weights", "inputs", "gradients"),
     [
-        ("tensorwise", "e4m3", "e5m2"),
-        ("rowwise", "e4m3", "e4m3"),
-        ("rowwise_with_hp_grad_weight", None, None),
-        ("mxfp8", None, None),
+        ("tensorwise", "e4m3", "e4m3", "e5m2"),
+        ("rowwise", None, None, None),
+        ("rowwise_with_hp_grad_weight", "e4m3", None, None),
+        ("mxfp8", None, None, None),
     ],
 )
-def test_what_travels_is_what_all_products_cast(recipe: str, inputs: str | None, gradients: str | None) -> None:
-    """A factor that a product takes in full, or in blocks, is sent as it is."""
+def test_what_travels_is_what_all_products_cast(
+    recipe: str, weights: str | None, inputs: str | None, gradients: str | None
+) -> None:
+    """A factor that a product takes in full, in blocks or by columns is sent as it is."""
+    of_weights = SETTINGS[recipe].sent_weights
+    assert (of_weights.format if of_weights else None) == weights
     found = gathers(SPEC, PRESETS["debug"], Float8(enabled=True, recipe=recipe, min_size=0, all_gather=True))  # type: ignore[arg-type]
     names = [each.module for each in found if each.module.startswith(("layers.0", "head"))]
     assert names == ["layers.0.attention", "layers.0.attention.wo", "layers.0.ffn", "layers.0.ffn.down", "head"]

@@ -104,7 +104,6 @@ def test_a_layout_is_one_process(pool: Pool, corpus: str, recipe: str, layout: s
     [
         ("tensorwise", 2, 2),
         pytest.param("tensorwise", 3, 3, marks=pytest.mark.slow),
-        pytest.param("rowwise", 3, 1, marks=pytest.mark.slow),
         pytest.param(EXACT_GRADIENTS, 2, 3, marks=pytest.mark.slow),
     ],
 )
@@ -125,10 +124,8 @@ def test_weights_that_travel_in_float8_give_the_same(
         pytest.param("tensorwise", 4, {"tp": 4}, 1, marks=pytest.mark.slow),
         pytest.param("tensorwise", 4, {"tp": 2, "zero_stage": 3}, 1, marks=pytest.mark.slow),
         pytest.param("tensorwise", 4, {"tp": 2, "pp": 2}, 1, marks=pytest.mark.slow),
-        pytest.param("rowwise", 2, {"tp": 2}, 1, marks=pytest.mark.slow),
-        pytest.param("rowwise", 2, {"tp": 2}, 4, marks=pytest.mark.slow),
-        pytest.param("rowwise", 4, {"tp": 2, "zero_stage": 3}, 1, marks=pytest.mark.slow),
-        pytest.param("rowwise", 4, {"tp": 2, "cp": 2}, 1, marks=pytest.mark.slow),
+        pytest.param("tensorwise", 2, {"tp": 2}, 4, marks=pytest.mark.slow),
+        pytest.param("tensorwise", 4, {"tp": 2, "cp": 2}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_activations_that_travel_in_float8_give_the_same(

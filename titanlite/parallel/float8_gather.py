@@ -74,8 +74,7 @@ class Float8Gather:
         sent = packed(self._message(input_tensor))
         received = sent.new_empty(group.size() * sent.numel())
         dist.all_gather_into_tensor(received, sent, group=group)
-        for message, out in zip(received.view(group.size(), -1), output_tensor.view(group.size(), -1), strict=True):
-            self._unpack(message, out)
+        self._unpack(received.view(group.size(), -1), output_tensor.view(group.size(), -1))
 
     def _message(self, flat: Tensor) -> Iterator[Tensor]:
         """What is sent for each share: its values, or float8 values and the scale of each row."""
@@ -85,17 +84,17 @@ class Float8Gather:
             else:
                 yield values
 
-    def _unpack(self, message: Tensor, out: Tensor) -> None:
-        """The values of one rank's message, into its part of what is gathered."""
-        parts = Parts(message)
+    def _unpack(self, messages: Tensor, out: Tensor) -> None:
+        """The values of the ranks' messages [ranks, bytes], all at once, into what is gathered [ranks, numbers]."""
+        parts = Parts(messages)
         for share, values in self._split(out):
             if share.converted:
                 rounded, scales = parts.next_rows(share.rows, share.columns, _ROWS)
                 torch.mul(rounded.to(values.dtype), scales.to(values.dtype), out=values)
             else:
-                values.copy_(parts.next(values.shape, values.dtype))
+                values.copy_(parts.next((share.rows, share.columns), values.dtype))
 
     def _split(self, flat: Tensor) -> Iterator[tuple[_Share, Tensor]]:
-        """Each share with its [rows, columns] of `flat`."""
-        pieces = flat.split([share.rows * share.columns for share in self._shares])
-        return ((s, piece.view(s.rows, s.columns)) for s, piece in zip(self._shares, pieces, strict=True))
+        """Each share with its [..., rows, columns] of `flat` [..., numbers]."""
+        pieces = flat.split([share.rows * share.columns for share in self._shares], dim=-1)
+        return ((s, piece.unflatten(-1, (s.rows, s.columns))) for s, piece in zip(self._shares, pieces, strict=True))

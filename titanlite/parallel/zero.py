@@ -19,6 +19,7 @@ from titanlite.parallel.float8_gather import gather_in_float8
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.program import NoSync, Sync
 from titanlite.precision.casting import compute_dtype, reduce_dtype
+from titanlite.precision.float8_plan import SETTINGS
 from titanlite.recipe.sections import Parallel, Precision
 
 
@@ -52,7 +53,7 @@ def shard_model(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Par
         # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(units, parallel.prefetch)
-    if precision.float8.all_gather and cut > 1:
+    if precision.float8.all_gather and cut > 1 and SETTINGS[precision.float8.recipe].sent_weights is not None:
         gather_in_float8(units, cut)
     assert isinstance(model, FSDPModule)
     return MicrobatchSync(model, stage)

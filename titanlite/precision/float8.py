@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from titanlite_kernels.float8_reference import quantise_both_reference, quantise_reference
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from titanlite.errors import UsageError
 from titanlite.precision.float8_plan import BLOCK, Cast, Decision, Settings
@@ -87,11 +88,11 @@ def product(
     Products of blocks are formed in `dtype`, which has every value of e4m3 times a power of two, or with
     `native_blocks` by the device, if it is one that `multiplies_blocks`.
     """
-    if dtype == torch.float64 or (left.in_blocks and not native_blocks):
-        return left.widened(dtype) @ right.widened(dtype).t()
     by_rows = not left.in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0)
-    if by_rows and left.values.device.type == "cpu":  # whose `_scaled_mm` learnt scales of rows after torch 2.11
-        return (left.widened(torch.float32) @ right.widened(torch.float32).t()).to(dtype)
+    # The CPU's `_scaled_mm` learnt scales of rows after torch 2.11.
+    widens = not native_blocks if left.in_blocks else by_rows and left.values.device.type == "cpu"
+    if dtype == torch.float64 or widens:
+        return left.widened(dtype) @ right.widened(dtype).t()
     if left.in_blocks:
         # Torch's function for public use, `scaled_mm`, takes the same; inductor of torch 2.13 does not, in tiles.
         scales = in_tiles(left.scale), in_tiles(right.scale)
@@ -139,6 +140,7 @@ class _Float8Linear(torch.autograd.Function):
         return product(quantise(x, how.left, fused), ready, x.dtype, how.fast_accumulation, native)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         settings, fused, (for_input, for_weight, *_) = ctx.settings, ctx.fused, ctx.needs_input_grad
@@ -197,7 +199,7 @@ class Float8Linear(nn.Module):
         result: Tensor = _Float8Linear.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, -2), weight, self.settings, self.native_blocks, self.fused, *kept
         )
-        return result.view(*x.shape[:-1], -1)
+        return result.unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True)

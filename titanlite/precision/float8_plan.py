@@ -53,8 +53,13 @@ class Settings:
         return BLOCK if self.output.left.scale == "block" else ALIGNMENT
 
     @property
+    def sent_weights(self) -> Cast | None:
+        """How a weight can be cast by who has some of its rows, before it is for its products; None if it cannot."""
+        return _by_rows(self.output.right, self.grad_input.right)
+
+    @property
     def sent_inputs(self) -> Cast | None:
-        """How a linear's inputs can be cast by who has some of their rows, before they are cast for its products."""
+        """The same of a linear's inputs."""
         return _by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
 
     @property
@@ -63,12 +68,14 @@ class Settings:
         return _by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
 
 
-def _by_rows(one: Cast, other: Cast | None) -> Cast | None:
-    """The cast of rows that takes nothing from a factor of two products; None if it would.
+def _by_rows(one: Cast, turned: Cast | None) -> Cast | None:
+    """The cast of rows that takes nothing from a factor of two products, one of them with its transpose; None if it
+    would.
 
-    A product in the compute dtype wants the factor in full. What is small beside its row can be large in its block.
+    A product in the compute dtype wants the factor in full. What is small beside its row can be large in its block, or
+    in its column, which is a row of the transpose.
     """
-    if other is None or one.format != other.format or "block" in (one.scale, other.scale):
+    if turned is None or one.format != turned.format or one.scale == "block" or turned.scale != "tensor":
         return None
     return Cast(one.format, "row")
 

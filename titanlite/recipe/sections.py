@@ -242,8 +242,9 @@ class Float8(Section):
     exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     all_gather: bool = False
-    """Gather the shards of converted weights in float8, and over `tp` what converted linears take, where rounding it
-    twice is as rounding it once: half the bytes of bfloat16; each rank scales its rows."""
+    """Gather the shards of converted weights in float8, and over `tp` what converted linears take, where casting rows
+    first takes nothing from a later cast (`tensorwise`; of `rowwise_with_hp_grad_weight` the weights): half the bytes
+    of bfloat16; each rank scales its rows."""
     min_size: NonNegative = 1024
     """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
     take longer than float8 saves."""

@@ -69,16 +69,21 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Something that tensor parallel ranks gather can be sent in float8, where it is asked for."""
-    spec, section = spec_named(recipe), recipe.precision.float8
-    if spec is None or recipe.parallel.tp == 1 or not _decisions(recipe, world):
+    """What ranks gather can be sent in float8, where it is asked for."""
+    key, spec, section = "precision.float8.all_gather", spec_named(recipe), recipe.precision.float8
+    layout = layout_of(recipe.parallel, world)
+    if spec is None or layout is None or not section.all_gather or not _decisions(recipe, world):
         return
-    found = gathers(spec, config_of(recipe), section)
+    cut = layout.weights(recipe.parallel.zero_stage)[1] > 1
+    if cut and SETTINGS[section.recipe].sent_weights is None:
+        problem = f"weights of {section.recipe} travel in the compute dtype: a cast of their rows would take bits;"
+        yield warning(key, problem, "for float8, choose tensorwise or rowwise_with_hp_grad_weight.")
+    found = gathers(spec, config_of(recipe), section) if layout.tp > 1 else ()
     if found and all(each.cast is None for each in found):
         yield warning(
-            "precision.float8.all_gather",
+            key,
             f"over tp nothing travels in float8: {'; '.join(gathers_in_words(found))};",
-            "for that, choose tensorwise or rowwise and have the linears that share an input converted together.",
+            "for that, choose tensorwise and have the linears that share an input converted together.",
         )
 
 
