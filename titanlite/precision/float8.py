@@ -199,7 +199,7 @@ class Float8Linear(nn.Module):
         result: Tensor = _Float8Linear.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, -2), weight, self.settings, self.native_blocks, self.fused, *kept
         )
-        return result.unflatten(0, x.shape[:-1])
+        return result.view(*x.shape[:-1], result.shape[-1])
 
 
 @dataclass(frozen=True)
