@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import titanlite.models.loss
 from titanlite.cli import run_command
+from titanlite.data.loader import train_loader
 from titanlite.data.splits import open_data
+from titanlite.learner import Learner
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.build import Weights, build_optimizer
@@ -18,8 +22,7 @@ from titanlite.parallel.layout import BatchPlan
 from titanlite.parallel.program import PlainLoop, Program
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
-from titanlite.recipe.sections import Data, Optimizer, Resilience
-from titanlite.resilience.guards import Guards
+from titanlite.recipe.sections import Data, Optimizer, Recipe
 from titanlite.train import main
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +32,6 @@ CONFIG = PRESETS["debug"]
 
 def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6, compiled: bool = False) -> list[float]:
     """The curve of a few steps on the embedded corpus, in two microbatches."""
-    from titanlite.data.loader import train_loader
     from titanlite.parallel.compiled import compile_units
 
     model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
@@ -61,28 +63,33 @@ def test_bfloat16_follows_float32(compiled: bool) -> None:
     assert losses("cuda", torch.bfloat16, "adamw", compiled=compiled) == pytest.approx(exact, rel=1e-2)
 
 
-def test_a_step_does_not_wait_for_the_device() -> None:
-    device = torch.device("cuda")
-    with device:
-        model = SPEC.build(CONFIG, torch.bfloat16)
-    initialise(Shards.of(model).table, lambda name: initial_std(CONFIG, name), 0)
-    optimizer = build_optimizer(Optimizer(name="muon"), SPEC, Weights.of(model), torch.bfloat16)
-    program, guards = (
-        Program(model, World(0, 1, device), Shards.of(model), PlainLoop(model)),
-        Guards(Resilience(on_spike="skip", spike_window=8), device),
-    )
-    from titanlite.data.loader import train_loader
+FLOAT8 = {"precision": {"float8": {"enabled": True, "min_size": 0}}}
+COMPILED = {"compile": {"enabled": True}}
 
-    plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=8)
-    loader = train_loader(open_data(Data(), 128, 0).train, plan, 0, 3, pin_memory=True)
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("sections", [{}, FLOAT8, COMPILED, FLOAT8 | COMPILED], ids=str)
+def test_a_step_does_not_wait_for_the_device(
+    sections: dict[str, Any], chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels where the recipe chooses them, and with head and loss by chunks."""
+    if chunks:
+        monkeypatch.setattr(titanlite.models.loss, "LARGE_LOGITS", 0)
+    base = {
+        "training": {"steps": 4, "global_batch": 8, "sequence_length": 128},
+        "optimizer": {"name": "muon"},
+        "resilience": {"on_spike": "skip", "spike_window": 8},
+    }
+    recipe, device = Recipe.model_validate(base | sections), torch.device("cuda")
+    learner = Learner(recipe, World(0, 1, device))
+    learner.initialise()
+    plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
+    loader = train_loader(open_data(recipe.data, 128, 0).train, plan, 0, 4, pin_memory=True)
     for step, batch in enumerate(loader, 1):
-        if step == 3:  # the first steps allocate and autotune
+        if step == 4:  # the first steps allocate, compile and autotune
             torch.cuda.set_sync_debug_mode("error")
         try:
-            loss = program.forward_backward(batch.to(device))
-            norm = clip_gradients(list(model.parameters()), 1.0)
-            optimizer.step(1.0, guards.judge(step, loss, norm))
-            model.zero_grad(set_to_none=True)
+            learner.step(step, batch.to(device), 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
