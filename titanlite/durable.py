@@ -78,9 +78,7 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
                 warn(f"{path.parent} is in use by {holder}; waiting for it to end, or for the lock of a lost machine.")
         if time.monotonic() >= until:
             os.close(descriptor)
-            raise UsageError(
-                f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}."
-            )
+            raise UsageError(f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}.")
         time.sleep(1)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)

@@ -5,6 +5,7 @@ Text is bytes throughout: a corpus may hold any bytes, and bits per byte need th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,10 +13,13 @@ import numpy.typing as npt
 
 from titanlite.registry import Registry
 
-Ids = npt.NDArray[np.unsignedinteger[Any]]
-"""Ids of a text, in whatever unsigned type is cheapest for the tokenizer."""
-Tokens = npt.NDArray[np.uint16]
-"""Ids as they are kept: 2 bytes each."""
+Ids = npt.NDArray[np.integer[Any]]
+"""Ids of a text, in whatever integers are cheapest for the tokenizer."""
+Tokens = npt.NDArray[np.uint16 | np.int32]
+"""Ids as they are kept; see `token_dtype`."""
+
+_NARROW_LIMIT = 65_500
+"""Megatron's: vocabularies from here on are kept in 4 bytes an id."""
 
 
 class Tokenizer(Protocol):
@@ -29,8 +33,15 @@ class Tokenizer(Protocol):
     def separator(self) -> int:
         """The id that stands between documents; no text encodes to it."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides ids, 32 hexadecimal digits."""
+
     def encode(self, text: bytes) -> Ids:
-        """Ids of `text`, without a separator, as a flat array that may be read-only."""
+        """Ids of `text`, without a separator, as a flat array that may be read-only. Raises `DataError`."""
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        """`encode` of each; faster where the texts are short."""
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """The bytes that `ids` stand for; separators stand for none."""
@@ -44,9 +55,13 @@ class ByteTokenizer:
 
     vocab_size = 257
     separator = 256
+    fingerprint = "0" * 32
 
     def encode(self, text: bytes) -> Ids:
         return np.frombuffer(text, np.uint8)  # the text itself, not a copy
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """As the protocol says; raises `ValueError` for an id outside the vocabulary."""
@@ -62,7 +77,12 @@ class ByteTokenizer:
 TOKENIZERS = Registry("tokenizer", {"bytes": "titanlite.data.tokenizers:ByteTokenizer"})
 
 
-def open_tokenizer(name: str) -> Tokenizer:
+def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names. Raises `UsageError` for an unknown name."""
     tokenizer: Tokenizer = TOKENIZERS.get(name)()
     return tokenizer
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """2 bytes an id where they suffice by Megatron's rule, else 4."""
+    return np.uint16 if vocab_size < _NARROW_LIMIT else np.int32
