@@ -123,9 +123,7 @@ def _finished(
             continue
         reason = _difference(paths, prefix, made_from, files)
         if reason and not request.replace:
-            raise UsageError(
-                f"{there[0]} is there already, and {reason}. Give another --out, or --replace to replace it."
-            )
+            raise UsageError(f"{there[0]} is there already, and {reason}. Give another --out, or --replace.")
         if reason:
             return None
     opened = {prefix: TokenFile.open(prefix).info for prefix in request.outputs if paths_of(prefix).idx.exists()}

@@ -19,8 +19,8 @@ def add_prepare_commands(commands: Any) -> None:
     command = commands.add_parser("prepare", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_prepare)
     command.add_argument("inputs", nargs="+", metavar="INPUT",
-                         help="text, .jsonl (both also .gz, .zst), .parquet, .arrow: files, folders, globs; or a folder "
-                              "that a Hugging Face dataset was saved to")  # fmt: skip
+                         help="text, .jsonl (both also .gz, .zst), .parquet, .arrow: files, folders, globs; or a "
+                              "folder that a Hugging Face dataset was saved to")  # fmt: skip
     command.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="where, and the name without suffix")
     command.add_argument("--tokenizer", default="bytes", help="as data.tokenizer in a recipe: bytes, or a path")
     command.add_argument("--separator", help="as data.separator in a recipe")

@@ -30,8 +30,8 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TextColumn("{task.percentage:.0f} %"),
-                TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+                TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Bar(*columns, console=Console(file=self._stream, force_terminal=True), auto_refresh=False)
             self._task = self._bar.add_task("tokenising", total=None, speed="")

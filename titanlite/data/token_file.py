@@ -1,7 +1,7 @@
 """Token files: Megatron's indexed format, `PREFIX.bin` and `PREFIX.idx`, and what is known of them in `PREFIX.json`.
 
-`.bin` is ids end to end. `.idx`, little-endian: magic, u64 version, u8 type of the ids, u64 sequences, u64 documents + 1;
-then i32 length and i64 byte position of each sequence, and i64 first sequence of each document, and their number.
+`.bin` is ids end to end. `.idx`, little-endian: magic, u64 version, u8 type of the ids, u64 sequences, u64 documents
+plus 1; then i32 length and i64 byte position of each sequence, i64 first sequence of each document, and their number.
 In ours a document is one sequence (more only beyond 2^31 tokens) and ends with the separator. No text is read here.
 """
 
@@ -129,7 +129,7 @@ def paths_of(prefix: Path) -> Paths:
 
 @dataclass(frozen=True)
 class Starts:
-    """Where documents begin, in tokens, `[documents]`: `starts[7]`, `starts[10:20]`, `starts[:]`; looked up when asked."""
+    """Where documents begin, in tokens, `[documents]`: `starts[7]`, `starts[10:20]`, `starts[:]`; looked up then."""
 
     pointers: Int64
     sequences: Int64
@@ -335,9 +335,9 @@ class TokenWriter:
             _hidden(path).unlink(missing_ok=True)
 
     def _statistics(self) -> dict[str, Any]:
-        counts = sum(
-            (np.bincount(np.frexp(lengths)[1] - 1, minlength=64) for lengths in self._lengths), np.zeros(64, int)
-        )
+        counts = np.zeros(64, np.int64)
+        for lengths in self._lengths:
+            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
         return {
             "dtype": self.dtype.name,
             "documents": self.documents,

@@ -146,7 +146,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
     writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         with open(writing, "wb", buffering=0) as file:
-            yield file  # type: ignore[misc] # unbuffered
+            yield file
             os.fsync(file.fileno())
         os.replace(writing, path)
     except BaseException:

@@ -159,14 +159,14 @@ def main() -> int:
     while True:
         task = json.loads(lines.get())
         try:
-            result = None
+            result: int | None = None
             if "count" in task:
                 path, first, stop = task["count"]
                 result = count_newlines(Path(path), first, stop)
             else:
                 tokenizer = tokenizer or _opened(settings)
                 write_part(_unit(task["unit"]), settings, tokenizer, folder)
-            answer = {"result": result}
+            answer: dict[str, Any] = {"result": result}
         except TitanliteError as error:
             answer = {"error": str(error)}
         except OSError as error:
@@ -192,7 +192,7 @@ def _opened(settings: Settings) -> Tokenizer:
 
 def _unit(fields: list[Any]) -> Unit:
     pieces, source, size = fields
-    return Unit(tuple(Piece(*piece[:-1], piece[-1] and Part(*piece[-1])) for piece in pieces), source, size)
+    return Unit(tuple(Piece._make([*rest, part and Part._make(part)]) for *rest, part in pieces), source, size)
 
 
 if __name__ == "__main__":
