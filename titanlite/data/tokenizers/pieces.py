@@ -25,8 +25,8 @@ MAX_FILE_BYTES = 2**28
 """Ten times what the largest vocabularies take."""
 END_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 """Special tokens that are known to end a document."""
-_NOT_UTF8 = re.compile("([\udc80-\udcff])")
-"""What `surrogateescape` makes of a byte that is not UTF-8."""
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
+"""What `surrogateescape` makes of bytes that are not UTF-8."""
 
 
 class PieceTokenizer(ABC):
@@ -106,19 +106,18 @@ class PieceTokenizer(ABC):
         if len(strings) < len(parts) and not self.takes_any_bytes:
             self._refuse_bytes(text)
         encoded = iter(self.encode_strings(strings))
-        found = [
-            np.array([self._byte_id(part)], self.dtype) if _NOT_UTF8.match(part) else next(encoded) for part in parts
-        ]
+        found = [self._ids_of_bytes(part) if _NOT_UTF8.match(part) else next(encoded) for part in parts]
         return np.concatenate(found) if found else np.empty(0, self.dtype)
 
-    def _byte_id(self, escaped: str) -> int:
-        byte = ord(escaped) - 0xDC00
-        if byte not in self._byte_ids:
+    def _ids_of_bytes(self, escaped: str) -> Ids:
+        data = escaped.encode("utf-8", "surrogateescape")
+        missing = set(data) - self._byte_ids.keys()
+        if missing:
             raise DataError(
-                f"{self.path} has no token for the byte {byte:#04x}, which is in the text and not UTF-8 there; "
+                f"{self.path} has no token for the byte {min(missing):#04x}, which is in the text and not UTF-8 there; "
                 "convert the text to UTF-8."
             )
-        return self._byte_ids[byte]
+        return np.fromiter(map(self._byte_ids.__getitem__, data), self.dtype, len(data))
 
     def _refuse_bytes(self, text: bytes) -> None:
         try:
