@@ -259,12 +259,14 @@ def _require_keys(patterns: Sequence[str]) -> None:
 
 def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str]) -> None:
     """Open the files that rows go to, and say what starts; `hosts` are the ranks' machines."""
+    from titanlite.data.tokenizers import FOLDER
     from titanlite.observe.sinks import JsonlSink, TensorBoardSink
     from titanlite.recipe.units import format_count
 
     journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
     if trainer.recipe.metrics.tensorboard:
         journal.add(TensorBoardSink(folder.tensorboard, trainer.step, journal.say))
+    folder.keep(FOLDER, trainer.data.tokenizer.files)
     folder.settle(trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
     journal.say(

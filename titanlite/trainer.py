@@ -112,7 +112,7 @@ class Trainer:
         """Begin, or go on from a checkpoint or one of the `snapshots`, as `start` says."""
         manifest = restore(
             self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
-            self._corpus, start, self.journal.say,
+            self._corpus, self.data.tokenizer.fingerprint, start, self.journal.say,
         )  # fmt: skip
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
@@ -249,7 +249,7 @@ class Trainer:
 
     def _facts(self) -> Facts:
         """What a checkpoint of this step says beside the tensors."""
-        values: dict[str, Scalar] = {"corpus": self._corpus}
+        values: dict[str, Scalar] = {"corpus": self._corpus, "tokenizer": self.data.tokenizer.fingerprint}
         if self._validated is not None and self._validated[0] == self.step:
             values[VALIDATION_LOSS] = self._validated[1]
         return Facts(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)

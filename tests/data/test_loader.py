@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from titanlite.data.loader import IGNORED, Batch, _leave_signals_to_the_trainer, train_loader, validation_batches
 from titanlite.data.packing import document_layout
 from titanlite.data.splits import Split
-from titanlite.data.tokenizers import ByteTokenizer
+from titanlite.data.tokenizers import open_tokenizer
 from titanlite.parallel.layout import BatchPlan, ceil_div
 
 LENGTH = 8
@@ -32,7 +32,7 @@ def make_split(windows: int = 50, document_mask: bool = False, seed: int = 5) ->
     """A stream whose every window is recognisable: random bytes with a separator now and then."""
     stream = np.random.default_rng(0).integers(0, 257, windows * LENGTH + 1).astype(np.uint16)
     stream[3::29] = 256
-    return Split("training", stream, ByteTokenizer(), LENGTH, document_mask, seed)
+    return Split("training", stream, open_tokenizer("bytes"), LENGTH, document_mask, seed)
 
 
 def reference(split: Split, number: int) -> list[int]:

@@ -39,12 +39,12 @@ from titanlite.checkpoint.plan import Box, group_by_size, overlap, within
 from titanlite.checkpoint.save import FILE_BYTES, environment
 from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
 from titanlite.checkpoint.stream import Source, write_tensors
+from titanlite.data.tokenizers import Tokenizer, tokenizer_of_run
 from titanlite.durable import cause, sync_path
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Model, Precision, Recipe, Training
-from titanlite.rules.run import BYTE_VOCABULARY
 
 PREFIX = "model."
 """What the weights' names begin with in a checkpoint."""
@@ -108,12 +108,16 @@ def export_huggingface(
         for name, shape in shapes.items()
     }
     kept = [name for name in TOKENIZER_FILES if name in manifest.files]
+    tokenizer = _tokenizer(checkpoint, manifest, recipe)
+    exported = {} if kept else tokenizer.export()
     with _new_folder(out) as folder:
         files = _write_shards(folder, sources, shard_bytes)
         for name in [*kept, *([GENERATION_CONFIG] if GENERATION_CONFIG in manifest.files else [])]:
             verify_file(checkpoint / name, manifest.files[name])
             _copy(checkpoint / name, folder / name)
-        special = _special_tokens(folder)
+        for name, content in exported.items():
+            _write_bytes(folder / name, content)
+        special = _special_tokens(folder, tokenizer.separator)
         fields = {
             **spec.to_huggingface_config(config),
             _CONTEXT: recipe.training.sequence_length,
@@ -121,7 +125,8 @@ def export_huggingface(
             "torch_dtype": next(iter(sources.values())).dtype,
         }
         _write_json(folder / CONFIG, fields)
-    return Written(out, len(sources), sum(source.nbytes for source in sources.values()), tuple(files), tuple(kept))
+    nbytes = sum(source.nbytes for source in sources.values())
+    return Written(out, len(sources), nbytes, tuple(files), (*kept, *exported))
 
 
 def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
@@ -204,11 +209,19 @@ def _cut(file: Any, key: str, slices: tuple[slice, ...]) -> Tensor:
     return values
 
 
-def _special_tokens(folder: Path) -> dict[str, Any]:
-    """Those that stand beside the weights; if none do, those of the byte tokenizer, which are then written."""
+def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer:
+    """What the run was trained with. Raises `UsageError` if it is not there, or is another one by now."""
+    tokenizer = tokenizer_of_run(checkpoint.absolute().parent.parent, recipe.data)
+    if manifest.values.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        where = ", ".join(map(str, tokenizer.files.values())) or recipe.data.tokenizer
+        raise UsageError(f"{checkpoint} was trained with another tokenizer than {where} is now; put that one there.")
+    return tokenizer
+
+
+def _special_tokens(folder: Path, separator: int) -> dict[str, Any]:
+    """Those that stand beside the weights; if none do, the separator, which is then written."""
     if (folder / GENERATION_CONFIG).exists():
         return _read_json(folder, GENERATION_CONFIG)
-    separator = BYTE_VOCABULARY - 1
     tokens = {"bos_token_id": separator, "eos_token_id": separator}
     _write_json(folder / GENERATION_CONFIG, tokens)
     return tokens

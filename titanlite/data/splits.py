@@ -16,7 +16,7 @@ import xxhash
 from titanlite.data.corpora import is_held_out, read_corpus
 from titanlite.data.order import sample_position
 from titanlite.data.packing import pack, window, window_count
-from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer
+from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype, tokenizer_of
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -81,19 +81,22 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     Raises `DataError`: what cannot be read, or a training split (if `validated`, also a validation split) that is
     shorter than one sequence.
     """
-    tokenizer = open_tokenizer(section.tokenizer)
+    tokenizer = tokenizer_of(section)
     kept: list[Ids] = []
     held: list[Ids] = []
     for document in read_corpus(section):
         side = held if is_held_out(document.name, section.validation_percent) else kept
-        side.append(tokenizer.encode(document.content))
+        try:
+            side.append(tokenizer.encode(document.content))
+        except DataError as error:
+            raise DataError(f"{document.name}: {error}") from None
     if not kept and not held:
         raise DataError(f"data.corpus = {section.corpus!r} holds no text at all; give one with text in it.")
     if not kept or not held:
         kept, held = _cut_each(kept or held, section.validation_percent)
 
     def split(name: str, documents: Sequence[Ids]) -> Split:
-        stream = pack(documents, tokenizer.separator)
+        stream = pack(documents, tokenizer.separator, token_dtype(tokenizer.vocab_size))
         return Split(name, stream, tokenizer, sequence_length, section.document_mask, seed)
 
     splits = DataSplits(split("training", kept), split("validation", held), tokenizer)
@@ -113,7 +116,7 @@ def compression_baselines(split: Split, limit_bytes: int = 4 * 2**20) -> dict[st
     Anything that has learnt the text should need fewer. Of long splits, the first `limit_bytes` stand for the
     whole: xz takes about half a second a MiB.
     """
-    text = split.tokenizer.decode(split.stream[:limit_bytes])
+    text = split.tokenizer.decode(split.stream[:limit_bytes])[:limit_bytes]
     gzip = zlib.compressobj(9, wbits=31)  # 31: with gzip's own header and checksum
     sizes = {
         "gzip -9": len(gzip.compress(text)) + len(gzip.flush()),

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -24,7 +24,7 @@ from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes
 
-OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "status.json", "recipe.toml")
+OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
 """What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""
 
 MAY_CHANGE = (
@@ -151,6 +151,15 @@ class RunFolder:
                 f"{self.path} has {format_bytes(free)} free, and {purpose} needs {format_bytes(needed_bytes)}. "
                 "Free some space, or set run.output_dir to a larger disk."
             )
+
+    def keep(self, name: str, files: Mapping[str, Path]) -> None:
+        """Copies of `files`, by their names there, in the run's folder `name`. Raises `UsageError`."""
+        try:
+            for file, source in files.items():
+                (self.path / name).mkdir(exist_ok=True)
+                replace_file(self.path / name / file, source.read_bytes())
+        except OSError as error:
+            raise UsageError(f"cannot keep a copy of {source} in {self.path}: {cause(error, self.path)}.") from error
 
     def last_end(self) -> str:
         """How the start before this one ended, for the reader; empty for a new run."""

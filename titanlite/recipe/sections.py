@@ -112,8 +112,13 @@ class Data(Section):
     """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them, relative
     to where the command is started: text files (one document each), `.jsonl` files (one document a line), or folders of
     these."""
-    tokenizer: Literal["bytes"] = "bytes"
-    """`bytes`: the 256 byte values, and 256 between documents."""
+    tokenizer: Text = "bytes"
+    """`bytes` (the 256 byte values, and 256 between documents), or a path: a `tokenizer.json` of Hugging Face's
+    `tokenizers`, a rank file such as Llama 3's `tokenizer.model`, or a folder that holds one."""
+    separator: Text | None = None
+    """Special token that stands between documents; absent: the one that the tokenizer's files say ends a text."""
+    special_tokens: list[Text] = []
+    """Special tokens that get ids after the tokenizer's own; after a rank file's ranks, instead of Llama 3's."""
     text_key: Text = "text"
     """Field of a JSONL line that holds its text."""
     validation_percent: Annotated[float, Field(gt=0, lt=100)] = 4.0
