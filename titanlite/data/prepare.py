@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
     more, `UsageError` for what is in the way; parts that are done stay, and serve the next start.
     """
     files = _find(request.inputs)
-    made_from = key_of([asdict(request.settings), request.drop_duplicates,
-                        [(source, file.name, file.size) for source, file in files]])  # fmt: skip
+    texts = [(source, file.name, file.size) for source, file in files]
+    made_from = key_of([request.settings.decisive, request.drop_duplicates, texts])
     parts = paths_of(request.out).parts
     with _refusals_explained(request.out):
         began_before = parts.exists()
