@@ -67,7 +67,8 @@ def test_a_run_is_trained_continued_and_exported(
     data = open_data(section.data, section.training.sequence_length, section.run.seed)
     assert data.train.stream.tolist().count(data.tokenizer.separator) == data.train.documents == 1
     assert titanlite("train", "recipe.toml") == 0
-    validation = [json.loads(line) for line in open("runs/tiny/metrics.jsonl") if "bits_per_byte" in line][-1]
+    lines = Path("runs/tiny/metrics.jsonl").read_text().splitlines()
+    validation = [json.loads(line) for line in lines if "bits_per_byte" in line][-1]
     windows = [data.validation.window(number * data.validation.windows // 4) for number in range(4)]
     labels = [window[1:].tolist() for window in windows]
     text = b"".join(map(data.tokenizer.decode, labels))

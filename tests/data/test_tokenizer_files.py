@@ -354,7 +354,7 @@ def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_two_special_tokens_of_one_name(folder: Path) -> None:
     for name in ("bytes", str(folder / "level"), str(folder / "ranks")):
-        with pytest.raises(DataError, match="data.special_tokens names '<a>' twice"):
+        with pytest.raises(DataError, match=r"data\.special_tokens names '<a>' twice"):
             open_tokenizer(name, special_tokens=["<a>", "<b>", "<a>"])
     with pytest.raises(DataError, match="has no name"):
         open_tokenizer("bytes", "</s>")
