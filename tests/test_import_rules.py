@@ -46,6 +46,7 @@ WITHOUT_TORCH = (
     *("recipe.sections", "recipe.units", "recipe.toml", "recipe.faults", "recipe.load", "recipe.explain"),
     *("models.spec", "models.llama_spec", "parallel.layout", "parallel.stages", "parallel.slicing"),
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
+    *("data.command", "data.prepare_command", "data.prepare", "data.workers", "data.token_file"),
     *("data.tokenizers.byte_values", "data.tokenizers.hugging_face", "data.tokenizers.ranks"),
     *("data.order", "data.packing", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
     *("checkpoint.headers", "checkpoint.background", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),

@@ -5,7 +5,6 @@ No torch here, and no batches: those are the loader's.
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import zlib
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from titanlite.data.corpora import read_corpus
+from titanlite.data.corpora import is_held_out, read_corpus
 from titanlite.data.order import sample_position
 from titanlite.data.packing import pack, window, window_count
 from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype, tokenizer_of
@@ -86,7 +85,7 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     kept: list[Ids] = []
     held: list[Ids] = []
     for document in read_corpus(section):
-        side = held if _is_held_out(document.name, section.validation_percent) else kept
+        side = held if is_held_out(document.name, section.validation_percent) else kept
         try:
             side.append(tokenizer.encode(document.content))
         except DataError as error:
@@ -124,11 +123,6 @@ def compression_baselines(split: Split, limit_bytes: int = 4 * 2**20) -> dict[st
         "xz -9": len(lzma.compress(text, preset=9)),
     }
     return {name: 8 * size / len(text) for name, size in sizes.items()}
-
-
-def _is_held_out(name: str, percent: float) -> bool:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < percent / 100 * 2**64
 
 
 def _cut_each(documents: Sequence[Ids], percent: float) -> tuple[list[Ids], list[Ids]]:
