@@ -54,6 +54,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         chosen = choose_separator(path, names, separator, _declared_end(self._config))
         size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
         super().__init__(path, self._content, names, chosen, size)
+        self.unknown = _unknown(fields["model"])
         self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
         self._is_byte_level = "ByteLevel" in {step.get("type") for step in _steps(fields, "decoder")}
         cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
@@ -176,6 +177,11 @@ def _added_tokens(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int,
     if not known:
         raise DataError(f"{path}: added_tokens is not a list of tokens with content, id and special.")
     return found
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    number = model.get("unk_id")  # Unigram's
+    return model["vocab"][number][0] if type(number) is int else model.get("unk_token")
 
 
 def _config(path: Path) -> dict[str, Any]:
