@@ -92,6 +92,24 @@ def test_a_run_is_trained_continued_and_exported(
         assert json.loads(Path("out", name).read_text())["eos_token_id"] == data.tokenizer.separator
 
 
+def test_what_is_imported_has_its_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_json(folder)
+    assert titanlite("train", "recipe.toml") == 0
+    assert titanlite("checkpoint", "export-hf", "runs/tiny", "out") == 0
+    assert titanlite("checkpoint", "import-hf", "out", "imported") == 0
+    assert 'data.tokenizer = "imported/tokenizer"' in capsys.readouterr().out
+    assert load_recipe("imported/recipe.toml").recipe.data.tokenizer == "imported/tokenizer"
+    Path("imported").rename("moved")
+    for run in ("runs/tiny", "moved"):
+        assert titanlite("generate", run, "--prompt", "7 squared", "--tokens", "20", "--seed", "3") == 0
+    said = capsys.readouterr().out.split("7 squared")[1:]
+    assert said[0] == said[1] and len(said[0]) > 5
+    assert titanlite("checkpoint", "export-hf", "moved", "again") == 0
+    assert {file.name: file.read_bytes() for file in Path("again").iterdir()} == {
+        file.name: file.read_bytes() for file in Path("out").iterdir()
+    }
+
+
 def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_json(folder)
     assert titanlite("train", "recipe.toml", "--run.stop_after_step=1") == 75
