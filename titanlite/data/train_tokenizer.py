@@ -64,7 +64,7 @@ def train_bpe(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from titanlite.data.tokenizers.hugging_face import LLAMA3_PATTERN
+    from titanlite.data.tokenizers.byte_pairs import LLAMA3_PATTERN
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
