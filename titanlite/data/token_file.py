@@ -144,6 +144,7 @@ class Starts:
     def __getitem__(self, key: Any) -> Any:
         first, last = self.sequences[:-1][key], len(self.pointers) - 1
         begins = self.pointers[np.clip(first, 0, last)] // self.itemsize
+        begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
         return np.where(first > last, self.tokens, begins)  # a document without sequences, at the end of the file
 
 
