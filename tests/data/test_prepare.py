@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import pytest
 import zstandard
 
 from titanlite.cli import main
-from titanlite.data import prepare, units, workers
+from titanlite.data import prepare, progress, units, workers
 from titanlite.data.corpora import read_corpus
 from titanlite.data.splits import open_data
 from titanlite.data.token_file import TokenFile
@@ -487,7 +488,7 @@ def test_what_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
         assert f"c.jsonl{packing}" in run(path.name, "--bad-lines", "skip", code=2)
     (tmp_path / "d.txt").touch()
     assert "d.txt: the file is empty" in run("d.txt", code=2)
-    assert "nowhere: the inputs names no file" in run("nowhere", code=2)
+    assert "nowhere: INPUT names no file" in run("nowhere", code=2)
     (tmp_path / "e.jsonl").write_bytes(b"\n\n")
     assert "the inputs hold no text at all" in run("e.jsonl", code=2)
     assert not list(tmp_path.glob(".*"))
@@ -549,3 +550,44 @@ def test_a_long_document_is_not_copied_whole(tmp_path: Path, monkeypatch: pytest
     assert part is not None
     assert np.fromfile(part.tokens, np.uint16).tolist() == [*text, 256]
     assert seen == [*[2_000] * 50, 1_000, 2, units.RECORD.itemsize]
+
+
+def test_names_that_are_no_text(run: Run, tmp_path: Path) -> None:
+    """File names may hold any bytes; JSON and terminals may not."""
+    path = os.fsencode(tmp_path) + b"/\xff.jsonl"
+    with open(path, "wb") as file:
+        file.write(b"{\n" + lines(["fine"]))
+    said = run(os.fsdecode(path), "--bad-lines", "skip")
+    assert "\\udcff.jsonl:1: invalid JSON" in said
+    info = TokenFile.open("out").info
+    assert info is not None and info.sources[0].path.endswith("\\udcff.jsonl")
+
+
+# What is seen of it.
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal(), Gone()], ids=["log", "terminal", "gone"])
+def test_progress(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with progress.Progress(stream) as shown:
+        shown.begin("tokenising", 2**21, 2**20)
+        shown.advance(2**19)
+        shown.message("by the way")
+    said = stream.getvalue()
+    if isinstance(stream, Gone):
+        assert said == ""
+        return
+    for text in ("tokenising", "going on: 1.00 MiB of 2.00 MiB are done", "by the way"):
+        assert text in said
+    assert ("75 %" if isinstance(stream, Terminal) else "tokenising: 1.50 MiB of 2.00 MiB, ") in said

@@ -70,7 +70,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         out=arguments.out.expanduser(),
         settings=settings,
         drop_duplicates=arguments.dedup,
-        workers=arguments.workers or len(os.sched_getaffinity(0)),
+        workers=arguments.workers or _cores(),
         replace=arguments.replace,
     )
     with Progress(sys.stderr) as progress:
@@ -81,6 +81,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for prefix, info in made.items():
         print(f"{prefix}: {format_count(info.tokens)} tokens, {format_bytes(info.bin_bytes + info.idx_bytes)}")
         print("\n".join(f"  {line}" for line in info.report()))
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _verify(arguments: argparse.Namespace) -> None:
