@@ -24,7 +24,7 @@ from titanlite.recipe.sections import Data
 
 
 def documents(corpus: str | list[str], text_key: str = "text") -> list[Document]:
-    return list(read_corpus(Data(corpus=corpus, text_key=text_key)))
+    return list(read_corpus([corpus] if isinstance(corpus, str) else corpus, Data(text_key=text_key)))
 
 
 def refusal(corpus: Path | str | list[str], text_key: str = "text") -> str:

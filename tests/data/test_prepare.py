@@ -23,7 +23,7 @@ import zstandard
 from titanlite.cli import main
 from titanlite.data import prepare, progress, units, workers
 from titanlite.data.corpora import read_corpus
-from titanlite.data.splits import open_data
+from titanlite.data.sources import open_streams
 from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
@@ -106,10 +106,6 @@ def corpus(folder: Path, seed: int = 0) -> None:
     pyarrow.parquet.write_table(table, folder / "in" / "rows.parquet", row_group_size=10)
 
 
-def direct(folder: Path, **keys: Any) -> list[tuple[str, bytes]]:
-    return list(read_corpus(Data(corpus=str(folder), **keys)))
-
-
 # What comes out.
 
 
@@ -117,7 +113,7 @@ def test_every_document_once_and_in_order(run: Run, tmp_path: Path) -> None:
     """As a recipe reads the same folder."""
     corpus(tmp_path)
     run("in")
-    expected = direct(tmp_path / "in")
+    expected = list(read_corpus(["in"], Data()))
     assert texts_of(tmp_path / "out") == [text for _, text in expected]
     info = TokenFile.open(tmp_path / "out").info
     assert info is not None
@@ -136,12 +132,13 @@ def test_names_and_places_do_not_depend_on_the_units(run: Run, tmp_path: Path, m
         monkeypatch.setattr(prepare, "SMALLEST_UNIT_BYTES", size)
         run("in", "--held-out", "20", out=f"out-{size}")
         assert main(["data", "verify", f"out-{size}", f"out-{size}-validation"]) == 0
-    splits = open_data(Data(corpus=str(tmp_path / "in"), validation_percent=20.0), sequence_length=8, seed=0)
+    section, tokenizer = Data(validation_percent=20.0), open_tokenizer("bytes")
+    texts = open_streams(["in"], "", section, tokenizer)
     for size in (128, 2**20):
-        for end, split in (("", splits.train), ("-validation", splits.validation)):
-            file = TokenFile.open(tmp_path / f"out-{size}{end}")
-            assert file.tokens.tolist() == split.stream.tolist()
-            assert file.fingerprint == split.fingerprint
+        files = open_streams([f"out-{size}"], "", section, tokenizer)
+        for (file,), (text,) in ((files.training, texts.training), (files.validation, texts.validation)):
+            assert file.tokens.tolist() == text.tokens.tolist()
+            assert file.fingerprint == text.fingerprint
 
 
 def test_sources_are_known_by_their_texts(run: Run, tmp_path: Path) -> None:
@@ -328,6 +325,9 @@ def test_killed_at_any_rename(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(Killed):
             run(*words)
+    if not Path("out.idx").exists():
+        with pytest.raises(DataError, match=r"out\.idx: missing: `titanlite data prepare` has not ended"):
+            open_streams(["out"], "", Data(), open_tokenizer("bytes"))
     for prefix in ("out", "out-validation"):
         if not Path(f"{prefix}.idx").exists():
             with pytest.raises(DataError, match=r"\.idx: missing"):

@@ -23,6 +23,7 @@ from titanlite.data.corpora.files import Asked, FileReader, FoundFile
 from titanlite.data.corpora.formats import Part, divide
 from titanlite.data.progress import Progress
 from titanlite.data.token_file import (
+    HELD_OUT,
     Int64,
     Paths,
     SourceInfo,
@@ -42,8 +43,6 @@ SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024
 """About so many are made of inputs that are neither small nor huge: enough for any number of processes."""
 UNIT_FILES = 4_096
-HELD_OUT = "-validation"
-"""Added to the prefix of what is held out."""
 
 
 @dataclass(frozen=True)
