@@ -11,7 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 TEXT = Path(__file__).read_text(encoding="utf-8") + Path(__file__).with_name("pool.py").read_text(encoding="utf-8")
 PATTERN = (  # Llama 3's, as Meta published it
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """How SentencePiece names the tokens of single bytes."""

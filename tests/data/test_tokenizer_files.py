@@ -129,12 +129,23 @@ def test_special_tokens_stand_for_no_bytes(level: Tokenizer, ranks: Tokenizer) -
         assert tokenizer.bytes_of(np.array([ids, ids])) == 6
 
 
-def test_a_text_that_becomes_the_separator_is_refused(folder: Path) -> None:
+def test_a_text_that_becomes_a_special_token_is_refused(folder: Path, level: Tokenizer) -> None:
     tokenizer = open_tokenizer(str(folder / "unigram"))
     assert tokenizer.special_tokens["</s>"] == tokenizer.separator
     assert len(tokenizer.encode(b"def same")) > 1
-    with pytest.raises(DataError, match=r"text that reads '</s>' .*data.separator"):
+    with pytest.raises(DataError, match=r"text that reads '</s>' .*data\.separator"):
         tokenizer.encode(b"same</s>same")
+    word = next(word for word in ("self", "import", "tokenizer") if len(level.encode(word.encode())) == 1)
+    other = open_tokenizer(str(folder / "level"), special_tokens=[word])
+    assert other.vocab_size == level.vocab_size, "a token that is there already becomes special"
+    with pytest.raises(DataError, match=rf"text that reads '{word}' .*data\.special_tokens"):
+        other.encode(word.encode())
+
+
+def test_what_is_unknown_may_be_a_special_token(folder: Path) -> None:
+    words = open_tokenizer(str(folder / "words"), "[SEP]")
+    assert words.encode("日".encode()).tolist() == [words.special_tokens["[UNK]"]]
+    assert words.decode(words.encode("日 a".encode())) == b" a"
 
 
 def test_ranks_are_followed_by_llama_3_s_special_tokens(ranks: Tokenizer) -> None:
@@ -354,7 +365,7 @@ def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_two_special_tokens_of_one_name(folder: Path) -> None:
     for name in ("bytes", str(folder / "level"), str(folder / "ranks")):
-        with pytest.raises(DataError, match="data.special_tokens names '<a>' twice"):
+        with pytest.raises(DataError, match=r"data\.special_tokens names '<a>' twice"):
             open_tokenizer(name, special_tokens=["<a>", "<b>", "<a>"])
     with pytest.raises(DataError, match="has no name"):
         open_tokenizer("bytes", "</s>")

@@ -42,7 +42,8 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """Ids that no text encodes to, by name; the byte tokenizer's separator has none."""
+        """Ids that no text encodes to (but for one that stands for what is unknown), by name. The byte tokenizer's
+        separator has none."""
 
     @property
     def fingerprint(self) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from titanlite.data.tokenizers import Ids
+from titanlite.data.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_of_json
 from titanlite.data.tokenizers.pieces import (
     PieceTokenizer,
     choose_separator,
@@ -26,11 +29,6 @@ from titanlite.data.tokenizers.pieces import (
 from titanlite.errors import DataError
 
 CONFIG = "tokenizer_config.json"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-"""Words, numbers of up to three digits, signs and white space apart: Llama 3's, of GPT-4's family."""
 
 
 class HuggingFaceTokenizer(PieceTokenizer):
@@ -44,8 +42,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
         self._added = tuple(name for name in special if not added.get(name, (0, False))[1])
         names = {name: number for name, (number, is_special) in added.items() if is_special}
-        # New ids are given out as the library does, which begins after the vocabulary's length, holes or not.
-        following = max([len(vocabulary) - 1, *(number for number, _ in added.values())]) + 1
+        following = _following(path, vocabulary, added)
         for name in self._added:
             known = added[name][0] if name in added else vocabulary.get(name)
             names[name] = following if known is None else known
@@ -54,6 +51,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         chosen = choose_separator(path, names, separator, _declared_end(self._config))
         size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
         super().__init__(path, self._content, names, chosen, size)
+        self.unknown = _unknown(fields["model"])
         self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
         self._is_byte_level = "ByteLevel" in {step.get("type") for step in _steps(fields, "decoder")}
         cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
@@ -62,18 +60,33 @@ class HuggingFaceTokenizer(PieceTokenizer):
         require_library("tokenizers", path)
 
     def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
+        if self._fast is not None:
+            engine, ids = self._fast
+            with suppress(ValueError):  # its regular expressions give up on a million spaces
+                return [ids[engine.encode_to_numpy(text, disallowed_special=())] for text in texts]
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def piece_table(self) -> Mapping[int, bytes]:
         vocabulary: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         if self._is_byte_level:
-            return {number: _bytes_of_characters(token) for token, number in vocabulary.items()}
+            return {number: _bytes_of(token) for token, number in vocabulary.items()}
         return self._decoded_alone(vocabulary)
 
     def export(self) -> dict[str, bytes]:
         content = self._engine.to_str(pretty=True).encode() if self._added else self._content
         return {"tokenizer.json": content, CONFIG: config_json(self._config, self.separator_name)}
+
+    @cached_property
+    def _fast(self) -> tuple[Any, Ids] | None:
+        """tiktoken and the ids of its ranks, if it is there and certainly cuts all texts alike."""
+        found = ranks_of_json(json.loads(self._content), self.special_tokens) if find_spec("tiktoken") else None
+        if found is None:
+            return None
+        try:
+            return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)
+        except ValueError:  # a pattern that its regular expressions cannot express
+            return None
 
     @cached_property
     def _engine(self) -> Any:
@@ -89,10 +102,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
         engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
         engine.no_truncation()
         engine.no_padding()
-        for name, number in self.special_tokens.items():
-            if engine.token_to_id(name) != number:
-                found = engine.token_to_id(name)
-                raise DataError(f"{self.path}: the special token '{name}' has id {number} by the file, and is {found}.")
         return engine
 
     def _decoded_alone(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
@@ -109,31 +118,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
         if self._falls_back_to_bytes:  # one alone decodes to a replacement character
             table.update({vocabulary[name]: bytes([byte]) for byte, name in _byte_names() if name in vocabulary})
         return table
-
-
-def byte_level_json(
-    tokens: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special: Mapping[str, int]
-) -> dict[str, Any]:
-    """The JSON of a byte-level BPE that is cut by `LLAMA3_PATTERN`. A token of the whole cut piece needs no merges."""
-    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-    to_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": name, **flags} for name, number in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_characters]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,
-            "vocab": {_characters_of_bytes(token): number for token, number in tokens.items()},
-            "merges": [" ".join(map(_characters_of_bytes, pair)) for pair in merges],
-        },
-    }
 
 
 def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
@@ -178,6 +162,25 @@ def _added_tokens(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int,
     return found
 
 
+def _following(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tuple[int, bool]]) -> int:
+    """The next id that the library gives out, which does so itself for the added tokens that the vocabulary lacks.
+
+    It begins after the vocabulary's length, holes or not. Raises `DataError` where the file says otherwise.
+    """
+    following = len(vocabulary)
+    for name, (number, _) in added.items():
+        expected = vocabulary.get(name, following)
+        if number != expected:
+            raise DataError(f"{path}: the added token '{name}' has id {number} by the file, and is {expected}.")
+        following = max(following, number + 1)
+    return following
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    number = model.get("unk_id")  # Unigram's
+    return model["vocab"][number][0] if type(number) is int else model.get("unk_token")
+
+
 def _config(path: Path) -> dict[str, Any]:
     return _object(path, read_file(path)) if path.is_file() else {}
 
@@ -198,28 +201,10 @@ def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
         yield from _steps({name: part}, name)
 
 
-# --- GPT-2's characters for bytes
-
-
-def _byte_characters() -> dict[int, str]:
-    """A character that can be printed for each byte: itself where it can, else one from 256 on."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {**{byte: chr(byte) for byte in printed}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
-
-
-_CHARACTERS = _byte_characters()
-_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
-
-
-def _characters_of_bytes(token: bytes) -> str:
-    return "".join(map(_CHARACTERS.__getitem__, token))
-
-
-def _bytes_of_characters(token: str) -> bytes:
-    """Added tokens may have other characters, which then stand for themselves."""
+def _bytes_of(token: str) -> bytes:
+    """Added tokens may have other characters than those of bytes, which then stand for themselves."""
     try:
-        return bytes(map(_BYTES.__getitem__, token))
+        return bytes_of_characters(token)
     except KeyError:
         return token.encode()
 

@@ -33,6 +33,8 @@ class PieceTokenizer(ABC):
     """A vocabulary of pieces, and a library's way of cutting text into them."""
 
     files: Mapping[str, Path]
+    unknown: str | None = None
+    """The special token that stands for text without any other."""
     takes_any_bytes: bool
     """Whether what is not UTF-8 can be encoded too, byte by byte."""
 
@@ -64,7 +66,7 @@ class PieceTokenizer(ABC):
 
     @property
     def separator_name(self) -> str:
-        return next(name for name, number in self.special_tokens.items() if number == self.separator)
+        return self._name(self.separator)
 
     def encode(self, text: bytes) -> Ids:
         return self.encode_batch([text])[0]
@@ -77,10 +79,11 @@ class PieceTokenizer(ABC):
         else:
             found = self.encode_strings(strings)
         for ids in found:
-            if (ids == self.separator).any():
+            if self._never_text[ids].any():
+                name = self._name(ids[self._never_text[ids]][0])
                 raise DataError(
-                    f"{self.path} turns text that reads '{self.separator_name}' into that special token, which stands "
-                    "between documents; choose another special token as data.separator."
+                    f"{self.path} turns text that reads '{name}' into the special token of that name; choose one that "
+                    "is not also a word of its vocabulary as data.separator, or in data.special_tokens."
                 )
         return found
 
@@ -99,15 +102,24 @@ class PieceTokenizer(ABC):
         """Ids that stand for one byte that is no character by itself."""
         return {piece[0]: number for number, piece in enumerate(self.pieces) if len(piece) == 1 and piece[0] >= 0x80}
 
+    @cached_property
+    def _never_text(self) -> npt.NDArray[np.bool_]:
+        never = np.zeros(self.vocab_size, np.bool_)
+        never[[number for name, number in self.special_tokens.items() if name != self.unknown]] = True
+        return never
+
+    def _name(self, special: int) -> str:
+        return next(name for name, number in self.special_tokens.items() if number == special)
+
     def _encode_any_bytes(self, text: bytes) -> Ids:
         """The parts that are UTF-8 as texts of their own, each byte between them as its own id."""
-        parts = [part for part in _NOT_UTF8.split(text.decode("utf-8", "surrogateescape")) if part]
-        strings = [part for part in parts if not _NOT_UTF8.match(part)]
-        if len(strings) < len(parts) and not self.takes_any_bytes:
+        parts = utf8_parts(text)
+        if len(parts) > 1 and not self.takes_any_bytes:
             self._refuse_bytes(text)
-        encoded = iter(self.encode_strings(strings))
-        found = [self._ids_of_bytes(part) if _NOT_UTF8.match(part) else next(encoded) for part in parts]
-        return np.concatenate(found) if found else np.empty(0, self.dtype)
+        found: list[Ids] = [np.empty(0, self.dtype)] * len(parts)
+        found[::2] = self.encode_strings(parts[::2])
+        found[1::2] = map(self._ids_of_bytes, parts[1::2])
+        return np.concatenate(found)
 
     def _ids_of_bytes(self, escaped: str) -> Ids:
         data = escaped.encode("utf-8", "surrogateescape")
@@ -127,6 +139,11 @@ class PieceTokenizer(ABC):
                 f"not UTF-8: byte {text[error.start]:#04x} at position {error.start + 1} of the text, and {self.path} "
                 "is not byte-level: it takes UTF-8 alone. Convert the text, or leave it out."
             ) from None
+
+
+def utf8_parts(text: bytes) -> list[str]:
+    """What is UTF-8 in `text`, perhaps empty, and what is not (as `surrogateescape` has it), in turns."""
+    return _NOT_UTF8.split(text.decode("utf-8", "surrogateescape"))
 
 
 def flat_ids(ids: npt.ArrayLike, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -163,12 +180,12 @@ def require_library(name: str, path: Path) -> None:
         raise DataError(f"{path} needs the library '{name}'; pip install 'titanlite[data]' brings it.")
 
 
-def require_distinct(names: Iterable[str]) -> None:
-    """Raise `DataError` if data.special_tokens names one twice."""
+def require_distinct(names: Iterable[str], who: str = "data.special_tokens") -> None:
+    """Raise `DataError` if `who` names one twice."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise DataError(f"data.special_tokens names '{name}' twice; take one of them out.")
+            raise DataError(f"{who} names '{name}' twice; take one of them out.")
         seen.add(name)
 
 

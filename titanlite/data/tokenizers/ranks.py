@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from titanlite.data.tokenizers import Ids
-from titanlite.data.tokenizers.hugging_face import byte_level_json, config_json
+from titanlite.data.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine
+from titanlite.data.tokenizers.hugging_face import config_json
 from titanlite.data.tokenizers.pieces import (
     PieceTokenizer,
     choose_separator,
@@ -65,7 +66,7 @@ class RankTokenizer(PieceTokenizer):
         return {rank: token for token, rank in self.ranks.items()}
 
     def export(self) -> dict[str, bytes]:
-        fields = byte_level_json(self.ranks, _merges(self.ranks), self.special_tokens)
+        fields = byte_level_json(self.ranks, self.special_tokens)
         text = json.dumps(fields, ensure_ascii=False, indent=2)
         return {"tokenizer.json": text.encode(), "tokenizer_config.json": config_json({}, self.separator_name)}
 
@@ -79,13 +80,7 @@ class RankTokenizer(PieceTokenizer):
 
     @cached_property
     def _engine(self) -> Any:
-        from tiktoken import Encoding
-
-        from titanlite.data.tokenizers.hugging_face import LLAMA3_PATTERN
-
-        return Encoding(
-            str(self.path), pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
-        )
+        return rank_engine(str(self.path), self.ranks, LLAMA3_PATTERN)
 
 
 def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
@@ -112,16 +107,6 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     if missing:
         raise DataError(f"{path}: the byte {missing[0]:#04x} has no rank, and so not every text has ids.")
     return dict(placed)
-
-
-def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs of tokens that are a token together, by its rank: first those of the lowest."""
-    return [
-        (token[:cut], token[cut:])
-        for token in ranks
-        for cut in range(1, len(token))
-        if token[:cut] in ranks and token[cut:] in ranks
-    ]
 
 
 def _cut_runs(text: str) -> Iterator[str]:
