@@ -421,8 +421,8 @@ def test_other_token_files_are_not_replaced_unasked(run: Run, tmp_path: Path) ->
     (tmp_path / "a.txt").write_text("next")
     os.utime(tmp_path / "a.txt", (2**31, 2**31))
     said = run("a.txt", code=2)
-    assert "out.bin is there already, and a.txt is newer. Give another --out, or --replace" in said
-    run("a.txt", "--replace")
+    assert "out.bin is there already, and a.txt is newer. Give another --out, or add --force to overwrite it" in said
+    run("a.txt", "--force")
     assert texts_of("out") == [b"next"]
     (tmp_path / "foreign.json").write_text("{}")
     assert "foreign.json is there already, and is not whole" in run("a.txt", out="foreign", code=2)

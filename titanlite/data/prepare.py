@@ -56,7 +56,7 @@ class Request:
     settings: Settings
     drop_duplicates: bool = False
     workers: int = 1
-    replace: bool = False
+    force: bool = False
     """Whether token files of other inputs or settings, that are there, are to go."""
 
     @property
@@ -120,8 +120,9 @@ def _finished(
         if not there or (began_before and paths.idx not in there):
             continue
         reason = _difference(paths, prefix, made_from, files)
-        if reason and not request.replace:
-            raise UsageError(f"{there[0]} is there already, and {reason}. Give another --out, or --replace.")
+        if reason and not request.force:
+            way_out = "Give another --out, or add --force to overwrite it."
+            raise UsageError(f"{there[0]} is there already, and {reason}. {way_out}")
         if reason:
             return None
     opened = {prefix: TokenFile.open(prefix).info for prefix in request.outputs if paths_of(prefix).idx.exists()}

@@ -77,7 +77,7 @@ class Source:
     def fingerprint(self) -> str:
         """Equal where all windows are; of one stream, that stream's."""
         first, *others = (each.fingerprint for each in self.streams)
-        return xxhash.xxh3_64_hexdigest(" ".join([first, *others])) if others else first
+        return xxhash.xxh3_64_hexdigest(" ".join([first, *others]).encode()) if others else first
 
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`, `[sequence_length + 1]`; a view."""
