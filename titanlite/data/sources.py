@@ -19,13 +19,10 @@ import xxhash
 
 from titanlite.data.corpora import is_held_out, read_corpus
 from titanlite.data.packing import pack, window, window_count
-from titanlite.data.token_file import TokenFile, paths_of
+from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
-
-HELD_OUT = "-validation"
-"""What the name of a token file's held-out part ends with."""
 
 
 class Stream(Protocol):
@@ -80,7 +77,7 @@ class Source:
     def fingerprint(self) -> str:
         """Equal where all windows are; of one stream, that stream's."""
         first, *others = (each.fingerprint for each in self.streams)
-        return xxhash.xxh3_64_hexdigest(" ".join([first, *others])) if others else first
+        return xxhash.xxh3_64_hexdigest(" ".join([first, *others]).encode()) if others else first
 
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`, `[sequence_length + 1]`; a view."""
@@ -140,7 +137,8 @@ def open_streams(
 
 def token_files(path: str) -> list[Path]:
     """Prefixes of the token files that `path` names, itself or as a glob, in order; their held-out parts left out."""
-    if paths_of(Path(path).expanduser()).idx.exists():
+    paths = paths_of(Path(path).expanduser()) if Path(path).name else None
+    if paths and (paths.idx.exists() or paths.parts.exists()):
         return [Path(path).expanduser()]
     if not glob.has_magic(path):
         return [Path(path).expanduser().with_suffix("")] if path.endswith((".bin", ".idx")) else []

@@ -47,8 +47,8 @@ class Split:
     def fingerprint(self) -> str:
         """64 bits in hexadecimal: equal where all samples are, if the recipes are."""
         if len(self.sources) == 1:
-            return xxhash.xxh3_64_hexdigest(self.sources[0].fingerprint)
-        return xxhash.xxh3_64_hexdigest(" ".join(f"{each.name} {each.fingerprint}" for each in self.sources))
+            return xxhash.xxh3_64_hexdigest(self.sources[0].fingerprint.encode())
+        return xxhash.xxh3_64_hexdigest(" ".join(f"{each.name} {each.fingerprint}" for each in self.sources).encode())
 
     def sample(self, number: int) -> Tokens:
         """Inputs and labels of sample `number` of the run (from 0, over all epochs), `[sequence_length + 1]`."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from titanlite.data.tokenizers import Tokenizer, token_dtype
+from titanlite.data.tokenizers import Tokenizer, Tokens, token_dtype
 from titanlite.durable import replace_file, sync_path
 from titanlite.errors import DataError
 
@@ -33,6 +33,8 @@ TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64"
 """Megatron's codes for the types of ids."""
 LONGEST_SEQUENCE = 2**31 - 1
 """Tokens; a length takes 32 bits, with a sign."""
+HELD_OUT = "-validation"
+"""What the name of a file's held-out part ends with."""
 LOOKED_AT = 1_000
 """Documents at either end of a file without a sidecar that must end with the separator."""
 BLOCK = 2**20
@@ -144,6 +146,7 @@ class Starts:
     def __getitem__(self, key: Any) -> Any:
         first, last = self.sequences[:-1][key], len(self.pointers) - 1
         begins = self.pointers[np.clip(first, 0, last)] // self.itemsize
+        begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
         return np.where(first > last, self.tokens, begins)  # a document without sequences, at the end of the file
 
 
@@ -152,7 +155,7 @@ class TokenFile:
     """An opened token file: memory maps, so that it takes no memory of its own however large it is."""
 
     prefix: Path
-    tokens: Integers
+    tokens: Tokens
     """All documents, each followed by the separator, flat."""
     starts: Starts
     lengths: npt.NDArray[np.int32]

@@ -172,7 +172,7 @@ class _BadLines:
             refuse(error)
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(str(error))
+            self.examples.append(str(error).encode("utf-8", "backslashreplace").decode())
 
 
 class _Records:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from titanlite.recipe.sections import Data
 from titanlite.registry import Registry
+
+if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
+    from titanlite.recipe.sections import Data
 
 
 class Document(NamedTuple):
