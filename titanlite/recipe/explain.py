@@ -37,6 +37,7 @@ _EXAMPLES: dict[str, Any] = {
     "kernels.rms_norm": "triton",
     "kernels.rope": "torch",
     "kernels.swiglu": "torch",
+    "kernels.float8_quantise": "torch",
     "data.corpus": ["texts/*.txt", "more/pages.jsonl"],
     "data.sources": [{"name": "web", "path": "data/web", "weight": 0.7}, {"name": "wiki", "path": "wiki", "weight": 1}],
     "data.stages": [{"until": "50B", "weights": {"web": 0.9, "wiki": 0.1}}, {"weights": {"wiki": 1.0}}],

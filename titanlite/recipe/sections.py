@@ -288,11 +288,12 @@ class Float8(Section):
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_hp_grad_weight", "mxfp8"] = "tensorwise"
     """`tensorwise`: one scale a tensor, gradients in e5m2 (the fastest); `rowwise`: one a row or column, all in e4m3;
     `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact); `mxfp8`:
-    one for each 32 numbers, emulated, to study what it does to a model."""
+    one for each 32 numbers, for GPUs of compute capability 10.0 (Blackwell); emulated elsewhere, slowly."""
     exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     all_gather: bool = False
-    """Gather the shards of converted weights in float8, with half the bytes of bfloat16; each rank scales its rows."""
+    """Gather the shards of converted weights in float8, and over `tp` what converted linears take, where rounding it
+    twice is as rounding it once: half the bytes of bfloat16; each rank scales its rows."""
     min_size: NonNegative = 1024
     """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
     take longer than float8 saves."""
@@ -333,6 +334,8 @@ class Kernels(Section):
     """The same for the rotation of queries and keys."""
     swiglu: Literal["auto", "triton", "torch"] | None = None
     """The same for silu(gate) x up."""
+    float8_quantise: Literal["auto", "triton", "torch"] | None = None
+    """The same for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
     """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
     time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;

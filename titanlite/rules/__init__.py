@@ -41,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     float8.emulation,
     float8.exclusions,
     float8.shares,
+    float8.sent,
     layout.offloading,
     layout.rounded_sums,
     layout.padding,
