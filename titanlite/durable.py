@@ -1,16 +1,24 @@
 """Files that survive a crash: what is written is wholly there, or not there at all.
 
-Knows nothing of what is written; checkpoints, run folders and metrics build on it. No torch.
+And folders that one process at a time uses. Knows nothing of what is written; checkpoints, run folders, metrics and
+data files build on it. No torch.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import time
+from collections.abc import Callable
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
+from titanlite.errors import UsageError
 from titanlite.recipe.units import format_bytes
+
+_LEASE_SECONDS = 120
+"""NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
 
 
 def sync_path(path: Path) -> None:
@@ -47,3 +55,43 @@ def cause(error: OSError, path: Path) -> str:
         return text
     standing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     return f"{text} ({format_bytes(shutil.disk_usage(standing).free)} free)"
+
+
+def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]) -> int:
+    """Take the folder of `path`, a lock file, for this process until it ends, however it ends; returns the descriptor
+    that holds it.
+
+    A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
+    trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
+    while: a holder on another machine is waited for. Raises `UsageError` that says `what` is in use, by whom, and the
+    `other_way` than to wait; or `OSError`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    until = None
+    while not _taken(descriptor, path, warn):
+        holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
+        if until is None:
+            elsewhere = holder and not holder.endswith(f" on {platform.node()}")
+            until = time.monotonic() + (_LEASE_SECONDS if elsewhere else 0)
+            if elsewhere:
+                warn(f"{path.parent} is in use by {holder}; waiting for it to end, or for the lock of a lost machine.")
+        if time.monotonic() >= until:
+            os.close(descriptor)
+            raise UsageError(f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}.")
+        time.sleep(1)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+    return descriptor
+
+
+def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
+    """Whether this process has the folder now, or cannot know: not every file system has locks."""
+    import fcntl  # not on Windows, where the rest of this can be used
+
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        warn(f"{path.parent} cannot be locked ({error.strerror}); see to it that no second process uses it.")
+    return True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.data.tokenizers import open_tokenizer
+from titanlite.data.tokenizers import tokenizer_of_run
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(_recipe_file(arguments.run)).recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(arguments.run, recipe, device)
-    tokenizer = open_tokenizer(recipe.data.tokenizer)
+    tokenizer = tokenizer_of_run(arguments.run, recipe.data)
     sampler = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     prompt = os.fsencode(arguments.prompt)  # its bytes as they were typed, UTF-8 or not
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -34,18 +34,20 @@ def restore(
     checkpoints: CheckpointManager,
     snapshots: Snapshots | None,
     corpus: str,
+    tokenizer: str,
     start: Start,
     say: Callable[[str], None],
 ) -> Manifest | None:
     """Give `state`, this rank's part of all that the learner changes, its values; the manifest of the checkpoint that
     the run goes on from, or None if it begins.
 
-    `corpus` is the fingerprint of the training text. Called by all ranks. Raises `CheckpointError`, `DataError` and
-    `UsageError`.
+    `corpus` and `tokenizer` are the fingerprints of the training text and of what made tokens of it. Called by all
+    ranks. Raises `CheckpointError`, `DataError` and `UsageError`.
     """
     _require_one_corpus(world, corpus)
     manifest = _loaded(state, recipe, checkpoints, snapshots, start)
     if manifest is not None:
+        _require_same_tokenizer(manifest, tokenizer, start)
         _require_same_corpus(manifest, corpus, start)
     if snapshots is not None:
         snapshots.begin_line()  # before later checkpoints go: a later snapshot must not come back in their place
@@ -92,9 +94,22 @@ def _require_one_corpus(world: World, corpus: str) -> None:
         )
 
 
+def _require_same_tokenizer(manifest: Manifest, tokenizer: str, start: Start) -> None:
+    if _may_change("data.tokenizer", start) or manifest.values.get("tokenizer", tokenizer) == tokenizer:
+        return
+    raise DataError(
+        f"the tokenizer is not what it was when the checkpoint of step {manifest.step} was written: its file has "
+        "changed, or its special tokens. Put it back to go on with this run, give the new one a run of its own by "
+        "another run.name, or go on with it by --allow-change data.tokenizer --allow-change data.corpus."
+    )
+
+
+def _may_change(key: str, start: Start) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in start.may_change)
+
+
 def _require_same_corpus(manifest: Manifest, corpus: str, start: Start) -> None:
-    allowed = any(fnmatchcase("data.corpus", pattern) for pattern in start.may_change)
-    if allowed or manifest.values.get("corpus", corpus) == corpus:
+    if _may_change("data.corpus", start) or manifest.values.get("corpus", corpus) == corpus:
         return
     raise DataError(
         f"the training text is not what it was when the checkpoint of step {manifest.step} was written: a file of "

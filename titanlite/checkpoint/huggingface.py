@@ -39,12 +39,12 @@ from titanlite.checkpoint.plan import Box, group_by_size, overlap, within
 from titanlite.checkpoint.save import FILE_BYTES, environment
 from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
 from titanlite.checkpoint.stream import Source, write_tensors
+from titanlite.data.tokenizers import FOLDER, Tokenizer, tokenizer_of_run
 from titanlite.durable import cause, sync_path
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.recipe.load import to_toml
-from titanlite.recipe.sections import Model, Precision, Recipe, Training
-from titanlite.rules.run import BYTE_VOCABULARY
+from titanlite.recipe.sections import Data, Model, Precision, Recipe, Training
 
 PREFIX = "model."
 """What the weights' names begin with in a checkpoint."""
@@ -108,12 +108,16 @@ def export_huggingface(
         for name, shape in shapes.items()
     }
     kept = [name for name in TOKENIZER_FILES if name in manifest.files]
+    tokenizer = None if kept else _tokenizer(checkpoint, manifest, recipe)
+    exported = {} if tokenizer is None else tokenizer.export()
     with _new_folder(out) as folder:
         files = _write_shards(folder, sources, shard_bytes)
         for name in [*kept, *([GENERATION_CONFIG] if GENERATION_CONFIG in manifest.files else [])]:
             verify_file(checkpoint / name, manifest.files[name])
             _copy(checkpoint / name, folder / name)
-        special = _special_tokens(folder)
+        for name, content in exported.items():
+            _write_bytes(folder / name, content)
+        special = _special_tokens(folder, tokenizer)
         fields = {
             **spec.to_huggingface_config(config),
             _CONTEXT: recipe.training.sequence_length,
@@ -121,14 +125,16 @@ def export_huggingface(
             "torch_dtype": next(iter(sources.values())).dtype,
         }
         _write_json(folder / CONFIG, fields)
-    return Written(out, len(sources), sum(source.nbytes for source in sources.values()), tuple(files), tuple(kept))
+    nbytes = sum(source.nbytes for source in sources.values())
+    return Written(out, len(sources), nbytes, tuple(files), (*kept, *exported))
 
 
 def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
     """Make a new run folder with one checkpoint, of step 0, that holds the weights of a Hugging Face folder.
 
     Weights become masters: float32, or float64 if any of them is that wide; both hold what was read exactly. Tokenizer
-    files and the generation config are kept in the checkpoint, for the next export. Memory as for exporting.
+    files and the generation config are kept in the checkpoint, for the next export; a tokenizer.json also becomes the
+    run's tokenizer. Memory as for exporting.
 
     Raises `UsageError` if the folder cannot be taken (another architecture, pickles, missing or damaged files, names
     that lead out of it) or `out` exists, `CheckpointError` if the disk refuses; `out` is then not there.
@@ -148,18 +154,24 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         for theirs, (name, shape) in wanted.items()
     }
     compute = next(iter(widths)) if widths <= {"bfloat16"} else master
+    kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
+    own = [name for name in TOKENIZER_FILES[:2] if name in kept and TOKENIZER_FILES[0] in kept]
     recipe = Recipe(
         model=section,
+        data=Data(tokenizer=str(out / FOLDER)) if own and str(out).isprintable() else Data(),
         training=Training(sequence_length=_context(folder, fields)),
         precision=Precision.model_validate({"compute": compute}),
     )
-    kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
     generation = _generation_config(folder, fields)
     with _new_folder(out) as run:
         checkpoint = run / "checkpoints" / folder_name(0)
         checkpoint.mkdir(parents=True)
         for name in kept:
             _copy(_inside(folder, name), checkpoint / name)
+        for name in own:
+            (run / FOLDER).mkdir(exist_ok=True)
+            _copy(checkpoint / name, run / FOLDER / name)
+            sync_path(run / FOLDER)
         if generation:
             _write_bytes(checkpoint / GENERATION_CONFIG, generation)
         files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe))
@@ -204,12 +216,22 @@ def _cut(file: Any, key: str, slices: tuple[slice, ...]) -> Tensor:
     return values
 
 
-def _special_tokens(folder: Path) -> dict[str, Any]:
-    """Those that stand beside the weights; if none do, those of the byte tokenizer, which are then written."""
+def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer:
+    """What the run was trained with. Raises `UsageError` if it is not there, or is another one by now."""
+    tokenizer = tokenizer_of_run(checkpoint.absolute().parent.parent, recipe.data)
+    if manifest.values.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        where = ", ".join(map(str, tokenizer.files.values())) or recipe.data.tokenizer
+        raise UsageError(f"{checkpoint} was trained with another tokenizer than {where} is now; put that one there.")
+    return tokenizer
+
+
+def _special_tokens(folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Those that stand beside the weights; if none do, the run's separator, which is then written."""
     if (folder / GENERATION_CONFIG).exists():
         return _read_json(folder, GENERATION_CONFIG)
-    separator = BYTE_VOCABULARY - 1
-    tokens = {"bos_token_id": separator, "eos_token_id": separator}
+    if tokenizer is None:
+        return {}
+    tokens = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
     _write_json(folder / GENERATION_CONFIG, tokens)
     return tokens
 

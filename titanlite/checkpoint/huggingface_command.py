@@ -45,7 +45,9 @@ def _import(arguments: argparse.Namespace) -> None:
     written = import_huggingface(arguments.folder, arguments.out)
     print(f"{arguments.folder} -> {_summary(written)}")
     if written.tokenizer_files:
-        print(f"kept for the next export, but not used here: {', '.join(written.tokenizer_files)}.")
+        print(f"kept for the next export: {', '.join(written.tokenizer_files)}.")
+    if (tokenizer := arguments.out / "tokenizer").is_dir():
+        print(f'titanlite generate uses {tokenizer}, and so do recipes by data.tokenizer = "{tokenizer}".')
 
 
 def _summary(written: Written) -> str:

@@ -17,9 +17,9 @@ from titanlite.data.tokenizers import Ids, Tokens
 Int64 = npt.NDArray[np.int64]
 
 
-def pack(documents: Sequence[Ids], separator: int) -> Tokens:
-    """The stream: each document followed by one `separator`, 2 bytes a token."""
-    stream = np.empty(sum(map(len, documents)) + len(documents), np.uint16)
+def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type[np.int32] = np.uint16) -> Tokens:
+    """The stream: each document followed by one `separator`."""
+    stream: Tokens = np.empty(sum(map(len, documents)) + len(documents), dtype)
     end = 0
     for document in documents:
         start, end = end, end + len(document) + 1

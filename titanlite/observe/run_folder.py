@@ -6,13 +6,11 @@ user said `--fresh --force`, and then only what a run writes. What a checkpoint 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -20,13 +18,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from titanlite.durable import cause, replace_file
+from titanlite.durable import cause, replace_file, take_lock
 from titanlite.errors import UsageError
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes
 
-OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "status.json", "recipe.toml")
+OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
 """What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""
 
 MAY_CHANGE = (
@@ -36,9 +34,6 @@ MAY_CHANGE = (
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip
 """Recipe keys that leave the training's numbers alone, but for rounding, so that a resumed run may change them."""
-
-_LEASE_SECONDS = 120
-"""NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
 
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]
@@ -157,6 +152,15 @@ class RunFolder:
                 "Free some space, or set run.output_dir to a larger disk."
             )
 
+    def keep(self, name: str, files: Mapping[str, Path]) -> None:
+        """Copies of `files`, by their names there, in the run's folder `name`. Raises `UsageError`."""
+        try:
+            for file, source in files.items():
+                (self.path / name).mkdir(exist_ok=True)
+                replace_file(self.path / name / file, source.read_bytes())
+        except OSError as error:
+            raise UsageError(f"cannot keep a copy of {source} in {self.path}: {cause(error, self.path)}.") from error
+
     def last_end(self) -> str:
         """How the start before this one ended, for the reader; empty for a new run."""
         if not self.found:
@@ -183,7 +187,7 @@ def open_run_folder(
         if start.mode == "resume" and not has_run(path):
             raise UsageError(f"there is no run to resume in {path}; leave --resume away to start one.")
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path / ".lock", warn)
+        lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
     except OSError as error:
         raise UsageError(f"cannot use {path} as the run folder: {cause(error, path)}.") from error
     try:
@@ -291,45 +295,6 @@ def _refuse_foreign(path: Path) -> None:
     if names and not has_run(path):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise UsageError(f"{path} is no run folder: it holds {shown}. Change run.name or run.output_dir.")
-
-
-def _lock(path: Path, warn: Callable[[str], None]) -> int:
-    """Take the folder for this process until it ends, however it ends; returns the descriptor that holds it.
-
-    A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
-    trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
-    while: a holder on another machine is waited for. Raises `UsageError` naming the holder, or `OSError`.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    until = None
-    while not _taken(descriptor, path, warn):
-        holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
-        if until is None:
-            elsewhere = holder and not holder.endswith(f" on {platform.node()}")
-            until = time.monotonic() + (_LEASE_SECONDS if elsewhere else 0)
-            if elsewhere:
-                warn(f"{path.parent} is in use by {holder}; waiting for it to end, or for the lock of a lost machine.")
-        if time.monotonic() >= until:
-            os.close(descriptor)
-            raise UsageError(
-                f"the run folder {path.parent} is in use by {holder or 'another process'}. "
-                "Wait for it to end, or give this run another run.name."
-            )
-        time.sleep(1)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-    return descriptor
-
-
-def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
-    """Whether this process has the folder now, or cannot know: not every file system has locks."""
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        warn(f"{path.parent} cannot be locked ({error.strerror}); see to it that no second process uses it.")
-    return True
 
 
 def _status(

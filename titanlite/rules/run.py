@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from titanlite.data.tokenizers import tokenizer_of
 from titanlite.errors import Finding, UsageError
 from titanlite.models.spec import spec_of
 from titanlite.optim.names import OPTIMIZERS
@@ -12,8 +13,6 @@ from titanlite.parallel.layout import ceil_div
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
 from titanlite.registry import Registry, did_you_mean
 from titanlite.rules.terms import config_of, divisors, one_of, steps_of, warning
-
-BYTE_VOCABULARY = 257  # 256 byte values, and the separator between documents
 
 
 def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -73,11 +72,18 @@ def rope(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Every token has a row in the embedding."""
+    """The tokenizer is there, and each of its tokens has a row in the embedding."""
+    try:
+        tokens = tokenizer_of(recipe.data).vocab_size
+    except UsageError as error:
+        yield Finding("data.tokenizer", str(error))
+        return
     config = config_of(recipe)
-    if config is not None and recipe.data.tokenizer == "bytes" and config.vocab_size < BYTE_VOCABULARY:
-        problem = f"{config.vocab_size} rows are too few for the byte tokenizer's {BYTE_VOCABULARY} tokens;"
-        yield Finding("model.vocab_size", problem, "write 272, which is also a multiple of 16.")
+    if config is not None and config.vocab_size < tokens:
+        whose = "the byte tokenizer's" if recipe.data.tokenizer == "bytes" else f"{recipe.data.tokenizer}'s"
+        problem = f"{config.vocab_size} rows are too few for {whose} {tokens} tokens;"
+        rows = ceil_div(tokens, 16) * 16
+        yield Finding("model.vocab_size", problem, f"write {rows}, which is also a multiple of 16.")
 
 
 def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:

@@ -5,11 +5,14 @@ A corpus of one's own is a function `reader(section: Data) -> Iterator[Document]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from titanlite.recipe.sections import Data
 from titanlite.registry import Registry
+
+if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
+    from titanlite.recipe.sections import Data
 
 
 class Document(NamedTuple):
@@ -23,13 +26,19 @@ class Document(NamedTuple):
 CORPORA = Registry("corpus", {"python-stdlib": "titanlite.data.corpora.python_stdlib:read_stdlib"})
 
 
-def read_corpus(section: Data) -> Iterator[Document]:
-    """All documents of `data.corpus`, in order; entries that name no registered corpus are paths.
+def read_corpus(entries: Sequence[str], section: Data) -> Iterator[Document]:
+    """All documents of `entries`, in order; those that name no registered corpus are paths.
 
     Raises `DataError` at whatever cannot be read, naming the file, the line and the way out.
     """
     from titanlite.data.corpora.files import FileReader
 
     files = FileReader(section.text_key)
-    for entry in [section.corpus] if isinstance(section.corpus, str) else section.corpus:
+    for entry in entries:
         yield from CORPORA.get(entry)(section) if entry in CORPORA else files.read(entry)
+
+
+def is_held_out(name: str, percent: float) -> bool:
+    """Whether the document called `name` is for validation: by its name alone, so that it stays on its side."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < percent / 100 * 2**64

@@ -1,0 +1,62 @@
+"""Mixtures: any thousand samples hold each source's share to within one, and numbers within a source have no gaps."""
+
+from __future__ import annotations
+
+from math import ceil, floor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titanlite.data.mixture import BLOCK, CYCLE, mixture
+
+weights = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12).map(tuple)
+beginnings = st.sampled_from([0, 1, CYCLE * BLOCK - 1500, 2 * CYCLE * BLOCK - 700, 10**12]) | st.integers(0, 10**15)
+
+
+@settings(max_examples=15, deadline=None)
+@given(weights=weights, first=beginnings)
+def test_any_thousand_samples_have_the_mixtures_shares(weights: tuple[float, ...], first: int) -> None:
+    schedule = mixture(weights)
+    sources = np.array([schedule(first + i)[0] for i in range(2 * BLOCK)])
+    for source, share in enumerate(schedule.shares):
+        within = np.convolve(sources == source, np.ones(BLOCK), "valid")
+        assert floor(share / CYCLE) <= within.min() and within.max() <= ceil(share / CYCLE)
+
+
+@settings(max_examples=15, deadline=None)
+@given(weights=weights, first=beginnings)
+def test_a_sources_samples_follow_each_other(weights: tuple[float, ...], first: int) -> None:
+    schedule = mixture(weights)
+    counts = list(schedule.counts(first))
+    assert sum(counts) == first
+    for sample in range(first, first + 1200):
+        source, number = schedule(sample)
+        assert number == counts[source]
+        counts[source] += 1
+    assert tuple(counts) == schedule.counts(first + 1200)
+
+
+@settings(deadline=None, max_examples=30)
+@given(weights=weights)
+def test_shares_are_those_asked_for(weights: tuple[float, ...]) -> None:
+    schedule, total = mixture(weights), BLOCK * CYCLE
+    assert sum(schedule.shares) == total and min(schedule.shares) >= 1
+    assert schedule.counts(total) == schedule.shares
+    raised = sum(weight / sum(weights) * total < 1 for weight in weights)
+    for share, weight in zip(schedule.shares, weights, strict=True):
+        assert abs(share - weight / sum(weights) * total) <= 1 + raised
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.7, 0.2, 0.1)])
+def test_short_stretches_are_mixed_too(weights: tuple[float, ...]) -> None:
+    schedule = mixture(weights)
+    for sample in range(0, 5000, 7):
+        sources = [schedule(sample + i)[0] for i in range(20)]
+        for source, weight in enumerate(weights):
+            assert abs(sources.count(source) - 20 * weight) <= 2
+
+
+def test_one_source_has_every_sample() -> None:
+    assert [mixture((3.0,))(sample) for sample in (0, 999, 10**9)] == [(0, 0), (0, 999), (0, 10**9)]

@@ -1,0 +1,166 @@
+"""Runs with a tokenizer from a file: trained, validated, continued, exported; and never with another one in silence."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bpe
+import pytest
+from tiny import write_tiny
+from transformers import AutoTokenizer
+
+from titanlite import cli
+from titanlite.checkpoint.examine import newest_at
+from titanlite.checkpoint.storage import read_manifest
+from titanlite.data.splits import open_data
+from titanlite.data.tokenizers import open_tokenizer
+from titanlite.recipe.load import load_recipe
+
+TEXTS = ("def f(x):\n    return x  # don't", "12345 squared, é日本\r\n\n  <|endoftext|>", "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the same small tokenizer as JSON and as ranks."""
+    monkeypatch.chdir(tmp_path)
+    level = bpe.byte_level()
+    bpe.saved(level, tmp_path / "level", model_max_length=77)
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "tokenizer.model").write_bytes(bpe.ranks_of(level))
+    return tmp_path
+
+
+def recipe(folder: Path, tokenizer: str, rows: int = 416, **data: Any) -> None:
+    write_tiny(
+        folder, model={"vocab_size": rows}, data={"tokenizer": tokenizer, "validation_percent": 20.0, **data},
+        training={"steps": 2}, validation={"every_steps": 2, "sequences": 4},
+    )  # fmt: skip
+
+
+def titanlite(*words: str) -> int:
+    return cli.main([*words])
+
+
+def with_json(folder: Path) -> None:
+    recipe(folder, "level/tokenizer.json")
+
+
+def with_ranks(folder: Path) -> None:
+    recipe(folder, "ranks", rows=656)
+
+
+def with_more_special_tokens(folder: Path) -> None:
+    recipe(folder, "level", special_tokens=["<|a|>", "<|b|>"], separator="<|b|>")
+
+
+@pytest.mark.parametrize("write", [with_json, with_ranks, with_more_special_tokens])
+def test_a_run_is_trained_continued_and_exported(
+    folder: Path, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder)
+    section = load_recipe("recipe.toml").recipe
+    data = open_data(section.data, section.training.sequence_length, section.run.seed)
+    assert data.train.stream.tolist().count(data.tokenizer.separator) == data.train.documents == 1
+    assert titanlite("train", "recipe.toml") == 0
+    lines = Path("runs/tiny/metrics.jsonl").read_text().splitlines()
+    validation = [json.loads(line) for line in lines if "bits_per_byte" in line][-1]
+    windows = [data.validation.window(number * data.validation.windows // 4) for number in range(4)]
+    labels = [window[1:].tolist() for window in windows]
+    text = b"".join(map(data.tokenizer.decode, labels))
+    bits = validation["validation_loss"] * sum(map(len, labels)) / math.log(2)
+    assert validation["bits_per_byte"] == pytest.approx(bits / len(text))
+
+    for name in ("level", "ranks"):  # from here on the run's own copy is all there is
+        shutil.rmtree(name)
+    capsys.readouterr()
+    assert titanlite("generate", "runs/tiny", "--prompt", "7 squared", "--tokens", "20", "--temperature", "9") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("7 squared") and len(said) > 20
+    assert titanlite("checkpoint", "export-hf", "runs/tiny", "out") == 0
+    theirs = AutoTokenizer.from_pretrained("out")
+    ours = open_tokenizer("out")
+    for words in (*TEXTS, bpe.TEXT):
+        ids = theirs(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == ours.encode(words.encode()).tolist() == data.tokenizer.encode(words.encode()).tolist()
+    assert theirs.eos_token_id == ours.separator == data.tokenizer.separator
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(Path("out", name).read_text())["eos_token_id"] == data.tokenizer.separator
+
+
+def test_what_is_imported_has_its_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_json(folder)
+    assert titanlite("train", "recipe.toml") == 0
+    assert titanlite("checkpoint", "export-hf", "runs/tiny", "out") == 0
+    assert titanlite("checkpoint", "import-hf", "out", "imported") == 0
+    assert 'data.tokenizer = "imported/tokenizer"' in capsys.readouterr().out
+    assert load_recipe("imported/recipe.toml").recipe.data.tokenizer == "imported/tokenizer"
+    Path("imported").rename("moved")
+    for run in ("runs/tiny", "moved"):
+        assert titanlite("generate", run, "--prompt", "7 squared", "--tokens", "20", "--seed", "3") == 0
+    said = capsys.readouterr().out.split("7 squared")[1:]
+    assert said[0] == said[1] and len(said[0]) > 5
+    assert titanlite("checkpoint", "export-hf", "moved", "again") == 0
+    assert {file.name: file.read_bytes() for file in Path("again").iterdir()} == {
+        file.name: file.read_bytes() for file in Path("out").iterdir()
+    }
+
+
+def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_json(folder)
+    assert titanlite("train", "recipe.toml", "--run.stop_after_step=1") == 75
+    values = read_manifest(newest_at(Path("runs/tiny"))).values
+    assert values["tokenizer"] == open_tokenizer("level").fingerprint
+    bpe.saved(bpe.byte_level(390), folder / "level")
+    assert titanlite("train", "recipe.toml") == 2
+    said = capsys.readouterr().err
+    assert "the tokenizer is not what it was when the checkpoint of step 1" in said
+    assert open_tokenizer("runs/tiny/tokenizer").vocab_size == 401, "the run's copy is the old one"
+    shutil.rmtree("runs/tiny/tokenizer")
+    assert titanlite("checkpoint", "export-hf", "runs/tiny", "out") == 2
+    assert "was trained with another tokenizer than level/tokenizer.json" in capsys.readouterr().err
+    everything = ["--allow-change", "data.tokenizer", "--allow-change", "data.corpus"]
+    assert titanlite("train", "recipe.toml", *everything) == 0
+    assert open_tokenizer("runs/tiny/tokenizer").vocab_size == 391
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "rows", "said"),
+    [
+        ("level", 400, "model.vocab_size: 400 rows are too few for level's 401 tokens; write 416, which is"),
+        ("bytes", 256, "model.vocab_size: 256 rows are too few for the byte tokenizer's 257 tokens; write 272,"),
+        ("nowhere.json", 416, "data.tokenizer: there is no tokenizer 'nowhere.json'"),
+        ("corpus.txt", 416, "data.tokenizer: 'corpus.txt' is no tokenizer by its name"),
+    ],
+)
+def test_check_says_what_is_wrong(
+    folder: Path, capsys: pytest.CaptureFixture[str], tokenizer: str, rows: int, said: str
+) -> None:
+    recipe(folder, tokenizer, rows)
+    assert titanlite("check", "recipe.toml") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bpe.saved(bpe.sentencepiece_like(), folder / "pieces")
+    recipe(folder, "pieces")
+    (folder / "corpus.txt").write_bytes(b"good \xff" * 100)
+    assert titanlite("train", "recipe.toml") == 2
+    assert "corpus.txt: not UTF-8: byte 0xff at position 6 of the text" in capsys.readouterr().err
+
+
+def test_wide_ids_reach_the_model(folder: Path) -> None:
+    """Ids above 65,535, which two bytes would cut off."""
+    fields = json.loads((folder / "level" / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["<|last|>"] = 70_000
+    fields["added_tokens"] = [{**fields["added_tokens"][0], "id": 70_000, "content": "<|last|>"}]
+    (folder / "level" / "tokenizer.json").write_text(json.dumps(fields))
+    recipe(folder, "level", rows=70_016, separator="<|last|>")
+    section = load_recipe("recipe.toml").recipe
+    data = open_data(section.data, 16, 0)
+    assert data.train.stream[-1] == 70_000 == data.tokenizer.separator
+    assert data.train.stream.dtype.name == "int32" and data.train.documents == 1

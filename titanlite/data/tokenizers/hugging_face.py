@@ -1,0 +1,213 @@
+"""Tokenizers of Hugging Face's `tokenizers` library: one JSON file that says how text is cut.
+
+The file's own truncation, padding and templates (begin-of-text and the like) are not applied: a corpus is ids of its
+text and separators, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titanlite.data.tokenizers import Ids
+from titanlite.data.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_of_json
+from titanlite.data.tokenizers.pieces import (
+    PieceTokenizer,
+    choose_separator,
+    read_file,
+    require_distinct,
+    require_library,
+)
+from titanlite.errors import DataError
+
+CONFIG = "tokenizer_config.json"
+
+
+class HuggingFaceTokenizer(PieceTokenizer):
+    """What a `tokenizer.json` says; `special` are special tokens beside its own, after its last id."""
+
+    def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
+        """Raises `DataError`."""
+        require_distinct(special)
+        self._content = read_file(path)
+        fields = _object(path, self._content)
+        vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
+        self._added = tuple(name for name in special if not added.get(name, (0, False))[1])
+        names = {name: number for name, (number, is_special) in added.items() if is_special}
+        following = _following(path, vocabulary, added)
+        for name in self._added:
+            known = added[name][0] if name in added else vocabulary.get(name)
+            names[name] = following if known is None else known
+            following += known is None
+        self._config = _config(path.with_name(CONFIG))
+        chosen = choose_separator(path, names, separator, _declared_end(self._config))
+        size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
+        super().__init__(path, self._content, names, chosen, size)
+        self.unknown = _unknown(fields["model"])
+        self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
+        self._is_byte_level = "ByteLevel" in {step.get("type") for step in _steps(fields, "decoder")}
+        cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
+        self.takes_any_bytes = self._is_byte_level and not any(step.get("add_prefix_space", True) for step in cuts)
+        self._falls_back_to_bytes = "ByteFallback" in {step.get("type") for step in _steps(fields, "decoder")}
+        require_library("tokenizers", path)
+
+    def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
+        if self._fast is not None:
+            engine, ids = self._fast
+            with suppress(ValueError):  # its regular expressions give up on a million spaces
+                return [ids[engine.encode_to_numpy(text, disallowed_special=())] for text in texts]
+        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def piece_table(self) -> Mapping[int, bytes]:
+        vocabulary: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
+        if self._is_byte_level:
+            return {number: _bytes_of(token) for token, number in vocabulary.items()}
+        return self._decoded_alone(vocabulary)
+
+    def export(self) -> dict[str, bytes]:
+        content = self._engine.to_str(pretty=True).encode() if self._added else self._content
+        return {"tokenizer.json": content, CONFIG: config_json(self._config, self.separator_name)}
+
+    @cached_property
+    def _fast(self) -> tuple[Any, Ids] | None:
+        """tiktoken and the ids of its ranks, if it is there and certainly cuts all texts alike."""
+        found = ranks_of_json(json.loads(self._content), self.special_tokens) if find_spec("tiktoken") else None
+        if found is None:
+            return None
+        try:
+            return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)
+        except ValueError:  # a pattern that its regular expressions cannot express
+            return None
+
+    @cached_property
+    def _engine(self) -> Any:
+        # One thread a process: ranks and workers share the machine, and threads would not live through a fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tokenizers import Tokenizer
+
+        try:
+            engine = Tokenizer.from_str(self._content.decode())
+        except Exception as error:  # the library has no narrower type
+            raise DataError(f"{self.path} cannot be used by the library 'tokenizers': {error}.") from error
+        engine.add_special_tokens(list(self._added))
+        engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
+        engine.no_truncation()
+        engine.no_padding()
+        return engine
+
+    def _decoded_alone(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+        """What each id adds to the text when it follows another one.
+
+        At the beginning of a text, decoders drop what they would put between words.
+        """
+        anchor = next((number for token, number in vocabulary.items() if token in ("a", "e", "1")), None)
+        before = [] if anchor is None else [anchor]
+        numbers = list(vocabulary.values())
+        start = self._engine.decode(before, skip_special_tokens=False)
+        texts = self._engine.decode_batch([[*before, number] for number in numbers], skip_special_tokens=False)
+        table = {number: text.removeprefix(start).encode() for number, text in zip(numbers, texts, strict=True)}
+        if self._falls_back_to_bytes:  # one alone decodes to a replacement character
+            table.update({vocabulary[name]: bytes([byte]) for byte, name in _byte_names() if name in vocabulary})
+        return table
+
+
+def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
+    """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return json.dumps({**defaults, **fields, "eos_token": separator}, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+# --- what the file says
+
+
+def _object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{path} is not a JSON object.")
+    return fields
+
+
+def _vocabulary(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict) and all(type(number) is int for number in vocabulary.values()):
+        return vocabulary
+    if isinstance(vocabulary, list) and all(isinstance(item, list) and item for item in vocabulary):  # Unigram's
+        return {str(item[0]): number for number, item in enumerate(vocabulary)}
+    raise DataError(f"{path} is not a tokenizer of the library 'tokenizers': it has no model with a vocab.")
+
+
+def _added_tokens(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """id and whether it is special, by name."""
+    tokens = fields.get("added_tokens") or []
+    try:
+        found = {token["content"]: (token["id"], token["special"]) for token in tokens}
+        known = all(type(name) is str and type(number) is int and number >= 0 for name, (number, _) in found.items())
+    except (TypeError, KeyError):
+        known = False
+    if not known:
+        raise DataError(f"{path}: added_tokens is not a list of tokens with content, id and special.")
+    return found
+
+
+def _following(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tuple[int, bool]]) -> int:
+    """The next id that the library gives out, which does so itself for the added tokens that the vocabulary lacks.
+
+    It begins after the vocabulary's length, holes or not. Raises `DataError` where the file says otherwise.
+    """
+    following = len(vocabulary)
+    for name, (number, _) in added.items():
+        expected = vocabulary.get(name, following)
+        if number != expected:
+            raise DataError(f"{path}: the added token '{name}' has id {number} by the file, and is {expected}.")
+        following = max(following, number + 1)
+    return following
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    number = model.get("unk_id")  # Unigram's
+    return model["vocab"][number][0] if type(number) is int else model.get("unk_token")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return _object(path, read_file(path)) if path.is_file() else {}
+
+
+def _declared_end(config: Mapping[str, Any]) -> str | None:
+    token = config.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+    """The decoder or pre-tokenizer, or the parts of a sequence of them."""
+    step = fields.get(name)
+    if not isinstance(step, dict):
+        return
+    yield step
+    for part in step.get(f"{name}s", step.get(f"{name.replace('_', '')}s")) or []:
+        yield from _steps({name: part}, name)
+
+
+def _bytes_of(token: str) -> bytes:
+    """Added tokens may have other characters than those of bytes, which then stand for themselves."""
+    try:
+        return bytes_of_characters(token)
+    except KeyError:
+        return token.encode()
+
+
+def _byte_names() -> Iterator[tuple[int, str]]:
+    return ((byte, f"<0x{byte:02X}>") for byte in range(256))
