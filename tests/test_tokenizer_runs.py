@@ -58,7 +58,9 @@ def with_more_special_tokens(folder: Path) -> None:
     recipe(folder, "level", special_tokens=["<|a|>", "<|b|>"], separator="<|b|>")
 
 
-@pytest.mark.parametrize("write", [with_json, with_ranks, with_more_special_tokens])
+@pytest.mark.parametrize(
+    "write", [with_json, with_ranks, pytest.param(with_more_special_tokens, marks=pytest.mark.slow)]
+)
 def test_a_run_is_trained_continued_and_exported(
     folder: Path, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
