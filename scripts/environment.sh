@@ -26,7 +26,8 @@ ensure_environment() {
       exit 1
     }
   fi
-  "$python" -m pip install --quiet --disable-pip-version-check \
+  # Modules are compiled when they are first imported: most of torch's never are.
+  "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$root/scripts/constraints.txt" --editable "$root${extra:+[$extra]}" >&2
   printf '%s' "$want" >"$root/.venv/installed-$extra"
 }

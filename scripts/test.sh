@@ -16,14 +16,21 @@ if [[ ${1:-} == --all ]]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy
-if (($#)); then exec "$python" -m pytest "${selection[@]}" "$@"; fi
+if (($#)); then
+  "$python" -m mypy
+  exec "$python" -m pytest "${selection[@]}" "$@"
+fi
 
 # Two at a time: most tests keep one core busy. What the second process has to say comes when the others are done.
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
 beside=(tests/parity tests/precision tests/kernels)
-"$python" -m pytest "${selection[@]}" "${beside[@]}" >"$said" 2>&1 &
+{
+  code=0
+  "$python" -m mypy || code=$?
+  "$python" -m pytest "${selection[@]}" "${beside[@]}" || code=$?
+  exit "$code"
+} >"$said" 2>&1 &
 second=$! code=0
 "$python" -m pytest "${selection[@]}" "${beside[@]/#/--ignore=}" || code=$?
 wait "$second" || code=$?

@@ -1,4 +1,4 @@
-"""Worker processes that import torch once and then form gloo groups of any size, one task after the other."""
+"""Worker processes that form gloo groups of any size, one task after the other; torch is imported once for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 TIMEOUT_SECONDS = 240
@@ -22,12 +22,14 @@ class Pool:
     """As many workers as a task has needed so far; `run` gives the first few a task, as ranks of a process group."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # Forked from one process that has imported what all of them need, and has no threads yet.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor", "titanlite.trainer"])
         # Stores' files stay until the end: one that is gone keeps a store that is let go of later waiting for it.
         self._stores = tempfile.TemporaryDirectory()
         self._tasks = 0
         self._pipes: list[Connection] = []
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[ForkServerProcess] = []
 
     def _grow(self, size: int) -> None:
         while len(self._pipes) < size:

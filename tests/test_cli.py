@@ -66,7 +66,7 @@ def test_unknown_command(run: Run) -> None:
     assert run("--zzz")[0] == 2
 
 
-@pytest.mark.parametrize("command", [("check",), ("schema",)])
+@pytest.mark.parametrize("command", [("check",), ("schema",), ("data",), ("data", "prepare")])
 def test_each_command_has_help(run: Run, command: tuple[str, ...]) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0

@@ -51,7 +51,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 
 def elements(run: DryRun, dimension: str) -> dict[str, int]:
     """Operation -> numbers in all its messages over that dimension; without the greetings of a pipeline's stages."""
-    width = {"bfloat16": 2, "float32": 4}
+    width = {"bfloat16": 2, "float32": 4, "float64": 8}
     counted: Counter[str] = Counter()
     for each in run.collectives:
         if each.dimension == dimension and each.dtype in width:
@@ -127,6 +127,29 @@ def test_bytes_of_tensor_and_sequence_parallelism_are_those_of_the_paper(ranks: 
     assert {each.dtype for each in run.collectives if each.operation != "all-reduce"} == {"bfloat16"}
 
 
+@pytest.mark.parametrize(
+    ("keys", "rounded"),
+    [({}, 4 * LAYERS), ({"exclude": ["head", "layers.0.ffn.up"]}, 4 * LAYERS - 1), ({"recipe": "mxfp8"}, 0)],
+    ids=str,
+)
+def test_what_converted_linears_take_travels_in_bytes(keys: dict[str, Any], rounded: int) -> None:
+    """A byte a number and four for each token's scale, where bfloat16 has two bytes a number.
+
+    Not for embedding and head, nor for a block's input that a linear takes in full.
+    """
+    section = {"enabled": True, "min_size": 0, "all_gather": True, **keys}
+    width = 64
+    sizes = {"dim": width, "ffn_dim": width}
+    run = dry_run(recipe(model=sizes, parallel={"tp": 2}, precision={"float8": section}), 2, 1)
+    sent = {each.dtype: each for each in traffic(run.collectives) if each.operation == "all-gather"}
+    tokens = 8 * LENGTH
+    in_bytes = [] if not rounded else [(sent["uint8"].count, sent["uint8"].message_bytes)]
+    assert in_bytes == ([(rounded, rounded * tokens * (width + 4))] if rounded else [])
+    full = 4 * LAYERS - rounded + 2
+    assert (sent["bfloat16"].count, sent["bfloat16"].message_bytes) == (full, full * 2 * tokens * width)
+    assert {each.dtype for each in run.collectives if each.operation == "reduce-scatter"} == {"bfloat16"}
+
+
 def test_a_loss_by_chunks_gathers_three_numbers_a_token() -> None:
     """Once, where the one by all logits sums one number and then two."""
     ways = [
@@ -190,6 +213,11 @@ REAL: dict[str, dict[str, dict[str, Any]]] = {
     "stage-3-tp-muon": {"parallel": {"tp": 2, "zero_stage": 3}, "optimizer": {"name": "muon"}},
     "hsdp-accumulation": {"parallel": {"dp_replicate": 2, "zero_stage": 2}, "training": {"microbatch": 1}},
     "cp-tp-recompute": {"parallel": {"cp": 2, "tp": 2}, "recompute": {"mode": "selective"}},
+    "float8-tp": {
+        "parallel": {"tp": 2, "zero_stage": 3},
+        "model": {"dim": 64, "heads": 4, "kv_heads": 4, "ffn_dim": 64, "vocab_size": 272},
+        "precision": {"float8": {"enabled": True, "min_size": 0, "all_gather": True}},
+    },
     "pp-dp": {"parallel": {"pp": 2, "zero_stage": 1}, "training": {"microbatch": 1}},
 }
 

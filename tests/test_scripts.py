@@ -74,3 +74,20 @@ def test_the_exit_code_is_the_workers_own(root: Path, told: str, ends: int, code
     tell = f'for code in {told}; do echo $code >>"$TITANLITE_EXIT_CODE_FILE"; done; exit {ends}'
     write_program(root / ".venv/bin/python", tell)
     assert train(root, "a.toml", gpus=2)[0] == code
+
+
+def test_the_gpus_check_takes_of_the_wheels_it_is_given_those_that_fit(root: Path, tmp_path: Path) -> None:
+    """pip is asked by name: of two builds of a package, only it knows which one is for this Python."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("pydantic_core-2.41-cp311-x", "pydantic_core-2.41-cp312-x", "typing_extensions-4.15-py3-none-any"):
+        (wheels / f"{name}.whl").touch()
+    write_program(root / "python", f'printf "%s " "$PYTHONPATH" "$@" >>"{tmp_path}/told"; echo >>"{tmp_path}/told"')
+    environment = {**os.environ, "PYTHON": str(root / "python"), "WHEELS": str(wheels)}
+    subprocess.run([root / "scripts/gpu_check.sh", "out", "--small"], env=environment, check=True)
+    installs, _, checks = (line.strip() for line in (tmp_path / "told").read_text().splitlines())
+    assert installs.endswith("pydantic_core typing_extensions") and f"--no-index --find-links {wheels}" in installs
+    site = installs.split("--target ")[1].split()[0]
+    assert checks.startswith(f"{root}:{root}/kernels:{site}")
+    assert checks.endswith(" benchmarks/gpu_check.py out --small")
+    assert not Path(site).exists()

@@ -110,6 +110,10 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
         yield "float8", float8["summary"]
         for name, factors in float8["settings"].items():
             yield "", f"{name}: {_product(factors)}"
+        if float8["sends_weights"]:
+            yield "", "sent, shards of weights: e4m3"
+        for gathered in float8["gathers_in_words"]:
+            yield "", f"sent over tp, {gathered}"
     yield "folder", str(Path(recipe.run.output_dir) / recipe.run.name)
 
 

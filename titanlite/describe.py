@@ -14,7 +14,7 @@ from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.parallel.layout import Layout, active_ranks, agreed_layout, batch_plan, total_steps
 from titanlite.parallel.slicing import Shape, Share, box, pattern_of, slicings
 from titanlite.parallel.stages import Stage, splits_backward, stage_split
-from titanlite.precision.float8_plan import SETTINGS, decisions, summary
+from titanlite.precision.float8_plan import SETTINGS, decisions, gathers, gathers_in_words, summary
 from titanlite.recipe.sections import Pipeline, Recipe
 
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -67,21 +67,31 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "parameters_kept": max(_count(item.kept for item in rank) for rank in ranks),
         "shapes": _shapes(ranks),
         "pipeline": _pipeline(recipe, layout, plan.microbatches),
-        "float8": _float8(recipe),
+        "float8": _float8(recipe, layout),
         "state_bytes": max((_state_bytes(recipe, layout, rank) for rank in ranks), key=lambda parts: parts["total"]),
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * steps * tokens_per_step,
     }
 
 
-def _float8(recipe: Recipe) -> dict[str, Any] | None:
-    """Which linears multiply in float8 and how, and why the others do not; None where it is not enabled."""
+def _float8(recipe: Recipe, layout: Layout) -> dict[str, Any] | None:
+    """Which linears multiply in float8 and how, and why the others do not, and what is sent in float8; None where it is
+    not enabled."""
     section = recipe.precision.float8
     found, name = decisions(_spec(recipe), _config(recipe), section), section.recipe
     if not found:
         return None
-    linears = [asdict(each) for each in found]
-    return {"recipe": name, "settings": asdict(SETTINGS[name]), "summary": summary(found), "linears": linears}
+    over_tp = gathers(_spec(recipe), _config(recipe), section) if layout.tp > 1 else ()
+    cut = layout.weights(recipe.parallel.zero_stage)[1] > 1
+    return {
+        "recipe": name,
+        "settings": asdict(SETTINGS[name]),
+        "summary": summary(found),
+        "linears": [asdict(each) for each in found],
+        "sends_weights": section.all_gather and cut,
+        "gathers": [asdict(each) for each in over_tp],
+        "gathers_in_words": gathers_in_words(over_tp),
+    }
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

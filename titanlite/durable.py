@@ -6,7 +6,6 @@ data files build on it. No torch.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
@@ -87,6 +86,8 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
 
 def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
     """Whether this process has the folder now, or cannot know: not every file system has locks."""
+    import fcntl  # not on Windows, where the rest of this can be used
+
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

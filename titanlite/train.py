@@ -101,7 +101,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.checkpoint.manager import CheckpointManager, Keep
     from titanlite.checkpoint.ranks import Ranks, joined_ranks
     from titanlite.checkpoint.snapshots import Snapshots, forget
-    from titanlite.data.splits import open_data
+    from titanlite.data.splits import open_data, require_samples
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import full_memory_explained, joined_world
     from titanlite.resilience.watchdog import Watchdog
@@ -112,6 +112,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     records = path / "logs" / "crashes"
     validated = recipe.validation.every_steps > 0
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=validated)
+    reading = require_samples(data.train, total_steps(recipe.training) * recipe.training.global_batch)
     with ExitStack() as stack:
         active = active_ranks(recipe, launched().size)
         world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
@@ -174,7 +175,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots)
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
             if folder is not None:
-                _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts])
+                _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
             trainer.run()
 
 
@@ -257,8 +258,10 @@ def _require_keys(patterns: Sequence[str]) -> None:
             raise UsageError(f"--allow-change {pattern}: there is no such recipe key; {hint}")
 
 
-def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str]) -> None:
-    """Open the files that rows go to, and say what starts; `hosts` are the ranks' machines."""
+def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
+    """Open the files that rows go to, and say what starts; `hosts` are the ranks' machines, `reading` says how often
+    the data is read.
+    """
     from titanlite.data.tokenizers import FOLDER
     from titanlite.observe.sinks import JsonlSink, TensorBoardSink
     from titanlite.recipe.units import format_count
@@ -272,9 +275,11 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
     journal.say(
         f"{folder.path}: {run['preset']}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
         f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "
-        f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(len(trainer.data.train.stream))} "
+        f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(trainer.data.train.tokens)} "
         f"tokens, {trainer.data.train.windows} sequences an epoch"
     )
+    for line in reading:
+        journal.say(line)
     if run["float8"] is not None:
         journal.say(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
     journal.event(trainer.step, "started", _start_in_words(folder, hosts))

@@ -122,7 +122,7 @@ class Trainer:
         """Tokens trained on so far."""
         loss = manifest.values.get(VALIDATION_LOSS) if manifest is not None else None
         self._validated = (self.step, float(loss)) if loss is not None else None
-        """The last step after which the model was validated, and its loss."""
+        """The last step after which the model was validated, and its loss on the first set."""
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
@@ -215,21 +215,27 @@ class Trainer:
                 self.saving.take_snapshot(self._state(), self._facts())
 
     def _validate(self, last: bool) -> None:
-        """Loss on held-out text; after the last step with what compressors make of the same text beside it."""
-        batches = validation_batches(
-            self.data.validation,
-            self.recipe.validation.sequences,
-            self.plan.microbatch,
-            self.plan.data_ranks,
-            self.plan.data_rank,
-        )
-        result = self.program.evaluate(batches)
-        self._validated = self.step, result.loss
-        self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte))
-        if last and self.world.is_first:
-            baselines = compression_baselines(self.data.validation)
-            needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
-            self.journal.event(self.step, "compressors", f"on the same held-out text, in bits per byte: {needed}")
+        """Loss on each validation set; after the last step with what compressors make of the same text beside it."""
+        first, *others = self.data.validation
+        for text in (first, *others):
+            batches = validation_batches(
+                text,
+                self.recipe.validation.sequences,
+                self.plan.microbatch,
+                self.plan.data_ranks,
+                self.plan.data_rank,
+            )
+            result = self.program.evaluate(batches)
+            if text is first:
+                self._validated = self.step, result.loss
+            named = text.name if others else None
+            self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte, named))
+            if last and self.world.is_first:
+                baselines = compression_baselines(text)
+                needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
+                of = f" ({named})" if named else ""
+                said = f"on the same held-out text{of}, in bits per byte: {needed}"
+                self.journal.event(self.step, "compressors", said)
 
     def _save(self) -> None:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""

@@ -51,6 +51,8 @@ class Build:
     cached: tuple[str, ...] = field(default=())
     """Pointers that programs share, small enough for the cache: what they point to counts once, as `minimal_bytes` says
     it, not once for each program."""
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Those that the kernel is for: not every device has every number format."""
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="compile for these only")
     parser.add_argument("--kernel", help="compile only kernels whose name contains this")
     asked = parser.parse_args(arguments)
-    chosen = [build for build in builds() if (asked.kernel or "") in build.name]
+    named = [build for build in builds() if (asked.kernel or "") in build.name]
+    chosen = [(build, target) for build in named for target in asked.target if target in build.targets]
     if not chosen:
-        parser.error(f"no kernel's name contains {asked.kernel!r}")
+        parser.error(f"no kernel for {' or '.join(asked.target)} has a name that contains {asked.kernel!r}")
     try:
-        rows = [row(build, target) for build in chosen for target in asked.target]
+        rows = [row(build, target) for build, target in chosen]
     except CannotBuild as cause:
         print(cause, file=sys.stderr)
         return 2

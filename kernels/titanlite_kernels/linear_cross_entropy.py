@@ -3,8 +3,9 @@
 Shapes: hidden [..., dim], weight [vocab, dim], labels [...] int64; any float dtypes, sums in at least float32.
 
 A chunk of tokens has its logits formed, turned into their own gradient where they lie, and multiplied into both
-gradients, all in the forward pass; the backward pass only scales these. That is the arithmetic of the plain path
-(6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until then. With
+gradients, all in the forward pass; the backward pass only scales these, where they lie. That is the arithmetic of the
+plain path (6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until
+then; rounded to a narrower dtype, it has that memory as long as it lives. With
 `recompute`, the forward pass keeps three numbers per token, and the backward pass forms the logits anew (8 n dim
 vocab), a chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once. It
 is meant for who runs many forward passes before the first backward one.
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 WARPS = 8
-CHUNK = 2048
+CHUNK = 1536
 
 
 def tokens_at_a_time(device_kind: str) -> int:
     """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`.
 
-    So many that the products take longer than to read and write the weight's gradient, which happens once a chunk.
+    So many that the products take longer than to read and write the weight's gradient, which happens once a chunk; and
+    so few that their logits add little to that gradient in float32.
     """
     return 512 if device_kind == "cpu" else CHUNK
 
@@ -70,7 +72,8 @@ def linear_cross_entropy(
 
     With a `group` each rank has the rows of the weight that begin at `first`, and the same hidden states and labels;
     three numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
-    rank's summand: who gave it to all ranks sums it.
+    rank's summand: who gave it to all ranks sums it. Arguments are a rank's own tensors: of DTensors, which this group
+    takes the place of, no sharding is known.
     """
     rows, dim = labels.numel(), weight.shape[1]
     if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:
@@ -159,19 +162,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             run: Any = backward_op if torch.compiler.is_compiling() else _backward
             grads = run(*ctx.saved_tensors, grad, *ctx.wanted, *ctx.how)
         else:
-            grads = [_scaled(each, grad, dtype) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+            compiling = torch.compiler.is_compiling()
+            last = not (compiling or torch._C._autograd._get_current_graph_task_keep_graph())
+            grads = [
+                _scaled(each, grad, dtype, last) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ]
         grad_hidden, grad_weight = (each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True))
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * scale in another dtype. What was saved is not written on: backward may come again."""
-    if x.dtype == dtype or torch.compiler.is_compiling():
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """x [rows, dim] * scale in that dtype, no wider than x's. In place, a block's result is written over the block and
+    those before it: so the gradient of a large vocabulary is never there twice.
+    """
+    if x.dtype == dtype:
+        return x.mul_(scale) if in_place else x * scale
+    if torch.compiler.is_compiling():
         return (x * scale).to(dtype)
-    out = torch.empty_like(x, dtype=dtype)
-    for part, into in zip(
-        torch.split(x, _ROWS), torch.split(out, _ROWS), strict=True
-    ):  # not all of it again in x's dtype
+    out = x.view(-1).view(dtype)[: x.numel()].view(x.shape) if in_place else torch.empty_like(x, dtype=dtype)
+    for part, into in zip(torch.split(x, _ROWS), torch.split(out, _ROWS), strict=True):
         into.copy_(part * scale)
     return out
 
@@ -195,7 +204,7 @@ def _forward(
     """The loss; each token's statistics; the gradients before they are scaled, empty where unwanted or recomputed."""
     wide = _wide(hidden.dtype)
     factor = _rounded(weight, hidden.dtype, wide_products)
-    statistics = weights.new_empty(3, hidden.shape[0])
+    statistics = weights.new_empty(3, hidden.shape[0], dtype=torch.float64)
     grad_hidden = hidden.new_zeros(hidden.shape if want_hidden and not recompute else (0,), dtype=wide)
     grad_weight = weight.new_zeros(weight.shape if want_weight and not recompute else (0,), dtype=wide)
     gradient = bool(grad_hidden.numel() or grad_weight.numel())
@@ -219,7 +228,8 @@ def _forward(
         run(slice(start, start + chunk))
     top, log_total, target = statistics
     losses = log_total - (target - top) + z_loss * (top + log_total).square()
-    return torch.where(weights != 0, weights * losses, 0).sum(), statistics, grad_hidden, grad_weight
+    loss = torch.where(weights != 0, weights * losses, 0).sum().to(wide)
+    return loss, statistics, grad_hidden, grad_weight
 
 
 def _backward(
@@ -301,7 +311,7 @@ def _(
     wide = _wide(hidden.dtype)
     return (
         weights.new_empty(()),
-        weights.new_empty(3, hidden.shape[0]),
+        weights.new_empty(3, hidden.shape[0], dtype=torch.float64),
         hidden.new_empty(hidden.shape if want_hidden and not recompute else (0,), dtype=wide),
         weight.new_empty(weight.shape if want_weight and not recompute else (0,), dtype=wide),
     )
@@ -338,9 +348,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.device.type == "cpu":
-        # The CPU has no product that ends in a wider sum: each part is rounded before it is added.
+        # The CPU has no product that ends in a wider sum. Rounded before they are added, the parts of many chunks would
+        # be further from the sum than one rounded product of all: so they are formed as wide as the sum.
         for part, rows in zip(torch.split(total, _ROWS), torch.split(a, _ROWS), strict=True):
-            part += rows @ b
+            for left, right in zip(torch.split(rows, _ROWS, dim=1), torch.split(b, _ROWS), strict=True):
+                part.addmm_(left.to(total.dtype), right.to(total.dtype))
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
@@ -353,8 +365,8 @@ _ROWS = 4096
 
 
 def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Tensor:
-    """logits [n, columns], labels [n] -> [3, n]: the largest logit; the log of the sum of exp(logit - largest); the
-    label's logit (-inf where it is elsewhere).
+    """logits [n, columns], labels [n] -> [3, n] float64: the largest logit; the log of the sum of exp(logit - largest);
+    the label's logit (-inf where it is elsewhere).
 
     Not the sum of the first two: that would be rounded to a logit's last place, and a probability be wrong by as much.
     """
@@ -404,7 +416,7 @@ def _reference_statistics(wide: Tensor, columns: Tensor) -> Tensor:
     target = wide.gather(1, columns.clamp(0, wide.shape[1] - 1).unsqueeze(1)).squeeze(1)
     top = wide.amax(1)
     total = (wide - top.unsqueeze(1)).exp_().sum(1)
-    return torch.stack((top, total.log(), target.masked_fill(~here, -torch.inf)))
+    return torch.stack((top.double(), total.double().log(), target.masked_fill(~here, -torch.inf).double()))
 
 
 def _reference_gradient(
@@ -416,9 +428,12 @@ def _reference_gradient(
     top, log_total, _ = (each.unsqueeze(1) for each in statistics)
     scale = scale.unsqueeze(1)
     extra = scale * (2 * z_loss) * (top + log_total)
-    probability = wide.sub_(top).sub_(log_total).exp_().gather(1, at)
+    # What concerns a whole row is in float64: its rounding would be that of all its gradients.
+    of_total = log_total.neg().exp()
+    probability = wide.sub_(top.to(wide.dtype)).exp_().gather(1, at) * of_total
     # Where a probability is about 1, nearly nothing is left of scale * (1 - 1): so it is not added to first.
-    wide.mul_(scale + extra).scatter_(1, at, scale * (probability - here.to(scale.dtype)) + extra * probability)
+    of_label = scale * (probability - here.double()) + extra * probability
+    wide.mul_(((scale + extra) * of_total).to(wide.dtype)).scatter_(1, at, of_label.to(wide.dtype))
     wide.masked_fill_(scale == 0, 0)
     if wide is not logits:
         logits.copy_(wide)
@@ -438,24 +453,25 @@ def _rows(
     GIVEN: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a row. GIVEN: the statistics are read, not written. GRADIENT: the row becomes its gradient."""
+    wide: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float32 else tl.float32
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
     label = tl.load(labels + row) - first
     at = tl.arange(0, BLOCK)
     factor = 1.0
     if GRADIENT:
-        factor = tl.load(scale + row)
+        factor = tl.load(scale + row).to(wide)
     if GIVEN:
-        top = tl.load(statistics + row)
-        log_total = tl.load(statistics + rows + row)
+        top = tl.load(statistics + row).to(wide)
+        log_total = tl.load(statistics + rows + row).to(wide)
     else:
         here = (label >= 0) & (label < columns)
-        target = tl.load(start + label, mask=here, other=-float("inf")).to(tl.float32)
+        target = tl.load(start + label, mask=here, other=-float("inf")).to(wide)
         # Finite at first: of -inf alone the maximum would be -inf too, and their difference no number.
-        top = tl.full((), -3.0e38, tl.float32)
-        total = tl.full((), 0.0, tl.float32)
+        top = tl.full((), -3.0e38, wide)
+        total = tl.full((), 0.0, wide)
         for offset in range(0, columns, BLOCK):
-            x = tl.load(start + offset + at, mask=offset + at < columns, other=-float("inf")).to(tl.float32)
+            x = tl.load(start + offset + at, mask=offset + at < columns, other=-float("inf")).to(wide)
             higher = tl.maximum(top, tl.max(x, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
             top = higher
@@ -468,7 +484,7 @@ def _rows(
         extra = factor * (2 * z_loss * (top + log_total))
         read = tl.where(factor != 0, columns, 0)  # of a token that does not count, nothing
         for offset in range(0, columns, BLOCK):
-            x = tl.load(start + offset + at, mask=offset + at < read, other=0.0).to(tl.float32)
+            x = tl.load(start + offset + at, mask=offset + at < read, other=0.0).to(wide)
             probability = tl.exp(x - top - log_total)
             # Not (factor + extra) * probability - factor: of a probability of about 1 nearly nothing would be left.
             grad = factor * (probability - tl.where(offset + at == label, 1.0, 0.0)) + extra * probability
@@ -488,7 +504,7 @@ def _launch(
 
 @torch.library.triton_op("titanlite_kernels::softmax_statistics", mutates_args=())
 def statistics_op(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float32)
+    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float64)
     _launch(logits, labels, statistics, statistics, first, 0.0, GIVEN=False, GRADIENT=False)
     return statistics
 
@@ -500,14 +516,14 @@ def gradient_op(logits: Tensor, labels: Tensor, statistics: Tensor, scale: Tenso
 
 @torch.library.triton_op("titanlite_kernels::softmax_statistics_and_gradient_", mutates_args=("logits",))
 def statistics_and_gradient_op(logits: Tensor, labels: Tensor, scale: Tensor, first: int, z_loss: float) -> Tensor:
-    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float32)
+    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float64)
     _launch(logits, labels, statistics, scale, first, z_loss, GIVEN=False, GRADIENT=True)
     return statistics
 
 
 @statistics_op.register_fake
 def _(logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(3, logits.shape[0], dtype=torch.float32)
+    return logits.new_empty(3, logits.shape[0], dtype=torch.float64)
 
 
 @gradient_op.register_fake
@@ -517,7 +533,7 @@ def _(logits: Tensor, *rest: Any) -> None:
 
 @statistics_and_gradient_op.register_fake
 def _(logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(3, logits.shape[0], dtype=torch.float32)
+    return logits.new_empty(3, logits.shape[0], dtype=torch.float64)
 
 
 def _builds() -> tuple[Build, ...]:
@@ -532,7 +548,7 @@ def _builds() -> tuple[Build, ...]:
             name=f"linear_cross_entropy.{name}",
             kernel=_rows,
             signature={
-                "logits": "*bf16", "labels": "*i64", "statistics": "*fp32", "scale": "*fp32",
+                "logits": "*bf16", "labels": "*i64", "statistics": "*fp64", "scale": "*fp32",
                 "rows": rows, "columns": columns, "stride": columns, "first": 0, "z_loss": 0.0,
             },
             constexprs={**flags, "BLOCK": BLOCK},

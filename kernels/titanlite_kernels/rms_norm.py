@@ -1,8 +1,9 @@
 """RMSNorm, x / rms(x) * weight (Zhang & Sennrich 2019), alone or fused with the residual addition before it.
 
-Shapes: x (and residual) [..., dim], weight [dim]; results like x. x in bfloat16, float16 or float32, computed in
-float32; the weight may be wider than x, and is rounded to x's dtype as the weights of matrices are. The backward keeps
-x alone: a row is in registers anyway when its rms is needed, so that forming it anew costs no bytes.
+Shapes: x (and residual) [..., dim], weight [dim]; results like x. x in bfloat16 or float16, computed in float32, or in
+float32, computed in float64, sums too: each result is rounded once. The weight may be wider than x, and is rounded to
+x's dtype as the weights of matrices are. The backward keeps x alone: a row is in registers anyway when its rms is
+needed, so that forming it anew costs no bytes.
 Bytes, for n elements of b bytes (beside the weight): rms_norm 2nb forward, 3nb backward; with the addition 4nb and
 4nb (backward: the gradients of both results and the sum are read, the gradient of both arguments is written once).
 """
@@ -20,7 +21,7 @@ from titanlite_kernels.sharding import Way, offers
 
 WIDEST_ROW = 8192
 """Llama 3 70B's. A program holds its row, and backward the weight and its gradient too, in registers: wider ones spill,
-and are left to the reference."""
+and are left to the reference. In float32, computed in twice its width, half as many."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,7 +52,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 
 def _fits(x: Tensor) -> bool:
-    return serves(x) and x.shape[-1] <= WIDEST_ROW
+    return serves(x) and x.shape[-1] <= (WIDEST_ROW // 2 if x.dtype == torch.float32 else WIDEST_ROW)
 
 
 # ---- kernels: a program holds ROWS rows of DIM values, padded to BLOCK ----------------------------------------------
@@ -59,52 +60,54 @@ def _fits(x: Tensor) -> bool:
 
 @jit
 def _forward(
-    x, residual, weight, y, summed, rows, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
+    x, residual, weight, y, summed, rows,
+    EPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
     stride = tl.full((), DIM, tl.int64)  # all elements may be more than 2^31
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     at = first * stride + (row * DIM + column)
     inside = (first + row < rows) & (column < DIM)
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + at, mask=inside, other=0.0).to(wide)
     if ADDS:
-        values += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(residual + at, mask=inside, other=0.0).to(wide)
         rounded = values.to(x.dtype.element_ty)  # what later layers see is what is normed
         tl.store(summed + at, rounded, mask=inside)
-        values = rounded.to(tl.float32)
-    w = tl.load(weight + column, mask=column < DIM, other=0.0).to(x.dtype.element_ty).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, axis=1, keep_dims=True) / DIM + eps)
+        values = rounded.to(wide)
+    w = tl.load(weight + column, mask=column < DIM, other=0.0).to(x.dtype.element_ty).to(wide)
+    scale = tl.rsqrt(tl.sum(values * values, axis=1, keep_dims=True) / DIM + EPS)
     tl.store(y + at, values * scale * w, mask=inside)
 
 
 @jit
 def _backward(
-    grad, grad_summed, x, weight, grad_x, partial_grad_weight, rows, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
+    grad, grad_summed, x, weight, grad_x, partial_grad_weight, rows,
+    EPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     # Few programs take many rows each: the weight's gradient is a sum over rows, held in registers meanwhile.
     program = tl.program_id(0)
     stride = tl.full((), DIM, tl.int64)
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    w = tl.load(weight + column, mask=column < DIM, other=0.0).to(x.dtype.element_ty).to(tl.float32)
-    grad_w = tl.zeros([ROWS, BLOCK], tl.float32)
+    w = tl.load(weight + column, mask=column < DIM, other=0.0).to(x.dtype.element_ty).to(wide)
+    grad_w = tl.zeros([ROWS, BLOCK], wide)
     # Two stages: the next rows are on their way while these are summed.
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=2):
         first = tile * ROWS
         at = first * stride + (row * DIM + column)
         inside = (first + row < rows) & (column < DIM)
-        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(values * values, axis=1, keep_dims=True) / DIM + eps)
+        values = tl.load(x + at, mask=inside, other=0.0).to(wide)
+        d = tl.load(grad + at, mask=inside, other=0.0).to(wide)
+        scale = tl.rsqrt(tl.sum(values * values, axis=1, keep_dims=True) / DIM + EPS)
         normed = values * scale
-        grad_w += tl.where(inside, d * normed, 0.0)  # beyond the rows 0 * rsqrt(eps = 0) is NaN
+        grad_w += tl.where(inside, d * normed, 0.0)  # beyond the rows 0 * rsqrt(EPS = 0) is NaN
         d *= w
         grad_values = (d - normed * (tl.sum(d * normed, axis=1, keep_dims=True) / DIM)) * scale
         if ADDS:
-            grad_values += tl.load(grad_summed + at, mask=inside, other=0.0).to(tl.float32)
+            grad_values += tl.load(grad_summed + at, mask=inside, other=0.0).to(wide)
         tl.store(grad_x + at, grad_values, mask=inside)
     tl.store(partial_grad_weight + program * DIM + column, tl.sum(grad_w, axis=0, keep_dims=True), mask=column < DIM)
 
@@ -132,7 +135,7 @@ def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     block, tile = _tile(dim)
     if rows := x.numel() // dim:
         wrap_triton(_forward)[(cdiv(rows, tile),)](
-            x, x if residual is None else residual, weight, y, summed, rows, eps,
+            x, x if residual is None else residual, weight, y, summed, rows, EPS=eps,
             DIM=dim, BLOCK=block, ROWS=tile, ADDS=residual is not None, num_warps=_forward_warps(block, tile),
         )  # fmt: skip
     return y, summed
@@ -148,10 +151,11 @@ def _launch_backward(
     block, tile = _tile(dim)
     rows = x.numel() // dim
     programs = min(cdiv(rows, tile), 2 * multiprocessors(x.device))
-    partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
+    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+    partial = torch.empty(programs, dim, dtype=wide, device=x.device)
     if rows:
         wrap_triton(_backward)[(programs,)](
-            grad, x if grad_summed is None else grad_summed, x, weight, grad_x, partial, rows, eps,
+            grad, x if grad_summed is None else grad_summed, x, weight, grad_x, partial, rows, EPS=eps,
             DIM=dim, BLOCK=block, ROWS=tile, ADDS=grad_summed is not None, num_warps=_backward_warps(block, tile),
         )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
@@ -281,8 +285,8 @@ def _build(kernel: Any, model: str, dim: int, tokens: int, adds: bool) -> Build:
     return Build(
         name=f"{'add_' if adds else ''}rms_norm.{kernel.__name__.strip('_')}",
         kernel=kernel,
-        signature={**pointers, "rows": tokens, "eps": 1e-5},
-        constexprs={"DIM": dim, "BLOCK": block, "ROWS": tile, "ADDS": adds},
+        signature={**pointers, "rows": tokens},
+        constexprs={"EPS": 1e-5, "DIM": dim, "BLOCK": block, "ROWS": tile, "ADDS": adds},
         num_warps=(_forward_warps if forward else _backward_warps)(block, tile),
         shape=f"Llama 3 {model}: {tokens:,} x {dim:,}, bfloat16",
         minimal_bytes=moved * 2 * tokens * dim,

@@ -3,7 +3,8 @@
 Shapes: q [batch, seq, heads, head_dim], k [batch, seq, kv_heads, head_dim] with any strides whose last is 1 (slices
 of one projection, gradients that attention hands back transposed); cos and sin [1 or batch, seq, 1, head_dim] whose
 two halves are alike. Pair i is (x[i], x[i + head_dim / 2]), as in Hugging Face. Results are contiguous, like q and k;
-computed in float32. The backward is the rotation by the opposite angle, so it keeps cos and sin alone.
+computed in float32 (of float32: in float64) and rounded once. The backward is the rotation by the opposite angle, so it
+keeps cos and sin alone.
 Bytes, for n elements of q and k together of b bytes: 2nb, and half of cos and sin; the same backward.
 """
 
@@ -52,8 +53,9 @@ def _rotate(
     batch = token // seq
     place = token % seq
     pair = tl.arange(0, HALF_BLOCK)[None, :]
-    c = tl.load(cos + batch * cos_batch + place * cos_seq + pair, mask=pair < HALF).to(tl.float32)
-    s = tl.load(sin + batch * sin_batch + place * sin_seq + pair, mask=pair < HALF).to(tl.float32)
+    wide: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float32 else tl.float32
+    c = tl.load(cos + batch * cos_batch + place * cos_seq + pair, mask=pair < HALF).to(wide)
+    s = tl.load(sin + batch * sin_batch + place * sin_seq + pair, mask=pair < HALF).to(wide)
     if INVERSE:
         s = -s
     _rotate_heads(
@@ -75,8 +77,8 @@ def _rotate_heads(
     pair = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (head < HEADS) & (pair < HALF)
     at = x + head * head_stride + pair
-    first = tl.load(at, mask=inside).to(tl.float32)
-    second = tl.load(at + HALF, mask=inside).to(tl.float32)
+    first = tl.load(at, mask=inside).to(c.dtype)
+    second = tl.load(at + HALF, mask=inside).to(c.dtype)
     to = out + head * (2 * HALF) + pair
     tl.store(to, first * c - second * s, mask=inside)
     tl.store(to + HALF, second * c + first * s, mask=inside)

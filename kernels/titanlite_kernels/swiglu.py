@@ -1,6 +1,7 @@
 """SwiGLU's middle, silu(gate) * up (Shazeer 2020), forward and a backward that keeps nothing but its inputs.
 
-Shapes: gate, up and the result alike, any number of dimensions; bfloat16, float16 or float32, computed in float32.
+Shapes: gate, up and the result alike, any number of dimensions; bfloat16 or float16, computed in float32, or float32,
+computed in float64: results are rounded once.
 Bytes, for n elements of b bytes: forward 3nb (two read, one written), backward 5nb (three read, two written).
 """
 
@@ -35,8 +36,9 @@ def _forward(gate, up, out, elements, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK  # 64 bits: 131,072 tokens of 28,672 are past 2^31
     at = tl.arange(0, BLOCK)
     inside = start + at < elements
-    g = tl.load(gate + start + at, mask=inside).to(tl.float32)
-    u = tl.load(up + start + at, mask=inside).to(tl.float32)
+    wide: tl.constexpr = tl.float64 if gate.dtype.element_ty == tl.float32 else tl.float32
+    g = tl.load(gate + start + at, mask=inside).to(wide)
+    u = tl.load(up + start + at, mask=inside).to(wide)
     tl.store(out + start + at, g * tl.sigmoid(g) * u, mask=inside)
 
 
@@ -45,9 +47,10 @@ def _backward(grad, gate, up, grad_gate, grad_up, elements, BLOCK: tl.constexpr)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = tl.arange(0, BLOCK)
     inside = start + at < elements
-    d = tl.load(grad + start + at, mask=inside).to(tl.float32)
-    g = tl.load(gate + start + at, mask=inside).to(tl.float32)
-    u = tl.load(up + start + at, mask=inside).to(tl.float32)
+    wide: tl.constexpr = tl.float64 if gate.dtype.element_ty == tl.float32 else tl.float32
+    d = tl.load(grad + start + at, mask=inside).to(wide)
+    g = tl.load(gate + start + at, mask=inside).to(wide)
+    u = tl.load(up + start + at, mask=inside).to(wide)
     sigmoid = tl.sigmoid(g)
     tl.store(grad_up + start + at, d * g * sigmoid, mask=inside)
     tl.store(grad_gate + start + at, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=inside)

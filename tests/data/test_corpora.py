@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import json.decoder
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.data.corpora import Document, python_stdlib, read_corpus
+from titanlite.data.corpora import Document, formats, python_stdlib, read_corpus
 from titanlite.errors import EXIT_RECIPE, DataError
 from titanlite.recipe.sections import Data
 
 
 def documents(corpus: str | list[str], text_key: str = "text") -> list[Document]:
-    return list(read_corpus(Data(corpus=corpus, text_key=text_key)))
+    return list(read_corpus([corpus] if isinstance(corpus, str) else corpus, Data(text_key=text_key)))
 
 
 def refusal(corpus: Path | str | list[str], text_key: str = "text") -> str:
@@ -112,6 +118,61 @@ def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, texts: list[
     assert documents(str(path)) == expected
 
 
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [(".gz", gzip.compress), (".zst", zstandard.compress)],
+    ids=["gzip", "zstd"],
+)
+def test_packed_files(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    """Also of several pieces, each packed by itself, as `cat a.gz b.gz` makes them."""
+    (tmp_path / f"a.txt{suffix}").write_bytes(pack(b"one \xff") + pack(b"") + pack(b" text"))
+    long = "x" * 3_000_000
+    rows = [json.dumps({"text": text}).encode() + b"\n" for text in ("one", "two", long)]
+    (tmp_path / f"b.JSONL{suffix}").write_bytes(b"".join(map(pack, rows)))
+    (tmp_path / f"c.md{suffix}").touch()
+    (tmp_path / f"d.text{suffix}").write_bytes(pack(b""))
+    expected = [(f"b.JSONL{suffix}:{n}", text.encode()) for n, text in enumerate(("one", "two", long), start=1)]
+    assert documents(str(tmp_path)) == [(f"a.txt{suffix}", b"one \xff text"), *expected]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    columns = {"id": [1, 2, 3], "body": ["one", "", "f\u00fcnf"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    expected = [("x.parquet:1", b"one"), ("x.parquet:3", "f\u00fcnf".encode())]
+    assert documents(str(tmp_path), text_key="body") == expected
+    kinds = (pyarrow.large_string(), pyarrow.binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
+    for kind in kinds:
+        table = pyarrow.table({"body": pyarrow.array(columns["body"]).cast(kind)})
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        assert documents(str(tmp_path), text_key="body") == expected
+
+
+def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, library in (("x.parquet", "pyarrow"), ("x.arrow", "pyarrow"), ("x.txt.zst", "zstandard")):
+        monkeypatch.setitem(sys.modules, library, None)
+        (tmp_path / name).write_bytes(b"something")
+        said = refusal(tmp_path / name)
+        assert f"{name}: reading " in said and f"needs {library}: pip install 'titanlite[data]'" in said
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"", b"\r", b'{"text": "a"}', b'{"text": "' + b"b" * 40 + b'"} '])), st.integers(1, 60)
+)
+def test_parts_of_lines_are_the_whole(tmp_path_factory: pytest.TempPathFactory, rows: list[bytes], size: int) -> None:
+    """Wherever a file is cut, each line is read once, under its number."""
+    path = tmp_path_factory.mktemp("parts") / "x.jsonl"
+    for content in (b"\n".join(rows), b"\n".join(rows) + b"\n"):
+        path.write_bytes(content)
+        found = []
+        for part in formats.divide(path, "lines", len(content), size) or [None]:
+            if part is not None:
+                part = part._replace(before=formats.count_newlines(path, 0, part.first))
+            found += formats.documents("x", path, "lines", "text", part=part)
+        assert found == list(formats.documents("x", path, "lines", "text"))
+        assert len(found) == sum(len(row) > 1 for row in rows)
+
+
 # Refusals: each names the file (and line) and says what to do.
 
 
@@ -186,9 +247,10 @@ def test_file_named_twice(folder: Path) -> None:
     assert documents(f"{folder}/**/**/b.txt") == [("b.txt", b"bee")]
 
 
-def test_compressed_file(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl.gz").write_bytes(b"\x1f\x8b")
-    assert "x.jsonl.gz: a .gz file is not text" in refusal(tmp_path / "x.jsonl.gz")
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.zip", "x.txt.xz", "x.parquet.gz", "x.jsonl.gz.gz", "x.npy.zst"])
+def test_what_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    assert f"{name}: a .{name.rpartition('.')[2]} file is not text" in refusal(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from titanlite.data.loader import IGNORED, Batch, _leave_signals_to_the_trainer, train_loader, validation_batches
 from titanlite.data.packing import document_layout
-from titanlite.data.splits import Split
+from titanlite.data.splits import Split, split_of
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.parallel.layout import BatchPlan, ceil_div
 
@@ -32,7 +32,7 @@ def make_split(windows: int = 50, document_mask: bool = False, seed: int = 5) ->
     """A stream whose every window is recognisable: random bytes with a separator now and then."""
     stream = np.random.default_rng(0).integers(0, 257, windows * LENGTH + 1).astype(np.uint16)
     stream[3::29] = 256
-    return Split("training", stream, open_tokenizer("bytes"), LENGTH, document_mask, seed)
+    return split_of(stream, open_tokenizer("bytes"), LENGTH, document_mask, seed)
 
 
 def reference(split: Split, number: int) -> list[int]:
@@ -144,7 +144,7 @@ def test_a_split_travels_to_a_spawned_worker() -> None:
     ranks=st.sampled_from([1, 2, 3, 5, 8]),
 )
 def test_validation_is_the_same_on_any_layout(windows: int, sequences: int, microbatch: int, ranks: int) -> None:
-    split = make_split(windows)
+    split = make_split(windows).sources[0]
     parts = [list(validation_batches(split, sequences, microbatch, ranks, rank)) for rank in range(ranks)]
     count = min(sequences, windows)
     chosen = [split.window(j * windows // count).tolist() for j in range(count)]

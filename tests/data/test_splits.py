@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanlite.data.sources import Source
 from titanlite.data.splits import compression_baselines, open_data
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
@@ -20,6 +21,10 @@ def many(tmp_path: Path) -> Path:
     for number in range(400):
         (tmp_path / f"{number}.txt").write_text(f"<{number}>")
     return tmp_path
+
+
+def all_of(source: Source) -> list[int]:
+    return source.beginning(source.tokens).tolist()
 
 
 def texts(stream: list[int]) -> list[bytes]:
@@ -33,10 +38,11 @@ def texts(stream: list[int]) -> list[bytes]:
 
 def test_documents_go_to_one_side_each(many: Path) -> None:
     splits = open_data(Data(corpus=str(many), validation_percent=10.0), sequence_length=8, seed=0)
-    train, held = (texts(split.stream.tolist()) for split in (splits.train, splits.validation))
+    sides = [*splits.train.sources, *splits.validation]
+    train, held = (texts(all_of(side)) for side in sides)
     assert sorted(train + held) == sorted(f"<{number}>".encode() for number in range(400))
     assert 20 < len(held) < 60  # 40 expected; 3 standard deviations are 18
-    assert (splits.train.documents, splits.validation.documents) == (len(train), len(held))
+    assert [side.count_documents() for side in sides] == [len(train), len(held)]
 
 
 def test_a_document_stays_on_its_side(many: Path) -> None:
@@ -44,7 +50,7 @@ def test_a_document_stays_on_its_side(many: Path) -> None:
 
     def held(percent: float, seed: int = 0) -> set[bytes]:
         splits = open_data(Data(corpus=str(many), validation_percent=percent), sequence_length=8, seed=seed)
-        return set(texts(splits.validation.stream.tolist()))
+        return set(texts(all_of(splits.validation[0])))
 
     before = held(10.0)
     assert held(10.0, seed=7) == before < held(30.0)
@@ -57,22 +63,22 @@ def test_a_single_file_is_cut(tmp_path: Path) -> None:
     content = bytes(range(256)) * 4
     (tmp_path / "only.txt").write_bytes(content)
     splits = open_data(Data(corpus=str(tmp_path / "only.txt"), validation_percent=25.0), sequence_length=16, seed=0)
-    assert texts(splits.train.stream.tolist()) == [content[:768]]
-    assert texts(splits.validation.stream.tolist()) == [content[768:]]
+    assert texts(all_of(splits.train.sources[0])) == [content[:768]]
+    assert texts(all_of(splits.validation[0])) == [content[768:]]
 
 
 def test_too_short(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_bytes(b"x" * 100)
     section = Data(corpus=str(tmp_path / "short.txt"), validation_percent=10.0)
     # 90 bytes and a separator to train on, 10 and a separator held out.
-    with pytest.raises(DataError, match=r"training split has 91 tokens, and one sequence takes 92 .*short") as caught:
+    with pytest.raises(DataError, match=r"training part has 91 tokens, and one sequence takes 92 .*short") as caught:
         open_data(section, sequence_length=91, seed=0)
     assert "lower data.validation_percent" in str(caught.value)
-    with pytest.raises(DataError, match=r"validation split has 11 tokens, and one sequence takes 12 .*higher"):
+    with pytest.raises(DataError, match=r"validation part has 11 tokens, and one sequence takes 12 .*higher"):
         open_data(section, sequence_length=11, seed=0)
     assert open_data(section, sequence_length=11, seed=0, validated=False).train.windows == 8
     assert open_data(section, sequence_length=90, seed=0, validated=False).train.windows == 1
-    assert open_data(section, sequence_length=10, seed=0).validation.windows == 1
+    assert open_data(section, sequence_length=10, seed=0).validation[0].windows == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
@@ -96,7 +102,7 @@ def test_an_epoch_reads_every_window_once(tmp_path_factory: pytest.TempPathFacto
 def test_compression_baselines(tmp_path: Path) -> None:
     text = Path(__file__).read_bytes()
     (tmp_path / "x.txt").write_bytes(text)
-    split = open_data(Data(corpus=str(tmp_path), validation_percent=50.0), sequence_length=16, seed=0).train
+    split = open_data(Data(corpus=str(tmp_path), validation_percent=50.0), sequence_length=16, seed=0).train.sources[0]
     kept = text[: len(text) - round(len(text) / 2)]
     assert compression_baselines(split) == pytest.approx(
         {

@@ -21,15 +21,25 @@ sys.path.append(str(Path(__file__).parent))
 
 
 def _round_as_devices_do() -> None:
-    """Have the interpreter round float32 to the nearest bfloat16, as every device does; it cuts bits off."""
+    """Have the interpreter round float32 to the nearest bfloat16 or float8, as every device does; it cuts bits off, and
+    makes other numbers of bfloat16's smallest.
+    """
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
     convert = interpreter._convert_float
+    rounded = {
+        tl.bfloat16: (torch.bfloat16, torch.uint16),
+        tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+        tl.float8e5: (torch.float8_e5m2, torch.uint8),
+    }
 
     def rounding(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
-        if source == tl.float32 and target == tl.bfloat16:
-            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+        if source == tl.float32 and target in rounded:
+            dtype, bits = rounded[target]
+            return torch.from_numpy(np.array(values)).to(dtype).view(bits).numpy()
+        if source == tl.bfloat16 and target == tl.float32:
+            return values.astype(np.uint32) << 16
         return convert(values, source, target, mode)
 
     interpreter._convert_float = rounding
@@ -40,15 +50,22 @@ if INTERPRETING:
 
 
 @pytest.fixture
-def run_on_device() -> Callable[[str], None]:
-    """Run the tests in a file beside this one, with kernels that work."""
+def run_on_device() -> Callable[..., None]:
+    """Run the tests in files beside this one, with kernels that work; imports are dear, so one process for all."""
     if not INSTALLED:
         pytest.skip("needs Triton: pip install 'triton>=3.6' (Linux)")
 
-    def run(file: str) -> None:
+    def run(*files: str) -> None:
         interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
         process = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / file)],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                *(str(Path(__file__).parent / file) for file in files),
+            ],
             cwd=ROOT,
             env=os.environ | interpreted,
             capture_output=True,

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import vocabulary_ranks
-from exactness import DTYPES, assert_as_exact_as_eager
+from exactness import DTYPES, Errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import Pool
+from titanlite_kernels import linear_cross_entropy as module
 from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,16 +74,17 @@ def test_loss_and_gradients_are_those_of_all_logits(
 @pytest.mark.parametrize("wide_products", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_exact_as_eager(dtype: torch.dtype, wide_products: bool, recompute: bool) -> None:
-    for weight_dtype in {dtype, torch.float32}:
-        hidden = (torch.randn(2, 15, 24) / 5).to(dtype).requires_grad_()
-        weight = torch.randn(50, 24).to(dtype).to(weight_dtype).requires_grad_()
-        labels = torch.randint(0, 50, (2, 15))
-        ours = partial(linear_cross_entropy, chunk=7, wide_products=wide_products, recompute=recompute)
-        assert_as_exact_as_eager(
-            lambda h, w, labels=labels, ours=ours: ours(h, w, labels),
-            lambda h, w, labels=labels: linear_cross_entropy_reference(h, w, labels),
-            [hidden, weight],
-        )
+    errors = Errors()
+    sizes = ((1, 3, 1, 1), (30, 50, 24, 7), (200, 50, 24, 8), (128, 640, 16, 16), (90, 257, 64, 300))
+    for rows, vocab, dim, chunk in 4 * sizes:
+        ours = partial(linear_cross_entropy, chunk=chunk, wide_products=wide_products, recompute=recompute)
+        for weight_dtype in {dtype, torch.float32}:
+            hidden, weight = ((torch.randn(n, dim) / dim**0.25).to(dtype) for n in (rows, vocab))
+            weight = weight.to(weight_dtype)
+            labels = torch.randint(0, vocab, (rows,))
+            eager = partial(linear_cross_entropy_reference, labels=labels)
+            errors.add(partial(ours, labels=labels), eager, [hidden.requires_grad_(), weight.requires_grad_()])
+    errors.assert_no_worse_than_eager()
 
 
 @WAYS
@@ -197,12 +200,26 @@ def test_operations_are_those_of_the_contract(recompute: bool) -> None:
 
 
 @WAYS
-def test_backward_may_come_twice(recompute: bool) -> None:
-    """As pipeline schedules ask that compute the gradients of inputs and of weights apart."""
-    hidden, weight, labels = arguments(9, 12, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_may_come_twice(dtype: torch.dtype, recompute: bool) -> None:
+    """As pipeline schedules ask that compute the gradients of inputs and of weights apart; not after the last."""
+    hidden, weight, labels = arguments(9, 12, 4, dtype)
     loss = linear_cross_entropy(hidden, weight, labels, recompute=recompute)
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True))
+    kept = [each.clone() for each in first]
+    last = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, last, kept, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+def test_a_gradient_is_narrowed_where_it_lies(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS", 4)
+    wide = torch.randn(rows, 5)
+    expected, address = (wide * 0.3).bfloat16(), wide.data_ptr()
+    found = module._scaled(wide, torch.tensor(0.3), torch.bfloat16, in_place=True)
+    assert torch.equal(found, expected) and found.is_contiguous() and found.data_ptr() == address
 
 
 @WAYS
@@ -229,11 +246,15 @@ class _Shown(TorchDispatchMode):
         return result
 
 
-def peak_bytes(loss: Loss, rows: int, vocab: int, dim: int) -> int:
-    """What a forward and a backward pass hold at most beside their arguments, on tensors without memory."""
-    hidden, weight = (
-        torch.empty(n, dim, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (rows, vocab)
-    )
+def all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As plainly as it can be written: nothing beside the logits in the compute dtype and in float32."""
+    return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)).float(), labels, reduction="sum")
+
+
+def peak_bytes(loss: Loss, rows: int, vocab: int, dim: int, weight_dtype: torch.dtype) -> tuple[int, int]:
+    """What a forward and a backward pass hold at most beside their arguments, on tensors without memory; those."""
+    hidden = torch.empty(rows, dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(vocab, dim, dtype=weight_dtype, device="meta", requires_grad=True)
     labels = torch.empty(rows, dtype=torch.int64, device="meta")
     trace = MemoryTrace()
     for tensor in (hidden, weight, labels):
@@ -241,24 +262,30 @@ def peak_bytes(loss: Loss, rows: int, vocab: int, dim: int) -> int:
     before, begin = trace.since(0).peak.total, trace.now()
     with trace.watch(), _Shown(trace):
         (loss(hidden, weight, labels) / 3).backward()
-    return trace.since(begin).peak.total - before
+    return trace.since(begin).peak.total - before, before
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_memory_at_the_sizes_of_llama_3(backend: str) -> None:
-    """16,384 tokens, 128,256 of them known, 4,096 wide: the logits path takes 25 GB beside what it is given.
+def test_memory_at_the_sizes_of_llama_3(backend: str, weight_dtype: torch.dtype) -> None:
+    """16,384 tokens, 128,256 of them known, 4,096 wide: under 15 % of what all logits at once take.
 
-    Ours holds at most the gradients, in the dtype of the weight and before that in float32 (3.5 GB); recomputing, those
-    in the weight's dtype and a chunk.
+    Ours holds the weight's gradient in float32, which becomes the one in the weight's dtype where it lies, that of the
+    hidden states, and a chunk of logits; recomputing, the gradients in the weight's dtype and a chunk. A weight in
+    float32 is rounded for the products, on both sides.
     """
-    sizes = 16_384, 128_256, 4_096
-    everything = peak_bytes(linear_cross_entropy_reference, *sizes)
-    logits = sizes[0] * sizes[1]
-    assert everything >= 3 * 4 * logits, "log-softmax, its gradient and that of the logits, in float32"
-    held = peak_bytes(partial(linear_cross_entropy, backend=backend), *sizes)
-    recomputed = peak_bytes(partial(linear_cross_entropy, backend=backend, recompute=True), *sizes)
-    assert held < 0.15 * everything
-    assert recomputed < 0.08 * everything
+    sizes = 16_384, 128_256, 4_096, weight_dtype
+    everything, arguments = peak_bytes(all_logits, *sizes)
+    assert everything >= 3 * 4 * sizes[0] * sizes[1], "log-softmax, its gradient and that of the logits, in float32"
+    held, _ = peak_bytes(partial(linear_cross_entropy, backend=backend), *sizes)
+    recomputed, _ = peak_bytes(partial(linear_cross_entropy, backend=backend, recompute=True), *sizes)
+    in_all = [(peak + arguments) / (everything + arguments) for peak in (held, recomputed)]
+    if weight_dtype == torch.float32:
+        assert held < 0.16 * everything and recomputed < 0.16 * everything
+        return
+    assert held < 0.15 * everything and recomputed < 0.08 * everything
+    if backend == "triton":
+        assert in_all[0] < 0.15 and in_all[1] < 0.125, "with the arguments, which both have to have"
 
 
 _RESIDENT = """

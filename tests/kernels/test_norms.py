@@ -1,33 +1,38 @@
-"""RMSNorm, rotary embedding and SwiGLU: exactness (in `run_norms.py`), what they compile to, what compilers see."""
+"""RMSNorm, rotary embedding, SwiGLU and casts to float8: what they compile to, and what compilers see of them.
+
+Their exactness is for `run_norms.py` and `run_float8_quantise.py`.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from titanlite_kernels import rms_norm, rope, swiglu
-from titanlite_kernels.build import TARGETS, Build
+from titanlite_kernels import float8_quantise, rms_norm, rope, swiglu
+from titanlite_kernels.build import Build, compile_build
 from titanlite_kernels.inspect import row
 from titanlite_kernels.optional_triton import INSTALLED
 from torch.utils.checkpoint import checkpoint
 
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="needs Triton: pip install 'triton>=3.6' (Linux)")
 
-BUILDS = (*rms_norm.BUILDS, *rope.BUILDS, *swiglu.BUILDS)
+BUILDS = (*rms_norm.BUILDS, *rope.BUILDS, *swiglu.BUILDS, *float8_quantise.BUILDS)
 
 
 def test_as_exact_as_eager(run_on_device: Callable[[str], None]) -> None:
-    run_on_device("run_norms.py")
+    run_on_device("run_norms.py", "run_float8_quantise.py")
 
 
 def builds() -> Iterator[object]:
-    for target in TARGETS:
-        for build in BUILDS:
+    for build in BUILDS:
+        for target in build.targets:
             quick = target == "sm_90" and build.shape.startswith("Llama 3 8B:") and "backward" in build.name
+            quick |= target == "sm_90" and build.name.endswith("cast_rows_both") and "activations" in build.shape
             name = f"{build.name}-{target}-{build.shape.split(':')[0]}"
             yield pytest.param(build, target, marks=() if quick else pytest.mark.slow, id=name)
 
@@ -38,7 +43,20 @@ def test_built_without_spills_and_with_wide_loads(build: Build, target: str) -> 
     built = row(build, target)
     assert built["spill_bytes"] == 0
     assert built["vector_bytes"] >= 16
-    assert 1 <= built["bytes_over_minimum"] <= (1.03 if "rms_norm.backward" in build.name else 1.0)
+    # Sums of the weight's gradient; lanes beyond the end of a row of 14,336, which are counted and move nothing.
+    more = {"rms_norm.backward": 1.03, "add_rms_norm.backward": 1.03, "float8_quantise.by_rows": 1.15}
+    assert 1 <= built["bytes_over_minimum"] <= more.get(build.name, 1.0)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [*(b for b in rms_norm.BUILDS if "70B" not in b.shape), *rope.BUILDS, *swiglu.BUILDS])
+def test_float32_is_built_without_spills_although_it_is_computed_in_float64(build: Build) -> None:
+    wider = {"*bf16": "*fp32", "*fp32": "*fp64" if "rms_norm.backward" in build.name else "*fp32"}
+    signature = {name: wider.get(str(value), value) for name, value in build.signature.items()} | (
+        {"weight": "*fp32"} if "weight" in build.signature else {}
+    )
+    assert compile_build(replace(build, signature=signature), "sm_90").spill_bytes == 0
 
 
 @needs_triton
@@ -65,14 +83,15 @@ def test_compilers_see_the_kernels_in_one_graph_forward_and_backward(monkeypatch
         y, h = rms_norm.add_rms_norm_op(x, x, weight, 1e-5)
         z = checkpoint(lambda h: rms_norm.rms_norm_op(h, weight, 1e-5), h, use_reentrant=False)
         turned, _ = rope.rope_op(q, k, cos, cos, False)
-        return swiglu.swiglu_op(y, z).sum() + turned.sum()
+        scale = float8_quantise.float8_quantise_both_op(y.detach().flatten(0, 1), torch.float8_e5m2, False)[1]
+        return swiglu.swiglu_op(y, z).sum() + turned.sum() + scale
 
     with FakeTensorMode():
         x, weight = torch.empty(2, 8, 64, requires_grad=True), torch.empty(64, requires_grad=True)
         q, k = torch.empty(2, 8, 4, 16, requires_grad=True), torch.empty(2, 8, 2, 16, requires_grad=True)
         block(x, weight, q, k, torch.empty(1, 8, 1, 16)).backward()
     kernels = [sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
-    forward, recomputed, backward = 4, 1, 4
+    forward, recomputed, backward = 4 + 2, 1, 4
     assert kernels == [forward, recomputed + backward]
 
 
@@ -83,6 +102,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from titanlite_kernels.inspect import main
+from titanlite_kernels.float8_quantise import quantise
 from titanlite_kernels.rms_norm import add_rms_norm, rms_norm
 from titanlite_kernels.rope import rope
 from titanlite_kernels.swiglu import swiglu
@@ -91,6 +111,7 @@ y, h = add_rms_norm(x, x, x[0, 0, 0], 1e-5)
 q, k = rope(y, rms_norm(h, x[0, 0, 0], 1e-5), x[:, :, :1].detach(), x[:, :, :1].detach())
 swiglu(q, k).sum().backward()
 assert x.grad.isfinite().all()
+assert quantise(x[0, 0].detach(), torch.float8_e5m2, "row").scale.shape == (4, 1)
 sys.exit(main([]))
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

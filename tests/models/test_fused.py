@@ -37,9 +37,11 @@ def step():
 
 plain = step()
 use_kernels(model, list(FUSED))
+seen = []
+model.layers["0"].ffn_norm.register_forward_hook(lambda module, given, made: seen.append((len(given), len(made))))
 kinds = sorted({type(module).__name__ for module in model.modules()})
 apart = [float((a - b).norm() / b.norm()) for a, b in zip(step(), plain)]
-print(json.dumps({"kinds": kinds, "apart": max(apart)}))
+print(json.dumps({"kinds": kinds, "apart": max(apart), "seen": seen}))
 """
 
 
@@ -56,6 +58,7 @@ def test_a_model_computes_the_same_with_kernels(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"FusedRMSNorm", "FusedRotate", "FusedProduct"} < set(found["kinds"]) and "RMSNorm" not in found["kinds"]
     assert 0 < found["apart"] < 1e-5
+    assert found["seen"] == [[2, 2]], "the sum and its norm are one call, which hooks see"
 
 
 def recipe(**sections: dict[str, object]) -> Recipe:
@@ -72,6 +75,17 @@ def test_what_runs_where() -> None:
     )
     assert not any(choice.fused for choice in choices(recipe(precision={"compute": "float64"})).values())
     assert fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]
+
+
+def test_casts_to_float8_are_spoken_of_where_there_are_any() -> None:
+    section = {"precision": {"float8": {"enabled": True}}}
+    assert fused(recipe(**section), "cuda") == [*OPERATIONS, "float8_quantise"]
+    assert "float8_quantise" not in fused(recipe(**section, compile={"enabled": True}), "cuda")
+    alone = recipe(**section, kernels={"backend": "torch", "float8_quantise": "triton"})
+    assert fused(alone, "cuda") == ["float8_quantise"] and "float8_quantise by Triton" in in_words(alone)
+    assert "float8" not in in_words(recipe())
+    idle = recipe(kernels={"float8_quantise": "triton"})
+    assert [finding.key for finding in check(idle)] == ["kernels.float8_quantise"]
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from parity_runs import small_recipe
 
+from titanlite.parallel.tensor import Sent, _Gather, _Scatter
+from titanlite.precision.float8_plan import Cast
 from titanlite.recipe.sections import Recipe
 
 MODEL = {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "ffn_dim": 128, "vocab_size": 272}
@@ -17,3 +21,20 @@ def float8_recipe(corpus: str, recipe: str, **sections: dict[str, Any]) -> Recip
     section = {"enabled": True, "recipe": recipe, "min_size": 0}
     precision = {"compute": "float64", "float8": section, **sections.pop("precision", {})}
     return small_recipe(corpus, model=MODEL, optimizer={"lr": 1e-3}, precision=precision, **sections)
+
+
+def whole_sequences() -> torch.Tensor:
+    """[batch, sequence, width]; two ranks' messages of it need filling up, to whole multiples of eight bytes."""
+    x = torch.randn(3, 4, 19, generator=torch.Generator().manual_seed(0))
+    return (x * torch.logspace(-3, 3, 4)[:, None]).bfloat16()
+
+
+def sequences_gathered(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank's part of them becomes on the way to a matrix, and as the gradient of what a matrix gave."""
+    part = whole_sequences().chunk(ranks, 1)[rank]
+    group = dist.group.WORLD
+    gathered: torch.Tensor = _Gather.apply(part, group, Sent(Cast("e4m3", "row"), fused=False))
+    summand = whole_sequences().requires_grad_()
+    _Scatter.apply(summand, group, Sent(Cast("e5m2", "row"), fused=False)).backward(part)
+    assert summand.grad is not None
+    return gathered, summand.grad

@@ -10,12 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from titanlite_kernels.float8_reference import power_of_two
 from torch import Tensor
 
+from titanlite.check import report
 from titanlite.describe import describe
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.precision import float8
-from titanlite.precision.float8 import FORMATS, Float8Linear, KeptWeights, convert, power_of_two, quantise
+from titanlite.precision.float8 import (
+    FORMATS,
+    Float8Linear,
+    KeptWeights,
+    convert,
+    in_tiles,
+    multiplies_blocks,
+    quantise,
+)
 from titanlite.precision.float8_plan import SETTINGS, Cast, Product, decisions, mean_size, summary
 from titanlite.recipe.sections import Float8, Recipe
 from titanlite.rules import check
@@ -145,6 +155,59 @@ def test_products_are_as_exact_as_their_casts_say(recipe: str, dtype: torch.dtyp
     assert_within(grad_weight, gradient.t(), rows.t(), how.grad_weight, dtype)
 
 
+def place_in_tiles(row: int, block: int, blocks: int) -> int:
+    """Where cuBLAS looks for a scale, by the formula of its documentation ("1D Block Scaling Factors Layout")."""
+    tile = row // 128 * math.ceil(blocks / 4) + block // 4
+    return 512 * tile + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 2), (128, 4), (130, 5), (300, 17), (256, 8)])
+def test_scales_are_where_the_device_looks_for_them(rows: int, blocks: int) -> None:
+    scale = torch.exp2(torch.randint(-117, 117, (rows, blocks)).float())
+    scale[0, 1] = math.nan
+    tiles = in_tiles(scale)
+    assert tiles.dtype == torch.float8_e8m0fnu and tiles.is_contiguous()
+    assert tiles.numel() == 512 * math.ceil(rows / 128) * math.ceil(blocks / 4)
+    places = [place_in_tiles(row, block, blocks) for row in range(rows) for block in range(blocks)]
+    assert len(set(places)) == rows * blocks
+    assert torch.equal(tiles.float()[places].view(rows, blocks).nan_to_num(3.0), scale.nan_to_num(3.0)), "exact"
+    assert tiles.isnan().sum() == 1, "and nothing that fills up a tile is NaN, which would spread"
+
+
+def of_blocks(left: Tensor, right: Tensor, scale_a: Tensor, scale_b: Tensor, **how: Any) -> Tensor:
+    """A device that multiplies blocks, in the place of torch._scaled_mm."""
+    widened = []
+    for values, tiles in ((left, scale_a), (right.t(), scale_b)):
+        rows, blocks = values.shape[0], values.shape[1] // 32
+        places = [place_in_tiles(row, block, blocks) for row in range(rows) for block in range(blocks)]
+        assert tiles.dtype == torch.float8_e8m0fnu
+        scale = tiles.float()[places].view(rows, blocks, 1)
+        widened.append((values.float().unflatten(1, (blocks, 32)) * scale).flatten(1))
+    assert not how["use_fast_accum"]
+    return (widened[0] @ widened[1].t()).to(how["out_dtype"])
+
+
+def test_native_products_of_blocks_are_the_emulated_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three, given to a device that finds its scales by formula; float64 stays exact."""
+    x, weight, grad = torch.randn(70, 160), torch.randn(192, 160), torch.randn(70, 192)
+    emulated = gradients(Float8Linear(SETTINGS["mxfp8"]), x, weight, grad)
+    exact = gradients(Float8Linear(SETTINGS["mxfp8"]), *(each.double() for each in (x, weight, grad)))
+    monkeypatch.setattr(torch, "_scaled_mm", of_blocks)
+    linear = Float8Linear(SETTINGS["mxfp8"], native_blocks=True)
+    for here, there in zip(gradients(linear, x, weight, grad), emulated, strict=True):
+        assert (here - there).norm() < 1e-6 * there.norm()
+    assert all(map(torch.equal, gradients(linear, *(each.double() for each in (x, weight, grad))), exact))
+
+
+@pytest.mark.parametrize(("capability", "native"), [((9, 0), False), ((10, 0), True), ((12, 0), True)])
+def test_the_device_decides_who_multiplies_blocks(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_blocks(torch.device("cuda")) is native
+    assert not multiplies_blocks(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_kept_weights_give_the_same_bits(recipe: str) -> None:
     linear = torch.nn.Module()
@@ -163,7 +226,7 @@ def test_kept_weights_give_the_same_bits(recipe: str) -> None:
 
 
 def test_kept_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two casts a product are left for each microbatch: x and its gradient, the latter turned without another."""
+    """For each microbatch, x and its gradient are left: the latter, as the weight, in one cast for both products."""
     linear = torch.nn.Module()
     linear.weight = torch.nn.Parameter(torch.randn(48, 32))
     kept = convert(
@@ -174,11 +237,15 @@ def test_kept_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> N
         keep=True,
     )
     cast: list[tuple[int, ...]] = []
-    monkeypatch.setattr(
-        float8, "quantise", lambda matrix, how: (cast.append(tuple(matrix.shape)), quantise(matrix, how))[1]
-    )
+    for name in ("quantise_reference", "quantise_both_reference"):
+        operation = getattr(float8, name)
+        monkeypatch.setattr(
+            float8,
+            name,
+            lambda matrix, *how, operation=operation: (cast.append(tuple(matrix.shape)), operation(matrix, *how))[1],
+        )
     kept.refresh()
-    assert cast == [(48, 32), (32, 48)]
+    assert cast == [(48, 32)]
     cast.clear()
     gradients(linear.multiply, torch.randn(16, 32), linear.weight, torch.randn(16, 48))
     assert cast == [(16, 32), (16, 48), (32, 16)]
@@ -262,6 +329,9 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
             recipe(min_size=0, world={"pp": 2, "pipeline": {"schedule": "ZBVZeroBubble"}}),
         ),
         ("warning", "precision.float8.recipe", 1, recipe(recipe="mxfp8")),
+        ("warning", "precision.float8.all_gather", 1, recipe(min_size=0, all_gather=True)),
+        ("warning", "precision.float8.all_gather", 2,
+         recipe(min_size=0, all_gather=True, recipe="mxfp8", world={"tp": 2})),
         ("warning", "precision.float8.min_size", 1, recipe(enabled=False, min_size=0)),
         ("warning", "precision.float8.recipe", 1, recipe(enabled=False, recipe="rowwise")),
     ],
@@ -271,9 +341,28 @@ def test_what_is_wrong_with_a_recipe(severity: str, key: str, world: int, values
     assert (severity, key) in [(finding.severity, finding.key) for finding in check(values, world)]
 
 
+def test_check_says_what_is_sent_in_float8() -> None:
+    """Over tp module by module; shards of weights where there are any."""
+    section = {"min_size": 0, "all_gather": True}
+    lines = [line.strip() for line in report(recipe(**section, world={"tp": 2, "dp_shard": 2}), 4).splitlines()]
+    begin = lines.index("sent, shards of weights: e4m3")
+    assert lines[begin + 1 : begin + 4] == [
+        "sent over tp, inputs of layers.*.attention, layers.*.ffn: e4m3",
+        "sent over tp, gradients of layers.*.attention.wo, layers.*.ffn.down: e5m2",
+        "sent over tp, inputs of head: as computed (head: excluded)",
+    ]
+    assert "shards of weights" not in report(recipe(**section, world={"tp": 2}), 2)
+    assert "sent over tp" not in report(recipe(**section), 2)
+    assert "sent" not in report(recipe(min_size=0, world={"tp": 2, "dp_shard": 2}), 4)
+
+
 @pytest.mark.parametrize(
     ("world", "values"),
-    [(1, recipe(min_size=0)), (2, recipe(min_size=0, world={"tp": 2})), (2, recipe(min_size=0, world={"pp": 2}))],
+    [
+        (1, recipe(min_size=0)),
+        (2, recipe(min_size=0, all_gather=True, world={"tp": 2})),
+        (2, recipe(min_size=0, world={"pp": 2})),
+    ],
 )
 def test_sound_recipes_have_no_findings(world: int, values: Recipe) -> None:
     assert not [finding for finding in check(values, world) if "float8" in finding.key or finding.severity == "error"]

@@ -1,14 +1,20 @@
-"""Messages of weights in float8, without sending them."""
+"""Messages in float8: weights without sending them, activations between two ranks."""
 
 from __future__ import annotations
 
+import float8_runs
+import pytest
 import torch
+from pool import Pool
 from torch import nn
 
 from titanlite.models.layers import Linear
-from titanlite.parallel.float8_gather import Float8Gather, _packed, _shares
+from titanlite.models.llama_spec import PRESETS, SPEC
+from titanlite.parallel.float8_gather import Float8Gather, _shares
+from titanlite.parallel.float8_message import packed
 from titanlite.precision.float8 import Float8Linear, quantise
-from titanlite.precision.float8_plan import SETTINGS, Cast
+from titanlite.precision.float8_plan import SETTINGS, Cast, Gather, gathers, gathers_in_words
+from titanlite.recipe.sections import Float8
 
 
 def test_a_message_is_read_as_it_was_written() -> None:
@@ -20,7 +26,7 @@ def test_a_message_is_read_as_it_was_written() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         sent = [part.to(dtype).flatten() for part in (norm, wide, plain)]
         flat = torch.cat(sent)
-        message = _packed(gather._message(flat))
+        message = packed(gather._message(flat))
         assert message.dtype == torch.uint8
         assert message.numel() - (17 * 128 + 17 * 4 + 29 * dtype.itemsize) in range(4 * 8)
         read = torch.empty_like(flat)
@@ -39,3 +45,51 @@ def test_a_weight_that_travelled_is_cast_to_what_it_was() -> None:
     full = weight.abs() > 2.0**-6 * once.scale
     assert not apart[full].any() and full.float().mean() > 0.99
     assert apart.max() <= 2.0**-9 * once.scale
+
+
+def test_activations_arrive_as_float8_has_them(pool: Pool) -> None:
+    """In order of the whole sequence, each token by its own scale; gradients in their own format."""
+    whole = float8_runs.whole_sequences()
+    expected = [
+        quantise(whole.flatten(0, 1), Cast(name, "row")).widened(whole.dtype).view(whole.shape)
+        for name in ("e4m3", "e5m2")
+    ]
+    assert all(not torch.equal(each, whole) for each in expected)
+    for found in pool.run(float8_runs.sequences_gathered, 2):
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "inputs", "gradients"),
+    [
+        ("tensorwise", "e4m3", "e5m2"),
+        ("rowwise", "e4m3", "e4m3"),
+        ("rowwise_with_hp_grad_weight", None, None),
+        ("mxfp8", None, None),
+    ],
+)
+def test_what_travels_is_what_all_products_cast(recipe: str, inputs: str | None, gradients: str | None) -> None:
+    """A factor that a product takes in full, or in blocks, is sent as it is."""
+    found = gathers(SPEC, PRESETS["debug"], Float8(enabled=True, recipe=recipe, min_size=0, all_gather=True))  # type: ignore[arg-type]
+    names = [each.module for each in found if each.module.startswith(("layers.0", "head"))]
+    assert names == ["layers.0.attention", "layers.0.attention.wo", "layers.0.ffn", "layers.0.ffn.down", "head"]
+    for each in found:
+        expected = None if each.module == "head" else {"inputs": inputs, "gradients": gradients}[each.what]
+        assert (each.cast.format if each.cast else None) == expected
+        assert (each.why is None) == (each.cast is not None)
+
+
+def test_all_that_take_an_input_are_converted_or_it_travels_as_it_is() -> None:
+    section = Float8(enabled=True, min_size=0, all_gather=True, exclude=("layers.0.ffn.up", "layers.*.attention.wo"))
+    found = {each.module: each for each in gathers(SPEC, PRESETS["debug"], section)}
+    assert found["layers.0.ffn"] == Gather("layers.0.ffn", "inputs", None, "layers.0.ffn.up: excluded")
+    assert found["layers.1.ffn"].cast == found["head"].cast == Cast("e4m3", "row")
+    assert found["layers.0.ffn.down"].cast is not None and found["layers.0.attention.wo"].cast is None
+    assert gathers_in_words(list(found.values())) == [
+        "inputs of layers.*.attention, layers.*.ffn, head: e4m3",
+        "gradients of layers.*.attention.wo: as computed (layers.*.attention.wo: excluded)",
+        "inputs of layers.*.ffn: as computed (layers.*.ffn.up: excluded)",
+        "gradients of layers.*.ffn.down: e5m2",
+    ]
+    assert not gathers(SPEC, PRESETS["debug"], Float8(enabled=True, min_size=0))
+    assert not gathers(SPEC, PRESETS["debug"], Float8(all_gather=True))

@@ -78,7 +78,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 ALL_SAME = ("zero", "hsdp", "pp")
 """Beginnings of layouts on which each scale is over what it is over in one process."""
-DEFAULT = {("tensorwise", "zero 3"), ("tensorwise", "tp")}
+DEFAULT = {("tensorwise", "zero 3")}
+"""And tp, with what it gathers in float8, below."""
 
 
 def pairs() -> list[Any]:
@@ -115,3 +116,34 @@ def test_weights_that_travel_in_float8_give_the_same(
     sections = {"parallel": {"zero_stage": stage}, "precision": {"float8": gathers}}
     for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
         assert_close(result, alone(corpus, recipe), *SCALED)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "parallel", "microbatch"),
+    [
+        ("tensorwise", 2, {"tp": 2}, 1),
+        pytest.param("tensorwise", 4, {"tp": 4}, 1, marks=pytest.mark.slow),
+        pytest.param("tensorwise", 4, {"tp": 2, "zero_stage": 3}, 1, marks=pytest.mark.slow),
+        pytest.param("tensorwise", 4, {"tp": 2, "pp": 2}, 1, marks=pytest.mark.slow),
+        pytest.param("rowwise", 2, {"tp": 2}, 1, marks=pytest.mark.slow),
+        pytest.param("rowwise", 2, {"tp": 2}, 4, marks=pytest.mark.slow),
+        pytest.param("rowwise", 4, {"tp": 2, "zero_stage": 3}, 1, marks=pytest.mark.slow),
+        pytest.param("rowwise", 4, {"tp": 2, "cp": 2}, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_activations_that_travel_in_float8_give_the_same(
+    pool: Pool, corpus: str, recipe: str, ranks: int, parallel: dict[str, Any], microbatch: int
+) -> None:
+    """Inputs and gradients that tp gathers; shards of weights too, where there are any."""
+    section = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
+    sections = {"parallel": parallel, "precision": {"float8": section}, "training": {"microbatch": microbatch}}
+    for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
+        assert_close(result, alone(corpus, recipe, microbatch), *SCALED)
+
+
+@pytest.mark.slow
+def test_compiled_activations_that_travel_in_float8_give_the_same(pool: Pool, corpus: str) -> None:
+    section = {"enabled": True, "recipe": "tensorwise", "min_size": 0, "all_gather": True}
+    sections = {"parallel": {"tp": 2}, "precision": {"float8": section}, "compile": {"enabled": True}}
+    for result in run(pool, 2, float8_recipe(corpus, "tensorwise", **sections)):
+        assert_close(result, alone(corpus, "tensorwise"), *SCALED)

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from titanlite.data.packing import document_layout
+from titanlite.data.sources import Source
 from titanlite.data.splits import Split
 from titanlite.data.tokenizers import Tokens
 from titanlite.errors import DataError
@@ -152,22 +153,22 @@ class ReadAhead:
 
 
 def validation_batches(
-    split: Split, sequences: int, microbatch: int, data_ranks: int, data_rank: int
+    source: Source, sequences: int, microbatch: int, data_ranks: int, data_rank: int
 ) -> Iterator[tuple[Batch, int]]:
     """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for.
 
-    The sequences (fewer where the split has no more) lie evenly over the split and are the same each time. Every
+    The sequences (fewer where the source has no more) lie evenly over the source and are the same each time. Every
     rank gets as many batches as any other, so that collectives pair up; what is missing is padding. Bits per byte
     are the summed loss / ln 2 / bytes, both sums over all batches and ranks.
     """
-    count = min(sequences, split.windows)
+    count = min(sequences, source.windows)
     plan = BatchPlan(count, data_ranks, data_rank, min(microbatch, ceil_div(count, data_ranks)))
     chosen = plan.samples(0)
     for start in range(0, len(chosen), plan.microbatch):
         numbers = chosen[start : start + plan.microbatch]
-        windows = [split.window(number * split.windows // count) for number in numbers if number is not None]
-        batch = _assemble(split, windows, numbers, (1, plan.microbatch), count)
-        yield batch, sum(split.tokenizer.bytes_of(window[1:]) for window in windows)
+        windows = [source.window(number * source.windows // count) for number in numbers if number is not None]
+        batch = _assemble(source, windows, numbers, (1, plan.microbatch), count)
+        yield batch, sum(source.tokenizer.bytes_of(window[1:]) for window in windows)
 
 
 @dataclass(frozen=True)
@@ -182,14 +183,17 @@ class _Steps(Dataset[Batch]):
         numbers = self.plan.samples(0 if self.overfit_one_batch else first)
         windows = [self.split.sample(number) for number in numbers if number is not None]
         shape = (self.plan.microbatches, self.plan.microbatch)
-        return _assemble(self.split, windows, numbers, shape, self.plan.global_batch)
+        return _assemble(self.split.sources[0], windows, numbers, shape, self.plan.global_batch)
 
 
 def _assemble(
-    split: Split, windows: Sequence[Tokens], numbers: Sequence[int | None], shape: tuple[int, int], sequences: int
+    like: Source, windows: Sequence[Tokens], numbers: Sequence[int | None], shape: tuple[int, int], sequences: int
 ) -> Batch:
-    """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences."""
-    length = split.sequence_length
+    """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences.
+
+    They may be of any source that is `like` this one in its tokenizer and in what windows are.
+    """
+    length = like.sequence_length
     tokens = np.zeros((len(numbers), length), np.int64)
     labels = np.full((len(numbers), length), IGNORED, np.int64)
     for row, window in enumerate(windows):
@@ -199,7 +203,7 @@ def _assemble(
     def tensor(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).view(*shape, length)
 
-    layout = document_layout(tokens, split.tokenizer.separator) if split.document_mask else None
+    layout = document_layout(tokens, like.tokenizer.separator) if like.document_mask else None
     return Batch(
         tokens=tensor(tokens),
         labels=tensor(labels),

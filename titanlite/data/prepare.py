@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from titanlite.data.corpora.files import Asked, FileReader, FoundFile
 from titanlite.data.corpora.formats import Part, divide
 from titanlite.data.progress import Progress
 from titanlite.data.token_file import (
+    HELD_OUT,
     Int64,
     Paths,
     SourceInfo,
@@ -42,8 +43,6 @@ SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024
 """About so many are made of inputs that are neither small nor huge: enough for any number of processes."""
 UNIT_FILES = 4_096
-HELD_OUT = "-validation"
-"""Added to the prefix of what is held out."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Request:
     settings: Settings
     drop_duplicates: bool = False
     workers: int = 1
-    replace: bool = False
+    force: bool = False
     """Whether token files of other inputs or settings, that are there, are to go."""
 
     @property
@@ -74,25 +73,24 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
     more, `UsageError` for what is in the way; parts that are done stay, and serve the next start.
     """
     files = _find(request.inputs)
-    made_from = key_of([asdict(request.settings), request.drop_duplicates,
-                        [(source, file.name, file.size) for source, file in files]])  # fmt: skip
+    texts = [(source, file.name, file.size) for source, file in files]
+    made_from = key_of([request.settings.decisive, request.drop_duplicates, texts])
     parts = paths_of(request.out).parts
     with _refusals_explained(request.out):
-        began_before = parts.exists()
         parts.mkdir(parents=True, exist_ok=True)
         lock = take_lock(parts / ".lock", f"the prefix {request.out}", "give another --out", progress.message)
+        began_before = any(parts.glob("*.json"))
         try:
             done = _finished(request, made_from, files, began_before)
             if done is None:
                 units, found = _write_parts(request, files, parts, progress)
-                progress.message("joining the parts")
-                done = _join(request, tokenizer, units, found, made_from, files)
+                done = _join(request, tokenizer, units, found, made_from, files, progress)
             else:
                 progress.message(f"{request.out} is finished: nothing is left to do")
             _remove(parts, progress)
         except BaseException:
             with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
-                if not began_before and os.listdir(parts) == [".lock"]:
+                if os.listdir(parts) == [".lock"]:
                     shutil.rmtree(parts)
             raise
         finally:
@@ -102,7 +100,7 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
 
 def _find(inputs: Sequence[str]) -> list[tuple[int, FoundFile]]:
     """All files in order, each with the number of the input that names it."""
-    reader = FileReader("", Asked("the inputs", "--text-key"))
+    reader = FileReader("", Asked("INPUT", "--text-key", ()))
     named = next((entry for entry in inputs if entry in CORPORA and not Path(entry).exists()), None)
     if named is not None:
         raise UsageError(f"'{named}' is for recipes, which read it as it is; give files, folders or globs.")
@@ -122,8 +120,9 @@ def _finished(
         if not there or (began_before and paths.idx not in there):
             continue
         reason = _difference(paths, prefix, made_from, files)
-        if reason and not request.replace:
-            raise UsageError(f"{there[0]} is there already, and {reason}. Give another --out, or --replace.")
+        if reason and not request.force:
+            way_out = "Give another --out, or add --force to overwrite it."
+            raise UsageError(f"{there[0]} is there already, and {reason}. {way_out}")
         if reason:
             return None
     opened = {prefix: TokenFile.open(prefix).info for prefix in request.outputs if paths_of(prefix).idx.exists()}
@@ -155,7 +154,7 @@ def _write_parts(
         there = [part_at(folder, key) for key in keys]
         missing = [index for index, part in enumerate(there) if part is None]
         total = sum(unit.bytes for unit in units)
-        progress.begin(total, total - sum(units[index].bytes for index in missing))
+        progress.begin("tokenising", total, total - sum(units[index].bytes for index in missing))
         for number, _ in workers.run([unit_task(units[index]) for index in missing]):
             index = missing[number]
             there[index] = part_at(folder, keys[index])
@@ -177,12 +176,14 @@ def _units(files: Sequence[tuple[int, FoundFile]], workers: Workers) -> list[Uni
     parts = _counted(files, parts, workers)
     units: list[Unit] = []
     group: list[tuple[int, FoundFile]] = []
+    grouped = 0
     for (source, file), cut in zip(files, parts, strict=True):
-        if group and (cut is not None or sum(f.size for _, f in group) + file.size > limit or len(group) == UNIT_FILES):
+        if group and (cut is not None or grouped + file.size > limit or len(group) == UNIT_FILES):
             units.append(_unit(group))
-            group = []
+            group, grouped = [], 0
         if cut is None:
             group.append((source, file))
+            grouped += file.size
         else:
             units += [_unit([(source, file)], part, file.size // len(cut)) for part in cut]
     return [*units, _unit(group)] if group else units
@@ -222,12 +223,16 @@ def _join(
     parts: Sequence[PartFile],
     made_from: str,
     files: Sequence[tuple[int, FoundFile]],
+    progress: Progress,
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
     first_ones = _first_of_equals(parts) if request.drop_duplicates else None
-    writers = {prefix: TokenWriter(prefix, tokenizer.vocab_size) for prefix in request.outputs}
-    text_bytes = dict.fromkeys(writers, 0)
+    writers: dict[Path, TokenWriter] = {}
+    text_bytes = dict.fromkeys(request.outputs, 0)
+    progress.begin("joining", sum(part.summary["token_bytes"] for part in parts), 0)
     try:
+        for prefix in request.outputs:
+            writers[prefix] = TokenWriter(prefix, tokenizer.vocab_size)
         at = 0
         for part in parts:
             records = part.load()
@@ -237,6 +242,7 @@ def _join(
                 chosen = kept & (records["held"] == (prefix != request.out))
                 text_bytes[prefix] += int(records["bytes"][chosen].sum())
                 _copy(part, records["tokens"], chosen, writer)
+            progress.advance(part.summary["token_bytes"])
         _require_documents(request, {prefix: writer.documents for prefix, writer in writers.items()})
         kept_documents = sum(writer.documents for writer in writers.values())
         shared: dict[str, Any] = {

@@ -34,7 +34,7 @@ def add_prepare_commands(commands: Any) -> None:
     command.add_argument("--held-out", type=float, default=0.0, metavar="PERCENT",
                          help="share of the documents for PREFIX-validation, by a hash of their names, as "
                               "data.validation_percent chooses them")  # fmt: skip
-    command.add_argument("--replace", action="store_true", help="replace what PREFIX is now, once the new one is done")
+    command.add_argument("--force", action="store_true", help="overwrite what PREFIX is now, once the new one is done")
     command.add_argument("--json", action="store_true", help="print the sidecars instead of a table")
     line = "read token files from end to end, and name the first place that is wrong"
     command = commands.add_parser("verify", help=line, description=line, allow_abbrev=False)
@@ -70,8 +70,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         out=arguments.out.expanduser(),
         settings=settings,
         drop_duplicates=arguments.dedup,
-        workers=arguments.workers or len(os.sched_getaffinity(0)),
-        replace=arguments.replace,
+        workers=arguments.workers or _cores(),
+        force=arguments.force,
     )
     with Progress(sys.stderr) as progress:
         made = prepare(request, tokenizer, progress)
@@ -81,6 +81,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for prefix, info in made.items():
         print(f"{prefix}: {format_count(info.tokens)} tokens, {format_bytes(info.bin_bytes + info.idx_bytes)}")
         print("\n".join(f"  {line}" for line in info.report()))
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ class Progress:
         self._stream = stream
         self._bar: Any = None
         self._task: Any = None
+        self._what = ""
         self._total = self._done = self._at_start = 0
         self._begun = self._told = time.monotonic()
 
@@ -34,7 +35,7 @@ class Progress:
                 TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Bar(*columns, console=Console(file=self._stream, force_terminal=True), auto_refresh=False)
-            self._task = self._bar.add_task("tokenising", total=None, speed="")
+            self._task = self._bar.add_task("looking", total=None, speed="")
             with suppress(OSError):
                 self._bar.start()
         return self
@@ -44,25 +45,32 @@ class Progress:
             with suppress(OSError):
                 self._bar.stop()
 
-    def begin(self, total: int, done: int) -> None:
-        """So many bytes are to be read, and so many of them were done by an earlier start."""
-        self._total, self._done, self._at_start = total, done, done
+    def begin(self, what: str, total: int, done: int) -> None:
+        """What is being done, to so many bytes; so many of them were done by an earlier start."""
+        self._what, self._total, self._done, self._at_start = what, total, done, done
         self._begun = self._told = time.monotonic()
         if done:
             self.message(f"going on: {format_bytes(done)} of {format_bytes(total)} are done")
         self.advance(0)
 
     def advance(self, count: int) -> None:
+        """So many bytes more are done."""
         self._done += count
         now = time.monotonic()
-        seconds = max(now - self._begun, 1e-3)
-        speed = f"{format_bytes((self._done - self._at_start) / seconds)}/s"
+        speed = f"{format_bytes((self._done - self._at_start) / max(now - self._begun, 1e-3))}/s"
         if self._bar is not None:
             with suppress(OSError):
-                self._bar.update(self._task, total=self._total, completed=self._done, speed=speed, refresh=True)
+                self._bar.update(
+                    self._task,
+                    description=self._what,
+                    total=self._total,
+                    completed=self._done,
+                    speed=speed,
+                    refresh=True,
+                )
         elif now - self._told >= PLAIN_SECONDS:
             self._told = now
-            self.message(f"tokenised {format_bytes(self._done)} of {format_bytes(self._total)}, {speed}")
+            self.message(f"{self._what}: {format_bytes(self._done)} of {format_bytes(self._total)}, {speed}")
 
     def message(self, text: str) -> None:
         """A line for the reader."""

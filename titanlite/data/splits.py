@@ -1,4 +1,4 @@
-"""What `[data]` names, opened: a training and a validation split that answer 'tokens of sample i'.
+"""What `[data]` names, opened: training samples by number, and the sets that validation reads.
 
 No torch here, and no batches: those are the loader's.
 """
@@ -10,113 +10,144 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
 
-from titanlite.data.corpora import is_held_out, read_corpus
 from titanlite.data.order import sample_position
-from titanlite.data.packing import pack, window, window_count
-from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype, tokenizer_of
+from titanlite.data.schedule import Schedule, Stage, schedule
+from titanlite.data.sources import Source, Stream, Texts, open_streams
+from titanlite.data.tokenizers import Tokenizer, Tokens, tokenizer_of
 from titanlite.errors import DataError
-from titanlite.recipe.sections import Data
+from titanlite.recipe.sections import Data, DataSource
+from titanlite.recipe.units import format_count
 
-_SOURCE = "corpus"
-"""Key of the one source's order. Not its path: a corpus that moves keeps its order."""
+ONLY_SOURCE = "corpus"
+"""Name of the source that `data.corpus` is. Not its path: a corpus that moves keeps its order."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One side of a corpus, as a stream of tokens cut into windows (see `packing`)."""
+    """The training samples of a run."""
 
-    name: str
-    """`training` or `validation`."""
-    stream: Tokens
-    """Every document followed by a separator, flat."""
-    tokenizer: Tokenizer
-    sequence_length: int
-    document_mask: bool
-    """Batches carry positions and document numbers."""
+    sources: tuple[Source, ...]
+    schedule: Schedule
     seed: int
     """Seed of the order of samples."""
 
     @property
     def windows(self) -> int:
-        """How many sequences there are; as many samples make an epoch."""
-        return window_count(len(self.stream), self.sequence_length)
+        """Sequences of all sources."""
+        return sum(each.windows for each in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Of all sources."""
+        return sum(each.tokens for each in self.sources)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of every token in its place: equal where all samples are."""
-        return xxhash.xxh3_64_hexdigest(self.stream.data)
-
-    @property
-    def documents(self) -> int:
-        return int(np.count_nonzero(self.stream == self.tokenizer.separator))
-
-    def window(self, index: int) -> Tokens:
-        """Inputs and labels of window `index`, `[sequence_length + 1]`; a view."""
-        return window(self.stream, index, self.sequence_length)
+        """64 bits in hexadecimal: equal where all samples are, if the recipes are."""
+        if len(self.sources) == 1:
+            return xxhash.xxh3_64_hexdigest(self.sources[0].fingerprint.encode())
+        return xxhash.xxh3_64_hexdigest(" ".join(f"{each.name} {each.fingerprint}" for each in self.sources).encode())
 
     def sample(self, number: int) -> Tokens:
         """Inputs and labels of sample `number` of the run (from 0, over all epochs), `[sequence_length + 1]`."""
-        return self.window(sample_position(number, self.windows, self.seed, _SOURCE))
+        source, window = self.place(number)
+        return source.window(window)
+
+    def place(self, number: int) -> tuple[Source, int]:
+        """The source of sample `number`, and which of its windows it is."""
+        if self.schedule.end is not None and number >= self.schedule.end:
+            raise DataError(f"sample {number}: the sources are used up after {self.schedule.end} samples")
+        chosen, turn = self.schedule(number)
+        source = self.sources[chosen]
+        return source, sample_position(turn, source.windows, self.seed, source.name)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How many times each source is read by the first `samples` samples."""
+        counts = self.schedule.counts(samples)
+        return {each.name: count / each.windows for each, count in zip(self.sources, counts, strict=True)}
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The corpus of a run."""
+    """The data of a run."""
 
     train: Split
-    validation: Split
+    validation: tuple[Source, ...]
+    """Sets by their names; none where a source has no held-out part and none was named."""
     tokenizer: Tokenizer
 
 
+def split_of(
+    tokens: Tokens, tokenizer: Tokenizer, sequence_length: int, document_mask: bool = False, seed: int = 0
+) -> Split:
+    """Training samples of one stream in memory."""
+    source = Source(ONLY_SOURCE, (Texts(tokens),), tokenizer, sequence_length, document_mask)
+    return Split((source,), schedule([Stage(None, (1.0,))], [None]), seed)
+
+
 def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool = True) -> DataSplits:
-    """Read and tokenise the corpus, and hold out its validation part.
+    """Open the sources and, if `validated`, the validation sets: those that `data.validation` names or else the
+    sources' held-out parts, each a set with its source's name.
 
-    Documents are held out by a hash of their names, so the seed, the order of the files and the other files there
-    do not matter. A corpus of so few documents that one side would get none (a single text file, say) is cut
-    through its documents instead: the last `validation_percent` of each is held out.
-
-    Raises `DataError`: what cannot be read, or a training split (if `validated`, also a validation split) that is
-    shorter than one sequence.
+    Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
     """
     tokenizer = tokenizer_of(section)
-    kept: list[Ids] = []
-    held: list[Ids] = []
-    for document in read_corpus(section):
-        side = held if is_held_out(document.name, section.validation_percent) else kept
-        try:
-            side.append(tokenizer.encode(document.content))
-        except DataError as error:
-            raise DataError(f"{document.name}: {error}") from None
-    if not kept and not held:
-        raise DataError(f"data.corpus = {section.corpus!r} holds no text at all; give one with text in it.")
-    if not kept or not held:
-        kept, held = _cut_each(kept or held, section.validation_percent)
+    sources: list[Source] = []
+    held_out: list[Source] = []
 
-    def split(name: str, documents: Sequence[Ids]) -> Split:
-        stream = pack(documents, tokenizer.separator, token_dtype(tokenizer.vocab_size))
-        return Split(name, stream, tokenizer, sequence_length, section.document_mask, seed)
+    def source(name: str, streams: tuple[Stream, ...]) -> Source:
+        return Source(name, streams, tokenizer, sequence_length, section.document_mask)
 
-    splits = DataSplits(split("training", kept), split("validation", held), tokenizer)
-    for part in (splits.train, splits.validation) if validated else (splits.train,):
-        if part.windows == 0:
-            raise DataError(
-                f"data.corpus = {section.corpus!r}: its {part.name} split has {len(part.stream):,} tokens, and one "
-                f"sequence takes {sequence_length + 1:,} (training.sequence_length and one to predict); give more "
-                f"text, or shorter sequences, or {_other_share(part)}."
-            )
-    return splits
+    for name, paths, key in _named(section):
+        opened = open_streams(paths, key, section, tokenizer)
+        sources.append(source(name, opened.training))
+        _require_a_window(sources[-1], f"{key} = {paths!r}: its training part", _LOWER)
+        if validated and not section.validation:
+            held_out.append(source(name, opened.validation))
+            if opened.validation:
+                _require_a_window(held_out[-1], f"{key} = {paths!r}: its validation part", _HIGHER)
+    if validated:
+        for index, named in enumerate(section.validation):
+            key, paths = f"data.validation.{index}.path", _list(named.path)
+            opened = open_streams(paths, key, section, tokenizer, hold_out=False)
+            held_out.append(source(named.name, opened.training))
+            _require_a_window(held_out[-1], f"{key} = {paths!r}: it", "")
+    sets = tuple(each for each in held_out if each.streams)
+    if validated and not sets:
+        raise DataError(
+            "validation.every_steps: there is nothing to validate on: no source has a held-out part. Name a set by "
+            "[[data.validation]], prepare token files with --held-out, or set validation.every_steps = 0."
+        )
+    return DataSplits(Split(tuple(sources), _schedule(section, sources), seed), sets, tokenizer)
 
 
-def compression_baselines(split: Split, limit_bytes: int = 4 * 2**20) -> dict[str, float]:
-    """Bits per byte that `gzip -9` and `xz -9` need for the split's text, its documents in one stream.
+def require_samples(split: Split, samples: int) -> list[str]:
+    """What is worth saying of the sources of a run of so many samples: how often each is read, where there are several
+    or one is read more than once. Raises `DataError` where they do not suffice.
+    """
+    end, length = split.schedule.end, split.sources[0].sequence_length
+    if end is not None and end < samples:
+        raise DataError(
+            f"data.sources: all that may be read is {format_count(end * length)} tokens, and the run needs "
+            f"{format_count(samples * length)}; train on fewer (training.tokens), raise or remove the sources' epochs "
+            "and tokens, or add a source."
+        )
+    return [
+        f"source {name} ({format_count(source.tokens)} tokens) will be read {times:.2g} times"
+        for source, (name, times) in zip(split.sources, split.epochs(samples).items(), strict=True)
+        if len(split.sources) > 1 or times > 1
+    ]
 
-    Anything that has learnt the text should need fewer. Of long splits, the first `limit_bytes` stand for the
+
+def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[str, float]:
+    """Bits per byte that `gzip -9` and `xz -9` need for the source's text, its documents in one stream.
+
+    Anything that has learnt the text should need fewer. Of long ones, the first `limit_bytes` stand for the
     whole: xz takes about half a second a MiB.
     """
-    text = split.tokenizer.decode(split.stream[:limit_bytes])[:limit_bytes]
+    text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
     gzip = zlib.compressobj(9, wbits=31)  # 31: with gzip's own header and checksum
     sizes = {
         "gzip -9": len(gzip.compress(text)) + len(gzip.flush()),
@@ -125,12 +156,52 @@ def compression_baselines(split: Split, limit_bytes: int = 4 * 2**20) -> dict[st
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _cut_each(documents: Sequence[Ids], percent: float) -> tuple[list[Ids], list[Ids]]:
-    """The beginnings and the last `percent` of the tokens of each document; empty pieces left out."""
-    cuts = [len(document) - round(len(document) * percent / 100) for document in documents]
-    pairs = list(zip(documents, cuts, strict=True))
-    return [d[:cut] for d, cut in pairs if cut], [d[cut:] for d, cut in pairs if cut < len(d)]
+def _named(section: Data) -> list[tuple[str, list[str], str]]:
+    """Each source's name, its paths, and their key in the recipe."""
+    if not section.sources:
+        return [(ONLY_SOURCE, _list(section.corpus or "python-stdlib"), "data.corpus")]
+    return [(each.name, _list(each.path), f"data.sources.{i}.path") for i, each in enumerate(section.sources)]
 
 
-def _other_share(split: Split) -> str:
-    return f"a {'lower' if split.name == 'training' else 'higher'} data.validation_percent"
+def _list(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else path
+
+
+def _schedule(section: Data, sources: Sequence[Source]) -> Schedule:
+    """By weights, or sizes where none are given."""
+    if not section.sources:
+        return schedule([Stage(None, (1.0,))], [None])
+    length = sources[0].sequence_length
+    own = tuple(named.weight or each.windows for named, each in zip(section.sources, sources, strict=True))
+    stages = [
+        Stage(
+            stage.until // length if stage.until is not None else None,
+            tuple(stage.weights.get(each.name, 0.0) for each in sources),
+        )
+        for stage in section.stages
+    ]
+    return schedule(
+        stages or [Stage(None, own)],
+        [_most(named, each) for named, each in zip(section.sources, sources, strict=True)],
+    )
+
+
+def _most(named: DataSource, source: Source) -> int | None:
+    """Samples that may be read of a source."""
+    limits = []
+    if named.epochs is not None:
+        limits.append(int(named.epochs * source.windows))
+    if named.tokens is not None:
+        limits.append(named.tokens // source.sequence_length)
+    return min(limits, default=None)
+
+
+_LOWER, _HIGHER = (f", or a {how} data.validation_percent" for how in ("lower", "higher"))
+
+
+def _require_a_window(source: Source, what: str, also: str) -> None:
+    if source.windows == 0:
+        raise DataError(
+            f"{what} has {source.tokens:,} tokens, and one sequence takes {source.sequence_length + 1:,} "
+            f"(training.sequence_length and one to predict); give more text, or shorter sequences{also}."
+        )

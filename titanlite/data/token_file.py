@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from titanlite.data.tokenizers import Tokenizer, token_dtype
+from titanlite.data.tokenizers import Tokenizer, Tokens, token_dtype
 from titanlite.durable import replace_file, sync_path
 from titanlite.errors import DataError
 
@@ -33,6 +33,8 @@ TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64"
 """Megatron's codes for the types of ids."""
 LONGEST_SEQUENCE = 2**31 - 1
 """Tokens; a length takes 32 bits, with a sign."""
+HELD_OUT = "-validation"
+"""What the name of a file's held-out part ends with."""
 LOOKED_AT = 1_000
 """Documents at either end of a file without a sidecar that must end with the separator."""
 BLOCK = 2**20
@@ -132,14 +134,20 @@ class Starts:
     """Where documents begin, in tokens, `[documents]`: `starts[7]`, `starts[10:20]`, `starts[:]`; looked up then."""
 
     pointers: Int64
+    """Of each sequence, in bytes."""
     sequences: Int64
+    """First sequence of each document, and the number of all."""
     itemsize: int
+    tokens: int
 
     def __len__(self) -> int:
         return len(self.sequences) - 1
 
     def __getitem__(self, key: Any) -> Any:
-        return self.pointers[self.sequences[:-1][key]] // self.itemsize
+        first, last = self.sequences[:-1][key], len(self.pointers) - 1
+        begins = self.pointers[np.clip(first, 0, last)] // self.itemsize
+        begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
+        return np.where(first > last, self.tokens, begins)  # a document without sequences, at the end of the file
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ class TokenFile:
     """An opened token file: memory maps, so that it takes no memory of its own however large it is."""
 
     prefix: Path
-    tokens: Integers
+    tokens: Tokens
     """All documents, each followed by the separator, flat."""
     starts: Starts
     lengths: npt.NDArray[np.int32]
@@ -170,7 +178,7 @@ class TokenFile:
             _require_ends(paths, lengths, pointers, sequences, dtype.itemsize)
             tokens = np.memmap(paths.bin, dtype, "r")
             info = _read_sidecar(paths, len(tokens), dtype) if paths.sidecar.exists() else None
-        return cls(prefix, tokens, Starts(pointers, sequences, dtype.itemsize), lengths, info)
+        return cls(prefix, tokens, Starts(pointers, sequences, dtype.itemsize, len(tokens)), lengths, info)
 
     def __reduce__(self) -> Any:
         """Another process opens it anew: pickled, a memory map is all that it maps."""
@@ -249,14 +257,17 @@ class TokenFile:
                 )
 
     def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int) -> None:
-        """Documents `first` to `stop`, not empty, hold ids of the vocabulary and end with the separator."""
+        """Documents `first` to `stop` hold ids of the vocabulary and end with the separator, if they hold anything."""
         path = paths_of(self.prefix).bin
         begins = np.asarray(self.starts[first:stop])
         end = int(self.starts[stop]) if stop < self.documents else len(self.tokens)
         ends = np.append(begins[1:], end)
-        if begins.size and (begins[0] < 0 or (np.diff(begins) < 0).any() or end > len(self.tokens)):
-            raise DataError(f"{paths_of(self.prefix).idx}: damaged: documents {first:,} to {stop:,} are not in order.")
-        unended = np.flatnonzero((ends <= begins) | (self.tokens[ends - 1] != separator))
+        if begins[0] < 0 or (ends < begins).any() or end > len(self.tokens):
+            raise DataError(
+                f"{paths_of(self.prefix).idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; "
+                f"{_PREPARE_AGAIN}"
+            )
+        unended = np.flatnonzero((ends > begins) & (self.tokens[ends - 1] != separator))
         if unended.size:
             at = int(unended[0])
             raise DataError(
@@ -264,7 +275,7 @@ class TokenFile:
                 f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
                 "same tokenizer, or prepare the texts with `titanlite data prepare`."
             )
-        for start in range(int(begins[0]) if begins.size else end, end, BLOCK):
+        for start in range(int(begins[0]), end, BLOCK):
             block = self.tokens[start : min(start + BLOCK, end)]
             beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
             if beyond.size:

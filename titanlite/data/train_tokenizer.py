@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
     require_library("tokenizers", file)
     read = Read()
-    texts = _texts(Data(corpus=arguments.inputs, text_key=arguments.text_key), arguments.held_out, read)
+    texts = _texts(arguments.inputs, Data(text_key=arguments.text_key), arguments.held_out, read)
     content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())
     if not read.documents:
         raise DataError(f"{', '.join(arguments.inputs)}: no text at all; give a corpus with text in it.")
@@ -117,13 +117,13 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         print(f"fewer than --vocab-size {arguments.vocab_size}: no other pair of tokens occurs twice in the corpus.")
 
 
-def _texts(section: Data, held_out_percent: float, read: Read) -> Iterator[str]:
+def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Read) -> Iterator[str]:
     """What is UTF-8 of all documents that are not held out; counted in `read`."""
     from titanlite.data.corpora import is_held_out, read_corpus
     from titanlite.data.tokenizers.pieces import utf8_parts
 
     told = time.monotonic()
-    for document in read_corpus(section):
+    for document in read_corpus(inputs, section):
         if is_held_out(document.name, held_out_percent):
             continue
         read.documents += 1

@@ -12,7 +12,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,6 +52,11 @@ class Settings:
     skip_bad_lines: bool
     held_out_percent: float
 
+    @property
+    def decisive(self) -> list[Any]:
+        """Without what only says where the tokenizer lies."""
+        return [self.fingerprint, self.text_key, self.skip_bad_lines, self.held_out_percent]
+
 
 class Piece(NamedTuple):
     """A file, or a part of it, of a unit."""
@@ -77,7 +82,7 @@ class Unit(NamedTuple):
 
     def key(self, settings: Settings) -> str:
         """Name of its part: a hash of all that decides what is in it."""
-        return key_of([PART_VERSION, asdict(settings), self.pieces])
+        return key_of([PART_VERSION, settings.decisive, self.pieces])
 
 
 def key_of(value: Any) -> str:
@@ -167,7 +172,7 @@ class _BadLines:
             refuse(error)
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(str(error))
+            self.examples.append(str(error).encode("utf-8", "backslashreplace").decode())
 
 
 class _Records:

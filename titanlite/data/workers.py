@@ -169,6 +169,8 @@ def main() -> int:
             answer: dict[str, Any] = {"result": result}
         except TitanliteError as error:
             answer = {"error": str(error)}
+        except MemoryError:
+            answer = {"error": f"{task['about']}: does not fit into memory; take fewer --workers, or split it."}
         except OSError as error:
             answer = {
                 "error": f"cannot write to {folder}: {cause(error, folder)}. What is done stays done: make room, and "

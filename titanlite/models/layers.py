@@ -114,6 +114,11 @@ class RMSNorm(nn.Module):
         # The weight is rounded like those of the matrices, as it is when it travels in the compute dtype.
         return (wide * scale * self.weight.to(x.dtype)).to(x.dtype)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(h), h) for h = x + residual: apart from `forward`, so that a kernel may do both at once."""
+        h = x + residual
+        return self(h), h
+
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Angular frequency of each rotated pair, [head_dim / 2], float64.

@@ -37,8 +37,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
-        return x + self.ffn(self.ffn_norm(x))
+        normed, x = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), rotation, mask, cache))
+        return x + self.ffn(normed)
 
 
 class Head(Linear):

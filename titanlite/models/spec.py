@@ -22,7 +22,7 @@ Style = Literal["vocab", "gather", "column", "row", "loss", "attention", "mask"]
 Over tp, activations between matrices are parts of the sequence:
 
 - `vocab`: a table whose rows are cut; looked-up rows are summed, and each rank keeps its part of the sequence
-- `gather`: the module's input, a part of the sequence, is joined to all of it
+- `gather`: the module's input, a part of the sequence, is joined to all of it, for its `column` matrices alone
 - `column`: a matrix whose rows (output features) are cut; its output stays cut
 - `row`: a matrix whose columns (input features) are cut; its outputs are summed, and each rank keeps its part
 - `loss`: takes hidden states, a matrix with rows for a part of the vocabulary, and labels: a `models.loss.TokenLoss`

@@ -134,7 +134,8 @@ def describe(row: Row, total_steps: int) -> str:
     if "event" in row:
         return f"{step}  {row['event']}: {row['detail']}"
     if "validation_loss" in row:
-        return f"{step}  validation loss {row['validation_loss']:.4f}  bits per byte {row['bits_per_byte']:.4f}"
+        of = f" ({row['set']})" if "set" in row else ""
+        return f"{step}  validation loss{of} {row['validation_loss']:.4f}  bits per byte {row['bits_per_byte']:.4f}"
     facts = (f"{name} {text:>{_WIDTHS.get(name, 0)}}" for name, text in _facts(row, total_steps))
     return "  ".join([step, *facts])
 

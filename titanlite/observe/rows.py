@@ -11,9 +11,12 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def validation_row(step: int, validation_loss: float, bits_per_byte: float) -> Row:
-    """Row of a validation after `step` steps: mean loss in nats a token, and bits a byte of text."""
-    return {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
+def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_name: str | None) -> Row:
+    """Row of a validation after `step` steps: mean loss in nats a token, and bits a byte of text; of several validation
+    sets each has a row, with its name.
+    """
+    row = {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
+    return row if set_name is None else {**row, "set": set_name}
 
 
 def event_row(step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> Row:

@@ -129,9 +129,9 @@ class TensorBoardSink:
             self._put(Event(wall_time=time.time(), step=self._first_step, session_log=mark))
             self._first_step = None
         values = [
-            Summary.Value(tag=_tag(key), simple_value=float(value))
+            Summary.Value(tag=_tag(key, row.get("set")), simple_value=float(value))
             for key, value in row.items()
-            if key != "step" and value is not None
+            if key not in ("step", "set") and value is not None
         ]
         self._put(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
@@ -145,11 +145,11 @@ class TensorBoardSink:
         self._file.write(frame_record(event.SerializeToString()))
 
 
-def _tag(key: str) -> str:
+def _tag(key: str, validation_set: str | None) -> str:
     if key in ("loss", "grad_norm", "lr"):
         return f"train/{key}"
     if key in ("validation_loss", "bits_per_byte"):
-        return f"validation/{key.removeprefix('validation_')}"
+        return "/".join(filter(None, ("validation", validation_set, key.removeprefix("validation_"))))
     return f"progress/{key}" if key in ("samples", "tokens") else f"speed/{key}"
 
 

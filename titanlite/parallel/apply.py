@@ -22,10 +22,10 @@ from titanlite.parallel.shards import Shards
 from titanlite.parallel.stages import keeps_all_microbatches, stage_split
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype, master_dtype
-from titanlite.precision.float8 import KeptWeights, convert, require_float8
-from titanlite.precision.float8_plan import SETTINGS, decisions
+from titanlite.precision.float8 import KeptWeights, convert, multiplies_blocks, require_float8
+from titanlite.precision.float8_plan import SETTINGS, decisions, gathers
 from titanlite.recipe.sections import Recipe
-from titanlite.rules.kernels import fused
+from titanlite.rules.kernels import QUANTISE, fused
 
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
@@ -74,7 +74,13 @@ def _to_float8(
     found = decisions(spec, config, section)
     if found:
         require_float8(world.device)
-    return convert(model, found, SETTINGS[section.recipe], compute_dtype(recipe.precision), keep=whole)
+    native, dtype = multiplies_blocks(world.device), compute_dtype(recipe.precision)
+    by_kernel = _casts_by_kernel(recipe, world)
+    return convert(model, found, SETTINGS[section.recipe], dtype, whole, native, by_kernel)
+
+
+def _casts_by_kernel(recipe: Recipe, world: World) -> bool:
+    return QUANTISE in fused(recipe, world.device.type)
 
 
 def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
@@ -158,13 +164,15 @@ class _Part:
 def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes) -> _Part:
     """Share `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
     from titanlite.parallel.context import share_sequences
-    from titanlite.parallel.tensor import cut_tensors
+    from titanlite.parallel.tensor import Sent, cut_tensors
     from titanlite.parallel.zero import shard_model
 
     layout, parallel, plan = meshes.layout, recipe.parallel, spec.sharding(config)
     rests_on = torch.device("cpu") if parallel.offload else world.device
     tied = {name: other for name, other in spec.tied(config).items() if _has(module, other) and _has(module, name)}
-    slicings = cut_tensors(module, plan, meshes.tp) if layout.tp > 1 else {}
+    by_kernel, found = _casts_by_kernel(recipe, world), gathers(spec, config, recipe.precision.float8)
+    sent = {each.module: Sent(each.cast, by_kernel) for each in found if each.cast is not None}
+    slicings = cut_tensors(module, plan, meshes.tp, sent) if layout.tp > 1 else {}
     if tied:
         # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so now.
         module.to_empty(device=rests_on)

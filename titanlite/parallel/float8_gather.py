@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from titanlite.parallel.float8_message import Parts, packed
 from titanlite.parallel.layout import ceil_div
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.precision.float8_plan import Cast
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ROWS = Cast("e4m3", "row")
-_ALIGNMENT = 8
-"""Bytes: each part of a message begins at a multiple, to be read as any number format."""
 
 
 def gather_in_float8(units: Sequence[nn.Module], ranks: int) -> None:
@@ -45,14 +44,17 @@ class _Share:
     rows: int
     columns: int
     converted: bool
+    fused: bool
+    """Whether its cast is Triton's."""
 
 
 def _shares(unit: nn.Module, ranks: int) -> Iterator[_Share]:
     for module in unit.modules():
-        converted = isinstance(getattr(module, "multiply", None), Float8Linear)
+        multiply = getattr(module, "multiply", None)
+        converted = isinstance(multiply, Float8Linear)
         for parameter in module.parameters(recurse=False):
             rows, *rest = parameter.shape
-            yield _Share(ceil_div(rows, ranks), prod(rest), converted)
+            yield _Share(ceil_div(rows, ranks), prod(rest), converted, converted and multiply.fused)
 
 
 class Float8Gather:
@@ -69,9 +71,8 @@ class Float8Gather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         """Gather `input_tensor`, this rank's shares one after the other, into `output_tensor`."""
-        sent = _packed(self._message(input_tensor))
+        sent = packed(self._message(input_tensor))
         received = sent.new_empty(group.size() * sent.numel())
-        # As bytes: gloo does not send float8.
         dist.all_gather_into_tensor(received, sent, group=group)
         for message, out in zip(received.view(group.size(), -1), output_tensor.view(group.size(), -1), strict=True):
             self._unpack(message, out)
@@ -80,17 +81,17 @@ class Float8Gather:
         """What is sent for each share: its values, or float8 values and the scale of each row."""
         for share, values in self._split(flat):
             if share.converted:
-                yield from quantise(values, _ROWS)
+                yield from quantise(values, _ROWS, share.fused)
             else:
                 yield values
 
     def _unpack(self, message: Tensor, out: Tensor) -> None:
         """The values of one rank's message, into its part of what is gathered."""
-        parts = _Parts(message)
+        parts = Parts(message)
         for share, values in self._split(out):
             if share.converted:
-                rounded = parts.next(values.shape, torch.float8_e4m3fn).to(values.dtype)
-                torch.mul(rounded, parts.next((share.rows, 1), torch.float32).to(values.dtype), out=values)
+                rounded, scales = parts.next_rows(share.rows, share.columns, _ROWS)
+                torch.mul(rounded.to(values.dtype), scales.to(values.dtype), out=values)
             else:
                 values.copy_(parts.next(values.shape, values.dtype))
 
@@ -98,27 +99,3 @@ class Float8Gather:
         """Each share with its [rows, columns] of `flat`."""
         pieces = flat.split([share.rows * share.columns for share in self._shares])
         return ((s, piece.view(s.rows, s.columns)) for s, piece in zip(self._shares, pieces, strict=True))
-
-
-def _padding(size: int) -> int:
-    return -size % _ALIGNMENT
-
-
-def _packed(parts: Iterator[Tensor]) -> Tensor:
-    """The bytes of all parts, each filled up to `_ALIGNMENT`."""
-    flat = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
-    return torch.cat([piece for part in flat for piece in (part, part.new_zeros(_padding(part.numel())))])
-
-
-class _Parts:
-    """Reads what `_packed` wrote, part by part."""
-
-    def __init__(self, message: Tensor) -> None:
-        self._message = message
-        self._read = 0
-
-    def next(self, shape: Sequence[int], dtype: torch.dtype) -> Any:
-        size = prod(shape) * dtype.itemsize
-        part = self._message[self._read : self._read + size].view(dtype).view(*shape)
-        self._read += size + _padding(size)
-        return part

@@ -8,8 +8,8 @@ the communication, and the compiler sees it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,31 @@ from torch import Tensor, nn
 from titanlite.models.layers import at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, is_named_by
+from titanlite.parallel.float8_message import Parts, packed
 from titanlite.parallel.slicing import CUT_DIMENSION, Slicing
+from titanlite.precision.float8 import quantise
+from titanlite.precision.float8_plan import Cast
 
 _SEQUENCE = 1
 """Dimension of activations [batch, seq, …] that is cut between matrices."""
 
 
-def cut_tensors(model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup) -> dict[str, Slicing]:
+class Sent(NamedTuple):
+    """How numbers become float8 to travel."""
+
+    cast: Cast
+    fused: bool
+    """By a fused kernel."""
+
+
+def cut_tensors(
+    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, sent: Mapping[str, Sent]
+) -> dict[str, Slicing]:
     """Cut `model`, in place, as the tp rules of `plan` say; returns how, by parameter name.
 
     Parameters in none of them are whole on every rank, and each rank's gradient of one is only a part of its sum.
-    The model must be on the meta device or its values of no use.
+    The model must be on the meta device or its values of no use. `sent` has the modules whose gathered inputs, or
+    gradients of outputs, travel in float8: `float8_plan.gathers`.
     """
     slices: dict[str, Slicing] = {}
     for rule, name, module in ruled(model, plan):
@@ -44,7 +58,7 @@ def cut_tensors(model: nn.Module, plan: Sequence[ShardingRule], group: dist.Proc
             first = _keep(module, slicing, group)
         wrap = _WRAPPERS.get(rule.style)
         if wrap is not None:
-            module.forward = wrap(module.forward, group, first, module)
+            module.forward = wrap(module, group, first, sent.get(name))
     return slices
 
 
@@ -73,26 +87,32 @@ def _keep(module: nn.Module, slicing: Slicing, group: dist.ProcessGroup) -> int:
 Forward = Callable[..., Any]
 
 
-def _gathering(forward: Forward, group: dist.ProcessGroup, first: int, module: nn.Module) -> Forward:
+def _gathering(module: nn.Module, group: dist.ProcessGroup, first: int, sent: Sent | None) -> Forward:
+    forward = module.forward
+
     def with_whole_sequence(x: Tensor, *arguments: Any, **named: Any) -> Any:
-        return forward(_Gather.apply(x, group), *arguments, **named)
+        return forward(_Gather.apply(x, group, sent), *arguments, **named)
 
     return with_whole_sequence
 
 
-def _scattering(forward: Forward, group: dist.ProcessGroup, first: int, module: nn.Module) -> Forward:
+def _scattering(module: nn.Module, group: dist.ProcessGroup, first: int, sent: Sent | None) -> Forward:
+    forward = module.forward
+
     def to_part_of_sequence(x: Tensor) -> Tensor:
-        return _Scatter.apply(forward(x), group)  # type: ignore[no-any-return]
+        return _Scatter.apply(forward(x), group, sent)  # type: ignore[no-any-return]
 
     return to_part_of_sequence
 
 
-def _looking_up(forward: Forward, group: dist.ProcessGroup, first: int, module: nn.Module) -> Forward:
+def _looking_up(module: nn.Module, group: dist.ProcessGroup, first: int, sent: Sent | None) -> Forward:
+    forward = module.forward
+
     def in_own_rows(tokens: Tensor) -> Tensor:
         rows = tokens - first
         elsewhere = (rows < 0) | (rows >= module.weight.shape[0])  # type: ignore[operator, union-attr]
         found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
-        return _Scatter.apply(found, group)  # type: ignore[no-any-return]
+        return _Scatter.apply(found, group, sent)  # type: ignore[no-any-return]
 
     return in_own_rows
 
@@ -104,35 +124,60 @@ class _Gather(torch.autograd.Function):
     """Parts of the sequence to all of it; gradients, each rank's a summand, back to the part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
         ctx.group = group
-        return gather_sequence(x, group)
+        return _gather(x, group, sent)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _scatter_sequence(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _scatter_sequence(grad, ctx.group), None, None
 
 
 class _Scatter(torch.autograd.Function):
     """Summands over all of the sequence to this rank's part of the sum; the opposite of `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
+        ctx.group, ctx.sent = group, sent
         return _scatter_sequence(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gather_sequence(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _gather(grad, ctx.group, ctx.sent), None, None
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
+    """`gather_sequence`, of numbers that travel as they are or in float8."""
+    return gather_sequence(x, group) if sent is None else _gather_in_float8(x, group, sent)
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[batch, seq / ranks, …] of each rank -> [batch, seq, …] on all."""
-    ranks = group.size()
+    return torch.cat(_all_gather(x.contiguous(), group).chunk(group.size()), dim=_SEQUENCE)
+
+
+def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, sent: Sent) -> Tensor:
+    """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all, rounded to float8 with a scale a token.
+
+    Values and scales are one message. What arrives has x's dtype, in which float8 times a power of two is exact: a cast
+    to the same format with any such scale then rounds nothing but what is close to nothing.
+    """
+    batch, length, width = x.shape
+    message = packed(quantise(x.flatten(0, 1), sent.cast, sent.fused))
+    messages = _all_gather(message, group).unflatten(0, (group.size(), -1))
+    rounded, scales = (
+        # Put in order while they are bytes.
+        part.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)
+        for part in Parts(messages).next_rows(batch * length, width, sent.cast)
+    )
+    return rounded.to(x.dtype) * scales.to(x.dtype)
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[rows, …] of each rank -> [ranks x rows, …]."""
     # Functional collectives, waited for at once: the form that the compiler knows how to split and overlap.
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), ranks, group.group_name)
-    gathered = torch.ops._c10d_functional.wait_tensor(gathered)
-    return torch.cat(gathered.chunk(ranks), dim=_SEQUENCE)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(gathered)  # type: ignore[no-any-return]
 
 
 def _scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from titanlite_kernels.float8_reference import quantise_both_reference, quantise_reference
 from torch import Tensor, nn
 
 from titanlite.errors import UsageError
 from titanlite.precision.float8_plan import BLOCK, Cast, Decision, Settings
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_SMALLEST = 2.0**-100
-"""A largest value below this is treated as this, so that scales and their reciprocals stay in the range of float32."""
-_EXPONENT = 0x7F800000
-"""The bits of a float32 that hold its exponent."""
+_MANTISSA_BITS = 23
+"""Of a float32, below its exponent."""
 _KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")
 """Buffers with a weight in float8."""
 _CAPABILITY = (8, 9)
 """GPUs that multiply float8."""
+_BLOCKS_CAPABILITY = (10, 0)
+"""GPUs that multiply blocks of it with their scales."""
 
 
 class Quantised(NamedTuple):
@@ -53,90 +54,110 @@ class Quantised(NamedTuple):
         return self.scale.expand(self.values.shape[0], 1).contiguous()
 
 
-def power_of_two(largest: Tensor, format: torch.dtype) -> Tensor:
-    """What values up to `largest` are multiplied with to fill `format`, rounded down to a power of two.
-
-    NaN where the largest value is not finite, so that everything scaled by it is NaN too.
-    """
-    largest = largest.float()
-    ratio = torch.finfo(format).max / largest.clamp(min=_SMALLEST)
-    # Times 0: cutting the mantissa away would turn a NaN into infinity.
-    return (ratio.view(torch.int32) & _EXPONENT).view(torch.float32) + largest * 0
-
-
-def quantise(matrix: Tensor, cast: Cast) -> Quantised:
-    """`matrix` [rows, columns] in float8, contiguous whatever its strides. Nothing overflows."""
+def quantise(matrix: Tensor, cast: Cast, fused: bool = False) -> Quantised:
+    """`matrix` [rows, columns] in float8, contiguous whatever its strides; `fused`: by Triton where it can be."""
     if cast.scale == "block":
-        values, scale = quantise(matrix.reshape(-1, BLOCK), Cast(cast.format, "row"))
+        values, scale = quantise(matrix.reshape(-1, BLOCK), Cast(cast.format, "row"), fused)
         return Quantised(values.view(matrix.shape), scale.view(matrix.shape[0], -1))
-    size = matrix.abs()
-    largest = size.amax() if cast.scale == "tensor" else size.amax(1, keepdim=True)
-    return scaled(matrix, power_of_two(largest, FORMATS[cast.format]), FORMATS[cast.format])
+    operation = _kernels().quantise if fused else quantise_reference
+    return Quantised(*operation(matrix, FORMATS[cast.format], cast.scale))
 
 
-def scaled(matrix: Tensor, factor: Tensor, format: torch.dtype) -> Quantised:
-    """`matrix` in float8 after multiplication with `factor`, a power of two: exact, in any dtype."""
-    return Quantised((matrix * factor.to(matrix.dtype)).to(format).contiguous(), factor.reciprocal())
+def quantise_both(matrix: Tensor, plain: Cast, turned: Cast, fused: bool = False) -> tuple[Quantised, Quantised]:
+    """`matrix` [rows, columns] cast by `plain`, and its transpose cast by `turned`."""
+    if plain != turned or plain.scale == "block":
+        return quantise(matrix, plain, fused), quantise(matrix.t(), turned, fused)
+    operation = _kernels().quantise_both if fused else quantise_both_reference
+    left, right = operation(matrix, FORMATS[plain.format], plain.scale)
+    return Quantised(*left), Quantised(*right)
 
 
-def _turned(quantised: Quantised, source: Tensor, was: Cast, cast: Cast) -> Quantised:
-    """`source`, of which `quantised` is made by `was`, transposed and cast by `cast`."""
-    if was == cast and cast.scale == "tensor":
-        return Quantised(quantised.values.t().contiguous(), quantised.scale)
-    return quantise(source.t(), cast)
+def _kernels() -> Any:
+    # Imported here: Triton takes a second that a run without kernels need not pay.
+    from titanlite_kernels import float8_quantise
+
+    return float8_quantise
 
 
-def product(left: Quantised, right: Quantised, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
+def product(
+    left: Quantised, right: Quantised, dtype: torch.dtype, fast_accumulation: bool, native_blocks: bool = False
+) -> Tensor:
     """left [m, k] times right [n, k] transposed -> [m, n] in `dtype`; in float64 exact but for the last bits.
 
-    Products of blocks are formed in `dtype`, which has every value of e4m3 times a power of two.
+    Products of blocks are formed in `dtype`, which has every value of e4m3 times a power of two, or with
+    `native_blocks` by the device, if it is one that `multiplies_blocks`.
     """
-    if dtype == torch.float64 or left.in_blocks:
+    if dtype == torch.float64 or (left.in_blocks and not native_blocks):
         return left.widened(dtype) @ right.widened(dtype).t()
-    by_rows = left.scale.dim() > 0 or right.scale.dim() > 0
-    # CUDA's kernels for scales of rows know no wider result.
-    out = torch.bfloat16 if by_rows and left.values.is_cuda else dtype
+    by_rows = not left.in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0)
+    if by_rows and left.values.device.type == "cpu":  # whose `_scaled_mm` learnt scales of rows after torch 2.11
+        return (left.widened(torch.float32) @ right.widened(torch.float32).t()).to(dtype)
+    if left.in_blocks:
+        # Torch's function for public use, `scaled_mm`, takes the same; inductor of torch 2.13 does not, in tiles.
+        scales = in_tiles(left.scale), in_tiles(right.scale)
+    elif by_rows:
+        scales = left.scale_of_rows(), right.scale_of_rows().t()
+    else:
+        scales = left.scale, right.scale
     result = torch._scaled_mm(
         left.values,
         right.values.t(),
-        scale_a=left.scale_of_rows() if by_rows else left.scale,
-        scale_b=right.scale_of_rows().t() if by_rows else right.scale,
-        out_dtype=out,
+        *scales,
+        # CUDA's kernels for scales of rows know no wider result.
+        out_dtype=torch.bfloat16 if by_rows and left.values.is_cuda else dtype,
         use_fast_accum=fast_accumulation,
     )
     return result.to(dtype)
+
+
+def in_tiles(scale: Tensor) -> Tensor:
+    """Scales [rows, blocks], powers of two -> e8m0 in the order that cuBLAS reads them in, filled up to whole tiles.
+
+    A tile is of 128 rows by 4 blocks: rows 0, 32, 64 and 96 with 4 bytes each, then rows 1, 33, 65 and 97, and so on.
+    Tiles follow each other by rows (cuBLAS documentation, "1D Block Scaling Factors Layout").
+    """
+    rows, blocks = scale.shape
+    # The exponent's bits are e8m0's; NaN's, too.
+    exponents = (scale.view(torch.int32) >> _MANTISSA_BITS).to(torch.uint8)
+    tiles = F.pad(exponents, (0, -blocks % 4, 0, -rows % 128)).view(-(-rows // 128), 4, 32, -(-blocks // 4), 4)
+    return tiles.permute(0, 3, 2, 1, 4).flatten().view(torch.float8_e8m0fnu)
 
 
 class _Float8Linear(torch.autograd.Function):
     """x [tokens, inputs], weight [outputs, inputs] -> [tokens, outputs] in x's dtype; so are both gradients formed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, settings: Settings, *kept: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, settings: Settings, native: bool, fused: bool, *kept: Tensor
+    ) -> Tensor:
         """`kept`: the weight in float8 as both products with it take it, values and scale of each; or nothing."""
-        ctx.settings, ctx.weight_dtype = settings, weight.dtype
+        ctx.settings, ctx.native, ctx.fused, ctx.weight_dtype = settings, native, fused, weight.dtype
         how = settings.output
-        ready = Quantised(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right)
+        ready = Quantised(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right, fused)
         # Not the weight in float8: where weights are gathered anew for backward, it would stay whole.
         ctx.save_for_backward(x, *(kept[2:] if kept else (weight,)))
-        return product(quantise(x, how.left), ready, x.dtype, how.fast_accumulation)
+        return product(quantise(x, how.left, fused), ready, x.dtype, how.fast_accumulation, native)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        settings, (for_input, for_weight, *_) = ctx.settings, ctx.needs_input_grad
+        settings, fused, (for_input, for_weight, *_) = ctx.settings, ctx.fused, ctx.needs_input_grad
         tokens, how, also = x.shape[0], settings.grad_input, settings.grad_weight
         if also is not None and tokens % settings.alignment:  # the sum over tokens
             grad, x = (F.pad(matrix, (0, 0, 0, -tokens % settings.alignment)) for matrix in (grad, x))
-        quantised = quantise(grad, how.left)
+        if also is None:
+            plain = quantise(grad, how.left, fused)
+        else:
+            plain, turned = quantise_both(grad, how.left, also.left, fused)
         grad_input = grad_weight = None
         if for_input:
-            right = Quantised(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right)
-            grad_input = product(quantised, right, x.dtype, how.fast_accumulation)[:tokens]
+            right = Quantised(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right, fused)
+            grad_input = product(plain, right, x.dtype, how.fast_accumulation, ctx.native)[:tokens]
         if for_weight and also is None:
             grad_weight = grad.t() @ x
         elif for_weight:
-            left, right = _turned(quantised, grad, how.left, also.left), quantise(x.t(), also.right)
-            grad_weight = product(left, right, x.dtype, also.fast_accumulation)
+            right = quantise(x.t(), also.right, fused)
+            grad_weight = product(turned, right, x.dtype, also.fast_accumulation, ctx.native)
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_input, grad_weight, *[None] * (len(ctx.needs_input_grad) - 2)
@@ -145,10 +166,16 @@ class _Float8Linear(torch.autograd.Function):
 class Float8Linear(nn.Module):
     """Takes the place of a linear's `multiply`; its weight stays where it is."""
 
-    def __init__(self, settings: Settings, weight: Tensor | None = None) -> None:
-        """With a `weight`, there is room to keep it in float8 (twice, for the two products that it is a factor of)."""
+    def __init__(
+        self, settings: Settings, weight: Tensor | None = None, native_blocks: bool = False, fused: bool = False
+    ) -> None:
+        """With a `weight`, there is room to keep it in float8 (twice, for the two products that it is a factor of).
+        `native_blocks`: see `multiplies_blocks`; `fused`: casts are Triton's where they can be.
+        """
         super().__init__()
         self.settings = settings
+        self.native_blocks = native_blocks
+        self.fused = fused
         self._kept: tuple[str, ...] = ()
         if weight is not None:
             for name, tensor in zip(_KEPT, self._cast(weight.detach()), strict=True):
@@ -156,8 +183,8 @@ class Float8Linear(nn.Module):
             self._kept = _KEPT
 
     def _cast(self, weight: Tensor) -> tuple[Tensor, ...]:
-        settings = self.settings
-        return *quantise(weight, settings.output.right), *quantise(weight.t(), settings.grad_input.right)
+        plain, turned = quantise_both(weight, self.settings.output.right, self.settings.grad_input.right, self.fused)
+        return *plain, *turned
 
     def refresh(self, weight: Tensor) -> None:
         """Cast `weight` [outputs, inputs] anew, into the same memory: a compiled product reads it there."""
@@ -167,7 +194,9 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
         kept = tuple(self.get_buffer(name) for name in self._kept)
-        result: Tensor = _Float8Linear.apply(x.flatten(0, -2), weight, self.settings, *kept)  # type: ignore[no-untyped-call]
+        result: Tensor = _Float8Linear.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, -2), weight, self.settings, self.native_blocks, self.fused, *kept
+        )
         return result.view(*x.shape[:-1], -1)
 
 
@@ -190,9 +219,16 @@ class KeptWeights:
 
 
 def convert(
-    model: nn.Module, found: Sequence[Decision], settings: Settings, dtype: torch.dtype, keep: bool
+    model: nn.Module,
+    found: Sequence[Decision],
+    settings: Settings,
+    dtype: torch.dtype,
+    keep: bool,
+    native_blocks: bool = False,
+    fused: bool = False,
 ) -> KeptWeights:
     """Convert those of the linears in `found` that are in `model`, in place; `dtype` is that of activations.
+    `native_blocks`, `fused`: see `Float8Linear`.
 
     With `keep`, for weights that rest whole where the model runs, casts are kept over a step; the returned ones need to
     be refreshed before each.
@@ -202,8 +238,13 @@ def convert(
     for module in modules:
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        module.multiply = Float8Linear(settings, weight if keep else None)
+        module.multiply = Float8Linear(settings, weight if keep else None, native_blocks, fused)
     return KeptWeights(modules if keep else (), dtype)
+
+
+def multiplies_blocks(device: torch.device) -> bool:
+    """Whether products of blocks are formed by `device` from float8, and not emulated in the compute dtype."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BLOCKS_CAPABILITY
 
 
 def require_float8(device: torch.device) -> None:

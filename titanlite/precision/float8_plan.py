@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from titanlite.models.spec import ModelSpec, is_named_by
+from titanlite.models.spec import ModelSpec, ShardingRule, Style, is_named_by
 from titanlite.parallel.slicing import Shape, pattern_of
 from titanlite.recipe.sections import Float8
 
@@ -51,6 +51,26 @@ class Settings:
     def alignment(self) -> int:
         """What sizes, and numbers of tokens, must be multiples of."""
         return BLOCK if self.output.left.scale == "block" else ALIGNMENT
+
+    @property
+    def sent_inputs(self) -> Cast | None:
+        """How a linear's inputs can be cast by who has some of their rows, before they are cast for its products."""
+        return _by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
+
+    @property
+    def sent_gradients(self) -> Cast | None:
+        """The same of the gradients of a linear's outputs."""
+        return _by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
+
+
+def _by_rows(one: Cast, other: Cast | None) -> Cast | None:
+    """The cast of rows that takes nothing from a factor of two products; None if it would.
+
+    A product in the compute dtype wants the factor in full. What is small beside its row can be large in its block.
+    """
+    if other is None or one.format != other.format or "block" in (one.scale, other.scale):
+        return None
+    return Cast(one.format, "row")
 
 
 _TENSOR, _ROW, _WIDE = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")
@@ -130,6 +150,62 @@ def mean_size(outputs: int, inputs: int) -> float:
     compiler fuses the casts with what comes before. The number of tokens does not matter.
     """
     return 2 * outputs * inputs / (outputs + inputs)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What tensor parallel ranks gather before a linear's products."""
+
+    module: str
+    what: Literal["inputs", "gradients"]
+    """Inputs of its `column` linears, or gradients of the outputs of a `row` linear."""
+    cast: Cast | None
+    """How it travels; None: in the compute dtype."""
+    why: str | None
+    """Why it is not sent in float8."""
+
+
+def gathers(spec: ModelSpec, config: Any, section: Float8) -> tuple[Gather, ...]:
+    """All of a model's, in the order of its linears; none where `all_gather` is not on.
+
+    Inputs are sent in float8 where every linear that takes them is converted.
+    """
+    if not (section.enabled and section.all_gather):
+        return ()
+    rules, settings = spec.sharding(config), SETTINGS[section.recipe]
+    takers: dict[tuple[str, Literal["inputs", "gradients"]], list[Decision]] = {}
+    for each in decisions(spec, config, section):
+        if is_named_by(_patterns(rules, "row"), each.name):
+            takers.setdefault((each.name, "gradients"), []).append(each)
+        elif is_named_by(_patterns(rules, "column"), each.name):
+            takers.setdefault((_gathering(rules, each.name), "inputs"), []).append(each)
+    casts = {"inputs": settings.sent_inputs, "gradients": settings.sent_gradients}
+    found = []
+    for (module, what), linears in takers.items():
+        why = None if casts[what] is not None else f"{section.recipe} takes them more exactly"
+        why = next((f"{linear.name}: {linear.skipped}" for linear in linears if linear.skipped is not None), why)
+        found.append(Gather(module, what, casts[what] if why is None else None, why))
+    return tuple(found)
+
+
+def _patterns(rules: Sequence[ShardingRule], style: Style) -> tuple[str, ...]:
+    return tuple(rule.pattern for rule in rules if rule.style == style)
+
+
+def _gathering(rules: Sequence[ShardingRule], linear: str) -> str:
+    """The innermost module around a `column` linear, or itself, that gathers its input."""
+    parts, patterns = linear.split("."), _patterns(rules, "gather")
+    around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next(module for module in around if is_named_by(patterns, module))
+
+
+def gathers_in_words(found: Sequence[Gather]) -> list[str]:
+    """`inputs of layers.*.attention, layers.*.ffn: e4m3`, `inputs of head: as computed (head: excluded)`."""
+    modules: dict[tuple[str, str], dict[str, None]] = {}
+    for each in found:
+        how = each.cast.format if each.cast is not None else f"as computed ({pattern_of(each.why or '')})"
+        modules.setdefault((each.what, how), {})[pattern_of(each.module)] = None
+    return [f"{what} of {', '.join(names)}: {how}" for (what, how), names in modules.items()]
 
 
 def summary(found: Sequence[Decision]) -> str:

@@ -105,13 +105,58 @@ class Model(Section):
     """Divide `init_std` by sqrt(2 * layers) for the matrices that write to the residual stream (GPT-2, section 2.3)."""
 
 
+Paths = Text | Annotated[list[Text], Field(min_length=1)]
+
+
+class DataSource(Section):
+    """A part of the training data, with a weight of its own."""
+
+    name: Annotated[Text, AfterValidator(_folder_name)]
+    """What it is called; its order of samples hangs on the name, not on the path."""
+    path: Paths
+    """What `data.corpus` takes, or a token file of `titanlite data prepare`."""
+    weight: PositiveFloat | None = None
+    """Its share of the samples, relative to the others'; given for all sources or for none, which then have shares by
+    their sizes."""
+    epochs: PositiveFloat | None = None
+    """Read it at most so many times; then the others share its part."""
+    tokens: Count | None = None
+    """Read at most so many of its tokens, counted over all epochs."""
+
+
+class DataStage(Section):
+    """A stretch of the run in which sources have other weights."""
+
+    until: Count | None = None
+    """Tokens of the run after which the next stage begins; the last stage has none."""
+    weights: dict[Text, PositiveFloat]
+    """Weight by source; a source that is not named has no part."""
+
+
+class ValidationSet(Section):
+    """Text that validation reads, and training does not."""
+
+    name: Annotated[Text, AfterValidator(_folder_name)]
+    """What its losses are called."""
+    path: Paths
+    """What `data.corpus` takes, or a token file of `titanlite data prepare`; all of it is read."""
+
+
 class Data(Section):
     """What is read, in which order, and how it becomes sequences."""
 
-    corpus: Text | Annotated[list[Text], Field(min_length=1)] = "python-stdlib"
+    corpus: Paths | None = None
     """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them, relative
-    to where the command is started: text files (one document each), `.jsonl` files (one document a line), or folders of
-    these."""
+    to where the command is started: text files (one document each), `.jsonl` files (one document a line), Parquet
+    files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
+    `python-stdlib`."""
+    sources: list[DataSource] = []
+    """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by their weights in any thousand samples.
+    """
+    stages: list[DataStage] = []
+    """Weights that change during the run, each a `[[data.stages]]`, instead of the sources' own."""
+    validation: list[ValidationSet] = []
+    """Validation sets, each a `[[data.validation]]`; absent: the held-out part of each source."""
     tokenizer: Text = "bytes"
     """`bytes` (the 256 byte values, and 256 between documents), or a path: a `tokenizer.json` of Hugging Face's
     `tokenizers`, a rank file such as Llama 3's `tokenizer.model`, or a folder that holds one."""
@@ -243,11 +288,12 @@ class Float8(Section):
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_hp_grad_weight", "mxfp8"] = "tensorwise"
     """`tensorwise`: one scale a tensor, gradients in e5m2 (the fastest); `rowwise`: one a row or column, all in e4m3;
     `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact); `mxfp8`:
-    one for each 32 numbers, emulated, to study what it does to a model."""
+    one for each 32 numbers, for GPUs of compute capability 10.0 (Blackwell); emulated elsewhere, slowly."""
     exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     all_gather: bool = False
-    """Gather the shards of converted weights in float8, with half the bytes of bfloat16; each rank scales its rows."""
+    """Gather the shards of converted weights in float8, and over `tp` what converted linears take, where rounding it
+    twice is as rounding it once: half the bytes of bfloat16; each rank scales its rows."""
     min_size: NonNegative = 1024
     """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
     take longer than float8 saves."""
@@ -288,6 +334,8 @@ class Kernels(Section):
     """The same for the rotation of queries and keys."""
     swiglu: Literal["auto", "triton", "torch"] | None = None
     """The same for silu(gate) x up."""
+    float8_quantise: Literal["auto", "triton", "torch"] | None = None
+    """The same for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
     """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
     time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;
@@ -316,7 +364,8 @@ class Checkpoint(Section):
     keep_every: NonNegative = 0
     """Of the older ones, keep those whose step is a multiple of this; 0: none."""
     keep_best: NonNegative = 0
-    """Of the older ones, keep so many of those saved right after a validation: the ones of the lowest loss."""
+    """Of the older ones, keep so many of those saved right after a validation: the ones of the lowest loss (of several
+    validation sets, the first one's)."""
     max_failures: NonNegative = 3
     """Saves that may fail in a row (a full disk, say) before the run ends; each is tried again, a while later."""
     warm_start: str | None = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from titanlite.errors import Finding
 from titanlite.parallel.layout import active_ranks
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import float8, idle, kernels, layout, pipeline, run
+from titanlite.rules import data, float8, idle, kernels, layout, pipeline, run
 
 Rule = Callable[[Recipe, int], Iterator[Finding]]
 
@@ -24,6 +24,9 @@ RULES: tuple[Rule, ...] = (
     run.vocabulary,
     run.schedule,
     run.decay_rate,
+    data.sources,
+    data.stages,
+    data.validation_sets,
     layout.mesh,
     layout.cuts,
     layout.uneven_cuts,
@@ -38,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     float8.emulation,
     float8.exclusions,
     float8.shares,
+    float8.sent,
     layout.offloading,
     layout.rounded_sums,
     layout.padding,

@@ -9,7 +9,16 @@ from titanlite.models.spec import is_named_by
 from titanlite.parallel.layout import layout_of
 from titanlite.parallel.slicing import Share, box, pattern_of, slicings
 from titanlite.parallel.stages import splits_backward
-from titanlite.precision.float8_plan import SETTINGS, Decision, aligned, decisions, mean_size, summary
+from titanlite.precision.float8_plan import (
+    SETTINGS,
+    Decision,
+    aligned,
+    decisions,
+    gathers,
+    gathers_in_words,
+    mean_size,
+    summary,
+)
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.layout import cuts
 from titanlite.rules.run import heads
@@ -59,11 +68,27 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
             yield warning("precision.float8.exclude", problem, f'add "{module}".')
 
 
+def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Something that tensor parallel ranks gather can be sent in float8, where it is asked for."""
+    spec, section = spec_named(recipe), recipe.precision.float8
+    if spec is None or recipe.parallel.tp == 1 or not _decisions(recipe, world):
+        return
+    found = gathers(spec, config_of(recipe), section)
+    if found and all(each.cast is None for each in found):
+        yield warning(
+            "precision.float8.all_gather",
+            f"over tp nothing travels in float8: {'; '.join(gathers_in_words(found))};",
+            "for that, choose tensorwise or rowwise and have the linears that share an input converted together.",
+        )
+
+
 def emulation(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Blocks with scales of their own are multiplied in the compute dtype."""
+    """Blocks with scales of their own are multiplied in the compute dtype where the device does not know them."""
     if recipe.precision.float8.enabled and recipe.precision.float8.recipe == "mxfp8":
-        problem = "products of blocks are emulated: the numbers are those of MXFP8, and the time is more than without;"
-        yield warning("precision.float8.recipe", problem, "for speed, choose another.")
+        problem = (
+            "GPUs below compute capability 10.0 (Blackwell) emulate products of blocks, slower than without float8;"
+        )
+        yield warning("precision.float8.recipe", problem, "for speed on such GPUs, choose another.")
 
 
 def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:

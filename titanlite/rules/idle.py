@@ -50,6 +50,7 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
             (f"precision.float8.{key}", not recipe.precision.float8.enabled, "precision.float8.enabled is false")
             for key in Float8.model_fields
         ),
+        ("kernels.float8_quantise", not recipe.precision.float8.enabled, "precision.float8.enabled is false"),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
     ]
 
@@ -65,7 +66,7 @@ def _of_the_layout(recipe: Recipe, world: int) -> list[Idle]:
         *((f"parallel.pipeline.{name}", parallel.pp == 1, "parallel.pp is 1") for name in Pipeline.model_fields),
         ("parallel.pipeline.stages_per_rank", fixed, f"{pipeline.schedule} fixes it"),
         ("resilience.check_replicas_every", not copied, "no rank holds a copy of what another does"),
-        ("precision.float8.all_gather", cut == 1, "no weights are cut, so none are gathered"),
+        ("precision.float8.all_gather", cut == 1 and parallel.tp == 1, "no weights are cut, and no activations"),
         ("parallel.cp_method", parallel.cp == 1, "parallel.cp is 1"),
         ("parallel.async_tp", parallel.tp == 1, "parallel.tp is 1"),
         ("parallel.zero_stage", uncut and stage > 0, "every rank is a copy: there is none to cut over"),

@@ -9,6 +9,9 @@ from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Recipe
 
 OPERATIONS = ("rms_norm", "rope", "swiglu")
+"""Every model's."""
+QUANTISE = "float8_quantise"
+"""With `precision.float8` alone."""
 
 
 class Choice(NamedTuple):
@@ -20,12 +23,13 @@ class Choice(NamedTuple):
 
 def choices(recipe: Recipe, device: str = "cuda") -> dict[str, Choice]:
     """By operation, how it runs on a `device` of that type."""
-    return {name: _choice(recipe, name, device) for name in OPERATIONS}
+    names = (*OPERATIONS, QUANTISE) if recipe.precision.float8.enabled else OPERATIONS
+    return {name: _choice(recipe, name, device) for name in names}
 
 
 def fused(recipe: Recipe, device: str) -> list[str]:
     """The operations that run as Triton kernels. Raises `UsageError` if one was asked for that cannot."""
-    for key in ("backend", *OPERATIONS):
+    for key in ("backend", *OPERATIONS, QUANTISE):
         if device != "cuda" and getattr(recipe.kernels, key) == "triton":
             raise UsageError(
                 f"kernels.{key} = 'triton': Triton needs a GPU, and this run is on {device}. Leave it at 'auto'."
@@ -73,7 +77,7 @@ def wide_kernels(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Kernels asked for by name that would not run."""
     if recipe.precision.compute != "float64":
         return
-    keys = [name for name in ("backend", *OPERATIONS) if getattr(recipe.kernels, name) == "triton"]
+    keys = [name for name in ("backend", *OPERATIONS, QUANTISE) if getattr(recipe.kernels, name) == "triton"]
     for key in keys:
         yield Finding(
             f"kernels.{key}",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from titanlite.data.loader import Batch, train_loader
-from titanlite.data.splits import Split
+from titanlite.data.splits import split_of
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.learner import Learner
 from titanlite.models.spec import spec_of
@@ -107,8 +107,7 @@ def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
     stream = (random.random(tokens) ** 2 * tokenizer.separator).astype(np.uint16)
     stream[random.random(tokens) < 1 / 12] = tokenizer.separator
     mask, seed = recipe.data.document_mask, recipe.run.seed
-    split = Split("training", stream, tokenizer, training.sequence_length, mask, seed)
-    return train_loader(split, plan, 0, steps)
+    return train_loader(split_of(stream, tokenizer, training.sequence_length, mask, seed), plan, 0, steps)
 
 
 @dataclass(frozen=True)

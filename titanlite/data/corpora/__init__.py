@@ -6,11 +6,13 @@ A corpus of one's own is a function `reader(section: Data) -> Iterator[Document]
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from titanlite.recipe.sections import Data
 from titanlite.registry import Registry
+
+if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
+    from titanlite.recipe.sections import Data
 
 
 class Document(NamedTuple):
@@ -24,15 +26,15 @@ class Document(NamedTuple):
 CORPORA = Registry("corpus", {"python-stdlib": "titanlite.data.corpora.python_stdlib:read_stdlib"})
 
 
-def read_corpus(section: Data) -> Iterator[Document]:
-    """All documents of `data.corpus`, in order; entries that name no registered corpus are paths.
+def read_corpus(entries: Sequence[str], section: Data) -> Iterator[Document]:
+    """All documents of `entries`, in order; those that name no registered corpus are paths.
 
     Raises `DataError` at whatever cannot be read, naming the file, the line and the way out.
     """
     from titanlite.data.corpora.files import FileReader
 
     files = FileReader(section.text_key)
-    for entry in [section.corpus] if isinstance(section.corpus, str) else section.corpus:
+    for entry in entries:
         yield from CORPORA.get(entry)(section) if entry in CORPORA else files.read(entry)
 
 

@@ -42,6 +42,8 @@ class Asked:
 
     entries: str = "data.corpus"
     text_key: str = "data.text_key"
+    corpora: tuple[str, ...] = tuple(CORPORA)
+    """What an entry can be, beside a path."""
 
 
 class FileReader:
@@ -64,7 +66,7 @@ class FileReader:
         file, its own name). Raises `DataError` for what cannot be text, and for an empty file that the entry names
         itself.
         """
-        for name, path in _find(entry, self._asked.entries):
+        for name, path in _find(entry, self._asked):
             self._claim(path, entry)
             form = form_of(path)
             if form is None:
@@ -90,19 +92,22 @@ class FileReader:
         self._read[place] = entry
 
 
-def _find(entry: str, entries: str) -> list[tuple[str, Path]]:
-    """The files of an entry as (name, path), in the order of their names; `entries` is the user's word for entries."""
+def _find(entry: str, asked: Asked) -> list[tuple[str, Path]]:
+    """The files of an entry as (name, path), in the order of their names."""
     path = Path(entry).expanduser()
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if glob.has_magic(entry):
-            return _match(str(path), entry, entries)
+            return _match(str(path), entry, asked.entries)
         if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
-            raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions or {entries}.") from error
-        hint = did_you_mean(entry, list(CORPORA)) or f"give a path, a glob, a list of them, or '{', '.join(CORPORA)}'."
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); mend its permissions or {asked.entries}."
+            ) from error
+        others = "".join(f", or '{name}'" for name in asked.corpora)
+        hint = did_you_mean(entry, list(asked.corpora)) or f"give a path, a glob, a list of them{others}."
         raise DataError(
-            f"{path}: {entries} names no file or folder (looked for {os.path.abspath(path)}); {hint}"
+            f"{path}: {asked.entries} names no file or folder (looked for {os.path.abspath(path)}); {hint}"
         ) from error
     if not is_folder:
         return [(path.name, path)]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from titanlite.errors import UsageError
-from titanlite.recipe.sections import Data
 from titanlite.registry import Registry, did_you_mean
+
+if TYPE_CHECKING:
+    from titanlite.recipe.sections import Data
 
 Ids = npt.NDArray[np.integer[Any]]
 """Ids of a text, in whatever integers are cheapest for the tokenizer."""

@@ -1,0 +1,182 @@
+"""One source of tokens, cut into windows: texts tokenised here and now, or files of `titanlite data prepare`.
+
+A source knows its own windows by number. In which order they come, and among which others, is the split's business.
+"""
+
+from __future__ import annotations
+
+import glob
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+from titanlite.data.corpora import is_held_out, read_corpus
+from titanlite.data.packing import pack, window, window_count
+from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
+from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype
+from titanlite.errors import DataError
+from titanlite.recipe.sections import Data
+
+
+class Stream(Protocol):
+    """Documents, each followed by the separator."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """All of them, flat."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where all tokens are."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A stream in memory."""
+
+    tokens: Tokens
+
+    @property
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_64_hexdigest(self.tokens.data)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Streams, one after the other, each cut into windows of its own."""
+
+    name: str
+    streams: tuple[Stream, ...]
+    tokenizer: Tokenizer
+    sequence_length: int
+    document_mask: bool
+    """Batches carry positions and document numbers."""
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Windows up to the end of each stream."""
+        return tuple(accumulate(window_count(len(each.tokens), self.sequence_length) for each in self.streams))
+
+    @property
+    def windows(self) -> int:
+        """How many sequences there are."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(each.tokens) for each in self.streams)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where all windows are; of one stream, that stream's."""
+        first, *others = (each.fingerprint for each in self.streams)
+        return xxhash.xxh3_64_hexdigest(" ".join([first, *others]).encode()) if others else first
+
+    def window(self, index: int) -> Tokens:
+        """Inputs and labels of window `index`, `[sequence_length + 1]`; a view."""
+        stream = bisect_right(self._ends, index)
+        before = self._ends[stream - 1] if stream else 0
+        return window(self.streams[stream].tokens, index - before, self.sequence_length)
+
+    def beginning(self, tokens: int) -> Tokens:
+        """The first so many tokens, or all of fewer."""
+        parts: list[Tokens] = []
+        for each in self.streams:
+            parts.append(each.tokens[: tokens - sum(map(len, parts))])
+        return np.concatenate(parts)
+
+    def count_documents(self) -> int:
+        return sum(int(np.count_nonzero(each.tokens == self.tokenizer.separator)) for each in self.streams)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a source is made of, on both sides; either may hold nothing."""
+
+    training: tuple[Stream, ...]
+    validation: tuple[Stream, ...]
+
+
+def open_streams(
+    paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, *, hold_out: bool = True
+) -> Opened:
+    """The texts and token files that `paths` names; `key` is the recipe's for them. With `hold_out`, a part of each is
+    kept for validation; else all of them is of the first side.
+
+    Of texts, documents are held out by a hash of their names, so the seed, the order of the files and the other files
+    there do not matter. Where one side would get none (a single text file, say) each document is cut instead: its last
+    `validation_percent` is held out. Of a token file, the held-out part is the file beside it that
+    `titanlite data prepare --held-out` made.
+
+    Raises `DataError` naming what cannot be read.
+    """
+    training: list[Stream] = []
+    validation: list[Stream] = []
+    texts: list[str] = []
+    for path in paths:
+        prefixes = token_files(path)
+        texts += [] if prefixes else [path]
+        for prefix in prefixes:
+            training.append(_token_file(prefix, section, tokenizer))
+            held_out = prefix.with_name(prefix.name + HELD_OUT)
+            if hold_out and paths_of(held_out).idx.exists():
+                validation.append(_token_file(held_out, section, tokenizer))
+    if texts:
+        kept, held = _read(texts, key, section, tokenizer, section.validation_percent if hold_out else 0.0)
+        training.append(kept)
+        validation.append(held)
+    return Opened(*(tuple(each for each in side if len(each.tokens)) for side in (training, validation)))
+
+
+def token_files(path: str) -> list[Path]:
+    """Prefixes of the token files that `path` names, itself or as a glob, in order; their held-out parts left out."""
+    paths = paths_of(Path(path).expanduser()) if Path(path).name else None
+    if paths and (paths.idx.exists() or paths.parts.exists()):
+        return [Path(path).expanduser()]
+    if not glob.has_magic(path):
+        return [Path(path).expanduser().with_suffix("")] if path.endswith((".bin", ".idx")) else []
+    pattern = str(Path(path).expanduser()).removesuffix(".idx").removesuffix(".bin")
+    found = sorted(Path(match).with_suffix("") for match in glob.glob(f"{pattern}.idx", recursive=True))
+    return [prefix for prefix in found if not prefix.name.endswith(HELD_OUT)]
+
+
+def _token_file(prefix: Path, section: Data, tokenizer: Tokenizer) -> TokenFile:
+    file = TokenFile.open(prefix)
+    file.require_tokenizer(section.tokenizer, tokenizer)
+    return file
+
+
+def _read(paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, percent: float) -> tuple[Texts, Texts]:
+    """Both sides of texts, of which `percent` are held out."""
+    kept: list[Ids] = []
+    held: list[Ids] = []
+    for name, ids in _tokenised(paths, section, tokenizer):
+        (held if is_held_out(name, percent) else kept).append(ids)
+    if not kept and not held:
+        raise DataError(f"{key} = {list(paths)!r} holds no text at all; give one with text in it.")
+    if percent and not (kept and held):
+        kept, held = _cut_each(kept or held, percent)
+    dtype = token_dtype(tokenizer.vocab_size)
+    return Texts(pack(kept, tokenizer.separator, dtype)), Texts(pack(held, tokenizer.separator, dtype))
+
+
+def _tokenised(paths: Sequence[str], section: Data, tokenizer: Tokenizer) -> Iterator[tuple[str, Ids]]:
+    for document in read_corpus(paths, section):
+        try:
+            yield document.name, tokenizer.encode(document.content)
+        except DataError as error:
+            raise DataError(f"{document.name}: {error}") from None
+
+
+def _cut_each(documents: Sequence[Ids], percent: float) -> tuple[list[Ids], list[Ids]]:
+    """The beginnings and the last `percent` of the tokens of each document; empty pieces left out."""
+    cuts = [len(document) - round(len(document) * percent / 100) for document in documents]
+    pairs = list(zip(documents, cuts, strict=True))
+    return [d[:cut] for d, cut in pairs if cut], [d[cut:] for d, cut in pairs if cut < len(d)]

@@ -1,0 +1,75 @@
+"""Rules about `[data]`: sources, their weights over the run, validation sets. No file is opened here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from titanlite.errors import Finding
+from titanlite.recipe.sections import Recipe
+from titanlite.recipe.units import format_count
+from titanlite.registry import did_you_mean
+from titanlite.rules.terms import steps_of, warning
+
+
+def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Sources instead of a corpus, each with a name of its own, and weights for all or none."""
+    data = recipe.data
+    if data.sources and data.corpus is not None:
+        yield Finding("data.corpus", "there are data.sources too;", "make it one of them, or take them out.")
+    for key, names in (
+        ("data.sources", [each.name for each in data.sources]),
+        ("data.validation", [each.name for each in data.validation]),
+    ):
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Finding(f"{key}.{index}.name", f"'{name}' is another one's name too;", "give each its own.")
+    weighted = [each.weight is not None for each in data.sources]
+    if any(weighted) and data.stages:
+        problem = "data.stages says the weights, and this one would mean nothing;"
+        yield Finding(f"data.sources.{weighted.index(True)}.weight", problem, "take it out, or the stages.")
+    elif any(weighted) and not all(weighted):
+        problem = "has no weight, and others have: weights and sizes are not to be compared;"
+        yield Finding(f"data.sources.{weighted.index(False)}", problem, "give all sources weights, or none.")
+
+
+def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Stages follow each other, know their sources, and leave none out."""
+    data, names = recipe.data, [each.name for each in recipe.data.sources]
+    if not data.stages:
+        return
+    if not names:
+        yield Finding("data.stages", "there are no sources to weigh;", "name them by [[data.sources]].")
+        return
+    for index, stage in enumerate(data.stages):
+        for name in stage.weights:
+            if name not in names:
+                hint = did_you_mean(name, names) or f"they are {', '.join(names)}."
+                yield Finding(f"data.stages.{index}.weights.{name}", "there is no such source;", hint)
+        if not stage.weights:
+            yield Finding(f"data.stages.{index}.weights", "no source has a weight;", "give one at least.")
+        last = index + 1 == len(data.stages)
+        if last and stage.until is not None:
+            yield Finding(f"data.stages.{index}.until", "the last stage goes on to the end;", "take it out.")
+        elif not last and stage.until is None:
+            yield Finding(f"data.stages.{index}", "ends nowhere, and another stage follows;", "say until = tokens.")
+    ends = [stage.until for stage in data.stages if stage.until is not None]
+    if ends != sorted(set(ends)):
+        yield Finding("data.stages", "stages must end later than those before them;", "put them in order.")
+    for index, name in enumerate(names):
+        if not any(name in stage.weights for stage in data.stages):
+            problem = f"no stage gives '{name}' a weight, so it would never be read;"
+            yield Finding(f"data.sources.{index}", problem, "name it in a stage, or take it out.")
+    steps, training = steps_of(recipe), recipe.training
+    if steps is not None:
+        tokens = steps * training.global_batch * training.sequence_length
+        for index, end in enumerate(ends):
+            if end >= tokens:
+                problem = f"the run ends after {format_count(tokens)} tokens, so no later stage comes;"
+                yield warning(f"data.stages.{index}.until", problem, "train for longer, or end it earlier.")
+
+
+def validation_sets(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Validation sets are read."""
+    if recipe.data.validation and not recipe.validation.every_steps:
+        problem = "these sets are never read, for validation.every_steps is 0;"
+        yield warning("data.validation", problem, "set validation.every_steps.")
