@@ -221,7 +221,7 @@ def test_a_hugging_face_dataset_on_disk(run: Run, tmp_path: Path) -> None:
 # Processes, and their ends.
 
 
-@pytest.mark.parametrize("count", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2, 5))])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 3, 5))])
 def test_the_bytes_do_not_depend_on_the_number_of_processes(run: Run, tmp_path: Path, count: int) -> None:
     corpus(tmp_path)
     words = ("in", "--dedup", "--held-out", "10")
@@ -233,6 +233,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(run: Run, tmp_path: 
     assert outputs(tmp_path, "there") == outputs(tmp_path, "here")
 
 
+@pytest.mark.slow
 def test_of_several_bad_lines_the_first_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though a later one may be met sooner."""
     texts = lines(["some text"] * 400).splitlines()
