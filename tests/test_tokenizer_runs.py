@@ -67,11 +67,12 @@ def test_a_run_is_trained_continued_and_exported(
     write(folder)
     section = load_recipe("recipe.toml").recipe
     data = open_data(section.data, section.training.sequence_length, section.run.seed)
-    assert data.train.stream.tolist().count(data.tokenizer.separator) == data.train.documents == 1
+    (corpus,), (held_out,) = data.train.sources, data.validation
+    assert corpus.count_documents() == 1 and corpus.beginning(corpus.tokens)[-1] == data.tokenizer.separator
     assert titanlite("train", "recipe.toml") == 0
     lines = Path("runs/tiny/metrics.jsonl").read_text().splitlines()
     validation = [json.loads(line) for line in lines if "bits_per_byte" in line][-1]
-    windows = [data.validation.window(number * data.validation.windows // 4) for number in range(4)]
+    windows = [held_out.window(number * held_out.windows // 4) for number in range(4)]
     labels = [window[1:].tolist() for window in windows]
     text = b"".join(map(data.tokenizer.decode, labels))
     bits = validation["validation_loss"] * sum(map(len, labels)) / math.log(2)
@@ -164,5 +165,7 @@ def test_wide_ids_reach_the_model(folder: Path) -> None:
     recipe(folder, "level", rows=70_016, separator="<|last|>")
     section = load_recipe("recipe.toml").recipe
     data = open_data(section.data, 16, 0)
-    assert data.train.stream[-1] == 70_000 == data.tokenizer.separator
-    assert data.train.stream.dtype.name == "int32" and data.train.documents == 1
+    (corpus,) = data.train.sources
+    tokens = corpus.beginning(corpus.tokens)
+    assert tokens[-1] == 70_000 == data.tokenizer.separator
+    assert tokens.dtype.name == "int32" and corpus.count_documents() == 1
