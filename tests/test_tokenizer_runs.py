@@ -129,6 +129,13 @@ def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixtur
     everything = ["--allow-change", "data.tokenizer", "--allow-change", "data.corpus"]
     assert titanlite("train", "recipe.toml", *everything) == 0
     assert open_tokenizer("runs/tiny/tokenizer").vocab_size == 391
+    change = [*everything, "--allow-change", "data.*", "--allow-change", "training.steps"]
+    recipe(folder, "ranks", special_tokens=["</s>"])
+    assert titanlite("train", "recipe.toml", *change, "--training.steps=3") == 0
+    assert [file.name for file in Path("runs/tiny/tokenizer").iterdir()] == ["tokenizer.model"]
+    recipe(folder, "bytes")
+    assert titanlite("train", "recipe.toml", *change, "--training.steps=4") == 0
+    assert not Path("runs/tiny/tokenizer").exists()
 
 
 @pytest.mark.parametrize(

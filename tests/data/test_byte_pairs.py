@@ -136,14 +136,15 @@ def changed(**model: Any) -> Callable[[dict[str, Any]], None]:
         lambda fields: fields["added_tokens"][0].update(special=False),
     ],
 )
-def test_other_settings_are_the_library_s(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+def test_other_settings_are_the_library_s(change: Callable[[dict[str, Any]], None]) -> None:
     fields = json.loads(bpe.byte_level().to_str())
     assert ranks_of_json(fields, ["<|endoftext|>"]) is not None
     change(fields)
     assert ranks_of_json(fields, ["<|endoftext|>"]) is None
 
 
-def test_a_pattern_that_tiktoken_cannot_express_is_the_library_s(tmp_path: Path) -> None:
+def test_another_pattern_is_the_library_s(tmp_path: Path) -> None:
+    """Which one of tiktoken's regular expressions cannot express, in this case."""
     fields = json.loads(bpe.byte_level().to_str())
     fields["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\w+|(?<x>a)\g<x>|\W"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))

@@ -288,6 +288,9 @@ def test_whatever_decides_ids_decides_the_fingerprint(folder: Path, tmp_path: Pa
 # --- wrong files
 
 
+SMALL = bpe.byte_level(270, ("</s>", "<x>")).to_str()
+
+
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         fields = json.loads(bpe.byte_level(270).to_str())
@@ -319,6 +322,30 @@ def test_wrong_json(tmp_path: Path, write: Callable[[Path], None], said: str) ->
     with pytest.raises(UsageError, match=said) as caught:
         open_tokenizer(str(tmp_path / "tokenizer.json")).encode(b"x")
     assert str(tmp_path) in str(caught.value)
+
+
+JUNK = st.sampled_from([None, True, -1, 3, 10**12, "", "BPE", "a b c", [], [1], ["a", "b"], {}, {"type": "ByteLevel"}])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_the_file_says_it_is_refused_by_name(folder: Path, data: st.DataObject) -> None:
+    fields: Any = json.loads(SMALL)
+    place, path = fields, folder / "tokenizer.json"
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        place = place[key]
+    place[key] = data.draw(JUNK)
+    path.write_text(json.dumps(fields))
+    try:
+        tokenizer = open_tokenizer(str(path))
+        tokenizer.decode(tokenizer.encode(b"some text <x> \xff"))
+        tokenizer.export()
+    except DataError as error:
+        assert str(path) in str(error) or "not UTF-8" in str(error)
 
 
 ALL_BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]

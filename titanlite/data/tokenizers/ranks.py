@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from titanlite.data.tokenizers import Ids
-from titanlite.data.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine
+from titanlite.data.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine, ranks_in
 from titanlite.data.tokenizers.hugging_face import config_json
 from titanlite.data.tokenizers.pieces import (
     PieceTokenizer,
@@ -34,8 +34,6 @@ LLAMA3_SPECIAL_TOKENS = (
     *(f"<|reserved_special_token_{number}|>" for number in range(5, 251)),
 )  # fmt: skip
 """Of Meta's release of April 2024; later ones give some of the reserved ones a meaning, and none another id."""
-_SHORT = 2**18
-"""Its regular expressions give up on a million spaces, and then the faster of tiktoken's functions breaks down."""
 _LONGEST_RUN = 25_000
 """Of characters that are white space, or are not; as in Meta's release."""
 _RUNS = re.compile(r"\s+|\S+")
@@ -73,13 +71,10 @@ class RankTokenizer(PieceTokenizer):
         return {"tokenizer.json": text.encode(), "tokenizer_config.json": config_json({}, self.separator_name)}
 
     def _encode_string(self, text: str) -> Ids:
-        if len(text) < _SHORT:
-            return np.array(self._engine.encode_ordinary(text), self.dtype)
         try:
-            ids: Ids = self._engine.encode_to_numpy(text, disallowed_special=())
+            ids = ranks_in(self._engine, text)
         except ValueError:
-            parts = [self._engine.encode_to_numpy(part, disallowed_special=()) for part in _cut_runs(text)]
-            ids = np.concatenate(parts)
+            ids = np.concatenate([ranks_in(self._engine, part) for part in _cut_runs(text)])
         return ids.astype(self.dtype)
 
     @cached_property
