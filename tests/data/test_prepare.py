@@ -235,13 +235,12 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(run: Run, tmp_path: 
 
 @pytest.mark.slow
 def test_of_several_bad_lines_the_first_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though a later one may be met sooner."""
-    texts = lines(["some text"] * 400).splitlines()
-    for number in (150, 170, 190):
-        texts[number] = b"{"
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(texts))
+    """Though a later one is met sooner."""
+    (tmp_path / "a.jsonl").write_bytes(lines(["some text " * 1_000] * 3_000) + b"{")
+    (tmp_path / "b.jsonl").write_bytes(b"{")
+    monkeypatch.setattr(prepare, "unit_bytes", lambda _: (tmp_path / "a.jsonl").stat().st_size)
     monkeypatch.setattr(prepare, "Workers", workers.Workers)
-    assert "a.jsonl:151: invalid JSON" in run("a.jsonl", "--workers", "2", code=2)
+    assert "a.jsonl:3001: invalid JSON" in run("a.jsonl", "b.jsonl", "--workers", "2", code=2)
 
 
 PROGRAM = """
