@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_a_batch_is_its_texts(level: Tokenizer, ranks: Tokenizer) -> None:
         batch = tokenizer.encode_batch(texts)
         assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
         assert tokenizer.encode_batch([]) == []
+
+
+def test_tokenizers_reach_other_processes(level: Tokenizer, ranks: Tokenizer, pieces: Tokenizer) -> None:
+    """Where workers are not forked, they get a copy."""
+    for tokenizer in (level, ranks, pieces, open_tokenizer("bytes")):
+        ids = tokenizer.encode(b"some text")
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert copy.encode(b"some text").tolist() == ids.tolist()
+        assert copy.decode(ids) == tokenizer.decode(ids) and copy.fingerprint == tokenizer.fingerprint
 
 
 # --- special tokens

@@ -47,7 +47,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
             known = added[name][0] if name in added else vocabulary.get(name)
             names[name] = following if known is None else known
             following += known is None
-        self._literal = added.keys()
+        self._literal = frozenset(added)
         self._config = _config(path.with_name(CONFIG))
         chosen = choose_separator(path, names, separator, _declared_end(self._config))
         size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
@@ -126,7 +126,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
 def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
     """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return json.dumps({**defaults, **fields, "eos_token": separator}, ensure_ascii=False, indent=2).encode() + b"\n"
+    return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
 
 
 # --- what the file says
