@@ -58,18 +58,21 @@ def with_more_special_tokens(folder: Path) -> None:
     recipe(folder, "level", special_tokens=["<|a|>", "<|b|>"], separator="<|b|>")
 
 
-@pytest.mark.parametrize("write", [with_json, with_ranks, with_more_special_tokens])
+@pytest.mark.parametrize(
+    "write", [with_json, with_ranks, pytest.param(with_more_special_tokens, marks=pytest.mark.slow)]
+)
 def test_a_run_is_trained_continued_and_exported(
     folder: Path, write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder)
     section = load_recipe("recipe.toml").recipe
     data = open_data(section.data, section.training.sequence_length, section.run.seed)
-    assert data.train.stream.tolist().count(data.tokenizer.separator) == data.train.documents == 1
+    (corpus,), (held_out,) = data.train.sources, data.validation
+    assert corpus.count_documents() == 1 and corpus.beginning(corpus.tokens)[-1] == data.tokenizer.separator
     assert titanlite("train", "recipe.toml") == 0
     lines = Path("runs/tiny/metrics.jsonl").read_text().splitlines()
     validation = [json.loads(line) for line in lines if "bits_per_byte" in line][-1]
-    windows = [data.validation.window(number * data.validation.windows // 4) for number in range(4)]
+    windows = [held_out.window(number * held_out.windows // 4) for number in range(4)]
     labels = [window[1:].tolist() for window in windows]
     text = b"".join(map(data.tokenizer.decode, labels))
     bits = validation["validation_loss"] * sum(map(len, labels)) / math.log(2)
@@ -126,6 +129,13 @@ def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixtur
     everything = ["--allow-change", "data.tokenizer", "--allow-change", "data.corpus"]
     assert titanlite("train", "recipe.toml", *everything) == 0
     assert open_tokenizer("runs/tiny/tokenizer").vocab_size == 391
+    change = [*everything, "--allow-change", "data.*", "--allow-change", "training.steps"]
+    recipe(folder, "ranks", special_tokens=["</s>"])
+    assert titanlite("train", "recipe.toml", *change, "--training.steps=3") == 0
+    assert [file.name for file in Path("runs/tiny/tokenizer").iterdir()] == ["tokenizer.model"]
+    recipe(folder, "bytes")
+    assert titanlite("train", "recipe.toml", *change, "--training.steps=4") == 0
+    assert not Path("runs/tiny/tokenizer").exists()
 
 
 @pytest.mark.parametrize(
@@ -162,5 +172,7 @@ def test_wide_ids_reach_the_model(folder: Path) -> None:
     recipe(folder, "level", rows=70_016, separator="<|last|>")
     section = load_recipe("recipe.toml").recipe
     data = open_data(section.data, 16, 0)
-    assert data.train.stream[-1] == 70_000 == data.tokenizer.separator
-    assert data.train.stream.dtype.name == "int32" and data.train.documents == 1
+    (corpus,) = data.train.sources
+    tokens = corpus.beginning(corpus.tokens)
+    assert tokens[-1] == 70_000 == data.tokenizer.separator
+    assert tokens.dtype.name == "int32" and corpus.count_documents() == 1

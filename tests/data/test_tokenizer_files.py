@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,14 @@ def pieces(folder: Path) -> Tokenizer:
     return open_tokenizer(str(folder / "pieces" / "tokenizer.json"))
 
 
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    """`level` as the library itself reads it."""
+    library = Library.from_file(str(folder / "level" / "tokenizer.json"))
+    library.encode_special_tokens = True
+    return library
+
+
 def known(text: str) -> bool:
     """Whether every character was there when the older of the two libraries' tables of characters was made."""
     return all(unicodedata.ucd_3_2_0.category(character) not in ("Cn", "Cs") for character in text)
@@ -70,18 +79,15 @@ def test_any_bytes_come_back(level: Tokenizer, ranks: Tokenizer, text: bytes, by
     assert tokenizer.separator not in ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=40).filter(known))
-def test_ranks_and_merges_give_the_same_ids(level: Tokenizer, ranks: Tokenizer, text: str) -> None:
-    """Two libraries, two ways to write a vocabulary down: one truth."""
-    assert ranks.encode(text.encode()).tolist() == level.encode(text.encode()).tolist()
+def test_ranks_and_merges_give_the_same_ids(library: Library, ranks: Tokenizer, text: str) -> None:
+    """Ranks, and the library that merges were made for."""
+    assert ranks.encode(text.encode()).tolist() == library.encode(text).ids
 
 
-@pytest.mark.parametrize(
-    "text", [bpe.TEXT.replace("<|", "< |"), LONG_RUN, "don't I'LL 12345 \r\n\r\n  x\u00a0\u3000y", ""]
-)
-def test_ids_are_the_library_s(level: Tokenizer, ranks: Tokenizer, folder: Path, text: str) -> None:
-    library = Library.from_file(str(folder / "level" / "tokenizer.json"))
+@pytest.mark.parametrize("text", [bpe.TEXT, LONG_RUN, "don't I'LL 12345 \r\n\r\n  x\u00a0\u3000y", ""])
+def test_ids_are_the_library_s(level: Tokenizer, ranks: Tokenizer, library: Library, text: str) -> None:
     expected = library.encode(text, add_special_tokens=False).ids
     assert level.encode(text.encode()).tolist() == expected
     assert ranks.encode(text.encode()).tolist() == expected
@@ -91,6 +97,7 @@ def test_a_run_too_long_for_the_pattern_is_cut(ranks: Tokenizer) -> None:
     """tiktoken gives up on a million spaces; the text comes back all the same."""
     text = b"begin" + b" " * 1_000_000 + b"end"
     assert ranks.decode(ranks.encode(text)) == text
+    assert ranks.encode(b"one\n" * 100_000).tolist() == ranks.encode(b"one\n").tolist() * 100_000
 
 
 def test_bytes_that_are_not_utf8_are_their_own_tokens(level: Tokenizer) -> None:
@@ -107,6 +114,15 @@ def test_a_batch_is_its_texts(level: Tokenizer, ranks: Tokenizer) -> None:
         batch = tokenizer.encode_batch(texts)
         assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
         assert tokenizer.encode_batch([]) == []
+
+
+def test_tokenizers_reach_other_processes(level: Tokenizer, ranks: Tokenizer, pieces: Tokenizer) -> None:
+    """Where workers are not forked, they get a copy."""
+    for tokenizer in (level, ranks, pieces, open_tokenizer("bytes")):
+        ids = tokenizer.encode(b"some text")
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert copy.encode(b"some text").tolist() == ids.tolist()
+        assert copy.decode(ids) == tokenizer.decode(ids) and copy.fingerprint == tokenizer.fingerprint
 
 
 # --- special tokens
@@ -201,7 +217,7 @@ def test_which_special_token_is_the_separator(
 # --- other ways to cut
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=30))
 def test_pieces_add_up_to_what_the_library_decodes(pieces: Tokenizer, folder: Path, text: str) -> None:
     """What counts is the text with the space that this tokenizer puts before it: every byte of it, each once."""
@@ -282,6 +298,9 @@ def test_whatever_decides_ids_decides_the_fingerprint(folder: Path, tmp_path: Pa
 # --- wrong files
 
 
+SMALL = bpe.byte_level(270, ("</s>", "<x>")).to_str()
+
+
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         fields = json.loads(bpe.byte_level(270).to_str())
@@ -313,6 +332,30 @@ def test_wrong_json(tmp_path: Path, write: Callable[[Path], None], said: str) ->
     with pytest.raises(UsageError, match=said) as caught:
         open_tokenizer(str(tmp_path / "tokenizer.json")).encode(b"x")
     assert str(tmp_path) in str(caught.value)
+
+
+JUNK = st.sampled_from([None, True, -1, 3, 10**12, "", "BPE", "a b c", [], [1], ["a", "b"], {}, {"type": "ByteLevel"}])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_the_file_says_it_is_refused_by_name(folder: Path, data: st.DataObject) -> None:
+    fields: Any = json.loads(SMALL)
+    place, path = fields, folder / "tokenizer.json"
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        place = place[key]
+    place[key] = data.draw(JUNK)
+    path.write_text(json.dumps(fields))
+    try:
+        tokenizer = open_tokenizer(str(path))
+        tokenizer.decode(tokenizer.encode(b"some text <x> \xff"))
+        tokenizer.export()
+    except DataError as error:
+        assert str(path) in str(error) or "not UTF-8" in str(error)
 
 
 ALL_BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]

@@ -53,11 +53,9 @@ def test_what_is_asked_for(corpus: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_same_texts_give_the_same_bytes(corpus: str, tmp_path: Path) -> None:
     """Other processes, other hash seeds, one thread or several."""
     found = set()
-    for number in range(3):
-        out = tmp_path / str(number)
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": ["false", "true", "true"][number], "PYTHONHASHSEED": "0"}
-        if number == 2:
-            del environment["TOKENIZERS_PARALLELISM"], environment["PYTHONHASHSEED"]
+    for threads in ("false", "true"):
+        out = tmp_path / threads
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": threads}
         command = [sys.executable, "-m", "titanlite", "data", "train-tokenizer", corpus, "--out", str(out)]
         done = subprocess.run([*command, "--vocab-size", "300"], cwd=ROOT, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr

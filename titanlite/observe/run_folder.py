@@ -153,13 +153,19 @@ class RunFolder:
             )
 
     def keep(self, name: str, files: Mapping[str, Path]) -> None:
-        """Copies of `files`, by their names there, in the run's folder `name`. Raises `UsageError`."""
+        """Make `files`, which may be there already, all that the run's folder `name` holds. Raises `UsageError`."""
+        folder = self.path / name
         try:
             for file, source in files.items():
-                (self.path / name).mkdir(exist_ok=True)
-                replace_file(self.path / name / file, source.read_bytes())
+                folder.mkdir(exist_ok=True)
+                replace_file(folder / file, source.read_bytes())
+            for path in folder.iterdir() if folder.exists() else ():
+                if path.name not in files:
+                    _delete(path)
+            if not files and folder.exists():
+                folder.rmdir()
         except OSError as error:
-            raise UsageError(f"cannot keep a copy of {source} in {self.path}: {cause(error, self.path)}.") from error
+            raise UsageError(f"cannot write {folder}: {cause(error, self.path)}.") from error
 
     def last_end(self) -> str:
         """How the start before this one ended, for the reader; empty for a new run."""

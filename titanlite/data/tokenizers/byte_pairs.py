@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 """Words, numbers of up to three digits, signs and white space apart: Llama 3's, of GPT-4's family."""
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What `ByteLevel` cuts by if no pattern is given."""
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What `ByteLevel` cuts by if no pattern is given. Both libraries cut by these two alike; by others they may not."""
+_SHORT = 2**18
+"""Characters that are too few for that: on longer ones, the faster of tiktoken's functions would break down."""
 _OTHERWISE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 """Settings of a BPE that ranks cannot express."""
 
@@ -25,10 +30,18 @@ Fields = Mapping[str, Any]
 
 
 def rank_engine(name: str, ranks: Mapping[bytes, int], pattern: str) -> Any:
-    """tiktoken's `Encoding`, with no special tokens. Raises `ValueError` for a pattern that it cannot express."""
+    """tiktoken's `Encoding`, with no special tokens; the pattern is one of the two here."""
     from tiktoken import Encoding
 
     return Encoding(name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
+
+
+def ranks_in(engine: Any, text: str) -> npt.NDArray[np.integer[Any]]:
+    """The ranks of a text. Raises `ValueError` for one with a million spaces: the regular expressions give up."""
+    if len(text) < _SHORT:
+        return np.array(engine.encode_ordinary(text), np.int32)
+    ranks: npt.NDArray[np.uint32] = engine.encode_to_numpy(text, disallowed_special=())
+    return ranks
 
 
 # --- ranks to JSON
@@ -85,16 +98,17 @@ def ranks_of_json(fields: Fields, special: Iterable[str]) -> Ranked | None:
     one of its listed pairs. For then, whatever stands around them, neighbours that tiktoken would merge to a token have
     come to be as they would from the token's bytes alone: they are that pair, and `tokenizers` merges it too.
     """
-    model, pattern = fields["model"], _pattern(fields.get("pre_tokenizer"))
+    model = fields["model"]
     others = any(not token["special"] for token in fields.get("added_tokens") or [])
-    if model.get("type") != "BPE" or any(map(model.get, _OTHERWISE)):
-        return None
-    if pattern is None or others or fields.get("normalizer") is not None:
+    if model.get("type") != "BPE" or any(map(model.get, _OTHERWISE)) or others or fields.get("normalizer") is not None:
         return None
     try:
+        pattern = _pattern(fields.get("pre_tokenizer"))
         ids = {bytes_of_characters(token): model["vocab"][token] for token in model["vocab"].keys() - set(special)}
         pairs = [tuple(map(bytes_of_characters, _pair(merge))) for merge in model["merges"]]
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):  # the library will say what is wrong
+        return None
+    if pattern is None:
         return None
     ranks = {bytes([byte]): byte for byte in range(256)}
     listed: set[tuple[bytes, ...]] = set()
@@ -116,13 +130,12 @@ def _pattern(step: Any) -> str | None:
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
         return None
     if not cuts:
-        return _GPT2_PATTERN if level.get("use_regex", True) else None
+        return GPT2_PATTERN if level.get("use_regex", True) else None
     (cut, *more), regex = cuts, cuts[0].get("pattern")
     told = (cut.get("type"), cut.get("behavior"), cut.get("invert"), level.get("use_regex", True), more)
     if told != ("Split", "Isolated", False, False, []) or not isinstance(regex, dict):
         return None
-    found: str | None = regex.get("Regex")
-    return found
+    return next((pattern for pattern in (LLAMA3_PATTERN, GPT2_PATTERN) if pattern == regex.get("Regex")), None)
 
 
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:

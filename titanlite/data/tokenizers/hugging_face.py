@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from titanlite.data.tokenizers import Ids
-from titanlite.data.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_of_json
+from titanlite.data.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
 from titanlite.data.tokenizers.pieces import (
     PieceTokenizer,
     choose_separator,
@@ -47,30 +47,34 @@ class HuggingFaceTokenizer(PieceTokenizer):
             known = added[name][0] if name in added else vocabulary.get(name)
             names[name] = following if known is None else known
             following += known is None
+        self._literal = frozenset(added)
         self._config = _config(path.with_name(CONFIG))
         chosen = choose_separator(path, names, separator, _declared_end(self._config))
         size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
         super().__init__(path, self._content, names, chosen, size)
         self.unknown = _unknown(fields["model"])
         self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
-        self._is_byte_level = "ByteLevel" in {step.get("type") for step in _steps(fields, "decoder")}
+        decoders = [step.get("type") for step in _steps(fields, "decoder")]
+        self._is_byte_level, self._falls_back_to_bytes = "ByteLevel" in decoders, "ByteFallback" in decoders
         cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
         self.takes_any_bytes = self._is_byte_level and not any(step.get("add_prefix_space", True) for step in cuts)
-        self._falls_back_to_bytes = "ByteFallback" in {step.get("type") for step in _steps(fields, "decoder")}
         require_library("tokenizers", path)
 
     def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
         if self._fast is not None:
             engine, ids = self._fast
-            with suppress(ValueError):  # its regular expressions give up on a million spaces
-                return [ids[engine.encode_to_numpy(text, disallowed_special=())] for text in texts]
+            with suppress(ValueError):
+                return [ids[ranks_in(engine, text)] for text in texts]
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def piece_table(self) -> Mapping[int, bytes]:
         vocabulary: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         if self._is_byte_level:
-            return {number: _bytes_of(token) for token, number in vocabulary.items()}
+            return {
+                number: token.encode() if token in self._literal else _bytes_of(token)
+                for token, number in vocabulary.items()
+            }
         return self._decoded_alone(vocabulary)
 
     def export(self) -> dict[str, bytes]:
@@ -83,10 +87,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         found = ranks_of_json(json.loads(self._content), self.special_tokens) if find_spec("tiktoken") else None
         if found is None:
             return None
-        try:
-            return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)
-        except ValueError:  # a pattern that its regular expressions cannot express
-            return None
+        return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)
 
     @cached_property
     def _engine(self) -> Any:
@@ -96,7 +97,9 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
         try:
             engine = Tokenizer.from_str(self._content.decode())
-        except Exception as error:  # the library has no narrower type
+        except BaseException as error:  # the library raises plain ones, and a PanicException, which is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise DataError(f"{self.path} cannot be used by the library 'tokenizers': {error}.") from error
         engine.add_special_tokens(list(self._added))
         engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
@@ -123,7 +126,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
 def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
     """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return json.dumps({**defaults, **fields, "eos_token": separator}, ensure_ascii=False, indent=2).encode() + b"\n"
+    return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
 
 
 # --- what the file says
@@ -142,7 +145,7 @@ def _object(path: Path, content: bytes) -> dict[str, Any]:
 def _vocabulary(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
     model = fields.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict) and all(type(number) is int for number in vocabulary.values()):
+    if isinstance(vocabulary, dict) and all(type(number) is int and number >= 0 for number in vocabulary.values()):
         return vocabulary
     if isinstance(vocabulary, list) and all(isinstance(item, list) and item for item in vocabulary):  # Unigram's
         return {str(item[0]): number for number, item in enumerate(vocabulary)}
@@ -177,8 +180,10 @@ def _following(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tu
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
-    number = model.get("unk_id")  # Unigram's
-    return model["vocab"][number][0] if type(number) is int else model.get("unk_token")
+    number, vocabulary, token = model.get("unk_id"), model["vocab"], model.get("unk_token")
+    if isinstance(vocabulary, list):  # Unigram's
+        return str(vocabulary[number][0]) if type(number) is int and 0 <= number < len(vocabulary) else None
+    return token if isinstance(token, str) else None
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -197,12 +202,13 @@ def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
     if not isinstance(step, dict):
         return
     yield step
-    for part in step.get(f"{name}s", step.get(f"{name.replace('_', '')}s")) or []:
+    parts = step.get(f"{name}s", step.get(f"{name.replace('_', '')}s"))
+    for part in parts if isinstance(parts, list) else ():
         yield from _steps({name: part}, name)
 
 
 def _bytes_of(token: str) -> bytes:
-    """Added tokens may have other characters than those of bytes, which then stand for themselves."""
+    """As the library has it: a token with other characters than those of bytes stands for itself."""
     try:
         return bytes_of_characters(token)
     except KeyError:

@@ -23,6 +23,7 @@ from titanlite.registry import did_you_mean
 
 MAX_FILE_BYTES = 2**28
 """Ten times what the largest vocabularies take."""
+MAX_IDS = 2**24
 END_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 """Special tokens that are known to end a document."""
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
@@ -39,6 +40,8 @@ class PieceTokenizer(ABC):
     """Whether what is not UTF-8 can be encoded too, byte by byte."""
 
     def __init__(self, path: Path, content: bytes, special: Mapping[str, int], separator: int, vocab_size: int) -> None:
+        if vocab_size > MAX_IDS:
+            raise DataError(f"{path} has ids up to {vocab_size - 1:,}, and no vocabulary is so large.")
         self.path = path
         self.special_tokens = dict(special)
         self.separator = separator

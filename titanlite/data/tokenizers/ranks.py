@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from titanlite.data.tokenizers import Ids
-from titanlite.data.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine
+from titanlite.data.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine, ranks_in
 from titanlite.data.tokenizers.hugging_face import config_json
 from titanlite.data.tokenizers.pieces import (
     PieceTokenizer,
@@ -72,10 +72,9 @@ class RankTokenizer(PieceTokenizer):
 
     def _encode_string(self, text: str) -> Ids:
         try:
-            ids: Ids = self._engine.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # its regular expressions give up on a million spaces
-            parts = [self._engine.encode_to_numpy(part, disallowed_special=()) for part in _cut_runs(text)]
-            ids = np.concatenate(parts)
+            ids = ranks_in(self._engine, text)
+        except ValueError:
+            ids = np.concatenate([ranks_in(self._engine, part) for part in _cut_runs(text)])
         return ids.astype(self.dtype)
 
     @cached_property
