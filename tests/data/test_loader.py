@@ -47,7 +47,7 @@ def sequences_of(batch: Batch) -> dict[int, list[int]]:
     assert batch.labels.shape == batch.tokens.shape
     tokens, labels = batch.tokens.reshape(-1, length), batch.labels.reshape(-1, length)
     real = len(batch.samples)
-    assert (tokens[real:] == 0).all()
+    assert (tokens[real:] == 256).all()
     assert (labels[real:] == IGNORED).all()
     assert batch.valid_tokens == int((batch.labels != IGNORED).sum())
     rows = {n: [*t.tolist(), int(label[-1])] for n, t, label in zip(batch.samples, tokens, labels, strict=False)}

@@ -1,13 +1,15 @@
 """Documents into one stream of tokens, and the stream into windows of equal length. Numpy alone.
 
-Concatenate and cut: document, separator, document, separator, ...; window w holds tokens w*L to w*L + L inclusive,
-L + 1 of them, so that its inputs are the first L, its labels the last L, and over all windows each token but the
-stream's first is a label once. Fewer than L tokens at the stream's end fill no window and are not used.
+`Cut` is concatenate and cut (the other way is `best_fit`): document, separator, document, separator, ...; window w holds
+tokens w*L to w*L + L inclusive, L + 1 of them, so that its inputs are the first L, its labels the last L, and over all
+windows each token but the stream's first is a label once. Fewer than L tokens at the stream's end fill no window and are
+not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,15 +30,21 @@ def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type
     return stream
 
 
-def window_count(tokens: int, sequence_length: int) -> int:
-    """Whole windows in a stream of `tokens` tokens."""
-    return max(0, (tokens - 1) // sequence_length)
+@dataclass(frozen=True)
+class Cut:
+    """A stream of so many tokens, cut."""
 
+    tokens: int
+    sequence_length: int
 
-def window(stream: Tokens, index: int, sequence_length: int) -> Tokens:
-    """Tokens of window `index`, `[sequence_length + 1]`; a view of the stream."""
-    start = index * sequence_length
-    return stream[start : start + sequence_length + 1]
+    @property
+    def windows(self) -> int:
+        return max(0, (self.tokens - 1) // self.sequence_length)
+
+    def window(self, stream: Tokens, index: int) -> Tokens:
+        """Tokens of window `index`, `[sequence_length + 1]`; a view of the stream."""
+        start = index * self.sequence_length
+        return stream[start : start + self.sequence_length + 1]
 
 
 def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
