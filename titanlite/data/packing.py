@@ -1,9 +1,9 @@
 """Documents into one stream of tokens, and the stream into windows of equal length. Numpy alone.
 
-`Cut` is concatenate and cut (the other way is `best_fit`): document, separator, document, separator, ...; window w holds
-tokens w*L to w*L + L inclusive, L + 1 of them, so that its inputs are the first L, its labels the last L, and over all
-windows each token but the stream's first is a label once. Fewer than L tokens at the stream's end fill no window and are
-not used.
+`Cut` is concatenate and cut (the other way is `best_fit`): document, separator, document, separator, ...; window w
+holds tokens w*L to w*L + L inclusive, L + 1 of them, so that its inputs are the first L, its labels the last L, and
+over all windows each token but the stream's first is a label once. Fewer than L tokens at the stream's end fill no
+window and are not used.
 """
 
 from __future__ import annotations

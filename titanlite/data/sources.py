@@ -111,8 +111,8 @@ class Source:
         padding = 1 - sum(each.labels for each in packed) / (self.windows * self.sequence_length)
         cut, documents = (sum(count) for count in zip(*((each.cut, each.documents) for each in packed), strict=True))
         return (
-            f"source {self.name} is packed into {self.windows:,} sequences, {padding:.2%} of them padding; "
-            f"{cut:,} of {documents:,} documents ({cut / documents:.2%}) are longer than one and cut"
+            f"source {self.name} is packed into {self.windows:,} sequences and {100 * padding:.2g} % padding; {cut:,} "
+            f"of {documents:,} documents ({100 * cut / documents:.2g} %) are longer than a sequence and cut"
         )
 
     def beginning(self, tokens: int) -> Tokens:
