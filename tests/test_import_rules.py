@@ -48,7 +48,7 @@ WITHOUT_TORCH = (
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
     *("data.command", "data.prepare_command", "data.prepare", "data.workers", "data.token_file"),
     *("data.tokenizers.byte_values", "data.tokenizers.hugging_face", "data.tokenizers.ranks"),
-    *("data.order", "data.packing", "data.best_fit", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
+    *("data.order", "data.packing", "data.best_fit", "data.fill_in", "checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
     *("checkpoint.headers", "checkpoint.background", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),
     *("checkpoint.huggingface_command", "resilience.crashes"),
     *("observe.flops", "observe.rows", "verify.command", "verify.shrink", "verify.verdict"),

@@ -139,8 +139,8 @@ def test_what_is_said_before_the_run(texts: Path) -> None:
     stream = train.sources[0].beginning(10**6).tolist()
     long = sum(len(text) >= 100 for text in bytes(token % 256 for token in stream).split(b"\0"))
     assert require_samples(train, train.windows) == [
-        f"source corpus is packed into {train.windows} sequences and {100 - labels / train.windows:.2g} % padding; "
-        f"{long} of {documents} documents ({100 * long / documents:.2g} %) are longer than a sequence and cut"
+        f"source corpus is packed into {train.windows} sequences and {100 - labels / train.windows:.3g} % padding; "
+        f"{long} of {documents} documents ({100 * long / documents:.3g} %) are longer than a sequence and cut"
     ]
     assert require_samples(open_data(Data(corpus=str(texts)), 100, seed=3).train, 10) == []
 

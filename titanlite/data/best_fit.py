@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from titanlite.data.packing import Sliced
 from titanlite.data.tokenizers import Tokens
 
 Int64 = npt.NDArray[np.int64]
@@ -47,7 +48,7 @@ class BestFit:
         """Of all windows together: every token of the stream is one once."""
         return int(self.lengths.sum(dtype=np.int64))
 
-    def window(self, stream: Tokens, index: int) -> Tokens:
+    def window(self, stream: Sliced, index: int) -> Tokens:
         """Inputs and labels of window `index`: at most `sequence_length` + 1 tokens; what is missing is padding.
 
         The separator, then pieces. But of a document that is cut, a part that fills the window comes after the token
@@ -56,8 +57,9 @@ class BestFit:
         first = self.ends[index - 1] if index else 0
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
         tokens: Tokens = np.empty(1 + int(lengths.sum()), stream.dtype)
-        full = lengths[0] == self.sequence_length and starts[0] > 0
-        tokens[0] = stream[starts[0] - 1] if full else self.separator
+        tokens[0] = self.separator
+        if lengths[0] == self.sequence_length and starts[0] > 0:
+            tokens[:1] = stream[int(starts[0]) - 1 : int(starts[0])]
         end = 1
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             tokens[end : end + length] = stream[start : start + length]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,32 @@ import numpy.typing as npt
 from titanlite.data.tokenizers import Ids, Tokens
 
 Int64 = npt.NDArray[np.int64]
+
+
+class Sliced(Protocol):
+    """Tokens, all of which need not be in one place."""
+
+    @property
+    def dtype(self) -> np.dtype[np.uint16 | np.int32]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> Tokens: ...
+
+
+class Stream(Protocol):
+    """Documents, each followed by the separator."""
+
+    @property
+    def tokens(self) -> Sliced:
+        """All of them, flat."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where all tokens are."""
+
+    def document_ends(self) -> Int64:
+        """End of each document, past its separator, in tokens."""
 
 
 def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type[np.int32] = np.uint16) -> Tokens:
@@ -41,8 +68,8 @@ class Cut:
     def windows(self) -> int:
         return max(0, (self.tokens - 1) // self.sequence_length)
 
-    def window(self, stream: Tokens, index: int) -> Tokens:
-        """Tokens of window `index`, `[sequence_length + 1]`; a view of the stream."""
+    def window(self, stream: Sliced, index: int) -> Tokens:
+        """Tokens of window `index`, `[sequence_length + 1]`; of an array, a view."""
         start = index * self.sequence_length
         return stream[start : start + self.sequence_length + 1]
 

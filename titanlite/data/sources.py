@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,26 +19,11 @@ import xxhash
 
 from titanlite.data.best_fit import BestFit, best_fit
 from titanlite.data.corpora import is_held_out, read_corpus
-from titanlite.data.packing import Cut, pack
+from titanlite.data.packing import Cut, Stream, pack
 from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, Packing
-
-
-class Stream(Protocol):
-    """Documents, each followed by the separator."""
-
-    @property
-    def tokens(self) -> Tokens:
-        """All of them, flat."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal where all tokens are."""
-
-    def document_ends(self) -> npt.NDArray[np.int64]:
-        """End of each document, past its separator, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +95,8 @@ class Source:
         padding = 1 - sum(each.labels for each in packed) / (self.windows * self.sequence_length)
         cut, documents = (sum(count) for count in zip(*((each.cut, each.documents) for each in packed), strict=True))
         return (
-            f"source {self.name} is packed into {self.windows:,} sequences and {100 * padding:.2g} % padding; {cut:,} "
-            f"of {documents:,} documents ({100 * cut / documents:.2g} %) are longer than a sequence and cut"
+            f"source {self.name} is packed into {self.windows:,} sequences and {100 * padding:.3g} % padding; {cut:,} "
+            f"of {documents:,} documents ({100 * cut / documents:.3g} %) are longer than a sequence and cut"
         )
 
     def beginning(self, tokens: int) -> Tokens:
@@ -123,7 +107,7 @@ class Source:
         return np.concatenate(parts)
 
     def count_documents(self) -> int:
-        return sum(int(np.count_nonzero(each.tokens == self.tokenizer.separator)) for each in self.streams)
+        return sum(len(each.document_ends()) for each in self.streams)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import xxhash
 
+from titanlite.data.fill_in import fill_in, filled_in
 from titanlite.data.order import sample_position
+from titanlite.data.packing import Stream
 from titanlite.data.schedule import Schedule, Stage, schedule
-from titanlite.data.sources import Source, Stream, Texts, open_streams
+from titanlite.data.sources import Source, Texts, open_streams
 from titanlite.data.tokenizers import Tokenizer, Tokens, tokenizer_of
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, DataSource, Packing
@@ -108,7 +110,10 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
 
     for name, paths, key in _named(section):
         opened = open_streams(paths, key, section, tokenizer)
-        sources.append(source(name, opened.training))
+        training = opened.training
+        if section.fim_rate:
+            training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
+        sources.append(source(name, training))
         _require_a_window(sources[-1], f"{key} = {paths!r}: its training part", _LOWER)
         if validated and not section.validation:
             held_out.append(source(name, opened.validation))

@@ -172,6 +172,15 @@ class Data(Section):
     packing: Packing = "cut"
     """How documents become sequences: `cut` lays them end to end and cuts; `best_fit` puts together those that fit, so
     that none is cut but what is longer than a sequence, and pads what is left (the tokens of a run include padding)."""
+    fim_rate: Fraction = 0.0
+    """Share of the training documents that are read as prefix, suffix, middle, each after its token of `fim_tokens`, so
+    that the model learns to fill in (Bavarian et al. 2022); they are cut at two places, between tokens."""
+    fim_tokens: Annotated[tuple[Text, Text, Text], Field(strict=False)] = (
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+    )
+    """Special tokens of the tokenizer (see `special_tokens`) that stand before prefix, suffix and middle."""
     document_mask: bool = False
     """Keep attention inside documents, and count positions from each document's start."""
     workers: NonNegative = 0
