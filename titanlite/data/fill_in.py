@@ -104,7 +104,7 @@ class FilledIn:
         start, stop, _ = key.indices(len(self))
         parts = [self.stream.tokens[:0]]
         document = int(np.searchsorted(self._ends, start, side="right"))
-        at = int(self._ends[document - 1]) if document else 0
+        at = _start(self._ends, document)
         while at < stop:
             for part in self._document(document):
                 parts.append(part[max(0, start - at) : max(0, stop - at)])
@@ -114,9 +114,8 @@ class FilledIn:
 
     def _document(self, index: int) -> Iterator[Tokens]:
         """Its parts, in the order in which they are read."""
-        tokens, before = self.stream.tokens, slice(index - 1, index)
-        start, end = int(self.own_ends[before].sum()), int(self.own_ends[index])
-        if int(self._ends[index] - self._ends[before].sum()) == end - start:
+        tokens, start, end = self.stream.tokens, _start(self.own_ends, index), int(self.own_ends[index])
+        if int(self._ends[index]) - _start(self._ends, index) == end - start:
             yield tokens[start:end]
             return
         number = np.array([self.first_document + index])
@@ -125,6 +124,11 @@ class FilledIn:
         prefix, suffix, middle = np.array(self.settings.markers, self.dtype)[:, np.newaxis]
         yield from (prefix, tokens[start:first], suffix, tokens[second : end - 1])
         yield from (middle, tokens[first:second], tokens[end - 1 : end])
+
+
+def _start(ends: Int64, document: int) -> int:
+    """Where a document begins, given where each ends."""
+    return int(ends[document - 1]) if document else 0
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
