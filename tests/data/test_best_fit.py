@@ -145,7 +145,6 @@ def test_what_is_said_before_the_run(texts: Path) -> None:
     assert require_samples(open_data(Data(corpus=str(texts)), 100, seed=3).train, 10) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sequence_length", [512, 2048])
 def test_the_standard_library_wastes_less_than_one_percent(sequence_length: int) -> None:
     data = open_data(Data(packing="best_fit"), sequence_length, seed=0, validated=False)
