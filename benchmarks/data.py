@@ -33,7 +33,7 @@ from single_device import FOREIGN_LIMIT, busy_core_seconds, quartiles, tell
 from titanlite.data.command import main as data_command
 from titanlite.data.corpora import read_corpus
 from titanlite.data.loader import train_loader
-from titanlite.data.packing import window_count
+from titanlite.data.packing import Cut
 from titanlite.data.schedule import Stage, schedule
 from titanlite.data.sources import Source
 from titanlite.data.splits import Split, open_data
@@ -163,7 +163,7 @@ def random_access(tokens: int, samples: int) -> dict[str, Any]:
         for name, share in (("web", 0.7), ("code", 0.2), ("books", 0.1))
     )
     split = Split(sources, schedule([Stage(None, (0.6, 0.3, 0.1))], [None] * 3), 0)
-    numbers = [random.randrange(window_count(tokens, LENGTH)) for _ in range(samples)]
+    numbers = [random.randrange(Cut(tokens, LENGTH).windows) for _ in range(samples)]
     split.sample(0)
     tracemalloc.start()
     for number in numbers[: samples // 10]:

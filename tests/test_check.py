@@ -178,6 +178,7 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
         ("resilience.check_replicas_every", {"resilience__check_replicas_every": 5, "world": 2}),
         ("data.prefetch", {"data__prefetch": 3}),
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "checkpoint__keep_last": 0}),
+        ("data.fim_tokens", {"data__fim_tokens": ("a", "b", "c")}),
         ("validation.sequences", {"validation__sequences": 3}),
         ("precision.reduce", {"precision__reduce": "bfloat16", "precision__compute": "float64"}),
         ("recompute.every", {"recompute__every": 2}),

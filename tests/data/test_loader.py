@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def sequences_of(batch: Batch) -> dict[int, list[int]]:
     assert batch.labels.shape == batch.tokens.shape
     tokens, labels = batch.tokens.reshape(-1, length), batch.labels.reshape(-1, length)
     real = len(batch.samples)
-    assert (tokens[real:] == 0).all()
+    assert (tokens[real:] == 256).all()
     assert (labels[real:] == IGNORED).all()
     assert batch.valid_tokens == int((batch.labels != IGNORED).sum())
     rows = {n: [*t.tolist(), int(label[-1])] for n, t, label in zip(batch.samples, tokens, labels, strict=False)}
@@ -106,6 +107,49 @@ def test_document_mask() -> None:
     assert torch.equal(batch.documents, torch.from_numpy(documents))
     plain = next(train_loader(make_split(), BatchPlan(5, 2, 1, 2), 15, 1))
     assert plain.positions is None and plain.documents is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_padding_of_packed_documents_counts_nowhere_and_is_seen_by_none(workers: int) -> None:
+    """One epoch: two data ranks, one of which gets a sequence that is all padding."""
+    lengths = [3, 2, 5, 4, 1, 2]
+    documents = [[10 * n + i for i in range(length)] for n, length in enumerate(lengths, start=1)]
+    stream = np.array([token for document in documents for token in [*document, 256]], np.uint16)
+    split = split_of(stream, open_tokenizer("bytes"), LENGTH, document_mask=True, seed=5, packing="best_fit")
+    assert split.windows == 3  # 6 + 2, 5 + 3, 4 + 3: one place is left
+    plans = [BatchPlan(3, 2, rank, 2) for rank in range(2)]
+    batches = [next(train_loader(split, plan, 0, 1, workers=workers)) for plan in plans]
+    assert sum(batch.valid_tokens for batch in batches) == len(stream) == 23
+    assert [batch.sequences for batch in batches] == [3, 3]
+    read: list[list[int]] = []
+    for batch in batches:
+        assert batch.positions is not None and batch.documents is not None
+        assert batch.valid_tokens == int((batch.labels != IGNORED).sum())
+        fields = (batch.tokens, batch.labels, batch.positions, batch.documents)
+        for tokens, labels, positions, numbers in zip(*(each[0].tolist() for each in fields), strict=True):
+            end = labels.index(IGNORED) if IGNORED in labels else LENGTH
+            assert set(labels[end:]) <= {IGNORED} and set(tokens[end:]) <= {256}
+            assert tokens[:end] == [256, *labels[:end]][:end]
+            assert positions[end:] == [0] * (LENGTH - end)
+            assert all(numbers.count(number) == 1 for number in numbers[end:])
+            for place, token in enumerate(tokens[:end]):
+                assert positions[place] == (0 if token == 256 else positions[place - 1] + 1)
+            read += _split(labels[:end])
+    assert sorted(read) == sorted(documents)
+    bytes_of_labels = sum(size for _, size in validation_batches(split.sources[0], 9, 2, 1, 0))
+    assert bytes_of_labels == sum(lengths)
+
+
+def _split(labels: list[int]) -> Iterator[list[int]]:
+    """The documents of a sequence's labels."""
+    document: list[int] = []
+    for label in labels:
+        if label == 256:
+            yield document
+            document = []
+        else:
+            document.append(label)
+    assert not document
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.data.packing import document_layout, pack, window, window_count
+from titanlite.data.packing import Cut, document_layout, pack
 
 SEPARATOR = 256
 DOCUMENTS = st.lists(st.lists(st.integers(0, 255), max_size=12), max_size=12)
@@ -20,7 +20,8 @@ def test_windows_hold_every_target_once(documents: list[list[int]], length: int)
     assert stream.dtype == np.uint16
     assert stream.tolist() == expected
 
-    windows = [window(stream, w, length).tolist() for w in range(window_count(len(stream), length))]
+    cut = Cut(len(stream), length)
+    windows = [cut.window(stream, w).tolist() for w in range(cut.windows)]
     assert all(len(w) == length + 1 for w in windows)
     inputs = [token for w in windows for token in w[:-1]]
     labels = [token for w in windows for token in w[1:]]

@@ -14,7 +14,7 @@ from titanlite.models.spec import spec_of
 from titanlite.parallel.layout import BatchPlan, batch_plan, layout_of
 from titanlite.parallel.stages import stages_per_rank
 from titanlite.recipe.load import load_recipe
-from titanlite.recipe.sections import Pipeline, Recipe
+from titanlite.recipe.sections import Data, Pipeline, Recipe
 from titanlite.rules import check
 from titanlite.verify.shrink import reference_of, shrink, uncompiled
 
@@ -82,7 +82,7 @@ def recipes(draw: st.DrawFn) -> tuple[Recipe, int]:
         "recompute": {"mode": draw(st.sampled_from(["none", "selective", "full"])), "every": draw(numbers(1, 2, 4))},
         "compile": {"enabled": draw(st.booleans())},
         "optimizer": {"name": draw(st.sampled_from(["adamw", "muon"]))},
-        "data": {"document_mask": draw(st.booleans())},
+        "data": {"document_mask": draw(st.booleans()), "packing": draw(st.sampled_from(["cut", "best_fit"]))},
     }
     return Recipe.model_validate(values), world
 
@@ -126,6 +126,7 @@ def test_what_is_legal_stays_legal_and_keeps_its_structure(case: tuple[Recipe, i
     assert small.training.sequence_length <= 32 * recipe.parallel.cp * tp
     kept = ("precision", "recompute", "compile")
     assert all(getattr(small, section) == getattr(recipe, section) for section in kept)
+    assert small.data == Data(document_mask=recipe.data.document_mask, packing=recipe.data.packing)
     different = {"pipeline"}
     assert small.parallel.model_dump(exclude=different) == recipe.parallel.model_dump(exclude=different)
 

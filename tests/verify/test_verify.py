@@ -62,7 +62,9 @@ LAYOUTS = [
     pytest.param(2, {"zero_stage": 3}, {}, id="stage-3"),
     pytest.param(2, {"zero_stage": 0}, {"optimizer": {"name": "muon"}}, id="stage-0-muon"),
     pytest.param(4, {"tp": 2}, {"recompute": {"mode": "selective"}}, id="tp-dp-recompute"),
-    pytest.param(4, {"dp_replicate": 2, "cp": 2}, {"data": {"document_mask": True}}, id="hsdp-cp-documents"),
+    pytest.param(
+        4, {"dp_replicate": 2, "cp": 2}, {"data": {"document_mask": True, "packing": "best_fit"}}, id="hsdp-cp-packed"
+    ),
     pytest.param(2, {"pp": 2}, {"model": {"tie_embeddings": True}}, id="pp-tied"),
     pytest.param(4, {"pp": 2, "tp": 2, "pipeline": {"schedule": "Interleaved1F1B"}}, {}, id="pp-tp-interleaved"),
 ]

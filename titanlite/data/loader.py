@@ -35,7 +35,7 @@ class Batch:
     """One step's (or one validation pass's) sequences of one data rank; tensors are int64."""
 
     tokens: Tensor
-    """Inputs, `[microbatches, microbatch, seq_len]`; padding is 0."""
+    """Inputs, `[microbatches, microbatch, seq_len]`; padding is the separator."""
     labels: Tensor
     """The token after each input, same shape; padding is `IGNORED`."""
     positions: Tensor | None
@@ -189,16 +189,20 @@ class _Steps(Dataset[Batch]):
 def _assemble(
     like: Source, windows: Sequence[Tokens], numbers: Sequence[int | None], shape: tuple[int, int], sequences: int
 ) -> Batch:
-    """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences.
+    """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences, and each of them to
+    the sequence length.
 
-    They may be of any source that is `like` this one in its tokenizer and in what windows are.
+    They may be of any source that is `like` this one in its tokenizer and in what windows are. Padding comes last, so
+    that nothing which counts sees it; and as each separator opens a document, padding does not see the text either,
+    where attention is kept inside documents.
     """
     length = like.sequence_length
-    tokens = np.zeros((len(numbers), length), np.int64)
+    tokens = np.full((len(numbers), length), like.tokenizer.separator, np.int64)
     labels = np.full((len(numbers), length), IGNORED, np.int64)
     for row, window in enumerate(windows):
-        tokens[row] = window[:-1]
-        labels[row] = window[1:]
+        count = len(window) - 1
+        tokens[row, :count] = window[:-1]
+        labels[row, :count] = window[1:]
 
     def tensor(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).view(*shape, length)
@@ -211,7 +215,7 @@ def _assemble(
         documents=tensor(layout[1]) if layout else None,
         samples=tuple(number for number in numbers if number is not None),
         sequences=sequences,
-        valid_tokens=len(windows) * length,
+        valid_tokens=sum(len(window) - 1 for window in windows),
     )
 
 

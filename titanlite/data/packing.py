@@ -1,13 +1,16 @@
 """Documents into one stream of tokens, and the stream into windows of equal length. Numpy alone.
 
-Concatenate and cut: document, separator, document, separator, ...; window w holds tokens w*L to w*L + L inclusive,
-L + 1 of them, so that its inputs are the first L, its labels the last L, and over all windows each token but the
-stream's first is a label once. Fewer than L tokens at the stream's end fill no window and are not used.
+`Cut` is concatenate and cut (the other way is `best_fit`): document, separator, document, separator, ...; window w
+holds tokens w*L to w*L + L inclusive, L + 1 of them, so that its inputs are the first L, its labels the last L, and
+over all windows each token but the stream's first is a label once. Fewer than L tokens at the stream's end fill no
+window and are not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,32 @@ import numpy.typing as npt
 from titanlite.data.tokenizers import Ids, Tokens
 
 Int64 = npt.NDArray[np.int64]
+
+
+class Sliced(Protocol):
+    """Tokens, all of which need not be in one place."""
+
+    @property
+    def dtype(self) -> np.dtype[np.uint16 | np.int32]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> Tokens: ...
+
+
+class Stream(Protocol):
+    """Documents, each followed by the separator."""
+
+    @property
+    def tokens(self) -> Sliced:
+        """All of them, flat."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where all tokens are."""
+
+    def document_ends(self) -> Int64:
+        """End of each document, past its separator, in tokens."""
 
 
 def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type[np.int32] = np.uint16) -> Tokens:
@@ -28,15 +57,21 @@ def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type
     return stream
 
 
-def window_count(tokens: int, sequence_length: int) -> int:
-    """Whole windows in a stream of `tokens` tokens."""
-    return max(0, (tokens - 1) // sequence_length)
+@dataclass(frozen=True)
+class Cut:
+    """A stream of so many tokens, cut."""
 
+    tokens: int
+    sequence_length: int
 
-def window(stream: Tokens, index: int, sequence_length: int) -> Tokens:
-    """Tokens of window `index`, `[sequence_length + 1]`; a view of the stream."""
-    start = index * sequence_length
-    return stream[start : start + sequence_length + 1]
+    @property
+    def windows(self) -> int:
+        return max(0, (self.tokens - 1) // self.sequence_length)
+
+    def window(self, stream: Sliced, index: int) -> Tokens:
+        """Tokens of window `index`, `[sequence_length + 1]`; of an array, a view."""
+        start = index * self.sequence_length
+        return stream[start : start + self.sequence_length + 1]
 
 
 def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:

@@ -12,29 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
+from titanlite.data.best_fit import BestFit, best_fit
 from titanlite.data.corpora import is_held_out, read_corpus
-from titanlite.data.packing import pack, window, window_count
+from titanlite.data.packing import Cut, Stream, pack
 from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype
 from titanlite.errors import DataError
-from titanlite.recipe.sections import Data
-
-
-class Stream(Protocol):
-    """Documents, each followed by the separator."""
-
-    @property
-    def tokens(self) -> Tokens:
-        """All of them, flat."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal where all tokens are."""
+from titanlite.recipe.sections import Data, Packing
 
 
 @dataclass(frozen=True)
@@ -42,15 +31,19 @@ class Texts:
     """A stream in memory."""
 
     tokens: Tokens
+    separator: int
 
     @property
     def fingerprint(self) -> str:
         return xxhash.xxh3_64_hexdigest(self.tokens.data)
 
+    def document_ends(self) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self.tokens == self.separator) + 1
+
 
 @dataclass(frozen=True)
 class Source:
-    """Streams, one after the other, each cut into windows of its own."""
+    """Streams, one after the other, each with windows of its own."""
 
     name: str
     streams: tuple[Stream, ...]
@@ -58,11 +51,20 @@ class Source:
     sequence_length: int
     document_mask: bool
     """Batches carry positions and document numbers."""
+    packing: Packing = "cut"
+
+    @cached_property
+    def _packed(self) -> tuple[Cut | BestFit, ...]:
+        """How each stream lies in windows."""
+        if self.packing == "cut":
+            return tuple(Cut(len(each.tokens), self.sequence_length) for each in self.streams)
+        separator = self.tokenizer.separator
+        return tuple(best_fit(each.document_ends(), self.sequence_length, separator) for each in self.streams)
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
         """Windows up to the end of each stream."""
-        return tuple(accumulate(window_count(len(each.tokens), self.sequence_length) for each in self.streams))
+        return tuple(accumulate(each.windows for each in self._packed))
 
     @property
     def windows(self) -> int:
@@ -80,10 +82,22 @@ class Source:
         return xxhash.xxh3_64_hexdigest(" ".join([first, *others]).encode()) if others else first
 
     def window(self, index: int) -> Tokens:
-        """Inputs and labels of window `index`, `[sequence_length + 1]`; a view."""
+        """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
         stream = bisect_right(self._ends, index)
         before = self._ends[stream - 1] if stream else 0
-        return window(self.streams[stream].tokens, index - before, self.sequence_length)
+        return self._packed[stream].window(self.streams[stream].tokens, index - before)
+
+    def packing_report(self) -> str | None:
+        """What best-fit packing wastes and cuts, in words."""
+        packed = [each for each in self._packed if isinstance(each, BestFit)]
+        if not packed:
+            return None
+        padding = 1 - sum(each.labels for each in packed) / (self.windows * self.sequence_length)
+        cut, documents = (sum(count) for count in zip(*((each.cut, each.documents) for each in packed), strict=True))
+        return (
+            f"source {self.name} is packed into {self.windows:,} sequences and {100 * padding:.3g} % padding; {cut:,} "
+            f"of {documents:,} documents ({100 * cut / documents:.3g} %) are longer than a sequence and cut"
+        )
 
     def beginning(self, tokens: int) -> Tokens:
         """The first so many tokens, or all of fewer."""
@@ -93,7 +107,7 @@ class Source:
         return np.concatenate(parts)
 
     def count_documents(self) -> int:
-        return sum(int(np.count_nonzero(each.tokens == self.tokenizer.separator)) for each in self.streams)
+        return sum(len(each.document_ends()) for each in self.streams)
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,8 @@ def _read(paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, p
     if percent and not (kept and held):
         kept, held = _cut_each(kept or held, percent)
     dtype = token_dtype(tokenizer.vocab_size)
-    return Texts(pack(kept, tokenizer.separator, dtype)), Texts(pack(held, tokenizer.separator, dtype))
+    separator = tokenizer.separator
+    return Texts(pack(kept, separator, dtype), separator), Texts(pack(held, separator, dtype), separator)
 
 
 def _tokenised(paths: Sequence[str], section: Data, tokenizer: Tokenizer) -> Iterator[tuple[str, Ids]]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import xxhash
 
+from titanlite.data.fill_in import fill_in, filled_in
 from titanlite.data.order import sample_position
+from titanlite.data.packing import Stream
 from titanlite.data.schedule import Schedule, Stage, schedule
-from titanlite.data.sources import Source, Stream, Texts, open_streams
+from titanlite.data.sources import Source, Texts, open_streams
 from titanlite.data.tokenizers import Tokenizer, Tokens, tokenizer_of
 from titanlite.errors import DataError
-from titanlite.recipe.sections import Data, DataSource
+from titanlite.recipe.sections import Data, DataSource, Packing
 from titanlite.recipe.units import format_count
 
 ONLY_SOURCE = "corpus"
@@ -51,7 +53,7 @@ class Split:
         return xxhash.xxh3_64_hexdigest(" ".join(f"{each.name} {each.fingerprint}" for each in self.sources).encode())
 
     def sample(self, number: int) -> Tokens:
-        """Inputs and labels of sample `number` of the run (from 0, over all epochs), `[sequence_length + 1]`."""
+        """Inputs and labels of sample `number` of the run (from 0, over all epochs), as `Source.window` has them."""
         source, window = self.place(number)
         return source.window(window)
 
@@ -80,10 +82,16 @@ class DataSplits:
 
 
 def split_of(
-    tokens: Tokens, tokenizer: Tokenizer, sequence_length: int, document_mask: bool = False, seed: int = 0
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    document_mask: bool = False,
+    seed: int = 0,
+    packing: Packing = "cut",
 ) -> Split:
-    """Training samples of one stream in memory."""
-    source = Source(ONLY_SOURCE, (Texts(tokens),), tokenizer, sequence_length, document_mask)
+    """Training samples of one stream in memory; for best-fit packing it ends with the separator."""
+    stream = Texts(tokens, tokenizer.separator)
+    source = Source(ONLY_SOURCE, (stream,), tokenizer, sequence_length, document_mask, packing)
     return Split((source,), schedule([Stage(None, (1.0,))], [None]), seed)
 
 
@@ -98,11 +106,14 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     held_out: list[Source] = []
 
     def source(name: str, streams: tuple[Stream, ...]) -> Source:
-        return Source(name, streams, tokenizer, sequence_length, section.document_mask)
+        return Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
 
     for name, paths, key in _named(section):
         opened = open_streams(paths, key, section, tokenizer)
-        sources.append(source(name, opened.training))
+        training = opened.training
+        if section.fim_rate:
+            training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
+        sources.append(source(name, training))
         _require_a_window(sources[-1], f"{key} = {paths!r}: its training part", _LOWER)
         if validated and not section.validation:
             held_out.append(source(name, opened.validation))
@@ -125,7 +136,8 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
 
 def require_samples(split: Split, samples: int) -> list[str]:
     """What is worth saying of the sources of a run of so many samples: how often each is read, where there are several
-    or one is read more than once. Raises `DataError` where they do not suffice.
+    or one is read more than once, and what best-fit packing makes of each. Raises `DataError` where they do not
+    suffice. Padding counts as tokens here, as wherever the tokens of a run are meant.
     """
     end, length = split.schedule.end, split.sources[0].sequence_length
     if end is not None and end < samples:
@@ -134,7 +146,8 @@ def require_samples(split: Split, samples: int) -> list[str]:
             f"{format_count(samples * length)}; train on fewer (training.tokens), raise or remove the sources' epochs "
             "and tokens, or add a source."
         )
-    return [
+    packed = [report for source in split.sources if (report := source.packing_report())]
+    return packed + [
         f"source {name} ({format_count(source.tokens)} tokens) will be read {times:.2g} times"
         for source, (name, times) in zip(split.sources, split.epochs(samples).items(), strict=True)
         if len(split.sources) > 1 or times > 1

@@ -198,6 +198,21 @@ class TokenFile:
             seen.update(np.ascontiguousarray(block).data)
         return f"foreign-{seen.hexdigest()}"
 
+    def document_ends(self) -> Int64:
+        """End of each document, past its separator, in tokens; all of the index is read for it.
+
+        Raises `DataError` if the documents are not in order.
+        """
+        begins, count = self.starts[:], len(self.tokens)
+        ends = np.append(begins[1:], count).astype(np.int64)
+        wrong = np.flatnonzero((begins < 0) | (ends < begins) | (ends > count))
+        if wrong.size:
+            raise DataError(
+                f"{paths_of(self.prefix).idx}: damaged: document {wrong[0]:,} is not between those before and after "
+                f"it; {_PREPARE_AGAIN}"
+            )
+        return ends
+
     def require_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
         """Raise `DataError` unless the file is of the tokenizer that `data.tokenizer` calls `name`.
 

@@ -106,6 +106,7 @@ class Model(Section):
 
 
 Paths = Text | Annotated[list[Text], Field(min_length=1)]
+Packing = Literal["cut", "best_fit"]
 
 
 class DataSource(Section):
@@ -168,6 +169,18 @@ class Data(Section):
     """Field of a JSONL line that holds its text."""
     validation_percent: Annotated[float, Field(gt=0, lt=100)] = 4.0
     """Share of the files (JSONL: of the lines) held out for validation, chosen by a hash of their name (line)."""
+    packing: Packing = "cut"
+    """How documents become sequences: `cut` lays them end to end and cuts; `best_fit` puts together those that fit, so
+    that none is cut but what is longer than a sequence, and pads what is left (the tokens of a run include padding)."""
+    fim_rate: Fraction = 0.0
+    """Share of the training documents that are read as prefix, suffix, middle, each after its token of `fim_tokens`, so
+    that the model learns to fill in (Bavarian et al. 2022); they are cut at two places, between tokens."""
+    fim_tokens: Annotated[tuple[Text, Text, Text], Field(strict=False)] = (
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+    )
+    """Special tokens of the tokenizer (see `special_tokens`) that stand before prefix, suffix and middle."""
     document_mask: bool = False
     """Keep attention inside documents, and count positions from each document's start."""
     workers: NonNegative = 0

@@ -42,6 +42,7 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
         ("resilience.max_rollbacks", "rollback" not in actions, "neither on_nonfinite nor on_spike goes back"),
         *((f"resilience.spike_{key}", guards.on_spike == "off", 'on_spike is "off"') for key in ("zscore", "window")),
         ("data.prefetch", recipe.data.workers == 0, "without data.workers nothing is fetched ahead"),
+        ("data.fim_tokens", recipe.data.fim_rate == 0, "data.fim_rate is 0"),
         ("checkpoint.keep_every", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
         ("checkpoint.keep_best", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
         ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),

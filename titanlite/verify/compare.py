@@ -106,8 +106,9 @@ def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
     tokens = steps * training.global_batch * training.sequence_length + 1
     stream = (random.random(tokens) ** 2 * tokenizer.separator).astype(np.uint16)
     stream[random.random(tokens) < 1 / 12] = tokenizer.separator
-    mask, seed = recipe.data.document_mask, recipe.run.seed
-    return train_loader(split_of(stream, tokenizer, training.sequence_length, mask, seed), plan, 0, steps)
+    stream[-1] = tokenizer.separator
+    mask, seed, packing = recipe.data.document_mask, recipe.run.seed, recipe.data.packing
+    return train_loader(split_of(stream, tokenizer, training.sequence_length, mask, seed, packing), plan, 0, steps)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     return recipe.model_copy(
         update={
             "model": model,
-            "data": Data(document_mask=recipe.data.document_mask),
+            "data": Data(document_mask=recipe.data.document_mask, packing=recipe.data.packing),
             "training": _training(real, layout, microbatches, steps),
             "schedule": Schedule(name="constant"),
             "optimizer": _with(recipe.optimizer, lr=min(recipe.optimizer.lr, _MOST_MOVED * model.init_std)),

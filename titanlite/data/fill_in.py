@@ -1,0 +1,139 @@
+"""Fill-in-the-middle (Bavarian et al. 2022): the middle of some documents is moved to their end, so that a model learns
+to write what belongs between a prefix and a suffix.
+
+There is no copy: documents are rearranged when they are read. Cuts fall between tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from titanlite.data.packing import Stream
+from titanlite.data.tokenizers import Tokenizer, Tokens
+from titanlite.errors import DataError
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FillIn:
+    """What is done to the documents of a source."""
+
+    rate: float
+    """Share of documents that are rearranged; those without text never are."""
+    markers: tuple[int, int, int]
+    """Tokens before the prefix, the suffix and the middle."""
+    key: int
+    """64 bits; with a document's number they decide whether it is rearranged, and where it is cut."""
+
+    def draws(self, documents: Int64, which: int) -> npt.NDArray[np.float64]:
+        """A number in [0, 1) for each document; another one for each `which`, of 0, 1 and 2."""
+        hashes = _mixed(np.uint64(self.key) + documents.astype(np.uint64) * np.uint64(3) + np.uint64(which))
+        drawn: npt.NDArray[np.float64] = (hashes >> np.uint64(11)) * 2.0**-53  # all bits that a float64 has: never 1
+        return drawn
+
+
+def fill_in(rate: float, names: Sequence[str], tokenizer: Tokenizer, seed: int, source: str) -> FillIn:
+    """For a source of this name. Raises `DataError` for a marker that is no special token of the tokenizer."""
+    for index, name in enumerate(names):
+        if name not in tokenizer.special_tokens:
+            there = ", ".join(tokenizer.special_tokens) or "none"
+            raise DataError(
+                f"data.fim_tokens.{index}: the tokenizer has no special token '{name}' (it has: {there}); add it to "
+                "data.special_tokens, or name others."
+            )
+    prefix, suffix, middle = (tokenizer.special_tokens[name] for name in names)
+    digest = hashlib.blake2b(f"fim/{seed}/{source}".encode(), digest_size=8).digest()
+    return FillIn(rate, (prefix, suffix, middle), int.from_bytes(digest, "little"))
+
+
+def filled_in(streams: Sequence[Stream], settings: FillIn) -> tuple[FilledIn, ...]:
+    """All streams of a source, whose documents are numbered through."""
+    ends = [each.document_ends() for each in streams]
+    firsts = accumulate(map(len, ends[:-1]), initial=0)
+    return tuple(FilledIn(*each, settings) for each in zip(streams, ends, firsts, strict=True))
+
+
+@dataclass(frozen=True)
+class FilledIn:
+    """A stream as it is read; its own tokens, as `[a:b]`. In memory, 16 bytes a document."""
+
+    stream: Stream
+    own_ends: Int64
+    """End of each document in the stream, past its separator."""
+    first_document: int
+    """Number in the source of the stream's first document."""
+    settings: FillIn
+
+    @property
+    def tokens(self) -> FilledIn:
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """The stream's: equal where all tokens are, if the recipes are."""
+        return self.stream.fingerprint
+
+    @property
+    def dtype(self) -> np.dtype[np.uint16 | np.int32]:
+        return self.stream.tokens.dtype
+
+    @cached_property
+    def _ends(self) -> Int64:
+        numbers = np.arange(self.first_document, self.first_document + len(self.own_ends))
+        text = np.diff(self.own_ends, prepend=0) > 1
+        chosen = text & (self.settings.draws(numbers, 0) < self.settings.rate)
+        ends: Int64 = self.own_ends + 3 * np.cumsum(chosen)
+        return ends
+
+    def document_ends(self) -> Int64:
+        """With three markers more for each document that is rearranged."""
+        return self._ends
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, key: slice) -> Tokens:
+        start, stop, _ = key.indices(len(self))
+        parts = [self.stream.tokens[:0]]
+        document = int(np.searchsorted(self._ends, start, side="right"))
+        at = _start(self._ends, document)
+        while at < stop:
+            for part in self._document(document):
+                parts.append(part[max(0, start - at) : max(0, stop - at)])
+                at += len(part)
+            document += 1
+        return np.concatenate(parts)
+
+    def _document(self, index: int) -> Iterator[Tokens]:
+        """Its parts, in the order in which they are read."""
+        tokens, start, end = self.stream.tokens, _start(self.own_ends, index), int(self.own_ends[index])
+        if int(self._ends[index]) - _start(self._ends, index) == end - start:
+            yield tokens[start:end]
+            return
+        number = np.array([self.first_document + index])
+        # Before any of its tokens, or before the separator.
+        first, second = sorted(start + int(self.settings.draws(number, n)[0] * (end - start)) for n in (1, 2))
+        prefix, suffix, middle = np.array(self.settings.markers, self.dtype)[:, np.newaxis]
+        yield from (prefix, tokens[start:first], suffix, tokens[second : end - 1])
+        yield from (middle, tokens[first:second], tokens[end - 1 : end])
+
+
+def _start(ends: Int64, document: int) -> int:
+    """Where a document begins, given where each ends."""
+    return int(ends[document - 1]) if document else 0
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A hash of integers: two rounds of multiply and xor-shift (constants of Stafford's variant 13)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
