@@ -81,9 +81,14 @@ class Source:
 
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`, `[sequence_length + 1]`; a view."""
-        stream = bisect_right(self._ends, index)
-        before = self._ends[stream - 1] if stream else 0
-        return window(self.streams[stream].tokens, index - before, self.sequence_length)
+        stream, number = self.locate(index)
+        return window(stream.tokens, number, self.sequence_length)
+
+    def locate(self, index: int) -> tuple[Stream, int]:
+        """The stream that window `index` lies in, and which of its windows it is there."""
+        number = bisect_right(self._ends, index)
+        before = self._ends[number - 1] if number else 0
+        return self.streams[number], index - before
 
     def beginning(self, tokens: int) -> Tokens:
         """The first so many tokens, or all of fewer."""
