@@ -37,6 +37,15 @@ def test_single_device_prints_tables_and_writes_what_it_measured(tmp_path: Path)
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["startup_seconds"].values())
 
 
+@pytest.mark.slow
+def test_the_data_benchmark_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "data.py"), "--small", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["random_access"]["peak_bytes"] < 2**20 and result["start_up"]["documents"] == 3000
+
+
 def test_the_plain_loop_has_our_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS / "contestants"))
     from plain_loop import PlainLlama

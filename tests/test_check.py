@@ -42,10 +42,19 @@ def pipeline(schedule: str, pp: int = 2, zero_stage: int = 2, layers: int = 4, *
     }
 
 
+def sources(*named: str | dict[str, Any], **data: Any) -> dict[str, Any]:
+    """Keys of a recipe with several sources."""
+    tables = [each if isinstance(each, dict) else {"name": each} for each in named]
+    return {"data__sources": [{"path": "texts", **each} for each in tables]} | {
+        f"data__{k}": v for k, v in data.items()
+    }
+
+
 SCHEDULES = (
     *("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"),
     *("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"),
 )
+VALIDATES = {"validation__every_steps": 1}
 CP_TP = {"parallel__cp": 2, "parallel__tp": 2}
 
 
@@ -72,6 +81,23 @@ def test_a_sound_recipe_has_no_findings() -> None:
         ("model.dim", {"model__dim": 130}),
         ("model.heads", {"model__dim": 12}),
         ("model.vocab_size", {"model__vocab_size": 256}),
+        ("data.corpus", sources("a", corpus="b")),
+        ("data.sources.1.name", sources("a", "a")),
+        (
+            "data.validation.1.name",
+            {"data__validation": [{"name": "a", "path": "a"}] * 2, "validation__every_steps": 1},
+        ),
+        ("data.sources.1", sources({"name": "a", "weight": 1.0}, "b")),
+        ("data.sources.0.weight", sources({"name": "a", "weight": 1.0}, stages=[{"weights": {"a": 1.0}}])),
+        ("data.stages", {"data__stages": [{"weights": {"a": 1.0}}]}),
+        ("data.stages.0.weights.b", sources("a", stages=[{"weights": {"a": 1.0, "b": 1.0}}])),
+        ("data.sources.1", sources("a", "b", stages=[{"weights": {"a": 1.0}}])),
+        ("data.stages.0", sources("a", stages=[{"weights": {"a": 1.0}}] * 2)),
+        ("data.stages.0.until", sources("a", stages=[{"until": 9, "weights": {"a": 1.0}}])),
+        (
+            "data.stages",
+            sources("a", stages=[*[{"until": n, "weights": {"a": 1.0}} for n in (9, 5)], {"weights": {"a": 1.0}}]),
+        ),
         ("model.rope_scaling.low_freq_factor", {"model__rope_scaling": {"low_freq_factor": 4.0}}),
         ("optimizer.lr", {"optimizer__lr": 10.0}),
         ("optimizer.muon_lr", {"optimizer__name": "muon", "optimizer__muon_lr": 10.0}),

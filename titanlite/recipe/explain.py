@@ -108,16 +108,32 @@ def _schema() -> Schema:
 
 
 def key_schema(path: tuple[str, ...]) -> Schema | None:
-    """Schema of a section or key, `$ref` resolved; None where the recipe has no such key."""
+    """Schema of a section or key, `$ref` resolved; None where the recipe has no such key. Elements of arrays of tables
+    are named by their number.
+    """
     schema: Schema = _schema()
     for name in path:
-        properties = schema.get("properties", {})
-        if name not in properties:
+        if is_tables(schema) and name.isdigit():
+            schema = schema["items"]
+        elif name in schema.get("properties", {}):
+            schema = schema["properties"][name]
+        elif schema.get("additionalProperties"):
+            schema = schema["additionalProperties"]
+        else:
             return None
-        schema = properties[name]
         if "$ref" in schema:
             schema = {**_schema()["$defs"][schema["$ref"].rpartition("/")[2]], **schema}
     return schema
+
+
+def is_tables(schema: Schema) -> bool:
+    """Whether a key is an array of tables, such as `[[data.sources]]`."""
+    return "$ref" in schema.get("items", {})
+
+
+def holds_keys(schema: Schema) -> bool:
+    """Whether there is something below a key."""
+    return "properties" in schema or is_tables(schema) or bool(schema.get("additionalProperties"))
 
 
 def all_keys() -> list[str]:
@@ -142,6 +158,8 @@ def type_in_words(schema: Schema) -> str:
         return f"one of {', '.join(format_value(choice) for choice in schema['enum'])}"
     if "properties" in schema:
         return "a table"
+    if is_tables(schema):
+        return "a list of tables"
     match schema.get("type"):
         case "boolean":
             return "true or false"
@@ -149,6 +167,8 @@ def type_in_words(schema: Schema) -> str:
             return f"a whole number{_range_in_words(schema)}"
         case "number":
             return f"a number{_range_in_words(schema)}"
+        case "object":
+            return f"a table of names, each {type_in_words(schema['additionalProperties'])}"
         case "array" if "prefixItems" in schema:
             return f"a list of {len(schema['prefixItems'])}, each {type_in_words(schema['prefixItems'][0])}"
         case "array":
@@ -183,8 +203,9 @@ def explain(key: str) -> str:
         f"  type     {type_in_words(schema)}",
         f"  default  {_default_in_words(schema)}",
     ]
-    if "properties" in schema:
-        lines.append(f"  keys     {', '.join(schema['properties'])}")
+    inner = key_schema((*path, "0")) if is_tables(schema) else schema
+    if inner is not None and "properties" in inner:
+        lines.append(f"  keys     {', '.join(inner['properties'])}")
     if example is not None:
         in_file = f"[{table}] {name} = {format_value(example)}" if table else f"{name} = {format_value(example)}"
         lines.append(f"  example  {in_file}")
@@ -218,12 +239,16 @@ def reference_markdown() -> str:
 
 def _section_markdown(path: tuple[str, ...]) -> list[str]:
     schema = key_schema(path) or {}
-    lines = ["", f"## `[{'.'.join(path)}]`", "", schema["description"], ""]
+    header = f"[{'.'.join(path)}]"
+    if is_tables(schema):
+        header, path = f"[{header}]", (*path, "0")
+        schema = key_schema(path) or {}
+    lines = ["", f"## `{header}`", "", schema["description"], ""]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     tables = []
     for name in schema["properties"]:
         key = key_schema((*path, name)) or {}
-        tables += [name] if "properties" in key else []
+        tables += [name] if "properties" in key or is_tables(key) else []
         cells = [f"`{name}`", type_in_words(key), f"`{_default_in_words(key)}`", key["description"]]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     for name in tables:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titanlite.errors import Finding
-from titanlite.recipe.explain import all_keys, key_schema, type_in_words
+from titanlite.recipe.explain import all_keys, holds_keys, key_schema, type_in_words
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean
@@ -73,11 +73,11 @@ def findings_of(error: ValidationError, values: dict[str, Any]) -> list[Finding]
 
 
 def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The key within the recipe; what pydantic adds to it (an index, the arm of a union) is left off."""
+    """The key within the recipe; what pydantic adds to it (an index of a value, the arm of a union) is left off."""
     path: tuple[str, ...] = ()
     for part in location:
         schema = key_schema(path)
-        if schema is None or "properties" not in schema:
+        if schema is None or not holds_keys(schema):
             break
         path = (*path, str(part))
     return path
@@ -85,7 +85,7 @@ def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
 
 def _value_at(values: Any, path: tuple[str, ...]) -> Any:
     for name in path:
-        values = values[name]
+        values = values[int(name)] if isinstance(values, list) else values.get(name)
     return values
 
 
@@ -93,6 +93,8 @@ def _finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
         return Finding(key, *_unknown(path, value))
+    if fault["type"] == "missing" and fault["loc"][-1] == path[-1]:
+        return Finding(".".join(path[:-1]), f"has no {path[-1]};", f"write {path[-1]} = …")
     if fault["type"] == "value_error":
         return Finding(key, str(fault["ctx"]["error"]))
     if fault["type"] == "string_unicode":

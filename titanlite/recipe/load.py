@@ -270,7 +270,7 @@ def _holds(values: Any, path: tuple[str, ...]) -> bool:
 
 def _located(finding: Finding, origins: Mapping[KeyPath, Origin], default_file: str) -> Finding:
     """`finding` with the place of its key; of the nearest table around it where the key itself is nowhere set."""
-    path: KeyPath = tuple(finding.key.split("."))
+    path: KeyPath = tuple(int(name) if name.isdigit() else name for name in finding.key.split("."))
     while path and path not in origins:
         path = path[:-1]
     origin = origins.get(path, Origin(default_file, 0))

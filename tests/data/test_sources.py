@@ -1,0 +1,196 @@
+"""Several sources, mixed by weights over stages, from texts and token files; validation sets by name."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from titanlite.data.command import main as data_command
+from titanlite.data.splits import DataSplits, open_data, require_samples
+from titanlite.errors import DataError
+from titanlite.recipe.sections import Data
+
+LENGTH = 16
+
+
+def prepare(*words: str) -> None:
+    assert data_command(["prepare", *words]) == 0
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three folders of documents that say which they are of: `a a a ...`; 300, 200 and 100 windows or so."""
+    root = tmp_path_factory.mktemp("texts")
+    for name, documents in (("a", 150), ("b", 100), ("c", 50)):
+        (root / name).mkdir()
+        for number in range(documents):
+            (root / name / f"{number}.txt").write_text(name * 31)
+    return root
+
+
+@pytest.fixture(scope="module")
+def prepared(texts: Path) -> Path:
+    """The second folder as a token file, with a held-out part."""
+    prepare(str(texts / "b"), "--out", str(texts / "tokens" / "b"), "--held-out", "10")
+    return texts / "tokens" / "b"
+
+
+def opened(texts: Path, validated: bool = True, **data: Any) -> DataSplits:
+    sources = data.pop("sources", [{"name": "a"}, {"name": "b"}, {"name": "c"}])
+    sources = [{"path": str(texts / each["name"]), **each} for each in sources]
+    section = Data.model_validate({"sources": sources, **data})
+    return open_data(section, LENGTH, 7, validated=validated)
+
+
+def origins(splits: DataSplits, first: int, samples: int) -> Counter[str]:
+    """How many samples are of each folder, by what they say."""
+    found: Counter[str] = Counter()
+    for number in range(first, first + samples):
+        (said,) = set(splits.tokenizer.decode(splits.train.sample(number)).decode())
+        found[said] += 1
+    return found
+
+
+def test_samples_come_by_weight(texts: Path, prepared: Path) -> None:
+    sources = [
+        {"name": "a", "weight": 1.0},
+        {"name": "b", "weight": 2.0, "path": str(prepared)},
+        {"name": "c", "weight": 5.0},
+    ]
+    splits = opened(texts, sources=sources)
+    assert origins(splits, 0, 1000) == {"a": 125, "b": 250, "c": 625}
+    assert origins(splits, 333, 1000) == {"a": 125, "b": 250, "c": 625}
+
+
+def test_without_weights_each_window_is_as_likely(texts: Path) -> None:
+    splits = opened(texts)
+    sizes = {each.name: each.windows for each in splits.train.sources}
+    total = sum(sizes.values())
+    for name, count in origins(splits, 0, 1000).items():
+        assert abs(count - 1000 * sizes[name] / total) <= 1
+
+
+def test_a_source_reads_each_window_once_an_epoch_in_an_order_of_its_own(texts: Path) -> None:
+    splits = opened(texts)
+    places: dict[str, list[int]] = {}
+    for number in range(2 * splits.train.windows):
+        source, window = splits.train.place(number)
+        places.setdefault(source.name, []).append(window)
+    for source in splits.train.sources:
+        assert sorted(places[source.name][: source.windows]) == list(range(source.windows))
+    assert places["a"][:50] != places["b"][:50]
+
+
+def test_another_source_changes_no_ones_order(texts: Path) -> None:
+    def order(splits: DataSplits) -> list[int]:
+        places = (splits.train.place(number) for number in range(900))
+        return [window for source, window in places if source.name == "b"]
+
+    alone = order(opened(texts, sources=[{"name": "b"}]))
+    among = order(opened(texts))
+    assert among == alone[: len(among)]
+
+
+def test_stages(texts: Path) -> None:
+    stages = [{"until": 500 * LENGTH, "weights": {"a": 1.0}}, {"weights": {"b": 0.25, "c": 0.75}}]
+    splits = opened(texts, stages=stages)
+    assert origins(splits, 0, 500) == {"a": 500}
+    assert origins(splits, 500, 1000) == {"b": 250, "c": 750}
+
+
+def test_epochs_and_tokens_limit_a_source(texts: Path) -> None:
+    sources = [
+        {"name": "a", "weight": 1.0},
+        {"name": "b", "weight": 1.0, "epochs": 0.5},
+        {"name": "c", "weight": 1.0, "tokens": 20 * LENGTH},
+    ]
+    splits = opened(texts, sources=sources)
+    windows = {each.name: each.windows for each in splits.train.sources}
+    assert origins(splits, 0, 1000) == {"a": 1000 - windows["b"] // 2 - 20, "b": windows["b"] // 2, "c": 20}
+    said = require_samples(splits.train, 1000)
+    assert [line.split()[1] for line in said] == ["a", "b", "c"]
+    assert said[1].endswith("will be read 0.5 times")
+
+
+def test_too_little_data_is_said_before_the_run(texts: Path) -> None:
+    splits = opened(texts, sources=[{"name": "a", "epochs": 2.0}])
+    enough = 2 * splits.train.windows
+    assert require_samples(splits.train, enough) == [
+        f"source a ({splits.train.tokens / 1000:.2f}K tokens) will be read 2 times"
+    ]
+    with pytest.raises(DataError, match=r"all that may be read is .* tokens, and the run needs"):
+        require_samples(splits.train, enough + 1)
+    with pytest.raises(DataError, match="used up"):
+        splits.train.sample(enough)
+
+
+def test_one_corpus_needs_no_words_unless_it_is_read_again(texts: Path) -> None:
+    splits = open_data(Data(corpus=str(texts / "a")), LENGTH, 0)
+    assert require_samples(splits.train, splits.train.windows) == []
+    assert require_samples(splits.train, 3 * splits.train.windows)[0].endswith("read 3 times")
+
+
+def test_validation_sets_are_the_held_out_parts_or_those_named(texts: Path, prepared: Path) -> None:
+    sources = [{"name": "a"}, {"name": "b", "path": str(prepared)}]
+    splits = opened(texts, sources=sources)
+    assert [each.name for each in splits.validation] == ["a", "b"]
+    held = splits.validation[1]
+    assert 0 < held.count_documents() < 30
+    assert held.count_documents() + splits.train.sources[1].count_documents() == 100
+    named = [{"name": "all-of-c", "path": str(texts / "c")}, {"name": "held", "path": f"{prepared}-validation"}]
+    sets = opened(texts, sources=sources, validation=named).validation
+    assert [(each.name, each.count_documents()) for each in sets] == [
+        ("all-of-c", 50),
+        ("held", held.count_documents()),
+    ]
+    assert opened(texts, sources=sources, validated=False).validation == ()
+
+
+def test_nothing_to_validate_on(texts: Path) -> None:
+    prepare(str(texts / "c"), "--out", str(texts / "whole"))
+    sources = [{"name": "c", "path": str(texts / "whole")}]
+    assert opened(texts, sources=sources, validated=False).train.windows
+    with pytest.raises(DataError, match=r"nothing to validate on"):
+        opened(texts, sources=sources)
+
+
+def test_token_files_by_a_glob_are_one_source(texts: Path, tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        prepare(str(texts / name), "--out", str(tmp_path / name), "--held-out", "20")
+    splits = opened(texts, sources=[{"name": "both", "path": str(tmp_path / "*")}])
+    (source,) = splits.train.sources
+    assert source.windows == sum((len(stream.tokens) - 1) // LENGTH for stream in source.streams)
+    seen = np.concatenate([source.window(index)[:-1] for index in range(source.windows)])
+    kept = [stream.tokens[: (len(stream.tokens) - 1) // LENGTH * LENGTH] for stream in source.streams]
+    assert len(source.streams) == 2 and np.array_equal(seen, np.concatenate(kept))
+
+
+def test_the_fingerprint_is_of_every_source(texts: Path, prepared: Path) -> None:
+    prints = {
+        opened(texts, sources=sources).train.fingerprint
+        for sources in (
+            [{"name": "a"}],
+            [{"name": "a"}, {"name": "b"}],
+            [{"name": "b"}, {"name": "a"}],
+            [{"name": "a"}, {"name": "b", "path": str(prepared)}],
+        )
+    }
+    assert len(prints) == 4 and all(len(each) == 16 and int(each, 16) >= 0 for each in prints)
+
+
+def test_a_split_of_token_files_travels_by_name(texts: Path, prepared: Path) -> None:
+    splits = opened(texts, sources=[{"name": "b", "path": str(prepared)}])
+    sent = pickle.dumps(splits.train)
+    assert len(sent) < splits.train.tokens + 20_000
+    again = pickle.loads(sent)
+    assert np.array_equal(again.sample(5), splits.train.sample(5))
+
+
+def test_a_token_file_that_is_not_there(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing"):
+        opened(texts, sources=[{"name": "b", "path": f"{tmp_path}/none.bin"}])
