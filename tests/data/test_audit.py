@@ -133,7 +133,7 @@ class Run:
 WHOLE = Life(1, [5], 100, 0, False)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 17),
     skipped=st.sets(st.integers(1, 20)),
@@ -150,8 +150,16 @@ def test_kills_layouts_and_rollbacks_lose_and_repeat_nothing(
     assert last_start(run.folder) == run.starts
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("skipped", [(), (2, 4, 5)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize(
+    ("workers", "skipped"),
+    [
+        (0, ()),
+        (0, (2, 4, 5)),
+        *(pytest.param(workers, (), marks=pytest.mark.slow) for workers in (1, 2, 3)),
+        (3, (2, 4, 5)),
+    ],
+)
 def test_the_loaders_samples_are_the_same_on_any_layout_and_interrupted_anywhere(
     tmp_path: Path, workers: int, skipped: tuple[int, ...]
 ) -> None:
@@ -306,7 +314,7 @@ def test_records_of_a_newer_version_are_refused(run: Run) -> None:
         run.audit()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch=st.integers(1, 5), start=st.integers(0, 6), skipped=st.sets(st.integers(1, 15)))
 def test_a_course_is_all_batches_but_those_passed_over(batch: int, start: int, skipped: set[int]) -> None:
     """By walking through them; and a run that goes on from any step of it reads the same."""
