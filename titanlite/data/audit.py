@@ -80,7 +80,7 @@ def samples_of(records: Records) -> Samples:
     counts = records["count"]
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     samples: Samples = np.repeat(records["first"], counts) + within * np.repeat(records["ranks"], counts)
-    return np.sort(samples.astype("<i8"))
+    return np.sort(samples.astype("<i8"), kind="stable")
 
 
 def audit(records: Records, last_step: int, end: int, begins_elsewhere: bool = False) -> Audit:

@@ -137,14 +137,16 @@ def read_records(run: Path) -> Records:
 
 
 def last_start(run: Path) -> int:
-    """The last start of the run that any rank wrote down; 0 for none. Raises `OSError`."""
+    """The last start of the run that any rank wrote down; 0 for none. Raises `UsageError`."""
     last = 0
     for path in (run / FOLDER).glob("rank-*.bin"):
-        with open(path, "rb") as file:
+        try:
             whole = path.stat().st_size // RECORD.itemsize
-            file.seek(max(0, whole - 1) * RECORD.itemsize)
             if whole:
-                last = max(last, int(np.frombuffer(file.read(RECORD.itemsize), RECORD)["start"][0]))
+                record = np.fromfile(path, RECORD, 1, offset=(whole - 1) * RECORD.itemsize)
+                last = max(last, int(record["start"][0]))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {cause(error, path)}.") from error
     return last
 
 
