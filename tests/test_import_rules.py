@@ -25,7 +25,7 @@ LEVELS = (
     ("check", "models", "precision"),
     ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
     ("learner",),
-    ("restore", "saving"),
+    ("restore", "saving", "data.command", "data.audit_command", "data.show_command"),
     ("trainer", "generate", "dryrun"),
     ("train", "verify", "__main__"),
 )
@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
     *("data.command", "data.prepare_command", "data.prepare", "data.workers", "data.token_file"),
     *("data.tokenizers.byte_values", "data.tokenizers.hugging_face", "data.tokenizers.ranks"),
+    *("data.audit_command", "data.show_command", "data.audit", "data.read_log"),
     *("data.order", "data.packing", "data.best_fit", "data.fill_in"),
     *("checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
     *("checkpoint.headers", "checkpoint.background", "checkpoint.examine", "checkpoint.command", "checkpoint.requests"),

@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
@@ -46,6 +47,53 @@ def replace_file(path: Path, data: bytes) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
+
+
+class Appender:
+    """A file that only grows. What the disk does not take waits, in order, for the next write."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        """Raises `OSError`."""
+        self._path = path
+        self._warn = warn
+        self._waiting = bytearray()
+        self._failing = False
+        self._descriptor = self._opened()
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def reopen(self) -> None:
+        """Go on in the file that now has this name. Raises `OSError`."""
+        replaced, self._descriptor = self._descriptor, self._opened()
+        os.close(replaced)
+
+    def write(self, data: bytes) -> bool:
+        """Whether nothing waits any more."""
+        self._waiting += data
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._descriptor, self._waiting)]
+        except OSError as error:
+            if not self._failing:
+                reason = cause(error, self._path)
+                self._warn(f"cannot write {self._path}: {reason}. What it is to hold is kept until it can be.")
+            self._failing = True
+        else:
+            self._failing = False
+        return not self._waiting
+
+    def sync(self) -> None:
+        """Have the system bring what it takes to stable storage; of a disk that cannot, `write` has complained."""
+        self.write(b"")
+        with suppress(OSError):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        self.write(b"")
+        if self._waiting:
+            self._warn(f"{len(self._waiting)} bytes could not be written to {self._path}.")
+        os.close(self._descriptor)
 
 
 def cause(error: OSError, path: Path) -> str:

@@ -14,6 +14,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import Facts
 from titanlite.checkpoint.snapshots import Snapshots
+from titanlite.data.read_log import NoLog, ReadLog
 from titanlite.errors import GuardStop, StoppedEarly
 from titanlite.models.shard import Shard
 from titanlite.observe.journal import Journal
@@ -33,6 +34,7 @@ class Saving:
         checkpoints: CheckpointManager,
         snapshots: Snapshots | None,
         journal: Journal,
+        read_log: ReadLog | NoLog,
         watchdog: Watchdog,
         every_minutes: float,
         heeded: bool,
@@ -41,6 +43,7 @@ class Saving:
         self._checkpoints = checkpoints
         self._snapshots = snapshots
         self._journal = journal
+        self._read_log = read_log
         self._watchdog = watchdog
         self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, heeded=heeded)
         self._snapshots_fail: bool | None = None
@@ -61,7 +64,7 @@ class Saving:
             return
         with self._watchdog.during("saving"):
             self._note(self._awaited(self._checkpoints, "checkpoint", facts.step))
-            self._journal.sync()  # no row of a committed step may be lost with the machine's power
+            self._sync()
             self._checkpoints.begin(tensors, facts)
         self.look()
 
@@ -88,7 +91,7 @@ class Saving:
         assert self._snapshots is not None, "the recipe asks for none"
         with self._watchdog.during("saving"):
             self._note_snapshot(self._awaited(self._snapshots, "snapshot", facts.step))
-            self._journal.sync()
+            self._sync()
             self._snapshots.begin(tensors, facts)
 
     def look(self) -> None:
@@ -128,6 +131,11 @@ class Saving:
             return ""
         kept = f"up to step {current}" if current is not None else "nothing of this start"
         return f"{kept} is saved; what came after, up to step {step}, is lost and will be trained again"
+
+    def _sync(self) -> None:
+        """No row of a step that is kept, nor what it read, may be lost with the machine's power."""
+        self._journal.sync()
+        self._read_log.sync()
 
     def _awaited(self, kept: CheckpointManager | Snapshots, what: str, step: int) -> Saved | None:
         """What `kept.wait()` returns; if training stands still for that, it is said."""

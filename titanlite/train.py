@@ -35,7 +35,7 @@ from titanlite.errors import (
 )
 from titanlite.launch import end_process, launched, torchrun
 from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
-from titanlite.parallel.layout import active_ranks, total_steps
+from titanlite.parallel.layout import active_ranks, agreed_layout, course_from, total_steps
 from titanlite.recipe.explain import all_keys
 from titanlite.recipe.faults import meant
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
@@ -101,6 +101,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.checkpoint.manager import CheckpointManager, Keep
     from titanlite.checkpoint.ranks import Ranks, joined_ranks
     from titanlite.checkpoint.snapshots import Snapshots, forget
+    from titanlite.data.read_log import NO_LOG, NoLog, ReadLog, last_start, log_path
     from titanlite.data.splits import open_data, require_samples
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import full_memory_explained, joined_world
@@ -112,7 +113,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     records = path / "logs" / "crashes"
     validated = recipe.validation.every_steps > 0
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=validated)
-    reading = require_samples(data.train, total_steps(recipe.training) * recipe.training.global_batch)
+    reading = require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
     with ExitStack() as stack:
         active = active_ranks(recipe, launched().size)
         world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
@@ -150,7 +151,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             job = sorted({name for names in launchers for name in json.loads(names)})
             asked = replace(start, job=tuple(job))
             folder = _opened(stack, loaded, path, asked, journal, lambda: 0 if trainer is None else trainer.step)
-            folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0))
+            folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0), 1 + last_start(path))
             checkpoints.prepare()
             if snapshots is None:
                 forget(checkpoints.folder)
@@ -172,7 +173,15 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             own = replace(start, mode=mode, step=step, restarted=restarted)
             if start.mode != "auto" and (mode, step) != (start.mode, start.step):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
-            trainer = Trainer(recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots)
+            layout = agreed_layout(recipe.parallel, world.size)
+            place = layout.place(world.rank)
+            read_log: ReadLog | NoLog = NO_LOG
+            if place.counts_sequences:
+                read_log = ReadLog(log_path(path, place.data), place.data, layout.data_ranks, attempt, journal.say)
+                stack.callback(read_log.close)
+            trainer = Trainer(
+                recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log
+            )
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
             if folder is not None:
                 _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
@@ -284,6 +293,10 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
         journal.say(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
     journal.event(trainer.step, "started", _start_in_words(folder, hosts))
     if folder.resumed:
+        old, new = folder.changes.get("data.skip_steps", ((), ()))
+        late = [batch for batch in new if batch not in old and batch <= trainer.samples // trainer.plan.global_batch]
+        if late:
+            journal.say(f"data.skip_steps: no effect of {late}: the run is past them, at sample {trainer.samples}.")
         changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())
         journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
 

@@ -18,6 +18,7 @@ from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager
 from titanlite.checkpoint.save import Facts, environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
+from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
 from titanlite.data.splits import DataSplits, compression_baselines
 from titanlite.errors import StoppedEarly, UsageError
 from titanlite.learner import Learner
@@ -29,7 +30,7 @@ from titanlite.observe.metrics import Metrics
 from titanlite.observe.rows import validation_row
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.layout import agreed_layout, batch_plan, total_steps
+from titanlite.parallel.layout import agreed_layout, batch_plan, course_from, total_steps
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import compare_replicas
@@ -57,6 +58,7 @@ class Trainer:
         start: Start = GO_ON,
         watchdog: Watchdog = OFF,
         snapshots: Snapshots | None = None,
+        read_log: ReadLog | NoLog = NO_LOG,
     ) -> None:
         """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
         there is one.
@@ -68,6 +70,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.journal = journal
         self.watchdog = watchdog
+        self.read_log = read_log
         self.total_steps = total_steps(recipe.training)
         layout = agreed_layout(recipe.parallel, world.size)
         self.plan = batch_plan(recipe, layout, layout.place(world.rank).data)
@@ -79,9 +82,11 @@ class Trainer:
         self._environment = environment(world.device)
         self.snapshots = self._usable(snapshots)
         self._restore(start, self.snapshots)
+        self._begin_course()
         self._ahead = self._reading(iter(()))
+        every = recipe.checkpoint.every_minutes
         self.saving = Saving(
-            checkpoints, self.snapshots, journal, watchdog, recipe.checkpoint.every_minutes, heeded=world.is_first
+            checkpoints, self.snapshots, journal, self.read_log, watchdog, every, heeded=world.is_first
         )
         self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -123,6 +128,11 @@ class Trainer:
         loss = manifest.values.get(VALIDATION_LOSS) if manifest is not None else None
         self._validated = (self.step, float(loss)) if loss is not None else None
         """The last step after which the model was validated, and its loss on the first set."""
+
+    def _begin_course(self) -> None:
+        """From the step and the sample that the run is at."""
+        self._course = course_from(self.recipe, self.step, self.samples)
+        self.read_log.begin(self.step)
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
@@ -170,7 +180,7 @@ class Trainer:
     def _train_step(self, batch: Batch, wait_seconds: float) -> None:
         """One optimizer step; the host only queues work, unless this step is logged."""
         self.step += 1
-        self.samples += self.plan.global_batch
+        self._take_samples(batch.samples)
         self.tokens += self.plan.global_batch * self.recipe.training.sequence_length
         if self.finder is not None:
             self.finder.step = self.step
@@ -191,6 +201,16 @@ class Trainer:
             for sentence in self.watchdog.stragglers():
                 self.journal.event(self.step, "straggler", sentence)
         self.watchdog.beat(self.step)
+
+    def _take_samples(self, own: tuple[int, ...]) -> None:
+        """Write down what the step reads, this rank its `own`, and what it passes over."""
+        first = self._course.first(self.step)
+        if first > self.samples:
+            said = f"samples {self.samples} to {first - 1} are passed over, as data.skip_steps says"
+            self.journal.event(self.step, "data_skipped", said, {"samples": [self.samples, first - 1]})
+            self.read_log.passed_over(SKIPPED, self.step, self.samples, first)
+        self.samples = first + self.plan.global_batch
+        self.read_log.read(self.step, own)
 
     def _after_step(self) -> None:
         if self.step % _COLLECT_EVERY == 0:
@@ -264,8 +284,7 @@ class Trainer:
         """Write down the bad steps since the last review. Raises `GuardStop` or `RollBack` as the recipe says."""
         bad_steps = self.guards.review()
         for bad in bad_steps:
-            first = self.samples - (self.step - bad.step + 1) * self.plan.global_batch
-            last = first + self.plan.global_batch - 1
+            first, last = self._course.first(bad.step), self._course.end(bad.step) - 1
             of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * (bad.action == "skip")
             said = f"{bad}; not applied: {bad.action}{of}; samples {first} to {last}"
             self.journal.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
@@ -283,6 +302,8 @@ class Trainer:
             self._restore(self._start.again)
         self.guards.rolled_back(*counts)
         first, self.samples = self.samples, read
+        self._begin_course()
+        self.read_log.passed_over(WENT_BACK, self.step, first, read)
         self.journal.rewind(self.step)
         said = (
             f"step {bad.step}: {bad}. From step {left} back to {self.step}, past samples {first} to {read - 1} "
@@ -307,6 +328,7 @@ class Trainer:
             prefetch=section.prefetch,
             pin_memory=cuda,
             overfit_one_batch=self.recipe.debug.overfit_one_batch,
+            skipped=self._course.skipped,
         )
         self._ahead = self._reading(batches)
         with ExitStack() as first_step:
@@ -327,12 +349,12 @@ class Trainer:
     def _reading(self, batches: Iterator[Batch]) -> ReadAhead:
         # An agreement among ranks takes two steps.
         count = 0 if self.world.size == 1 else 2
-        return ReadAhead(batches, count, self.step + 1, self.samples, self.plan.global_batch)
+        return ReadAhead(batches, count, self._course)
 
     @property
     def under_way(self) -> tuple[int, int]:
         """The step that is being taken and its first sample; what fails now is put down to them."""
-        return self._ahead.under_way
+        return self._ahead.step, self._course.first(self._ahead.step)
 
     def _saved_alone(self) -> str:
         """Save before an error, if there are no other ranks to agree with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
@@ -107,6 +108,7 @@ def at_random(box: Sandbox, ranks: int, kills: int, words: tuple[str, ...] = ())
             assert max(box.steps(), default=0) >= max(committed, default=0), "what was committed stays"
         if box.steps():
             box.command("checkpoint", "verify", "runs/run", "--deep")
+            box.require_audited()
 
     reached = box.step()
     end = f"--run.stop_after_step={reached + 3}"
@@ -115,6 +117,8 @@ def at_random(box: Sandbox, ranks: int, kills: int, words: tuple[str, ...] = ())
     assert box.leftovers() == [], "the next start clears what a kill has left"
     box.start(*_LONG, *words, end, "--run.name=whole", ranks=ranks).ended(75)
     assert box.curve() == box.curve("whole")
+    audits = [json.loads(box.command("data", "audit", f"runs/{run}", "--json")) for run in ("run", "whole")]
+    assert audits[0] == {**audits[1], "restarts": audits[0]["restarts"]}
     assert box.tensors(box.step()) == box.tensors(box.step(), "whole")
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return Outcome(lost, EQUAL, f"{listed}; {box.step()} steps in all")

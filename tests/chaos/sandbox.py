@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,10 @@ from typing import Any
 from nursery import PATIENCE_SECONDS, Child, Nursery
 from ports import free_port
 from safetensors import safe_open
+
+from titanlite.checkpoint.storage import read_manifest
+from titanlite.data.audit import audit
+from titanlite.data.read_log import read_records
 
 STEPS = 16
 EVERY = 4
@@ -226,6 +231,15 @@ class Sandbox:
         assert self.curve(run) == curve, "the curve differs"
         assert self.tensors(curve[-1][0], run) == tensors, "the last state differs"
         assert self.leftovers(run) == []
+        self.require_audited(run)
+
+    def require_audited(self, run: str = "run") -> None:
+        """What the ranks wrote down over all starts is that every step to the last saved one read its samples, once."""
+        step = self.steps(run)[-1]
+        found = audit(read_records(self.run_folder(run)), step, read_manifest(self.checkpoint(step, run)).samples)
+        samples = b"".join(number.to_bytes(8, "little") for number in range(found.samples))
+        assert found.whole and found.steps == step, found
+        assert found.digest == hashlib.blake2b(samples, digest_size=16).hexdigest(), found
 
     def message(self, text: str, pattern: str) -> str:
         """The lines of what was said that match, without this folder's name; there must be some."""

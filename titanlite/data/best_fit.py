@@ -48,6 +48,10 @@ class BestFit:
         """Of all windows together: every token of the stream is one once."""
         return int(self.lengths.sum(dtype=np.int64))
 
+    def first(self, index: int) -> int:
+        """Where in the stream the first piece of window `index` begins."""
+        return int(self.starts[self.ends[index - 1] if index else 0])
+
     def window(self, stream: Sliced, index: int) -> Tokens:
         """Inputs and labels of window `index`: at most `sequence_length` + 1 tokens; what is missing is padding.
 

@@ -27,7 +27,7 @@ from titanlite.data.splits import Split
 from titanlite.data.tokenizers import Tokens
 from titanlite.errors import DataError
 from titanlite.models.loss import IGNORED
-from titanlite.parallel.layout import BatchPlan, ceil_div
+from titanlite.parallel.layout import BatchPlan, Course, ceil_div
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,23 @@ def train_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
     overfit_one_batch: bool = False,
+    skipped: tuple[int, ...] = (),
 ) -> Iterator[Batch]:
-    """Batches of so many `steps`, one each, the first of which begins with sample `first_sample`.
+    """Batches of so many `steps`, one each, the first of which begins with sample `first_sample`; those that `skipped`
+    names, as in `Course`, are passed over.
 
     To resume is to begin with another sample. With `workers`, processes start at once and keep `prefetch`
     batches each ready; they end when the iterator is exhausted or dropped, and when this process dies. With
     `overfit_one_batch` every step has those of sample 0.
     """
+    course = Course(0, first_sample, plan.global_batch, skipped)
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         loader: StatefulDataLoader[Batch] = StatefulDataLoader(
             _Steps(split, plan, overfit_one_batch),
             batch_size=None,
-            sampler=range(first_sample, first_sample + steps * plan.global_batch, plan.global_batch),
+            sampler=map(course.first, range(1, steps + 1)),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_leave_signals_to_the_trainer,
@@ -111,16 +114,16 @@ class ReadAhead:
     A batch that cannot be read is known of while there are steps left in which the ranks can agree to save and stop.
     """
 
-    def __init__(self, batches: Iterator[Batch], count: int, step: int, first_sample: int, samples: int) -> None:
-        """The first of the batches, of so many `samples` each over all ranks, is that of `step`."""
+    def __init__(self, batches: Iterator[Batch], count: int, course: Course) -> None:
+        """The `batches` are those of the steps on the `course`."""
         self.failure: Exception | None = None
         """What the batch met that comes after those that were read; raised once these are used up."""
-        self.under_way = step, first_sample
-        """Step and first sample of the batch that was asked for last: what fails now is put down to them."""
+        self.step = course.step + 1
+        """That of the batch which was asked for last: what fails now is put down to it."""
         self._batches = batches
         self._count = count
-        self._samples = samples
-        self._next = self.under_way
+        self._course = course
+        self._next = self.step
         self._read: deque[Batch] = deque()
         self._has_more = True
 
@@ -128,7 +131,7 @@ class ReadAhead:
         return self
 
     def __next__(self) -> Batch:
-        self.under_way = self._next
+        self.step = self._next
         while self._has_more and len(self._read) <= self._count:
             try:
                 self._read.append(next(self._batches))
@@ -138,18 +141,15 @@ class ReadAhead:
                 self.failure, self._has_more = error, False
         if not self._read:
             raise self.failure or StopIteration
-        self._next = self._later(1)
+        self._next += 1
         return self._read.popleft()
 
     def unreadable(self, saved: str) -> DataError:
         """What to say of the batch that could not be read, and of what is saved; it is the one under way from now."""
-        self.under_way = step, first = self._later(len(self._read))
-        said = f"step {step}: one of the samples {first} to {first + self._samples - 1} cannot be read"
+        self.step = self._next + len(self._read)
+        first, end = self._course.first(self.step), self._course.end(self.step)
+        said = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
         return DataError(f"{said}: {self.failure}.{saved}")
-
-    def _later(self, batches: int) -> tuple[int, int]:
-        step, first = self._next
-        return step + batches, first + batches * self._samples
 
 
 def validation_batches(

@@ -68,9 +68,13 @@ class Cut:
     def windows(self) -> int:
         return max(0, (self.tokens - 1) // self.sequence_length)
 
+    def first(self, index: int) -> int:
+        """Where in the stream window `index` begins."""
+        return index * self.sequence_length
+
     def window(self, stream: Sliced, index: int) -> Tokens:
         """Tokens of window `index`, `[sequence_length + 1]`; of an array, a view."""
-        start = index * self.sequence_length
+        start = self.first(index)
         return stream[start : start + self.sequence_length + 1]
 
 

@@ -83,9 +83,17 @@ class Source:
 
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
+        stream, number = self._locate(index)
+        return self._packed[stream].window(self.streams[stream].tokens, number)
+
+    def locate(self, index: int) -> tuple[Stream, int]:
+        """The stream that window `index` lies in, and the token there that it begins with."""
+        stream, number = self._locate(index)
+        return self.streams[stream], self._packed[stream].first(number)
+
+    def _locate(self, index: int) -> tuple[int, int]:
         stream = bisect_right(self._ends, index)
-        before = self._ends[stream - 1] if stream else 0
-        return self._packed[stream].window(self.streams[stream].tokens, index - before)
+        return stream, index - (self._ends[stream - 1] if stream else 0)
 
     def packing_report(self) -> str | None:
         """What best-fit packing wastes and cuts, in words."""

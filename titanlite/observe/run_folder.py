@@ -29,7 +29,7 @@ OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "st
 
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
-    "data.workers", "data.prefetch", "training.microbatch", "parallel.*", "recompute.*", "compile.*",
+    "data.workers", "data.prefetch", "data.skip_steps", "training.microbatch", "parallel.*", "recompute.*", "compile.*",
     "kernels.*",
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip

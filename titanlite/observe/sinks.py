@@ -12,11 +12,10 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from titanlite.durable import cause, replace_file
+from titanlite.durable import Appender, cause, replace_file
 from titanlite.errors import UsageError
 from titanlite.observe.rows import Row
 
@@ -48,7 +47,7 @@ class JsonlSink:
         self._path, self._warn = path, warn
         try:
             rewind(path, after_step)
-            self._file = _Appender(path, warn)
+            self._file = Appender(path, warn)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
 
@@ -105,7 +104,7 @@ class TensorBoardSink:
         path = folder / f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _Appender(path, warn)
+            self._file = Appender(path, warn)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
         self._begun = False
@@ -179,47 +178,3 @@ def _masked_crc(data: bytes) -> int:
         crc = (crc >> 8) ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
     crc ^= 0xFFFFFFFF
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-class _Appender:
-    """A file that only grows. What the disk does not take waits, in order, for the next write."""
-
-    def __init__(self, path: Path, warn: Warn) -> None:
-        self._path = path
-        self._warn = warn
-        self._waiting = bytearray()
-        self._failing = False
-        self._descriptor = self._opened()
-
-    def _opened(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-
-    def reopen(self) -> None:
-        """Go on in the file that now has this name. Raises `OSError`."""
-        replaced, self._descriptor = self._descriptor, self._opened()
-        os.close(replaced)
-
-    def write(self, data: bytes) -> bool:
-        """Whether nothing waits any more."""
-        self._waiting += data
-        try:
-            while self._waiting:
-                del self._waiting[: os.write(self._descriptor, self._waiting)]
-        except OSError as error:
-            if not self._failing:
-                self._warn(f"cannot write {self._path}: {cause(error, self._path)}. Rows are kept until it can be.")
-            self._failing = True
-        else:
-            self._failing = False
-        return not self._waiting
-
-    def sync(self) -> None:
-        """Have the system bring what it took to stable storage; of a disk that cannot, `write` has complained."""
-        with suppress(OSError):
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        self.write(b"")
-        if self._waiting:
-            self._warn(f"{len(self._waiting)} bytes of rows could not be written to {self._path}.")
-        os.close(self._descriptor)

@@ -6,6 +6,7 @@ run, B being `training.global_batch`. Of D data ranks, rank r takes those at pos
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 from titanlite.recipe.sections import Parallel, Recipe, Training
@@ -127,6 +128,40 @@ class BatchPlan:
         """
         mine: list[int | None] = list(range(first + self.data_rank, first + self.global_batch, self.data_ranks))
         return mine + [None] * (self.microbatches * self.microbatch - len(mine))
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which samples each step reads after `step`, which left `samples` of them read or passed over.
+
+    Batches follow each other, but for those that are passed over. Batch b is that of samples from (b - 1) x
+    `global_batch` on: the one that step b reads in a run that passes over none and never goes back. What is passed over
+    thus depends on the place in the order of samples alone, and is the same wherever a run was resumed.
+    """
+
+    step: int
+    samples: int
+    global_batch: int
+    skipped: tuple[int, ...] = ()
+    """Batches to pass over, ascending."""
+
+    def first(self, step: int) -> int:
+        """The first sample of `step`, one that is to come."""
+        batch = self.samples // self.global_batch + 1
+        ahead = self.skipped[bisect_left(self.skipped, batch) :]
+        taken = step - self.step - 1
+        # The n-th of them is met after as many batches as lie before it, less the n that were passed over.
+        passed = bisect_right(range(len(ahead)), taken, key=lambda n: ahead[n] - batch - n)
+        return self.samples + (taken + passed) * self.global_batch
+
+    def end(self, step: int) -> int:
+        """The sample after those of `step`."""
+        return self.first(step) + self.global_batch
+
+
+def course_from(recipe: Recipe, step: int = 0, samples: int = 0) -> Course:
+    """The course of a run that has come to `step` and to `samples`."""
+    return Course(step, samples, recipe.training.global_batch, tuple(sorted(set(recipe.data.skip_steps))))
 
 
 def batch_plan(recipe: Recipe, layout: Layout, data_rank: int) -> BatchPlan:

@@ -44,6 +44,7 @@ _EXAMPLES: dict[str, Any] = {
     "data.validation": [{"name": "news", "path": "news.jsonl"}],
     "data.tokenizer": "path/to/tokenizer.json",
     "data.separator": "<|end_of_text|>",
+    "data.skip_steps": [1200, 1201],
     "data.special_tokens": ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"],
     "training.steps": 1000,
     "training.tokens": "100B",

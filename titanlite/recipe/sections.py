@@ -183,6 +183,9 @@ class Data(Section):
     """Special tokens of the tokenizer (see `special_tokens`) that stand before prefix, suffix and middle."""
     document_mask: bool = False
     """Keep attention inside documents, and count positions from each document's start."""
+    skip_steps: list[Positive] = []
+    """Batches to pass over, by the steps that would read them: step n of a run that passes over none and never goes
+    back reads batch n. The next one is taken instead. May be changed when a run is resumed."""
     workers: NonNegative = 0
     """Worker processes that assemble batches; 0 assembles them in the trainer's own process."""
     prefetch: Positive = 2

@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     data.sources,
     data.stages,
     data.validation_sets,
+    data.skipped,
     layout.mesh,
     layout.cuts,
     layout.uneven_cuts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titanlite.errors import Finding
+from titanlite.parallel.layout import course_from
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_count
 from titanlite.registry import did_you_mean
@@ -66,6 +67,18 @@ def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
             if end >= tokens:
                 problem = f"the run ends after {format_count(tokens)} tokens, so no later stage comes;"
                 yield warning(f"data.stages.{index}.until", problem, "train for longer, or end it earlier.")
+
+
+def skipped(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Batches to pass over are ones that the run comes to."""
+    steps = steps_of(recipe)
+    if steps is None:
+        return
+    last = course_from(recipe).end(steps) // recipe.training.global_batch
+    unreached = sorted(batch for batch in set(recipe.data.skip_steps) if batch > last)
+    if unreached:
+        problem = f"the run ends with batch {last}, and does not come to {', '.join(map(str, unreached))};"
+        yield warning("data.skip_steps", problem, "take them out.")
 
 
 def validation_sets(recipe: Recipe, world: int) -> Iterator[Finding]:

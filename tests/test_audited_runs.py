@@ -1,0 +1,187 @@
+"""`titanlite data audit` and `show` of whole runs, and batches that these pass over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from titanlite.cli import main as titanlite
+from titanlite.cli import run_command
+from titanlite.data.read_log import RECORD, log_path
+from titanlite.train import main
+
+BATCH = 2
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_tiny(tmp_path, checkpoint={"every_steps": 2})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return run_command(main, ["recipe.toml", *arguments])
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def said(*arguments: str, code: int = 0) -> Any:
+        """What a command of `titanlite data` prints for machines."""
+        capsys.readouterr()
+        assert titanlite(["data", *arguments, "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    return said
+
+
+def events(run: str, kind: str) -> list[dict[str, Any]]:
+    rows = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == kind]
+
+
+def test_an_interrupted_run_has_the_digest_of_one_that_was_not(folder: Path, said: Callable[..., Any]) -> None:
+    assert train("--run.name=whole") == 0
+    for stop in (1, 3):
+        assert train("--run.name=parts", f"--run.stop_after_step={stop}") == 75
+    assert train("--run.name=parts", "--data.workers=1") == 0
+    whole, parts = said("audit", "runs/whole"), said("audit", "runs/parts")
+    assert (whole["steps"], whole["samples"], whole["lost"], whole["repeated"]) == (6, 6 * BATCH, 0, 0)
+    assert parts == {**whole, "restarts": 2}
+
+
+def test_losses_end_with_an_error(folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]) -> None:
+    assert train() == 0
+    path = log_path(Path("runs/tiny"), 0)
+    np.delete(np.fromfile(path, RECORD), 3).tofile(path)
+    assert titanlite(["data", "audit", "runs/tiny"]) == 3
+    printed = capsys.readouterr()
+    assert "lost        2: 6 to 7" in printed.out and "error: runs/tiny" in printed.err
+    assert said("audit", "runs/tiny", code=3)["lost_samples"] == [[6, 7]]
+
+
+def test_batches_are_passed_over_also_where_the_run_was_resumed(folder: Path, said: Callable[..., Any]) -> None:
+    """The fourth and fifth batches, of samples 6 to 9, before step 4: which batch 6 is for then."""
+    skip = "--data.skip_steps=[4, 5]"
+    assert train("--run.name=whole", skip, "--data.workers=2") == 0
+    (event,) = events("whole", "data_skipped")
+    assert event["step"] == 4 and event["values"] == {"samples": [6, 9]}
+    assert train("--run.name=parts", "--run.stop_after_step=3") == 75
+    assert train("--run.name=parts", skip, "--run.stop_after_step=4") == 75
+    assert train("--run.name=parts", skip) == 0
+    whole, parts = said("audit", "runs/whole"), said("audit", "runs/parts")
+    assert whole["skipped"] == parts["skipped"] == [{"step": 4, "by": "data.skip_steps", "samples": [6, 9]}]
+    assert whole["digest"] == parts["digest"] and whole["samples"] == 6 * BATCH
+    manifest = json.loads(Path("runs/parts/checkpoints/step-00000006/manifest.json").read_text())
+    assert manifest["samples"] == (6 + 2) * BATCH
+
+
+def test_batches_that_the_run_is_past_are_named(folder: Path, said: Callable[..., Any]) -> None:
+    assert train("--run.stop_after_step=3") == 75
+    assert train("--data.skip_steps=[3, 2, 5, 9]") == 0
+    log = Path("runs/tiny/logs/console.log").read_text()
+    assert "data.skip_steps: no effect of [3, 2]: the run is past them" in log
+    assert said("audit", "runs/tiny")["skipped"] == [{"step": 5, "by": "data.skip_steps", "samples": [8, 9]}]
+
+
+def test_what_a_rollback_passes_over_is_told(
+    folder: Path, poison: Callable[[int], None], said: Callable[..., Any]
+) -> None:
+    poison(4)
+    assert train("--resilience.on_nonfinite=rollback") == 0
+    found = said("audit", "runs/tiny")
+    (event,) = events("tiny", "rollback")
+    to, samples = event["values"]["to_step"], event["values"]["samples"]
+    assert found["skipped"] == [{"step": to, "by": "rollback", "samples": samples}] and samples[0] == to * BATCH
+    assert (found["lost"], found["repeated"], found["restarts"]) == (0, 0, 0)
+    shown = said("show", "runs/tiny", "--step", str(to + 1))
+    assert [each["sample"] for each in shown["samples"]] == [samples[1] + 1, samples[1] + 2]
+
+
+def test_what_is_not_saved_is_no_part_of_the_run(folder: Path, said: Callable[..., Any]) -> None:
+    """As if killed after step 5, the checkpoint of step 4 there."""
+    assert train("--run.stop_after_step=4") == 75
+    path = log_path(Path("runs/tiny"), 0)
+    records = np.fromfile(path, RECORD)
+    later = records[-1:].copy()
+    later["step"], later["first"] = 5, 8
+    np.concatenate((records, later)).tofile(path)
+    found = said("audit", "runs/tiny")
+    assert (found["steps"], found["unsaved_steps"], found["lost"]) == (4, 1, 0)
+    assert train() == 0
+    assert said("audit", "runs/tiny")["unsaved_steps"] == 0
+
+
+def test_the_text_of_a_step_is_what_it_is_trained_on(
+    folder: Path, said: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from titanlite import learner
+
+    seen: list[list[str]] = []
+    step = learner.Learner.step
+
+    def watched(self: learner.Learner, number: int, batch: Any, factor: float) -> Any:
+        tokens, labels = batch.tokens.reshape(-1, 16).tolist(), batch.labels.reshape(-1, 16).tolist()
+        rows = [[*row, last[-1]] for row, last in zip(tokens, labels, strict=True)]
+        seen.append(["".join("⟨document ends⟩" if token == 256 else chr(token) for token in row) for row in rows])
+        return step(self, number, batch, factor)
+
+    monkeypatch.setattr(learner.Learner, "step", watched)
+    assert train("--data.skip_steps=[2]") == 0
+    for place, number in (("runs/tiny", 1), ("runs/tiny", 5), ("recipe.toml", 1), ("recipe.toml", 4)):
+        shown = said("show", place, "--step", str(number))
+        batch = number + (place == "runs/tiny" and number >= 2)
+        assert shown["batch"] == batch
+        taken = batch - (batch >= 2)  # of the recipe without skip_steps, batch 2 apart, each comes a step later
+        assert [each["text"] for each in shown["samples"]] == seen[taken - 1]
+    one = said("show", "recipe.toml", "--step", "4", "--rank", "1", "--data-ranks", "2")
+    assert [each["sample"] for each in one["samples"]] == [7]
+    assert said("show", "runs/tiny", "--step", "4", "--rank", "0")["samples"][1]["sample"] == 9
+
+
+def test_control_characters_show(folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]) -> None:
+    (folder / "corpus.txt").write_bytes(b"\x1b[31m\tred\xff\r\n" * 60)
+    (sample, _) = said("show", "recipe.toml", "--step", "1", "--limit", "0")["samples"]
+    assert set("\x1b\t\r\xff") & set(sample["text"]) == set()
+    assert r"\x1b[31m\tred\xff\r" + "\n" in sample["text"] * 2
+    assert titanlite(["data", "show", "recipe.toml", "--step", "1", "--limit", "3"]) == 0
+    assert " characters more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "recipe.toml", "--step", "0"), "--step must be at least 1"),
+        (("show", "recipe.toml", "--step", "1", "--rank", "0"), "--rank and --data-ranks go together"),
+        (("show", "recipe.toml", "--step", "1", "--rank", "2", "--data-ranks", "2"), "there are 2 data ranks"),
+        (("audit", "runs/none"), "runs/none is no run folder"),
+    ],
+)
+def test_wrong_usage(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert titanlite(["data", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_shown_and_audited_by_its_own_records_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    assert titanlite(["data", "show", "runs/tiny", "--step", "9"]) == 2
+    assert "no record of step 9; it has some of steps 1 to 6" in capsys.readouterr().err
+    (folder / "corpus.txt").write_text("another text. " * 100)
+    assert titanlite(["data", "show", "runs/tiny", "--step", "1"]) == 2
+    assert "is not what runs/tiny was trained on" in capsys.readouterr().err
+    log_path(Path("runs/tiny"), 0).unlink()
+    assert titanlite(["data", "audit", "runs/tiny"]) == 2
+    assert "has no record of the samples" in capsys.readouterr().err
+
+
+def test_batches_beyond_the_run_are_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert titanlite(["check", "recipe.toml", "--data.skip_steps=[2, 7, 9]"]) == 0
+    assert "the run ends with batch 8, and does not come to 9" in "".join(capsys.readouterr())

@@ -1,0 +1,172 @@
+"""What a run read, out of its records: which of them count, and whether the samples are all there, once each.
+
+A record counts if no later stretch of the run, a restart or a rollback, went on from a step before its own. Where there
+were ranks with other layouts, kills and steps taken twice, what is left is one history. No torch; knows no checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from titanlite.data.read_log import READ, SKIPPED, Records
+
+Span = tuple[int, int]
+"""First and last sample, or step."""
+Samples = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found."""
+
+    steps: int
+    """The steps of the history that have a record."""
+    samples: int
+    """What they read."""
+    lost: tuple[Span, ...]
+    """Samples that no step read, without a word."""
+    repeated: tuple[Span, ...]
+    """Samples that were read again, a span for each time."""
+    in_order: bool
+    """Whether each step read samples later than those of the step before."""
+    unrecorded: tuple[Span, ...]
+    """Steps without a record."""
+    skipped: tuple[dict[str, Any], ...]
+    """Samples that were passed over: `step`, `by` (data.skip_steps or rollback) and `samples`, a span."""
+    digest: str
+    """BLAKE2b (128 bits) of the numbers of the samples, 8 bytes each, little-endian, in the order of the steps and
+    ascending within a step: equal for runs that read the same in the same steps, on whatever layouts."""
+    restarts: int
+    """Starts of the run after the first that read anything."""
+    layouts: tuple[dict[str, Any], ...]
+    """Data ranks by steps: `steps`, a span, and `data_ranks`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every sample was read in its turn, and once."""
+        return not (self.lost or self.repeated or self.unrecorded) and self.in_order
+
+
+def history(records: Records, last_step: int | None = None) -> Records:
+    """The records that count in the history that leads to `last_step` (None: to the last that was taken), by steps."""
+    stretches = records["start"].astype(np.int64) << 16 | records["turn"]
+    names, at, inverse = np.unique(stretches, return_index=True, return_inverse=True)
+    limit = np.iinfo(np.int64).max if last_step is None else last_step
+    limits = np.empty(len(names), np.int64)
+    for number in reversed(range(len(names))):
+        limits[number] = limit
+        limit = min(limit, int(records["begun"][at[number]]))
+    kept = records[records["step"] <= limits[inverse.reshape(-1)]]
+    return kept[np.lexsort((kept["first"], kept["step"]))]
+
+
+def steps_read(records: Records) -> Iterator[tuple[int, Records]]:
+    """Each step with what its ranks read; `records` of a `history`."""
+    reads = records[records["kind"] == READ]
+    steps, begins = np.unique(reads["step"], return_index=True)
+    for step, part in zip(steps, np.split(reads, begins[1:]), strict=True) if len(steps) else ():
+        yield int(step), part
+
+
+def samples_of(records: Records) -> Samples:
+    """The samples of a step, ascending."""
+    counts = records["count"]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    samples: Samples = np.repeat(records["first"], counts) + within * np.repeat(records["ranks"], counts)
+    return np.sort(samples.astype("<i8"), kind="stable")
+
+
+def audit(records: Records, last_step: int, end: int, begins_elsewhere: bool = False) -> Audit:
+    """Follow the history to `last_step`, whose state says that samples before `end` are read or passed over.
+
+    `begins_elsewhere`: the run began with the state of another one, so that its first samples are not here.
+    """
+    kept = history(records, last_step)
+    digest = hashlib.blake2b(digest_size=16)
+    spans: list[Span] = []
+    order: list[Span] = []
+    layouts: list[dict[str, Any]] = []
+    steps: list[int] = []
+    count = 0
+    for step, part in steps_read(kept):
+        samples = samples_of(part)
+        digest.update(samples.data)
+        count += len(samples)
+        spans += _runs(samples)
+        order.append((int(samples[0]), int(samples[-1])))
+        steps.append(step)
+        ranks = int(part["ranks"][0])
+        if layouts and layouts[-1]["data_ranks"] == ranks:
+            layouts[-1]["steps"] = (layouts[-1]["steps"][0], step)
+        else:
+            layouts.append({"steps": (step, step), "data_ranks": ranks})
+    begun = (steps[0] - 1 if steps else last_step) if begins_elsewhere else 0
+    first = min(spans, default=(end, end))[0] if begins_elsewhere else 0
+    gaps, repeated = _gaps_and_repeats(spans, first, end)
+    skipped, lost = _accounted_for(gaps, kept[kept["kind"] != READ])
+    return Audit(
+        steps=len(steps),
+        samples=count,
+        lost=tuple(lost),
+        repeated=tuple(repeated),
+        in_order=all(one[1] < other[0] for one, other in pairwise(order)),
+        unrecorded=tuple(_gaps_and_repeats([(step, step) for step in steps], begun + 1, last_step + 1)[0]),
+        skipped=tuple(skipped),
+        digest=digest.hexdigest(),
+        restarts=max(0, len(np.unique(records["start"][records["kind"] == READ])) - 1),
+        layouts=tuple(layouts),
+    )
+
+
+def _runs(samples: Samples) -> list[Span]:
+    """Ascending samples as spans; one that is there twice ends a span and begins another."""
+    cuts = np.flatnonzero(np.diff(samples) != 1)
+    firsts, lasts = np.concatenate(([0], cuts + 1)), np.concatenate((cuts, [len(samples) - 1]))
+    return [(int(samples[a]), int(samples[b])) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def _gaps_and_repeats(spans: Sequence[Span], first: int, end: int) -> tuple[list[Span], list[Span]]:
+    """Of the numbers from `first` to `end - 1`, those that are in no span; and what is there once more or lies beyond.
+
+    What lies beyond the state's place in the order will be read again by whoever goes on from it.
+    """
+    gaps: list[Span] = []
+    repeated: list[Span] = []
+    for low, high in sorted(spans):
+        if low > first:
+            gaps.append((first, low - 1))
+        elif low < first:
+            repeated.append((low, min(high, first - 1)))
+        first = max(first, high + 1)
+    if first < end:
+        gaps.append((first, end - 1))
+    elif first > end:
+        repeated.append((end, first - 1))
+    return gaps, repeated
+
+
+def _accounted_for(gaps: Sequence[Span], passed: Records) -> tuple[list[dict[str, Any]], list[Span]]:
+    """What of the gaps was passed over on purpose, and what was not. Every rank says the same of what was passed."""
+    words = {(int(each["first"]), int(each["count"]), int(each["step"]), int(each["kind"])) for each in passed}
+    skipped: list[dict[str, Any]] = []
+    lost = list(gaps)
+    for first, count, step, kind in sorted(words):
+        last, left = first + count - 1, []
+        for low, high in lost:
+            inside = (max(low, first), min(high, last))
+            if inside[0] > inside[1]:
+                left.append((low, high))
+                continue
+            skipped.append(
+                {"step": step, "by": "data.skip_steps" if kind == SKIPPED else "rollback", "samples": inside}
+            )
+            left += [span for span in ((low, first - 1), (last + 1, high)) if span[0] <= span[1]]
+        lost = left
+    return skipped, lost

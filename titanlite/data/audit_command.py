@@ -1,0 +1,121 @@
+"""`titanlite data audit`: proves from a run's records that no sample was lost or read twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
+from titanlite.checkpoint.storage import checkpoint_steps, read_manifest
+from titanlite.data.audit import Audit, Span, audit, history
+from titanlite.data.read_log import READ, read_records
+from titanlite.errors import SamplesLost, UsageError
+from titanlite.recipe.load import load_recipe
+from titanlite.recipe.sections import Recipe
+from titanlite.rules.terms import count
+
+
+def add_audit_command(commands: Any) -> None:
+    """Add it to the parsers of `titanlite data`."""
+    line = "prove from what the ranks wrote down that a run read every sample once, over all its restarts"
+    command = commands.add_parser("audit", help=line, description=line, allow_abbrev=False)
+    command.set_defaults(action=_audit)
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/debug")
+    command.add_argument("--json", action="store_true", help="print the findings for machines")
+
+
+def recipe_of_run(run: Path) -> Recipe:
+    """The resolved recipe of a run. Raises `UsageError`."""
+    if not (run / "recipe.toml").is_file():
+        raise UsageError(f"{run} is no run folder: it holds no recipe.toml.")
+    return load_recipe(run / "recipe.toml").recipe
+
+
+def newest_manifest(run: Path) -> Manifest | None:
+    """That of the newest checkpoint that has a whole one; None without any."""
+    for step in reversed(checkpoint_steps(run / "checkpoints")):
+        try:
+            return read_manifest(run / "checkpoints" / f"step-{step:08d}")
+        except (DamagedCheckpointError, FileNotFoundError):  # what deletes old ones may do so just now
+            continue
+    return None
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    run: Path = arguments.run
+    recipe = recipe_of_run(run)
+    manifest = newest_manifest(run)  # before the records, which are brought to the disk before a checkpoint is
+    records = read_records(run)
+    step, end = (manifest.step, manifest.samples) if manifest else (0, 0)
+    found = audit(records, step, end, begins_elsewhere=recipe.checkpoint.resume_from is not None)
+    whole = history(records)
+    later = len({int(each) for each in whole["step"][whole["kind"] == READ] if each > step})
+    if arguments.json:
+        print(json.dumps(_for_machines(found, later), indent=1))
+    else:
+        print("\n".join([f"{run}: {_verdict(found)}", *_report(found, later)]))
+    if not found.whole:
+        why = " (debug.overfit_one_batch repeats the first samples on purpose)" * recipe.debug.overfit_one_batch
+        raise SamplesLost(f"{run}: not every sample was read in its turn, and once{why}.")
+
+
+def _for_machines(found: Audit, later: int) -> dict[str, Any]:
+    return {
+        **asdict(found),
+        "lost": _size(found.lost),
+        "lost_samples": found.lost,
+        "repeated": _size(found.repeated),
+        "repeated_samples": found.repeated,
+        "unrecorded": _size(found.unrecorded),
+        "unrecorded_steps": found.unrecorded,
+        "unsaved_steps": later,
+    }
+
+
+def _verdict(found: Audit) -> str:
+    if not found.steps:
+        return "no step is saved yet"
+    if found.whole:
+        return "every sample was read in its turn, and once"
+    return "NOT every sample was read in its turn, and once"
+
+
+def _report(found: Audit, later: int) -> list[str]:
+    unsaved = f"; {count(later, 'step')} after the newest checkpoint do not count" if later else ""
+    layouts = ", ".join(f"{each['data_ranks']} (steps {_span(each['steps'])})" for each in found.layouts)
+    lines = [
+        f"steps       {found.steps}{unsaved}",
+        f"samples     {found.samples}",
+        f"lost        {_spans(found.lost)}",
+        f"repeated    {_spans(found.repeated)}",
+        f"digest      {found.digest}",
+        f"restarts    {found.restarts}",
+        f"data ranks  {layouts or 'none'}",
+    ]
+    if found.unrecorded:
+        lines.append(f"steps without a record  {_spans(found.unrecorded)}")
+    if not found.in_order:
+        lines.append("order       a step read samples that come before those of the step before it")
+    for each in found.skipped:
+        where = "before" if each["by"] == "data.skip_steps" else "after"
+        lines.append(f"passed over samples {_span(each['samples'])} {where} step {each['step']} ({each['by']})")
+    return lines
+
+
+def _size(spans: Sequence[Span]) -> int:
+    return sum(last - first + 1 for first, last in spans)
+
+
+def _span(span: Span) -> str:
+    return f"{span[0]} to {span[1]}"
+
+
+def _spans(spans: Sequence[Span]) -> str:
+    if not spans:
+        return "none"
+    shown = ", ".join(map(_span, spans[:10])) + ", …" * (len(spans) > 10)
+    return f"{_size(spans)}: {shown}"
