@@ -11,9 +11,7 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def validation_row(
-    step: int, validation_loss: float, bits_per_byte: float, set_name: str | None = None
-) -> Row:
+def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_name: str | None = None) -> Row:
     """Row of a validation after `step` steps: mean loss in nats a token, and bits a byte of text; of several validation
     sets each has a row, with its name.
     """
