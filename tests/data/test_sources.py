@@ -114,14 +114,14 @@ def test_epochs_and_tokens_limit_a_source(texts: Path) -> None:
     assert origins(splits, 0, 1000) == {"a": 1000 - windows["b"] // 2 - 20, "b": windows["b"] // 2, "c": 20}
     said = require_samples(splits.train, 1000)
     assert [line.split()[1] for line in said] == ["a", "b", "c"]
-    assert said[1].endswith("will be read 0.5 times")
+    assert said[1].endswith("will be read 0.50 times")
 
 
 def test_too_little_data_is_said_before_the_run(texts: Path) -> None:
     splits = opened(texts, sources=[{"name": "a", "epochs": 2.0}])
     enough = 2 * splits.train.windows
     assert require_samples(splits.train, enough) == [
-        f"source a ({splits.train.tokens / 1000:.2f}K tokens) will be read 2 times"
+        f"source a ({splits.train.tokens / 1000:.2f}K tokens) will be read 2.00 times"
     ]
     with pytest.raises(DataError, match=r"all that may be read is .* tokens, and the run needs"):
         require_samples(splits.train, enough + 1)
@@ -132,7 +132,7 @@ def test_too_little_data_is_said_before_the_run(texts: Path) -> None:
 def test_one_corpus_needs_no_words_unless_it_is_read_again(texts: Path) -> None:
     splits = open_data(Data(corpus=str(texts / "a")), LENGTH, 0)
     assert require_samples(splits.train, splits.train.windows) == []
-    assert require_samples(splits.train, 3 * splits.train.windows)[0].endswith("read 3 times")
+    assert require_samples(splits.train, 3 * splits.train.windows)[0].endswith("read 3.00 times")
 
 
 def test_validation_sets_are_the_held_out_parts_or_those_named(texts: Path, prepared: Path) -> None:
@@ -194,3 +194,37 @@ def test_a_split_of_token_files_travels_by_name(texts: Path, prepared: Path) -> 
 def test_a_token_file_that_is_not_there(texts: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing"):
         opened(texts, sources=[{"name": "b", "path": f"{tmp_path}/none.bin"}])
+
+
+def test_what_another_prepare_held_out_is_refused(texts: Path, tmp_path: Path) -> None:
+    prepare(str(texts / "a"), "--out", str(tmp_path / "a"), "--held-out", "20")
+    prepare(str(texts / "a"), "--out", str(tmp_path / "a"), "--force")
+    with pytest.raises(DataError, match="belongs to another prepare"):
+        opened(texts, sources=[{"name": "a", "path": str(tmp_path / "a")}])
+
+
+def test_ids_beyond_the_vocabulary_are_named_when_they_are_read(texts: Path, tmp_path: Path) -> None:
+    prepare(str(texts / "a"), "--out", str(tmp_path / "a"))
+    tokens = np.memmap(tmp_path / "a.bin", np.uint16, "r+")
+    tokens[5 * LENGTH + 3] = 300
+    tokens.flush()
+    (source,) = opened(texts, False, sources=[{"name": "a", "path": str(tmp_path / "a")}]).train.sources
+    source.window(4)
+    with pytest.raises(DataError, match=r"a: ids .* to 300 from token 80 on"):
+        source.window(5)
+
+
+def test_one_file_twice_and_files_of_two_kinds_are_refused(texts: Path, tmp_path: Path) -> None:
+    prepare(str(texts / "a"), "--out", str(tmp_path / "a"))
+    for other in (f"{tmp_path}/a.bin", f"{tmp_path}/a*"):
+        with pytest.raises(DataError, match="names it twice"):
+            opened(texts, False, sources=[{"name": "a", "path": [str(tmp_path / "a"), other]}])
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    with pytest.raises(DataError, match=r"other files such as .*b\.jsonl"):
+        opened(texts, False, sources=[{"name": "a", "path": f"{tmp_path}/*"}])
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 0.001}, {"tokens": LENGTH - 1}])
+def test_a_limit_that_allows_nothing_is_refused(texts: Path, limit: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="allow not one sequence"):
+        opened(texts, sources=[{"name": "a", **limit}, {"name": "b"}])

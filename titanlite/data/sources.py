@@ -84,7 +84,14 @@ class Source:
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
         stream, number = self._locate(index)
-        return self._packed[stream].window(self.streams[stream].tokens, number)
+        tokens = self._packed[stream].window(self.streams[stream].tokens, number)
+        if tokens.max() >= self.tokenizer.vocab_size or tokens.min() < 0:
+            place, first = getattr(self.streams[stream], "prefix", "its texts"), self._packed[stream].first(number)
+            raise DataError(
+                f"source {self.name}, {place}: ids {tokens.min()} to {tokens.max()} from token {first:,} on, and the "
+                f"tokenizer's are 0 to {self.tokenizer.vocab_size - 1:,}; the file is damaged, or of another tokenizer."
+            )
+        return tokens
 
     def locate(self, index: int) -> tuple[Stream, int]:
         """The stream that window `index` lies in, and the token there that it begins with."""
@@ -142,19 +149,35 @@ def open_streams(
     training: list[Stream] = []
     validation: list[Stream] = []
     texts: list[str] = []
+    named: dict[Path, str] = {}
     for path in paths:
         prefixes = token_files(path)
         texts += [] if prefixes else [path]
         for prefix in prefixes:
-            training.append(_token_file(prefix, section, tokenizer))
+            if (other := named.setdefault(prefix.resolve(), path)) is not path or prefixes.count(prefix) > 1:
+                raise DataError(f"{prefix}: {key} names it twice, by '{other}' and by '{path}'; take one of them out.")
+            file = _token_file(prefix, section, tokenizer)
+            training.append(file)
             held_out = prefix.with_name(prefix.name + HELD_OUT)
             if hold_out and paths_of(held_out).idx.exists():
-                validation.append(_token_file(held_out, section, tokenizer))
+                kept_apart = _token_file(held_out, section, tokenizer)
+                _require_one_prepare(file, kept_apart)
+                validation.append(kept_apart)
     if texts:
         kept, held = _read(texts, key, section, tokenizer, section.validation_percent if hold_out else 0.0)
         training.append(kept)
         validation.append(held)
     return Opened(*(tuple(each for each in side if len(each.tokens)) for side in (training, validation)))
+
+
+def _require_one_prepare(file: TokenFile, held_out: TokenFile) -> None:
+    """What was held out of other texts, or in another share, may be among those that are trained on."""
+    made = [each.info.made_from if each.info else None for each in (file, held_out)]
+    if made[0] != made[1]:
+        raise DataError(
+            f"{held_out.prefix}: belongs to another prepare than {file.prefix}, so what it holds may be trained on; "
+            "prepare both again with --held-out, or delete it."
+        )
 
 
 def token_files(path: str) -> list[Path]:
@@ -166,6 +189,9 @@ def token_files(path: str) -> list[Path]:
         return [Path(path).expanduser().with_suffix("")] if path.endswith((".bin", ".idx")) else []
     pattern = str(Path(path).expanduser()).removesuffix(".idx").removesuffix(".bin")
     found = sorted(Path(match).with_suffix("") for match in glob.glob(f"{pattern}.idx", recursive=True))
+    known = {str(part) for prefix in found for part in paths_of(prefix)}
+    if others := [match for match in glob.glob(path, recursive=True) if found and match not in known]:
+        raise DataError(f"{path}: matches token files, and other files such as {others[0]}; name them apart.")
     return [prefix for prefix in found if not prefix.name.endswith(HELD_OUT)]
 
 

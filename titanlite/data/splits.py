@@ -9,6 +9,8 @@ import lzma
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 
 import xxhash
 
@@ -60,7 +62,10 @@ class Split:
     def place(self, number: int) -> tuple[Source, int]:
         """The source of sample `number`, and which of its windows it is."""
         if self.schedule.end is not None and number >= self.schedule.end:
-            raise DataError(f"sample {number}: the sources are used up after {self.schedule.end} samples")
+            raise DataError(
+                f"sample {number}: the sources are used up after {self.schedule.end} samples (a run that went back has "
+                "read others instead); raise their limits (--allow-change data.sources) or shorten the run"
+            )
         chosen, turn = self.schedule(number)
         source = self.sources[chosen]
         return source, sample_position(turn, source.windows, self.seed, source.name)
@@ -148,7 +153,7 @@ def require_samples(split: Split, samples: int) -> list[str]:
         )
     packed = [report for source in split.sources if (report := source.packing_report())]
     return packed + [
-        f"source {name} ({format_count(source.tokens)} tokens) will be read {times:.2g} times"
+        f"source {name} ({format_count(source.tokens)} tokens) will be read {times:,.{2 if times < 10 else 0}f} times"
         for source, (name, times) in zip(split.sources, split.epochs(samples).items(), strict=True)
         if len(split.sources) > 1 or times > 1
     ]
@@ -203,9 +208,14 @@ def _most(named: DataSource, source: Source) -> int | None:
     """Samples that may be read of a source."""
     limits = []
     if named.epochs is not None:
-        limits.append(int(named.epochs * source.windows))
+        limits.append(floor(Fraction(str(named.epochs)) * source.windows))
     if named.tokens is not None:
         limits.append(named.tokens // source.sequence_length)
+    if 0 in limits:
+        raise DataError(
+            f"source {named.name}: its epochs and tokens allow not one sequence of {source.sequence_length} tokens "
+            f"({source.windows} are there); raise them, or leave the source out."
+        )
     return min(limits, default=None)
 
 

@@ -230,7 +230,8 @@ class TokenFile:
                 )
             return
         for first in {0, max(0, self.documents - LOOKED_AT)}:
-            self._require_ids(first, min(first + LOOKED_AT, self.documents), tokenizer.vocab_size, tokenizer.separator)
+            last = min(first + LOOKED_AT, self.documents)
+            self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator, most=BLOCK)
 
     def verify(self, vocab_size: int, separator: int) -> None:
         """Read all of it. Raises `DataError` naming the first place that is wrong.
@@ -271,8 +272,10 @@ class TokenFile:
                     f"one before it; {_PREPARE_AGAIN}"
                 )
 
-    def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int) -> None:
-        """Documents `first` to `stop` hold ids of the vocabulary and end with the separator, if they hold anything."""
+    def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int, most: int | None = None) -> None:
+        """Documents `first` to `stop` hold ids of the vocabulary and end with the separator, if they hold anything; of
+        the ids, only the first `most` are looked at.
+        """
         path = paths_of(self.prefix).bin
         begins = np.asarray(self.starts[first:stop])
         end = int(self.starts[stop]) if stop < self.documents else len(self.tokens)
@@ -290,6 +293,7 @@ class TokenFile:
                 f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
                 "same tokenizer, or prepare the texts with `titanlite data prepare`."
             )
+        end = end if most is None else min(end, int(begins[0]) + most)
         for start in range(int(begins[0]), end, BLOCK):
             block = self.tokens[start : min(start + BLOCK, end)]
             beyond = np.flatnonzero((block < 0) | (block >= vocab_size))

@@ -151,7 +151,7 @@ class Data(Section):
     to where the command is started: text files (one document each), `.jsonl` files (one document a line), Parquet
     files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
     `python-stdlib`."""
-    sources: list[DataSource] = []
+    sources: Annotated[list[DataSource], Field(max_length=999)] = []
     """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by their weights in any thousand samples.
     """
     stages: list[DataStage] = []

@@ -191,7 +191,7 @@ def format_toml(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
 
 
 def format_value(value: Any) -> str:
-    """One value as TOML writes it; a mapping becomes an inline table."""
+    """One value as TOML writes it; a mapping becomes an inline table, without what is None: TOML has no word for it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -200,7 +200,8 @@ def format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_format_key(key)} = {format_value(item)}' for key, item in value.items())}}}"
+        pairs = [f"{_format_key(key)} = {format_value(item)}" for key, item in value.items() if item is not None]
+        return f"{{{', '.join(pairs)}}}"
     return str(value)
 
 

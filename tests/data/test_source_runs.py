@@ -1,0 +1,77 @@
+"""A run of several sources, stopped and gone on with: the recipe reads back, the curve is one, and the audit knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny
+
+from titanlite.cli import run_command
+from titanlite.data.command import main as data_command
+from titanlite.recipe.load import load_recipe, to_toml
+from titanlite.train import main
+
+SOURCES = """
+[[data.sources]]
+name = "squares"
+path = "corpus.txt"
+epochs = 3.0
+
+[[data.sources]]
+name = "cubes"
+path = "cubes.txt"
+
+[[data.stages]]
+until = 128
+weights = {squares = 0.75, cubes = 0.25}
+
+[[data.stages]]
+weights = {cubes = 1}
+
+[[data.validation]]
+name = "both"
+path = ["corpus.txt", "cubes.txt"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_tiny(
+        tmp_path, checkpoint={"every_steps": 2}, validation={"every_steps": 6, "sequences": 4}, training={"steps": 8}
+    )
+    (tmp_path / "cubes.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(200)))
+    recipe = (tmp_path / "recipe.toml").read_text().replace('corpus = "corpus.txt"\n', "")
+    (tmp_path / "recipe.toml").write_text(recipe + SOURCES)
+    return tmp_path
+
+
+def train(*words: str) -> int:
+    return run_command(main, ["recipe.toml", *words])
+
+
+def curve(run: str) -> list[Any]:
+    rows = map(json.loads, Path(f"runs/{run}/metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row.get("loss"), row.get("validation_loss")) for row in rows if "event" not in row]
+
+
+def test_a_run_of_sources_goes_on_as_if_it_had_not_stopped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--run.name=whole") == 0
+    assert train("--run.stop_after_step=3") == 75
+    assert train() == 0
+    assert curve("tiny") == curve("whole") and len(curve("whole")) == 10
+    capsys.readouterr()
+    assert data_command(["audit", "runs/tiny", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["lost"], told["repeated"]) == (0, 0)
+    assert data_command(["show", "runs/tiny", "--step", "6", "--json"]) == 0
+    assert [sample["source"] for sample in json.loads(capsys.readouterr().out)["samples"]] == ["cubes", "cubes"]
+
+
+def test_the_resolved_recipe_reads_back(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.toml").recipe
+    (folder / "again.toml").write_text(to_toml(recipe))
+    assert load_recipe(folder / "again.toml").recipe == recipe
