@@ -176,7 +176,7 @@ class TokenFile:
         with _reading(paths):
             lengths, pointers, sequences, dtype = _map_index(paths.idx)
             _require_ends(paths, lengths, pointers, sequences, dtype.itemsize)
-            tokens = np.memmap(paths.bin, dtype, "r")
+            tokens = np.memmap(paths.bin, dtype, "r").view(np.ndarray)  # slices of a memmap cost several times as much
             info = _read_sidecar(paths, len(tokens), dtype) if paths.sidecar.exists() else None
         return cls(prefix, tokens, Starts(pointers, sequences, dtype.itemsize, len(tokens)), lengths, info)
 
@@ -225,8 +225,8 @@ class TokenFile:
                 raise DataError(
                     f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer '{of.name}' ({of.vocab_size:,} ids, "
                     f"fingerprint {of.fingerprint}), not of '{name}' ({tokenizer.vocab_size:,} ids, fingerprint "
-                    f"{tokenizer.fingerprint}); set data.tokenizer to it, or prepare the texts again with --tokenizer "
-                    f"{name}."
+                    f"{tokenizer.fingerprint}); set data.tokenizer, separator and special_tokens as for it, or "
+                    f"prepare the texts again with --tokenizer {name}, --separator and --special-token."
                 )
             return
         for first in {0, max(0, self.documents - LOOKED_AT)}:
