@@ -95,27 +95,27 @@ def _require_one_corpus(world: World, corpus: str) -> None:
 
 
 def _require_same_tokenizer(manifest: Manifest, tokenizer: str, start: Start) -> None:
-    if _may_change("data.tokenizer", start) or manifest.values.get("tokenizer", tokenizer) == tokenizer:
-        return
-    raise DataError(
-        f"the tokenizer is not what it was when the checkpoint of step {manifest.step} was written: its file has "
-        "changed, or its special tokens. Put it back to go on with this run, give the new one a run of its own by "
-        "another run.name, or go on with it by --allow-change data.tokenizer --allow-change data.corpus."
-    )
-
-
-def _may_change(key: str, start: Start) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in start.may_change)
+    if _differs("tokenizer", tokenizer, manifest, start):
+        raise DataError(
+            f"the tokenizer is not what it was when the checkpoint of step {manifest.step} was written: its file has "
+            "changed, or its special tokens. Put it back to go on with this run, give the new one a run of its own by "
+            "another run.name, or go on with it by --allow-change data.tokenizer --allow-change data.corpus."
+        )
 
 
 def _require_same_corpus(manifest: Manifest, corpus: str, start: Start) -> None:
-    if _may_change("data.corpus", start) or manifest.values.get("corpus", corpus) == corpus:
-        return
-    raise DataError(
-        f"the training text is not what it was when the checkpoint of step {manifest.step} was written: a file of "
-        "data.corpus has changed (for 'python-stdlib': another Python runs). Put it back to go on with this run, "
-        "give the new text a run of its own by another run.name, or go on with it by --allow-change data.corpus."
-    )
+    if _differs("corpus", corpus, manifest, start):
+        raise DataError(
+            f"the training text is not what it was when the checkpoint of step {manifest.step} was written: a file of "
+            "data.corpus has changed (for 'python-stdlib': another Python runs). Put it back to go on with this run, "
+            "give the new text a run of its own by another run.name, or go on with it by --allow-change data.corpus."
+        )
+
+
+def _differs(name: str, fingerprint: str, manifest: Manifest, start: Start) -> bool:
+    """Whether the `data` key of this name has another fingerprint than the checkpoint's, and may not."""
+    allowed = any(fnmatchcase(f"data.{name}", pattern) for pattern in start.may_change)
+    return not allowed and manifest.values.get(name, fingerprint) != fingerprint
 
 
 def _tell_other_environment(manifest: Manifest, world: World, say: Callable[[str], None]) -> None:
