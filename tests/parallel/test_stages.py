@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,7 @@ from titanlite.parallel.stages import (
     takes_microbatches,
 )
 from titanlite.recipe.sections import Pipeline, Recipe
-from titanlite.rules.pipeline import pipeline_findings
+from titanlite.rules.pipeline import pipeline_findings, split_backward
 
 
 def pieces_of(costs: list[int]) -> list[Piece]:
@@ -157,3 +158,18 @@ def test_settings_that_a_schedule_does_not_go_with(schedule: str) -> None:
     others: dict[str, Any] = {"recompute": {"mode": "full"}, "compile": {"enabled": True}}
     keys = [key for key, _ in findings(parallel={**parallel, "zero_stage": 3}, **others)]
     assert keys == (["parallel.zero_stage", "recompute.mode", "compile.enabled"] if splits_backward(schedule) else [])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("found", ["2.11.0+cu130", "2.12.1", "2.13.0+cpu", "2.14.0a0+git1b2c3d4", "3.0"])
+def test_what_older_torch_computes_wrong_is_refused(
+    schedule: str, found: str, torch_of_the_check: Callable[[str], None]
+) -> None:
+    torch_of_the_check(found)
+    recipe = Recipe.model_validate({"parallel": {"pp": 2, "pipeline": {"schedule": schedule}}})
+    refused = splits_backward(schedule) and found < "2.13"
+    assert [(each.key, found in each.problem) for each in split_backward(recipe, 2)] == (
+        [("parallel.pipeline.schedule", True)] if refused else []
+    )
+    alone = Recipe.model_validate({"parallel": {"pipeline": {"schedule": schedule}}})
+    assert not list(split_backward(alone, 2)), "without a pipeline, nothing is split"

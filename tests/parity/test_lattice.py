@@ -34,6 +34,7 @@ def test_the_curve_and_the_weights_are_those_of_one_process(pool: Pool, corpus: 
         assert_same(result, expected)
 
 
+@pytest.mark.splits
 def test_the_lattice_has_what_was_promised() -> None:
     """Each axis alone, all pairs, the triples: none of them lost to a refusal."""
     axes = {"tp", "cp", "pp"}

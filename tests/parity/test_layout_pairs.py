@@ -117,10 +117,13 @@ def pairs() -> list[Any]:
     adamw = [(saver, loader, "adamw") for saver, loader in itertools.product(names, names)]
     muon = [(saver, loader, "muon") for saver, loader in zip(names, names[5:] + names[:5], strict=True)]
     assert set(adamw + muon) > DEFAULT
-    return [
-        pytest.param(*pair, id="{} to {}: {}".format(*pair), marks=() if pair in DEFAULT else pytest.mark.slow)
-        for pair in adamw + muon
-    ]
+    return [pytest.param(*pair, id="{} to {}: {}".format(*pair), marks=marks(pair)) for pair in adamw + muon]
+
+
+def marks(pair: tuple[str, str, str]) -> list[pytest.MarkDecorator]:
+    """Of a pair and its optimizer."""
+    slow = [] if pair in DEFAULT else [pytest.mark.slow]
+    return slow + ([pytest.mark.splits] if "pp in a V, tp, zero 1" in pair else [])
 
 
 @pytest.mark.parametrize(("saver", "loader", "optimizer"), pairs())
@@ -145,7 +148,7 @@ def test_one_layout_goes_on_from_another(
     ("saver", "loader"),
     [
         ("tp, zero 3", "hsdp"),
-        pytest.param("pp in a V, tp, zero 1", "zero 3", marks=pytest.mark.slow),
+        pytest.param("pp in a V, tp, zero 1", "zero 3", marks=[pytest.mark.slow, pytest.mark.splits]),
         pytest.param("hsdp", "one process", marks=pytest.mark.slow),
     ],
 )

@@ -21,6 +21,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.splits
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_checkpoint_goes_on_under_any_layout(pool: Pool, corpus: str, tmp_path: Path, optimizer: str) -> None:
     """A step on each layout, and the last one on one process."""

@@ -46,6 +46,7 @@ def test_float32(pool: Pool, corpus: str, ranks: int, parallel: dict[str, Any]) 
     assert weights_difference(result, expected)[0] < 1e-3
 
 
+@pytest.mark.splits
 def test_halved_backward_passes_add_up_as_whole_ones_do(pool: Pool, corpus: str) -> None:
     """In bfloat16: gradients of single microbatches are rounded, their sums are not, so the bits are the same."""
     curves, weights = [], []

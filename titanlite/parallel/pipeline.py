@@ -204,9 +204,7 @@ class _Stage(PipelineStage):
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if isinstance(self.submod, FSDPModule):
             for state in fully_shard.state(self.submod)._state_ctx.all_states:  # type: ignore[attr-defined]
-                # Before torch 2.13, a module has one group or none.
-                groups = getattr(state, "_fsdp_param_groups", None)
-                for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+                for group in state._fsdp_param_groups:
                     group.post_backward()
 
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:

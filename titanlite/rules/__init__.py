@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     layout.overlap,
     layout.microbatches,
     pipeline.pipeline,
+    pipeline.split_backward,
     float8.nothing_converted,
     float8.halved_backward,
     float8.emulation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from titanlite.errors import Finding
@@ -56,6 +57,21 @@ def pipeline_findings(recipe: Recipe, pieces: Sequence[Piece], tied: bool, micro
     if recipe.compile.enabled and splits_backward(schedule):
         problem = f"{schedule} computes gradients of inputs and of weights apart, and compiled blocks only know both;"
         yield Finding("compile.enabled", problem, "write false, or choose 1F1B or Interleaved1F1B.")
+
+
+def split_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Gradients of weights apart, as torch before 2.13 computes them: for a function of several results, such as the
+    fused RMSNorm, it takes the sum of their gradients for the first one's; and it lets go of functions written in
+    Python that it comes back to, such as the loss by chunks.
+    """
+    schedule, layout = recipe.parallel.pipeline.schedule, layout_of(recipe.parallel, world)
+    found = version("torch")
+    old = tuple(map(int, found.split(".")[:2])) < (2, 13)
+    if old and layout is not None and layout.pp > 1 and splits_backward(schedule):
+        problem = (
+            f"{schedule} needs torch 2.13, and this is {found}, which may compute wrong gradients of weights in it;"
+        )
+        yield Finding("parallel.pipeline.schedule", problem, "install torch 2.13, or choose 1F1B or Interleaved1F1B.")
 
 
 def _split_findings(section: Pipeline, pp: int, pieces: Sequence[Piece]) -> Iterator[Finding]:
