@@ -170,7 +170,7 @@ class _Stage(PipelineStage):
     ) -> None:
         index, last = held.stage.index, plan.stages - 1
         hidden = torch.empty(plan.hidden, dtype=plan.dtype, device="meta", requires_grad=True)
-        tokens = torch.empty(plan.hidden[:2], dtype=torch.int64, device="meta")
+        tokens = torch.empty(plan.hidden[0], plan.sequence_length, dtype=torch.int64, device="meta")
         loss = torch.empty((), dtype=torch.promote_types(plan.dtype, torch.float32), device="meta", requires_grad=True)
         self._splits = splits_backward(plan.schedule)
         super().__init__(
