@@ -75,7 +75,7 @@ class Source:
     def tokens(self) -> int:
         return sum(len(each.tokens) for each in self.streams)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal where all windows are; of one stream, that stream's."""
         first, *others = (each.fingerprint for each in self.streams)

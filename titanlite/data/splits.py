@@ -47,12 +47,16 @@ class Split:
         """Of all sources."""
         return sum(each.tokens for each in self.sources)
 
-    @property
-    def fingerprint(self) -> str:
-        """64 bits in hexadecimal: equal where all samples are, if the recipes are."""
-        if len(self.sources) == 1:
-            return xxhash.xxh3_64_hexdigest(self.sources[0].fingerprint.encode())
-        return xxhash.xxh3_64_hexdigest(" ".join(f"{each.name} {each.fingerprint}" for each in self.sources).encode())
+    def past(self, samples: int) -> dict[str, str]:
+        """Equal for splits whose first `samples` samples are: 64 bits each of the `order`, and of the text of every
+        source that they are of (`text/NAME`). What is to come later may differ.
+        """
+        names = [each.name for each in self.sources]
+        parts = [(first, [names[k] for k in chosen], shares) for first, chosen, shares in self.schedule.before(samples)]
+        read = [each for each, count in zip(self.sources, self.schedule.counts(samples), strict=True) if count]
+        sizes = [(each.name, each.windows, each.packing, each.sequence_length) for each in read]
+        order = xxhash.xxh3_64_hexdigest(repr((self.seed, parts, sizes)).encode())
+        return {"order": order, **{f"text/{each.name}": each.fingerprint for each in read}}
 
     def sample(self, number: int) -> Tokens:
         """Inputs and labels of sample `number` of the run (from 0, over all epochs), as `Source.window` has them."""
@@ -84,6 +88,17 @@ class DataSplits:
     validation: tuple[Source, ...]
     """Sets by their names; none where a source has no held-out part and none was named."""
     tokenizer: Tokenizer
+
+    @property
+    def validation_texts(self) -> dict[str, str]:
+        """Fingerprints of the validation sets, as `Split.past` has those of the sources."""
+        return {f"validation/{each.name}": each.fingerprint for each in self.validation}
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits: equal where all that training and validation read is, if the recipes are."""
+        texts = " ".join(f"{each.name} {each.fingerprint}" for each in (*self.train.sources, *self.validation))
+        return xxhash.xxh3_64_intdigest(texts.encode()) >> 1
 
 
 def split_of(
