@@ -228,3 +228,15 @@ def test_one_file_twice_and_files_of_two_kinds_are_refused(texts: Path, tmp_path
 def test_a_limit_that_allows_nothing_is_refused(texts: Path, limit: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="allow not one sequence"):
         opened(texts, sources=[{"name": "a", **limit}, {"name": "b"}])
+
+
+def test_special_tokens_may_come_after_those_that_a_file_was_made_with(texts: Path, tmp_path: Path) -> None:
+    """No text encodes to them, so nothing is to be prepared again."""
+    prepare(str(texts / "c"), "--out", str(tmp_path / "c"), "--special-token", "<1>")
+    sources = [{"name": "c", "path": str(tmp_path / "c")}]
+    for more in (["<1>"], ["<1>", "<2>"], ["<1>", "<2>", "<3>"]):
+        splits = opened(texts, sources=sources, validated=False, special_tokens=more)
+        assert splits.tokenizer.vocab_size == 257 + len(more) and splits.train.windows > 50
+    for other in ([], ["<2>", "<1>"]):
+        with pytest.raises(DataError, match="separator and special_tokens as for it"):
+            opened(texts, sources=sources, validated=False, special_tokens=other)

@@ -17,6 +17,7 @@ from titanlite.data.audit_command import newest_manifest, recipe_of_run
 from titanlite.data.read_log import READ, Records, read_records
 from titanlite.data.splits import Split, open_data
 from titanlite.data.token_file import TokenFile
+from titanlite.data.tokenised import texts_folder
 from titanlite.data.tokenizers import Tokenizer, Tokens
 from titanlite.errors import DataError, UsageError
 from titanlite.parallel.layout import BatchPlan, course_from
@@ -73,7 +74,10 @@ def _show(arguments: argparse.Namespace) -> None:
     else:
         recipe = load_recipe(path).recipe
         numbers = _planned(recipe, arguments.step, arguments.rank, arguments.data_ranks)
-    split = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
+    folder = texts_folder(recipe.run)
+    split = open_data(
+        recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False, texts_folder=folder
+    )
     if path.is_dir():
         _require_same_order(path, split.train, kept, arguments.step)
     shown = [_sample(split.train, split.tokenizer, number) for number in numbers]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 
 import xxhash
 
@@ -115,9 +116,11 @@ def split_of(
     return Split((source,), schedule([Stage(None, (1.0,))], [None]), seed)
 
 
-def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool = True) -> DataSplits:
+def open_data(
+    section: Data, sequence_length: int, seed: int, *, validated: bool = True, texts_folder: Path | None = None
+) -> DataSplits:
     """Open the sources and, if `validated`, the validation sets: those that `data.validation` names or else the
-    sources' held-out parts, each a set with its source's name.
+    sources' held-out parts, each a set with its source's name. `texts_folder`: as `open_streams` has it.
 
     Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
     """
@@ -129,7 +132,7 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
         return Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
 
     for name, paths, key in _named(section):
-        opened = open_streams(paths, key, section, tokenizer)
+        opened = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
         training = opened.training
         if section.fim_rate:
             training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
@@ -142,7 +145,7 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     if validated:
         for index, named in enumerate(section.validation):
             key, paths = f"data.validation.{index}.path", _list(named.path)
-            opened = open_streams(paths, key, section, tokenizer, hold_out=False)
+            opened = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
             held_out.append(source(named.name, opened.training))
             _require_a_window(held_out[-1], f"{key} = {paths!r}: it", "")
     sets = tuple(each for each in held_out if each.streams)
