@@ -210,6 +210,7 @@ def test_a_restart_by_torchrun_does_not_begin_anew(folder: Path, monkeypatch: py
     """`--fresh --force` was done by the first start."""
     assert train("--run.stop_after_step=4") == 75
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train("--fresh", "--force") == 0
@@ -223,6 +224,7 @@ def test_a_restart_does_what_the_first_start_could_not_and_no_more(
     assert train() == 0
     whole = curve("a")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/0/error.json")
 
