@@ -21,14 +21,11 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Sliced(Protocol):
-    """Tokens, all of which need not be in one place."""
-
-    @property
-    def dtype(self) -> np.dtype[np.uint16 | np.int32]: ...
+    """Tokens, all of which need not be in one place: as `[a:b]`, or by the place of each."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: slice, /) -> Tokens: ...
+    def __getitem__(self, key: slice | Int64, /) -> Tokens: ...
 
 
 class Stream(Protocol):
