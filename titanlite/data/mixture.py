@@ -138,7 +138,7 @@ def _settled(chosen: Table, has: npt.NDArray[np.bool_]) -> Table:
     """Each block's sources reordered, so that one which is in two blocks running has the same place in both. `has`,
     [CYCLE, sources]: whether a block has a source.
     """
-    settled = chosen.copy()
+    settled: Table = chosen.copy()
     for block in range(1, CYCLE):
         last, now = settled[block - 1], chosen[block]
         settled[block] = last

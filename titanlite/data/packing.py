@@ -43,7 +43,7 @@ class Stream(Protocol):
         """End of each document, past its separator, in tokens."""
 
 
-def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type[np.int32] = np.uint16) -> Tokens:
+def pack(documents: Sequence[Ids], separator: int, dtype: npt.DTypeLike = np.uint16) -> Tokens:
     """The stream: each document followed by one `separator`."""
     stream: Tokens = np.empty(sum(map(len, documents)) + len(documents), dtype)
     end = 0
