@@ -60,8 +60,8 @@ class BestFit:
         """
         first = self.ends[index - 1] if index else 0
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
-        places = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-        tokens = stream[np.append(max(starts[0] - 1, 0), places)]
+        begins, ends = starts.tolist(), (starts + lengths).tolist()
+        tokens = stream[np.concatenate([[max(begins[0] - 1, 0)], *map(np.arange, begins, ends)])]
         if lengths[0] < self.sequence_length or starts[0] == 0:
             tokens[0] = self.separator
         return tokens
