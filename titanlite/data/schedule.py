@@ -63,6 +63,10 @@ class Schedule:
         """How many of the first `samples` samples are of each source."""
         return self._stretch(samples).counts(samples)
 
+    def before(self, samples: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """All that decides the first `samples` samples: where each mixture begins, its sources and their shares."""
+        return [(each.first, each.sources, each.mixture.shares) for each in self.stretches if each.first < samples]
+
     def _stretch(self, sample: int) -> _Stretch:
         return self.stretches[bisect_right(self.stretches, sample, key=lambda each: each.first) - 1]
 
