@@ -190,15 +190,16 @@ def test_nothing_is_pickled_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         multiprocessing.set_start_method(before, force=True)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_read_is_said_alike_with_workers(workers: int) -> None:
-    stream = np.zeros(4 * LENGTH + 1, np.uint16)
-    stream[-1] = 300
+@pytest.mark.parametrize(("workers", "bad"), [(0, 300), (1, 300), (0, -1)])
+def test_what_cannot_be_read_is_said_alike_with_workers(workers: int, bad: int) -> None:
+    stream = np.zeros(4 * LENGTH + 1, np.int32)
+    stream[-1] = bad
     split = split_of(stream, open_tokenizer("bytes"), LENGTH)
     batches = train_loader(split, BatchPlan(4, 1, 0, 4), 0, 1, workers=workers)
     with pytest.raises(DataError) as caught:
         next(batches)
-    assert str(caught.value).startswith("source corpus, its texts: ids 0 to 300 from token 24 on, and the tokenizer's")
+    ids = f"ids {min(bad, 0)} to {max(bad, 0)}"
+    assert str(caught.value).startswith(f"source corpus, its texts: {ids} from token 24 on, and the tokenizer's are")
 
 
 # Validation.
