@@ -329,6 +329,6 @@ def test_data_that_cannot_be_read_ends_the_run_with_its_state_saved(
         unreadable(patch, sample=21)
         assert train(f"--data.workers={workers}") == 2
     said = capsys.readouterr().err
-    assert "step 6: one of the samples 20 to 23 cannot be read" in said and "corpus.txt" in said
+    assert "step 6: one of the samples 20 to 23 cannot be read: [Errno 5] Input/output error: 'corpus.txt'. The" in said
     assert "The state after step 5 is saved." in said and steps("a")[-1] == "step-00000005"
     assert train() == 0 and train("--run.name=b") == 0 and curve("a") == curve("b")
