@@ -50,6 +50,8 @@ def fill_in(rate: float, names: Sequence[str], tokenizer: Tokenizer, seed: int, 
                 "data.special_tokens, or name others."
             )
     prefix, suffix, middle = (tokenizer.special_tokens[name] for name in names)
+    if len({prefix, suffix, middle, tokenizer.separator}) < 4:
+        raise DataError("data.fim_tokens: give three different tokens, none of them the separator of documents.")
     digest = hashlib.blake2b(f"fim/{seed}/{source}".encode(), digest_size=8).digest()
     return FillIn(rate, (prefix, suffix, middle), int.from_bytes(digest, "little"))
 
