@@ -14,6 +14,7 @@ from tiny import write_tiny
 from titanlite.cli import main as titanlite
 from titanlite.cli import run_command
 from titanlite.data.read_log import RECORD, log_path
+from titanlite.recipe.load import load_recipe
 from titanlite.train import main
 
 BATCH = 2
@@ -176,7 +177,7 @@ def test_a_run_is_shown_and_audited_by_its_own_records_alone(folder: Path, capsy
     assert "no record of step 9; it has some of steps 1 to 6" in capsys.readouterr().err
     (folder / "corpus.txt").write_text("another text. " * 100)
     assert titanlite(["data", "show", "runs/tiny", "--step", "1"]) == 2
-    assert "is not what runs/tiny was trained on" in capsys.readouterr().err
+    assert "are not what runs/tiny was trained on: a file of its text has changed" in capsys.readouterr().err
     log_path(Path("runs/tiny"), 0).unlink()
     assert titanlite(["data", "audit", "runs/tiny"]) == 2
     assert "has no record of the samples" in capsys.readouterr().err
@@ -185,3 +186,52 @@ def test_a_run_is_shown_and_audited_by_its_own_records_alone(folder: Path, capsy
 def test_batches_beyond_the_run_are_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert titanlite(["check", "recipe.toml", "--data.skip_steps=[2, 7, 9]"]) == 0
     assert "the run ends with batch 8, and does not come to 9" in "".join(capsys.readouterr())
+
+
+MIXED = """
+[[data.sources]]
+name = "a"
+path = "corpus.txt"
+weight = 3
+
+[[data.sources]]
+name = "b"
+path = "other.txt"
+weight = 1
+"""
+STAGES = """
+[[data.stages]]
+until = {until}
+weights = {{ a = {old}, b = 1 }}
+
+[[data.stages]]
+weights = {{ b = 1 }}
+"""
+
+
+def test_weights_may_change_from_here_on_only(
+    folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]
+) -> None:
+    plain = Path("recipe.toml").read_text().replace('corpus = "corpus.txt"\n', "") + MIXED
+    Path("other.txt").write_text("".join(f"{n} times three is {3 * n}.\n" for n in range(200)))
+    Path("recipe.toml").write_text(plain)
+    assert train("--run.stop_after_step=3") == 75
+    until = 3 * BATCH * load_recipe(Path("recipe.toml")).recipe.training.sequence_length
+    bare = plain.replace("weight = 3\n", "").replace("weight = 1\n", "")
+    Path("recipe.toml").write_text(bare + STAGES.format(until=until, old=2))
+    capsys.readouterr()
+    assert train() == 2
+    assert f"until = {until}" in capsys.readouterr().err.replace("_", "")
+    Path("recipe.toml").write_text(bare + STAGES.format(until=until, old=3))
+    assert train("--run.stop_after_step=4") == 75, "the past is the same: no flag is asked for"
+    assert said("audit", "runs/tiny")["reordered"] == []
+    shown = said("show", "runs/tiny", "--step", "4")["samples"]
+    assert {each["source"] for each in shown} == {"b"}
+    Path("recipe.toml").write_text(plain)
+    assert train() == 2 and "--allow-change data.corpus" in capsys.readouterr().err
+    assert train("--allow-change", "data.sources") == 0
+    found = said("audit", "runs/tiny", code=3)
+    assert (found["reordered"], found["lost"], found["repeated"], found["steps"]) == ([5], 0, 0, 6)
+    assert said("show", "runs/tiny", "--step", "5")["step"] == 5
+    assert titanlite(["data", "show", "runs/tiny", "--step", "4"]) == 2
+    assert "went on in another order from step 5 on" in capsys.readouterr().err

@@ -46,7 +46,7 @@ WITHOUT_TORCH = (
     *("recipe.sections", "recipe.units", "recipe.toml", "recipe.faults", "recipe.load", "recipe.explain"),
     *("models.spec", "models.llama_spec", "parallel.layout", "parallel.stages", "parallel.slicing"),
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
-    *("data.command", "data.prepare_command", "data.prepare", "data.workers", "data.token_file"),
+    *("data.command", "data.prepare_command", "data.prepare", "data.tokenised", "data.workers", "data.token_file"),
     *("data.tokenizers.byte_values", "data.tokenizers.hugging_face", "data.tokenizers.ranks"),
     *("data.audit_command", "data.show_command", "data.audit", "data.read_log"),
     *("data.order", "data.packing", "data.best_fit", "data.fill_in"),

@@ -16,6 +16,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.checkpoint.storage import read_manifest
+from titanlite.data.splits import DataSplits
 from titanlite.errors import DataError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
@@ -33,22 +34,21 @@ def restore(
     world: World,
     checkpoints: CheckpointManager,
     snapshots: Snapshots | None,
-    corpus: str,
-    tokenizer: str,
+    data: DataSplits,
     start: Start,
     say: Callable[[str], None],
 ) -> Manifest | None:
     """Give `state`, this rank's part of all that the learner changes, its values; the manifest of the checkpoint that
     the run goes on from, or None if it begins.
 
-    `corpus` and `tokenizer` are the fingerprints of the training text and of what made tokens of it. Called by all
-    ranks. Raises `CheckpointError`, `DataError` and `UsageError`.
+    Called by all ranks. Raises `CheckpointError`, `DataError` and `UsageError`.
     """
-    _require_one_corpus(world, corpus)
+    _require_one_corpus(world, data)
     manifest = _loaded(state, recipe, checkpoints, snapshots, start)
     if manifest is not None:
-        _require_same_tokenizer(manifest, tokenizer, start)
-        _require_same_corpus(manifest, corpus, start)
+        _require_same_tokenizer(manifest, data, start)
+        _require_same_past(manifest, data, start)
+        _tell_other_validation(manifest, data, say)
     if snapshots is not None:
         snapshots.begin_line()  # before later checkpoints go: a later snapshot must not come back in their place
     if start.step is not None:
@@ -86,36 +86,64 @@ def _loaded(
     return checkpoints.load_from(folder, state)
 
 
-def _require_one_corpus(world: World, corpus: str) -> None:
-    if not world.all_equal(int(corpus, 16) >> 1):
+def changed_past(manifest: Manifest, data: DataSplits) -> list[str]:
+    """What of `Split.past` is not as when the checkpoint was written; empty: its run read what this one would have."""
+    return _changed(manifest, data.train.past(manifest.samples))
+
+
+def _require_one_corpus(world: World, data: DataSplits) -> None:
+    if not world.all_equal(data.fingerprint):
         raise DataError(
-            f"rank {world.rank} reads another corpus than others. Every machine must see the same files"
-            " (data.corpus; for 'python-stdlib', run the same Python)."
+            f"rank {world.rank} reads another corpus than others. Every machine must see the same files (data.corpus, "
+            "data.sources, data.validation; for 'python-stdlib', run the same Python)."
         )
 
 
-def _require_same_tokenizer(manifest: Manifest, tokenizer: str, start: Start) -> None:
-    if _differs("tokenizer", tokenizer, manifest, start):
+def _require_same_tokenizer(manifest: Manifest, data: DataSplits, start: Start) -> None:
+    changed = _changed(manifest, {"tokenizer": data.tokenizer.fingerprint})
+    if changed and not any(fnmatchcase("data.tokenizer", pattern) for pattern in start.may_change):
         raise DataError(
             f"the tokenizer is not what it was when the checkpoint of step {manifest.step} was written: its file has "
             "changed, or its special tokens. Put it back to go on with this run, give the new one a run of its own by "
-            "another run.name, or go on with it by --allow-change data.tokenizer --allow-change data.corpus."
+            "another run.name, or go on with it by --allow-change data.tokenizer."
         )
 
 
-def _require_same_corpus(manifest: Manifest, corpus: str, start: Start) -> None:
-    if _differs("corpus", corpus, manifest, start):
+def _require_same_past(manifest: Manifest, data: DataSplits, start: Start) -> None:
+    """What was read up to the checkpoint must be what this recipe puts there, or texts are read twice or never."""
+    others = ("run.seed", "training.sequence_length")
+    if any(
+        pattern.startswith("data.") or any(fnmatchcase(key, pattern) for key in others) for pattern in start.may_change
+    ):
+        return
+    changed = changed_past(manifest, data)
+    texts = [key.removeprefix("text/") for key in changed if key != "order"]
+    way_out = "give the new one a run of its own by another run.name, or go on with it by --allow-change data.corpus."
+    if texts:
         raise DataError(
-            f"the training text is not what it was when the checkpoint of step {manifest.step} was written: a file of "
-            "data.corpus has changed (for 'python-stdlib': another Python runs). Put it back to go on with this run, "
-            "give the new text a run of its own by another run.name, or go on with it by --allow-change data.corpus."
+            f"the training text ({', '.join(texts)}) is not what it was when the checkpoint of step {manifest.step} "
+            "was written: a file of it has changed (for 'python-stdlib': another Python runs). Put it back to go on "
+            f"with this run, {way_out}"
+        )
+    if changed:
+        tokens = manifest.samples * data.train.sources[0].sequence_length
+        raise DataError(
+            f"by this recipe the run would have read other samples up to its checkpoint of step {manifest.step} than "
+            "it did: going on, it would read some texts again and others never. What data.sources and data.stages "
+            f"change must be still to come: let the stage with the weights so far end by until = {tokens:_}, and begin "
+            f"another with the new ones. Or put the old order back, {way_out}"
         )
 
 
-def _differs(name: str, fingerprint: str, manifest: Manifest, start: Start) -> bool:
-    """Whether the `data` key of this name has another fingerprint than the checkpoint's, and may not."""
-    allowed = any(fnmatchcase(f"data.{name}", pattern) for pattern in start.may_change)
-    return not allowed and manifest.values.get(name, fingerprint) != fingerprint
+def _tell_other_validation(manifest: Manifest, data: DataSplits, say: Callable[[str], None]) -> None:
+    if changed := _changed(manifest, data.validation_texts):
+        names = ", ".join(key.removeprefix("validation/") for key in changed)
+        say(f"warning: validation reads another text than before ({names}): its losses compare with later ones only.")
+
+
+def _changed(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
+    """Keys of the manifest's values that are others now; what it says nothing of has not changed."""
+    return [key for key, value in now.items() if manifest.values.get(key, value) != value]
 
 
 def _tell_other_environment(manifest: Manifest, world: World, say: Callable[[str], None]) -> None:

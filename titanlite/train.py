@@ -39,10 +39,12 @@ from titanlite.parallel.layout import active_ranks, agreed_layout, course_from, 
 from titanlite.recipe.explain import all_keys
 from titanlite.recipe.faults import meant
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
+from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
 from titanlite.rules.terms import count
 
 if TYPE_CHECKING:
+    from titanlite.data.splits import DataSplits
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import World
     from titanlite.resilience.watchdog import Hang
@@ -102,7 +104,6 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.checkpoint.ranks import Ranks, joined_ranks
     from titanlite.checkpoint.snapshots import Snapshots, forget
     from titanlite.data.read_log import NO_LOG, NoLog, ReadLog, last_start, log_path
-    from titanlite.data.splits import open_data, require_samples
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import full_memory_explained, joined_world
     from titanlite.resilience.watchdog import Watchdog
@@ -111,9 +112,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     recipe = loaded.recipe
     path = Path(recipe.run.output_dir) / recipe.run.name
     records = path / "logs" / "crashes"
-    validated = recipe.validation.every_steps > 0
-    data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=validated)
-    reading = require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
+    data, reading = _data(recipe)
     with ExitStack() as stack:
         active = active_ranks(recipe, launched().size)
         world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
@@ -186,6 +185,21 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             if folder is not None:
                 _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
             trainer.run()
+
+
+def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
+    """The run's data, and what is to be said of it. Raises `DataError`, also where it does not suffice."""
+    from titanlite.data.splits import open_data, require_samples
+    from titanlite.data.tokenised import texts_folder
+
+    data = open_data(
+        recipe.data,
+        recipe.training.sequence_length,
+        recipe.run.seed,
+        validated=recipe.validation.every_steps > 0,
+        texts_folder=texts_folder(recipe.run),
+    )
+    return data, require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
 
 
 def _opened(

@@ -37,7 +37,7 @@ from titanlite.resilience.corruption import compare_replicas
 from titanlite.resilience.guards import BadStep, RollBack
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
-from titanlite.restore import restore
+from titanlite.restore import changed_past, restore
 from titanlite.saving import Saving
 
 _COLLECT_EVERY = 100
@@ -77,7 +77,6 @@ class Trainer:
 
         self.learner = learner = Learner(recipe, world)
         self.program, self.shards, self.guards = learner.program, learner.shards, learner.guards
-        self._corpus = data.train.fingerprint
         self._start = start
         self._environment = environment(world.device)
         self.snapshots = self._usable(snapshots)
@@ -117,8 +116,9 @@ class Trainer:
         """Begin, or go on from a checkpoint or one of the `snapshots`, as `start` says."""
         manifest = restore(
             self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
-            self._corpus, self.data.tokenizer.fingerprint, start, self.journal.say,
+            self.data, start, self.journal.say,
         )  # fmt: skip
+        self._reordered = manifest is not None and bool(changed_past(manifest, self.data))
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
         self.samples = manifest.samples if manifest is not None else 0
@@ -133,6 +133,8 @@ class Trainer:
         """From the step and the sample that the run is at."""
         self._course = course_from(self.recipe, self.step, self.samples)
         self.read_log.begin(self.step)
+        if self._reordered:
+            self.read_log.reordered(self.step + 1, self._course.first(self.step + 1))
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
@@ -250,8 +252,7 @@ class Trainer:
                 self._validated = self.step, result.loss
             named = text.name if others else None
             self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte, named))
-            if last and self.world.is_first:
-                baselines = compression_baselines(text)
+            if last and self.world.is_first and (baselines := compression_baselines(text)):
                 needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
                 of = f" ({named})" if named else ""
                 said = f"on the same held-out text{of}, in bits per byte: {needed}"
@@ -275,7 +276,11 @@ class Trainer:
 
     def _facts(self) -> Facts:
         """What a checkpoint of this step says beside the tensors."""
-        values: dict[str, Scalar] = {"corpus": self._corpus, "tokenizer": self.data.tokenizer.fingerprint}
+        values: dict[str, Scalar] = {
+            **self.data.train.past(self.samples),
+            **self.data.validation_texts,
+            "tokenizer": self.data.tokenizer.fingerprint,
+        }
         if self._validated is not None and self._validated[0] == self.step:
             values[VALIDATION_LOSS] = self._validated[1]
         return Facts(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from titanlite.data.command import main as data_command
+from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, open_data, require_samples
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
@@ -135,19 +136,20 @@ def test_one_corpus_needs_no_words_unless_it_is_read_again(texts: Path) -> None:
     assert require_samples(splits.train, 3 * splits.train.windows)[0].endswith("read 3.00 times")
 
 
+def documents(source: Source) -> int:
+    return sum(len(stream.document_ends()) for stream in source.streams)
+
+
 def test_validation_sets_are_the_held_out_parts_or_those_named(texts: Path, prepared: Path) -> None:
     sources = [{"name": "a"}, {"name": "b", "path": str(prepared)}]
     splits = opened(texts, sources=sources)
     assert [each.name for each in splits.validation] == ["a", "b"]
     held = splits.validation[1]
-    assert 0 < held.count_documents() < 30
-    assert held.count_documents() + splits.train.sources[1].count_documents() == 100
+    assert 0 < documents(held) < 30
+    assert documents(held) + documents(splits.train.sources[1]) == 100
     named = [{"name": "all-of-c", "path": str(texts / "c")}, {"name": "held", "path": f"{prepared}-validation"}]
     sets = opened(texts, sources=sources, validation=named).validation
-    assert [(each.name, each.count_documents()) for each in sets] == [
-        ("all-of-c", 50),
-        ("held", held.count_documents()),
-    ]
+    assert [(each.name, documents(each)) for each in sets] == [("all-of-c", 50), ("held", documents(held))]
     assert opened(texts, sources=sources, validated=False).validation == ()
 
 
@@ -172,7 +174,7 @@ def test_token_files_by_a_glob_are_one_source(texts: Path, tmp_path: Path) -> No
 
 def test_the_fingerprint_is_of_every_source(texts: Path, prepared: Path) -> None:
     prints = {
-        opened(texts, sources=sources).train.fingerprint
+        opened(texts, sources=sources).fingerprint
         for sources in (
             [{"name": "a"}],
             [{"name": "a"}, {"name": "b"}],
@@ -180,7 +182,7 @@ def test_the_fingerprint_is_of_every_source(texts: Path, prepared: Path) -> None
             [{"name": "a"}, {"name": "b", "path": str(prepared)}],
         )
     }
-    assert len(prints) == 4 and all(len(each) == 16 and int(each, 16) >= 0 for each in prints)
+    assert len(prints) == 4 and all(0 <= each < 2**63 for each in prints)
 
 
 def test_a_split_of_token_files_travels_by_name(texts: Path, prepared: Path) -> None:
@@ -228,3 +230,15 @@ def test_one_file_twice_and_files_of_two_kinds_are_refused(texts: Path, tmp_path
 def test_a_limit_that_allows_nothing_is_refused(texts: Path, limit: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="allow not one sequence"):
         opened(texts, sources=[{"name": "a", **limit}, {"name": "b"}])
+
+
+def test_special_tokens_may_come_after_those_that_a_file_was_made_with(texts: Path, tmp_path: Path) -> None:
+    """No text encodes to them, so nothing is to be prepared again."""
+    prepare(str(texts / "c"), "--out", str(tmp_path / "c"), "--special-token", "<1>")
+    sources = [{"name": "c", "path": str(tmp_path / "c")}]
+    for more in (["<1>"], ["<1>", "<2>"], ["<1>", "<2>", "<3>"]):
+        splits = opened(texts, sources=sources, validated=False, special_tokens=more)
+        assert splits.tokenizer.vocab_size == 257 + len(more) and splits.train.windows > 50
+    for other in ([], ["<2>", "<1>"]):
+        with pytest.raises(DataError, match="separator and special_tokens as for it"):
+            opened(texts, sources=sources, validated=False, special_tokens=other)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.data.read_log import READ, SKIPPED, Records
+from titanlite.data.read_log import READ, REORDERED, SKIPPED, Records
 
 Span = tuple[int, int]
 """First and last sample, or step."""
@@ -40,6 +40,9 @@ class Audit:
     """Steps without a record."""
     skipped: tuple[dict[str, Any], ...]
     """Samples that were passed over: `step`, `by` (data.skip_steps or rollback) and `samples`, a span."""
+    reordered: tuple[int, ...]
+    """Steps from which on a resumed run read by another order than before: it may have read some texts twice and
+    others never, which the numbers of samples do not show."""
     digest: str
     """BLAKE2b (128 bits) of the numbers of the samples, 8 bytes each, little-endian, in the order of the steps and
     ascending within a step: equal for runs that read the same in the same steps, on whatever layouts."""
@@ -51,7 +54,7 @@ class Audit:
     @property
     def whole(self) -> bool:
         """Whether every sample was read in its turn, and once."""
-        return not (self.lost or self.repeated or self.unrecorded) and self.in_order
+        return not (self.lost or self.repeated or self.unrecorded or self.reordered) and self.in_order
 
 
 def history(records: Records, last_step: int | None = None) -> Records:
@@ -73,6 +76,11 @@ def steps_read(records: Records) -> Iterator[tuple[int, Records]]:
     steps, begins = np.unique(reads["step"], return_index=True)
     for step, part in zip(steps, np.split(reads, begins[1:]), strict=True) if len(steps) else ():
         yield int(step), part
+
+
+def reordered_at(records: Records) -> tuple[int, ...]:
+    """The steps of a `history` that were the first in another order than the step before."""
+    return tuple(np.unique(records["step"][records["kind"] == REORDERED]).tolist())
 
 
 def samples_of(records: Records) -> Samples:
@@ -119,6 +127,7 @@ def audit(records: Records, last_step: int, end: int, begins_elsewhere: bool = F
         in_order=all(one[1] < other[0] for one, other in pairwise(order)),
         unrecorded=tuple(_gaps_and_repeats([(step, step) for step in steps], begun + 1, last_step + 1)[0]),
         skipped=tuple(skipped),
+        reordered=reordered_at(kept),
         digest=digest.hexdigest(),
         restarts=max(0, len(np.unique(records["start"][records["kind"] == READ])) - 1),
         layouts=tuple(layouts),

@@ -100,6 +100,8 @@ def _report(found: Audit, later: int) -> list[str]:
         lines.append(f"steps without a record  {_spans(found.unrecorded)}")
     if not found.in_order:
         lines.append("order       a step read samples that come before those of the step before it")
+    for step in found.reordered:
+        lines.append(f"order       another one from step {step} on: some texts may be read twice, others never")
     for each in found.skipped:
         where = "before" if each["by"] == "data.skip_steps" else "after"
         lines.append(f"passed over samples {_span(each['samples'])} {where} step {each['step']} ({each['by']})")

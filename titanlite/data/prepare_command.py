@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from titanlite.data.progress import Progress
     from titanlite.data.tokenizers import open_tokenizer
     from titanlite.data.units import Settings
+    from titanlite.data.workers import cores
 
     if not 0 <= arguments.held_out < 100:
         raise UsageError("--held-out must be a percentage from 0 to below 100.")
@@ -70,7 +70,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         out=arguments.out.expanduser(),
         settings=settings,
         drop_duplicates=arguments.dedup,
-        workers=arguments.workers or _cores(),
+        workers=arguments.workers or cores(),
         force=arguments.force,
     )
     with Progress(sys.stderr) as progress:
@@ -81,11 +81,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for prefix, info in made.items():
         print(f"{prefix}: {format_count(info.tokens)} tokens, {format_bytes(info.bin_bytes + info.idx_bytes)}")
         print("\n".join(f"  {line}" for line in info.report()))
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system says which."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _verify(arguments: argparse.Namespace) -> None:

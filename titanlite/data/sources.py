@@ -21,7 +21,8 @@ from titanlite.data.best_fit import BestFit, best_fit
 from titanlite.data.corpora import is_held_out, read_corpus
 from titanlite.data.packing import Cut, Stream, pack
 from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
-from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, token_dtype
+from titanlite.data.tokenised import tokenised
+from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, Packing
 
@@ -75,7 +76,7 @@ class Source:
     def tokens(self) -> int:
         return sum(len(each.tokens) for each in self.streams)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal where all windows are; of one stream, that stream's."""
         first, *others = (each.fingerprint for each in self.streams)
@@ -85,7 +86,7 @@ class Source:
         """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
         stream, number = self._locate(index)
         tokens = self._packed[stream].window(self.streams[stream].tokens, number)
-        if tokens.max() >= self.tokenizer.vocab_size or tokens.min() < 0:
+        if tokens.max() >= self.tokenizer.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             place, first = getattr(self.streams[stream], "prefix", "its texts"), self._packed[stream].first(number)
             raise DataError(
                 f"source {self.name}, {place}: ids {tokens.min()} to {tokens.max()} from token {first:,} on, and the "
@@ -121,9 +122,6 @@ class Source:
             parts.append(each.tokens[: tokens - sum(map(len, parts))])
         return np.concatenate(parts)
 
-    def count_documents(self) -> int:
-        return sum(len(each.document_ends()) for each in self.streams)
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -134,7 +132,13 @@ class Opened:
 
 
 def open_streams(
-    paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, *, hold_out: bool = True
+    paths: Sequence[str],
+    key: str,
+    section: Data,
+    tokenizer: Tokenizer,
+    *,
+    hold_out: bool = True,
+    texts_folder: Path | None = None,
 ) -> Opened:
     """The texts and token files that `paths` names; `key` is the recipe's for them. With `hold_out`, a part of each is
     kept for validation; else all of them is of the first side.
@@ -143,6 +147,8 @@ def open_streams(
     there do not matter. Where one side would get none (a single text file, say) each document is cut instead: its last
     `validation_percent` is held out. Of a token file, the held-out part is the file beside it that
     `titanlite data prepare --held-out` made.
+
+    Texts that are too many for every rank's memory are tokenised into files in `texts_folder`, if one is given.
 
     Raises `DataError` naming what cannot be read.
     """
@@ -164,9 +170,11 @@ def open_streams(
                 _require_one_prepare(file, kept_apart)
                 validation.append(kept_apart)
     if texts:
-        kept, held = _read(texts, key, section, tokenizer, section.validation_percent if hold_out else 0.0)
+        percent = section.validation_percent if hold_out else 0.0
+        files = texts_folder and tokenised(texts, section, tokenizer, percent, texts_folder)
+        kept, *held = files or _read(texts, key, section, tokenizer, percent)
         training.append(kept)
-        validation.append(held)
+        validation += held
     return Opened(*(tuple(each for each in side if len(each.tokens)) for side in (training, validation)))
 
 
@@ -197,8 +205,27 @@ def token_files(path: str) -> list[Path]:
 
 def _token_file(prefix: Path, section: Data, tokenizer: Tokenizer) -> TokenFile:
     file = TokenFile.open(prefix)
-    file.require_tokenizer(section.tokenizer, tokenizer)
+    made_with = file.info.tokenizer.fingerprint if file.info else tokenizer.fingerprint
+    if made_with == tokenizer.fingerprint or not _with_fewer_special_tokens(made_with, section, tokenizer):
+        file.require_tokenizer(section.tokenizer, tokenizer)
     return file
+
+
+def _with_fewer_special_tokens(fingerprint: str, section: Data, tokenizer: Tokenizer) -> bool:
+    """Whether it is of the tokenizer as it was before the last of `special_tokens` were appended: no text encodes to
+    these, so ids are the same.
+    """
+    for count in range(len(section.special_tokens)):
+        try:
+            fewer = open_tokenizer(section.tokenizer, section.separator, section.special_tokens[:count])
+        except DataError:  # the separator is one of those to come
+            continue
+        same = (
+            fewer.separator == tokenizer.separator and fewer.special_tokens.items() <= tokenizer.special_tokens.items()
+        )
+        if same and fewer.fingerprint == fingerprint:
+            return True
+    return False
 
 
 def _read(paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, percent: float) -> tuple[Texts, Texts]:

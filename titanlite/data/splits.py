@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 
 import xxhash
 
@@ -47,12 +48,16 @@ class Split:
         """Of all sources."""
         return sum(each.tokens for each in self.sources)
 
-    @property
-    def fingerprint(self) -> str:
-        """64 bits in hexadecimal: equal where all samples are, if the recipes are."""
-        if len(self.sources) == 1:
-            return xxhash.xxh3_64_hexdigest(self.sources[0].fingerprint.encode())
-        return xxhash.xxh3_64_hexdigest(" ".join(f"{each.name} {each.fingerprint}" for each in self.sources).encode())
+    def past(self, samples: int) -> dict[str, str]:
+        """Equal for splits whose first `samples` samples are: 64 bits each of the `order`, and of the text of every
+        source that they are of (`text/NAME`). What is to come later may differ.
+        """
+        names = [each.name for each in self.sources]
+        parts = [(first, [names[k] for k in chosen], shares) for first, chosen, shares in self.schedule.before(samples)]
+        read = [each for each, count in zip(self.sources, self.schedule.counts(samples), strict=True) if count]
+        sizes = [(each.name, each.windows, each.packing, each.sequence_length) for each in read]
+        order = xxhash.xxh3_64_hexdigest(repr((self.seed, parts, sizes)).encode())
+        return {"order": order, **{f"text/{each.name}": each.fingerprint for each in read}}
 
     def sample(self, number: int) -> Tokens:
         """Inputs and labels of sample `number` of the run (from 0, over all epochs), as `Source.window` has them."""
@@ -85,6 +90,17 @@ class DataSplits:
     """Sets by their names; none where a source has no held-out part and none was named."""
     tokenizer: Tokenizer
 
+    @property
+    def validation_texts(self) -> dict[str, str]:
+        """Fingerprints of the validation sets, as `Split.past` has those of the sources."""
+        return {f"validation/{each.name}": each.fingerprint for each in self.validation}
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits: equal where all that training and validation read is, if the recipes are."""
+        texts = " ".join(f"{each.name} {each.fingerprint}" for each in (*self.train.sources, *self.validation))
+        return xxhash.xxh3_64_intdigest(texts.encode()) >> 1
+
 
 def split_of(
     tokens: Tokens,
@@ -100,9 +116,11 @@ def split_of(
     return Split((source,), schedule([Stage(None, (1.0,))], [None]), seed)
 
 
-def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool = True) -> DataSplits:
+def open_data(
+    section: Data, sequence_length: int, seed: int, *, validated: bool = True, texts_folder: Path | None = None
+) -> DataSplits:
     """Open the sources and, if `validated`, the validation sets: those that `data.validation` names or else the
-    sources' held-out parts, each a set with its source's name.
+    sources' held-out parts, each a set with its source's name. `texts_folder`: as `open_streams` has it.
 
     Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
     """
@@ -114,7 +132,7 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
         return Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
 
     for name, paths, key in _named(section):
-        opened = open_streams(paths, key, section, tokenizer)
+        opened = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
         training = opened.training
         if section.fim_rate:
             training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
@@ -127,7 +145,7 @@ def open_data(section: Data, sequence_length: int, seed: int, *, validated: bool
     if validated:
         for index, named in enumerate(section.validation):
             key, paths = f"data.validation.{index}.path", _list(named.path)
-            opened = open_streams(paths, key, section, tokenizer, hold_out=False)
+            opened = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
             held_out.append(source(named.name, opened.training))
             _require_a_window(held_out[-1], f"{key} = {paths!r}: it", "")
     sets = tuple(each for each in held_out if each.streams)
@@ -163,9 +181,11 @@ def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[
     """Bits per byte that `gzip -9` and `xz -9` need for the source's text, its documents in one stream.
 
     Anything that has learnt the text should need fewer. Of long ones, the first `limit_bytes` stand for the
-    whole: xz takes about half a second a MiB.
+    whole: xz takes about half a second a MiB. Nothing, of no text.
     """
     text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
+    if not text:
+        return {}
     gzip = zlib.compressobj(9, wbits=31)  # 31: with gzip's own header and checksum
     sizes = {
         "gzip -9": len(gzip.compress(text)) + len(gzip.flush()),

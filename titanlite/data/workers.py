@@ -30,6 +30,11 @@ Task = dict[str, Any]
 """`{"count": [path, first byte, stop]}`, or `{"unit": Unit}`; with `about`, what a reader knows it by."""
 
 
+def cores() -> int:
+    """Those that this process may use, where the system says which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_task(path: Path, part: Part) -> Task:
     """Count newlines; the answer is their number."""
     return {"count": [str(path), part.first, part.stop], "about": str(path)}

@@ -29,11 +29,12 @@ OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "st
 
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
-    "data.workers", "data.prefetch", "data.skip_steps", "training.microbatch", "parallel.*", "recompute.*", "compile.*",
-    "kernels.*",
+    "data.workers", "data.prefetch", "data.skip_steps", "data.sources", "data.stages", "data.validation",
+    "training.microbatch", "parallel.*", "recompute.*", "compile.*", "kernels.*",
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip
-"""Recipe keys that leave the training's numbers alone, but for rounding, so that a resumed run may change them."""
+"""Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change
+them. Of sources and stages that holds for what is still to come: the past is compared in restore.py."""
 
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]
