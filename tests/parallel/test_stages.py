@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, count, product
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from titanlite.parallel.stages import (
     takes_microbatches,
 )
 from titanlite.recipe.sections import Pipeline, Recipe
-from titanlite.rules.pipeline import pipeline_findings
+from titanlite.rules.pipeline import _microbatch_findings, pipeline_findings
 
 
 def pieces_of(costs: list[int]) -> list[Piece]:
@@ -148,6 +148,14 @@ def test_what_cannot_be_is_named_with_its_fix(
     ((found, text),) = findings(microbatches=microbatches, parallel={"pp": pp, "pipeline": pipeline})
     assert found == key
     assert words in text
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_next_number_of_microbatches_that_a_schedule_takes(schedule: Any) -> None:
+    for pp, microbatches in product((2, 3, 5, 10), range(1, 45)):
+        said = [finding.fix for finding in _microbatch_findings(Pipeline(schedule=schedule), pp, microbatches)]
+        more = next(n for n in count(microbatches) if takes_microbatches(schedule, pp, n))
+        assert [text.startswith(f"have {more}:") for text in said] == [True] * (more > microbatches)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
