@@ -210,6 +210,7 @@ def test_a_restart_by_torchrun_does_not_begin_anew(folder: Path, monkeypatch: py
     """`--fresh --force` was done by the first start."""
     assert train("--run.stop_after_step=4") == 75
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train("--fresh", "--force") == 0
@@ -223,6 +224,7 @@ def test_a_restart_does_what_the_first_start_could_not_and_no_more(
     assert train() == 0
     whole = curve("a")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/0/error.json")
 
@@ -327,6 +329,6 @@ def test_data_that_cannot_be_read_ends_the_run_with_its_state_saved(
         unreadable(patch, sample=21)
         assert train(f"--data.workers={workers}") == 2
     said = capsys.readouterr().err
-    assert "step 6: one of the samples 20 to 23 cannot be read" in said and "corpus.txt" in said
+    assert "step 6: one of the samples 20 to 23 cannot be read: [Errno 5] Input/output error: 'corpus.txt'. The" in said
     assert "The state after step 5 is saved." in said and steps("a")[-1] == "step-00000005"
     assert train() == 0 and train("--run.name=b") == 0 and curve("a") == curve("b")

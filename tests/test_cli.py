@@ -73,6 +73,13 @@ def test_each_command_has_help(run: Run, command: tuple[str, ...]) -> None:
     assert out.startswith(f"usage: titanlite {command[0]}")
 
 
+def as_rank(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two."""
+    place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+
 class TestCheck:
     def test_report(self, run: Run, recipe: Path) -> None:
         code, out, err = run("check", str(recipe))
@@ -216,7 +223,7 @@ class TestRunCommand:
         def command(argv: list[str]) -> int:
             raise error
 
-        monkeypatch.setenv("RANK", "1")
+        as_rank("1", monkeypatch)
         assert run_command(command, []) == 3
         assert capsys.readouterr().err == said
 
@@ -287,7 +294,7 @@ def test_what_every_rank_meets_is_said_by_the_first(
         raise UsageError("this rank's own disk")
 
     for rank, heard in (("0", "stopped after step 3\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+        as_rank(rank, monkeypatch)
         assert run_command(stopped, []) == 75
         assert capsys.readouterr().err == heard
     assert run_command(broken, []) == 2

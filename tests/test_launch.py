@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from tiny import write_tiny
+
+from titanlite.cli import run_command
+from titanlite.errors import UsageError
 from titanlite.launch import Launch, Torchrun, first_host, launched, torchrun
+from titanlite.train import main
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -23,7 +29,7 @@ def test_alone() -> None:
 
 
 def test_torchrun_comes_first() -> None:
-    place = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    place = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "99"}
     assert launched({**STEP, **place}) == Launch(rank=3, size=8, local_rank=1)
 
 
@@ -33,6 +39,42 @@ def test_slurm() -> None:
     )
     told = launched({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "99"})
     assert (told.address, told.port) == ("head", 99)
+
+
+MEETING = {"MASTER_ADDR": "head", "MASTER_PORT": "99"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "head"}, "MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"RANK": "x", "WORLD_SIZE": "2", **MEETING}, "RANK is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "0", **MEETING}, "RANK is 0, and WORLD_SIZE 0"),
+        ({"RANK": "3", **MEETING}, "WORLD_SIZE is not set"),
+        ({"RANK": "5", "WORLD_SIZE": "4", **MEETING}, "RANK is 5, and WORLD_SIZE 4"),
+        ({"RANK": "-1", "WORLD_SIZE": "4", **MEETING}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and RANK is not set"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_NTASKS is not set"),
+        ({**STEP, "SLURM_PROCID": "16"}, "SLURM_PROCID is 16, and SLURM_STEP_NUM_TASKS 16"),
+        ({**STEP, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+    ],
+)
+def test_variables_that_are_set_in_part(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=f"^{said}.*torchrun or srun"):
+        launched(environment)
+
+
+def test_they_are_told_of_in_a_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    write_tiny(tmp_path)
+    assert run_command(main, [str(tmp_path / "recipe.toml")]) == 2
+    assert "error: WORLD_SIZE is 4" in capsys.readouterr().err
+    assert run_command(main, ["nowhere.toml"]) == 2
+    assert "nowhere.toml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from titanlite import __version__
 from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
-from titanlite.launch import launched
+from titanlite.launch import launched_or_alone
 from titanlite.registry import Registry, did_you_mean
 
 Command = Callable[[list[str]], int]
@@ -63,7 +63,7 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         code = command(arguments)
         sys.stdout.flush()
     except TitanliteError as error:
-        if error.on_all_ranks and not launched().is_first:
+        if error.on_all_ranks and not launched_or_alone().is_first:
             return error.exit_code
         with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
             if len(arguments) < len(argv):

@@ -8,11 +8,19 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from titanlite.errors import UsageError
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What schedulers, launchers and users send to have a job end."""
+
+_WAYS = (
+    "Start the run by torchrun or srun, which set all that the ranks need; or, alone, without RANK, WORLD_SIZE and "
+    "Slurm's variables."
+)
 
 _NO_ID = "none"
 """torchrun's id of every job that was given none."""
@@ -38,24 +46,41 @@ class Launch:
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     """This process's place: `RANK` and its kin (torchrun), else a Slurm step's variables (srun), else alone.
 
-    A Slurm job's first machine is where its ranks meet, on a port that follows from the job's number.
+    A Slurm job's first machine is where its ranks meet, on a port that follows from the job's number. Raises
+    `UsageError` for variables that are set in part, or to nonsense.
     """
+    number = partial(_number, environment)
     if "RANK" in environment:
-        return Launch(
-            rank=int(environment["RANK"]),
-            size=int(environment.get("WORLD_SIZE", "1")),
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-        )
+        place = Launch(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", "0"))
+        names = ("RANK", "WORLD_SIZE")
+        if place.size > 1:
+            _require(environment, "MASTER_ADDR")
+            number("MASTER_PORT")
     # Only a step has these: in the batch script around it there is one process, whatever the job's size.
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        return Launch(
-            rank=int(environment["SLURM_PROCID"]),
-            size=int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))),
-            local_rank=int(environment.get("SLURM_LOCALID", "0")),
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+        place = Launch(
+            rank=number(names[0]),
+            size=number(names[1]),
+            local_rank=number("SLURM_LOCALID", "0"),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
-            port=int(environment.get("MASTER_PORT") or _port(environment)),
+            port=number("MASTER_PORT") if environment.get("MASTER_PORT") else _port(environment),
         )
-    return Launch()
+    elif number("WORLD_SIZE", "1") > 1:
+        raise UsageError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, and RANK is not set: {_WAYS}")
+    else:
+        return Launch()
+    if place.rank >= place.size:
+        raise UsageError(f"{names[0]} is {place.rank}, and {names[1]} {place.size}: ranks count from 0. {_WAYS}")
+    return place
+
+
+def launched_or_alone() -> Launch:
+    """`launched`, for what comes after the word about variables that make no sense."""
+    try:
+        return launched()
+    except UsageError:
+        return Launch()
 
 
 @dataclass(frozen=True)
@@ -95,11 +120,26 @@ def end_process(code: int) -> NoReturn:
     """End with `code`. With other ranks: at once, since threads of a process group that something still refers to
     abort the interpreter when it is taken down.
     """
-    if launched().size > 1:
+    if launched_or_alone().size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """A variable that holds a number from 0 on. Raises `UsageError`."""
+    text = environment.get(name, default) if default is not None else _require(environment, name)
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"{name} is '{text}', and should be a number from 0 on. {_WAYS}")
+    return int(text)
+
+
+def _require(environment: Mapping[str, str], name: str) -> str:
+    """Raises `UsageError` if the variable is not set."""
+    if not environment.get(name):
+        raise UsageError(f"{name} is not set, though this process is one of a job's. {_WAYS}")
+    return environment[name]
 
 
 def _port(environment: Mapping[str, str]) -> int:

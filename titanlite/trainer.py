@@ -252,8 +252,7 @@ class Trainer:
                 self._validated = self.step, result.loss
             named = text.name if others else None
             self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte, named))
-            if last and self.world.is_first:
-                baselines = compression_baselines(text)
+            if last and self.world.is_first and (baselines := compression_baselines(text)):
                 needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
                 of = f" ({named})" if named else ""
                 said = f"on the same held-out text{of}, in bits per byte: {needed}"

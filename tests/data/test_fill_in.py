@@ -126,4 +126,6 @@ def test_markers_are_special_tokens(texts: str) -> None:
         DataError, match=r"data\.fim_tokens\.1: the tokenizer has no special token 'x' \(it has: <\|fim"
     ):
         opened(texts, fim_rate=0.5, fim_tokens=(NAMES[0], "x", NAMES[2]))
+    with pytest.raises(DataError, match=r"data\.fim_tokens: give three different tokens"):
+        opened(texts, fim_rate=0.5, fim_tokens=(NAMES[0], NAMES[1], NAMES[0]))
     assert opened(texts, fim_tokens=("x", "y", "z")).windows  # not looked at

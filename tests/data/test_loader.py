@@ -24,6 +24,7 @@ from titanlite.data.loader import IGNORED, Batch, _leave_signals_to_the_trainer,
 from titanlite.data.packing import document_layout
 from titanlite.data.splits import Split, split_of
 from titanlite.data.tokenizers import open_tokenizer
+from titanlite.errors import DataError
 from titanlite.parallel.layout import BatchPlan, ceil_div
 
 LENGTH = 8
@@ -175,6 +176,30 @@ def test_no_warnings(recwarn: pytest.WarningsRecorder) -> None:
 def test_a_split_travels_to_a_spawned_worker() -> None:
     split = make_split()
     assert pickle.loads(pickle.dumps(split)).sample(3).tolist() == reference(split, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_nothing_is_pickled_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Python's own way to start a process is."""
+    split, before = make_split(), multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setattr(Split, "__reduce__", None)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert next(train_loader(split, BatchPlan(6, 1, 0, 6), 0, 1, workers=1)).samples == tuple(range(6))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize(("workers", "bad"), [(0, 300), (1, 300), (0, -1)])
+def test_what_cannot_be_read_is_said_alike_with_workers(workers: int, bad: int) -> None:
+    stream = np.zeros(4 * LENGTH + 1, np.int32)
+    stream[-1] = bad
+    split = split_of(stream, open_tokenizer("bytes"), LENGTH)
+    batches = train_loader(split, BatchPlan(4, 1, 0, 4), 0, 1, workers=workers)
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    ids = f"ids {min(bad, 0)} to {max(bad, 0)}"
+    assert str(caught.value).startswith(f"source corpus, its texts: {ids} from token 24 on, and the tokenizer's are")
 
 
 # Validation.

@@ -6,12 +6,14 @@ import gzip
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.data.sources import Source
-from titanlite.data.splits import compression_baselines, open_data
+from titanlite.data.splits import compression_baselines, open_data, split_of
+from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -42,7 +44,7 @@ def test_documents_go_to_one_side_each(many: Path) -> None:
     train, held = (texts(all_of(side)) for side in sides)
     assert sorted(train + held) == sorted(f"<{number}>".encode() for number in range(400))
     assert 20 < len(held) < 60  # 40 expected; 3 standard deviations are 18
-    assert [side.count_documents() for side in sides] == [len(train), len(held)]
+    assert [len(side.streams[0].document_ends()) for side in sides] == [len(train), len(held)]
 
 
 def test_a_document_stays_on_its_side(many: Path) -> None:
@@ -97,6 +99,13 @@ def test_an_epoch_reads_every_window_once(tmp_path_factory: pytest.TempPathFacto
     for epoch in range(2):
         firsts = [int(train.sample(epoch * train.windows + i)[0]) for i in range(train.windows)]
         assert sorted(firsts) == list(range(0, 16 * train.windows, 16))
+
+
+def test_no_text_has_no_baselines() -> None:
+    """Held-out documents may be nothing but special tokens."""
+    tokens = np.array([257, 256, 256], np.uint16)
+    source = split_of(tokens, open_tokenizer("bytes", special_tokens=("<|x|>",)), sequence_length=2).sources[0]
+    assert compression_baselines(source) == {}
 
 
 def test_compression_baselines(tmp_path: Path) -> None:

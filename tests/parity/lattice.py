@@ -88,6 +88,9 @@ def pairs() -> Iterator[Point]:
                 4, {"pp": 2, "zero_stage": stage, "pipeline": _pipeline(schedule)}, {"training": {"microbatch": 1}},
                 default=common,
             )  # fmt: skip
+    for ranks, copies in ((4, 2), (6, 3)):  # copies share Muon's matrices, five of each shape
+        layout = {"dp_replicate": copies, "zero_stage": copies}
+        yield Point(ranks, layout, {"optimizer": {"name": "muon"}}, default=copies == 2)
     yield Point(4, {"tp": 2, "cp": 2})
     yield Point(4, {"tp": 2, "cp": 2, "cp_method": "ring"}, default=False)
     yield Point(4, {"pp": 2, "cp": 2, "cp_method": "ring"}, {"data": {"document_mask": True}}, default=False)

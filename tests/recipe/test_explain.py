@@ -84,6 +84,7 @@ def test_sections_and_tables_are_explained() -> None:
     assert "global_batch     Sequences in one optimizer step" in explain("training")
     assert "factor" in explain("model.rope_scaling")
     assert explain("training.steps").split("\n")[3] == "  type     a whole number, at least 1"
+    assert "relative to the others" in explain("data.sources.weight")
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,10 @@ class BestFit:
         """
         first = self.ends[index - 1] if index else 0
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
-        tokens: Tokens = np.empty(1 + int(lengths.sum()), stream.dtype)
-        tokens[0] = self.separator
-        if lengths[0] == self.sequence_length and starts[0] > 0:
-            tokens[:1] = stream[int(starts[0]) - 1 : int(starts[0])]
-        end = 1
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            tokens[end : end + length] = stream[start : start + length]
-            end += length
+        begins, ends = starts.tolist(), (starts + lengths).tolist()
+        tokens = stream[np.concatenate([[max(begins[0] - 1, 0)], *map(np.arange, begins, ends)])]
+        if lengths[0] < self.sequence_length or starts[0] == 0:
+            tokens[0] = self.separator
         return tokens
 
 

@@ -7,7 +7,7 @@ There is no copy: documents are rearranged when they are read. Cuts fall between
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -50,6 +50,8 @@ def fill_in(rate: float, names: Sequence[str], tokenizer: Tokenizer, seed: int, 
                 "data.special_tokens, or name others."
             )
     prefix, suffix, middle = (tokenizer.special_tokens[name] for name in names)
+    if len({prefix, suffix, middle, tokenizer.separator}) < 4:
+        raise DataError("data.fim_tokens: give three different tokens, none of them the separator of documents.")
     digest = hashlib.blake2b(f"fim/{seed}/{source}".encode(), digest_size=8).digest()
     return FillIn(rate, (prefix, suffix, middle), int.from_bytes(digest, "little"))
 
@@ -63,7 +65,7 @@ def filled_in(streams: Sequence[Stream], settings: FillIn) -> tuple[FilledIn, ..
 
 @dataclass(frozen=True)
 class FilledIn:
-    """A stream as it is read; its own tokens, as `[a:b]`. In memory, 16 bytes a document."""
+    """A stream as it is read; its own tokens, as `[a:b]` or by their places. In memory, 16 bytes a document."""
 
     stream: Stream
     own_ends: Int64
@@ -81,10 +83,6 @@ class FilledIn:
         """The stream's: equal where all tokens are, if the recipes are."""
         return self.stream.fingerprint
 
-    @property
-    def dtype(self) -> np.dtype[np.uint16 | np.int32]:
-        return self.stream.tokens.dtype
-
     @cached_property
     def _ends(self) -> Int64:
         numbers = np.arange(self.first_document, self.first_document + len(self.own_ends))
@@ -100,35 +98,29 @@ class FilledIn:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, key: slice) -> Tokens:
-        start, stop, _ = key.indices(len(self))
-        parts = [self.stream.tokens[:0]]
-        document = int(np.searchsorted(self._ends, start, side="right"))
-        at = _start(self._ends, document)
-        while at < stop:
-            for part in self._document(document):
-                parts.append(part[max(0, start - at) : max(0, stop - at)])
-                at += len(part)
-            document += 1
-        return np.concatenate(parts)
-
-    def _document(self, index: int) -> Iterator[Tokens]:
-        """Its parts, in the order in which they are read."""
-        tokens, start, end = self.stream.tokens, _start(self.own_ends, index), int(self.own_ends[index])
-        if int(self._ends[index]) - _start(self._ends, index) == end - start:
-            yield tokens[start:end]
-            return
-        number = np.array([self.first_document + index])
+    def __getitem__(self, key: slice | Int64) -> Tokens:
+        at = np.arange(*key.indices(len(self))) if isinstance(key, slice) else key
+        document = np.searchsorted(self._ends, at, side="right")
+        begin, start = _starts(self._ends, document), _starts(self.own_ends, document)
+        place, size = at - begin, self.own_ends[document] - start
         # Before any of its tokens, or before the separator.
-        first, second = sorted(start + int(self.settings.draws(number, n)[0] * (end - start)) for n in (1, 2))
-        prefix, suffix, middle = np.array(self.settings.markers, self.dtype)[:, np.newaxis]
-        yield from (prefix, tokens[start:first], suffix, tokens[second : end - 1])
-        yield from (middle, tokens[first:second], tokens[end - 1 : end])
+        draws = (self.settings.draws(self.first_document + document, n) for n in (1, 2))
+        one, other = ((drawn * size).astype(np.int64) for drawn in draws)
+        first, second = np.minimum(one, other), np.maximum(one, other)
+        suffix, middle = first + 1, first + 1 + size - second  # places of their markers
+        shift = np.select(
+            [place < suffix, place < middle, place < size + 2], [-1, second - first - 2, second - size - 2], -3
+        )
+        rearranged = self._ends[document] - begin != size
+        tokens = self.stream.tokens[start + place + shift * rearranged]  # for a marker, some token or other
+        for marker, where in zip(self.settings.markers, (0, suffix, middle), strict=True):
+            tokens[rearranged & (place == where)] = marker
+        return tokens
 
 
-def _start(ends: Int64, document: int) -> int:
-    """Where a document begins, given where each ends."""
-    return int(ends[document - 1]) if document else 0
+def _starts(ends: Int64, documents: Int64) -> Int64:
+    """Where documents begin, given where each ends."""
+    return np.where(documents > 0, ends[documents - 1], 0)
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
@@ -90,22 +91,30 @@ def train_loader(
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        loader: StatefulDataLoader[Batch] = StatefulDataLoader(
+        loader: StatefulDataLoader[Batch | Exception] = StatefulDataLoader(
             _Steps(split, plan, overfit_one_batch),
             batch_size=None,
             sampler=map(course.first, range(1, steps + 1)),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
+            # Forks share the arrays of the split; other processes would be sent all of them.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: the workers' seeds must not be drawn from the model's randomness
             snapshot_every_n_steps=0,  # there is no state
         )
-    return iter(loader)
+    return map(_raised, iter(loader))
 
 
 UNREADABLE = (OSError, ValueError, DataError)
 """What reading a batch may raise because of the data; anything else is no matter of theirs."""
+
+
+def _raised(read: Batch | Exception) -> Batch:
+    if isinstance(read, Exception):
+        raise read
+    return read
 
 
 class ReadAhead:
@@ -149,7 +158,7 @@ class ReadAhead:
         self.step = self._next + len(self._read)
         first, end = self._course.first(self.step), self._course.end(self.step)
         said = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
-        return DataError(f"{said}: {self.failure}.{saved}")
+        return DataError(f"{said}: {str(self.failure).removesuffix('.')}.{saved}")
 
 
 def validation_batches(
@@ -172,16 +181,21 @@ def validation_batches(
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Batch]):
-    """The batches of a run on one data rank, by their first samples."""
+class _Steps(Dataset[Batch | Exception]):
+    """The batches of a run on one data rank, by their first samples. In place of one that cannot be read is the error:
+    raised in a worker, it would reach the user as that worker's traceback.
+    """
 
     split: Split
     plan: BatchPlan
     overfit_one_batch: bool
 
-    def __getitem__(self, first: int) -> Batch:
+    def __getitem__(self, first: int) -> Batch | Exception:
         numbers = self.plan.samples(0 if self.overfit_one_batch else first)
-        windows = [self.split.sample(number) for number in numbers if number is not None]
+        try:
+            windows = [self.split.sample(number) for number in numbers if number is not None]
+        except UNREADABLE as error:
+            return error
         shape = (self.plan.microbatches, self.plan.microbatch)
         return _assemble(self.split.sources[0], windows, numbers, shape, self.plan.global_batch)
 

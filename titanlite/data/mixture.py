@@ -10,12 +10,14 @@ Who gets a place that is left over repeats after `CYCLE` blocks: weights count i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 from math import floor
+
+import numpy as np
+import numpy.typing as npt
 
 BLOCK = 1000
 CYCLE = 1000
@@ -23,7 +25,10 @@ _STRIDE = 619
 """Coprime to `CYCLE`, and nearly its golden section: multiples of it, taken modulo CYCLE, are spread evenly."""
 
 
-@dataclass(frozen=True)
+Table = npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """A schedule, as tables; made by `mixture`. Sources are numbers from 0."""
 
@@ -31,43 +36,42 @@ class Mixture:
     """Samples of each source in a cycle."""
     places: tuple[int, ...]
     """[BLOCK]: the source that always has a place of the block, or -1 - j for the j-th place left over."""
-    before: tuple[tuple[int, ...], ...]
-    """[sources][BLOCK]: how many of the places before one always are the source's."""
-    spare: tuple[tuple[int, ...], ...]
-    """[CYCLE][left over]: the source that has each place left over, by block of the first cycle."""
-    earlier: tuple[tuple[int, ...], ...]
-    """[sources][CYCLE]: how many places left over the source has in the blocks of the cycle before one."""
-    turn: tuple[int, ...]
-    """[left over]: from one cycle to the next, the place that takes each one's sources, so that those which have one
-    in the last block and in the first keep theirs."""
+    before: Table
+    """[BLOCK, sources]: how many of the places before one always are the source's."""
+    spare: Table
+    """[CYCLE, left over]: the source that has each place left over, by block of the first cycle."""
+    earlier: Table
+    """[CYCLE, sources]: how many places left over the source has in the blocks of the cycle before one."""
+    turns: tuple[tuple[tuple[int, ...], int], ...]
+    """[left over]: from one cycle to the next, each place's sources go to another, so that those which have one in the
+    last block and in the first keep theirs. The places that they come round to, and where in these each place is."""
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, number among the source's samples) of sample `sample` of the mixture, all from 0."""
         cycle, block, place = _position(sample)
         source = self.places[place]
         if source < 0:
-            source = self._spares(cycle, block)[-1 - source]
-        return source, self._before(cycle, block, place, source)
+            source = int(self.spare[block, self._turned(-1 - source, -cycle)])
+        return source, self.count(source, sample)
+
+    def count(self, source: int, samples: int) -> int:
+        """How many of the first `samples` samples are of a source."""
+        cycle, block, place = _position(samples)
+        share = self.shares[source]
+        count = cycle * share + block * (share // CYCLE)
+        count += int(self.before[place, source]) + int(self.earlier[block, source])
+        for spare in np.flatnonzero(self.spare[block] == source).tolist():  # one or none
+            count += -1 - self._turned(spare, cycle) in self.places[:place]
+        return count
 
     def counts(self, samples: int) -> tuple[int, ...]:
         """How many of the first `samples` samples are of each source."""
-        position = _position(samples)
-        return tuple(self._before(*position, source) for source in range(len(self.shares)))
+        return tuple(self.count(source, samples) for source in range(len(self.shares)))
 
-    def _before(self, cycle: int, block: int, place: int, source: int) -> int:
-        share = self.shares[source]
-        count = cycle * share + block * (share // CYCLE) + self.before[source][place] + self.earlier[source][block]
-        spares = self._spares(cycle, block)
-        if source in spares:
-            count += self.places.index(-1 - spares.index(source)) < place
-        return count
-
-    def _spares(self, cycle: int, block: int) -> list[int]:
-        """The sources of the places left over."""
-        spares = list(self.spare[block])
-        for place, source in zip(_repeated(self.turn, cycle), self.spare[block], strict=True):
-            spares[place] = source
-        return spares
+    def _turned(self, left_over: int, cycles: int) -> int:
+        """The place left over that has the sources of this one so many cycles later."""
+        places, at = self.turns[left_over]
+        return places[(at + cycles) % len(places)]
 
 
 @lru_cache(maxsize=64)
@@ -77,20 +81,22 @@ def mixture(weights: tuple[float, ...]) -> Mixture:
     Shares are rounded to parts of BLOCK x CYCLE, none to nothing.
     """
     assert 0 < len(weights) < BLOCK and all(weight > 0 for weight in weights)
-    sources = range(len(weights))
     shares = _apportioned([Fraction(weight) for weight in weights], BLOCK * CYCLE)
     always, sometimes = zip(*(divmod(share, CYCLE) for share in shares), strict=True)
     left_over = BLOCK - sum(always)
     places = _spread([*always, *[1] * left_over])
     places = [each if each < len(weights) else len(weights) - 1 - each for each in places]
-    spare = list(_settled([_chosen(sometimes, block * _STRIDE % CYCLE) for block in range(CYCLE)]))
+    chosen = _chosen(sometimes, left_over)
+    has = np.zeros((CYCLE, len(weights)), np.bool_)
+    np.put_along_axis(has, chosen, True, axis=1)
+    spare = _settled(chosen, has)
     return Mixture(
         shares=tuple(shares),
         places=tuple(places),
-        before=tuple(_counts_before([each == source for each in places]) for source in sources),
-        spare=tuple(map(tuple, spare)),
-        earlier=tuple(_counts_before([source in block for block in spare]) for source in sources),
-        turn=_turn(spare[0], spare[-1]),
+        before=_counts_before(np.array(places)[:, np.newaxis] == np.arange(len(weights))),
+        spare=spare,
+        earlier=_counts_before(has),
+        turns=_rounds(_turn(spare[0].tolist(), spare[-1].tolist())),
     )
 
 
@@ -112,26 +118,32 @@ def _apportioned(weights: Sequence[Fraction], total: int) -> list[int]:
 
 def _spread(counts: Sequence[int]) -> list[int]:
     """Each k counts[k] times, at distances as even as the others allow."""
-    turns = [(Fraction(2 * turn + 1, 2 * count), k) for k, count in enumerate(counts) for turn in range(count)]
+    # Fractions whose terms are so small are equal, and less, just where they are so as floats.
+    turns = [((2 * turn + 1) / (2 * count), k) for k, count in enumerate(counts) for turn in range(count)]
     return [k for _, k in sorted(turns)]
 
 
-def _chosen(shares: Sequence[int], offset: int) -> list[int]:
-    """Sources laid end to end, each as long as its share (below CYCLE): those that contain `offset` + a multiple of
+def _chosen(shares: Sequence[int], count: int) -> Table:
+    """[CYCLE, count]: the sources of each block, in their order. They are laid end to end, each as long as its share
+    (below CYCLE; all together `count` CYCLEs), and those are chosen that contain the block's offset + a multiple of
     CYCLE (systematic sampling, Madow 1949). Of all CYCLE offsets a source is chosen by as many as its share says.
     """
-    ends = list(accumulate(shares))
-    marks = range(offset, ends[-1], CYCLE)
-    return [next(k for k, end in enumerate(ends) if mark < end) for mark in marks]
+    offsets = np.arange(CYCLE) * _STRIDE % CYCLE
+    marks = offsets[:, np.newaxis] + CYCLE * np.arange(count)
+    chosen: Table = np.searchsorted(np.cumsum(shares), marks, side="right").astype(np.int16)
+    return chosen
 
 
-def _settled(blocks: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Each block's sources reordered, so that one which is in two blocks running has the same place in both."""
-    last: list[int] = []
-    for block in blocks:
-        fresh = iter([source for source in block if source not in last])
-        last = [each if each in block else next(fresh) for each in last] if last else block
-        yield last
+def _settled(chosen: Table, has: npt.NDArray[np.bool_]) -> Table:
+    """Each block's sources reordered, so that one which is in two blocks running has the same place in both. `has`,
+    [CYCLE, sources]: whether a block has a source.
+    """
+    settled: Table = chosen.copy()
+    for block in range(1, CYCLE):
+        last, now = settled[block - 1], chosen[block]
+        settled[block] = last
+        settled[block, ~has[block, last]] = now[~has[block - 1, now]]
+    return settled
 
 
 def _turn(first: Sequence[int], last: Sequence[int]) -> tuple[int, ...]:
@@ -140,15 +152,20 @@ def _turn(first: Sequence[int], last: Sequence[int]) -> tuple[int, ...]:
     return tuple(last.index(source) if source in last else next(others) for source in first)
 
 
-def _repeated(permutation: Sequence[int], times: int) -> list[int]:
-    """Where `times` applications of `permutation` take each place."""
-    result, power = list(range(len(permutation))), permutation
-    while times:
-        if times & 1:
-            result = [power[place] for place in result]
-        power, times = [power[place] for place in power], times >> 1
-    return result
+def _rounds(permutation: Sequence[int]) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """The cycle of each place, and where in it the place is."""
+    found: dict[int, tuple[tuple[int, ...], int]] = {}
+    for first in range(len(permutation)):
+        if first not in found:
+            cycle = [first]
+            while (after := permutation[cycle[-1]]) != first:
+                cycle.append(after)
+            places = tuple(cycle)
+            found |= {place: (places, at) for at, place in enumerate(places)}
+    return tuple(found[place] for place in range(len(permutation)))
 
 
-def _counts_before(flags: Sequence[bool]) -> tuple[int, ...]:
-    return tuple(accumulate(flags, initial=0))[:-1]
+def _counts_before(has: npt.NDArray[np.bool_]) -> Table:
+    """[rows, sources]: how many of the rows before one have the source."""
+    counts: Table = np.cumsum(has, axis=0, dtype=np.int16) - has
+    return counts

@@ -21,14 +21,11 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Sliced(Protocol):
-    """Tokens, all of which need not be in one place."""
-
-    @property
-    def dtype(self) -> np.dtype[np.uint16 | np.int32]: ...
+    """Tokens, all of which need not be in one place: as `[a:b]`, or by the place of each."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: slice, /) -> Tokens: ...
+    def __getitem__(self, key: slice | Int64, /) -> Tokens: ...
 
 
 class Stream(Protocol):
@@ -46,7 +43,7 @@ class Stream(Protocol):
         """End of each document, past its separator, in tokens."""
 
 
-def pack(documents: Sequence[Ids], separator: int, dtype: type[np.uint16] | type[np.int32] = np.uint16) -> Tokens:
+def pack(documents: Sequence[Ids], separator: int, dtype: npt.DTypeLike = np.uint16) -> Tokens:
     """The stream: each document followed by one `separator`."""
     stream: Tokens = np.empty(sum(map(len, documents)) + len(documents), dtype)
     end = 0

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titanlite.data.mixture import Mixture, mixture
+from titanlite.data.mixture import BLOCK, CYCLE, Mixture, mixture
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,10 @@ def schedule(stages: Sequence[Stage], most: Sequence[int | None]) -> Schedule:
             part = mixture(tuple(stage.weights[source] for source in sources))
             stretch = _Stretch(first, sources, part, tuple(counts))
             stretches.append(stretch)
-            limits = [(at, limit - counts[s]) for at, s in enumerate(sources) if (limit := most[s]) is not None]
-            ends = [first + _length(part, at, left) for at, left in limits]
+            left = {at: limit - counts[s] for at, s in enumerate(sources) if (limit := most[s]) is not None}
+            cycles = {at: (samples - 1) // part.shares[at] for at, samples in left.items()}
+            soonest = min(cycles.values(), default=0)
+            ends = [first + _length(part, at, left[at], soonest) for at in left if cycles[at] == soonest]
             if stage.until is not None:
                 ends.append(stage.until)
             if not ends:
@@ -103,12 +105,14 @@ def schedule(stages: Sequence[Stage], most: Sequence[int | None]) -> Schedule:
     raise AssertionError("the last stage has no end")
 
 
-def _length(part: Mixture, source: int, samples: int) -> int:
-    """The shortest beginning of a mixture that has so many samples of a source, by bisection."""
-    low, high = samples, 1 + samples * sum(part.shares) // part.shares[source] + sum(part.shares)
+def _length(part: Mixture, source: int, samples: int, cycles: int) -> int:
+    """The shortest beginning of a mixture that has so many samples of a source, by bisection; it has so many whole
+    cycles.
+    """
+    low, high = cycles * CYCLE * BLOCK, (cycles + 1) * CYCLE * BLOCK
     while low < high:
         middle = (low + high) // 2
-        if part.counts(middle)[source] < samples:
+        if part.count(source, middle) < samples:
             low = middle + 1
         else:
             high = middle

@@ -86,7 +86,7 @@ class Source:
         """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
         stream, number = self._locate(index)
         tokens = self._packed[stream].window(self.streams[stream].tokens, number)
-        if tokens.max() >= self.tokenizer.vocab_size or tokens.min() < 0:
+        if tokens.max() >= self.tokenizer.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             place, first = getattr(self.streams[stream], "prefix", "its texts"), self._packed[stream].first(number)
             raise DataError(
                 f"source {self.name}, {place}: ids {tokens.min()} to {tokens.max()} from token {first:,} on, and the "
@@ -121,9 +121,6 @@ class Source:
         for each in self.streams:
             parts.append(each.tokens[: tokens - sum(map(len, parts))])
         return np.concatenate(parts)
-
-    def count_documents(self) -> int:
-        return sum(len(each.document_ends()) for each in self.streams)
 
 
 @dataclass(frozen=True)

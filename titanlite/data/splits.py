@@ -181,9 +181,11 @@ def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[
     """Bits per byte that `gzip -9` and `xz -9` need for the source's text, its documents in one stream.
 
     Anything that has learnt the text should need fewer. Of long ones, the first `limit_bytes` stand for the
-    whole: xz takes about half a second a MiB.
+    whole: xz takes about half a second a MiB. Nothing, of no text.
     """
     text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
+    if not text:
+        return {}
     gzip = zlib.compressobj(9, wbits=31)  # 31: with gzip's own header and checksum
     sizes = {
         "gzip -9": len(gzip.compress(text)) + len(gzip.flush()),

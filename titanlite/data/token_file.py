@@ -313,7 +313,7 @@ class TokenWriter:
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._paths = paths_of(prefix)
-        self.dtype = np.dtype(token_dtype(vocab_size))
+        self.dtype = token_dtype(vocab_size)
         self._hash = xxhash.xxh3_64()
         self._lengths: list[Int64] = []
         self._tokens = self._counted = 0

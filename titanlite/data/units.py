@@ -256,7 +256,7 @@ def _encoded(batch: list[Document], tokenizer: Tokenizer, bad: _BadLines) -> tup
         return texts, ids
 
 
-def _packed(ids: Sequence[Ids], separator: int, dtype: type[np.uint16] | type[np.int32]) -> Iterator[Ids]:
+def _packed(ids: Sequence[Ids], separator: int, dtype: npt.DTypeLike) -> Iterator[Ids]:
     """The documents' tokens with their separators, in blocks; of a long document no second copy is made."""
     if sum(map(len, ids)) <= BLOCK * 4:
         yield pack(ids, separator, dtype)

@@ -161,7 +161,8 @@ class Program:
         self._passes.after_evaluation()
         self.world.reduce(sums, "sum")
         total, tokens, label_bytes = sums.tolist()
-        return Evaluation(loss=total / tokens, bits_per_byte=total / math.log(2) / label_bytes)
+        bits_per_byte = total / math.log(2) / label_bytes if label_bytes else math.nan
+        return Evaluation(total / tokens, bits_per_byte)
 
     @property
     def _reports(self) -> bool:

@@ -114,10 +114,11 @@ class Shards:
         return Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, rank)
 
     def exchange(self) -> MatrixExchange | None:
-        """How cut matrices come together whole; None if nothing is cut."""
-        if self._meshes is None or self._meshes.matrix.size() == 1:
+        """How cut matrices come together whole, and copies share the work; None where a rank is alone with its part."""
+        if self._meshes is None or self._meshes.matrix.size() * self._meshes.copies.size() == 1:
             return None
-        return MatrixExchange(self._meshes.matrix, {name: self._cutting(name) for name in self.table})
+        cuttings = {name: self._cutting(name) for name in self.table}
+        return MatrixExchange(self._meshes.matrix, self._meshes.copies, cuttings)
 
     def _cutting(self, name: str) -> Cutting:
         assert self._meshes is not None
@@ -148,25 +149,31 @@ class Cutting:
 class MatrixExchange:
     """Cut matrices to whole ones and back, each whole on one rank, the matrices shared out evenly.
 
-    Two all-to-alls a step move what an all-gather would move once, and no rank repeats another's work.
+    Two all-to-alls a step move what an all-gather would move once, and no rank repeats another's work: of several
+    copies each takes a share of the matrices, and gathers what the others made of theirs.
     """
 
-    def __init__(self, group: dist.ProcessGroup, cuttings: Mapping[str, Cutting]) -> None:
+    def __init__(self, group: dist.ProcessGroup, copies: dist.ProcessGroup, cuttings: Mapping[str, Cutting]) -> None:
+        """`group`: the ranks that hold parts of one copy; `copies`: those that hold the same parts."""
         self._group = group
+        self._copies = copies
         self._cuttings = cuttings
 
     def cutting(self, name: str) -> Cutting:
         return self._cuttings[name]
 
     def collect(self, held: Tensor, cutting: Cutting) -> Tensor:
-        """[n, rows here, columns here] of n matrices -> [ceil(n / ranks), rows, columns]: this rank's share."""
+        """[n, rows here, columns here] of n matrices -> [share, rows, columns]: those that are this rank's to work on,
+        ceil(ceil(n / copies) / ranks) of them.
+        """
+        share = ceil_div(len(held), self._copies.size())
+        held = held[self._copies.rank() * share :][:share]  # the last copies may have fewer, or none
         count, rows, columns = held.shape
         ranks, height, width = self._padded(cutting)
-        share = ceil_div(count, ranks)
+        share = ceil_div(share, ranks)
         sent = held.new_zeros(ranks * share, height, width)
         sent[:count, :rows, :columns] = held
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self._group)
+        received = self._exchanged(sent)
         whole = held.new_empty(share, *cutting.shape)
         for piece, (offset, size) in zip(received.view(ranks, share, height, width), cutting.boxes, strict=True):
             _part(whole, offset, size).copy_(_part(piece, (0, 0), size))
@@ -179,10 +186,26 @@ class MatrixExchange:
         sent = whole.new_zeros(ranks, share, height, width)
         for piece, (offset, size) in zip(sent, cutting.boxes, strict=True):
             _part(piece, (0, 0), size).copy_(_part(whole, offset, size))
+        received = self._exchanged(sent)
+        rows, columns = cutting.boxes[self._group.rank()][1]
+        own = received.view(ranks * share, height, width)[: ceil_div(count, self._copies.size()), :rows, :columns]
+        return self._of_all_copies(own)[:count]
+
+    def _exchanged(self, sent: Tensor) -> Tensor:
+        """One piece to each rank, and one from each."""
+        if self._group.size() == 1:
+            return sent
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._group)
-        rows, columns = cutting.boxes[self._group.rank()][1]
-        return received.view(ranks * share, height, width)[:count, :rows, :columns]
+        return received
+
+    def _of_all_copies(self, own: Tensor) -> Tensor:
+        """[share, rows here, columns here] -> [copies * share, rows here, columns here]."""
+        if self._copies.size() == 1:
+            return own
+        gather = torch.ops._c10d_functional.all_gather_into_tensor
+        gathered = gather(own.contiguous(), self._copies.size(), self._copies.group_name)
+        return torch.ops._c10d_functional.wait_tensor(gathered)  # type: ignore[no-any-return]
 
     def _padded(self, cutting: Cutting) -> tuple[int, int, int]:
         """Ranks, and the rows and columns of the largest box."""

@@ -42,11 +42,6 @@ class World:
         """Whether this is the rank that writes for all."""
         return self.rank == 0
 
-    def wait_for_all(self) -> None:
-        """Return once every rank has called this."""
-        if self.size > 1:
-            dist.barrier()
-
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first rank's `tensor`, in place, on every rank."""
         if self.size > 1:

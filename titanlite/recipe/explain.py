@@ -188,6 +188,8 @@ def _range_in_words(schema: Schema) -> str:
 def explain(key: str) -> str:
     """What a section or a key (`training`, `training.steps`) means. Raises `UsageError` for one that is not there."""
     path = tuple(key.split("."))
+    if key_schema(path) is None and key_schema(path[:-1]) is not None:
+        path = (*path[:-1], "0", path[-1])  # of an array of tables any will do
     schema = key_schema(path)
     if schema is None:
         known = [*Recipe.model_fields, *all_keys()]

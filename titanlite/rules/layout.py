@@ -115,6 +115,10 @@ def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
         problem = f"{tp} ranks are more than the {RANKS_IN_A_MACHINE} devices that most machines have, and between"
         fix = f"machines every block would wait for the network; if yours have fewer than {tp}, use pp or dp_shard."
         yield warning("parallel.tp", problem, fix)
+    elif world > RANKS_IN_A_MACHINE and RANKS_IN_A_MACHINE % tp:
+        problem = f"groups of {tp} do not fill machines of {RANKS_IN_A_MACHINE} devices, and some lie across two, where"
+        fix = "every block would wait for the network; use a degree that divides the devices of a machine."
+        yield warning("parallel.tp", problem, fix)
 
 
 def overlap(recipe: Recipe, world: int) -> Iterator[Finding]:

@@ -115,9 +115,9 @@ def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequ
     return tokenizer
 
 
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """2 bytes an id where they suffice by Megatron's rule, else 4."""
-    return np.uint16 if vocab_size < _NARROW_LIMIT else np.int32
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """2 bytes an id where they suffice by Megatron's rule, else 4; little-endian, as in the files."""
+    return np.dtype("<u2" if vocab_size < _NARROW_LIMIT else "<i4")
 
 
 def _file(path: Path) -> Path:
