@@ -55,6 +55,7 @@ SCHEDULES = (
     *("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"),
 )
 VALIDATES = {"validation__every_steps": 1}
+ROUNDS = {"precision__reduce": "bfloat16", "training__microbatch": 4, "world": 2}
 CP_TP = {"parallel__cp": 2, "parallel__tp": 2}
 
 
@@ -66,6 +67,7 @@ def test_a_sound_recipe_has_no_findings() -> None:
     assert found() == []
     assert found(world=4) == []
     assert found(training__steps=None, training__tokens=5) == []
+    assert found(**ROUNDS) == found(**ROUNDS, parallel__tp=2) == [], "nothing waits to be sent"
 
 
 @pytest.mark.parametrize(
@@ -158,9 +160,9 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
     ("key", "keys"),
     [
         ("parallel.zero_stage", {"parallel__zero_stage": 3, "parallel__dp_replicate": 2, "world": 2}),
-        (
-            "precision.reduce",
-            {"precision__reduce": "bfloat16", "parallel__zero_stage": 1, "training__microbatch": 4, "world": 2},
+        *(
+            ("precision.reduce", {"precision__compute": compute, **ROUNDS, "parallel__zero_stage": 1})
+            for compute in ("bfloat16", "float32")
         ),
         ("schedule.warmup_steps", {"schedule__warmup_steps": 100}),
         ("schedule.decay_steps", {"schedule__warmup_steps": 50, "schedule__decay_steps": 51}),

@@ -30,7 +30,7 @@ class Learner:
         self.shards = self.program.shards
         self.weights = self.shards.local()
         """Parameter name -> what this rank holds of it."""
-        weights = Weights(self.weights, self.shards.exchange())
+        weights = Weights(self.weights, self.shards.exchange(), world.device)
         self.optimizer = build_optimizer(recipe.optimizer, self.spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)
         self._recipe = recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
 from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
-from titanlite.optim.muon import Muon, orthogonalise
+from titanlite.optim.muon import Alone, Muon, orthogonalise
 from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Optimizer
 
@@ -73,6 +74,25 @@ def test_muons_weight_decay_is_exact_in_float64() -> None:
     parameter.grad = torch.zeros_like(before)
     Muon({"w": parameter}, momentum=0.9, weight_decay=0.1, dtype=torch.float64).step(0.01, TAKEN)
     torch.testing.assert_close(parameter.detach(), before * (1 - 0.001), rtol=1e-15, atol=0)
+
+
+def test_muon_multiplies_on_the_device_what_rests_on_the_host() -> None:
+    """The device is one without memory; what comes back from the others is on the host, as if it had numbers."""
+    places = []
+
+    class Elsewhere(Alone):
+        def collect(self, held: torch.Tensor, cutting: Any) -> torch.Tensor:
+            places.append(held.device.type)
+            return held
+
+        def give_back(self, whole: torch.Tensor, cutting: Any, count: int) -> torch.Tensor:
+            places.append(whole.device.type)
+            return torch.ones(count, *cutting.shape)
+
+    held = torch.nn.Parameter(torch.zeros(4, 6))
+    held.grad = torch.ones(4, 6)
+    Muon({"w": held}, 0.9, 0.1, torch.float32, Elsewhere({"w": held}), torch.device("meta")).step(0.01, TAKEN)
+    assert places == ["meta", "meta"] and (held == -0.01).all()
 
 
 def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, count, product
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from titanlite.parallel.stages import (
     takes_microbatches,
 )
 from titanlite.recipe.sections import Pipeline, Recipe
-from titanlite.rules.pipeline import pipeline_findings, split_backward
+from titanlite.rules.pipeline import _microbatch_findings, pipeline_findings, split_backward
 
 
 def pieces_of(costs: list[int]) -> list[Piece]:
@@ -45,7 +45,8 @@ def test_no_other_split_has_a_smaller_largest_stage(costs: list[int], pp: int) -
     for stage in stages[:-1]:
         last += stage.blocks + (stage.index == 0)
         ends.append(last)
-    assert value(tuple(ends)) == min(value(cut) for cut in combinations(range(1, len(costs)), pp - 1))
+    cuts = combinations(range(1, len(costs)), pp - 1)
+    assert tuple(ends) == min(cuts, key=lambda cut: (*value(cut), cut[::-1])), "of equal ones, late stages begin early"
 
 
 def test_stages_hold_every_module_once_in_order() -> None:
@@ -148,6 +149,14 @@ def test_what_cannot_be_is_named_with_its_fix(
     ((found, text),) = findings(microbatches=microbatches, parallel={"pp": pp, "pipeline": pipeline})
     assert found == key
     assert words in text
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_next_number_of_microbatches_that_a_schedule_takes(schedule: Any) -> None:
+    for pp, microbatches in product((2, 3, 5, 10), range(1, 45)):
+        said = [finding.fix for finding in _microbatch_findings(Pipeline(schedule=schedule), pp, microbatches)]
+        more = next(n for n in count(microbatches) if takes_microbatches(schedule, pp, n))
+        assert [text.startswith(f"have {more}:") for text in said] == [True] * (more > microbatches)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

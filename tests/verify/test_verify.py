@@ -59,7 +59,7 @@ def recipe_of(compute: str = "float64", **sections: dict[str, Any]) -> str:
 
 
 LAYOUTS = [
-    pytest.param(2, {"zero_stage": 3}, {}, id="stage-3"),
+    pytest.param(2, {"zero_stage": 3}, {"precision": {"compute": "float32", "reduce": "bfloat16"}}, id="stage-3"),
     pytest.param(2, {"zero_stage": 0}, {"optimizer": {"name": "muon"}}, id="stage-0-muon"),
     pytest.param(4, {"tp": 2}, {"recompute": {"mode": "selective"}}, id="tp-dp-recompute"),
     pytest.param(
@@ -74,9 +74,10 @@ LAYOUTS = [
 def test_a_layout_computes_what_one_process_does(
     pool: Pool, world: int, parallel: dict[str, Any], sections: dict[str, Any]
 ) -> None:
-    results = pool.run(verify_ranks.verified, world, recipe_of("bfloat16", parallel=parallel, **sections))
+    sections = {"precision": {"compute": "bfloat16"}, **sections}
+    results = pool.run(verify_ranks.verified, world, recipe_of(parallel=parallel, **sections))
     for found in results:
-        assert [each.compute for each in found] == ["float64", "bfloat16"]
+        assert [each.compute for each in found] == ["float64", sections["precision"]["compute"]]
         assert first_difference(found) is None
         for each in found:
             assert [row.step for row in each.rows] == [*range(verify_ranks.STEPS + 1)]
@@ -128,8 +129,10 @@ def test_alone_with_a_mistake(recipe: str, capsys: pytest.CaptureFixture[str], m
 
 
 def test_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", recipe, "--json", "--steps=1", "--precision.compute=float32"]) == 0
+    float8 = "--precision.float8.enabled=true"
+    assert main(["verify", recipe, "--json", "--steps=1", "--precision.compute=float32", float8]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert [note.partition(":")[0] for note in found["notes"]] == ["float8 is left out"]
     assert found["same"] is True and found["first_difference"] is None
     assert [(each["compute"], each["same"]) for each in found["passes"]] == [("float64", True), ("float32", True)]
     assert found["passes"][0]["rows"][1]["loss"]["here"] == pytest.approx(5.6, abs=1)
@@ -200,5 +203,5 @@ def test_what_is_no_number_is_a_difference() -> None:
     same, bad = Comparison(1.0, 1.0, 0.0), Comparison(float("nan"), float("nan"), float("inf"))
     weight = Weight("norm.weight", 0.0, 1e-9)
     rows = Row(0, same, same, weight), Row(1, same, bad, weight)
-    found = Pass("float64", tolerance_in("float64", 2), (), rows)
+    found = Pass("float64", tolerance_in("float64", "float32", 2), (), rows)
     assert (found.first_difference() or "").startswith("float64: the gradient norm of step 1 is nan")

@@ -45,6 +45,8 @@ class Weights:
     held: Mapping[str, Tensor]
     exchange: Exchange | None = None
     """None where every matrix is whole."""
+    device: torch.device | None = None
+    """Where matrices are multiplied; None: where they rest."""
 
     @staticmethod
     def of(model: nn.Module) -> Weights:
@@ -68,4 +70,4 @@ def build_muon(section: Section, spec: ModelSpec, weights: Weights, compute: tor
     matrices = {name: held for name, held in weights.held.items() if spec.is_block_matrix(name)}
     rest = {name: held for name, held in weights.held.items() if name not in matrices}
     momentum, decay = section.muon_momentum, section.weight_decay
-    return Optimizer(section, rest, Muon(matrices, momentum, decay, compute, weights.exchange))
+    return Optimizer(section, rest, Muon(matrices, momentum, decay, compute, weights.exchange, weights.device))

@@ -79,11 +79,15 @@ class Muon:
         weight_decay: float,
         dtype: torch.dtype,
         exchange: Exchange | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`parameters` are what is held here; where ranks hold parts, `exchange` brings them together."""
+        """`parameters` are what is held here; where ranks hold parts, `exchange` brings them together, and where they
+        rest in the host's memory, `device` multiplies.
+        """
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dtype = dtype
+        self.device = device
         self._exchange = exchange or Alone(parameters)
         cut_alike: dict[Any, dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in parameters.items():
@@ -106,8 +110,9 @@ class Muon:
             gradients = torch.stack([p.grad for p in parameters])
             moved = torch.lerp(gradients, momenta, self.momentum)
             momenta.copy_(torch.where(taken, moved, momenta))
-            whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum), cutting)
+            whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum).to(self.device), cutting)
             update = self._exchange.give_back(orthogonalise(whole, self.dtype), cutting, len(parameters))
+            update = update.to(momenta.device)
             update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
             # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
             torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))

@@ -72,8 +72,9 @@ class Float8Gather:
     ) -> None:
         """Gather `input_tensor`, this rank's shares one after the other, into `output_tensor`."""
         sent = packed(self._message(input_tensor))
-        received = sent.new_empty(group.size() * sent.numel())
-        dist.all_gather_into_tensor(received, sent, group=group)
+        # Functional: the plain call has another name from one version of torch to the next.
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(sent, group.size(), group.group_name)
+        received = torch.ops._c10d_functional.wait_tensor(gathered)
         self._unpack(received.view(group.size(), -1), output_tensor.view(group.size(), -1))
 
     def _message(self, flat: Tensor) -> Iterator[Tensor]:

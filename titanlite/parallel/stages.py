@@ -5,7 +5,7 @@ Pure functions of the recipe, without torch. Nothing here moves a tensor; `pipel
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -92,41 +92,52 @@ def stage_split(pieces: Sequence[Piece], pipeline: Pipeline, pp: int) -> tuple[S
     )
 
 
-_Value = tuple[float, ...]
+_Cuts = dict[int, tuple[int, int]]
+"""Where a stage ends -> the value of the best cut up to there (the least is best), and where the stage begins."""
 
 
 def _balanced(costs: Sequence[int], stages: int) -> list[int]:
-    """Where each stage ends: the exact answer, in O(pieces² x stages)."""
-    sums = list(accumulate(costs, initial=0))
+    """Where each stage ends: the exact answer, in O(pieces x log pieces x stages)."""
+    pieces, sums = len(costs), list(accumulate(costs, initial=0))
 
-    def largest(value: _Value, first: int, last: int) -> _Value:
-        return (max(value[0], sums[last] - sums[first]),)
+    def latest(limit: int) -> list[int]:
+        """Where stages end at the latest that cost no more than this, each leaving a piece to each that follows."""
+        ends = [0]
+        for following in reversed(range(stages)):
+            ends.append(min(bisect_right(sums, sums[ends[-1]] + limit) - 1, pieces - following))
+        return ends[1:]
 
-    (limit,), _ = _best_cut(len(costs), stages, (0,), largest)
+    limit = bisect_left(range(sums[-1]), True, key=lambda limit: latest(limit)[-1] == pieces)
 
-    def unevenness(value: _Value, first: int, last: int) -> _Value:
-        cost = sums[last] - sums[first]
-        without_blocks = min(last, len(costs) - 1) <= max(first, 1)
-        return (value[0] + without_blocks, value[1] + cost**2) if cost <= limit else (math.inf, math.inf)
+    def value(first: int, last: int) -> int:
+        without_blocks = min(last, pieces - 1) <= max(first, 1)
+        return (sums[last] - sums[first]) ** 2 + without_blocks * sums[-1] ** 2 * 2
 
-    return list(_best_cut(len(costs), stages, (0, 0), unevenness)[1])
+    cuts: list[_Cuts] = [{0: (0, 0)}]
+    for stage, end in enumerate(latest(limit), 1):
+        cuts.append(_longer(cuts[-1], range(stage, end + 1), lambda last: bisect_left(sums, sums[last] - limit), value))
+    ends = [pieces]
+    for row in cuts[:1:-1]:
+        ends.append(row[ends[-1]][1])
+    return ends[::-1]
 
 
-def _best_cut(
-    pieces: int, stages: int, start: _Value, extend: Callable[[_Value, int, int], _Value]
-) -> tuple[_Value, tuple[int, ...]]:
-    """The smallest value of a cut of all pieces into stages of at least one, and where each stage ends.
+def _longer(cuts: _Cuts, ends: range, earliest: Callable[[int], int], value: Callable[[int, int], int]) -> _Cuts:
+    """The best cuts with one more stage, which ends at one of `ends` and begins no earlier than `earliest` of that.
 
-    `extend(value, first, last)`: the value with one more stage, of pieces first … last - 1; never less than before.
+    Squares grow faster than costs: the later a stage ends, the later it begins at best. So the best beginning for the
+    middle one of the ends parts those of the others.
     """
-    row: dict[int, tuple[_Value, tuple[int, ...]]] = {0: (start, ())}
-    for stage in range(1, stages + 1):
-        longer: dict[int, tuple[_Value, tuple[int, ...]]] = {}
-        for last in range(stage, pieces - stages + stage + 1):
-            value, first = min((extend(row[first][0], first, last), first) for first in row if first < last)
-            longer[last] = (value, (*row[first][1], last))
-        row = longer
-    return row[pieces]
+    longer: _Cuts = {}
+    open_ends = [(ends, min(cuts), max(cuts))]
+    for some, least, most in open_ends:
+        if some:
+            middle, last = len(some) // 2, some[len(some) // 2]
+            begins = range(max(least, earliest(last)), min(most, last - 1) + 1)
+            longer[last] = min((cuts[first][0] + value(first, last), first) for first in begins)
+            best = longer[last][1]
+            open_ends += [(some[:middle], least, best), (some[middle + 1 :], best, most)]
+    return longer
 
 
 def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:

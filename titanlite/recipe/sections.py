@@ -292,7 +292,8 @@ class Parallel(Section):
     prefetch: NonNegative = 1
     """Blocks whose weights are asked for ahead of the one at work; 0: FSDP2's own order, one ahead in backward."""
     offload: bool = False
-    """Keep weights, gradients and optimizer states in the host's memory and update there, if they do not fit."""
+    """Keep weights, gradients and optimizer states in the host's memory and update there, if they do not fit. Muon
+    multiplies on the device."""
     timeout_seconds: PositiveFloat = 600.0
     """A rank that waits longer than this for others ends the run, also while these save or load."""
 

@@ -139,12 +139,12 @@ def offloading(recipe: Recipe, world: int) -> Iterator[Finding]:
 def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Gradients that wait on a rank to be sent add up in the dtype that they will travel in."""
     layout, parallel = layout_of(recipe.parallel, world), recipe.parallel
-    if layout is None or recipe.precision.reduce != "bfloat16" or recipe.precision.compute != "bfloat16":
+    if layout is None or recipe.precision.reduce != "bfloat16" or recipe.precision.compute == "float64":
         return
     passes = batch_plan(recipe, layout, 0).microbatches
     halved = layout.pp > 1 and splits_backward(parallel.pipeline.schedule)
     waits = parallel.zero_stage <= 1 or halved or layout.dp_replicate > 1
-    if world > 1 and passes > 1 and waits:
+    if (layout.data_ranks * layout.cp > 1 or parallel.offload) and passes > 1 and waits:
         problem = (
             f"gradients of {passes} microbatches add up in bfloat16 before they are sent, and lose small summands;"
         )

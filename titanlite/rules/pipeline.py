@@ -101,10 +101,10 @@ def _microbatch_findings(section: Pipeline, pp: int, microbatches: int) -> Itera
         return
     if schedule in IN_ROUNDS:
         rounds = microbatches // pp
+        more = min((microbatches // rounds + 1) * rounds, pp * (rounds + 1))
         problem = f"{schedule} goes through {microbatches} microbatches in {rounds} rounds, which do not divide them;"
     else:
-        least = pp if schedule == "1F1B" else 2 * pp
-        problem = f"{schedule} on {pp} ranks fills its stages with {least} microbatches or more, not {microbatches};"
-    more = next(n for n in range(microbatches + 1, microbatches + 2 * pp + 1) if takes_microbatches(schedule, pp, n))
+        more = pp if schedule == "1F1B" else 2 * pp
+        problem = f"{schedule} on {pp} ranks fills its stages with {more} microbatches or more, not {microbatches};"
     fix = f"have {more}: by a smaller training.microbatch or another global_batch."
     yield Finding("parallel.pipeline.microbatches", problem, fix)

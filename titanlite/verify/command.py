@@ -24,6 +24,8 @@ from titanlite.verify.verdict import Pass, first_difference
 _LEAST_TIMEOUT_SECONDS = 600.0
 """Other ranks wait while the first one runs, and perhaps compiles, alone."""
 
+_NO_FLOAT8 = "float8 is left out: products are compared in the compute dtype (docs/float8.md)"
+
 
 def main(argv: list[str]) -> int:
     """`titanlite verify`: 0 if the layout computes what one process does, else `LayoutDiffers` (exit code 3)."""
@@ -48,12 +50,13 @@ def main(argv: list[str]) -> int:
     small = shrink(loaded.recipe, place.size, arguments.steps)
     errors = [finding for finding in check(small, place.size) if finding.severity == "error"]
     assert not errors, f"shrinking made a legal recipe illegal: {errors}"
-    if loaded.recipe.precision.float8.enabled and place.is_first:
-        print("float8 is left out: products are compared in the compute dtype (docs/float8.md)", file=sys.stderr)
+    notes = [_NO_FLOAT8] if loaded.recipe.precision.float8.enabled else []
+    if notes and place.is_first:
+        print(*notes, file=sys.stderr)
     found = verify(small, report=place.is_first and not arguments.json)
     difference = first_difference(found)
     if place.is_first and arguments.json:
-        print(json.dumps(_object(small, place.size, found), indent=2))
+        print(json.dumps({"notes": notes, **_object(small, place.size, found)}, indent=2))
     if difference is not None:
         raise LayoutDiffers(
             f"{difference}. Do not train with it. To find out where it comes from, run this again with less of "

@@ -38,7 +38,7 @@ def passes(recipe: Recipe, world: World) -> Iterator[Pass]:
     """
     exact, notes = _exact(recipe, world)
     yield _compare(exact, world, notes)
-    if recipe.precision.compute != exact.precision.compute:
+    if recipe.precision != exact.precision:
         yield _compare(recipe, world, ())
 
 
@@ -47,7 +47,7 @@ def _exact(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, ...]]:
 
     The first rank tries, alone, so that a failure leaves nobody waiting; the others hear of it.
     """
-    double = in_precision(recipe, "float64")
+    double = in_precision(recipe, compute="float64")
     no_float64 = no_compiler = ""
     if world.is_first:
         no_float64 = _refusal(uncompiled(double), world)
@@ -55,7 +55,8 @@ def _exact(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, ...]]:
             no_compiler = _refusal(double, world)
     refused = world.from_first(torch.tensor([bool(no_float64), bool(no_compiler)], device=world.device)).tolist()
     if refused[0]:
-        return in_precision(recipe, "float32"), (f"float32 in place of float64: {no_float64}",)
+        single = in_precision(recipe, compute="float32", reduce="float32")
+        return single, (f"float32 in place of float64: {no_float64}",)
     if refused[1]:
         return uncompiled(double), (f"not compiled, since in float64 that fails: {no_compiler}",)
     return double, ()
@@ -127,7 +128,8 @@ def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> Pass:
     """All ranks run the layout, beside what the first one remembers of running alone."""
     spec = spec_of(recipe.model.preset)
     config = spec.configure(recipe.model)
-    shapes, tolerance = spec.shapes(config), tolerance_in(recipe.precision.compute, config.layers)
+    shapes, precision = spec.shapes(config), recipe.precision
+    tolerance = tolerance_in(precision.compute, precision.reduce, config.layers)
     remembered = _alone(recipe, shapes, world) if world.is_first else None
     rows = []
     for step, state in enumerate(_run(recipe, world)):
@@ -135,7 +137,7 @@ def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> Pass:
         for tensor in (expected.weights, expected.numbers, expected.distances):
             world.from_first(tensor)
         rows.append(_row(step, state, expected, shapes, tolerance, world))
-    return Pass(recipe.precision.compute, tolerance, notes, tuple(rows))
+    return Pass(precision.compute, tolerance, notes, tuple(rows))
 
 
 def _alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:

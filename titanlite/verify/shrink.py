@@ -96,9 +96,9 @@ def uncompiled(recipe: Recipe) -> Recipe:
     )
 
 
-def in_precision(recipe: Recipe, compute: str) -> Recipe:
-    """With `precision.compute` set to `compute`."""
-    return recipe.model_copy(update={"precision": _with(recipe.precision, compute=compute)})
+def in_precision(recipe: Recipe, **formats: str) -> Recipe:
+    """With other `formats` (keys of `[precision]`)."""
+    return recipe.model_copy(update={"precision": _with(recipe.precision, **formats)})
 
 
 def _with(section: Any, **keys: Any) -> Any:

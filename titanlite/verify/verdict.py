@@ -26,21 +26,25 @@ class Tolerance:
 _TURNED_BY_CHANCE = 2
 """Elements of a weight that may always move the other way: in a short vector, one is a large share."""
 
+_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}
+"""A format's unit of rounding."""
 
-def tolerance_in(compute: str, layers: int) -> Tolerance:
-    """How far rounding in `compute` may drive two orders of the same sums apart, in a few steps of so many blocks.
+
+def tolerance_in(compute: str, reduce: str, layers: int) -> Tolerance:
+    """How far rounding may drive two orders of the same sums apart, in a few steps of so many blocks that compute in
+    one format and send their gradients in another.
 
     In float64 rounding is some 1e-14 and mistakes are at least 1e-6: anything between would do.
 
-    Elsewhere, with u the format's unit of rounding (2^-8 for bfloat16, 2^-24 for float32): every block rounds anew, so
-    that activations and gradients are off by some u sqrt(blocks) of their size. The loss and the norm average them;
-    their own sums, always in float32 or more, add at most the root of their thousands of terms. Weights are another
-    matter. Adam's first steps go by gradients' signs, and of a gradient's elements a share of about that size is so
-    near to zero that rounding turns their sign. Each is then two steps off: a share s of them, 2 sqrt(s) of the way.
+    Elsewhere, with u the unit of rounding of the coarser format: every block rounds anew, so that activations and
+    gradients are off by some u sqrt(blocks) of their size. The loss and the norm average them; their own sums, always
+    in float32 or more, add at most the root of their thousands of terms. Weights are another matter. Adam's first steps
+    go by gradients' signs, and of a gradient's elements a share of about that size is so near to zero that rounding
+    turns their sign. Each is then two steps off: a share s of them, 2 sqrt(s) of the way.
     """
     if compute == "float64":
         return Tolerance(1e-9, 1e-9)
-    unit, sums = {"bfloat16": 2**-8, "float32": 2**-24}[compute] * math.sqrt(layers), 64 * 2**-24
+    unit, sums = max(_UNITS[compute], _UNITS[reduce]) * math.sqrt(layers), 64 * _UNITS["float32"]
     return Tolerance(unit + sums, 4 * unit + sums, 8 * unit)
 
 
