@@ -97,7 +97,7 @@ def pairs() -> Iterator[Point]:
     yield Point(6, {"tp": 3, "cp": 2}, default=False)
     for axis in ("tp", "cp"):
         for schedule in SCHEDULES:
-            common = schedule == ("DualPipeV" if axis == "tp" else "1F1B")
+            common = schedule == "1F1B"
             yield Point(4, {axis: 2, "pp": 2, "pipeline": _pipeline(schedule)}, default=common)
     yield Point(8, {"pp": 2, "dp_replicate": 2, "zero_stage": 2}, default=False)
     yield Point(6, {"pp": 3, "zero_stage": 1, "pipeline": _pipeline("1F1B", microbatches=4)}, default=False)
