@@ -15,6 +15,7 @@ from titanlite.cli import main as titanlite
 from titanlite.cli import run_command
 from titanlite.data.read_log import RECORD, log_path
 from titanlite.recipe.load import load_recipe
+from titanlite.saving import Saving
 from titanlite.train import main
 
 BATCH = 2
@@ -220,8 +221,11 @@ def test_weights_may_change_from_here_on_only(
     bare = plain.replace("weight = 3\n", "").replace("weight = 1\n", "")
     Path("recipe.toml").write_text(bare + STAGES.format(until=until, old=2))
     capsys.readouterr()
+    stored = Path("runs/tiny/recipe.toml").read_text()
     assert train() == 2
-    assert f"until = {until}" in capsys.readouterr().err.replace("_", "")
+    refusal = capsys.readouterr().err.replace("_", "")
+    assert f"until = {until}" in refusal and "a = " in refusal
+    assert Path("runs/tiny/recipe.toml").read_text() == stored, "the run's recipe is still that of its steps"
     Path("recipe.toml").write_text(bare + STAGES.format(until=until, old=3))
     assert train("--run.stop_after_step=4") == 75, "the past is the same: no flag is asked for"
     assert said("audit", "runs/tiny")["reordered"] == []
@@ -235,3 +239,43 @@ def test_weights_may_change_from_here_on_only(
     assert said("show", "runs/tiny", "--step", "5")["step"] == 5
     assert titanlite(["data", "show", "runs/tiny", "--step", "4"]) == 2
     assert "went on in another order from step 5 on" in capsys.readouterr().err
+
+
+def test_a_change_of_order_is_not_forgotten_by_going_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[[int], None], said: Callable[..., Any]
+) -> None:
+    """The state gone back to is saved anew, and a run that is killed then has no step of the new order."""
+    plain = Path("recipe.toml").read_text().replace('corpus = "corpus.txt"\n', "") + MIXED
+    Path("other.txt").write_text("".join(f"{n} times three is {3 * n}.\n" for n in range(200)))
+    Path("recipe.toml").write_text(plain)
+    assert train("--run.stop_after_step=2") == 75
+    Path("recipe.toml").write_text(plain.replace("weight = 3", "weight = 1"))
+    rollback = "--resilience.on_nonfinite=rollback"
+    poison(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Saving, "commit_instead", killed_after(Saving.commit_instead))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(rollback, "--allow-change=data.sources", "--checkpoint.every_steps=100")
+    assert train(rollback) == 0
+    found = said("audit", "runs/tiny", code=3)
+    assert found["reordered"] == [3] and found["lost"] == found["repeated"] == 0
+
+
+def killed_after(function: Callable[..., None]) -> Callable[..., None]:
+    def killed(*arguments: Any) -> None:
+        function(*arguments)
+        raise RuntimeError("killed")
+
+    return killed
+
+
+def test_another_text_of_a_validation_set_is_told_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = '\n[[data.validation]]\nname = "news"\npath = "news.txt"\n'
+    Path("news.txt").write_text("nothing new. " * 40)
+    Path("recipe.toml").write_text(Path("recipe.toml").read_text() + sets)
+    arguments = ("--validation.every_steps=2", "--validation.sequences=2")
+    assert train(*arguments, "--run.stop_after_step=2") == 75
+    Path("news.txt").write_text("something new. " * 40)
+    capsys.readouterr()
+    assert train(*arguments) == 0
+    assert "warning: validation reads another text than before (news)" in capsys.readouterr().out

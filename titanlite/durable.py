@@ -18,11 +18,6 @@ from pathlib import Path
 from titanlite.errors import UsageError
 from titanlite.recipe.units import format_bytes
 
-
-class InUse(UsageError):
-    """Another process has the folder."""
-
-
 _LEASE_SECONDS = 120
 """NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
 
@@ -116,7 +111,7 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
 
     A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
     trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
-    while: a holder on another machine is waited for. Raises `InUse` that says `what` is in use, by whom, and the
+    while: a holder on another machine is waited for. Raises `UsageError` that says `what` is in use, by whom, and the
     `other_way` than to wait; or `OSError`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -130,7 +125,7 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
                 warn(f"{path.parent} is in use by {holder}; waiting for it to end, or for the lock of a lost machine.")
         if time.monotonic() >= until:
             os.close(descriptor)
-            raise InUse(f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}.")
+            raise UsageError(f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}.")
         time.sleep(1)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)

@@ -16,6 +16,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.checkpoint.storage import read_manifest
+from titanlite.data.audit import reordered_steps as listed
 from titanlite.data.splits import DataSplits
 from titanlite.errors import DataError
 from titanlite.learner import Learner
@@ -24,6 +25,12 @@ from titanlite.observe.run_folder import Start, require_same_run
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 
+_DECIDE_SAMPLES = (
+    *("data.corpus", "data.sources", "data.stages", "data.packing", "data.text_key", "data.validation_percent"),
+    *("data.tokenizer", "data.separator", "data.special_tokens", "data.fim_rate", "data.fim_tokens"),
+    *("training.sequence_length", "run.seed"),
+)
+"""Keys of the recipe that say which samples there are, and in which order; who lets one of them change means it."""
 _ALONE_REFUSED = "Give the new run a recipe that differs in less."
 
 
@@ -86,9 +93,18 @@ def _loaded(
     return checkpoints.load_from(folder, state)
 
 
-def changed_past(manifest: Manifest, data: DataSplits) -> list[str]:
-    """What of `Split.past` is not as when the checkpoint was written; empty: its run read what this one would have."""
-    return _changed(manifest, data.train.past(manifest.samples))
+def reordered_steps(manifest: Manifest | None, data: DataSplits, say: Callable[[str], None]) -> list[int]:
+    """The steps that were the first in another order of samples than the step before, up to the one after the
+    checkpoint. The state itself lists them: what it is that led to it.
+    """
+    if manifest is None:
+        return []
+    steps = listed(manifest.values)
+    if not _changed(manifest, data.train.past(manifest.samples)):
+        return steps
+    first = manifest.step + 1
+    say(f"warning: from step {first} on samples come in another order: some texts may be read again, others never.")
+    return sorted({*steps, first})
 
 
 def _require_one_corpus(world: World, data: DataSplits) -> None:
@@ -111,12 +127,9 @@ def _require_same_tokenizer(manifest: Manifest, data: DataSplits, start: Start) 
 
 def _require_same_past(manifest: Manifest, data: DataSplits, start: Start) -> None:
     """What was read up to the checkpoint must be what this recipe puts there, or texts are read twice or never."""
-    others = ("run.seed", "training.sequence_length")
-    if any(
-        pattern.startswith("data.") or any(fnmatchcase(key, pattern) for key in others) for pattern in start.may_change
-    ):
+    if any(fnmatchcase(key, pattern) for key in _DECIDE_SAMPLES for pattern in start.may_change):
         return
-    changed = changed_past(manifest, data)
+    changed = _changed(manifest, data.train.past(manifest.samples))
     texts = [key.removeprefix("text/") for key in changed if key != "order"]
     way_out = "give the new one a run of its own by another run.name, or go on with it by --allow-change data.corpus."
     if texts:
@@ -127,11 +140,13 @@ def _require_same_past(manifest: Manifest, data: DataSplits, start: Start) -> No
         )
     if changed:
         tokens = manifest.samples * data.train.sources[0].sequence_length
+        sizes = ", ".join(f"{each.name} = {each.windows}" for each in data.train.sources)
         raise DataError(
             f"by this recipe the run would have read other samples up to its checkpoint of step {manifest.step} than "
             "it did: going on, it would read some texts again and others never. What data.sources and data.stages "
             f"change must be still to come: let the stage with the weights so far end by until = {tokens:_}, and begin "
-            f"another with the new ones. Or put the old order back, {way_out}"
+            f"another with the new ones (without weights, sources had those of their sizes: {sizes}). Or put the old "
+            f"order back, {way_out}"
         )
 
 

@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     if launched().rank >= active_ranks(loaded.recipe, launched().size):
         from titanlite.parallel.world import stand_by
 
+        _data(loaded.recipe)  # texts that one process tokenises first are waited for before ranks meet, by all
         return stand_by(loaded.recipe.parallel.timeout_seconds)
     train(loaded, start)
     return EXIT_DONE

@@ -17,6 +17,7 @@ from titanlite.checkpoint.format import Scalar
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager
 from titanlite.checkpoint.save import Facts, environment
 from titanlite.checkpoint.snapshots import Snapshots
+from titanlite.data.audit import REORDERED
 from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
 from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
 from titanlite.data.splits import DataSplits, compression_baselines
@@ -37,7 +38,7 @@ from titanlite.resilience.corruption import compare_replicas
 from titanlite.resilience.guards import BadStep, RollBack
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
-from titanlite.restore import changed_past, restore
+from titanlite.restore import reordered_steps, restore
 from titanlite.saving import Saving
 
 _COLLECT_EVERY = 100
@@ -118,7 +119,7 @@ class Trainer:
             self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
             self.data, start, self.journal.say,
         )  # fmt: skip
-        self._reordered = manifest is not None and bool(changed_past(manifest, self.data))
+        self._reordered = reordered_steps(manifest, self.data, self.journal.say)
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
         self.samples = manifest.samples if manifest is not None else 0
@@ -133,8 +134,6 @@ class Trainer:
         """From the step and the sample that the run is at."""
         self._course = course_from(self.recipe, self.step, self.samples)
         self.read_log.begin(self.step)
-        if self._reordered:
-            self.read_log.reordered(self.step + 1, self._course.first(self.step + 1))
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
@@ -281,6 +280,8 @@ class Trainer:
             **self.data.validation_texts,
             "tokenizer": self.data.tokenizer.fingerprint,
         }
+        if self._reordered:
+            values[REORDERED] = " ".join(map(str, self._reordered))
         if self._validated is not None and self._validated[0] == self.step:
             values[VALIDATION_LOSS] = self._validated[1]
         return Facts(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from titanlite.data import tokenised
+from titanlite.data.corpora.files import FileReader
 from titanlite.data.splits import DataSplits, open_data
 from titanlite.data.token_file import TokenFile
+from titanlite.data.units import Settings
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -66,8 +73,53 @@ def test_refusals_name_keys_of_the_recipe(texts: Path) -> None:
     with pytest.raises(DataError, match=r"many\.jsonl.*301.*data\.text_key"):
         opened()
     Path("shut").write_text("")
-    with pytest.raises(DataError, match=r"cannot write shut.*run\.output_dir"):
+    with pytest.raises(DataError, match=r"shut, where texts .* cannot be written or locked.*run\.output_dir"):
         opened(folder=Path("shut"))
+
+
+def test_without_locks_nothing_is_written(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else many ranks would write the same files at once."""
+
+    def unlockable(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", unlockable)
+    with pytest.raises(DataError, match=r"cannot be written or locked: Function not implemented.*prepare them"):
+        opened()
+    assert not list(Path("cache").glob("*.bin"))
+
+
+def test_what_is_there_needs_no_lock(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened()
+    monkeypatch.setattr(fcntl, "lockf", None)
+    assert opened().fingerprint == first.fingerprint
+
+
+def test_texts_that_change_meanwhile_are_not_kept(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = tokenised.prepare
+
+    def changed_before(*arguments: Any) -> Any:
+        (texts / "in" / "3.txt").write_text("another text of this name. " * 9)
+        return prepare(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenised, "prepare", changed_before)
+        with pytest.raises(DataError, match="changed while it was read"):
+            opened()
+    assert opened().fingerprint == opened(folder=None).fingerprint
+
+
+def test_of_other_settings_or_times_they_are_others(texts: Path) -> None:
+    files = list(FileReader("text").files("in"))
+    settings = Settings("bytes", None, (), "0", "text", False, 4.0)
+    others = [
+        replace(settings, fingerprint="1"),
+        replace(settings, text_key="t"),
+        replace(settings, held_out_percent=5),
+    ]
+    later = [files[0]._replace(modified_ns=files[0].modified_ns + 1), *files[1:]]
+    versions = [tokenised._version_of(files, each) for each in (settings, *others)]
+    assert len({*versions, tokenised._version_of(later, settings)}) == 5
 
 
 @pytest.mark.slow

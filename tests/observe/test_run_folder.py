@@ -109,6 +109,8 @@ def test_a_recipe_that_differs_in_what_may_change_resumes_and_is_written(tmp_pat
         "metrics.log_every": (10, 3), "checkpoint.every_steps": (0, 2), "run.stop_after_step": (None, 4),
         "run.name": ("run", "moved"), "data.workers": (0, 2),
     }  # fmt: skip
+    assert folder.recipe.read_text() != to_toml(now), "the start may still be refused"
+    folder.settle(0)
     assert folder.recipe.read_text() == to_toml(now)
     folder.close()
 

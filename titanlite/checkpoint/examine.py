@@ -20,6 +20,9 @@ from titanlite.errors import CheckpointError, UsageError
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
 
+BEGINS_WITH = ".begins-with.json"
+"""Beside the checkpoints: which one of another run this run began with, and by what path that was asked for."""
+
 
 def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoint folders that a path means, by step: of a run, of its `checkpoints`, or this one alone.

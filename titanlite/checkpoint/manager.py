@@ -17,7 +17,7 @@ from pathlib import Path
 
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.background import Saved, Warn, Writings
-from titanlite.checkpoint.examine import newest_at_first
+from titanlite.checkpoint.examine import BEGINS_WITH, newest_at_first
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
@@ -28,9 +28,6 @@ from titanlite.models.shard import Shard
 
 VALIDATION_LOSS = "validation_loss"
 """The value beside a checkpoint's tensors that tells which are the best ones."""
-
-BEGINS_WITH = ".begins-with.json"
-"""Beside the checkpoints: which one of another run this run began with, and by what path that was asked for."""
 
 
 @dataclass(frozen=True)

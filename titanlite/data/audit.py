@@ -7,7 +7,7 @@ were ranks with other layouts, kills and steps taken twice, what is left is one 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.data.read_log import READ, REORDERED, SKIPPED, Records
+from titanlite.data.read_log import READ, SKIPPED, Records
+
+REORDERED = "reordered"
+"""The value of a checkpoint that lists, with spaces between, the steps which were the first to read by another order
+than the step before, in the history that led to its state."""
 
 Span = tuple[int, int]
 """First and last sample, or step."""
@@ -57,6 +61,11 @@ class Audit:
         return not (self.lost or self.repeated or self.unrecorded or self.reordered) and self.in_order
 
 
+def reordered_steps(values: Mapping[str, Any]) -> list[int]:
+    """The steps that the values of a checkpoint list as `REORDERED`."""
+    return [int(step) for step in str(values.get(REORDERED, "")).split()]
+
+
 def history(records: Records, last_step: int | None = None) -> Records:
     """The records that count in the history that leads to `last_step` (None: to the last that was taken), by steps."""
     stretches = records["start"].astype(np.int64) << 16 | records["turn"]
@@ -78,11 +87,6 @@ def steps_read(records: Records) -> Iterator[tuple[int, Records]]:
         yield int(step), part
 
 
-def reordered_at(records: Records) -> tuple[int, ...]:
-    """The steps of a `history` that were the first in another order than the step before."""
-    return tuple(np.unique(records["step"][records["kind"] == REORDERED]).tolist())
-
-
 def samples_of(records: Records) -> Samples:
     """The samples of a step, ascending."""
     counts = records["count"]
@@ -91,11 +95,17 @@ def samples_of(records: Records) -> Samples:
     return np.sort(samples.astype("<i8"), kind="stable")
 
 
-def audit(records: Records, last_step: int, end: int, begins_elsewhere: bool = False) -> Audit:
-    """Follow the history to `last_step`, whose state says that samples before `end` are read or passed over.
+def audit(
+    records: Records, last_step: int, end: int, begins_elsewhere: bool = False, reordered: Sequence[int] = ()
+) -> Audit:
+    """Follow the history to `last_step`, whose state says that samples before `end` are read or passed over, and which
+    steps were the first to be `reordered`.
 
-    `begins_elsewhere`: the run began with the state of another one, so that its first samples are not here.
+    `begins_elsewhere`: the run may have begun with the state of another one, so that its first samples are not here; it
+    has if its first records say so.
     """
+    names = records["start"].astype(np.int64) << 16 | records["turn"]
+    begins_elsewhere = begins_elsewhere and names.size > 0 and bool(records["begun"][names.argmin()])
     kept = history(records, last_step)
     digest = hashlib.blake2b(digest_size=16)
     spans: list[Span] = []
@@ -127,7 +137,7 @@ def audit(records: Records, last_step: int, end: int, begins_elsewhere: bool = F
         in_order=all(one[1] < other[0] for one, other in pairwise(order)),
         unrecorded=tuple(_gaps_and_repeats([(step, step) for step in steps], begun + 1, last_step + 1)[0]),
         skipped=tuple(skipped),
-        reordered=reordered_at(kept),
+        reordered=tuple(reordered),
         digest=digest.hexdigest(),
         restarts=max(0, len(np.unique(records["start"][records["kind"] == READ])) - 1),
         layouts=tuple(layouts),

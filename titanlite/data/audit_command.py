@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from titanlite.checkpoint.examine import BEGINS_WITH
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
 from titanlite.checkpoint.storage import checkpoint_steps, read_manifest
-from titanlite.data.audit import Audit, Span, audit, history
+from titanlite.data.audit import Audit, Span, audit, history, reordered_steps
 from titanlite.data.read_log import READ, read_records
 from titanlite.errors import SamplesLost, UsageError
 from titanlite.recipe.load import load_recipe
@@ -51,7 +52,8 @@ def _audit(arguments: argparse.Namespace) -> None:
     manifest = newest_manifest(run)  # before the records, which are brought to the disk before a checkpoint is
     records = read_records(run)
     step, end = (manifest.step, manifest.samples) if manifest else (0, 0)
-    found = audit(records, step, end, begins_elsewhere=recipe.checkpoint.resume_from is not None)
+    elsewhere = (run / "checkpoints" / BEGINS_WITH).exists()
+    found = audit(records, step, end, elsewhere, reordered_steps(manifest.values if manifest else {}))
     whole = history(records)
     later = len({int(each) for each in whole["step"][whole["kind"] == READ] if each > step})
     if arguments.json:

@@ -20,9 +20,9 @@ from titanlite.errors import DataError, UsageError
 FOLDER = Path("logs") / "samples"
 """Of a run."""
 
-READ, SKIPPED, WENT_BACK, REORDERED = range(1, 5)
+READ, SKIPPED, WENT_BACK = range(1, 4)
 """Kinds of records: samples that a step read; samples that were passed over before a step, by `data.skip_steps`; and
-after a step that the run went back to; no samples, but from this step on the recipe's order is another."""
+after a step that the run went back to."""
 
 RECORD = np.dtype(
     [
@@ -80,10 +80,6 @@ class ReadLog:
         """Samples `first` to `end - 1` are not read: `SKIPPED` by this step, or the run `WENT_BACK` to it."""
         self._write(kind, step, first, end - first)
 
-    def reordered(self, step: int, first: int) -> None:
-        """From this step on, which begins with sample `first`, a sample's number stands for another text."""
-        self._write(REORDERED, step, first, 0)
-
     def sync(self) -> None:
         """Return once all of it is on stable storage."""
         self._file.sync()
@@ -104,8 +100,6 @@ class NoLog:
     def read(self, step: int, samples: Sequence[int]) -> None: ...
 
     def passed_over(self, kind: int, step: int, first: int, end: int) -> None: ...
-
-    def reordered(self, step: int, first: int) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -129,7 +123,7 @@ def read_records(run: Path) -> Records:
         # A kill can cut the last one in two; and where power was lost, zeros can stand for what had not been synced.
         records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
         records = records[records["start"] > 0]
-        strange = np.flatnonzero((records["kind"] < READ) | (records["kind"] > REORDERED))
+        strange = np.flatnonzero((records["kind"] < READ) | (records["kind"] > WENT_BACK))
         if strange.size:
             kind = records["kind"][strange[0]]
             raise DataError(f"{path}: a record of kind {kind}: damaged, or written by a newer titanlite.")

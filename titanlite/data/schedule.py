@@ -31,9 +31,17 @@ class _Stretch:
     """Its first sample."""
     sources: tuple[int, ...]
     """Those in the mixture."""
-    mixture: Mixture
+    weights: tuple[float, ...]
+    """Of these."""
+    shares: tuple[int, ...]
+    """Theirs in the mixture."""
     before: tuple[int, ...]
     """Samples of every source that came earlier."""
+
+    @property
+    def mixture(self) -> Mixture:
+        """Its tables are large where there are many sources, so those of a few stretches are kept."""
+        return mixture(self.weights)
 
     def counts(self, samples: int) -> list[int]:
         """Samples of every source among the run's first `samples`, which end in this stretch."""
@@ -65,7 +73,7 @@ class Schedule:
 
     def before(self, samples: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
         """All that decides the first `samples` samples: where each mixture begins, its sources and their shares."""
-        return [(each.first, each.sources, each.mixture.shares) for each in self.stretches if each.first < samples]
+        return [(each.first, each.sources, each.shares) for each in self.stretches if each.first < samples]
 
     def _stretch(self, sample: int) -> _Stretch:
         return self.stretches[bisect_right(self.stretches, sample, key=lambda each: each.first) - 1]
@@ -89,8 +97,9 @@ def schedule(stages: Sequence[Stage], most: Sequence[int | None]) -> Schedule:
             )
             if not sources:
                 return Schedule(tuple(stretches), first)
-            part = mixture(tuple(stage.weights[source] for source in sources))
-            stretch = _Stretch(first, sources, part, tuple(counts))
+            weights = tuple(stage.weights[source] for source in sources)
+            part = mixture(weights)
+            stretch = _Stretch(first, sources, weights, part.shares, tuple(counts))
             stretches.append(stretch)
             left = {at: limit - counts[s] for at, s in enumerate(sources) if (limit := most[s]) is not None}
             cycles = {at: (samples - 1) // part.shares[at] for at, samples in left.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import unicodedata
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
@@ -12,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.data.audit import history, reordered_at, samples_of
+from titanlite.data.audit import history, reordered_steps, samples_of
 from titanlite.data.audit_command import newest_manifest, recipe_of_run
-from titanlite.data.read_log import READ, Records, read_records
+from titanlite.data.read_log import READ, read_records
 from titanlite.data.splits import Split, open_data
 from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenised import texts_folder
@@ -69,8 +70,7 @@ def _show(arguments: argparse.Namespace) -> None:
         recipe = recipe_of_run(path)
         if arguments.data_ranks is not None:
             raise UsageError("--data-ranks is for recipes: a run has written down how many there were.")
-        kept = history(read_records(path))
-        numbers = _recorded(path, kept, arguments.step, arguments.rank)
+        numbers = _recorded(path, arguments.step, arguments.rank)
     else:
         recipe = load_recipe(path).recipe
         numbers = _planned(recipe, arguments.step, arguments.rank, arguments.data_ranks)
@@ -79,7 +79,7 @@ def _show(arguments: argparse.Namespace) -> None:
         recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False, texts_folder=folder
     )
     if path.is_dir():
-        _require_same_order(path, split.train, kept, arguments.step)
+        _require_same_order(path, split.train, arguments.step)
     shown = [_sample(split.train, split.tokenizer, number) for number in numbers]
     if arguments.limit:
         shown = [_shortened(each, arguments.limit) for each in shown]
@@ -97,9 +97,10 @@ def _show(arguments: argparse.Namespace) -> None:
         print("\n".join(f"  | {line}" for line in each.text.split("\n")))
 
 
-def _recorded(run: Path, kept: Records, step: int, rank: int | None) -> list[int]:
-    """The samples that a step of a run's history read. Raises `UsageError`."""
-    reads = kept[kept["kind"] == READ]
+def _recorded(run: Path, step: int, rank: int | None) -> list[int]:
+    """The samples that a step of a run read. Raises `DataError` or `UsageError`."""
+    reads = history(read_records(run))
+    reads = reads[reads["kind"] == READ]
     of_step = reads[reads["step"] == step]
     if not of_step.size:
         raise UsageError(f"{run} has no record of step {step}; it has some of steps {reads['step'].min()} to "
@@ -123,11 +124,14 @@ def _require_rank(rank: int | None, ranks: int) -> None:
         raise UsageError(f"--rank {rank}: there are {ranks} data ranks, counted from 0.")
 
 
-def _require_same_order(run: Path, split: Split, kept: Records, step: int) -> None:
+def _require_same_order(run: Path, split: Split, step: int) -> None:
     """The numbers that a step wrote down must stand for the same texts still."""
-    if (change := max(reordered_at(kept), default=0)) > step:
-        raise DataError(f"{run} went on in another order from step {change} on: the recipe of step {step} is not kept.")
     manifest = newest_manifest(run)
+    if (change := max(reordered_steps(manifest.values if manifest else {}), default=0)) > step:
+        raise DataError(f"{run} went on in another order from step {change} on: the recipe of step {step} is not kept.")
+    if manifest is None or step > manifest.step:
+        said = f"no checkpoint has step {step}, so whether its texts have changed since is not known"
+        print(f"warning: {said}", file=sys.stderr)
     past = {} if manifest is None else split.past(manifest.samples)
     if manifest is not None and any(manifest.values.get(key, value) != value for key, value in past.items()):
         raise DataError(

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from titanlite.data.corpora import CORPORA, is_held_out
-from titanlite.data.corpora.files import FileReader
+from titanlite.data.corpora.files import FileReader, FoundFile
 from titanlite.data.prepare import Request, prepare
 from titanlite.data.progress import Progress
 from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.data.tokenizers import Tokenizer
-from titanlite.data.units import Settings, key_of
+from titanlite.data.units import PART_VERSION, Settings, key_of
 from titanlite.data.workers import cores
-from titanlite.durable import InUse, cause, take_lock
+from titanlite.durable import cause
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, Run
 from titanlite.recipe.units import format_bytes
 
 IN_MEMORY_BYTES = 2**25
 """Texts of so many bytes, packed or not, are read by every rank for itself."""
-_PAUSE_SECONDS = 0.5
+
+_IN_RECIPES = (
+    ("no --held-out", "data.validation_percent = 0"),
+    ("--held-out", "data.validation_percent"),
+    ("--text-key", "data.text_key"),
+    ("take fewer --workers, or ", ""),
+)
+"""What the command's options are called in a recipe."""
 
 
 def texts_folder(run: Run) -> Path:
@@ -61,46 +67,60 @@ def tokenised(
         skip_bad_lines=False,
         held_out_percent=percent,
     )
-    versions = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
-    out = folder / key_of([settings.decisive, versions])
-    request = Request(tuple(paths), out, settings, workers=cores(), force=True)
-    with _alone(out):
-        if not paths_of(out).idx.exists():  # which is the last to be there
-            with Progress(sys.stderr) as progress:
-                progress.message(f"tokenising {format_bytes(size)} of texts into {out}, once for all runs")
-                _prepare(request, tokenizer, progress)
+    out = folder / _version_of(files, settings)
+    if not paths_of(out).idx.exists():  # which is the last to be there
+        request = Request(tuple(paths), out, settings, workers=cores(), force=True)
+        with _alone(out):
+            if not paths_of(out).idx.exists():
+                _make(request, tokenizer, size)
     return tuple(map(TokenFile.open, [out, out.with_name(out.name + HELD_OUT)][: 2 if percent else 1]))
 
 
-def _prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> None:
+def _version_of(files: Sequence[FoundFile], settings: Settings) -> str:
+    """Another one wherever the tokens may be others."""
+    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
+    return key_of([PART_VERSION, settings.decisive, texts])
+
+
+def _make(request: Request, tokenizer: Tokenizer, size: int) -> None:
+    """Write the files, on all cores. Raises `DataError` as a run has it to say."""
     try:
-        prepare(request, tokenizer, progress)
+        with Progress(sys.stderr) as progress:
+            progress.message(f"tokenising {format_bytes(size)} of texts into {request.out}, once for all runs")
+            prepare(request, tokenizer, progress)
     except DataError as error:  # which speaks of the command's options
-        words = (("--text-key", "data.text_key"), ("--held-out", "data.validation_percent"), ("--workers", "ranks"))
         text = str(error)
-        for option, key in words:
+        for option, key in _IN_RECIPES:
             text = text.replace(option, key)
         raise DataError(text) from error
+    reader = FileReader(request.settings.text_key)
+    if _version_of([file for entry in request.inputs for file in reader.files(entry)], request.settings) != (
+        request.out.name
+    ):
+        paths_of(request.out).idx.unlink()
+        raise DataError(f"{request.inputs[0]}: changed while it was read; start again when nothing writes to it.")
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Where one process at a time is; of what the one before has done, the next finds whatever is done."""
+    """Where one process at a time is; of what the one before has done, the next finds whatever is done.
+
+    Raises `DataError` where files cannot be written, or not locked: then many would write the same ones.
+    """
+    import fcntl  # not on Windows
+
     lock = out.with_name(f".{out.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        while True:
+        with open(lock, "w") as file:
             try:
-                held = take_lock(lock, f"the folder {out.parent}", "end it", lambda text: None)
-                break
-            except InUse:
-                time.sleep(_PAUSE_SECONDS)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                print(f"waiting for another process, which tokenises texts into {out}", file=sys.stderr, flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            yield
     except OSError as error:
         raise DataError(
-            f"cannot write {out.parent}, where texts that are too many for memory are tokenised: "
+            f"{out.parent}, where texts that are too many for memory are tokenised, cannot be written or locked: "
             f"{cause(error, out.parent)}; change run.output_dir, or prepare them (titanlite data prepare)."
         ) from error
-    try:
-        yield
-    finally:
-        os.close(held)

@@ -97,6 +97,7 @@ class RunFolder:
         warn: Callable[[str], None],
         found: dict[str, Any],
         start: Start,
+        recipe_text: str,
     ) -> None:
         self.path = path
         self.resumed = resumed
@@ -118,6 +119,7 @@ class RunFolder:
         self._lock = lock
         self._warn = warn
         self._pending = start.once if resumed else ""
+        self._recipe_text = recipe_text
 
     def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> bool:
         """Say in `status.json` how the run stands; `exit_code` is None while it runs. A full disk only warns.
@@ -136,10 +138,16 @@ class RunFolder:
         return True
 
     def settle(self, step: int) -> None:
-        """Say that the run goes on after `step`, and that what was asked for once is done: no restart does it again.
+        """Say that the run goes on after `step`, by the recipe of this start, and that what was asked for once is done:
+        no restart does it again.
 
         Raises `UsageError` where something was and this cannot be written: a restart would undo what was trained since.
         """
+        if self.changes:  # not before: a start may be refused by what its checkpoint says
+            try:
+                replace_file(self.recipe, self._recipe_text.encode())
+            except OSError as error:
+                raise UsageError(f"cannot write {self.recipe}: {cause(error, self.path)}.") from error
         pending, self._pending = self._pending, ""
         if not self.write_status("running", step) and pending:
             raise UsageError(f"{self.status} cannot be written, so a restart would not know that {pending} is done.")
@@ -247,13 +255,13 @@ def _open_locked(
                 _delete(path / name)
         resumed, found = False, {}
     changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
-    if changes or not resumed:
+    if not resumed:
         replace_file(path / "recipe.toml", text.encode())
     for name in ("checkpoints", "logs"):
         (path / name).mkdir(exist_ok=True)
     if not resumed:
         replace_file(path / "status.json", _status("running", 0, None, "", 1, start.job))
-    return RunFolder(path, lock, resumed, changes, warn, found, start)
+    return RunFolder(path, lock, resumed, changes, warn, found, start, text)
 
 
 def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
