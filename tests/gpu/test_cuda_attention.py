@@ -1,4 +1,4 @@
-"""The flash kernels that attention over several ranks calls by name, against float64."""
+"""Attention: the flash kernels that several ranks call by name, and masks of documents, against float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from titanlite.models.layers import CausalAttention
+from titanlite.models.llama import DocumentMask
 from titanlite.parallel import ring
 from titanlite.parallel.context import _attend_to_the_last
 
@@ -63,4 +64,25 @@ def test_blocks_of_a_ring(heads: int, kv_heads: int, head_dim: int) -> None:
     (q_first, k_first, v_first), (q_own, k_own, v_own) = parts
     found = (q_first + q_own, torch.cat((k_first, k_own), 2), torch.cat((v_first, v_own), 2))
     for ours, theirs in zip(found, torch.autograd.grad(whole, exact, grad.double()), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_documents_of_a_sequence_are_each_alone(heads: int, kv_heads: int, head_dim: int, compiled: bool) -> None:
+    lengths = [100, 28, 1, 127]
+    documents = torch.arange(len(lengths), device="cuda").repeat_interleave(torch.tensor(lengths, device="cuda"))
+    q, k, v = (random(1, 256, count, head_dim) for count in (heads, kv_heads, kv_heads))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    parts = zip(*(x.split(lengths, dim=1) for x in exact), strict=True)
+    alone = torch.cat([CausalAttention()(*part, None, True) for part in parts], dim=1)
+    found = [x.clone().requires_grad_() for x in (q, k, v)]
+    core = CausalAttention()
+    attend = torch.compile(core, fullgraph=True, dynamic=False) if compiled else core
+    out = attend(*found, DocumentMask()(documents.unsqueeze(0)), False)
+    close(out, alone)
+    grad = random(*out.shape)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, found, grad), torch.autograd.grad(alone, exact, grad.double()), strict=True
+    ):
         close(ours, theirs)
