@@ -210,12 +210,18 @@ weights = {{ b = 1 }}
 """
 
 
-def test_weights_may_change_from_here_on_only(
-    folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]
-) -> None:
+def mixed() -> str:
+    """Have the recipe read two sources; its text."""
     plain = Path("recipe.toml").read_text().replace('corpus = "corpus.txt"\n', "") + MIXED
     Path("other.txt").write_text("".join(f"{n} times three is {3 * n}.\n" for n in range(200)))
     Path("recipe.toml").write_text(plain)
+    return plain
+
+
+def test_weights_may_change_from_here_on_only(
+    folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]
+) -> None:
+    plain = mixed()
     assert train("--run.stop_after_step=3") == 75
     until = 3 * BATCH * load_recipe(Path("recipe.toml")).recipe.training.sequence_length
     bare = plain.replace("weight = 3\n", "").replace("weight = 1\n", "")
@@ -245,9 +251,7 @@ def test_a_change_of_order_is_not_forgotten_by_going_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[[int], None], said: Callable[..., Any]
 ) -> None:
     """The state gone back to is saved anew, and a run that is killed then has no step of the new order."""
-    plain = Path("recipe.toml").read_text().replace('corpus = "corpus.txt"\n', "") + MIXED
-    Path("other.txt").write_text("".join(f"{n} times three is {3 * n}.\n" for n in range(200)))
-    Path("recipe.toml").write_text(plain)
+    plain = mixed()
     assert train("--run.stop_after_step=2") == 75
     Path("recipe.toml").write_text(plain.replace("weight = 3", "weight = 1"))
     rollback = "--resilience.on_nonfinite=rollback"

@@ -68,8 +68,7 @@ def reordered_steps(values: Mapping[str, Any]) -> list[int]:
 
 def history(records: Records, last_step: int | None = None) -> Records:
     """The records that count in the history that leads to `last_step` (None: to the last that was taken), by steps."""
-    stretches = records["start"].astype(np.int64) << 16 | records["turn"]
-    names, at, inverse = np.unique(stretches, return_index=True, return_inverse=True)
+    names, at, inverse = np.unique(_stretches(records), return_index=True, return_inverse=True)
     limit = np.iinfo(np.int64).max if last_step is None else last_step
     limits = np.empty(len(names), np.int64)
     for number in reversed(range(len(names))):
@@ -77,6 +76,12 @@ def history(records: Records, last_step: int | None = None) -> Records:
         limit = min(limit, int(records["begun"][at[number]]))
     kept = records[records["step"] <= limits[inverse.reshape(-1)]]
     return kept[np.lexsort((kept["first"], kept["step"]))]
+
+
+def _stretches(records: Records) -> npt.NDArray[np.int64]:
+    """A number for the stretch of each record; later ones have larger numbers."""
+    numbers: npt.NDArray[np.int64] = records["start"].astype(np.int64) << 16 | records["turn"]
+    return numbers
 
 
 def steps_read(records: Records) -> Iterator[tuple[int, Records]]:
@@ -104,7 +109,7 @@ def audit(
     `begins_elsewhere`: the run may have begun with the state of another one, so that its first samples are not here; it
     has if its first records say so.
     """
-    names = records["start"].astype(np.int64) << 16 | records["turn"]
+    names = _stretches(records)
     begins_elsewhere = begins_elsewhere and names.size > 0 and bool(records["begun"][names.argmin()])
     kept = history(records, last_step)
     digest = hashlib.blake2b(digest_size=16)

@@ -69,7 +69,7 @@ class Split:
         if self.schedule.end is not None and number >= self.schedule.end:
             raise DataError(
                 f"sample {number}: the sources are used up after {self.schedule.end} samples (a run that went back has "
-                "read others instead); raise their limits (--allow-change data.sources) or shorten the run"
+                "read others instead); raise their limits or shorten the run"
             )
         chosen, turn = self.schedule(number)
         source = self.sources[chosen]

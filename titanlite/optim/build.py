@@ -44,7 +44,7 @@ class Weights:
 
     held: Mapping[str, Tensor]
     exchange: Exchange | None = None
-    """None where every matrix is whole."""
+    """None where this rank alone holds every matrix whole."""
     device: torch.device | None = None
     """Where matrices are multiplied; None: where they rest."""
 

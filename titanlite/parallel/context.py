@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from titanlite.models.layers import CausalAttention, causal_attention
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.ring import RingAttention, RingDocuments, takes_flash
-from titanlite.parallel.tensor import gather_sequence, replace_module, ruled
+from titanlite.parallel.tensor import all_gather, gather_sequence, replace_module, ruled
 
 if TYPE_CHECKING:
     from titanlite.data.loader import Batch
@@ -146,9 +146,8 @@ class _GatherKeys(torch.autograd.Function):
         ranks, chunk = group.size(), k.shape[1] // 2
         ctx.group, ctx.chunk = group, chunk
         own = torch.stack((k[:, :chunk], v[:, :chunk], k[:, chunk:], v[:, chunk:]))
-        dealt = torch.ops._c10d_functional.all_gather_into_tensor(own, ranks, group.group_name)
         # [rank, front and back, k and v, batch, chunk, heads, head_dim]
-        dealt = torch.ops._c10d_functional.wait_tensor(dealt).unflatten(0, (ranks, 2, 2))
+        dealt = all_gather(own, group).unflatten(0, (ranks, 2, 2))
         keys, values = _in_order(dealt.movedim(0, 3), dim=2)
         return tuple(x[:, : count * chunk] for count in seen for x in (keys, values))
 

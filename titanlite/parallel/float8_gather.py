@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from titanlite.parallel.float8_message import Parts, packed
 from titanlite.parallel.layout import ceil_div
+from titanlite.parallel.tensor import all_gather
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.precision.float8_plan import Cast
 
@@ -72,9 +73,7 @@ class Float8Gather:
     ) -> None:
         """Gather `input_tensor`, this rank's shares one after the other, into `output_tensor`."""
         sent = packed(self._message(input_tensor))
-        # Functional: the plain call has another name from one version of torch to the next.
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(sent, group.size(), group.group_name)
-        received = torch.ops._c10d_functional.wait_tensor(gathered)
+        received = all_gather(sent, group)
         self._unpack(received.view(group.size(), -1), output_tensor.view(group.size(), -1))
 
     def _message(self, flat: Tensor) -> Iterator[Tensor]:

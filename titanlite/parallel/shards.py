@@ -18,6 +18,7 @@ from titanlite.models.shard import Shard
 from titanlite.parallel.layout import ceil_div
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.slicing import Box, Share, Slicing, box
+from titanlite.parallel.tensor import all_gather
 
 
 class Shards:
@@ -203,9 +204,7 @@ class MatrixExchange:
         """[share, rows here, columns here] -> [copies * share, rows here, columns here]."""
         if self._copies.size() == 1:
             return own
-        gather = torch.ops._c10d_functional.all_gather_into_tensor
-        gathered = gather(own.contiguous(), self._copies.size(), self._copies.group_name)
-        return torch.ops._c10d_functional.wait_tensor(gathered)  # type: ignore[no-any-return]
+        return all_gather(own.contiguous(), self._copies)
 
     def _padded(self, cutting: Cutting) -> tuple[int, int, int]:
         """Ranks, and the rows and columns of the largest box."""

@@ -153,7 +153,7 @@ def _gather(x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[batch, seq / ranks, …] of each rank -> [batch, seq, …] on all."""
-    return torch.cat(_all_gather(x.contiguous(), group).chunk(group.size()), dim=_SEQUENCE)
+    return torch.cat(all_gather(x.contiguous(), group).chunk(group.size()), dim=_SEQUENCE)
 
 
 def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, sent: Sent) -> Tensor:
@@ -164,7 +164,7 @@ def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, sent: Sent) -> Tensor
     """
     batch, length, width = x.shape
     message = packed(quantise(x.flatten(0, 1), sent.cast, sent.fused))
-    messages = _all_gather(message, group).unflatten(0, (group.size(), -1))
+    messages = all_gather(message, group).unflatten(0, (group.size(), -1))
     rounded, scales = (
         # Put in order while they are bytes.
         part.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)
@@ -173,9 +173,10 @@ def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, sent: Sent) -> Tensor
     return rounded.to(x.dtype) * scales.to(x.dtype)
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[rows, …] of each rank -> [ranks x rows, …]."""
-    # Functional collectives, waited for at once: the form that the compiler knows how to split and overlap.
+    # Functional collectives, waited for at once: the form that the compiler knows how to split and overlap. (The plain
+    # call has another name from one version of torch to the next.)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
     return torch.ops._c10d_functional.wait_tensor(gathered)  # type: ignore[no-any-return]
 
