@@ -119,6 +119,7 @@ class TestCheck:
         assert "a whole number, at least 1" in out
         as_json = json.loads(run("check", "--explain", "training.steps", "--json")[1])
         assert (as_json["type"], as_json["minimum"]) == ("integer", 1)
+        assert "description" in json.loads(run("check", "--explain", "data.sources.path", "--json")[1])
         assert run("check", "--explain", "training.setps")[2].endswith("did you mean 'training.steps'?\n")
 
     def test_show_plan(self, run: Run, recipe: Path) -> None:

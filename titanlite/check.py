@@ -16,7 +16,7 @@ from titanlite.describe import describe, stages_of
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.parallel import timetable
 from titanlite.parallel.layout import active_ranks, agreed_layout, batch_plan
-from titanlite.recipe.explain import explain, key_schema
+from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes, format_count
@@ -144,9 +144,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--explain", metavar="KEY", help="explain a section or a key, such as training.steps")
     arguments, overrides = parse_with_overrides(parser, argv)
     if arguments.explain is not None:
-        text = explain(arguments.explain)
-        path = tuple(arguments.explain.split("."))
-        print(json.dumps(key_schema(path), indent=2, ensure_ascii=False) if arguments.json else text)
+        schema = find_key(arguments.explain)[1]
+        print(json.dumps(schema, indent=2, ensure_ascii=False) if arguments.json else explain(arguments.explain))
         return EXIT_DONE
     if arguments.recipe is None:
         raise UsageError("titanlite check needs a recipe, such as configs/debug.toml, or --explain KEY.")

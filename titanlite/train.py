@@ -36,8 +36,7 @@ from titanlite.errors import (
 from titanlite.launch import end_process, launched, torchrun
 from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
 from titanlite.parallel.layout import active_ranks, agreed_layout, course_from, total_steps
-from titanlite.recipe.explain import all_keys
-from titanlite.recipe.faults import meant
+from titanlite.recipe.explain import all_keys, meant
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes

@@ -85,10 +85,32 @@ def test_sections_and_tables_are_explained() -> None:
     assert "factor" in explain("model.rope_scaling")
     assert explain("training.steps").split("\n")[3] == "  type     a whole number, at least 1"
     assert "relative to the others" in explain("data.sources.weight")
+    assert "  type     a number, above 0" in explain("data.stages.weights.web")
+
+
+@pytest.mark.parametrize("section", Recipe.model_fields)
+def test_every_section_lists_its_keys_and_tables(section: str) -> None:
+    """Issue 14, item 22: [parallel] and [precision] hold tables, whose meaning stands elsewhere in the schema."""
+    names = (key_schema((section,)) or {})["properties"]
+    lines = dict(line.split(maxsplit=1) for line in explain(section).splitlines() if line.startswith("  "))
+    assert list(lines) == list(names)
+    assert all(len(meaning) > 10 for meaning in lines.values())
 
 
 @pytest.mark.parametrize(
-    ("key", "hint"), [("training.setps", "'training.steps'"), ("trainin", "'training'"), ("x.y", "docs")]
+    ("key", "hint"),
+    [
+        ("training.setps", "'training.steps'"),
+        ("trainin", "'training'"),
+        ("lr", "'optimizer.lr'"),
+        ("learning_rate", "'optimizer.lr'"),
+        ("every_steps", "'validation.every_steps' or 'checkpoint.every_steps'"),
+        ("pipeline", "'parallel.pipeline'"),
+        ("data.sources.weigth", "'data.sources.weight'"),
+        ("run.name.x", "'run.name'"),
+        ("x.y", "docs"),
+        ("", "docs"),
+    ],
 )
 def test_unknown_keys(key: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint):

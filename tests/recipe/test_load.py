@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from titanlite.errors import RecipeError, UsageError
 from titanlite.recipe import sections
-from titanlite.recipe.explain import all_keys
-from titanlite.recipe.faults import SYNONYMS
+from titanlite.recipe.explain import SYNONYMS, all_keys
 from titanlite.recipe.load import load_recipe, parse_with_overrides, recipe_differences, to_toml
 from titanlite.recipe.sections import Recipe
 

@@ -6,8 +6,11 @@ Everything here is derived from `sections.py`; nothing about a key is said twice
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import json
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from titanlite.errors import UsageError
@@ -55,6 +58,49 @@ _EXAMPLES: dict[str, Any] = {
     "recompute.budget": 0.5,
 }
 """Values for keys whose default shows nothing; the others' default is their example."""
+
+SYNONYMS = {
+    "accumulation": "training.microbatch",
+    "batch_size": "training.global_batch",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "context_length": "training.sequence_length",
+    "dataset": "data.corpus",
+    "dtype": "precision.compute",
+    "epsilon": "optimizer.eps",
+    "eval_interval": "validation.every_steps",
+    "global_batch_size": "training.global_batch",
+    "grad_clip": "optimizer.clip_norm",
+    "gradient_accumulation_steps": "training.microbatch",
+    "hidden_dim": "model.ffn_dim",
+    "hidden_size": "model.dim",
+    "intermediate_size": "model.ffn_dim",
+    "learning_rate": "optimizer.lr",
+    "log_interval": "metrics.log_every",
+    "max_grad_norm": "optimizer.clip_norm",
+    "max_steps": "training.steps",
+    "micro_batch_size": "training.microbatch",
+    "n_embd": "model.dim",
+    "n_head": "model.heads",
+    "n_heads": "model.heads",
+    "n_kv_heads": "model.kv_heads",
+    "n_layer": "model.layers",
+    "n_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "num_hidden_layers": "model.layers",
+    "num_key_value_heads": "model.kv_heads",
+    "num_workers": "data.workers",
+    "rms_norm_eps": "model.norm_eps",
+    "save_interval": "checkpoint.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "seq_len": "training.sequence_length",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "total_tokens": "training.tokens",
+    "train_steps": "training.steps",
+    "warmup": "schedule.warmup_steps",
+    "weight_tying": "model.tie_embeddings",
+}
+"""Other projects' words for keys of ours."""
 
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -148,6 +194,46 @@ def all_keys() -> list[str]:
     return below(())
 
 
+@functools.cache
+def _named() -> dict[str, list[str]]:
+    """Sections and keys by their last names; those of arrays of tables without a number."""
+    named: dict[str, list[str]] = {}
+    for key in all_keys():
+        tables = (key_schema((*key.split("."), "0")) or {}).get("properties", {})
+        for full in (*accumulate(key.split("."), "{}.{}".format), *(f"{key}.{name}" for name in tables)):
+            names = named.setdefault(full.rpartition(".")[2], [])
+            names += [full] if full not in names else []
+    return named
+
+
+def meant(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
+    """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing.
+
+    In this order: the same name in another section, another project's word for it, the nearest spelling.
+    """
+    named = {**_named(), **{key: [".".join([*table, key])] for key in known}}
+    synonym = [SYNONYMS[name]] if name in SYNONYMS else []
+    near = [key for close in difflib.get_close_matches(name, named, n=1) for key in named[close]]
+    best = named.get(name) or synonym or near
+    return f"did you mean {' or '.join(repr(key) for key in best)}?" if best else ""
+
+
+def find_key(key: str) -> tuple[tuple[str, ...], Schema]:
+    """Path and schema of a section or a key; in arrays of tables a number may be left out, for any will do.
+
+    Raises `UsageError` for one that is not there, with the nearest that are.
+    """
+    path: tuple[str, ...] = ()
+    table: Schema = _schema()
+    for name in key.split("."):
+        path = (*path, "0", name) if is_tables(table) and not name.isdigit() else (*path, name)
+        if (schema := key_schema(path)) is None:
+            hint = meant(name, list(table.get("properties", {})), path[:-1]) or did_you_mean(key, all_keys())
+            raise UsageError(f"a recipe has no key '{key}'; {hint or 'see docs/recipe.md'}")
+        table = schema
+    return path, table
+
+
 def type_in_words(schema: Schema) -> str:
     """What a value must be: `a whole number, at least 1`."""
     if "anyOf" in schema:
@@ -187,20 +273,14 @@ def _range_in_words(schema: Schema) -> str:
 
 def explain(key: str) -> str:
     """What a section or a key (`training`, `training.steps`) means. Raises `UsageError` for one that is not there."""
-    path = tuple(key.split("."))
-    if key_schema(path) is None and key_schema(path[:-1]) is not None:
-        path = (*path[:-1], "0", path[-1])  # of an array of tables any will do
-    schema = key_schema(path)
-    if schema is None:
-        known = [*Recipe.model_fields, *all_keys()]
-        raise UsageError(f"a recipe has no key '{key}'; {did_you_mean(key, known) or 'see docs/recipe.md'}")
+    path, schema = find_key(key)
     if "properties" in schema and len(path) == 1:
         return _explain_section(key, schema)
     table, name = ".".join(path[:-1]), path[-1]
     example = _EXAMPLES.get(key, schema.get("default"))
     lines = [
         key,
-        f"  {schema['description']}",
+        f"  {(schema if 'description' in schema else key_schema(path[:-1]) or {})['description']}",
         "",
         f"  type     {type_in_words(schema)}",
         f"  default  {_default_in_words(schema)}",
@@ -216,7 +296,7 @@ def explain(key: str) -> str:
 
 def _explain_section(key: str, schema: Schema) -> str:
     width = max(map(len, schema["properties"]))
-    keys = [f"  {name:<{width}}  {value['description']}" for name, value in schema["properties"].items()]
+    keys = [f"  {name:<{width}}  {(key_schema((key, name)) or {})['description']}" for name in schema["properties"]]
     return "\n".join([f"[{key}] {schema['description']}", "", *keys, "", f"More: titanlite check --explain {key}.KEY"])
 
 

@@ -6,60 +6,15 @@ known. Where the key stands (file and line) is added by `load.py`.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from titanlite.errors import Finding
-from titanlite.recipe.explain import all_keys, holds_keys, key_schema, type_in_words
+from titanlite.recipe.explain import holds_keys, key_schema, meant, type_in_words
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean
-
-SYNONYMS = {
-    "accumulation": "training.microbatch",
-    "batch_size": "training.global_batch",
-    "beta1": "optimizer.betas",
-    "beta2": "optimizer.betas",
-    "context_length": "training.sequence_length",
-    "dataset": "data.corpus",
-    "dtype": "precision.compute",
-    "epsilon": "optimizer.eps",
-    "eval_interval": "validation.every_steps",
-    "global_batch_size": "training.global_batch",
-    "grad_clip": "optimizer.clip_norm",
-    "gradient_accumulation_steps": "training.microbatch",
-    "hidden_dim": "model.ffn_dim",
-    "hidden_size": "model.dim",
-    "intermediate_size": "model.ffn_dim",
-    "learning_rate": "optimizer.lr",
-    "log_interval": "metrics.log_every",
-    "max_grad_norm": "optimizer.clip_norm",
-    "max_steps": "training.steps",
-    "micro_batch_size": "training.microbatch",
-    "n_embd": "model.dim",
-    "n_head": "model.heads",
-    "n_heads": "model.heads",
-    "n_kv_heads": "model.kv_heads",
-    "n_layer": "model.layers",
-    "n_layers": "model.layers",
-    "num_attention_heads": "model.heads",
-    "num_hidden_layers": "model.layers",
-    "num_key_value_heads": "model.kv_heads",
-    "num_workers": "data.workers",
-    "rms_norm_eps": "model.norm_eps",
-    "save_interval": "checkpoint.every_steps",
-    "save_steps": "checkpoint.every_steps",
-    "seq_len": "training.sequence_length",
-    "tie_word_embeddings": "model.tie_embeddings",
-    "total_tokens": "training.tokens",
-    "train_steps": "training.steps",
-    "warmup": "schedule.warmup_steps",
-    "weight_tying": "model.tie_embeddings",
-}
-"""Other projects' words for keys of ours."""
 
 _SHOWN_CHARACTERS = 60
 
@@ -120,21 +75,6 @@ def _unknown(path: tuple[str, ...], value: Any) -> tuple[str, str]:
         return f"{what};", hint
     where = f"[{'.'.join(table)}] has" if table else "a recipe has"
     return f"{what};", f"{where}: {', '.join(known)}."
-
-
-def meant(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
-    """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing.
-
-    In this order: the same name in another section, another project's word for it, the nearest spelling.
-    """
-    named: dict[str, list[str]] = {}
-    for key in all_keys():
-        named.setdefault(key.rpartition(".")[2], []).append(key)
-    named.update({key: [".".join([*table, key])] for key in known})
-    synonym = [SYNONYMS[name]] if name in SYNONYMS else []
-    near = [key for close in difflib.get_close_matches(name, named, n=1) for key in named[close]]
-    best = named.get(name) or synonym or near
-    return f"did you mean {' or '.join(repr(key) for key in best)}?" if best else ""
 
 
 def _fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:

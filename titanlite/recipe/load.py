@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from titanlite.errors import Finding, RecipeError, UsageError
-from titanlite.recipe.explain import key_schema
-from titanlite.recipe.faults import findings_of, meant
+from titanlite.recipe.explain import key_schema, meant
+from titanlite.recipe.faults import findings_of
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import KeyPath, TomlSyntaxError, format_toml, parse_toml, parse_value
 from titanlite.registry import did_you_mean
