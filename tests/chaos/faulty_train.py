@@ -110,6 +110,14 @@ def follow() -> None:
     wrap(Learner, "step", note)
 
 
+def in_forward(step: int, act: Act) -> None:
+    """`act` where the model, or this rank's stage of it, is to compute in `step`."""
+    from titanlite.models.llama import Llama
+
+    follow()
+    wrap(Llama, "forward", lambda *_, **__: act() if _step == step else None)
+
+
 def in_save(point: str, step: int, act: Act) -> None:
     """`act` at a point of the save of `step`."""
     from titanlite.checkpoint import save, stream
@@ -219,18 +227,32 @@ def obey_modes() -> None:
     assert libc.capset(header, struct.pack("=6I", effective & ~overriding, *rest)) == 0, os.strerror(ctypes.get_errno())
 
 
-def memory_full(step: int) -> None:
+def memory_full(step: int, in_model: bool = False) -> None:
     """A request for more than any machine has, and what the allocator really says to it."""
     import torch
 
-    between_saves(step, partial(torch.empty, 2**60, dtype=torch.uint8))
+    moment = in_forward if in_model else between_saves
+    moment(step, partial(torch.empty, 2**60, dtype=torch.uint8))
 
 
-def raises(step: int) -> None:
+def raises(step: int, in_model: bool = False) -> None:
     def fail() -> None:
         raise ValueError("the sample is poisoned")
 
-    between_saves(step, fail)
+    moment = in_forward if in_model else between_saves
+    moment(step, fail)
+
+
+def weight_is_nan(step: int, in_model: bool = True) -> None:
+    """From this step's forward pass on."""
+    from titanlite.models.llama import Llama
+
+    follow()
+    wrap(
+        Llama,
+        "forward",
+        lambda self, *_, **__: next(self.parameters()).data.fill_(float("nan")) if _step == step else None,
+    )
 
 
 def stopped(step: int) -> None:

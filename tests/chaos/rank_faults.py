@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,42 +167,58 @@ def port_taken(box: Sandbox) -> Outcome:
     return Outcome(None, "nothing trained", said[0])
 
 
-def fails_alone(box: Sandbox) -> Outcome:
-    job = box.start(ranks=3, fault="raises", step=EVERY + 3, on=[1]).ended(1)
-    others, failed = job.children[0].said + job.children[2].said, job.children[1].said
+def fails_alone(box: Sandbox, *words: str, ranks: int = 3, **chaos: Any) -> Outcome:
+    job = box.start(*words, ranks=ranks, fault="raises", step=EVERY + 3, on=[1], **chaos).ended(1)
+    others = "".join(child.said for rank, child in enumerate(job.children) if rank != 1)
+    failed = job.children[1].said
     assert failed.count("Traceback") == 1 and "ValueError: the sample is poisoned" in failed
-    assert "Traceback" not in others and others.count("ends because rank 1 of 3 on") == 2, others
+    assert "Traceback" not in others and others.count(f"ends because rank 1 of {ranks} on") == ranks - 1, others
     reached = box.step()
-    box.train(ranks=3)
-    box.require_whole(ranks=3)
+    box.train(*words, ranks=ranks)
+    box.require_whole(*words, ranks=ranks)
     return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[0].said, "ends because rank 1"))
 
 
-def crash_loop(box: Sandbox) -> Outcome:
+def crash_loop(box: Sandbox, *words: str, **chaos: Any) -> Outcome:
     """Three times the same step, and no more; deleting the record of it begins anew."""
-    words: dict[str, Any] = {"fault": "raises", "step": EVERY + 3, "on": [1]}
+    chaos = {"fault": "raises", "step": EVERY + 3, "on": [1], **chaos}
     for _ in range(3):
-        box.start(ranks=2, **words).ended(1)
+        box.start(*words, ranks=2, **chaos).ended(1)
     reached = box.step()
-    job = box.start(ranks=2, **words).ended(3)
+    job = box.start(*words, ranks=2, **chaos).ended(3)
     shutil.rmtree(box.run_folder() / "logs/crashes")
-    box.train(ranks=2)
-    box.require_whole(ranks=2)
+    box.train(*words, ranks=2)
+    box.require_whole(*words, ranks=2)
     said = box.message(job.said, "has failed 3 times in a row")
     assert f"step {EVERY + 3} (samples {4 * (EVERY + 2)} to {4 * (EVERY + 3) - 1})" in said and "rank 1 of 2" in said
     return Outcome(reached - box.resumed(), EQUAL, said)
 
 
-def memory_full(box: Sandbox) -> Outcome:
-    job = box.start(ranks=2, fault="memory_full", step=EVERY + 3, on=[1])
+def ends_with(code: int, said: str, box: Sandbox, *words: str, **chaos: Any) -> Outcome:
+    """A rank's own error has its exit code and a record; the other rank says whom it follows."""
+    job = box.start(*words, ranks=2, step=EVERY + 3, on=[1], **chaos)
     codes = job.wait()
-    assert codes == [1, 2] and "Traceback" not in job.said, job.said
+    assert codes == [1, code] and "Traceback" not in job.said, job.said
+    assert "ends because rank 1 of 2 on" in job.children[0].said
+    assert (box.run_folder() / "logs/crashes/attempt-00001.json").exists()
     reached = box.step()
     assert box.steps() == [EVERY]
-    box.train(ranks=2)
+    box.train(*words, ranks=2)
     assert box.leftovers() == []
-    box.require_whole(ranks=2)
-    return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[1].said, "memory is full"))
+    box.require_whole(*words, ranks=2)
+    return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[1].said, said))
+
+
+memory_full = partial(ends_with, 2, "memory is full", fault="memory_full")
+
+
+def nonfinite(box: Sandbox, *words: str, **chaos: Any) -> Outcome:
+    return ends_with(3, "non-finite", box, *words, "--debug.find_nonfinite=true", fault="weight_is_nan", **chaos)
+
+
+def in_stage(fault: Callable[..., Outcome], box: Sandbox, **names: Any) -> Outcome:
+    """As without a pipeline, though torch wraps what a stage raises (issue 14, item 17)."""
+    return fault(box, "--parallel.pp=2", "--model.layers=2", in_model=True, **names)
 
 
 FAULTS = [
@@ -215,4 +233,13 @@ FAULTS = [
     Fault(27, "exception in one rank of three", "raised in its step", fails_alone),
     Fault(31, "crash loop at one step", "the same exception at each start", crash_loop, slow=True),
     Fault(28, "memory full on one rank of two", "an allocation of 2^60 bytes", memory_full),
+    *(
+        Fault(row, f"{what}, in a stage of a pipeline", how, partial(in_stage, run), slow)
+        for row, what, how, run, slow in (
+            (27, "exception", "raised in its forward pass", partial(fails_alone, ranks=2), False),
+            (27, "number that is not finite", "debug.find_nonfinite", nonfinite, True),
+            (28, "memory full", "an allocation of 2^60 bytes", memory_full, True),
+            (31, "crash loop", "the same exception at each start", crash_loop, True),
+        )
+    ),
 ]

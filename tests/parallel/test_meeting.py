@@ -82,3 +82,11 @@ def test_whose_fault_an_error_is() -> None:
     assert is_loss_of_another(RuntimeError(gloo)) and is_loss_of_another(DistNetworkError("the socket timed out"))
     assert not is_loss_of_another(RuntimeError("mat1 and mat2 cannot be multiplied"))
     assert not is_loss_of_another(ValueError(gloo))
+
+
+@pytest.mark.parametrize(("innermost", "lost"), [(ValueError("its own"), False), (DistNetworkError("gone"), True)])
+def test_causes_may_form_a_ring(innermost: Exception, lost: bool) -> None:
+    """Issue 14, item 17."""
+    outer, middle = RuntimeError("outer"), RuntimeError("middle")
+    outer.__cause__, middle.__cause__, innermost.__cause__ = middle, innermost, outer
+    assert is_loss_of_another(outer) is lost and is_loss_of_another(innermost) is lost

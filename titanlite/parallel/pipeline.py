@@ -10,6 +10,8 @@ weights apart bypass FSDP's hooks: there gradients are reduced once a step in st
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ from titanlite.parallel.stages import Stage, rank_of_stage, splits_backward
 
 if TYPE_CHECKING:
     from titanlite.data.loader import Batch
+
+# Before any error of a step, torch prints its whole timetable, on every rank that this ends.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 
 def keep_pieces(model: nn.Module, pieces: Sequence[Piece], kept: Sequence[str]) -> nn.Module:
@@ -145,16 +150,22 @@ class Pipeline:
 
 @contextmanager
 def _errors_as_they_were() -> Iterator[None]:
-    """Torch's stages put their own error around every other: raise what was inside."""
+    """Torch's stages put a `RuntimeError` of their own around every other: raise what was inside, as it was."""
     try:
         yield
     except RuntimeError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if cause is error:
+        inner: BaseException = error
+        while inner.__cause__ is not None and _raised_in(inner).startswith("torch.distributed.pipelining"):
+            inner = inner.__cause__
+        if inner is error:
             raise
-        raise cause from error
+        raise inner from inner.__cause__  # never from `error`, whose cause it is
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module whose line raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__"))
 
 
 def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:

@@ -238,6 +238,12 @@ def is_loss_of_another(error: BaseException) -> bool:
 
     NCCL's errors and those of the store have a type; gloo's are known by where they were raised.
     """
-    if error.__cause__ is not None and is_loss_of_another(error.__cause__):
-        return True
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:  # libraries that raise an error from what it caused make a ring
+        causes.append(cause)
+        cause = cause.__cause__
+    return any(
+        isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and "/gloo/" in str(each))
+        for each in causes
+    )
