@@ -18,7 +18,7 @@ from titanlite import cli
 from titanlite.checkpoint.examine import newest_at
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.data.splits import open_data
-from titanlite.data.tokenizers import open_tokenizer
+from titanlite.data.tokenizers import describe_separator, open_tokenizer
 from titanlite.recipe.load import load_recipe
 
 TEXTS = ("def f(x):\n    return x  # don't", "12345 squared, é日本\r\n\n  <|endoftext|>", "")
@@ -71,6 +71,7 @@ def test_a_run_is_trained_continued_and_exported(
     tokens = corpus.beginning(corpus.tokens).tolist()
     assert tokens.index(data.tokenizer.separator) == len(tokens) - 1
     assert titanlite("train", "recipe.toml") == 0
+    assert describe_separator(data.tokenizer) in capsys.readouterr().out  # issue 14, item 8
     lines = Path("runs/tiny/metrics.jsonl").read_text().splitlines()
     validation = [json.loads(line) for line in lines if "bits_per_byte" in line][-1]
     windows = [held_out.window(number * held_out.windows // 4) for number in range(4)]

@@ -191,6 +191,7 @@ def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
     """The run's data, and what is to be said of it. Raises `DataError`, also where it does not suffice."""
     from titanlite.data.splits import open_data, require_samples
     from titanlite.data.tokenised import texts_folder
+    from titanlite.data.tokenizers import describe_separator
 
     data = open_data(
         recipe.data,
@@ -199,7 +200,8 @@ def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
         validated=recipe.validation.every_steps > 0,
         texts_folder=texts_folder(recipe.run),
     )
-    return data, require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
+    reading = require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
+    return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
 
 
 def _opened(

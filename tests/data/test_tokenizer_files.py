@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
-from titanlite.data.tokenizers import Tokenizer, open_tokenizer, token_dtype
+from titanlite.data.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
 from titanlite.errors import DataError, UsageError
 
 LONG_RUN = "x" + " " * 60_000 + "y" + "." * 30_000
@@ -212,6 +212,23 @@ def test_which_special_token_is_the_separator(
     else:
         with pytest.raises(DataError, match=expected):
             open_tokenizer(path, wanted)
+
+
+@pytest.mark.parametrize("turn", ["<|eot_id|>", "<|im_end|>", "<|return|>", "<end_of_turn>", "<|something|>"])
+@pytest.mark.parametrize(("end", "warned"), [("<|endoftext|>", True), ("<eos>", True), ("<|pad|>", False)])
+def test_a_chat_s_separator_is_named_and_warned_of(tmp_path: Path, turn: str, end: str, warned: bool) -> None:
+    """Issue 14, item 8: where the file declares the end of a turn, and has a token that ends a text."""
+    path = str(bpe.saved(bpe.byte_level(300, (end, turn)), tmp_path, eos_token=turn))
+    for chosen in (None, turn):
+        tokenizer = open_tokenizer(path, chosen)
+        assert describe_separator(tokenizer) == f"'{turn}' (id 301)"
+        finding = separator_warning(tokenizer, chosen)
+        assert (finding is not None) == (warned and chosen is None)
+        assert finding is None or (finding.key, finding.severity) == ("data.separator", "warning")
+        assert finding is None or (turn in finding.problem and f'separator = "{end}"' in finding.fix)
+    assert describe_separator(open_tokenizer(path, end)) == f"'{end}' (id 300)"
+    assert separator_warning(open_tokenizer(path, end), None) is None
+    assert describe_separator(open_tokenizer("bytes")) == "id 256"
 
 
 # --- other ways to cut

@@ -44,7 +44,7 @@ def add_prepare_commands(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from titanlite.data.prepare import Request, prepare
     from titanlite.data.progress import Progress
-    from titanlite.data.tokenizers import open_tokenizer
+    from titanlite.data.tokenizers import describe_separator, open_tokenizer, separator_warning
     from titanlite.data.units import Settings
     from titanlite.data.workers import cores
 
@@ -56,6 +56,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--out {arguments.out}: is a folder; add the name of the files, without a suffix.")
     special = tuple(arguments.special_token)
     tokenizer = open_tokenizer(arguments.tokenizer, arguments.separator, special)
+    print(f"documents are separated by {describe_separator(tokenizer)}", file=sys.stderr)
+    if finding := separator_warning(tokenizer, arguments.separator):
+        print(f"warning: {finding.problem} give --separator.", file=sys.stderr)
     settings = Settings(
         tokenizer=arguments.tokenizer,
         separator=arguments.separator,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from titanlite.data.tokenizers import tokenizer_of
+from titanlite.data.tokenizers import separator_warning, tokenizer_of
 from titanlite.errors import Finding, UsageError
 from titanlite.models.spec import spec_of
 from titanlite.optim.names import OPTIMIZERS
@@ -72,12 +72,15 @@ def rope(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """The tokenizer is there, and each of its tokens has a row in the embedding."""
+    """The tokenizer is there, its separator ends texts, and each of its tokens has a row in the embedding."""
     try:
-        tokens = tokenizer_of(recipe.data).vocab_size
+        tokenizer = tokenizer_of(recipe.data)
     except UsageError as error:
         yield Finding("data.tokenizer", str(error))
         return
+    if finding := separator_warning(tokenizer, recipe.data.separator):
+        yield finding
+    tokens = tokenizer.vocab_size
     config = config_of(recipe)
     if config is not None and config.vocab_size < tokens:
         whose = "the byte tokenizer's" if recipe.data.tokenizer == "bytes" else f"{recipe.data.tokenizer}'s"

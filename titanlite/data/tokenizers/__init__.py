@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.errors import UsageError
+from titanlite.errors import Finding, UsageError
 from titanlite.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
@@ -83,6 +83,10 @@ TOKENIZERS = Registry(
 )
 """A tokenizer's name, or the suffix of its file -> what opens it: (path, separator, special tokens) -> `Tokenizer`."""
 
+END_OF_TEXT = (
+    "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "<EOS_TOKEN>", "<|eos|>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+"""Special tokens that are known to end a document."""
 FILES = ("tokenizer.json", "tokenizer.model")
 """What a folder is searched for, in this order."""
 FOLDER = "tokenizer"
@@ -113,6 +117,30 @@ def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequ
         kind = path.suffix.lower()
     tokenizer: Tokenizer = TOKENIZERS.get(kind)(path, separator, tuple(special_tokens))
     return tokenizer
+
+
+def describe_separator(tokenizer: Tokenizer) -> str:
+    """The separator's name, if it has one, and id."""
+    name = _name_of(tokenizer.separator, tokenizer)
+    return f"id {tokenizer.separator}" if name is None else f"'{name}' (id {tokenizer.separator})"
+
+
+def separator_warning(tokenizer: Tokenizer, chosen: str | None) -> Finding | None:
+    """What is worth a warning if nothing was `chosen` as `data.separator`: a separator that ends a turn of a chat, say,
+    where the tokenizer has a token that is known to end a text.
+    """
+    ends = [name for name in END_OF_TEXT if name in tokenizer.special_tokens]
+    name = _name_of(tokenizer.separator, tokenizer)
+    if chosen is not None or name is None or name in END_OF_TEXT or not ends:
+        return None
+    file = list(tokenizer.files.values())[-1]
+    problem = f"{file} makes '{name}' the separator of documents, and '{ends[0]}' is there too, known to end a text;"
+    fix = f'write separator = "{ends[0]}", or "{name}" if it is what you want.'
+    return Finding("data.separator", problem, fix, severity="warning")
+
+
+def _name_of(number: int, tokenizer: Tokenizer) -> str | None:
+    return next((name for name, special in tokenizer.special_tokens.items() if special == number), None)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

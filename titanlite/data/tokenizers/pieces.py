@@ -17,15 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.data.tokenizers import Ids, token_dtype
+from titanlite.data.tokenizers import END_OF_TEXT, Ids, token_dtype
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 
 MAX_FILE_BYTES = 2**28
 """Ten times what the largest vocabularies take."""
 MAX_IDS = 2**24
-END_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>", "</s>")
-"""Special tokens that are known to end a document."""
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 """What `surrogateescape` makes of bytes that are not UTF-8."""
 
