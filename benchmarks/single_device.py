@@ -2,6 +2,7 @@
 
 python benchmarks/single_device.py                                   # the whole comparison; some ten minutes on 2 cores
 python benchmarks/single_device.py --precision float32 --contestants titanlite-compiled plain-compiled --startups 0
+python benchmarks/single_device.py --against ../titanlite-before     # this checkout against another one of titanlite
 
 Every contestant is a process of its own. One at a time takes a turn of a few steps while all others are blocked on a
 pipe; the order is drawn anew each round, and ratios are formed within a round. `benchmarks/README.md` says what is
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ class Contestant:
     script: str
     compile: bool
     needs: tuple[str, ...] = ()
+    checkout: Path = HERE.parent
+    """Where the script lies, and titanlite is imported from."""
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(self.checkout / "benchmarks" / "contestants" / self.script)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        paths = os.pathsep.join((str(self.checkout), str(self.checkout / "kernels")))
+        return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 CONTESTANTS = {
@@ -53,8 +65,9 @@ CONTESTANTS = {
     "trainer": Contestant("huggingface_trainer.py", compile=False, needs=("transformers", "accelerate")),
     "trainer-compiled": Contestant("huggingface_trainer.py", compile=True, needs=("transformers", "accelerate")),
 }
-REFERENCES = ("plain-compiled", "trainer")
-UNCOMPILED = tuple(name for name, contestant in CONTESTANTS.items() if not contestant.compile)
+REFERENCES = ("plain-compiled", "trainer", "before", "before-compiled")
+OURS = ("titanlite", "before")
+"""Contestants that start by the command that users type; `before` is the checkout of `--against`."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,12 @@ class Player:
         """The last turn's, as `rules.Gate` sends it."""
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                contestant_command(name, settings),
+                [*CONTESTANTS[name].command, json.dumps(vars(settings))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env=CONTESTANTS[name].environment,
             )
 
     def __enter__(self) -> Player:
@@ -119,12 +132,6 @@ class Player:
 
     def _obituary(self) -> str:
         return f"{self.name} ended early:\n{self.log.read_text()[-3000:]}"
-
-
-def contestant_command(name: str, settings: rules.Settings) -> list[str]:
-    """The process of a contestant that takes turns."""
-    script = HERE / "contestants" / CONTESTANTS[name].script
-    return [sys.executable, str(script), json.dumps(vars(settings))]
 
 
 def busy_core_seconds() -> float | None:
@@ -217,13 +224,20 @@ def rates(turns: dict[str, list[Turn]]) -> str:
 def startup_seconds(name: str, settings: rules.Settings) -> float:
     """From the start of a fresh process to the end of its first step. titanlite's is the command that users type."""
     started = time.monotonic()
-    if name != "titanlite":
+    if name not in OURS:
         with Player(name, settings) as player:
             player.take_turn(1)
             return time.monotonic() - started
     recipe = str(Path(settings.folder) / "recipe.toml")
     command = [sys.executable, "-m", "titanlite.train", recipe, "--fresh", "--force"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=settings.folder,  # -m imports from the working directory first
+        env=CONTESTANTS[name].environment,
+    ) as process:
         assert process.stdout is not None
         said = []
         for line in process.stdout:
@@ -304,10 +318,11 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
 
 def startup_table(seconds: dict[str, list[float]]) -> str:
     """Markdown: seconds from process start to the end of the first step."""
-    lines = ["| first step done | median s | range | against trainer |", "| --- | --- | --- | --- |"]
+    reference = "trainer" if "trainer" in seconds else "before"
+    lines = [f"| first step done | median s | range | against {reference} |", "| --- | --- | --- | --- |"]
     for name, values in seconds.items():
         median = statistics.median(values)
-        ratio = f"{median / statistics.median(seconds['trainer']):.2f}" if "trainer" in seconds else ""
+        ratio = f"{median / statistics.median(seconds[reference]):.2f}" if reference in seconds else ""
         lines.append(f"| {name} | {median:.2f} | {min(values):.2f} to {max(values):.2f} | {ratio} |")
     return "\n".join(lines)
 
@@ -346,7 +361,7 @@ def compare(arguments: argparse.Namespace, names: Sequence[str], precision: str,
 
 def compare_startups(arguments: argparse.Namespace, names: Sequence[str], scratch: Path) -> dict[str, list[float]]:
     """Fresh processes in turn; the first round only fills the file cache."""
-    names = [name for name in names if name in UNCOMPILED]
+    names = [name for name in names if not CONTESTANTS[name].compile]
     settings = {}
     (scratch / "startup").mkdir()
     write_corpus(scratch / "startup" / "corpus.txt")
@@ -392,17 +407,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps-per-round", type=int, default=2)
     parser.add_argument("--startups", type=int, default=5, help="fresh starts of each contestant; 0: none")
     listed = list(CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", choices=listed, metavar="NAME", help=f"{listed}")
     parser.add_argument(
-        "--contestants", nargs="+", choices=listed, default=listed[:-1], metavar="NAME", help=f"{listed}"
+        "--against", type=Path, metavar="CHECKOUT", help="another checkout of titanlite: before and before-compiled"
     )
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.against is None:
+        arguments.contestants = arguments.contestants or listed[:-1]
+        return arguments
+    if not (arguments.against / "benchmarks" / "contestants").is_dir():
+        parser.error(f"--against {arguments.against}: no checkout of titanlite (it has no benchmarks/contestants)")
+    before = {f"before{suffix}": f"titanlite{suffix}" for suffix in ("", "-compiled")}
+    for name, now in before.items():
+        CONTESTANTS[name] = replace(CONTESTANTS[now], checkout=arguments.against.resolve())
+    arguments.contestants = [*(arguments.contestants or before.values()), *before]
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     names = available(arguments.contestants)
-    results: dict[str, Any] = {"arguments": {**vars(arguments), "json": None}}
+    results: dict[str, Any] = {"arguments": {**vars(arguments), "json": None, "against": str(arguments.against or "")}}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         write_corpus(scratch / "corpus.txt")

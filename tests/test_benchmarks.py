@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,26 @@ def test_single_device_prints_tables_and_writes_what_it_measured(tmp_path: Path)
     assert [len(turns[name]) for name in ("titanlite", "plain")] == [2, 2]
     assert all(turn["tokens_per_second"] > 0 for played in turns.values() for turn in played)
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["startup_seconds"].values())
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared(tmp_path: Path) -> None:
+    """The other one is a copy that leaves a file when it is imported."""
+    for part in ("titanlite", "kernels", "benchmarks"):
+        shutil.copytree(BENCHMARKS.parent / part, tmp_path / "other" / part)
+    with (tmp_path / "other/titanlite/__init__.py").open("a") as module:
+        module.write(f"\nopen({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    sizes = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, str(BENCHMARKS / "single_device.py"), *sizes, "--batch", "2", "--rounds", "2"]
+    chosen = ["--precision", "float32", "--contestants", "titanlite", "--startups", "1"]
+    against = ["--against", str(tmp_path / "other"), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run([*command, *chosen, *against], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "imported").exists()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["float32"]["summary"]) == {"titanlite", "before", "before-compiled"}
+    assert set(result["float32"]["summary"]["titanlite"]["ratio"]) == {"before", "before-compiled"}
+    assert set(result["startup_seconds"]) == {"titanlite", "before"}
 
 
 @pytest.mark.slow
