@@ -23,8 +23,8 @@ from titanlite.sharding_table import sharding_table, sharding_text
 
 
 def recipe(**keys: Any) -> Recipe:
-    """A valid recipe of 100 steps with `section__key=value` laid over it."""
-    values: dict[str, dict[str, Any]] = {"training": {"steps": 100}}
+    """A valid recipe of 100 steps of the debug model with `section__key=value` laid over it."""
+    values: dict[str, dict[str, Any]] = {"training": {"steps": 100}, "model": {"preset": "debug"}}
     for key, value in keys.items():
         section, _, name = key.partition("__")
         values.setdefault(section, {})[name] = value
@@ -61,6 +61,22 @@ CP_TP = {"parallel__cp": 2, "parallel__tp": 2}
 
 def found(world: int = 1, **keys: Any) -> list[tuple[str, str]]:
     return [(finding.severity, finding.key) for finding in check(recipe(**keys), world)]
+
+
+def test_a_model_without_a_preset_is_plain_llama() -> None:
+    """Issue 14, item 23: nothing of `debug` (QK-norm, rope_theta 10,000) shows through, and `check` names the model."""
+    sizes = {"dim": 96, "layers": 2, "heads": 6, "vocab_size": 300}
+    made = Recipe.model_validate({"model": sizes, "training": {"steps": 1}})
+    run = describe(made)
+    assert {key: run[key] for key in sizes} == sizes
+    assert (run["preset"], run["architecture"]) == ("custom", "LlamaForCausalLM")
+    plain = {"kv_heads": 6, "ffn_dim": 256, "rope_theta": 500_000.0, "rope_scaling": None, "norm_eps": 1e-5}
+    plain |= {"qk_norm": False, "tie_embeddings": False}
+    assert {key: run[key] for key in plain} == plain
+    for part in ("custom: ", "LlamaForCausalLM", "rope_theta 500000", "norm_eps 1e-05", "no qk_norm"):
+        assert part in report(made)
+    assert describe(recipe(model__dim=256, model__qk_norm=False))["changed"] == ["dim", "qk_norm"]
+    assert "Qwen3ForCausalLM" in report(recipe()) and "debug with another dim" in report(recipe(model__dim=256))
 
 
 def test_a_sound_recipe_has_no_findings() -> None:

@@ -54,9 +54,20 @@ Rows = Iterator[tuple[str, str]]
 
 def _model_rows(run: dict[str, Any]) -> Rows:
     looked_up = f"({format_count(run['embedding_parameters'])} only looked up)"
-    yield "model", f"{run['preset']}: {format_count(run['parameters'])} parameters {looked_up}"
+    yield "model", f"{model_in_words(run)}: {format_count(run['parameters'])} parameters {looked_up}"
     sizes = f"{run['layers']} layers, dim {run['dim']}, {run['heads']} heads ({run['kv_heads']} of keys and values)"
     yield "", f"{sizes}, ffn_dim {run['ffn_dim']}, vocabulary {run['vocab_size']}"
+    scaling = run["rope_scaling"]
+    scaled = "" if scaling is None else f" scaled by {scaling['factor']:g} from {scaling['original_context']} tokens"
+    head = "shared with the embedding" if run["tie_embeddings"] else "apart from the embedding"
+    norms = f"norm_eps {run['norm_eps']:g}, {'with' if run['qk_norm'] else 'no'} qk_norm"
+    yield "", f"{run['architecture']}: rope_theta {run['rope_theta']:g}{scaled}, {norms}, head {head}"
+
+
+def model_in_words(run: dict[str, Any]) -> str:
+    """The preset, and which keys make another model of it; what names none is called custom."""
+    changed = ", ".join(run["changed"])
+    return f"{run['preset']} with another {changed}" if changed and run["preset"] != "custom" else str(run["preset"])
 
 
 def _batch_rows(run: dict[str, Any]) -> Rows:

@@ -15,7 +15,7 @@ from titanlite.parallel.layout import Layout, active_ranks, agreed_layout, batch
 from titanlite.parallel.slicing import Shape, Share, box, pattern_of, slicings
 from titanlite.parallel.stages import Stage, splits_backward, stage_split
 from titanlite.precision.float8_plan import SETTINGS, decisions, gathers, gathers_in_words, summary
-from titanlite.recipe.sections import Pipeline, Recipe
+from titanlite.recipe.sections import Model, Pipeline, Recipe
 
 _WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of a number."""
@@ -44,12 +44,19 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     return {
         "name": recipe.run.name,
         "preset": recipe.model.preset,
+        "changed": changed_from_preset(recipe.model),
+        "architecture": spec.to_huggingface_config(config)["architectures"][0],
         "dim": config.dim,
         "layers": config.layers,
         "heads": config.heads,
         "kv_heads": config.kv_heads,
         "ffn_dim": config.ffn_dim,
         "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else config.rope_scaling.model_dump(),
+        "norm_eps": config.norm_eps,
+        "tie_embeddings": config.tie_embeddings,
+        "qk_norm": config.qk_norm,
         "parameters": spec.parameter_count(config),
         "embedding_parameters": spec.embedding_parameters(config),
         "steps": steps,
@@ -72,6 +79,13 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * steps * tokens_per_step,
     }
+
+
+def changed_from_preset(section: Model) -> list[str]:
+    """Keys of `[model]` that make another model of the one that its preset names."""
+    spec = spec_of(section.preset)
+    given, named = (asdict(spec.configure(model)) for model in (section, Model(preset=section.preset)))
+    return [key for key, value in given.items() if value != named[key]]
 
 
 def _float8(recipe: Recipe, layout: Layout) -> dict[str, Any] | None:

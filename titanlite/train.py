@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titanlite.check import checked
+from titanlite.check import checked, model_in_words
 from titanlite.cli import run_command
 from titanlite.describe import checkpoint_bytes, describe
 from titanlite.errors import (
@@ -298,7 +298,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
     folder.settle(trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
     journal.say(
-        f"{folder.path}: {run['preset']}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
+        f"{folder.path}: {model_in_words(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
         f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "
         f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(trainer.data.train.tokens)} "
         f"tokens, {trainer.data.train.windows} sequences an epoch"

@@ -40,8 +40,11 @@ class LlamaConfig:
 _LLAMA3_VOCAB = 128_256
 _SMALL_VOCAB = 32_000
 
+_CUSTOM = "custom"
 PRESETS: dict[str, LlamaConfig] = {
+    # What a recipe that names no preset starts from: plain Llama, so that nothing but sizes needs to be written.
     # 272 rows: the byte tokenizer's 257, padded to a multiple of 16 for the matrix units.
+    _CUSTOM: LlamaConfig(128, 4, 4, 4, 384, 272),
     "debug": LlamaConfig(128, 4, 4, 2, 384, 272, rope_theta=10_000.0, qk_norm=True),
     "30m": LlamaConfig(384, 10, 6, 6, 1024, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
     "125m": LlamaConfig(768, 12, 12, 12, 2560, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
@@ -65,6 +68,9 @@ def model_config(section: Model) -> LlamaConfig:
     """The preset with the recipe's own keys laid over it. Raises `UsageError` for an unknown preset."""
     preset: LlamaConfig = spec_of(section.preset).presets[section.preset]
     given = {name: getattr(section, name) for name in _SIZES + _SWITCHES if getattr(section, name) is not None}
+    if section.preset == _CUSTOM:  # these two follow from the others
+        dim, heads = given.get("dim", preset.dim), given.get("heads", preset.heads)
+        given = {"kv_heads": heads, "ffn_dim": -(-8 * dim // (3 * 128)) * 128, **given}
     return replace(preset, **given, init_std=section.init_std, depth_scaled_init=section.depth_scaled_init)
 
 
@@ -249,7 +255,7 @@ def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def from_huggingface_config(fields: Mapping[str, Any]) -> Model:
-    """The preset of these sizes if there is one, or all sizes one by one. Raises `UsageError`."""
+    """The preset of these sizes if there is one, or all sizes, one by one. Raises `UsageError`."""
     for key, allowed in _HUGGINGFACE_ONLY.items():
         if key in fields and fields[key] not in allowed:
             _refuse(key, fields[key], f"only {allowed[0]!r} is known here")
@@ -264,8 +270,7 @@ def from_huggingface_config(fields: Mapping[str, Any]) -> Model:
         raise UsageError(f"it does not give {missing[0]}")
     qwen = fields.get("model_type") == "qwen3"
     try:
-        # No preset but its rope_scaling could show through: every other key is given here.
-        section = Model.model_validate({"preset": "llama3-8b", **given, **rope, "qk_norm": qwen})
+        section = Model.model_validate({"preset": _CUSTOM, **given, **rope, "qk_norm": qwen})
     except ValidationError as error:
         item = error.errors(include_url=False, include_context=False)[0]
         ours = str(item["loc"][-1])
@@ -278,7 +283,7 @@ def from_huggingface_config(fields: Mapping[str, Any]) -> Model:
     head_dim = (_QWEN3_HEAD_DIM if qwen else config.head_dim) if head_dim is None else head_dim
     if head_dim != config.head_dim:
         _refuse("head_dim", head_dim, f"only hidden_size / num_attention_heads = {config.head_dim} is known here")
-    named = [name for name, preset in PRESETS.items() if preset == config]
+    named = [name for name, preset in PRESETS.items() if preset == config and name != _CUSTOM]
     return Model(preset=named[0]) if named else section
 
 

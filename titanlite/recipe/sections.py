@@ -75,30 +75,31 @@ class RopeScaling(Section):
 class Model(Section):
     """Architecture. A preset gives every size; a key set beside it replaces the preset's value."""
 
-    preset: str = "debug"
-    """Named architecture: debug, 30m, 125m, 350m, llama3.2-1b, llama3.2-3b, llama3-8b, llama3-70b, llama3.1-405b."""
+    preset: str = "custom"
+    """Named architecture: debug, 30m, 125m, 350m, llama3.2-1b, llama3.2-3b, llama3-8b, llama3-70b, llama3.1-405b; or
+    custom, a plain Llama of the sizes below."""
     dim: Positive | None = None
-    """Width of the residual stream."""
+    """Width of the residual stream; custom: 128."""
     layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """Number of transformer blocks."""
+    """Number of transformer blocks; custom: 4."""
     heads: Positive | None = None
-    """Number of query heads; `dim / heads` is the head size, and must be even."""
+    """Number of query heads; `dim / heads` is the head size, and must be even; custom: 4."""
     kv_heads: Positive | None = None
-    """Number of key and value heads; must divide `heads` (grouped-query attention)."""
+    """Number of key and value heads; must divide `heads` (grouped-query attention); custom: as many as `heads`."""
     ffn_dim: Positive | None = None
-    """Inner width of the SwiGLU feed-forward network."""
+    """Inner width of the SwiGLU feed-forward network; custom: 8/3 of `dim`, rounded up to a multiple of 128."""
     vocab_size: Positive | None = None
-    """Rows of the embedding; at least the tokenizer's vocabulary, and may be padded above it."""
+    """Rows of the embedding; at least the tokenizer's vocabulary, and may be padded above it; custom: 272."""
     rope_theta: PositiveFloat | None = None
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies; custom: 500,000."""
     rope_scaling: RopeScaling | None = None
     """Llama 3.1's frequency scaling; absent: the preset's, or none."""
     norm_eps: PositiveFloat | None = None
-    """Epsilon inside every RMSNorm."""
+    """Epsilon inside every RMSNorm; custom: 1e-5."""
     tie_embeddings: bool | None = None
-    """Share one matrix between the embedding and the output head."""
+    """Share one matrix between the embedding and the output head; custom: false."""
     qk_norm: bool | None = None
-    """RMSNorm over each query and key head before the rotation."""
+    """RMSNorm over each query and key head before the rotation, as in Qwen 3; custom: false."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial matrices and embeddings."""
     depth_scaled_init: bool = True
