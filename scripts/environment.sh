@@ -2,7 +2,7 @@
 # Sourced by the other scripts, which set $root: the environment, the machine, its processes.
 #
 # ensure_environment [EXTRA]   makes .venv and installs titanlite into it, when that is missing or stale; afterwards
-#                              $python is the environment's, with pyproject.toml's extra of that name.
+#                              $python is the environment's, compiled, with pyproject.toml's extra of that name.
 # count_gpus                   prints how many this machine has.
 # wait_for PROCESS             waits through any signals for a process of the script's; returns its exit code.
 #
@@ -26,9 +26,11 @@ ensure_environment() {
       exit 1
     }
   fi
-  # Modules are compiled when they are first imported: most of torch's never are.
   "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$root/scripts/constraints.txt" --editable "$root${extra:+[$extra]}" >&2
+  # To bytecode, now and on all cores (pip uses one): where a run may write none (PYTHONDONTWRITEBYTECODE, an environment
+  # that is read-only), each start would compile 2,500 modules again. What fails to compile is no module of a run.
+  "$python" -m compileall -qq -j 0 "$root"/{titanlite,kernels} "$root"/.venv/lib/python3*/site-packages || true
   printf '%s' "$want" >"$root/.venv/installed-$extra"
 }
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from titanlite.recipe.toml import parse_toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "titanlite"
@@ -104,6 +107,15 @@ def test_imports_point_one_way(module: str, tree: ast.Module) -> None:
 def test_kernels_know_nothing_of_titanlite() -> None:
     for module, tree in modules(ROOT / "kernels" / "titanlite_kernels").items():
         assert not [name for name in imports(tree) if within(name, ("titanlite",))], module
+
+
+def test_what_is_imported_is_installed_everywhere() -> None:
+    """A plain dependency, so that every script and image that installs titanlite has it (issue 14, item 24)."""
+    dependencies = parse_toml((ROOT / "pyproject.toml").read_text()).values["project"]["dependencies"]
+    installed = {re.split(r"[^\w-]", line)[0] for line in dependencies}
+    needed = {name.partition(".")[0] for tree in modules(PACKAGE).values() for name in imports(tree)}
+    assert needed - sys.stdlib_module_names - {"titanlite", "titanlite_kernels", "tomllib"} <= installed
+    assert installed <= needed, "installed, and never imported"
 
 
 REFUSE_TORCH = """

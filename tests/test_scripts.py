@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from clone import make_clone, write_program
+from clone import ROOT, make_clone, write_program
 
 
 @pytest.fixture
@@ -47,6 +47,41 @@ def test_a_recipe_is_passed_on_wherever_it_stands(root: Path, words: list[str]) 
 @pytest.mark.parametrize("words", [[], ["--fresh"], ["--run.seed", "3"], ["--run.name=x"]])
 def test_without_a_recipe_it_is_the_debug_run(root: Path, words: list[str]) -> None:
     assert train(root, *words) == (0, ["-m", "titanlite.train", f"{root}/configs/debug.toml", *words])
+
+
+def test_what_is_installed_is_compiled_once(root: Path) -> None:
+    """Where no bytecode may be written, each start would compile it again (issue 14, item 29)."""
+    (root / ".venv/installed-").write_text("an older pyproject.toml")
+    packages = root / ".venv/lib/python3.12/site-packages"
+    packages.mkdir(parents=True)
+    calls = root / "calls"
+    write_program(root / ".venv/bin/python", f'printf "%s " "$@" >>"{calls}"; echo >>"{calls}"')
+    write_program(root / "nvidia-smi", ":")
+    for _ in range(2):
+        environment = {**os.environ, "PATH": f"{root}:{os.environ['PATH']}"}
+        subprocess.run([root / "scripts/train.sh", "a.toml"], env=environment, check=True, stderr=subprocess.DEVNULL)
+    _, install, compiling, *trainings = calls.read_text().splitlines()
+    assert install.startswith("-m pip install ") and install.endswith(f"--editable {root} ")
+    assert compiling.startswith("-m compileall ")
+    assert compiling.endswith(f"{root}/titanlite {root}/kernels {packages} ")
+    assert trainings == ["-m titanlite.train a.toml "] * 2
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="NOT A CLONE: git does not say what it ignores")
+def test_what_the_documents_read_and_write_is_in_no_commit_and_no_image() -> None:
+    """Issue 14, item 24."""
+    git = ["git", "-C", str(ROOT)]
+    tracked = subprocess.run([*git, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    unanchored = {line.strip("/") for line in lines(".gitignore")}
+    in_image = {line.removeprefix("**/") for line in lines(".dockerignore")}
+    assert in_image == {".git", *unanchored}
+    paths = ["data/web.bin", "corpus/a.jsonl", "tokenizers/mine/tokenizer.json", "exported/config.json", "slurm-7.out"]
+    ignored = subprocess.run([*git, "check-ignore", *paths, *tracked], capture_output=True, text=True).stdout.split()
+    assert ignored == paths
+
+
+def lines(name: str) -> list[str]:
+    return [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
 
 
 def test_several_gpus_get_torchrun(root: Path) -> None:

@@ -7,7 +7,6 @@ import inspect
 import json
 import json.decoder
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,14 +144,6 @@ def test_parquet(tmp_path: Path) -> None:
         table = pyarrow.table({"body": pyarrow.array(columns["body"]).cast(kind)})
         pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
         assert documents(str(tmp_path), text_key="body") == expected
-
-
-def test_libraries_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, library in (("x.parquet", "pyarrow"), ("x.arrow", "pyarrow"), ("x.txt.zst", "zstandard")):
-        monkeypatch.setitem(sys.modules, library, None)
-        (tmp_path / name).write_bytes(b"something")
-        said = refusal(tmp_path / name)
-        assert f"{name}: reading " in said and f"needs {library}: pip install 'titanlite[data]'" in said
 
 
 @settings(max_examples=30, deadline=None)

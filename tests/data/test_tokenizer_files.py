@@ -414,15 +414,6 @@ def test_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         open_tokenizer(name)
 
 
-@pytest.mark.parametrize(("name", "library"), [("level", "tokenizers"), ("ranks", "tiktoken")])
-def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str) -> None:
-    from titanlite.data.tokenizers import pieces as module
-
-    monkeypatch.setattr(module, "find_spec", lambda _: None)
-    with pytest.raises(DataError, match=rf"'{library}'; pip install 'titanlite\[data\]'"):
-        open_tokenizer(str(folder / name))
-
-
 def test_two_special_tokens_of_one_name(folder: Path) -> None:
     for name in ("bytes", str(folder / "level"), str(folder / "ranks")):
         with pytest.raises(DataError, match=r"data\.special_tokens names '<a>' twice"):

@@ -88,7 +88,7 @@ def train_bpe(
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
     from titanlite.data.tokenizers.hugging_face import CONFIG, config_json
-    from titanlite.data.tokenizers.pieces import require_distinct, require_library
+    from titanlite.data.tokenizers.pieces import require_distinct
 
     special = (arguments.separator, *arguments.special_token)
     require_distinct(special, "--special-token")
@@ -100,7 +100,6 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     file = arguments.out.expanduser() / "tokenizer.json"
     if file.exists() and not arguments.force:
         raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
-    require_library("tokenizers", file)
     read = Read()
     texts = _texts(arguments.inputs, Data(text_key=arguments.text_key), arguments.held_out, read)
     content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())

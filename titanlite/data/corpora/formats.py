@@ -30,7 +30,6 @@ BINARY_SUFFIXES = (".xz", ".bz2", ".zip", ".tar", ".tgz", ".npy", ".bin", ".idx"
 
 ROWS_AT_ONCE = 1_000
 BLOCK_BYTES = 2**20
-EXTRA = "pip install 'titanlite[data]'"
 
 
 class Part(NamedTuple):
@@ -104,7 +103,7 @@ def divide(path: Path, form: Form, size: int, part_bytes: int) -> list[Part] | N
         return None
     if form == "lines":
         return [Part(first, min(first + part_bytes, size), 0) for first in range(0, size, part_bytes)]
-    arrow = _pyarrow(path)
+    arrow = _pyarrow()
     with _arrow_refusals(path):
         groups = arrow.parquet.ParquetFile(path).metadata
         parts: list[Part] = []
@@ -158,7 +157,7 @@ def _lines(path: Path, part: Part | None) -> Iterator[tuple[int, bytes]]:
 
 def _rows(path: Path, form: Form, text_key: str, asked: str, part: Part | None) -> Iterator[tuple[int, bytes | None]]:
     """Numbers and texts of the rows."""
-    arrow = _pyarrow(path)
+    arrow = _pyarrow()
     number = 0 if part is None else part.before
     with _arrow_refusals(path):
         if form == "parquet":
@@ -251,10 +250,8 @@ class _Unpacked(io.RawIOBase):
     """What a zstd file unpacks to, frame after frame. The library's own reader takes one cut short for a whole one."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(f"{path}: reading .zst files needs zstandard: {EXTRA}.") from error
+        import zstandard
+
         self._file = file
         self._errors = zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
@@ -296,14 +293,12 @@ def _refusals(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions, or leave it out.") from error
 
 
-def _pyarrow(path: Path) -> Any:
-    """The library. Raises `DataError` with the way to it."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading {path.suffix} files needs pyarrow: {EXTRA}.") from error
+def _pyarrow() -> Any:
+    """The library, which takes long to import, for those that read its files."""
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
     return pyarrow
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from titanlite.data.tokenizers.pieces import (
     choose_separator,
     read_file,
     require_distinct,
-    require_library,
 )
 from titanlite.errors import DataError
 
@@ -58,7 +56,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self._is_byte_level, self._falls_back_to_bytes = "ByteLevel" in decoders, "ByteFallback" in decoders
         cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
         self.takes_any_bytes = self._is_byte_level and not any(step.get("add_prefix_space", True) for step in cuts)
-        require_library("tokenizers", path)
 
     def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
         if self._fast is not None:
@@ -83,8 +80,8 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     @cached_property
     def _fast(self) -> tuple[Any, Ids] | None:
-        """tiktoken and the ids of its ranks, if it is there and certainly cuts all texts alike."""
-        found = ranks_of_json(json.loads(self._content), self.special_tokens) if find_spec("tiktoken") else None
+        """tiktoken and the ids of its ranks, if it certainly cuts all texts alike."""
+        found = ranks_of_json(json.loads(self._content), self.special_tokens)
         if found is None:
             return None
         return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)

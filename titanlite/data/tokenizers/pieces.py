@@ -10,7 +10,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +172,6 @@ def read_file(path: Path) -> bytes:
     if not content.strip():
         raise DataError(f"{path} is empty; give a tokenizer's file.")
     return content
-
-
-def require_library(name: str, path: Path) -> None:
-    """Raise `DataError` if the library is not installed that applies the tokenizer of `path`."""
-    if find_spec(name) is None:
-        raise DataError(f"{path} needs the library '{name}'; pip install 'titanlite[data]' brings it.")
 
 
 def require_distinct(names: Iterable[str], who: str = "data.special_tokens") -> None:

@@ -23,7 +23,6 @@ from titanlite.data.tokenizers.pieces import (
     choose_separator,
     read_file,
     require_distinct,
-    require_library,
 )
 from titanlite.errors import DataError
 
@@ -57,7 +56,6 @@ class RankTokenizer(PieceTokenizer):
         ids = {name: number for number, name in enumerate(names, len(self.ranks))}
         super().__init__(path, content, ids, choose_separator(path, ids, separator), len(self.ranks) + len(ids))
         self.files = {"tokenizer.model": path}
-        require_library("tiktoken", path)
 
     def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
         return [self._encode_string(text) for text in texts]
