@@ -105,9 +105,34 @@ def cause(error: OSError, path: Path) -> str:
     return f"{text} ({format_bytes(shutil.disk_usage(standing).free)} free)"
 
 
-def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]) -> int:
-    """Take the folder of `path`, a lock file, for this process until it ends, however it ends; returns the descriptor
-    that holds it.
+class Lock:
+    """A lock file that this process holds until `close` or its own end."""
+
+    def __init__(self, path: Path, descriptor: int, is_new: bool) -> None:
+        self.path = path
+        self.is_new = is_new
+        """Whether there was none: the folder was never used, or its user's lock file was removed."""
+        self._descriptor = descriptor
+
+    def is_in_place(self) -> bool:
+        """Whether the file that is locked still has this name: without it, the next process makes and locks another.
+
+        A file system that does not answer just now has lost nothing.
+        """
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        os.close(self._descriptor)
+
+
+def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]) -> Lock:
+    """Take the folder of `path`, a lock file, for this process until it ends, however it ends.
 
     A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
     trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
@@ -127,9 +152,10 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
             os.close(descriptor)
             raise UsageError(f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}.")
         time.sleep(1)
+    is_new = os.fstat(descriptor).st_size == 0
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-    return descriptor
+    return Lock(path, descriptor, is_new)
 
 
 def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:

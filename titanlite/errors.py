@@ -95,6 +95,12 @@ class CheckpointError(TitanliteError):
     exit_code = EXIT_CHECKPOINT
 
 
+class RunFolderLost(CheckpointError):
+    """The run's folder may be another process's by now: nothing more may be written there, and no retry helps."""
+
+    on_all_ranks = True
+
+
 class StoppedEarly(TitanliteError):
     """A signal or a limit of the recipe ended the run before its last step; its state is saved."""
 

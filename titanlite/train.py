@@ -119,6 +119,11 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         ranks = Ranks(world.rank, world.size)
         journal = Journal()
         stack.callback(journal.close)
+
+        def require_own() -> None:
+            if folder is not None:
+                folder.require_own()
+
         section = recipe.checkpoint
         checkpoints = CheckpointManager(
             path / "checkpoints",
@@ -127,6 +132,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             Keep(section.keep_last, section.keep_every, section.keep_best),
             background=section.mode == "async",
             max_failures=section.max_failures,
+            require_own=require_own,
         )
         every = recipe.resilience.snapshot_every
         snapshots = (
@@ -136,6 +142,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 journal.say,
                 joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
                 background=section.mode == "async",
+                require_own=require_own,
             )
             if every
             else None

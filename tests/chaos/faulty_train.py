@@ -176,15 +176,15 @@ def killed_in_save(point: str, step: int) -> None:
     in_save(point, step, partial(die, step))
 
 
-def paused(step: int, in_the_save: bool = False) -> None:
-    """Before `step`, or in a shard of its save, wait until somebody makes the file `go`; `here` says that it waits."""
+def paused(step: int, in_the_save: bool = False, here: str = "here", go: str = "go") -> None:
+    """Before `step`, or in a shard of its save, wait until the file `go` is made; `here` says that it waits."""
     moment = partial(in_save, "in a shard") if in_the_save else between_saves
-    moment(step, wait_for_go)
+    moment(step, partial(wait_for_go, here, go))
 
 
-def wait_for_go() -> None:
-    Path("here").touch()
-    while not Path("go").exists():
+def wait_for_go(here: str, go: str) -> None:
+    Path(here).touch()
+    while not Path(go).exists():
         time.sleep(0.002)
 
 

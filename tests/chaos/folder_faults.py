@@ -31,6 +31,43 @@ def stale_lock(box: Sandbox) -> Outcome:
     return Outcome(reached - box.resumed(), EQUAL, box.message(said, "resumed"))
 
 
+def lock_removed(box: Sandbox) -> Outcome:
+    """Whoever comes in then has the folder, and the first writes nothing more there (issue 14, item 13)."""
+    first = box.paused("--checkpoint.max_failures=99", step=EVERY + 1)
+    box.until(lambda: box.steps() == [EVERY])
+    (box.run_folder() / ".lock").unlink()
+    second = box.start(fault="paused", step=3 * EVERY + 2, here="here 2", go="go 2")
+    box.until((box.folder / "here 2").exists, second)
+    before = _content(box)
+    box.go()
+    first.ended(4)
+    after = _content(box)
+    changed = {path for path in before | after if before.get(path) != after.get(path)}
+    assert all(path.endswith(".bin") for path in changed), f"{changed}; what is read is kept apart by starts"
+    (box.folder / "go 2").touch()
+    second.done()
+    assert "ended without a word" not in second.said, "it lives"
+    box.require_whole()
+    return Outcome(0, EQUAL, box.message(first.said, "error: "))
+
+
+def same_path_elsewhere(box: Sandbox) -> Outcome:
+    """Containers that share /dev/shm may each have a run of this path (issue 14, item 13): folders trade names here."""
+    words = ("--resilience.snapshot_every=2", f"--resilience.snapshot_dir={box.folder / 'memory'}")
+    (box.folder / "memory").mkdir()
+    box.paused(*words, "--checkpoint.every_steps=0", step=EVERY + 3).kill()
+    box.run_folder().parent.rename(box.folder / "one")
+    (box.folder / "here").unlink()
+    box.paused(*words, "--checkpoint.every_steps=0", step=EVERY + 1).kill()
+    box.run_folder().parent.rename(box.folder / "other")
+    (box.folder / "one").rename(box.run_folder().parent)
+    said = box.train(*words).said
+    assert box.resumed() == EVERY + 2
+    box.require_whole()
+    assert len(list((box.folder / "memory").glob("*/step-*"))) == 1, "the other's is there"
+    return Outcome(0, EQUAL, box.message(said, "from the snapshot"))
+
+
 def changed_recipe(key: str, value: str, was: str, slow: bool = False) -> Fault:
     """Refused with the difference, before anything is written; or allowed by name."""
 
@@ -165,6 +202,8 @@ def readers(box: Sandbox) -> Outcome:
 FAULTS = [
     Fault(19, "second run in the same folder", "both started", two_runs),
     Fault(19, "lock of a killed process", "SIGKILL", stale_lock),
+    Fault(19, "lock removed from under a run, and a second one started", "rm .lock", lock_removed),
+    Fault(19, "two runs of one path share the memory for snapshots", "as two containers do", same_path_elsewhere),
     changed_recipe("optimizer.lr", "0.001", "0.0003"),
     changed_recipe("training.global_batch", "8", "4", slow=True),
     changed_recipe("model.dim", "32", "16", slow=True),

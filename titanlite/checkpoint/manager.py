@@ -56,8 +56,12 @@ class CheckpointManager:
         keep: Keep = Keep(),
         background: bool = False,
         max_failures: int = 0,
+        require_own: Callable[[], None] = lambda: None,
     ) -> None:
-        """`max_failures`: saves that may fail one after the other."""
+        """`max_failures`: saves that may fail one after the other.
+
+        `require_own`, on the first rank before each save, raises `RunFolderLost` if the run may not write any more.
+        """
         self.folder = folder
         self.current: int | None = None
         """Step of the checkpoint that this process last committed or loaded, known to be whole."""
@@ -72,6 +76,7 @@ class CheckpointManager:
         self._max_failures = max_failures
         self._failed: list[CheckpointError] = []
         """Of the saves since the last that was committed."""
+        self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
         self._place: int | None = None
         """Descriptor of the folder that was prepared: held open, for the number of a deleted one is given away."""
@@ -270,7 +275,9 @@ class CheckpointManager:
             )
 
     def _require_same_place(self) -> None:
-        """Raises `CheckpointError` rather than let a run write into a folder that is not, or no longer, its own."""
+        """Raises `CheckpointError` or `RunFolderLost` rather than let a run write into a folder that is not, or no
+        longer, its own.
+        """
         try:
             same = self._place is None or os.path.samestat(os.fstat(self._place), os.stat(self.folder))
         except OSError:
@@ -280,6 +287,7 @@ class CheckpointManager:
                 f"{self.folder} is no longer the folder that this run began in: it was removed, moved or replaced. "
                 "Nothing is written there; move it back, and the next save will find it."
             )
+        self._require_own()
 
     def _set_aside_before_saving(self, step: int, warn: Warn) -> None:
         """Checkpoints that loading passed over: later ones must not be 'latest' again, and none counts as kept."""

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
-from titanlite.errors import CheckpointError, GuardStop, TitanliteError, UsageError
+from titanlite.errors import CheckpointError, GuardStop, RunFolderLost, TitanliteError, UsageError
 from titanlite.messages import as_tensor, gathered
 
 _KINDS: dict[str, type[TitanliteError]] = {
-    kind.__name__: kind for kind in (GuardStop, UsageError, CheckpointError, NewerFormatError, DamagedCheckpointError)
+    kind.__name__: kind
+    for kind in (GuardStop, UsageError, CheckpointError, RunFolderLost, NewerFormatError, DamagedCheckpointError)
 }
 """What a rank may be told of, the gravest first: an older checkpoint mends damage and nothing else."""
 _DONE, _FAILED = b"+", b"-"

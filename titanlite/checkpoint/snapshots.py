@@ -42,6 +42,9 @@ LINE = ".snapshots"
 """File beside the run's checkpoints. Each start of a run begins a line of snapshots, which this file names, with the
 digest of the one that the start went on from, if any. No others count: those that machines which are away still hold
 may be of steps that the run has taken otherwise since."""
+RUN_NAME = ".run"
+"""File in the run's folder with a name that was drawn for it: containers that share the memory may have runs of one
+path. `--fresh` leaves it, and so finds what is to be cleared."""
 _OF_LINE = "snapshots"
 """The value in a snapshot's manifest that says of which line it is."""
 _LAST_SECONDS = 10.0
@@ -89,9 +92,18 @@ class Snapshots:
     """
 
     def __init__(
-        self, memory: Path, checkpoints: Path, warn: Warn, ranks: Ranks = ALONE, background: bool = False
+        self,
+        memory: Path,
+        checkpoints: Path,
+        warn: Warn,
+        ranks: Ranks = ALONE,
+        background: bool = False,
+        require_own: Callable[[], None] = lambda: None,
     ) -> None:
-        """`memory`: a folder in memory, each machine's own. `checkpoints`: the run's folder, which all see."""
+        """`memory`: a folder in memory, each machine's own. `checkpoints`: the run's folder, which all see.
+
+        `require_own`: as the `CheckpointManager`'s.
+        """
         self._file = checkpoints / LINE
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
@@ -99,14 +111,18 @@ class Snapshots:
         self._writings = Writings(self._warn, background)
         self._loaded = ""
         """Digest of the manifest of the one that was loaded, until a line begins."""
-        run = hashlib.sha256(os.fsencode(checkpoints.resolve())).hexdigest()[:16]
-        self._folder = memory / f"titanlite-{os.getuid()}-{run}"
+        self._require_own = require_own
+        self._folder = memory  # one in it, once `prepare` knows the run
         self._line = Line("")
         self._machines = [0] * ranks.size
         """By rank, its machine: the first rank that sees the same folder."""
 
     def prepare(self) -> None:
         """Make or find this machine's folder, and clear what a killed process left there. Raises `UsageError`."""
+        checkpoints = self._file.parent
+        name = self._ranks.first(lambda: _run_name(checkpoints.with_name(RUN_NAME)))
+        run = hashlib.sha256(os.fsencode(checkpoints.resolve()) + b"\0" + name).hexdigest()[:16]
+        self._folder /= f"titanlite-{os.getuid()}-{run}"
         marks = self._ranks.each(lambda: _marked(self._folder))
         told = self._ranks.first(lambda: json.dumps([marks.index(mark) for mark in marks]).encode())
         self._machines = json.loads(told)
@@ -141,6 +157,7 @@ class Snapshots:
             final, ranks = self._folder / folder_name(facts.step), self._ranks
             pending, explained = storage.pending(final), storage.refusals_explained(final, portion.nbytes, "snapshot")
             text = b""
+            ranks.first(self._require_own)
             try:
                 self._on_each_machine(explained(lambda: storage.begin(final)))
                 tables = ranks.each(explained(lambda: write_portion(pending, portion, ranks.rank)))
@@ -359,6 +376,16 @@ def _digest(folder: Path) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _run_name(path: Path) -> bytes:
+    """What the file says, which is made if it is not there. Raises `UsageError`."""
+    try:
+        if not path.exists():
+            replace_file(path, os.urandom(8).hex().encode())
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot use {path}, without which no snapshots are kept: {cause(error, path)}.") from error
 
 
 def _read_line(path: Path) -> Line:

@@ -94,7 +94,7 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
                     shutil.rmtree(parts)
             raise
         finally:
-            os.close(lock)
+            lock.close()
     return done
 
 

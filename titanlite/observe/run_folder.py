@@ -18,8 +18,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from titanlite.durable import cause, replace_file, take_lock
-from titanlite.errors import UsageError
+from titanlite.durable import Lock, cause, replace_file, take_lock
+from titanlite.errors import RunFolderLost, UsageError
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes
@@ -91,7 +91,7 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
-        lock: int,
+        lock: Lock,
         resumed: bool,
         changes: Differences,
         warn: Callable[[str], None],
@@ -127,7 +127,7 @@ class RunFolder:
         Returns whether it stands there now.
         """
         try:
-            if not os.path.samestat(os.fstat(self._lock), os.stat(self.path / ".lock")):
+            if not self._lock.is_in_place():
                 self._warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
                 return False
             status = _status(state, step, exit_code, reason, self.attempt, self.start.job, self._pending)
@@ -136,6 +136,14 @@ class RunFolder:
             self._warn(f"cannot write {self.status}: {cause(error, self.path)}.")
             return False
         return True
+
+    def require_own(self) -> None:
+        """Raise `RunFolderLost` if the lock file was removed or replaced: another process may have come in since."""
+        if self.path.exists() and not self._lock.is_in_place():
+            raise RunFolderLost(
+                f"{self._lock.path} was removed or replaced, so another process may use this folder by now: nothing "
+                "more is written there. Once none does, start the run again; it goes on from its last checkpoint."
+            )
 
     def settle(self, step: int) -> None:
         """Say that the run goes on after `step`, by the recipe of this start, and that what was asked for once is done:
@@ -183,11 +191,13 @@ class RunFolder:
         if self.found.get("state") != "running":
             return ": ".join(str(self.found[key]) for key in ("state", "reason") if self.found.get(key))
         who = f"process {self.found.get('pid', '?')} on {self.found.get('host', '?')}"
+        if self._lock.is_new:
+            return f"{who}, whose lock file is gone; if that process still trains, it ends at its next save"
         return f"{who} ended without a word: killed, or its machine was"
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        os.close(self._lock)
+        self._lock.close()
 
 
 def open_run_folder(
@@ -208,10 +218,10 @@ def open_run_folder(
     try:
         return _open_locked(path, recipe, recipe_text, start, warn, lock)
     except OSError as error:
-        os.close(lock)
+        lock.close()
         raise UsageError(f"cannot use the run folder {path}: {cause(error, path)}.") from error
     except BaseException:
-        os.close(lock)
+        lock.close()
         raise
 
 
@@ -238,7 +248,7 @@ def require_same_run(old: Recipe, new: Recipe, may_change: Sequence[str], what: 
 
 
 def _open_locked(
-    path: Path, recipe: Recipe, text: str, start: Start, warn: Callable[[str], None], lock: int
+    path: Path, recipe: Recipe, text: str, start: Start, warn: Callable[[str], None], lock: Lock
 ) -> RunFolder:
     found, resumed = _read_status(path / "status.json"), has_run(path)
     start = _still_to_do(start, found)
@@ -254,6 +264,8 @@ def _open_locked(
             if name not in ("status.json", "recipe.toml"):
                 _delete(path / name)
         resumed, found = False, {}
+    if resumed and lock.is_new and (path / "metrics.jsonl").exists():  # whoever lost the lock goes on in the old file
+        replace_file(path / "metrics.jsonl", (path / "metrics.jsonl").read_bytes())
     changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if not resumed:
         replace_file(path / "recipe.toml", text.encode())
