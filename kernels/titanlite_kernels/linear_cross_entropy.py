@@ -7,8 +7,9 @@ gradients, all in the forward pass; the backward pass only scales these, where t
 plain path (6 n dim vocab operations), at the price of the weight's gradient being held, in at least float32, until
 then; rounded to a narrower dtype, it has that memory as long as it lives. With
 `recompute`, the forward pass keeps three numbers per token, and the backward pass forms the logits anew (8 n dim
-vocab), a chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once. It
-is meant for who runs many forward passes before the first backward one.
+vocab), a chunk of the vocabulary at a time, so that each row of the weight's gradient is one product, rounded once; so
+does the forward pass, whose numbers are then those of the very same logits. It is meant for who runs many forward
+passes before the first backward one.
 
 Bytes, for n tokens of a chunk and b bytes a logit: statistics n vocab b (read), gradient 2 n vocab b (read, written).
 Both in one launch read each row twice, the second time from the cache: a row of Llama 3's, 256 KB, does not fit into
@@ -220,7 +221,7 @@ def _forward(
             statistics[:, rows] = _statistics_and_gradient(logits, labels[rows], scale, first, z_loss, triton)
         else:
             found = _statistics(logits, labels[rows], first, triton)
-            statistics[:, rows] = found = _joined(found, group, ranks) if ranks > 1 else found
+            statistics[:, rows] = found = _of_all_ranks(found, group, ranks)
             if gradient:
                 _gradient(logits, labels[rows], found, scale, first, z_loss, triton)
         if grad_hidden.numel():
@@ -228,8 +229,18 @@ def _forward(
         if grad_weight.numel():
             _add_product(grad_weight, logits.t(), part)
 
-    for start in range(0, hidden.shape[0], chunk):
-        run(slice(start, start + chunk))
+    if recompute:
+        # By the backward pass's own products: others may round the last place of a logit otherwise, and of a large
+        # logit that place is a large part of a probability.
+        x = hidden.to(factor.dtype)
+        found = [
+            _statistics(x @ factor[columns].t(), labels, first + columns.start, triton)
+            for columns in _columns_at_a_time(hidden, weight, chunk)
+        ]
+        statistics = _of_all_ranks(_joined(torch.stack(found)), group, ranks)
+    else:
+        for start in range(0, hidden.shape[0], chunk):
+            run(slice(start, start + chunk))
     top, log_total, target = statistics
     losses = log_total - (target - top) + z_loss * (top + log_total).square()
     loss = torch.where(weights != 0, weights * losses, 0).sum().to(wide)
@@ -273,11 +284,15 @@ def _backward(
         elif want_weight:
             grad_weight[columns] = logits.t() @ x
 
-    # As many logits at a time as in a chunk of tokens, and rows of them that are aligned to vectors.
-    width = max(16, chunk * weight.shape[0] // max(1, hidden.shape[0]) // 16 * 16)
-    for start in range(0, weight.shape[0], width):
-        run(slice(start, start + width))
+    for columns in _columns_at_a_time(hidden, weight, chunk):
+        run(columns)
     return grad_hidden.to(hidden.dtype), grad_weight
+
+
+def _columns_at_a_time(hidden: Tensor, weight: Tensor, chunk: int) -> list[slice]:
+    """Of all tokens' logits: as many at a time as in a chunk of tokens, and rows of them that are aligned to vectors."""
+    width = max(16, chunk * weight.shape[0] // max(1, hidden.shape[0]) // 16 * 16)
+    return [slice(start, start + width) for start in range(0, weight.shape[0], width)]
 
 
 _SIGNATURE = (
@@ -443,10 +458,17 @@ def _reference_gradient(
         logits.copy_(wide)
 
 
-def _joined(statistics: Tensor, group: str, ranks: int) -> Tensor:
+def _of_all_ranks(statistics: Tensor, group: str, ranks: int) -> Tensor:
     """The statistics [3, n] of all ranks' parts of the vocabulary, as those of the whole."""
+    if ranks == 1:
+        return statistics
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(statistics.contiguous(), ranks, group)
-    tops, log_totals, targets = torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 3, -1).unbind(1)
+    return _joined(torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 3, -1))
+
+
+def _joined(parts: Tensor) -> Tensor:
+    """The statistics [parts, 3, n] of parts of the vocabulary, as those of the whole [3, n]."""
+    tops, log_totals, targets = parts.unbind(1)
     top = tops.amax(0)
     return torch.stack((top, (tops - top + log_totals).logsumexp(0), targets.amax(0)))
 

@@ -14,7 +14,7 @@ from titanlite.data.loader import Batch
 from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
-from titanlite.parallel.context import SequencePart, share_sequences
+from titanlite.parallel.context import SequencePart, _GatherKeys, share_sequences
 from titanlite.parallel.recompute import _policy
 
 PLAN = (ShardingRule("core", "attention"), ShardingRule("mask", "mask"))
@@ -78,3 +78,20 @@ def attend(
         out = shared(*ours, numbers)
     found = [out.detach(), *torch.autograd.grad(out, ours, mine[3])]
     return found, [part_of(tensor, world, rank) for tensor in expected]
+
+
+def gathered_gradients(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """A rank's gradients of its keys and values in bfloat16, given eight-bit ones for all: found, and rounded once."""
+    generator = torch.Generator().manual_seed(2)
+    shape = 2, 3, 4 * world, 2, 5  # keys and values of each rank's queries
+    given = torch.randint(-255, 256, (world, *shape), generator=generator).to(torch.bfloat16)
+    seen = (world, 2 * world)
+    group = dist.group.WORLD
+    assert group is not None
+    mine = [part_of(torch.zeros(shape[1:], dtype=torch.bfloat16), world, rank).requires_grad_() for _ in range(2)]
+    out = _GatherKeys.apply(*mine, group, seen)
+    grads = [given[rank, index % 2, :, : each.shape[1]] for index, each in enumerate(out)]
+    found = torch.stack(torch.autograd.grad(out, mine, grads))
+    whole = given.double().sum(0)
+    whole[:, :, : shape[2] // 2] *= 2  # both of `seen`
+    return found, torch.stack([part_of(each, world, rank) for each in whole.to(torch.bfloat16)])

@@ -44,5 +44,18 @@ def test_under(pool: Pool, how: str, case: dict[str, Any], method: str) -> None:
 @methods
 @cases
 def test_bfloat16_is_rounded_once_or_twice(pool: Pool, case: dict[str, Any], method: str) -> None:
-    """Sums over keys and ranks are of rounded summands, some of which are around 4."""
-    compare(pool, 3, method, {**case, "dtype": torch.bfloat16}, tolerance=4 * 2**-8)
+    """Issue 14, item 0. Of what is summed, probabilities and their gradients are rounded to bfloat16, and the sums of
+    single ranks' queries and of all are: five roundings at most from argument to result, each by a third of its unit's
+    square in the mean, and these add up as squares do. The errors of single elements are luck.
+    """
+    found = pool.run(context_runs.attend, 3, method, {**case, "dtype": torch.bfloat16})
+    for index, name in enumerate(("result", "queries", "keys", "values")):
+        ours, true = (torch.cat([rank[side][index] for rank in found]).double() for side in (0, 1))
+        assert ours.shape == true.shape
+        assert (ours - true).norm() < (5 / 3) ** 0.5 * 2**-8 * true.norm(), name
+
+
+def test_gradients_of_gathered_keys_are_rounded_after_their_sum(pool: Pool) -> None:
+    """Bit for bit: sums of a few eight-bit numbers are exact in float32, and in bfloat16 they are not."""
+    for found, expected in pool.run(context_runs.gathered_gradients, 3):
+        assert torch.equal(found, expected)

@@ -48,15 +48,19 @@ def test_float32(pool: Pool, corpus: str, ranks: int, parallel: dict[str, Any]) 
 
 @pytest.mark.splits
 def test_halved_backward_passes_add_up_as_whole_ones_do(pool: Pool, corpus: str) -> None:
-    """In bfloat16: gradients of single microbatches are rounded, their sums are not, so the bits are the same."""
+    """In bfloat16: gradients of single microbatches are rounded, their sums are not, so the bits are the same.
+
+    With the same stages on the same ranks (issue 14, item 0): over others, the squares of the gradient norm are summed
+    in another order.
+    """
     curves, weights = [], []
-    for schedule in ("1F1B", "InterleavedZeroBubble"):
+    for schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
         parallel = {"pp": 2, "zero_stage": 1, "pipeline": {"schedule": schedule}}
         precision = {"compute": "bfloat16"}
         recipe = small_recipe(corpus, parallel=parallel, training={"microbatch": 1}, precision=precision)
         curve, held = run(pool, 4, recipe)[0]
         curves.append(curve)
         weights.append(held)
-    assert curves[0]["loss"] == curves[1]["loss"]
+    assert curves[0] == curves[1]
     for name, values in weights[0].items():
         assert torch.equal(values, weights[1][name]), name
