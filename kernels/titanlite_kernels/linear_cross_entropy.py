@@ -290,7 +290,7 @@ def _backward(
 
 
 def _columns_at_a_time(hidden: Tensor, weight: Tensor, chunk: int) -> list[slice]:
-    """Of all tokens' logits: as many at a time as in a chunk of tokens, and rows of them that are aligned to vectors."""
+    """Of all tokens' logits: as many at a time as in a chunk of tokens, in rows that are aligned to vectors."""
     width = max(16, chunk * weight.shape[0] // max(1, hidden.shape[0]) // 16 * 16)
     return [slice(start, start + width) for start in range(0, weight.shape[0], width)]
 

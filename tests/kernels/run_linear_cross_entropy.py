@@ -32,7 +32,7 @@ SIZES = ((1, 3, 1, 1), (4, 300, 20, 3), (12, 140, 128, 5))
 @pytest.mark.parametrize(
     ("dtype", "recompute"), [*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True), (torch.float32, True)]
 )
-def test_as_exact_as_eager(dtype: torch.dtype, recompute: bool) -> None:
+def test_as_exact_as_the_format_allows(dtype: torch.dtype, recompute: bool) -> None:
     errors = Errors()
     for (rows, vocab, dim, chunk), z_loss in zip(SIZES, (0.0, 1e-2, 1e-3), strict=True):
         # Few digits, so that logits in float32 are exact in any order of summation; and gradients by a power of two,
@@ -47,7 +47,7 @@ def test_as_exact_as_eager(dtype: torch.dtype, recompute: bool) -> None:
         )  # fmt: skip
         eager = partial(linear_cross_entropy_reference, labels=labels, token_weights=token_weights, z_loss=z_loss)
         errors.add(ours, eager, [hidden.requires_grad_(), weight.requires_grad_()], gradient=0.25)
-    errors.assert_no_worse_than_eager()
+    errors.assert_ideal_but_for_sums(max(map(max, SIZES)))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from exactness import DEVICE, DTYPES, Operation, assert_as_exact_as_eager, results
+from exactness import DEVICE, DTYPES, Operation, assert_nearest, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from titanlite_kernels import optional_triton, rms_norm, rope, swiglu
@@ -61,35 +61,35 @@ def test_these_tests_are_of_kernels() -> None:
 @few
 @given(dtype=dtypes, rows=st.integers(1, 19), dim=st.integers(1, 300))
 def test_rms_norm(dtype: torch.dtype, rows: int, dim: int) -> None:
-    assert_as_exact_as_eager(rms_norm.rms_norm, rms_norm_reference, norm_arguments(dtype, rows, dim))
+    assert_nearest(rms_norm.rms_norm, rms_norm_reference, norm_arguments(dtype, rows, dim))
 
 
 @few
 @given(dtype=dtypes, rows=st.integers(1, 19), dim=st.integers(1, 300))
 def test_add_rms_norm(dtype: torch.dtype, rows: int, dim: int) -> None:
     arguments = norm_arguments(dtype, rows, dim, residual=True)
-    assert_as_exact_as_eager(add_rms_norm, add_rms_norm_reference, arguments, exact_add_rms_norm(dtype))
+    assert_nearest(add_rms_norm, add_rms_norm_reference, arguments, exact_add_rms_norm(dtype))
 
 
 def test_a_program_takes_many_rows_for_the_gradient_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rms_norm, "multiprocessors", lambda device: 1)  # two programs, with three or four tiles each
     rows = 7 * rms_norm._tile(1000)[1] - 1
     assert rows > 7
-    assert_as_exact_as_eager(rms_norm.rms_norm, rms_norm_reference, norm_arguments(torch.float32, rows, 1000))
+    assert_nearest(rms_norm.rms_norm, rms_norm_reference, norm_arguments(torch.float32, rows, 1000))
     arguments = norm_arguments(torch.bfloat16, rows, 1000, residual=True)
-    assert_as_exact_as_eager(add_rms_norm, add_rms_norm_reference, arguments, exact_add_rms_norm(torch.bfloat16))
+    assert_nearest(add_rms_norm, add_rms_norm_reference, arguments, exact_add_rms_norm(torch.bfloat16))
 
 
 def test_rows_that_do_not_count_add_nothing_to_the_weights_gradient_when_eps_is_zero() -> None:
     arguments = [*norm_arguments(torch.float32, 3, 100)[:2], 0.0]
-    assert_as_exact_as_eager(rms_norm.rms_norm, rms_norm_reference, arguments)
+    assert_nearest(rms_norm.rms_norm, rms_norm_reference, arguments)
 
 
 @few
 @given(dtype=dtypes, elements=st.integers(1, 5000))
 def test_swiglu(dtype: torch.dtype, elements: int) -> None:
     arguments = [leaf(elements, dtype=dtype, scale=4), leaf(elements, dtype=dtype)]
-    assert_as_exact_as_eager(swiglu.swiglu, swiglu_reference, arguments)
+    assert_nearest(swiglu.swiglu, swiglu_reference, arguments)
 
 
 @few
@@ -108,7 +108,7 @@ def test_rope(
     q = leaf(batch, seq, kv_heads * groups, 2 * half, dtype=dtype)
     k = leaf(batch, seq, kv_heads, 2 * half, dtype=dtype)
     cos, sin = angles(batch if positions_differ else 1, seq, 2 * half)
-    assert_as_exact_as_eager(rope.rope, rope_reference, [q, k, cos, sin])
+    assert_nearest(rope.rope, rope_reference, [q, k, cos, sin])
 
 
 NON_CONTIGUOUS: dict[str, tuple[Operation, Operation, list[object], Operation | None]] = {
@@ -145,7 +145,7 @@ NON_CONTIGUOUS: dict[str, tuple[Operation, Operation, list[object], Operation | 
 def test_arguments_need_not_be_contiguous(name: str) -> None:
     operation, reference, arguments, exact = NON_CONTIGUOUS[name]
     assert not all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor))
-    assert_as_exact_as_eager(operation, reference, arguments, exact)
+    assert_nearest(operation, reference, arguments, exact)
 
 
 def test_gradients_need_not_be_contiguous() -> None:

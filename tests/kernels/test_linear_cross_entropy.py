@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
 @WAYS
 @pytest.mark.parametrize("wide_products", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_exact_as_eager(dtype: torch.dtype, wide_products: bool, recompute: bool) -> None:
+def test_as_exact_as_the_format_allows(dtype: torch.dtype, wide_products: bool, recompute: bool) -> None:
     errors = Errors()
     sizes = ((1, 3, 1, 1), (30, 50, 24, 7), (200, 50, 24, 8), (128, 640, 16, 16), (90, 257, 64, 300))
     for rows, vocab, dim, chunk in 4 * sizes:
@@ -84,7 +84,7 @@ def test_as_exact_as_eager(dtype: torch.dtype, wide_products: bool, recompute: b
             labels = torch.randint(0, vocab, (rows,))
             eager = partial(linear_cross_entropy_reference, labels=labels)
             errors.add(partial(ours, labels=labels), eager, [hidden.requires_grad_(), weight.requires_grad_()])
-    errors.assert_no_worse_than_eager()
+    errors.assert_ideal_but_for_sums(640)
 
 
 @WAYS

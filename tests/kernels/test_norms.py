@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(not INSTALLED, reason="needs Triton: pip insta
 BUILDS = (*rms_norm.BUILDS, *rope.BUILDS, *swiglu.BUILDS, *float8_quantise.BUILDS)
 
 
-def test_as_exact_as_eager(run_on_device: Callable[[str], None]) -> None:
+def test_the_kernels(run_on_device: Callable[[str], None]) -> None:
     run_on_device("run_norms.py", "run_float8_quantise.py")
 
 
