@@ -38,15 +38,16 @@ stop() {
 }
 trap stop TERM INT HUP USR1
 set -m # a process group of its own: Ctrl-C reaches torchrun through this script alone
-"$python" -m torch.distributed.run -m titanlite.train "$@" &
+"$python" -m titanlite.agent -m titanlite.train "$@" &
 agent=$!
 if ((stopping)); then stop; fi
 code=0
 wait_for "$agent" || code=$?
 
 # The first that failed is the cause; those after it were ended by torchrun, or waited for it in vain. A planned end is
-# the same on all, and is one only if torchrun ended well or was told to stop.
-if told=$(grep -m1 -vxE '0|75' "$TITANLITE_EXIT_CODE_FILE"); then
+# the same on all, and is one only if torchrun ended well or was told to stop. 75 of torchrun itself (titanlite.agent):
+# the place where machines meet has gone, and so processes have failed (1).
+if told=$(grep -m1 -vxE "0|75$( ((code != 75)) || echo '|1')" "$TITANLITE_EXIT_CODE_FILE"); then
   code=$told
 elif [[ -s $TITANLITE_EXIT_CODE_FILE ]] && ((code == 0 || stopping)); then
   code=$(tail -n1 "$TITANLITE_EXIT_CODE_FILE")

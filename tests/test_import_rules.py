@@ -30,7 +30,7 @@ LEVELS = (
     ("learner",),
     ("restore", "saving", "data.command", "data.audit_command", "data.show_command"),
     ("trainer", "generate", "dryrun"),
-    ("train", "verify", "__main__"),
+    ("train", "verify", "agent", "__main__"),
 )
 """A room imports rooms of lower levels and itself: not its siblings. The longest name that fits a module counts."""
 
@@ -42,6 +42,7 @@ KNOW_TORCH_DISTRIBUTED = (
     "resilience",
     "observe.metrics",
     "dryrun",
+    "agent",
 )
 
 WITHOUT_TORCH = (

@@ -218,7 +218,7 @@ def test_at_the_time_limit_all_save_and_the_job_is_queued_again(desk: Desk) -> N
     assert desk.calls("scontrol") == [f"scontrol requeue {JOB}"]
     assert desk.calls("saved") == ["saved", "saved"]
     port = 10_000 + int(JOB) % 20_000
-    meeting = f"torchrun 2 first-machine:{port} {JOB} -m torch.distributed.run -m titanlite.train"
+    meeting = f"torchrun 2 first-machine:{port} {JOB} -m titanlite.agent -m titanlite.train"
     assert desk.calls("torchrun") == [f"{meeting} a.toml --run.name=with spaces"] * 2
     (srun,) = desk.calls("srun")
     assert {"--export=ALL", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"} <= set(srun.split())

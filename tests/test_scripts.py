@@ -86,7 +86,7 @@ def lines(name: str) -> list[str]:
 
 def test_several_gpus_get_torchrun(root: Path) -> None:
     write_program(root / ".venv/bin/python", 'printf "%s\\n" "$PET_NNODES x $PET_NPROC_PER_NODE" "$@"')
-    expected = ["1 x 3", "-m", "torch.distributed.run", "-m", "titanlite.train", "a.toml"]
+    expected = ["1 x 3", "-m", "titanlite.agent", "-m", "titanlite.train", "a.toml"]
     assert train(root, "a.toml", gpus=3) == (0, expected)
     assert train(root, "a.toml", gpus=1) == (0, [" x ", "-m", "titanlite.train", "a.toml"])
 
@@ -101,6 +101,8 @@ def test_several_gpus_get_torchrun(root: Path) -> None:
         ("0 4", 1, 4),
         ("75 3", 1, 3),
         ("", 1, 1),
+        pytest.param("1 75", 75, 75, id="the place where machines meet has gone"),
+        pytest.param("1 4", 75, 4, id="it has gone, but a new start would not help"),
         pytest.param("75 75", 1, 1, id="they stopped to go on with other machines, and torchrun found none"),
     ],
 )

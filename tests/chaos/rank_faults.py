@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,59 @@ def killed_under_torchrun(box: Sandbox) -> Outcome:
     return Outcome(sum(lost) - sum(resumed), EQUAL, starts[-1])
 
 
+def rendezvous_lost(box: Sandbox) -> Outcome:
+    """Two machines, each a torchrun; that at which they meet is lost, with its rank (issue 14, item 19)."""
+    port = free_port()
+    meet = ["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=localhost:{port}"]
+    command = [sys.executable, "-m", "titanlite.agent", *meet, "-m", "titanlite.train", "recipe.toml"]
+    logs = [box.folder / f"agent-{number}.txt" for number in range(2)]
+
+    def start(log: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, "--training.steps=100000"],
+            cwd=box.folder,
+            env=elastic_run.environment(),
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+
+    agents = [start(logs[0])]
+    try:
+        box.until(lambda: _listens(port))
+        agents.append(start(logs[1]))
+        box.until(lambda: box.steps())
+        for process in (agents[0].pid, *_children(agents[0].pid)):
+            os.kill(process, signal.SIGKILL)
+        code = agents[1].wait(PATIENCE_SECONDS)
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    reached, said = box.step(), logs[1].read_text()
+    assert code == 75 and "Traceback" not in said, f"{code}: {said}"
+    end = f"--run.stop_after_step={reached + 1}"
+    box.start("--training.steps=100000", end, ranks=2).ended(75)
+    box.start("--training.steps=100000", end, "--run.name=whole", ranks=2).ended(75)
+    assert box.curve() == box.curve("whole") and box.tensors(reached + 1) == box.tensors(reached + 1, "whole")
+    return Outcome(reached - box.resumed(), EQUAL, box.message(said, "has gone").replace(str(port), "29400"))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def _children(parent: int) -> list[int]:
+    """Processes that it has started."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _parent(path) == parent]
+
+
+def _parent(stat: Path) -> int:
+    with suppress(OSError):  # it has ended meanwhile
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def hung(box: Sandbox) -> Outcome:
     words = ("--resilience.watchdog_seconds=8",)
     job = box.start(*words, ranks=2, fault="stopped", step=EVERY + 3, on=[1]).ended(1)
@@ -226,6 +281,9 @@ FAULTS = [
     through("tensor, pipeline with context, HSDP, context with tensor, one", LAYOUTS, slow=True),
     Fault(21, "4, 3, 2, 4 and 3 machines", "killed, started and signalled under torchrun", machines, slow=True),
     Fault(1, "SIGKILL of a rank of two, twice, under torchrun", "--max-restarts=3", killed_under_torchrun, slow=True),
+    Fault(
+        1, "machine lost at which all meet", "SIGKILL of one torchrun of two, and its rank", rendezvous_lost, slow=True
+    ),
     Fault(11, "hang of one rank of two", "SIGSTOP, for longer than the watchdog waits", hung, slow=True),
     Fault(12, "slow rank", "0.6 s of sleep in each step of one rank of two", slowed, slow=True),
     Fault(26, "rendezvous endpoint dead", "the first rank is never started", nobody_listens, slow=True),
