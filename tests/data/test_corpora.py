@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
+import bz2
+import glob
 import gzip
 import inspect
+import io
 import json
 import json.decoder
+import lzma
 import os
+import pickle
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.data.corpora import Document, formats, python_stdlib, read_corpus
+from titanlite.data.corpora.files import match_files
 from titanlite.errors import EXIT_RECIPE, DataError
 from titanlite.recipe.sections import Data
+
+
+def arrow_bytes(table: pyarrow.Table, form: str = "stream") -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    if form == "feather":
+        pyarrow.feather.write_feather(table, sink, compression="lz4")
+    else:
+        new = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+        with new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_bytes(table: pyarrow.Table) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def zipped(content: bytes) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("a.txt", content)
+    return file.getvalue()
+
+
+def tarred(content: bytes) -> bytes:
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(content))
+    return file.getvalue()
+
+
+def saved_array() -> bytes:
+    np.save(file := io.BytesIO(), np.arange(5))
+    return file.getvalue()
 
 
 def documents(corpus: str | list[str], text_key: str = "text") -> list[Document]:
@@ -101,6 +146,33 @@ def test_linked_folders_are_read_once(folder: Path, tmp_path_factory: pytest.Tem
     (folder / "sub" / "loop").symlink_to(folder)
     (folder / "zlink").symlink_to(elsewhere)
     assert documents(str(folder)) == sorted([*EXPECTED, ("sub/link/far.txt", b"far")])
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.t*", "/**/**/*.txt", "/**", "/*/**/*.txt", "/**/sub/**/*.txt", "/*/*"])
+def test_links_to_folders_above_are_read_once(tmp_path: Path, pattern: str) -> None:
+    """Issue 14, item 7: one such link made `**` read a text 41 times; two did not end."""
+    (tmp_path / "a.txt").write_bytes(b"a")
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "sub" / "deep" / "b.txt").write_bytes(b"b")
+    (tmp_path / "sub" / "c.txt").write_bytes(b"c")
+    for number, folder in enumerate((tmp_path, tmp_path / "sub", tmp_path / "sub" / "deep")):
+        for up in (tmp_path, tmp_path / "sub"):
+            (folder / f"link{number}{up.name[0]}").symlink_to(up)
+    (tmp_path / "sub" / "z.txt").symlink_to("c.txt")
+    found = [content for _, content in documents(f"{tmp_path}{pattern}")]
+    assert sorted(found) == [b"a", b"b", b"c"][:: 2 if pattern == "/*/*" else 1]
+
+
+def test_stars_match_as_the_library_s(folder: Path) -> None:
+    """Where there are no links."""
+    (folder / "sub" / "deep" / "sub").mkdir(parents=True)
+    (folder / "sub" / "deep" / "sub" / "d.txt").write_bytes(b"d")
+    for pattern in ("**", "**/*", "**/*.txt", "sub/**", "**/sub/*", "**/sub/**/*.txt", "*/**/d*", "**/deep", ".git/**"):
+        mine, theirs = (
+            {path for path in paths if os.path.isfile(path)}
+            for paths in (match_files(f"{folder}/{pattern}"), glob.glob(f"{folder}/{pattern}", recursive=True))
+        )
+        assert mine == theirs
 
 
 def test_byte_order_mark_and_text_key(tmp_path: Path) -> None:
@@ -238,10 +310,171 @@ def test_file_named_twice(folder: Path) -> None:
     assert documents(f"{folder}/**/**/b.txt") == [("b.txt", b"bee")]
 
 
-@pytest.mark.parametrize("name", ["x.tar.gz", "x.zip", "x.txt.xz", "x.parquet.gz", "x.jsonl.gz.gz", "x.npy.zst"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.tar.gz", "x.zip", "x.txt.xz", "x.parquet.gz", "x.jsonl.gz.gz", "x.npy.zst", "x.npz", "x.pkl", "x.pt",
+        "x.mds", "x.safetensors", "x.tfrecord", "x.docx", "x.sqlite", "x.lz4", "x.br", "x.7z", "x.CSV", "x.tsv", "x.pq",
+    ],
+)  # fmt: skip
 def test_what_is_no_text(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    (tmp_path / name).write_bytes(b"any, thing")
     assert f"{name}: a .{name.rpartition('.')[2]} file is not text" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x", "x.txt", "x.md.gz", "x.jsonl", "x.json"])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    {
+        "gzip": gzip.compress(b"text"), "zstd": zstandard.compress(b"text"), "bzip2": bz2.compress(b"text"),
+        "xz": lzma.compress(b"text"), "Parquet": parquet_bytes(pyarrow.table({"text": ["a"]})),
+        "Arrow": arrow_bytes(pyarrow.table({"text": ["a"]})), "safetensors": safetensors.numpy.save({"x": np.ones(3)}),
+        "SQLite": b"SQLite format 3\0" + bytes(80), "pickle": pickle.dumps({"text": "a"}), "zip": zipped(b"text"),
+        "tar": tarred(b"text"), "NumPy": saved_array(), "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1",
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_binary_under_the_name_of_text(tmp_path: Path, name: str, kind: str, content: bytes) -> None:
+    """Issue 14, item 4."""
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert f"{name}: begins as a {kind} file does" in refusal(tmp_path / name)
+
+
+ROWS = b"".join(json.dumps({"text": f"document {number}", "url": "x"}).encode() + b"\n" for number in range(2000))
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["c4-train.00000-of-01024.json", "a.ndjson", "a.jsonlines", "a.JSON", "part-00000"])
+def test_json_lines_under_other_names(tmp_path: Path, name: str, packed: str) -> None:
+    """Issue 14, item 4: 2,000 documents, not one of raw JSON; and a folder of them is taken."""
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packed]
+    (tmp_path / (name + packed)).write_bytes(pack(b"\n" + ROWS))
+    expected = [(f"{name}{packed}:{n + 2}", f"document {n}".encode()) for n in range(2000)]
+    assert documents(str(tmp_path / (name + packed))) == expected
+    if name != "part-00000":
+        assert documents(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b'[{"text": "one"}]', "a JSON array"),
+        ("a.json", b"[1]", "a JSON array"),
+        ("a.txt", b'[\n {"id": 1, "text": "one"}]', "a JSON array"),
+        ("a.json", b'{\n "text": "one"\n}', "a JSON object of several lines"),
+        ("a.json", b'{"body": "one"}\n{"body": "two"}', "a.json:1: no field 'text' (it has 'body'); set data.text_key"),
+        ("a.ndjson", b'{"body": "one"}', "a.ndjson:1: no field 'text'"),
+        ("a.json", b'{"text": "one"}\n{"text": ', "a.json:2: invalid JSON"),
+    ],
+)
+def test_json_that_is_no_lines_of_text(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert said in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b'{\n "name": "x"\n}'), ("a.json", b'{"a": 1}'), ("a.json", b""), ("a.json", b'"x"'),
+        ("a.json", b'{"a": ' * 99_999), ("a.py", b'{"a"}'), ("a", b"[a](b)"), ("a.txt", b"{text} on"), ("a.txt", b"[["),
+    ],
+)  # fmt: skip
+def test_json_of_programs_is_text(tmp_path: Path, name: str, content: bytes) -> None:
+    """But not in a folder of texts, where it lies beside them."""
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "b.txt").write_bytes(b"text")
+    (tmp_path / "c.json").write_bytes(b"[1, 2]")
+    assert documents(f"{tmp_path}/[ab]*") == [(name, content), ("b.txt", b"text")][not content :]
+    if name == "a.json":
+        assert documents(str(tmp_path)) == [("b.txt", b"text")]
+
+
+# A dataset that `datasets` saved to a folder.
+
+
+def write_dataset(folder: Path, **state: object) -> Path:
+    """A folder of one file of two documents, of which `state` says the rest."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data.arrow").write_bytes(arrow_bytes(pyarrow.table({"text": ["one", "two"]})))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}], **state}))
+    return folder
+
+
+def test_dataset(tmp_path: Path) -> None:
+    kept = {"_indices_files": [], "_indices_data_files": None, "_split": "train"}
+    assert documents(str(write_dataset(tmp_path, **kept))) == [("data.arrow:1", b"one"), ("data.arrow:2", b"two")]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"_indices_data_files": [{"filename": "indices.arrow"}]},
+        {"_indices_files": [{"filename": "indices.arrow"}]},
+        {"_data_files": [{"filename": "data.arrow", "skip": 1, "take": 1}]},
+    ],
+)
+def test_dataset_of_chosen_rows(tmp_path: Path, state: dict[str, object]) -> None:
+    """Issue 14, item 5: rows that were filtered out lie in the files all the same."""
+    assert "flatten_indices()" in refusal(write_dataset(tmp_path, **state))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.arrow", "../../etc/passwd", "/etc/passwd", "sub/data.arrow", "..", "", "state.json", 3, None,
+        "a\0.arrow", "\ud800.arrow", "absent.arrow",
+    ],
+)  # fmt: skip
+def test_dataset_that_leads_elsewhere(tmp_path: Path, name: object) -> None:
+    """Issue 14, item 5."""
+    (tmp_path / "secret.arrow").write_bytes(arrow_bytes(pyarrow.table({"text": ["secret"]})))
+    folder = write_dataset(tmp_path / "dataset", _data_files=[{"filename": "data.arrow"}, {"filename": name}])
+    said = refusal(folder)
+    assert ("absent.arrow: cannot be read" if name == "absent.arrow" else "state.json: names ") in said
+
+
+@pytest.mark.parametrize("state", [b"", b"[]", b"{}", b"[" * 99_999, b'{"_data_files": 3}', b'{"_data_files": ["ab"]}'])
+def test_dataset_without_a_state(tmp_path: Path, state: bytes) -> None:
+    (write_dataset(tmp_path) / "state.json").write_bytes(state)
+    assert "state.json: not the state of a Hugging Face dataset" in refusal(tmp_path)
+
+
+# Arrow (issue 14, item 9; for files that are damaged see test_hostile.py).
+
+
+@pytest.mark.parametrize("write", ["stream", "file", "feather"])
+def test_arrow(tmp_path: Path, write: str) -> None:
+    texts = ["one", "", "fünf"] * 700
+    expected = [(f"x.arrow:{n}", text.encode()) for n, text in enumerate(texts, 1) if text]
+    dictionary = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.string_view(), dictionary):
+        table = pyarrow.table({"id": range(2100), "body": pyarrow.array(texts).cast(kind)})
+        (tmp_path / "x.arrow").write_bytes(arrow_bytes(table, write))
+        assert documents(str(tmp_path / "x.arrow"), text_key="body") == expected
+    (tmp_path / "x.arrow").rename(tmp_path / "x.feather")
+    assert [text for _, text in documents(str(tmp_path / "x.feather"), "body")] == [text for _, text in expected]
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pyarrow.array([["a"]]), "column 'text' is not text but list<"),
+        (pyarrow.array([b"abcd"], pyarrow.binary(4)), "column 'text' is not text but fixed_size_binary[4]"),
+        (pyarrow.array([1]), "column 'text' is not text but int64"),
+        (pyarrow.array([1]).dictionary_encode(), "column 'text' is not text but "),
+        (pyarrow.array([b"\xff"]).view(pyarrow.string()), "cannot be read ("),
+        (None, "column 'text' is there 2 times"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet"])
+def test_columns_that_are_no_text(tmp_path: Path, name: str, column: pyarrow.Array | None, said: str) -> None:
+    """Also text that is not UTF-8, and two columns of one name."""
+    columns = [pyarrow.array(["a"])] * 2 if column is None else [column]
+    table = pyarrow.table(columns, ["text"] * len(columns))
+    (tmp_path / name).write_bytes(arrow_bytes(table) if name == "x.arrow" else parquet_bytes(table))
+    message = refusal(tmp_path / name)
+    assert f"{name}: {said}" in message
 
 
 @pytest.mark.parametrize(

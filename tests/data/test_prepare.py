@@ -498,8 +498,8 @@ def test_a_file_that_changes_meanwhile(run: Run, tmp_path: Path, monkeypatch: py
     (tmp_path / "a.txt").write_text("text")
     find = prepare._find
 
-    def found_then_changed(inputs: Sequence[str]) -> Any:
-        found = find(inputs)
+    def found_then_changed(inputs: Sequence[str], text_key: str) -> Any:
+        found = find(inputs, text_key)
         with open(tmp_path / "a.txt", "a") as file:
             file.write("more")
         return found

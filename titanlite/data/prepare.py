@@ -72,8 +72,13 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
     `tokenizer` is that of the settings. Raises `DataError` for texts that cannot be read and for a disk that takes no
     more, `UsageError` for what is in the way; parts that are done stay, and serve the next start.
     """
-    files = _find(request.inputs)
-    texts = [(source, file.name, file.size) for source, file in files]
+    files = _find(request.inputs, request.settings.text_key)
+    # What was made of JSON lines when they were known by the name .jsonl alone, and else one text, is not the same.
+    by_content = [file.form == "lines" and ".jsonl" not in file.name.lower() for _, file in files]
+    texts = [
+        (source, file.name, file.size, *(["lines"] if lines else []))
+        for (source, file), lines in zip(files, by_content, strict=True)
+    ]
     made_from = key_of([request.settings.decisive, request.drop_duplicates, texts])
     parts = paths_of(request.out).parts
     with _refusals_explained(request.out):
@@ -98,9 +103,9 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
     return done
 
 
-def _find(inputs: Sequence[str]) -> list[tuple[int, FoundFile]]:
+def _find(inputs: Sequence[str], text_key: str) -> list[tuple[int, FoundFile]]:
     """All files in order, each with the number of the input that names it."""
-    reader = FileReader("", Asked("INPUT", "--text-key", ()))
+    reader = FileReader(text_key, Asked("INPUT", "--text-key", ()))
     named = next((entry for entry in inputs if entry in CORPORA and not Path(entry).exists()), None)
     if named is not None:
         raise UsageError(f"'{named}' is for recipes, which read it as it is; give files, folders or globs.")

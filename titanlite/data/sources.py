@@ -19,6 +19,7 @@ import xxhash
 
 from titanlite.data.best_fit import BestFit, best_fit
 from titanlite.data.corpora import is_held_out, read_corpus
+from titanlite.data.corpora.files import match_files
 from titanlite.data.packing import Cut, Stream, pack
 from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.data.tokenised import tokenised
@@ -196,9 +197,9 @@ def token_files(path: str) -> list[Path]:
     if not glob.has_magic(path):
         return [Path(path).expanduser().with_suffix("")] if path.endswith((".bin", ".idx")) else []
     pattern = str(Path(path).expanduser()).removesuffix(".idx").removesuffix(".bin")
-    found = sorted(Path(match).with_suffix("") for match in glob.glob(f"{pattern}.idx", recursive=True))
+    found = sorted(Path(match).with_suffix("") for match in match_files(f"{pattern}.idx"))
     known = {str(part) for prefix in found for part in paths_of(prefix)}
-    if others := [match for match in glob.glob(path, recursive=True) if found and match not in known]:
+    if others := [match for match in match_files(path) if found and match not in known]:
         raise DataError(f"{path}: matches token files, and other files such as {others[0]}; name them apart.")
     return [prefix for prefix in found if not prefix.name.endswith(HELD_OUT)]
 

@@ -28,7 +28,7 @@ from titanlite.data.tokenizers import Ids, Tokenizer, token_dtype
 from titanlite.durable import replace_file
 from titanlite.errors import DataError
 
-PART_VERSION = 1
+PART_VERSION = 2
 EXAMPLES = 10
 """Bad lines that are told of one by one."""
 BATCH_BYTES = 2**20

@@ -149,7 +149,7 @@ class Data(Section):
 
     corpus: Paths | None = None
     """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them, relative
-    to where the command is started: text files (one document each), `.jsonl` files (one document a line), Parquet
+    to where the command is started: text files (one document each), files of JSON lines (one document a line), Parquet
     files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
     `python-stdlib`."""
     sources: Annotated[list[DataSource], Field(max_length=999)] = []

@@ -8,15 +8,25 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from titanlite.data.corpora import CORPORA, Document
-from titanlite.data.corpora.formats import FOLDER_SUFFIXES, PACKED, TEXT_SUFFIXES, Form, documents, form_of
+from titanlite.data.corpora.formats import (
+    FOLDER_SUFFIXES,
+    MAYBE_LINES,
+    PACKED,
+    TEXT_SUFFIXES,
+    Form,
+    documents,
+    form_of,
+    holds_documents,
+)
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 
@@ -52,7 +62,7 @@ class FileReader:
     def __init__(self, text_key: str, asked: Asked = Asked()) -> None:
         self._text_key = text_key
         self._asked = asked
-        self._read: dict[str, str] = {}  # absolute path -> the entry that named it
+        self._read: dict[str, str] = {}  # real path -> the entry that named it
 
     def read(self, entry: str) -> Iterator[Document]:
         """Documents of one entry, files in the order of their paths; empty ones are passed over. Raises `DataError`."""
@@ -66,24 +76,19 @@ class FileReader:
         file, its own name). Raises `DataError` for what cannot be text, and for an empty file that the entry names
         itself.
         """
-        for name, path in _find(entry, self._asked):
+        for name, path in _find(entry, self._asked, self._text_key):
             self._claim(path, entry)
-            form = form_of(path)
-            if form is None:
-                raise DataError(
-                    f"{path}: a {path.suffix} file is not text (named by {self._asked.entries} = '{entry}'); "
-                    "unpack or convert it to text or JSONL, or leave it out."
-                )
             with _statting(path, self._asked.entries):
                 status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{path}: not a regular file, and data must stay to be read again; leave it out.")
             if status.st_size == 0 and path == Path(entry).expanduser():
                 raise DataError(f"{path}: the file is empty; give a file with text in it, or leave it out.")
+            form = form_of(path, self._text_key)
             yield FoundFile(name, path, form, status.st_size, status.st_mtime_ns)
 
     def _claim(self, path: Path, entry: str) -> None:
-        place = os.path.abspath(path)
+        place = os.path.realpath(path)
         if place in self._read:
             raise DataError(
                 f"{path}: {self._asked.entries} names it twice, by '{self._read[place]}' and by '{entry}', "
@@ -92,7 +97,7 @@ class FileReader:
         self._read[place] = entry
 
 
-def _find(entry: str, asked: Asked) -> list[tuple[str, Path]]:
+def _find(entry: str, asked: Asked, text_key: str) -> list[tuple[str, Path]]:
     """The files of an entry as (name, path), in the order of their names."""
     path = Path(entry).expanduser()
     try:
@@ -113,7 +118,7 @@ def _find(entry: str, asked: Asked) -> list[tuple[str, Path]]:
         return [(path.name, path)]
     if (path / "dataset_dict.json").exists() or all((path / name).exists() for name in ("state.json", _ABOUT)):
         return _shards(path)
-    found = sorted((file.relative_to(path).as_posix(), file) for file in _files_below(path))
+    found = _once((file.relative_to(path).as_posix(), file) for file in _files_below(path, text_key))
     if not found:
         raise DataError(
             f"{path}: the folder has no text; of folders, files ending in {', '.join(TEXT_SUFFIXES)} (also with "
@@ -129,18 +134,28 @@ def _shards(folder: Path) -> list[tuple[str, Path]]:
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         raise DataError(f"{folder}: a dataset of several splits ({', '.join(splits)}); give one of them, such as "
                         f"'{folder / (splits or ['train'])[0]}'.")  # fmt: skip
-    state = folder / "state.json"
+    path = folder / "state.json"
     try:
-        names = [str(file["filename"]) for file in json.loads(state.read_bytes())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{state}: not the state of a Hugging Face dataset ({error}); save the dataset again, or "
+        state = json.loads(path.read_bytes())
+        files = [dict(file) for file in state["_data_files"]]
+        names = [file.pop("filename") for file in files]
+        chosen = [key for key in state if key.startswith("_indices") and state[key]] + [*filter(None, files)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not the state of a Hugging Face dataset ({error!r}); save the dataset again, or "
                         "write a glob for the folder's own files.") from error  # fmt: skip
+    if chosen:
+        raise DataError(f"{path}: the dataset is a choice of its files' rows ({chosen[0]}), and all of them would be "
+                        "read; save dataset.flatten_indices() instead.")  # fmt: skip
+    for name in names:
+        if type(name) is not str or not re.fullmatch(r"[^/\\\0\ud800-\udfff]+\.arrow", name):
+            raise DataError(f"{path}: names {name!r}, and a dataset's files are .arrow files in its folder; save the "
+                            "dataset again.")  # fmt: skip
     return [(name, folder / name) for name in names]
 
 
 def _match(pattern: str, entry: str, entries: str) -> list[tuple[str, Path]]:
-    matches = glob.glob(pattern, recursive=True)
-    files = {Path(match) for match in matches if not os.path.isdir(match)}  # a set: ** twice finds a file twice
+    matches = list(match_files(pattern))
+    files = [Path(match) for match in matches if not os.path.isdir(match)]
     if not files:
         raise DataError(
             f"{pattern}: matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
@@ -149,17 +164,45 @@ def _match(pattern: str, entry: str, entries: str) -> list[tuple[str, Path]]:
         )
     parts = Path(pattern).parts
     fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    return sorted((file.relative_to(fixed).as_posix(), file) for file in files)
+    return _once((file.relative_to(fixed).as_posix(), file) for file in files)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Files with a suffix that folders are searched for; links are followed, each folder is entered once."""
-    entered: set[tuple[int, int]] = set()
+def match_files(pattern: str) -> Iterator[str]:
+    """What a glob matches, `**` any number of folders: `glob.glob`, but for links, through which that comes to the same
+    folders again and again. Here `**` enters each real one once.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    at = parts.index("**")
+    rest = [part for index, part in enumerate(parts[at:]) if part != "**" or parts[at + index - 1] != "**"][1:]
+    for top in glob.glob(os.path.join(*parts[:at])) if at else [""]:
+        for folder, _ in _walk(top or "."):
+            yield from match_files(os.path.join(glob.escape(folder), *(rest or "*")))
+
+
+def _files_below(folder: Path, text_key: str) -> Iterator[Path]:
+    """Files with a suffix that folders are searched for; links are followed, each folder is entered once. JSON that is
+    not lines is a program's, not text.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions.") from error
 
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+    for parent, files in _walk(folder, refuse):
+        for name in files:
+            path = Path(parent, name)
+            if not name.lower().endswith(FOLDER_SUFFIXES) or name.startswith("."):
+                continue
+            if MAYBE_LINES not in map(str.lower, path.suffixes[-2:]) or holds_documents(path, text_key):
+                yield path
+
+
+def _walk(top: str | Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """The folder and those below it but hidden ones, with the names of their files; each real folder once."""
+    entered: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()
@@ -167,9 +210,15 @@ def _files_below(folder: Path) -> Iterator[Path]:
         entered.add((status.st_dev, status.st_ino))
         # In order, so that of two links to one folder it is always the same that is entered.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(FOLDER_SUFFIXES) and not name.startswith("."):
-                yield Path(parent, name)
+        yield parent, files
+
+
+def _once(found: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """In the order of their names, and of those that are links to one file the first."""
+    real: dict[str, tuple[str, Path]] = {}
+    for name, path in sorted(found):
+        real.setdefault(os.path.realpath(path), (name, path))
+    return list(real.values())
 
 
 @contextmanager

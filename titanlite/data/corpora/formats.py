@@ -1,7 +1,8 @@
-"""What is in a file: text (any bytes, one document), JSONL (UTF-8, one document a line), Parquet and Arrow (one a row).
+"""What is in a file: text (any bytes, one document), JSON lines (UTF-8, one document a line), Parquet and Arrow (one a
+row).
 
-Text and JSONL may be packed by gzip or zstd. JSONL that is not, and Parquet, can be read in parts, which together yield
-what the whole does: so many processes share a large file.
+Text and JSON lines may be packed by gzip or zstd. JSON lines that are not, and Parquet, can be read in parts, which
+together yield what the whole does: so many processes share a large file.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -21,12 +24,59 @@ from titanlite.registry import did_you_mean
 
 Form = Literal["text", "lines", "parquet", "arrow"]
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".jsonl")
+LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+MAYBE_LINES = ".json"
+TEXT_SUFFIXES = (".txt", ".text", ".md", *LINES_SUFFIXES, MAYBE_LINES)
 PACKED = (".gz", ".zst")
+TABLE_FORMS: dict[str, Form] = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
 FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *(text + packed for text in TEXT_SUFFIXES for packed in PACKED), ".parquet")
 """What is taken from a folder; a file named by itself or by a glob is taken as text whatever its suffix is."""
-BINARY_SUFFIXES = (".xz", ".bz2", ".zip", ".tar", ".tgz", ".npy", ".bin", ".idx", ".pdf")
-"""Refused: training on a compressed file's bytes would go unnoticed for a long while."""
+BINARY_SUFFIXES = (
+    ".xz", ".bz2", ".zip", ".tar", ".tgz", ".lz4", ".lzma", ".lzo", ".br", ".7z", ".rar", ".z", ".snappy", ".npy",
+    ".npz", ".bin", ".idx", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".onnx", ".h5", ".hdf5",
+    ".mat", ".parq", ".pq", ".orc", ".avro", ".tfrecord", ".tfrecords", ".mds", ".lance", ".sqlite", ".sqlite3", ".db",
+    ".lmdb", ".mdb", ".duckdb", ".csv", ".tsv", ".xls", ".xlsx", ".ods", ".pdf", ".doc", ".docx", ".odt", ".ppt",
+    ".pptx", ".epub", ".mobi", ".pyc", ".a",
+)  # fmt: skip
+"""Refused: training on a compressed file's bytes, or a table's commas, would go unnoticed for a long while."""
+MAGIC = {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "gzip": rb"\x1f\x8b",
+        "zstd": rb"[\x50-\x5f]\x2a\x4d\x18|\x28\xb5\x2f\xfd",
+        "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+        "xz": rb"\xfd7zXZ\x00",
+        "lz4": rb"\x04\x22\x4d\x18",
+        "7z": rb"7z\xbc\xaf\x27\x1c",
+        "rar": rb"Rar!\x1a\x07",
+        "compress": rb"\x1f[\x9d\xa0]",
+        "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
+        "tar": rb".{257}ustar[\x00 ]",
+        "Parquet": rb"PAR[1E]",
+        "Arrow": rb"ARROW1|FEA1|\xff{4}.{2}\x00\x00.{4}",
+        "Avro": rb"Obj\x01",
+        "ORC": rb"ORC[\x00-\x1f]",
+        "safetensors": rb".{5}\x00{3}\{\"",
+        "GGUF": rb"GGUF.\x00\x00\x00",
+        "NumPy": rb"\x93NUMPY",
+        "HDF5": rb"\x89HDF\r\n\x1a\n",
+        "SQLite": rb"SQLite format 3\x00",
+        "pickle": rb"\x80[\x02-\x05]",
+        "token file": rb"MMIDIDX\x00\x00",
+        "PDF": rb"%PDF-\d",
+        "Office": rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        "image": rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a",
+        "sound or film": rb"RIFF.{4}(WAVE|AVI |WEBP)|OggS\x00|fLaC\x00|.{4}ftyp",
+        "program": rb"\x7fELF|\x00asm|\xca\xfe\xba\xbe|MZ.{58,}PE\x00\x00",
+        "Git LFS pointer": rb"version https://git-lfs\.github\.com/spec/",
+    }.items()
+}
+"""How files begin that are not text, whatever their names are."""
+HEAD = 4096
+"""Bytes that tell what a file is."""
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+_MARK = b"\xef\xbb\xbf"
+"""Some editors begin a file with a byte order mark, which is not JSON."""
 
 ROWS_AT_ONCE = 1_000
 BLOCK_BYTES = 2**20
@@ -41,20 +91,78 @@ class Part(NamedTuple):
     """Newlines, or rows, of the file before it: from them its documents have their numbers."""
 
 
-def form_of(path: Path) -> Form | None:
-    """How a file is read, by its name; None for what is no text."""
+def form_of(path: Path, text_key: str) -> Form:
+    """How a file is read: by its name, and where that does not say it by how it begins. Raises `DataError` for what is
+    no text.
+    """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return "parquet"
-    if suffix == ".arrow":
-        return "arrow"
+    if suffix in TABLE_FORMS:
+        return TABLE_FORMS[suffix]
+    refused: tuple[str, ...] = BINARY_SUFFIXES
     if suffix in PACKED:
-        suffix = Path(path.stem).suffix.lower()
-        if suffix in (*PACKED, ".parquet", ".arrow"):
-            return None
-    if suffix in BINARY_SUFFIXES:
+        suffix, refused = Path(path.stem).suffix.lower(), (*BINARY_SUFFIXES, *PACKED, *TABLE_FORMS)
+    if suffix in refused:
+        way_out = "unpack or convert it to text or JSON lines, or leave it out"
+        raise DataError(f"{path}: a {path.suffix} file is not text; {way_out}.")
+    head = _head(path)
+    if kind := next((kind for kind, magic in MAGIC.items() if magic.match(head)), None):
+        raise DataError(
+            f"{path}: begins as a {kind} file does, and its name says text; give it the name of what it is, convert it "
+            "to text or JSON lines, or leave it out."
+        )
+    if suffix in LINES_SUFFIXES:
+        return "lines"
+    start = head.removeprefix(_MARK).lstrip()
+    if start[:1] == b"[" and (suffix == MAYBE_LINES or _begins_records(start, text_key)):
+        raise DataError(
+            f"{path}: a JSON array, which would be one document; write one object a line (jq -c '.[]' FILE > "
+            "FILE.jsonl), or leave it out."
+        )
+    return "lines" if start[:1] == b"{" and _is_lines(path, text_key, suffix == MAYBE_LINES) else "text"
+
+
+def holds_documents(path: Path, text_key: str) -> bool:
+    """Whether JSON that lies in a folder is lines, or has the text's field in a form that is refused; the rest is not
+    meant as text. Raises `DataError` if it cannot be read.
+    """
+    try:
+        return form_of(path, text_key) == "lines"
+    except DataError:
+        return json.dumps(text_key).encode() in _head(path)
+
+
+def _head(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read(HEAD)
+
+
+def _begins_records(start: bytes, text_key: str) -> bool:
+    """Whether an array begins with an object that has the field of the text."""
+    return re.match(rb"\[\s*\{[^}]*" + re.escape(json.dumps(text_key).encode()) + rb"\s*:", start) is not None
+
+
+def _is_lines(path: Path, text_key: str, is_json: bool) -> bool:
+    """Whether the file's first line is a JSON object with the text, or of JSON the first two are objects.
+
+    Raises `DataError` for JSON whose one object has the text, and several lines.
+    """
+    records = [_object(line) for _, line in islice(_lines(path, None), 2)]
+    if text_key in (records[0] or ()) or (is_json and len(records) == 2 and None not in records):
+        return True
+    if is_json and text_key in (_object(_whole(path)) or ()):
+        raise DataError(
+            f"{path}: a JSON object of several lines, which would be one document of raw JSON; write one object a line "
+            "(jq -c . FILE > FILE.jsonl), or leave it out."
+        )
+    return False
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    return "lines" if suffix == ".jsonl" else "text"
+    return found if isinstance(found, dict) else None
 
 
 def refuse(error: DataError) -> None:
@@ -149,8 +257,8 @@ def _lines(path: Path, part: Part | None) -> Iterator[tuple[int, bytes]]:
         while (stop is None or at < stop) and (line := file.readline()):
             at += len(line)
             number += 1
-            if number == 1:  # some editors begin a file with a byte order mark, which is not JSON
-                line = line.removeprefix(b"\xef\xbb\xbf")
+            if number == 1:
+                line = line.removeprefix(_MARK)
             if line := line.rstrip():
                 yield number, line
 
@@ -159,32 +267,55 @@ def _rows(path: Path, form: Form, text_key: str, asked: str, part: Part | None) 
     """Numbers and texts of the rows."""
     arrow = _pyarrow()
     number = 0 if part is None else part.before
+    read = _parquet_columns if form == "parquet" else _arrow_columns
     with _arrow_refusals(path):
-        if form == "parquet":
-            file = arrow.parquet.ParquetFile(path)
-            _require_text(path, file.schema_arrow, text_key, asked)
-            groups = range(file.num_row_groups) if part is None else range(part.first, part.stop)
-            batches = file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=[text_key], use_threads=False)
-        else:
-            source = arrow.memory_map(str(path))
-            batches = arrow.ipc.open_stream(source)
-            _require_text(path, batches.schema, text_key, asked)
-        for batch in batches:
-            for text in batch.column(text_key).cast(arrow.large_binary()).to_pylist():
+        for column in read(arrow, path, text_key, asked, part):
+            # Offsets of a damaged file may point anywhere in this process's memory, so nothing is read before.
+            column.validate(full=True)
+            for text in column.cast(arrow.large_binary()).to_pylist():
                 number += 1
                 yield number, text
 
 
-def _require_text(path: Path, schema: Any, text_key: str, asked: str) -> None:
-    """Raises `DataError` if the table has no such column, or one of something else than text."""
-    if text_key not in schema.names:
+def _parquet_columns(arrow: Any, path: Path, text_key: str, asked: str, part: Part | None) -> Iterator[Any]:
+    file = arrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    _text_column(path, file.schema_arrow, text_key, asked)
+    groups = range(file.num_row_groups) if part is None else range(part.first, part.stop)
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=[text_key], use_threads=False):
+        yield batch.column(0)
+
+
+def _arrow_columns(arrow: Any, path: Path, text_key: str, asked: str, part: Part | None) -> Iterator[Any]:
+    """Of a stream, as datasets are saved, or of a file (Feather)."""
+
+    def read(options: Any = None) -> Any:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(file, options=options)
+
+    with arrow.OSFile(str(path)) as file:  # not mapped: a file that is cut while it is read must not be a SIGBUS
+        column = _text_column(path, read().schema, text_key, asked)
+        file.seek(0)
+        batches = read(arrow.ipc.IpcReadOptions(included_fields=[column], use_threads=False))
+        count = getattr(batches, "num_record_batches", None)  # a file's
+        for batch in batches if count is None else map(batches.get_batch, range(count)):
+            yield batch.column(0)
+
+
+def _text_column(path: Path, schema: Any, text_key: str, asked: str) -> int:
+    """Which column has the text. Raises `DataError` if none has that name, more than one, or one of something else."""
+    found = schema.get_all_field_indices(text_key)
+    if not found:
         raise _no_field(f"{path}: no column", text_key, schema.names, asked)
-    kind = schema.field(text_key).type
-    of = getattr(kind, "value_type", kind)  # of a dictionary: what is in it
-    if not str(of).endswith(("string", "binary", "string_view", "binary_view")):
+    if len(found) > 1:
+        raise DataError(f"{path}: column '{text_key}' is there {len(found)} times; name each otherwise.")
+    kind = schema.field(found[0]).type
+    of = kind.value_type if str(kind).startswith("dictionary<") else kind
+    if str(of) not in TEXT_TYPES:
         raise DataError(
             f"{path}: column '{text_key}' is not text but {kind}; set {asked} to the column that holds the text."
         )
+    return int(found[0])
 
 
 def _no_field(what: str, text_key: str, fields: list[str], asked: str) -> DataError:
@@ -304,9 +435,9 @@ def _pyarrow() -> Any:
 
 @contextmanager
 def _arrow_refusals(path: Path) -> Iterator[None]:
-    from pyarrow import ArrowException
-
     try:
         yield
-    except (OSError, ArrowException) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file also KeyError, UnicodeDecodeError, OverflowError ...
         raise DataError(f"{path}: cannot be read ({error}); fetch or write it again, or leave it out.") from error
