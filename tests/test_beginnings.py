@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import bpe
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
-from titanlite import restore
+from titanlite import cli, restore
 from titanlite.checkpoint import manager, requests
 from titanlite.checkpoint.examine import newest_at_first
-from titanlite.checkpoint.format import folder_name
+from titanlite.checkpoint.format import MANIFEST, Manifest, encode, folder_name
+from titanlite.checkpoint.storage import describe_file
 from titanlite.cli import run_command
 from titanlite.data.splits import Split
 from titanlite.errors import CheckpointError
@@ -87,11 +90,93 @@ def test_a_warm_start_takes_the_weights_and_nothing_else(folder: Path) -> None:
 
 def test_a_warm_start_in_another_number_format_rounds_the_weights(folder: Path) -> None:
     assert train("--training.steps=2") == 0
-    warm = ("--checkpoint.warm_start=runs/a", "--training.steps=1", "--optimizer.lr=1e-300")
+    warm = ("--checkpoint.warm_start=runs/a", "--training.steps=1", "--optimizer.lr=1e-30")
     assert train("--run.name=b", "--precision.compute=float64", *warm) == 0
     before, after = tensors("a", 2), tensors("b", 1)
     name = "model.head.weight"
     assert after[name].dtype == torch.float64 and torch.equal(after[name].float(), before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "values"),
+    [
+        ("--model.rope_theta=500000.0", "model.rope_theta", "10000.0 there, 500000.0 here"),
+        ("--model.rope_scaling.factor=8.0", "model.rope_scaling", "None there"),
+        ("--model.norm_eps=0.1", "model.norm_eps", "1e-05 there, 0.1 here"),
+    ],
+)
+def test_a_warm_start_in_a_changed_model_names_both_values(
+    folder: Path, change: str, key: str, values: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, item 1: what may be meant is warned of."""
+    assert train("--run.stop_after_step=2") == 75
+    capsys.readouterr()
+    warm = ("--run.name=b", "--checkpoint.warm_start=runs/a", "--training.steps=1")
+    assert train(*warm) == 0 and "trained otherwise" not in capsys.readouterr().out
+    assert train(*warm, "--run.name=c", change) == 0
+    said = capsys.readouterr().out
+    assert "warning" in said and f"{key}: {values}" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        (["--model.heads=4", "--model.kv_heads=2"], True),
+        (["--model.dim=32"], False),
+        (["--model.vocab_size=288"], False),
+        (["--model.qk_norm=true"], False),
+        (["--data.tokenizer=level"], True),
+    ],
+)
+def test_a_warm_start_in_another_model_or_by_another_tokenizer_is_refused(
+    folder: Path, changes: list[str], fits: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, item 1: the keys are named, with both values; weights that fit may be meant, by name."""
+    bpe.saved(bpe.byte_level(260), folder / "level")
+    assert train("--run.stop_after_step=2", "--model.qk_norm=false") == 75
+    warm = ("--run.name=b", "--checkpoint.warm_start=runs/a", "--training.steps=1", "--model.qk_norm=false", *changes)
+    assert train(*warm) == 2
+    said = capsys.readouterr().err
+    keys = [change.removeprefix("--").partition("=")[0] for change in changes]
+    assert all(f"  {key}: " in said and " there, " in said for key in keys) and len(said.splitlines()) < 7
+    allowed = [word for key in keys for word in ("--allow-change", key)]
+    assert train(*warm, *allowed) == (0 if fits else 2)
+    assert (
+        not fits or "warning: the weights of runs/a/checkpoints/step-00000002 were trained" in capsys.readouterr().out
+    )
+
+
+def test_weights_that_are_not_finite_are_passed_over_or_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, item 18, wherever weights enter: a resumed run, a warm start, a branch, a text, an export."""
+    assert train("--run.stop_after_step=4") == 75
+    newest = folder / "runs/a/checkpoints/step-00000004"
+    spoil(newest, "model.embed.weight")
+    for words in (["--run.name=b", f"--checkpoint.{key}=runs/a/4"] for key in ("warm_start", "resume_from")):
+        assert train(*words) == 4
+        assert "model.embed.weight holds numbers that are not finite" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "export-hf", "runs/a/4", "out"]) == 4 and not (folder / "out").exists()
+    assert "model.embed.weight holds numbers that are not finite" in capsys.readouterr().err
+    assert cli.main(["generate", "runs/a", "--tokens=1"]) == 0
+    assert "step 4 is passed over" in capsys.readouterr().err
+    assert train() == 0 and events("a", "resumed")[-1]["step"] == 2
+    for step in steps("a"):
+        spoil(folder / "runs/a/checkpoints" / step, "model.norm.weight")
+    assert cli.main(["generate", "runs/a", "--tokens=1"]) == 4
+    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Make one weight NaN, in a checkpoint that is whole."""
+    fields = json.loads((folder / MANIFEST).read_bytes())
+    fields.pop("checksum")
+    file = fields["tensors"][name]["chunks"][0]["file"]
+    values = load_file(folder / file)
+    values[name].view(-1)[-1] = math.nan
+    save_file(values, folder / file)
+    fields["files"][file] = describe_file(folder / file).model_dump()
+    (folder / MANIFEST).write_bytes(encode(Manifest.model_validate_json(json.dumps(fields))))
 
 
 def test_a_run_that_goes_on_needs_no_warm_start_any_more(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_what_is_imported_has_its_tokenizer(folder: Path, capsys: pytest.Capture
     assert titanlite("checkpoint", "export-hf", "runs/tiny", "out") == 0
     assert titanlite("checkpoint", "import-hf", "out", "imported") == 0
     assert 'data.tokenizer = "imported/tokenizer"' in capsys.readouterr().out
-    assert load_recipe("imported/recipe.toml").recipe.data.tokenizer == "imported/tokenizer"
+    assert load_recipe("imported/recipe.toml").recipe.data.tokenizer == str(folder / "imported/tokenizer")
     Path("imported").rename("moved")
     for run in ("runs/tiny", "moved"):
         assert titanlite("generate", run, "--prompt", "7 squared", "--tokens", "20", "--seed", "3") == 0
@@ -113,6 +113,40 @@ def test_what_is_imported_has_its_tokenizer(folder: Path, capsys: pytest.Capture
     assert {file.name: file.read_bytes() for file in Path("again").iterdir()} == {
         file.name: file.read_bytes() for file in Path("out").iterdir()
     }
+
+
+def test_weights_without_a_tokenizer_that_can_be_read_make_no_text(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, item 3: a SentencePiece model alone, or no tokenizer at all, is not the byte tokenizer."""
+    with_json(folder)
+    assert titanlite("train", "recipe.toml") == 0
+    assert titanlite("checkpoint", "export-hf", "runs/tiny", "out") == 0
+    Path("out/tokenizer.json").unlink()
+    for name, content in (("pieces", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"), ("none", None)):
+        Path("out/tokenizer_config.json").unlink(missing_ok=True)
+        if content is None:
+            Path("out/tokenizer.model").unlink()
+        else:
+            Path("out/tokenizer.model").write_bytes(content)
+        assert titanlite("checkpoint", "import-hf", "out", name) == 0
+        assert "no tokenizer: " in capsys.readouterr().out
+        assert titanlite("generate", name, "--tokens", "3") == 2
+        assert "data.tokenizer" in capsys.readouterr().err
+        words = ("train", f"{name}/recipe.toml", "--training.steps=1", "--training.global_batch=2")
+        words = (*words, "--data.corpus=corpus.txt")
+        assert titanlite(*words) == 2
+        assert "data.tokenizer" in capsys.readouterr().err
+        assert titanlite(*words, "--data.tokenizer=level") == 0
+        assert titanlite("checkpoint", "export-hf", name, f"{name}-again") == 0
+        assert not list(Path(f"{name}-again").glob("tokenizer*.json"))
+    with_ranks(folder)
+    assert titanlite("train", "recipe.toml", "--run.name=ranks") == 0
+    assert titanlite("checkpoint", "export-hf", "runs/ranks", "ranked") == 0
+    Path("ranked/tokenizer.json").unlink()
+    shutil.copy("ranks/tokenizer.model", "ranked")
+    assert titanlite("checkpoint", "import-hf", "ranked", "tuned") == 0
+    assert titanlite("generate", "tuned", "--tokens", "3") == 0
 
 
 def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

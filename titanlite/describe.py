@@ -44,7 +44,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     return {
         "name": recipe.run.name,
         "preset": recipe.model.preset,
-        "changed": changed_from_preset(recipe.model),
+        "changed": list(model_differences(Model(preset=recipe.model.preset), recipe.model)),
         "architecture": spec.to_huggingface_config(config)["architectures"][0],
         "dim": config.dim,
         "layers": config.layers,
@@ -81,11 +81,16 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     }
 
 
-def changed_from_preset(section: Model) -> list[str]:
-    """Keys of `[model]` that make another model of the one that its preset names."""
-    spec = spec_of(section.preset)
-    given, named = (asdict(spec.configure(model)) for model in (section, Model(preset=section.preset)))
-    return [key for key, value in given.items() if value != named[key]]
+def model_differences(before: Model, after: Model) -> dict[str, tuple[Any, Any]]:
+    """Keys of `[model]` by which two models differ, each with both values, whatever presets these come from."""
+    if spec_of(before.preset) is not spec_of(after.preset):
+        return {"preset": (before.preset, after.preset)}
+    old, new = (asdict(spec_of(model.preset).configure(model)) for model in (before, after))
+    return {key: (value, new[key]) for key, value in old.items() if value != new[key]}
+
+
+WEIGHTS_DEPEND_NOT_ON = ("init_std", "depth_scaled_init")
+"""Keys of `[model]` that say nothing of a model whose weights are there."""
 
 
 def _float8(recipe: Recipe, layout: Layout) -> dict[str, Any] | None:

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from titanlite.checkpoint.examine import recipe_of
+from titanlite.checkpoint.format import Manifest
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.data.tokenizers import tokenizer_of_run
+from titanlite.data.tokenizers import is_another, tokenizer_of_run
+from titanlite.describe import WEIGHTS_DEPEND_NOT_ON, model_differences
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
@@ -41,8 +44,13 @@ def main(argv: list[str]) -> int:
 
     recipe = load_recipe(_recipe_file(arguments.run)).recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(arguments.run, recipe, device)
+    model, manifest = load_model(arguments.run, recipe, device)
     tokenizer = tokenizer_of_run(arguments.run, recipe.data)
+    if is_another(tokenizer, manifest.values.get("tokenizer")):
+        raise UsageError(
+            f"the weights of {arguments.run} belong to another tokenizer than {recipe.data.tokenizer!r} in its "
+            "recipe.toml; write the path of theirs there, as data.tokenizer."
+        )
     sampler = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     prompt = os.fsencode(arguments.prompt)  # its bytes as they were typed, UTF-8 or not
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -58,17 +66,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def load_model(run: Path, recipe: Recipe, device: torch.device) -> torch.nn.Module:
-    """The model of a run, with the weights of its latest usable checkpoint. Raises `CheckpointError` without one."""
+def load_model(run: Path, recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module, Manifest]:
+    """The model of a run, with the weights of its latest usable checkpoint, and that one's manifest.
+
+    Raises `CheckpointError` without one, and `UsageError` if its weights were trained in another model.
+    """
     spec = spec_of(recipe.model.preset)
     with device:
         model = spec.build(spec.configure(recipe.model), compute_dtype(recipe.precision))
     model.to(master_dtype(recipe.precision)).requires_grad_(False)
     weights = {f"model.{name}": Shard.whole(parameter) for name, parameter in model.named_parameters()}
     manager = CheckpointManager(run / "checkpoints", lambda text: print(text, file=sys.stderr))
-    if manager.load_latest(weights, prefix="model.") is None:
+    manifest = manager.load_latest(weights, prefix="model.")
+    if manifest is None:
         raise CheckpointError(f"{run} holds no checkpoint yet; checkpoint.every_steps says when the run saves one.")
-    return model
+    trained = recipe_of(manifest, manager.path(manifest.step)).model
+    for key, (before, now) in model_differences(trained, recipe.model).items():
+        if key not in WEIGHTS_DEPEND_NOT_ON:
+            raise UsageError(
+                f"{_recipe_file(run)}: model.{key} is {now!r}, and the checkpoint of step {manifest.step} was trained "
+                f"with {before!r}; put that back."
+            )
+    return model, manifest
 
 
 class Sampler:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import Manifest
@@ -18,9 +19,12 @@ from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.data.audit import reordered_steps as listed
 from titanlite.data.splits import DataSplits
-from titanlite.errors import DataError
+from titanlite.data.tokenizers import is_another
+from titanlite.describe import WEIGHTS_DEPEND_NOT_ON, model_differences
+from titanlite.errors import DataError, UsageError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
+from titanlite.models.spec import spec_of
 from titanlite.observe.run_folder import Start, require_same_run
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
@@ -31,6 +35,8 @@ _DECIDE_SAMPLES = (
     *("training.sequence_length", "run.seed"),
 )
 """Keys of the recipe that say which samples there are, and in which order; who lets one of them change means it."""
+_MAY_BE_MEANT = ("model.rope_theta", "model.rope_scaling", "model.norm_eps")
+"""What a run that begins with another's weights may change of the model: for a longer context, say."""
 _ALONE_REFUSED = "Give the new run a recipe that differs in less."
 
 
@@ -64,13 +70,55 @@ def restore(
         _tell_other_environment(manifest, world, say)
         learner.guards.resumed()
         return manifest
-    learner.initialise()
+    folder = None
     if recipe.checkpoint.warm_start is not None:
-        weights = {name: shard for name, shard in state.items() if name.startswith("model.")}
         folder = checkpoints.begins_with(Path(recipe.checkpoint.warm_start))
+        _require_own_weights(folder, recipe, data, start, say)
+    learner.initialise()
+    if folder is not None:
+        weights = {name: shard for name, shard in state.items() if name.startswith("model.")}
         checkpoints.load_from(folder, weights, "model.", convert=True)
         say(f"begins with the weights of {folder}")
     return None
+
+
+def _require_own_weights(
+    folder: Path, recipe: Recipe, data: DataSplits, start: Start, say: Callable[[str], None]
+) -> None:
+    """Weights of the same shapes compute something else in another model, and mean something else by another
+    tokenizer: warn of what may be meant, refuse the rest unless it is allowed by name. Raises `UsageError`.
+    """
+    manifest = read_manifest(folder)
+    trained = recipe_of(manifest, folder)
+    changed: dict[str, tuple[Any, Any]] = {
+        f"model.{key}": values
+        for key, values in model_differences(trained.model, recipe.model).items()
+        if key not in WEIGHTS_DEPEND_NOT_ON
+    }
+    shapes = [
+        spec.shapes(spec.configure(each.model)) for each in (trained, recipe) for spec in [spec_of(each.model.preset)]
+    ]
+    fits = shapes[0] == shapes[1]
+    if is_another(data.tokenizer, manifest.values.get("tokenizer")):
+        names = trained.data.tokenizer, recipe.data.tokenizer
+        unknown = "of another file, separator or special tokens" if names[0] == names[1] else names[0]
+        changed["data.tokenizer"] = (unknown, names[1])
+    refused = [
+        key
+        for key in changed
+        if key not in _MAY_BE_MEANT and not (fits and any(fnmatchcase(key, pattern) for pattern in start.may_change))
+    ]
+    lines = {key: f"{key}: {before!r} there, {now!r} here" for key, (before, now) in changed.items()}
+    if refused:
+        listed = "\n".join(f"  {lines[key]}" for key in refused)
+        named = " ".join(f"--allow-change {key}" for key in refused)
+        fix = f"If you mean the change: {named}" if fits else "Its weights have other shapes: they fit no other model."
+        raise UsageError(
+            f"checkpoint.warm_start: the weights of {folder} were trained otherwise than this recipe would use them:\n"
+            f"{listed}\nGive these keys the values from there. {fix}"
+        )
+    for line in lines.values():
+        say(f"warning: the weights of {folder} were trained otherwise: {line}.")
 
 
 def _loaded(
@@ -116,7 +164,7 @@ def _require_one_corpus(world: World, data: DataSplits) -> None:
 
 
 def _require_same_tokenizer(manifest: Manifest, data: DataSplits, start: Start) -> None:
-    changed = _changed(manifest, {"tokenizer": data.tokenizer.fingerprint})
+    changed = is_another(data.tokenizer, manifest.values.get("tokenizer"))
     if changed and not any(fnmatchcase("data.tokenizer", pattern) for pattern in start.may_change):
         raise DataError(
             f"the tokenizer is not what it was when the checkpoint of step {manifest.step} was written: its file has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from titanlite.checkpoint.format import MANIFEST
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
 from titanlite.checkpoint.save import Facts, manifest_text, portion_of, save_state, write_portion
 from titanlite.checkpoint.storage import pending, read_manifest
+from titanlite.data.splits import open_data
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.llama_spec import (
     PRESETS,
@@ -37,7 +40,7 @@ from titanlite.models.llama_spec import (
     to_huggingface_config,
 )
 from titanlite.models.shard import Shard
-from titanlite.recipe.load import to_toml
+from titanlite.recipe.load import load_recipe, to_toml
 from titanlite.recipe.sections import Model, Recipe, RopeScaling, Training
 
 SIZES: dict[str, Any] = {
@@ -229,7 +232,7 @@ def test_eight_billion_weights_pass_through_bounded_memory(tmp_path: Path, monke
     zeros = {name: stream.Source("bfloat16", shape, lambda box: torch.zeros(box[1])) for name, shape in shapes.items()}
     checkpoint = tmp_path / "step-00000000"
     checkpoint.mkdir()
-    huggingface._write_checkpoint(checkpoint, zeros, 4 * 2**30, to_toml(recipe(Model(preset="llama3-8b"))))
+    huggingface._write_checkpoint(checkpoint, zeros, 4 * 2**30, to_toml(recipe(Model(preset="llama3-8b"))), "unknown")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", EXPORTED, str(checkpoint), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -250,6 +253,35 @@ def test_generate_reads_what_was_imported(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "3"]) == 0
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "0"]) == 2
     assert "error" in capsys.readouterr().err
+
+
+def test_the_imported_recipe_trains_on_from_the_weights_wherever_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, item 2: by a first loss that transformers computes too, from another folder than the import's."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
+    section = Model(**{**SIZES, "vocab_size": 272})
+    export_huggingface(saved(tmp_path, section), tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["checkpoint", "import-hf", "hf", "model"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("train on: titanlite train model/recipe.toml ")
+    assert load_recipe("model/recipe.toml").recipe.model.preset == "custom"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["--training.steps=1", "--training.global_batch=2", "--data.corpus=corpus.txt", "--optimizer.lr=1e-30"]
+    words += ["--data.validation_percent=0.0"]
+    assert cli.main(["train", "../model/recipe.toml", *words]) == 0
+    rows = map(json.loads, Path("runs/model-trained/metrics.jsonl").read_text().splitlines())
+    first = next(row["loss"] for row in rows if "loss" in row)
+    data = open_data(load_recipe("runs/model-trained/recipe.toml").recipe.data, 48, 0, validated=False).train
+    samples = torch.tensor(np.stack([data.sample(number) for number in (0, 1)])).long()
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert first == pytest.approx(twin(samples, labels=samples).loss.item(), rel=1e-4)
+    into = ["--run.output_dir=..", "--run.name=model"]
+    capsys.readouterr()
+    assert cli.main(["train", "../model/recipe.toml", *words, *into]) == 2
+    said = capsys.readouterr().err
+    assert "imported weights" in said and "run.name" in said
 
 
 def test_tokenizer_files_and_generation_config_travel(tmp_path: Path) -> None:
@@ -329,6 +361,8 @@ def test_any_other_config_is_taken_or_refused_in_words(data: st.DataObject) -> N
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
         ({"rope_scaling": [1]}, "rope_scaling"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),  # issue 14, item 3
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default", "factor": 8.0}}, "rope_scaling"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
@@ -428,6 +462,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "lm_head.weight is [32, 67], and by config.json [67, 32]",
     ),
     "integers": (changed_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})), "is I32"),
+    "not finite": (
+        changed_tensors(lambda t: t["model.norm.weight"].fill_(math.inf)),
+        "model.norm.weight holds numbers",
+    ),
     "unexpected": (changed_tensors(lambda t: t.update(more=torch.ones(1))), "holds 'more'"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("["), "is not JSON"),
@@ -451,6 +489,20 @@ def test_what_follows_from_the_config_is_not_read(tmp_path: Path) -> None:
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     assert import_huggingface(tmp_path / "hf", tmp_path / "run").tensors == len(weights) - 2
+
+
+@pytest.mark.parametrize("shape", [(67, 32), (66, 32)])
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(
+    tmp_path: Path, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 14, item 3: by values or by shape."""
+    monkeypatch.setattr(huggingface, "BLOCK_BYTES", 700)
+    export_huggingface(saved(tmp_path, MODELS["tied, scaled rope"]), tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"][: shape[0]].clone()
+    weights["lm_head.weight"][-1, -1] += shape[0] // 67
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    refused(tmp_path / "hf", tmp_path / "run", "lm_head.weight differs from model.embed_tokens.weight")
 
 
 def test_hugging_faces_cache_is_links_to_blobs(tmp_path: Path) -> None:
@@ -482,6 +534,17 @@ def test_weights_of_another_model_than_the_recipes_are_refused(tmp_path: Path) -
     checkpoint = saved(tmp_path, PLAIN, model_of(Model(**{**SIZES, "ffn_dim": 44})))
     with pytest.raises(CheckpointError, match=r"ffn.gate.weight is \[44, 32\] in it, \[40, 32\] in the model"):
         export_huggingface(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_weights_that_are_not_finite_in_their_dtype_are_not_exported(tmp_path: Path, dtype: str | None) -> None:
+    """Issue 14, item 18: NaN, and what is finite in float32 and not in bfloat16."""
+    model = model_of(PLAIN)
+    with torch.no_grad():
+        model.norm.weight[3] = 3.4e38 if dtype else math.nan
+    with pytest.raises(CheckpointError, match=r"model.norm.weight holds numbers that are not finite"):
+        export_huggingface(saved(tmp_path, PLAIN, model), tmp_path / "out", dtype)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_left_when_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -38,13 +38,14 @@ from titanlite.checkpoint.load import verify_files
 from titanlite.checkpoint.plan import Box, group_by_size, overlap, within
 from titanlite.checkpoint.save import FILE_BYTES, environment
 from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
-from titanlite.checkpoint.stream import Source, write_tensors
-from titanlite.data.tokenizers import FOLDER, Tokenizer, tokenizer_of_run
+from titanlite.checkpoint.stream import BLOCK_BYTES, Source, row_blocks, write_tensors
+from titanlite.data.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.durable import cause, sync_path
-from titanlite.errors import CheckpointError, UsageError
+from titanlite.errors import CheckpointError, TitanliteError, UsageError
+from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.recipe.load import to_toml
-from titanlite.recipe.sections import Data, Model, Precision, Recipe, Training
+from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
 
 PREFIX = "model."
 """What the weights' names begin with in a checkpoint."""
@@ -78,6 +79,8 @@ class Written:
     files: tuple[str, ...]
     """Those of the weights."""
     tokenizer_files: tuple[str, ...]
+    without_tokenizer: str = ""
+    """Why an import's run has no tokenizer; empty if it has one."""
 
 
 def export_huggingface(
@@ -103,7 +106,15 @@ def export_huggingface(
     verify_files(checkpoint, manifest, stored)
     sources = {
         spec.to_huggingface(name.removeprefix(PREFIX)): Source(
-            dtype or stored[name].dtype, shape, partial(_read_checkpoint, checkpoint, stored[name])
+            dtype or stored[name].dtype,
+            shape,
+            partial(
+                _finite,
+                CheckpointError,
+                f"{checkpoint}: {name}",
+                dtype or stored[name].dtype,
+                partial(_read_checkpoint, checkpoint, stored[name]),
+            ),
         )
         for name, shape in shapes.items()
     }
@@ -134,35 +145,51 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
 
     Weights become masters: float32, or float64 if any of them is that wide; both hold what was read exactly. Tokenizer
     files and the generation config are kept in the checkpoint, for the next export; a tokenizer.json also becomes the
-    run's tokenizer. Memory as for exporting.
+    run's tokenizer, and so does a rank file. Memory as for exporting. The recipe begins a run of another name with the
+    weights, from wherever it is started.
 
     Raises `UsageError` if the folder cannot be taken (another architecture, pickles, missing or damaged files, names
-    that lead out of it) or `out` exists, `CheckpointError` if the disk refuses; `out` is then not there.
+    that lead out of it, weights that are not finite) or `out` exists, `CheckpointError` if the disk refuses; `out` is
+    then not there.
     """
+    if not str(home := out.absolute()).isprintable():
+        raise UsageError(f"{str(home)!r} has characters that no recipe can name; choose another folder.")
     fields = _read_json(folder, CONFIG)
     spec, section = _family(folder, fields)
     config = spec.configure(section)
     found = _tables(folder)
     wanted = {spec.to_huggingface(name): (name, shape) for name, shape in spec.shapes(config).items()}
+    for name, other in spec.tied(config).items():
+        _require_tied(found, spec.to_huggingface(name), spec.to_huggingface(other))
     ignored = [*spec.huggingface_derived, *map(spec.to_huggingface, spec.tied(config))]
     found = {name: table for name, table in found.items() if not any(fnmatchcase(name, known) for known in ignored)}
     _require_found(folder, {name: shape for name, (_, shape) in wanted.items()}, found)
     widths = {found[name].dtype for name in wanted}
     master = "float64" if "float64" in widths else "float32"
     sources = {
-        PREFIX + name: Source(master, shape, partial(_read_slice, found[theirs]))
+        PREFIX + name: Source(
+            master,
+            shape,
+            partial(
+                _finite, UsageError, f"{found[theirs].path}: {theirs}", master, partial(_read_slice, found[theirs])
+            ),
+        )
         for theirs, (name, shape) in wanted.items()
     }
     compute = next(iter(widths)) if widths <= {"bfloat16"} else master
     kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
-    own = [name for name in TOKENIZER_FILES[:2] if name in kept and TOKENIZER_FILES[0] in kept]
+    generation = _generation_config(folder, fields)
+    tokenizer, problem = _found_tokenizer(folder, kept, generation)
+    own = [*tokenizer.files] if tokenizer else []
     recipe = Recipe(
+        run=Run(name=f"{home.name}-trained"),
         model=section,
-        data=Data(tokenizer=str(out / FOLDER)) if own and str(out).isprintable() else Data(),
+        data=Data(tokenizer=str(home / FOLDER)) if own else Data(),
         training=Training(sequence_length=_context(folder, fields)),
         precision=Precision.model_validate({"compute": compute}),
+        checkpoint=Checkpoint(warm_start=str(home)),
     )
-    generation = _generation_config(folder, fields)
+    fingerprint = tokenizer.fingerprint if tokenizer else UNKNOWN
     with _new_folder(out) as run:
         checkpoint = run / "checkpoints" / folder_name(0)
         checkpoint.mkdir(parents=True)
@@ -174,11 +201,20 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
             sync_path(run / FOLDER)
         if generation:
             _write_bytes(checkpoint / GENERATION_CONFIG, generation)
-        files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe))
+        files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe), fingerprint)
         _write_bytes(run / "recipe.toml", to_toml(recipe).encode())
         sync_path(checkpoint)
         sync_path(checkpoint.parent)
-    return Written(out, len(sources), sum(source.nbytes for source in sources.values()), tuple(files), tuple(kept))
+    nbytes = sum(source.nbytes for source in sources.values())
+    return Written(out, len(sources), nbytes, tuple(files), tuple(kept), problem)
+
+
+def _finite(kind: type[TitanliteError], name: str, dtype: str, read: Callable[[Box], Tensor], box: Box) -> Tensor:
+    """A box as it is written, also where it is written narrower. Raises the `kind` of error for what is no number."""
+    block = read(box).to(getattr(torch, dtype))
+    if not is_finite(block):
+        raise kind(f"{name} holds numbers that are not finite in {dtype}; nothing was written.")
+    return block
 
 
 # --- from a checkpoint
@@ -216,10 +252,13 @@ def _cut(file: Any, key: str, slices: tuple[slice, ...]) -> Tensor:
     return values
 
 
-def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer:
-    """What the run was trained with. Raises `UsageError` if it is not there, or is another one by now."""
+def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer | None:
+    """What the run was trained with; None for imported weights that came without. Raises `UsageError` if it is not
+    there, or is another one by now."""
+    if manifest.values.get("tokenizer") == UNKNOWN:
+        return None
     tokenizer = tokenizer_of_run(checkpoint.absolute().parent.parent, recipe.data)
-    if manifest.values.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+    if is_another(tokenizer, manifest.values.get("tokenizer")):
         where = ", ".join(map(str, tokenizer.files.values())) or recipe.data.tokenizer
         raise UsageError(f"{checkpoint} was trained with another tokenizer than {where} is now; put that one there.")
     return tokenizer
@@ -346,6 +385,34 @@ def _read_slice(table: _Table, box: Box) -> Tensor:
         raise UsageError(f"{table.path} cannot be read: {error}.") from None
 
 
+def _require_tied(found: Mapping[str, _Table], name: str, other: str) -> None:
+    """A tensor that the config says is another one must be that, where it is there. Raises `UsageError`."""
+    table, same = found.get(name), found.get(other)
+    if table is None or same is None:  # a missing one is reported with all that are
+        return
+    equal = table.shape == same.shape and {table.dtype, same.dtype} <= _READABLE.keys()
+    blocks = row_blocks(table.shape, 8, BLOCK_BYTES) if equal else ()
+    if not equal or not all(
+        torch.equal(_read_slice(table, box).double(), _read_slice(same, box).double()) for box in blocks
+    ):
+        raise UsageError(
+            f"{table.path}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
+            f"model was trained with both, set tie_word_embeddings to false; if not, leave {name} out."
+        )
+
+
+def _found_tokenizer(folder: Path, kept: Sequence[str], generation: bytes) -> tuple[Tokenizer | None, str]:
+    """The folder's tokenizer, or why there is none. Weights of the byte tokenizer are known by their special tokens."""
+    if not kept:
+        tokenizer = open_tokenizer("bytes")
+        known = generation and json.loads(generation).get("eos_token_id") == tokenizer.separator
+        return (tokenizer, "") if known else (None, f"{folder} holds no tokenizer")
+    try:
+        return open_tokenizer(str(folder)), ""
+    except UsageError as error:
+        return None, f"its tokenizer cannot be read: {error}"
+
+
 def _generation_config(folder: Path, fields: Mapping[str, Any]) -> bytes:
     """The folder's own, as it is; made from the special tokens in its config if it has none; empty without these."""
     if os.path.lexists(folder / GENERATION_CONFIG):
@@ -355,7 +422,9 @@ def _generation_config(folder: Path, fields: Mapping[str, Any]) -> bytes:
     return _json_text(tokens) if tokens else b""
 
 
-def _write_checkpoint(folder: Path, sources: Mapping[str, Source], file_bytes: int, recipe: str) -> list[str]:
+def _write_checkpoint(
+    folder: Path, sources: Mapping[str, Source], file_bytes: int, recipe: str, tokenizer: str
+) -> list[str]:
     """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
     tensors: dict[str, TensorEntry] = {}
     files: list[str] = []
@@ -376,7 +445,7 @@ def _write_checkpoint(folder: Path, sources: Mapping[str, Source], file_bytes: i
         files=listed,
         recipe=recipe,
         environment=environment(torch.device("cpu")),
-        values={},
+        values={"tokenizer": tokenizer},
     )
     _write_bytes(folder / MANIFEST, encode(manifest))
     return files

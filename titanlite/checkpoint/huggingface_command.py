@@ -48,6 +48,12 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"kept for the next export: {', '.join(written.tokenizer_files)}.")
     if (tokenizer := arguments.out / "tokenizer").is_dir():
         print(f'titanlite generate uses {tokenizer}, and so do recipes by data.tokenizer = "{tokenizer}".')
+    if written.without_tokenizer:
+        print(
+            f"no tokenizer: {written.without_tokenizer}. Text cannot be generated before data.tokenizer in "
+            f"{arguments.out / 'recipe.toml'} names one, such as a tokenizer.json of transformers."
+        )
+    print(f"train on: titanlite train {arguments.out / 'recipe.toml'} --training.steps=N --data.corpus=PATH")
 
 
 def _summary(written: Written) -> str:

@@ -19,7 +19,7 @@ from titanlite.checkpoint.read import read_parts, read_verified
 from titanlite.checkpoint.save import dtype_name
 from titanlite.checkpoint.storage import decode_manifest, manifest_bytes, verify_file
 from titanlite.errors import CheckpointError
-from titanlite.models.shard import Shard
+from titanlite.models.shard import Shard, is_finite
 
 READERS = 4
 """Files that a rank reads at once, each hashed by a thread of its own."""
@@ -43,7 +43,7 @@ def load_state(
 
     Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
-    manifest says: then `into` holds anything, and needs other values.
+    manifest says, or a weight is not finite: then `into` holds anything, and needs other values.
     """
     manifest = decode_manifest(folder, ranks.first(lambda: manifest_bytes(folder)))
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
@@ -52,7 +52,15 @@ def load_state(
     shares = json.loads(ranks.first(lambda: _agreed(folder, manifest, list(placed), found)))
     verified = shares[ranks.rank] if shared else wanted_files(manifest, into)
     ranks.each(lambda: _read(folder, manifest, placed, into, verified))
+    ranks.each(lambda: _require_finite(folder, into))
     return manifest
+
+
+def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
+    """Weights that are no numbers train nothing and say nothing, however whole their files are."""
+    for name, shard in into.items():
+        if name.startswith("model.") and not is_finite(shard.tensor):
+            raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
 
 
 def wanted_files(manifest: Manifest, into: Mapping[str, Shard]) -> list[str]:

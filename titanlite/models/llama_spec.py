@@ -298,6 +298,10 @@ def _huggingface_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     if scaling.get("partial_rotary_factor", 1) not in (1, None):
         _refuse("partial_rotary_factor", scaling["partial_rotary_factor"], "only 1 is known here")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default" and (unused := scaling.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
+        _refuse(
+            "rope_scaling", dict(scaling), f"{min(map(str, unused))} has no effect without a rope_type such as 'llama3'"
+        )
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":

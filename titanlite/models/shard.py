@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite, in one pass and without a copy; waits for the device."""
+    if tensor.numel() == 0 or not tensor.is_floating_point() or tensor.element_size() < 2:
+        return True
+    ends = torch.stack(torch.aminmax(tensor.detach()))  # a NaN is both
+    return bool(ends.isfinite().all())
 
 
 @dataclass(frozen=True)

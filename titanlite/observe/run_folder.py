@@ -297,6 +297,11 @@ def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> D
     if not stored.is_file():
         raise UsageError(f"{path} holds what a run wrote, but no recipe.toml to resume by. {ways_out}")
     old = load_recipe(stored).recipe
+    if os.path.realpath(old.checkpoint.warm_start or stored) == os.path.realpath(path):
+        raise UsageError(
+            f"{path} holds imported weights and no run: start {stored}, whose run begins with them in a folder of its "
+            "own, or give this run another run.name."
+        )
     if _has_begun(path):
         require_same_run(
             old, recipe, may_change, f"{path} holds a run", f"To go on with that run, start {stored}. {ways_out}"

@@ -143,6 +143,19 @@ def _name_of(number: int, tokenizer: Tokenizer) -> str | None:
     return next((name for name, special in tokenizer.special_tokens.items() if special == number), None)
 
 
+UNKNOWN = "unknown"
+"""Stands beside weights in place of a fingerprint where their tokenizer cannot be read here."""
+
+
+def is_another(tokenizer: Tokenizer, recorded: object) -> bool:
+    """Whether weights were trained with another tokenizer, by the fingerprint `recorded` beside them (None: nothing is
+    known). Of an `UNKNOWN` one it is known that it was not the byte tokenizer, which has no files.
+    """
+    if recorded == UNKNOWN:
+        return not tokenizer.files
+    return recorded is not None and recorded != tokenizer.fingerprint
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """2 bytes an id where they suffice by Megatron's rule, else 4; little-endian, as in the files."""
     return np.dtype("<u2" if vocab_size < _NARROW_LIMIT else "<i4")
