@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 
 from titanlite import durable
 from titanlite.checkpoint import storage
+from titanlite.checkpoint.command import main as checkpoint
+from titanlite.cli import main as cli
 from titanlite.cli import run_command
+from titanlite.recipe.explain import all_keys, key_schema
 from titanlite.train import main
 
 RECIPE = """
@@ -127,9 +131,94 @@ def test_a_file_where_the_run_folder_should_be(folder: Path, capsys: pytest.Capt
 
 
 def test_a_run_folder_that_cannot_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "too long" in refused(capsys, "--run.name=" + "n" * 300)
     assert "/dev/null/tiny" in refused(capsys, "--run.output_dir=/dev/null")
-    assert "cannot be printed" in refused(capsys, "--run.name=a\udcffb")
+
+
+PATHS = {
+    key: '[{name = "a", path = {}}]' if key in ("data.sources", "data.validation") else "PATH"
+    for key in all_keys()
+    if '"format": "path"' in json.dumps([key_schema(tuple(key.split("."))), key_schema((*key.split("."), "0"))])
+}
+"""Every key that holds a path, or tables with one -> how a path is written there."""
+
+
+def test_what_the_schema_calls_a_path() -> None:
+    assert set(PATHS) == {
+        *("run.output_dir", "data.corpus", "data.sources", "data.validation", "data.tokenizer"),
+        *("checkpoint.warm_start", "checkpoint.resume_from", "resilience.snapshot_dir"),
+    }
+
+
+@pytest.mark.parametrize("key", [*PATHS, "run.name"])
+@pytest.mark.parametrize(
+    "path",
+    ["~nobodyx/a", "~nobodyx/*.txt", "\udcff", "a\0b", "n" * 256, "n/" * 2048],
+    ids=["nobody", "nobodys-glob", "no-utf-8", "nul", "long-name", "long"],
+)
+def test_what_cannot_be_a_path_is_refused_by_its_key(
+    folder: Path, capsys: pytest.CaptureFixture[str], key: str, path: str
+) -> None:
+    """Issue 14, section D: one type for every path key."""
+    text = json.dumps(path) if path.isprintable() else f'"{path}"'.replace("\0", "\\u0000")
+    written = PATHS.get(key, "PATH").replace("PATH", text)
+    others = ["--validation.every_steps=2"] if key == "data.validation" else []
+    if key == "data.sources":
+        Path("recipe.toml").write_text(RECIPE.replace('corpus = "corpus.txt"', ""))
+    assert f"command line: {key}" in refused(capsys, f"--{key}={written}", *others)
+    if key == "data.corpus":
+        said = refused(capsys, f'--data.corpus=["corpus.txt", {text}]')
+        assert "command line: data.corpus" in said and "must be text" not in said
+
+
+def test_a_home_folder_is_meant_by_a_tilde_in_every_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, section D: `run.output_dir` left `~` as it was, where data paths expanded it."""
+    home = folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    shutil.move("corpus.txt", home)
+    words = ["recipe.toml", "--data.corpus=~/corpus.txt", "--run.output_dir=~/out"]
+    assert run_command(main, words) == 0
+    assert (home / "out" / "tiny" / "status.json").is_file() and not Path("~").exists()
+    assert run_command(main, [*words, "--run.name=second", "--checkpoint.warm_start=~/out/tiny"]) == 0
+    assert "begins with the weights" in capsys.readouterr().out
+    assert run_command(checkpoint, ["inspect", "~/out/tiny"]) == 0
+
+
+@pytest.mark.parametrize("path", ["~nobodyx/a", "n" * 256])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("data prepare PATH --out a", "data prepare corpus.txt --out PATH", "data prepare a --out a --tokenizer PATH"),
+        *("data show PATH --step 1", "data verify PATH", "data audit PATH", "data train-tokenizer PATH --out a"),
+        *("checkpoint inspect PATH", "checkpoint diff a PATH", "checkpoint import-hf PATH a", "generate PATH"),
+    ],
+)
+def test_what_cannot_be_a_path_on_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: str, path: str
+) -> None:
+    assert cli(words.replace("PATH", path).split()) == 2
+    assert path[:8] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depth", [400, 1000, 5000])
+def test_what_is_nested_deeply_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], depth: int) -> None:
+    """Issue 14, section D: values and keys, on the command line and in files."""
+    refused(capsys, "--model.dim=" + "[" * depth + "]" * depth)
+    refused(capsys, "--" + "a." * depth + "b=1")
+    Path("recipe.toml").write_text("a." * depth + "b = 1\n")
+    refused(capsys)
+    Path("recipe.toml").write_text("a = " + "[" * depth + "]" * depth)
+    refused(capsys)
+
+
+@pytest.mark.parametrize("key", ["model.dim", "model.ffn_dim", "model.vocab_size", "training.sequence_length"])
+def test_sizes_whose_products_exceed_64_bits_are_still_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    assert cli(["check", "recipe.toml", f"--{key}={2**62}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["flops_per_token"] > 2**62
 
 
 def test_a_folder_of_somebody_elses_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

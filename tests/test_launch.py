@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,11 +62,27 @@ MEETING = {"MASTER_ADDR": "head", "MASTER_PORT": "99"}
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_NTASKS is not set"),
         ({**STEP, "SLURM_PROCID": "16"}, "SLURM_PROCID is 16, and SLURM_STEP_NUM_TASKS 16"),
         ({**STEP, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({**STEP, "SLURM_JOB_ID": "abc"}, "SLURM_JOB_ID is 'abc'"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "4", **MEETING}, "RANK is '9+'"),
     ],
 )
 def test_variables_that_are_set_in_part(environment: dict[str, str], said: str) -> None:
     with pytest.raises(UsageError, match=f"^{said}.*torchrun or srun"):
         launched(environment)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "x"}, {**STEP, "SLURM_JOB_ID": "abc"}]
+)
+def test_a_process_that_was_started_oddly_ends_in_a_paragraph(tmp_path: Path, odd: dict[str, str]) -> None:
+    """Issue 14, section D: also where its end is written down for the scripts."""
+    write_tiny(tmp_path)
+    words = [sys.executable, "-m", "titanlite.train", "recipe.toml"]
+    codes = tmp_path / "codes"
+    environment = {**os.environ, **odd, "TITANLITE_EXIT_CODE_FILE": str(codes)}
+    process = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (process.returncode, codes.read_text()) == (2, "2\n")
+    assert process.stderr.startswith(f"error: {list(odd)[-1]} is") and process.stderr.count("\n") == 1
 
 
 def test_they_are_told_of_in_a_paragraph(
@@ -96,6 +115,10 @@ def test_what_torchrun_tells() -> None:
     assert torchrun({"RANK": "0", "WORLD_SIZE": "2"}) is None
     told = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "5"}
     assert torchrun(told) == Torchrun(restarts=2, restarts_left=3, agents=1, names=(), elastic=False)
+    for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"):
+        for odd in ("", "x", "-1", "1.5", "\N{SUPERSCRIPT TWO}", "9" * 5000):
+            with pytest.raises(UsageError, match=f"^{name} is"):
+                torchrun({**told, name: odd})
     elastic = torchrun({**told, "GROUP_WORLD_SIZE": "4", "TITANLITE_ELASTIC": "1"})
     assert elastic is not None and elastic.elastic and elastic.agents == 4
 

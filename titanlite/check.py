@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from titanlite.describe import describe, stages_of
@@ -18,6 +17,7 @@ from titanlite.parallel import timetable
 from titanlite.parallel.layout import active_ranks, agreed_layout, batch_plan
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes, format_count
 from titanlite.registry import Registry
@@ -125,7 +125,7 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
             yield "", "sent, shards of weights: e4m3"
         for gathered in float8["gathers_in_words"]:
             yield "", f"sent over tp, {gathered}"
-    yield "folder", str(Path(recipe.run.output_dir) / recipe.run.name)
+    yield "folder", str(expand(recipe.run.output_dir) / recipe.run.name)
 
 
 def _product(factors: dict[str, Any] | None) -> str:

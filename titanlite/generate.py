@@ -22,13 +22,14 @@ from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.recipe.load import load_recipe
+from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
 
 
 def main(argv: list[str]) -> int:
     """The command; see `titanlite generate --help`."""
     parser = argparse.ArgumentParser(prog="titanlite generate", description="Continue a prompt with a trained model.")
-    parser.add_argument("run", type=Path, help="run folder, such as runs/debug")
+    parser.add_argument("run", type=path_argument, help="run folder, such as runs/debug")
     parser.add_argument("--prompt", default="", help="text to continue; none: a new document")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to make at most (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")

@@ -76,11 +76,19 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def launched_or_alone() -> Launch:
-    """`launched`, for what comes after the word about variables that make no sense."""
+    """`launched`, for what comes after the error about variables that make no sense."""
     try:
         return launched()
     except UsageError:
         return Launch()
+
+
+def torchrun_or_none() -> Torchrun | None:
+    """`torchrun`, likewise."""
+    try:
+        return torchrun()
+    except UsageError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -100,17 +108,18 @@ class Torchrun:
 
 
 def torchrun(environment: Mapping[str, str] = os.environ) -> Torchrun | None:
-    """torchrun's word; None under another launcher, or none."""
+    """torchrun's word; None under another launcher, or none. Raises `UsageError` for what is not torchrun's."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
-    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    number = partial(_number, environment, default="0")
+    restarts = number("TORCHELASTIC_RESTART_COUNT")
     elastic = environment.get("TITANLITE_ELASTIC") == "1"
     job = environment["TORCHELASTIC_RUN_ID"]
     folder = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parts[-4:-3]  # FOLDER/attempt_0/0/error.json
     return Torchrun(
         restarts=restarts,
-        restarts_left=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
-        agents=int(environment.get("GROUP_WORLD_SIZE", "1")),
+        restarts_left=number("TORCHELASTIC_MAX_RESTARTS") - restarts,
+        agents=_number(environment, "GROUP_WORLD_SIZE", "1"),
         names=(*folder, job) if elastic and job != _NO_ID else folder,
         elastic=elastic,
     )
@@ -130,8 +139,8 @@ def end_process(code: int) -> NoReturn:
 def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
     """A variable that holds a number from 0 on. Raises `UsageError`."""
     text = environment.get(name, default) if default is not None else _require(environment, name)
-    if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"{name} is '{text}', and should be a number from 0 on. {_WAYS}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(f"{name} is '{text[:40]}', and should be a number from 0 on. {_WAYS}")
     return int(text)
 
 
@@ -144,8 +153,8 @@ def _require(environment: Mapping[str, str], name: str) -> str:
 
 def _port(environment: Mapping[str, str]) -> int:
     """One for each step of each job, below those that Linux gives to outgoing connections."""
-    job, step = int(environment.get("SLURM_JOB_ID", "0")), environment["SLURM_STEP_ID"]
-    return 10_000 + (31 * job + (int(step) if step.isdigit() else 0)) % 20_000
+    step = environment["SLURM_STEP_ID"]  # `batch`, or another word, in a job script
+    return 10_000 + (31 * _number(environment, "SLURM_JOB_ID", "0") + (int(step) if step.isdecimal() else 0)) % 20_000
 
 
 def first_host(nodes: str) -> str:

@@ -27,6 +27,7 @@ from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
 from titanlite.observe.run_folder import Start, require_same_run
 from titanlite.parallel.world import World
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 
 _DECIDE_SAMPLES = (
@@ -72,7 +73,7 @@ def restore(
         return manifest
     folder = None
     if recipe.checkpoint.warm_start is not None:
-        folder = checkpoints.begins_with(Path(recipe.checkpoint.warm_start))
+        folder = checkpoints.begins_with(expand(recipe.checkpoint.warm_start))
         _require_own_weights(folder, recipe, data, start, say)
     learner.initialise()
     if folder is not None:
@@ -136,7 +137,7 @@ def _loaded(
         manifest = checkpoints.load_latest(state)
     if manifest is not None or recipe.checkpoint.resume_from is None:
         return manifest
-    folder = checkpoints.begins_with(Path(recipe.checkpoint.resume_from))
+    folder = checkpoints.begins_with(expand(recipe.checkpoint.resume_from))
     require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
     return checkpoints.load_from(folder, state)
 

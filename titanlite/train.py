@@ -33,11 +33,12 @@ from titanlite.errors import (
     TitanliteError,
     UsageError,
 )
-from titanlite.launch import end_process, launched, torchrun
+from titanlite.launch import end_process, launched, launched_or_alone, torchrun, torchrun_or_none
 from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
 from titanlite.parallel.layout import active_ranks, agreed_layout, course_from, total_steps
 from titanlite.recipe.explain import all_keys, meant
 from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
 from titanlite.rules.terms import count
@@ -110,7 +111,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.trainer import Trainer
 
     recipe = loaded.recipe
-    path = Path(recipe.run.output_dir) / recipe.run.name
+    path = expand(recipe.run.output_dir) / recipe.run.name
     records = path / "logs" / "crashes"
     data, reading = _data(recipe)
     with ExitStack() as stack:
@@ -137,7 +138,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         every = recipe.resilience.snapshot_every
         snapshots = (
             Snapshots(
-                Path(recipe.resilience.snapshot_dir),
+                expand(recipe.resilience.snapshot_dir),
                 checkpoints.folder,
                 journal.say,
                 joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
@@ -375,7 +376,7 @@ def _ended(argv: list[str]) -> tuple[int, Exception | None]:
     """Run the command; its exit code, and what ended it if that was an error."""
     met: list[TitanliteError] = []
     told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
-    if told and torchrun() and launched().local_rank == 0:
+    if told and torchrun_or_none() and launched_or_alone().local_rank == 0:
         open(told, "w").close()  # what an earlier start left there is not how the run ended
 
     def command(arguments: list[str]) -> int:
@@ -399,7 +400,7 @@ def _told_to_launcher(code: int, error: Exception | None) -> int:
     if told:
         with open(told, "a") as file:  # one short line of each rank, in the order they end: see scripts/train.sh
             file.write(f"{code}\n")
-    under = torchrun()
+    under = torchrun_or_none()
     if under is None:
         return code
     if isinstance(error, StoppedEarly):
@@ -411,7 +412,7 @@ def _told_to_launcher(code: int, error: Exception | None) -> int:
         return code if left_alone and under.elastic else EXIT_DONE
     alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
     if code in (EXIT_RECIPE, EXIT_GUARD) and alike and under.restarts_left > 0:
-        if launched().is_first:
+        if launched_or_alone().is_first:
             print(
                 f"exit code {code}: a restart would not mend this, so torchrun is told 0, and starts nothing.",
                 file=sys.stderr,

@@ -197,13 +197,13 @@ class TestFiles:
         ("[precision]\ncompute = 'bf16'", "2: precision.compute: must be one of"),
         ("[run]\nname = 'a/b'", "2: run.name: 'a/b' cannot be the name of a folder"),
         ("[run]\nname = '..'", "2: run.name: '..' cannot be the name of a folder"),
-        ("[run]\nname = 5", '2: run.name: must be text, not 5; write name = "5".'),
+        ("[run]\nname = 5", '2: run.name: must be text (not empty), not 5; write name = "5".'),
         ("[run]\nseed = 9223372036854775808", "2: run.seed: must be a whole number"),
         ('[run]\nname = "a\\u0007"', "2: run.name: 'a\\x07' has characters that cannot be printed"),
         ('[run]\noutput_dir = "\\u0000"', "2: run.output_dir: '\\x00' has characters that cannot be printed"),
         (f"[training]\nsteps = {2**63}", "2: training.steps: 9223372036854775808 does not fit into 64 bits"),
         ("[training]\ntokens = '9999999999T'", "2: training.tokens: 9999999999000000000000 does not fit into 64 bits"),
-        ("[run]\nname = 1979-05-27", "2: run.name: must be text, not 1979-05-27"),
+        ("[run]\nname = 1979-05-27", "2: run.name: must be text (not empty), not 1979-05-27"),
     ],
 )
 def test_a_wrong_value_is_said_in_plain_words(write: Write, text: str, finding: str) -> None:
@@ -237,7 +237,7 @@ class TestOverrides:
     def test_a_name_that_is_not_utf8(self, write: Write) -> None:
         """How Python shows bytes of the command line that are no text."""
         (line,) = errors(write(""), "--data.corpus=\udcff.txt")
-        assert line.startswith('command line: data.corpus: "\udcff.txt" is not UTF-8')
+        assert line.startswith('command line: data.corpus: "\\udcff.txt" is not UTF-8')
 
     def test_quoted_text_is_toml(self, write: Write) -> None:
         assert load_recipe(write(""), ['--data.text_key="a\\tb"']).recipe.data.text_key == "a\tb"
@@ -289,7 +289,7 @@ RECIPES = st.builds(
         qk_norm=st.none() | st.booleans(),
         rope_scaling=st.none() | st.builds(sections.RopeScaling, factor=ABOVE_ZERO),
     ),
-    data=st.builds(sections.Data, corpus=TEXT | st.lists(TEXT, min_size=1, max_size=3)),
+    data=st.builds(sections.Data, corpus=PATHS | st.lists(PATHS, min_size=1, max_size=3)),
     training=st.builds(sections.Training, steps=COUNTS, tokens=COUNTS),
     optimizer=st.builds(sections.Optimizer, lr=ABOVE_ZERO, betas=st.tuples(BELOW_ONE, BELOW_ONE)),
 )

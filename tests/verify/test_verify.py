@@ -141,8 +141,9 @@ def test_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_recipe_is_refused(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", recipe, "--parallel.tp=3"]) == 2
     assert "parallel.tp" in capsys.readouterr().err
-    assert main(["verify", recipe, "--steps=0"]) == 2
-    assert "--steps 0" in capsys.readouterr().err
+    for steps in (0, 2**62, 2**70):  # issue 14, section D
+        assert main(["verify", recipe, f"--steps={steps}"]) == 2
+        assert f"--steps {steps}" in capsys.readouterr().err
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, when: Callable[[Recipe], bool]) -> None:

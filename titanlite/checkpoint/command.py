@@ -19,6 +19,7 @@ from titanlite.checkpoint.format import step_of
 from titanlite.checkpoint.huggingface_command import add_huggingface_commands
 from titanlite.durable import cause
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
+from titanlite.recipe.paths import path_argument
 from titanlite.recipe.units import format_bytes, format_count, format_table
 
 _A_PATH = "run folder, its checkpoints folder, or one step's folder"
@@ -38,11 +39,13 @@ def main(argv: list[str]) -> int:
         command.set_defaults(action=action)
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
         if name == "diff":
-            command.add_argument("a", type=Path, help=f"{_A_PATH} (of a run: the newest)")
-            command.add_argument("b", type=Path, help="the other one")
+            command.add_argument("a", type=path_argument, help=f"{_A_PATH} (of a run: the newest)")
+            command.add_argument("b", type=path_argument, help="the other one")
             command.add_argument("--prefix", default="", help="only tensors of such names, such as model.")
         else:
-            command.add_argument("path", type=Path, help=_A_PATH if name != "prune" else "run or checkpoints folder")
+            command.add_argument(
+                "path", type=path_argument, help=_A_PATH if name != "prune" else "run or checkpoints folder"
+            )
         if name == "verify":
             command.add_argument("--deep", action="store_true", help="read every byte and compare the hashes")
         if name == "prune":

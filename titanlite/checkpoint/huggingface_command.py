@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titanlite.checkpoint.examine import deletion_told, newest_at
+from titanlite.recipe.paths import path_argument
 from titanlite.recipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,14 +17,16 @@ def add_huggingface_commands(commands: Any) -> None:
     """Add both to the subparsers of `titanlite checkpoint`; each sets `action` to its function of the arguments."""
     line = "write a checkpoint's weights as a folder that Hugging Face's transformers can load"
     command = commands.add_parser("export-hf", help=line, description=line, allow_abbrev=False)
-    command.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint), RUN/STEP, or a checkpoint")
-    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument(
+        "checkpoint", type=path_argument, help="run folder (its newest checkpoint), RUN/STEP, or a checkpoint"
+    )
+    command.add_argument("out", type=path_argument, help="folder to make")
     command.add_argument("--dtype", help="float32 or bfloat16 (default: the weights as they are stored)")
     command.set_defaults(action=_export)
     line = "make a run folder whose one checkpoint holds the weights of a Hugging Face folder"
     command = commands.add_parser("import-hf", help=line, description=line, allow_abbrev=False)
-    command.add_argument("folder", type=Path, help="folder with config.json and safetensors files")
-    command.add_argument("out", type=Path, help="run folder to make")
+    command.add_argument("folder", type=path_argument, help="folder with config.json and safetensors files")
+    command.add_argument("out", type=path_argument, help="run folder to make")
     command.set_defaults(action=_import)
 
 

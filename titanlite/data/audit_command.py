@@ -16,6 +16,7 @@ from titanlite.data.audit import Audit, Span, audit, history, reordered_steps
 from titanlite.data.read_log import READ, read_records
 from titanlite.errors import SamplesLost, UsageError
 from titanlite.recipe.load import load_recipe
+from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.terms import count
 
@@ -25,7 +26,7 @@ def add_audit_command(commands: Any) -> None:
     line = "prove from what the ranks wrote down that a run read every sample once, over all its restarts"
     command = commands.add_parser("audit", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_audit)
-    command.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/debug")
+    command.add_argument("run", type=path_argument, metavar="RUN", help="run folder, such as runs/debug")
     command.add_argument("--json", action="store_true", help="print the findings for machines")
 
 

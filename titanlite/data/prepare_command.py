@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from titanlite.errors import UsageError
+from titanlite.recipe.paths import path_argument, text_argument
 from titanlite.recipe.units import format_bytes, format_count
 
 
@@ -17,11 +17,15 @@ def add_prepare_commands(commands: Any) -> None:
     line = "tokenise texts into PREFIX.bin, .idx and .json; started again after a kill, it goes on"
     command = commands.add_parser("prepare", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_prepare)
-    command.add_argument("inputs", nargs="+", metavar="INPUT",
+    command.add_argument("inputs", nargs="+", type=text_argument, metavar="INPUT",
                          help="text, .jsonl (both also .gz, .zst), .parquet, .arrow: files, folders, globs; or a "
                               "folder that a Hugging Face dataset was saved to")  # fmt: skip
-    command.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="where, and the name without suffix")
-    command.add_argument("--tokenizer", default="bytes", help="as data.tokenizer in a recipe: bytes, or a path")
+    command.add_argument(
+        "--out", type=path_argument, required=True, metavar="PREFIX", help="where, and the name without suffix"
+    )
+    command.add_argument(
+        "--tokenizer", type=text_argument, default="bytes", help="as data.tokenizer in a recipe: bytes, or a path"
+    )
     command.add_argument("--separator", help="as data.separator in a recipe")
     command.add_argument("--special-token", action="append", default=[], metavar="TOKEN",
                          help="one of data.special_tokens in a recipe; can be given several times")  # fmt: skip
@@ -38,7 +42,9 @@ def add_prepare_commands(commands: Any) -> None:
     line = "read token files from end to end, and name the first place that is wrong"
     command = commands.add_parser("verify", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_verify)
-    command.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX", help="made by titanlite data prepare")
+    command.add_argument(
+        "prefixes", nargs="+", type=path_argument, metavar="PREFIX", help="made by titanlite data prepare"
+    )
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -70,7 +76,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     )
     request = Request(
         inputs=tuple(arguments.inputs),
-        out=arguments.out.expanduser(),
+        out=arguments.out,
         settings=settings,
         drop_duplicates=arguments.dedup,
         workers=arguments.workers or cores(),

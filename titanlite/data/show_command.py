@@ -23,6 +23,7 @@ from titanlite.data.tokenizers import Tokenizer, Tokens
 from titanlite.errors import DataError, UsageError
 from titanlite.parallel.layout import BatchPlan, course_from
 from titanlite.recipe.load import load_recipe
+from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.terms import count
 
@@ -51,7 +52,7 @@ def add_show_command(commands: Any) -> None:
     line = "print the very text of a step's samples, of a run that was or of one to come"
     command = commands.add_parser("show", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_show)
-    command.add_argument("recipe", type=Path, metavar="RECIPE|RUN",
+    command.add_argument("recipe", type=path_argument, metavar="RECIPE|RUN",
                          help="of a run folder, what the step did read; of a recipe, what it will read if the run does "
                               "not go back")  # fmt: skip
     command.add_argument("--step", type=int, required=True, metavar="N", help="step, from 1")

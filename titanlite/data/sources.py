@@ -25,6 +25,7 @@ from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.data.tokenised import tokenised
 from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Packing
 
 
@@ -191,15 +192,15 @@ def _require_one_prepare(file: TokenFile, held_out: TokenFile) -> None:
 
 def token_files(path: str) -> list[Path]:
     """Prefixes of the token files that `path` names, itself or as a glob, in order; their held-out parts left out."""
-    paths = paths_of(Path(path).expanduser()) if Path(path).name else None
+    paths = paths_of(expand(path)) if Path(path).name else None
     if paths and (paths.idx.exists() or paths.parts.exists()):
-        return [Path(path).expanduser()]
+        return [expand(path)]
     if not glob.has_magic(path):
-        return [Path(path).expanduser().with_suffix("")] if path.endswith((".bin", ".idx")) else []
-    pattern = str(Path(path).expanduser()).removesuffix(".idx").removesuffix(".bin")
+        return [expand(path).with_suffix("")] if path.endswith((".bin", ".idx")) else []
+    pattern = str(expand(path)).removesuffix(".idx").removesuffix(".bin")
     found = sorted(Path(match).with_suffix("") for match in match_files(f"{pattern}.idx"))
     known = {str(part) for prefix in found for part in paths_of(prefix)}
-    if others := [match for match in match_files(path) if found and match not in known]:
+    if others := [match for match in match_files(str(expand(path))) if found and match not in known]:
         raise DataError(f"{path}: matches token files, and other files such as {others[0]}; name them apart.")
     return [prefix for prefix in found if not prefix.name.endswith(HELD_OUT)]
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titanlite.data.tokenizers import Tokenizer, Tokens, token_dtype
 from titanlite.durable import replace_file, sync_path
 from titanlite.errors import DataError
+from titanlite.recipe.paths import expand
 
 FORMAT: Final = "titanlite-tokens"
 VERSION: Final = 1
@@ -169,7 +170,7 @@ class TokenFile:
 
         Raises `DataError` naming the file and the position of whatever is wrong.
         """
-        prefix = Path(prefix).expanduser()
+        prefix = expand(prefix)
         if prefix.suffix in (".bin", ".idx"):
             prefix = prefix.with_suffix("")
         paths = paths_of(prefix)

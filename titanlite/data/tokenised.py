@@ -22,6 +22,7 @@ from titanlite.data.units import PART_VERSION, Settings, key_of
 from titanlite.data.workers import cores
 from titanlite.durable import cause
 from titanlite.errors import DataError
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Run
 from titanlite.recipe.units import format_bytes
 
@@ -39,7 +40,7 @@ _IN_RECIPES = (
 
 def texts_folder(run: Run) -> Path:
     """Where the runs beside this one find them too."""
-    return Path(run.output_dir) / ".texts"
+    return expand(run.output_dir) / ".texts"
 
 
 def tokenised(

@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from titanlite.durable import cause, replace_file
 from titanlite.errors import DataError, UsageError
+from titanlite.recipe.paths import path_argument, text_argument
 from titanlite.recipe.sections import Data
 from titanlite.recipe.units import format_bytes, format_count
 
@@ -40,8 +40,10 @@ def add_train_tokenizer_command(commands: Any) -> None:
     line = "train a byte-level BPE on texts; writes tokenizer.json and tokenizer_config.json"
     command = commands.add_parser("train-tokenizer", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_train_tokenizer)
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help="as data.corpus in a recipe; several make one")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
+    command.add_argument(
+        "inputs", nargs="+", type=text_argument, metavar="INPUT", help="as data.corpus in a recipe; several make one"
+    )
+    command.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the files go")
     command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special ones counted")
     command.add_argument("--separator", default=SEPARATOR, metavar="TOKEN",
                          help=f"special token that stands between documents (default {SEPARATOR})")  # fmt: skip
@@ -97,7 +99,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--vocab-size {arguments.vocab_size}: must be at least {_BYTES + len(special)}, for {least}.")
     if not 0 <= arguments.held_out < 100:
         raise UsageError("--held-out must be a percentage from 0 to below 100.")
-    file = arguments.out.expanduser() / "tokenizer.json"
+    file = arguments.out / "tokenizer.json"
     if file.exists() and not arguments.force:
         raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
     read = Read()

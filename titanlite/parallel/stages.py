@@ -107,7 +107,11 @@ def _balanced(costs: Sequence[int], stages: int) -> list[int]:
             ends.append(min(bisect_right(sums, sums[ends[-1]] + limit) - 1, pieces - following))
         return ends[1:]
 
-    limit = bisect_left(range(sums[-1]), True, key=lambda limit: latest(limit)[-1] == pieces)
+    limit, enough = -1, sums[-1]
+    while enough - limit > 1:  # not `bisect`: operations may exceed 64 bits
+        middle = (limit + enough) // 2
+        limit, enough = (limit, middle) if latest(middle)[-1] == pieces else (middle, enough)
+    limit = enough
 
     def value(first: int, last: int) -> int:
         without_blocks = min(last, pieces - 1) <= max(first, 1)

@@ -17,13 +17,17 @@ from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean
 
 _SHOWN_CHARACTERS = 60
+_OF_A_TEXT = ("value_error", "string_unicode")
 
 
 def findings_of(error: ValidationError, values: dict[str, Any]) -> list[Finding]:
     """One finding for each key that `error` complains about; `values` is what was validated."""
     faults: dict[tuple[str, ...], Any] = {}
     for fault in error.errors(include_url=False):
-        faults.setdefault(_key_path(fault["loc"]), fault)
+        path = _key_path(fault["loc"])
+        # Of a value that may be text or a list, pydantic also says why it is not the other one.
+        if path not in faults or (fault["type"] in _OF_A_TEXT and faults[path]["type"] not in _OF_A_TEXT):
+            faults[path] = fault
     return [_finding(path, fault, _value_at(values, path)) for path, fault in faults.items()]
 
 
@@ -62,6 +66,7 @@ def _finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
 
 def _shown(value: Any) -> str:
     text = "a table" if isinstance(value, dict) else format_value(value)
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 

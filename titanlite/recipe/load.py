@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from titanlite.errors import Finding, RecipeError, UsageError
 from titanlite.recipe.explain import key_schema, meant
 from titanlite.recipe.faults import findings_of
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import KeyPath, TomlSyntaxError, format_toml, parse_toml, parse_value
 from titanlite.registry import did_you_mean
@@ -75,7 +76,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
 
     Raises `RecipeError` with all findings at once, each with its file and line.
     """
-    path = Path(path)
+    try:
+        return _load(Path(path), overrides)
+    except RecursionError:
+        problem, fix = "keys or values are nested too deeply;", "no key of a recipe has more than a few parts."
+        raise RecipeError([Finding("", problem, fix, str(path))]) from None
+
+
+def _load(path: Path, overrides: Sequence[str]) -> LoadedRecipe:
     files, layers, findings = _read_chain(path)
     given, override_findings = _parse_overrides(overrides)
     findings += override_findings
@@ -158,7 +166,10 @@ def _read_chain(path: Path) -> tuple[list[Path], list[_Layer], list[Finding]]:
         if not isinstance(base, str) or not base or "\0" in base:
             problem = 'must be the path of one recipe, relative to this file, such as "base.toml"'
             return files, layers, [dataclasses.replace(named_by, problem=problem)]
-        path = path.parent / base
+        try:
+            path = path.parent / expand(base)
+        except UsageError as error:
+            return files, layers, [dataclasses.replace(named_by, problem=str(error))]
         if os.path.realpath(path) in map(os.path.realpath, files):
             chain = " -> ".join([*map(str, files), str(path)])
             problem, fix = f"recipes extend each other in a circle: {chain};", "remove one of the links."

@@ -6,11 +6,11 @@ JSON schema are made from it. Rules that need more than one key live in `titanli
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.units import Count, fits_64_bits
 
 Positive = Annotated[int, Field(ge=1), AfterValidator(fits_64_bits)]
@@ -20,18 +20,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _folder_name(name: str) -> str:
-    if name in ("", ".", "..") or any(sign in name for sign in "/\\"):
-        raise ValueError(f"'{name}' cannot be the name of a folder; use no slashes (run.output_dir takes a path).")
-    return _path(name)
-
-
-def _path(path: str) -> str:
-    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in path):  # control characters, bytes that are no UTF-8
-        raise ValueError(f"{path!r} has characters that cannot be printed; use a path without them.")
-    return path
+PathText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"}), AfterValidator(check_path)]
+"""Every path, and names such as `bytes` in place of one."""
+Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
+FolderName = Annotated[str, Field(min_length=1), AfterValidator(check_name)]
 
 
 class Section(BaseModel):
@@ -45,9 +37,9 @@ class Section(BaseModel):
 class Run(Section):
     """What the run is called, where it writes, and what fixes its randomness."""
 
-    name: Annotated[str, AfterValidator(_folder_name)] = "run"
+    name: FolderName = "run"
     """Name of the run; its folder is `output_dir/name`."""
-    output_dir: Annotated[Text, AfterValidator(_path)] = "runs"
+    output_dir: PathText = "runs"
     """Folder that holds run folders; relative to where the command is started."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the data order."""
@@ -75,7 +67,7 @@ class RopeScaling(Section):
 class Model(Section):
     """Architecture. A preset gives every size; a key set beside it replaces the preset's value."""
 
-    preset: str = "custom"
+    preset: Text = "custom"
     """Named architecture: debug, 30m, 125m, 350m, llama3.2-1b, llama3.2-3b, llama3-8b, llama3-70b, llama3.1-405b; or
     custom, a plain Llama of the sizes below."""
     dim: Positive | None = None
@@ -106,14 +98,13 @@ class Model(Section):
     """Divide `init_std` by sqrt(2 * layers) for the matrices that write to the residual stream (GPT-2, section 2.3)."""
 
 
-Paths = Text | Annotated[list[Text], Field(min_length=1)]
 Packing = Literal["cut", "best_fit"]
 
 
 class DataSource(Section):
     """A part of the training data, with a weight of its own."""
 
-    name: Annotated[Text, AfterValidator(_folder_name)]
+    name: FolderName
     """What it is called; its order of samples hangs on the name, not on the path."""
     path: Paths
     """What `data.corpus` takes, or a token file of `titanlite data prepare`."""
@@ -138,7 +129,7 @@ class DataStage(Section):
 class ValidationSet(Section):
     """Text that validation reads, and training does not."""
 
-    name: Annotated[Text, AfterValidator(_folder_name)]
+    name: FolderName
     """What its losses are called."""
     path: Paths
     """What `data.corpus` takes, or a token file of `titanlite data prepare`; all of it is read."""
@@ -159,7 +150,7 @@ class Data(Section):
     """Weights that change during the run, each a `[[data.stages]]`, instead of the sources' own."""
     validation: list[ValidationSet] = []
     """Validation sets, each a `[[data.validation]]`; absent: the held-out part of each source."""
-    tokenizer: Text = "bytes"
+    tokenizer: PathText = "bytes"
     """`bytes` (the 256 byte values, and 256 between documents), or a path: a `tokenizer.json` of Hugging Face's
     `tokenizers`, a rank file such as Llama 3's `tokenizer.model`, or a folder that holds one."""
     separator: Text | None = None
@@ -221,7 +212,7 @@ class Validation(Section):
 class Optimizer(Section):
     """The update rule."""
 
-    name: str = "adamw"
+    name: Text = "adamw"
     """`adamw`, or `muon`: Muon for the matrices inside the blocks, AdamW for the rest."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate of AdamW's parameters."""
@@ -242,7 +233,7 @@ class Optimizer(Section):
 class Schedule(Section):
     """Learning rate over the run: warm-up, then the named shape, as a factor on the peak rates."""
 
-    name: str = "cosine"
+    name: Text = "cosine"
     """`constant`, `linear`, `cosine`, `sqrt` (inverse square root) or `wsd` (warm-up, stable, decay)."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from 0."""
@@ -388,10 +379,10 @@ class Checkpoint(Section):
     validation sets, the first one's)."""
     max_failures: NonNegative = 3
     """Saves that may fail in a row (a full disk, say) before the run ends; each is tried again, a while later."""
-    warm_start: str | None = None
+    warm_start: PathText | None = None
     """Weights that a new run begins with: a run folder, or one of its checkpoints (`runs/base/500`), of any layout and
     number format. Step, data, schedule and optimizer begin anew."""
-    resume_from: str | None = None
+    resume_from: PathText | None = None
     """As `warm_start`, but the whole state: the new run goes on from that step, by a recipe that may differ as little
     as that of a resumed run."""
 
@@ -438,7 +429,7 @@ class Resilience(Section):
     """Every so many steps, keep the whole state in the memory of the machines, each machine's part on the next one too:
     a restart after the loss of one machine, or of processes, then goes on from there without reading a disk. 0: never.
     A machine keeps up to four times its part of a checkpoint, and the copy that is being written."""
-    snapshot_dir: str = "/dev/shm"
+    snapshot_dir: PathText = "/dev/shm"
     """Folder for them on each machine: of a file system in memory, which outlives the run's processes."""
     standby: bool = False
     """Ranks beyond the largest mesh that fits wait for the next start of the run, instead of being refused."""

@@ -52,7 +52,10 @@ def parse_toml(text: str) -> TomlDocument:
 
 def parse_value(text: str) -> Any:
     """The TOML value that `text` writes (`3`, `"a"`, `[1, 2]`). Raises `ValueError` when it is not exactly one."""
-    values = tomllib.loads(f"value = {text}")
+    try:
+        values = tomllib.loads(f"value = {text}")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if set(values) != {"value"}:
         raise ValueError(f"{text!r} is not one TOML value")
     return values["value"]

@@ -24,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     run.vocabulary,
     run.schedule,
     run.decay_rate,
+    data.homes,
     data.sources,
     data.stages,
     data.validation_sets,

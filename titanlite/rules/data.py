@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from titanlite.errors import Finding
+from titanlite.errors import Finding, UsageError
 from titanlite.parallel.layout import course_from
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe.paths import expand
+from titanlite.recipe.sections import Data, Recipe
 from titanlite.recipe.units import format_count
 from titanlite.registry import did_you_mean
 from titanlite.rules.terms import steps_of, warning
+
+
+def paths_in(data: Data) -> list[tuple[str, list[str]]]:
+    """The key and the paths of each source and validation set."""
+    named: list[tuple[str, str | list[str] | None]] = [("data.corpus", data.corpus)]
+    named += [(f"data.sources.{index}.path", each.path) for index, each in enumerate(data.sources)]
+    named += [(f"data.validation.{index}.path", each.path) for index, each in enumerate(data.validation)]
+    return [(key, [path] if isinstance(path, str) else path) for key, path in named if path is not None]
+
+
+def homes(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """`~` and `~user` are homes on this machine, in every key that is a path; `run.vocabulary` opens the tokenizer."""
+    keys = [("run.output_dir", recipe.run.output_dir), ("resilience.snapshot_dir", recipe.resilience.snapshot_dir)]
+    keys += [(f"checkpoint.{key}", getattr(recipe.checkpoint, key) or "") for key in ("warm_start", "resume_from")]
+    for key, path in [*keys, *((key, path) for key, paths in paths_in(recipe.data) for path in paths)]:
+        try:
+            expand(path)
+        except UsageError as error:
+            yield Finding(key, str(error))
 
 
 def sources(recipe: Recipe, world: int) -> Iterator[Finding]:

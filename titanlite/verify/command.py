@@ -24,6 +24,8 @@ from titanlite.verify.verdict import Pass, first_difference
 _LEAST_TIMEOUT_SECONDS = 600.0
 """Other ranks wait while the first one runs, and perhaps compiles, alone."""
 
+_MOST_STEPS = 1000
+
 _NO_FLOAT8 = "float8 is left out: products are compared in the compute dtype (docs/float8.md)"
 
 
@@ -40,8 +42,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="optimizer steps to compare (4)")
     parser.add_argument("--json", action="store_true", help="print an object instead of tables")
     arguments, overrides = parse_with_overrides(parser, argv)
-    if arguments.steps < 1:
-        raise UsageError(f"--steps {arguments.steps}: there is nothing to compare without a step.")
+    if not 1 <= arguments.steps <= _MOST_STEPS:
+        raise UsageError(f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows within a few.")
     place = launched()
     loaded = load_recipe(arguments.recipe, overrides)
     checked(loaded, place.size)

@@ -28,6 +28,7 @@ from titanlite.data.corpora.formats import (
     holds_documents,
 )
 from titanlite.errors import DataError
+from titanlite.recipe.paths import expand
 from titanlite.registry import did_you_mean
 
 
@@ -82,7 +83,7 @@ class FileReader:
                 status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{path}: not a regular file, and data must stay to be read again; leave it out.")
-            if status.st_size == 0 and path == Path(entry).expanduser():
+            if status.st_size == 0 and path == expand(entry):
                 raise DataError(f"{path}: the file is empty; give a file with text in it, or leave it out.")
             form = form_of(path, self._text_key)
             yield FoundFile(name, path, form, status.st_size, status.st_mtime_ns)
@@ -99,7 +100,7 @@ class FileReader:
 
 def _find(entry: str, asked: Asked, text_key: str) -> list[tuple[str, Path]]:
     """The files of an entry as (name, path), in the order of their names."""
-    path = Path(entry).expanduser()
+    path = expand(entry)
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titanlite.errors import Finding, UsageError
+from titanlite.recipe.paths import expand
 from titanlite.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequ
     path = Path(name)
     kind = name if name in TOKENIZERS else ""
     if not kind:
-        path = _file(path.expanduser())
+        path = _file(expand(path))
         kind = path.suffix.lower()
     tokenizer: Tokenizer = TOKENIZERS.get(kind)(path, separator, tuple(special_tokens))
     return tokenizer
