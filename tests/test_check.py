@@ -80,6 +80,7 @@ def test_a_model_without_a_preset_is_plain_llama() -> None:
 
 
 def test_a_sound_recipe_has_no_findings() -> None:
+    assert found(optimizer__eps=1e-50, optimizer__betas=(0.9, 1 - 1e-9), precision__compute="float64") == []
     assert found() == []
     assert found(world=4) == []
     assert found(training__steps=None, training__tokens=5) == []
@@ -116,6 +117,23 @@ def test_a_sound_recipe_has_no_findings() -> None:
             "data.stages",
             sources("a", stages=[*[{"until": n, "weights": {"a": 1.0}} for n in (9, 5)], {"weights": {"a": 1.0}}]),
         ),
+        # Issue 14, item 18: what a number is in the format that it is used in.
+        ("optimizer.eps", {"optimizer__eps": 1e-50}),
+        ("optimizer.eps", {"optimizer__eps": 1e-30}),
+        ("optimizer.eps", {"optimizer__eps": 1e39, "precision__compute": "float32"}),
+        ("optimizer.eps", {"optimizer__eps": 1e-160, "precision__compute": "float64"}),
+        ("optimizer.lr", {"optimizer__lr": 1e-300}),
+        ("optimizer.betas", {"optimizer__betas": (0.9, 1 - 1e-9)}),
+        ("optimizer.muon_momentum", {"optimizer__name": "muon", "optimizer__muon_momentum": 1 - 1e-9}),
+        ("optimizer.weight_decay", {"optimizer__weight_decay": 1e-39}),
+        ("optimizer.clip_norm", {"optimizer__clip_norm": 1e-50}),
+        ("model.norm_eps", {"model__norm_eps": 1e-50}),
+        ("model.norm_eps", {"model__norm_eps": 1e-50, "precision__compute": "float64"}),
+        ("model.rope_theta", {"model__rope_theta": 1e300}),
+        ("model.rope_scaling.factor", {"model__rope_scaling": {"factor": 1e-320}}),
+        ("model.init_std", {"model__init_std": 1e39}),
+        ("resilience.spike_zscore", {"resilience__spike_zscore": 1e300, "resilience__on_spike": "skip"}),
+        ("data.sources.1.weight", sources({"name": "a", "weight": 1.0}, {"name": "b", "weight": 1e308})),
         ("model.rope_scaling.low_freq_factor", {"model__rope_scaling": {"low_freq_factor": 4.0}}),
         ("optimizer.lr", {"optimizer__lr": 10.0}),
         ("optimizer.muon_lr", {"optimizer__name": "muon", "optimizer__muon_lr": 10.0}),

@@ -17,6 +17,10 @@ Positive = Annotated[int, Field(ge=1), AfterValidator(fits_64_bits)]
 NonNegative = Annotated[int, Field(ge=0), AfterValidator(fits_64_bits)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+LONGEST_SECONDS = 1e9
+"""Beyond what the clocks of Python's threads and torch's process groups can wait."""
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
+SecondsOrNever = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -47,7 +51,7 @@ class Run(Section):
     """Use only deterministic algorithms: a second run on the same machine gives the same bits. Slower on GPUs."""
     stop_after_step: Positive | None = None
     """Save and stop (exit code 75) once this step is done; the schedule is that of the whole run."""
-    stop_after_minutes: PositiveFloat | None = None
+    stop_after_minutes: Seconds | None = None
     """Save and stop (exit code 75) once this process has trained for so many minutes."""
 
 
@@ -179,9 +183,9 @@ class Data(Section):
     skip_steps: list[Positive] = []
     """Batches to pass over, by the steps that would read them: step n of a run that passes over none and never goes
     back reads batch n. The next one is taken instead. May be changed when a run is resumed."""
-    workers: NonNegative = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Worker processes that assemble batches; 0 assembles them in the trainer's own process."""
-    prefetch: Positive = 2
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = 2
     """Batches each worker keeps ready (only with `workers` above 0)."""
 
 
@@ -286,7 +290,7 @@ class Parallel(Section):
     offload: bool = False
     """Keep weights, gradients and optimizer states in the host's memory and update there, if they do not fit. Muon
     multiplies on the device."""
-    timeout_seconds: PositiveFloat = 600.0
+    timeout_seconds: Seconds = 600.0
     """A rank that waits longer than this for others ends the run, also while these save or load."""
 
 
@@ -365,7 +369,7 @@ class Checkpoint(Section):
 
     every_steps: NonNegative = 0
     """Save every so many steps; 0: only at the end, and when the run is stopped."""
-    every_minutes: NonNegativeFloat = 0.0
+    every_minutes: SecondsOrNever = 0.0
     """Save also when so many minutes have passed since the last save, by the first rank's clock; 0: never."""
     mode: Literal["async", "sync"] = "async"
     """`async`: training stops while the state is copied to the host's memory, and goes on while that is written;
@@ -408,7 +412,7 @@ class Resilience(Section):
     """Steps taken before, to which a step is compared; none is judged before there are so many."""
     max_skips: NonNegative = 10
     """Skipped steps after which `skip` stops the run too."""
-    watchdog_seconds: NonNegativeFloat = 120.0
+    watchdog_seconds: SecondsOrNever = 120.0
     """A step that takes longer ends every rank with its stacks in `RUN/logs`, and names the rank that the others wait
     for; saves, validations and the first step may take four times as long. 0: never, and no straggler is named."""
     max_rollbacks: NonNegative = 3
@@ -422,7 +426,7 @@ class Resilience(Section):
     max_crashes: NonNegative = 3
     """Stop with a verdict (exit code 3) instead of starting again, when one step has failed or hung so many times in a
     row with no checkpoint past it; 0: never. Killed processes do not count, and a changed recipe counts anew."""
-    grace_seconds: NonNegativeFloat = 0.0
+    grace_seconds: SecondsOrNever = 0.0
     """Seconds from the first stop signal to the end, whatever happens: if the state is not saved by then, the process
     says what is lost and ends. A little less than the scheduler grants; 0: no limit."""
     snapshot_every: NonNegative = 0

@@ -22,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     run.heads,
     run.rope,
     run.vocabulary,
+    run.ranges,
     run.schedule,
     run.decay_rate,
     data.homes,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
 
 from titanlite.data.tokenizers import separator_warning, tokenizer_of
 from titanlite.errors import Finding, UsageError
@@ -102,6 +106,42 @@ def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
     elif (section.decay_steps or 0) > room and section.name in ("linear", "cosine", "wsd"):
         problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
         yield warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
+
+
+def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Each number is what it says in the format that it is used in too: what the optimizer takes in the weights' own,
+    all others in float32, which bfloat16 has the range of."""
+    wide = recipe.precision.compute == "float64"
+    for key, value in _floats(recipe):
+        name = "float64" if wide and key.startswith("optimizer.") else "float32"
+        least, most, unit = _FORMATS[name]
+        if key == "optimizer.eps" and value < math.sqrt(least):
+            problem = f"{value:g} is too small in {name}: where a gradient's square is 0, it divides by eps alone;"
+            yield Finding(key, problem, f"write at least {math.sqrt(least):.2g}; 1e-8 is usual.")
+        elif 0 < value < least or value > most:
+            problem = f"{value:g} becomes {'0' if value < 1 else 'infinite'} in {name}, which it is used in;"
+            yield Finding(key, problem, f"write a number from {least:.3g} to {most:.3g}.")
+        elif key in ("optimizer.betas", "optimizer.muon_momentum") and 1 - value < unit:
+            yield Finding(
+                key, f"{value!r} becomes 1 in {name}: nothing new would count;", f"write {1 - unit!r} at most."
+            )
+
+
+_FORMATS = {"float32": (2.0**-126, (2 - 2.0**-23) * 2.0**127, 2.0**-24), "float64": (2.0**-1022, math.inf, 2.0**-53)}
+"""Smallest normal number, largest one, and the distance from 1 to the next number below."""
+
+
+def _floats(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every floating-point number of a recipe; those of an array by its key, those of tables by theirs."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _floats(each, key)
+    elif isinstance(value, BaseModel | list | dict):
+        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else value
+        for name, each in items:
+            yield from _floats(each, f"{key}.{name}" if key else str(name))
 
 
 def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
