@@ -6,18 +6,27 @@ can be what is refused.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import shutil
 import struct
+import subprocess
+import sys
+import traceback
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from sandbox import EVERY, Sandbox
 
+from titanlite import cli
 from titanlite.checkpoint.format import MANIFEST, MAX_TENSORS, _checksum
 from titanlite.checkpoint.storage import describe_file
 
@@ -208,6 +217,94 @@ def test_it_is_refused_in_words_and_nothing_runs(box: Sandbox, attack: str) -> N
         assert "Traceback" not in child.said and box.message(child.said, said), child.said
     assert (tree(box.folder / "outside"), tree(box.folder / "mine")) == before
     assert not (box.folder / "executed").exists() and not (box.folder / "exported").exists()
+
+
+JUNK: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 3, 2**31, 2**63, 2**70, 0.5, 1e308, "", "x", "../../x", "\x00", "é" * 999, "a.safetensors"),
+    *([], {}, [1], [0, 0], [2**40, 2**40], [[0]] * 5, {"a": 1}, "float64", "bfloat16", "int8"),
+)
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    """A manifest with something else in it: bytes of its text, or up to three of its values, with a right checksum."""
+    if random.random() < 0.2:
+        place, cut = random.randrange(len(data)), random.randrange(9)
+        return data[:place] + random.randbytes(random.randrange(9)) + data[place + cut :]
+    fields = json.loads(data)
+    fields.pop("checksum")
+    alike = random.random() < 0.5  # values that pass for sound ones lead further
+    for _ in range(random.randint(1, 3)):
+        places = list(_places(fields))
+        table, key = random.choice(places)
+        what = random.randrange(6)
+        if alike:
+            same = [at for at in places if at[1] == key and type(at[0][at[1]]) is type(table[key])]
+            other, name = random.choice(same)
+            table[key], other[name] = other[name], table[key]
+        elif what == 0:
+            del table[key]
+        elif what == 1 and isinstance(table[key], str):
+            start = random.randrange(len(table[key]) + 1)
+            table[key] = table[key][:start] + random.choice(("", "9", "-", "\n", "=")) + table[key][start + 1 :]
+        elif what == 2 and isinstance(table, dict):
+            table[str(random.choice(JUNK))[:20]] = table.pop(key)
+        elif what == 3:
+            other, name = random.choice(places)
+            table[key] = json.loads(json.dumps(other[name]))
+        elif what == 4 and isinstance(table[key], int):
+            table[key] += random.choice((-1, 1, 2**31, -(2**31)))
+        else:
+            table[key] = random.choice(JUNK)
+    return json.dumps({"checksum": _checksum(fields), **fields}).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(table or list, key) of every value within; long lists and tables by some of theirs."""
+    for key in list(value if isinstance(value, dict) else range(len(value))):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])
+
+
+def try_mutations(count: int) -> None:
+    """Run commands on so many mutated manifests of `runs/run`, in this process; print what none may end with."""
+    (folder,) = Path("runs/run/checkpoints").iterdir()
+    data, random, codes = (folder / MANIFEST).read_bytes(), Random(14), Counter[int]()
+    for number in range(count):
+        text = mutated(data, random)
+        (folder / MANIFEST).write_bytes(text)
+        train = ["train", "recipe.toml", "--run.name=warm", f"--checkpoint.warm_start={folder}", "--training.steps=1"]
+        commands = [
+            ["checkpoint", "verify", str(folder), "--deep"], ["checkpoint", "inspect", str(folder)],
+            ["checkpoint", "diff", str(folder), "mine"], ["checkpoint", "export-hf", str(folder), "exported"],
+            ["generate", "runs/run", "--tokens", "1"], [*train, "--fresh", "--force"],
+        ]  # fmt: skip
+        for words in commands if number % 20 == 0 else commands[:-1]:
+            said = io.StringIO()
+            with redirect_stdout(said), redirect_stderr(said):
+                try:
+                    code = cli.main(words)
+                except BaseException:
+                    code = -1
+                    traceback.print_exc()
+            codes[code] += 1
+            if code not in (0, 2, 4) or "Traceback" in said.getvalue():
+                print(json.dumps([code, words, said.getvalue()[-2000:], text.decode("utf-8", "replace")]))
+        shutil.rmtree("exported", ignore_errors=True)
+    print(json.dumps(codes))
+
+
+def test_mutated_manifests_end_in_words(box: Sandbox) -> None:
+    """Issue 14: 500 of them, in a process of its own, whose signals are seen. Most are refused, some say the same."""
+    box.train("--training.steps=1")
+    shutil.copytree(box.run_folder() / "checkpoints/step-00000001", box.folder / "mine")
+    command = [sys.executable, "-c", "import test_hostile_checkpoints as test; test.try_mutations(500)"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=box.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}:\n{done.stderr[-3000:]}"
+    *found, codes = map(json.loads, done.stdout.splitlines())
+    assert found == []
+    assert sum(codes.values()) == 500 * 5 + 25 and codes["4"] > 1000 and codes["0"] > 100
 
 
 def test_what_a_start_clears_is_no_more_than_links_to_other_places(box: Sandbox) -> None:

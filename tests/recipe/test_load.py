@@ -183,6 +183,11 @@ class TestFiles:
         ("[model]\nheads = 0", "2: model.heads: must be a whole number, at least 1, not 0"),
         ("[optimizer]\nlr = nan", "2: optimizer.lr: must be a number, above 0, not nan"),
         ("[optimizer]\nlr = inf", "2: optimizer.lr: must be a number, above 0, not inf"),
+        # Issue 14, item 18: what clocks cannot wait for, and processes that no machine starts.
+        ("[parallel]\ntimeout_seconds = 1e10", "2: parallel.timeout_seconds: must be a number, above 0 and at most 1"),
+        ("[resilience]\ngrace_seconds = 1e300", "2: resilience.grace_seconds: must be a number"),
+        ("[run]\nstop_after_minutes = 1e300", "2: run.stop_after_minutes: must be a number"),
+        ("[data]\nworkers = 4611686018427387904", "2: data.workers: must be a whole number"),
         ("[optimizer]\nlr = -1.0", "2: optimizer.lr: must be a number, above 0, not -1.0"),
         (
             "[optimizer]\nbetas = [0.9]",

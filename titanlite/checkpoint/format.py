@@ -24,7 +24,9 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**30
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
-MAX_DIMENSIONS = 8
+MAX_CHUNKS = 4_000_000
+MAX_DIMENSIONS = 4
+"""The work for a chunk doubles with each (see `tiles`)."""
 
 DTYPES: dict[str, tuple[int, str]] = {
     "float64": (8, "F64"),
@@ -208,6 +210,11 @@ def decode(data: bytes, source: str) -> Manifest:
     for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES)):  # before each of them is looked at
         if isinstance(fields.get(key), dict) and len(fields[key]) > limit:
             raise DamagedCheckpointError(f"{source} is not valid: it lists more than {limit} {key}.")
+    chunks = 0
+    for entry in fields["tensors"].values() if isinstance(fields.get("tensors"), dict) else ():
+        chunks += len(entry["chunks"]) if isinstance(entry, dict) and isinstance(entry.get("chunks"), list) else 0
+    if chunks > MAX_CHUNKS:
+        raise DamagedCheckpointError(f"{source} is not valid: it lists more than {MAX_CHUNKS} chunks.")
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields):
         raise DamagedCheckpointError(f"{source} is damaged: its content does not match its checksum.")
