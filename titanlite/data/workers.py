@@ -147,7 +147,8 @@ def _answer(worker: _Worker, tasks: Sequence[Task]) -> dict[str, Any]:
             f"a worker process was killed {about}; the machine may have run out of memory: take fewer --workers, or "
             "split very long documents. What is done stays done: the same command goes on."
         )
-    raise DataError(f"a worker process ended {about} with code {code}; what it said is above.")
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    raise DataError(f"a worker process ended {about} {how}; what it said is above.")
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ text and separators, nothing else.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,29 +16,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from titanlite.data.tokenizers import Ids
 from titanlite.data.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
 from titanlite.data.tokenizers.pieces import (
     PieceTokenizer,
     choose_separator,
+    library_failures,
     read_file,
     require_distinct,
 )
 from titanlite.errors import DataError
 
 CONFIG = "tokenizer_config.json"
+_MAX_GROWTH = 1000
+"""Times that normalizer, cuts or decoder may make a text longer; known ones stay under 30."""
 
 
 class HuggingFaceTokenizer(PieceTokenizer):
     """What a `tokenizer.json` says; `special` are special tokens beside its own, after its last id."""
 
+    library = "tokenizers"
+
     def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
         """Raises `DataError`."""
         require_distinct(special)
-        self._content = read_file(path)
-        fields = _object(path, self._content)
+        content = self._content = read_file(path)
+        fields = _object(path, content)
         vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
+        _require_little_growth(path, fields)
+        if fields["model"].get("dropout"):  # by which a text has other ids at each call
+            fields["model"]["dropout"] = None
+            self._content = json.dumps(fields).encode()
         self._added = tuple(name for name in special if not added.get(name, (0, False))[1])
         names = {name: number for name, (number, is_special) in added.items() if is_special}
         following = _following(path, vocabulary, added)
@@ -49,10 +60,11 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self._config = _config(path.with_name(CONFIG))
         chosen = choose_separator(path, names, separator, _declared_end(self._config))
         size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
-        super().__init__(path, self._content, names, chosen, size)
+        super().__init__(path, content, names, chosen, size)
         self.unknown = _unknown(fields["model"])
         self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
         decoders = [step.get("type") for step in _steps(fields, "decoder")]
+        self._lost_blank = _lost_blank(fields, vocabulary) if "ByteFallback" in decoders else None
         self._is_byte_level, self._falls_back_to_bytes = "ByteLevel" in decoders, "ByteFallback" in decoders
         cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
         self.takes_any_bytes = self._is_byte_level and not any(step.get("add_prefix_space", True) for step in cuts)
@@ -64,6 +76,13 @@ class HuggingFaceTokenizer(PieceTokenizer):
                 return [ids[ranks_in(engine, text)] for text in texts]
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        text = super().decode(ids)
+        return text.replace(self._lost_blank, b" ") if self._lost_blank else text
+
+    def bytes_of(self, ids: npt.ArrayLike) -> int:
+        return len(self.decode(ids)) if self._lost_blank else super().bytes_of(ids)
 
     def piece_table(self) -> Mapping[int, bytes]:
         vocabulary: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
@@ -92,16 +111,12 @@ class HuggingFaceTokenizer(PieceTokenizer):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
 
-        try:
+        with library_failures(self.path, self.library):
             engine = Tokenizer.from_str(self._content.decode())
-        except BaseException as error:  # the library raises plain ones, and a PanicException, which is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise DataError(f"{self.path} cannot be used by the library 'tokenizers': {error}.") from error
-        engine.add_special_tokens(list(self._added))
-        engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
-        engine.no_truncation()
-        engine.no_padding()
+            engine.add_special_tokens(list(self._added))
+            engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
+            engine.no_truncation()
+            engine.no_padding()
         return engine
 
     def _decoded_alone(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
@@ -194,14 +209,52 @@ def _declared_end(config: Mapping[str, Any]) -> str | None:
 
 
 def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
-    """The decoder or pre-tokenizer, or the parts of a sequence of them."""
-    step = fields.get(name)
-    if not isinstance(step, dict):
-        return
-    yield step
-    parts = step.get(f"{name}s", step.get(f"{name.replace('_', '')}s"))
-    for part in parts if isinstance(parts, list) else ():
-        yield from _steps({name: part}, name)
+    """The normalizer, pre-tokenizer or decoder, and the parts of sequences of them."""
+    steps = [fields.get(name)]
+    for step in steps:  # which become more on the way
+        if isinstance(step, dict):
+            yield step
+            parts = step.get(f"{name}s", step.get(f"{name.replace('_', '')}s"))
+            steps += parts if isinstance(parts, list) else []
+
+
+def _require_little_growth(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raises `DataError` for steps that together make a text so long that the library's want of memory ends the
+    process.
+    """
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = 1.0
+        for step in _steps(fields, name):
+            pattern, content = step.get("pattern"), step.get("content")
+            if isinstance(pattern, dict) and isinstance(content, str):  # Replace; a regex may match what is empty
+                least = pattern.get("String")
+                growth *= max(1.0, len(content) / len(least) if isinstance(least, str) and least else 1 + len(content))
+            elif step.get("type") == "ByteLevel":
+                growth *= 2
+            elif step.get("type") == "Precompiled":
+                growth *= _longest_of(step.get("precompiled_charsmap"))
+            if growth > _MAX_GROWTH:
+                raise DataError(f"{path}: its {name} may make a text {growth:,.0f} times as long; mend or replace it.")
+
+
+def _longest_of(charsmap: Any) -> int:
+    """Bytes of the longest text that one of SentencePiece's maps of characters puts for another one."""
+    try:
+        content = base64.b64decode(charsmap)
+    except (TypeError, ValueError):  # the library will say what is wrong
+        return 1
+    return max(1, *map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")))
+
+
+def _lost_blank(fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes | None:
+    """What the tokenizer puts for a blank, if the vocabulary lacks it and it becomes the tokens of its bytes."""
+    for step in _steps(fields, "decoder"):
+        pattern = step.get("pattern")
+        mark = pattern.get("String") if isinstance(pattern, dict) and step.get("content") == " " else None
+        mark = step.get("replacement") if step.get("type") == "Metaspace" else mark
+        if isinstance(mark, str) and mark and mark not in vocabulary:
+            return mark.encode()
+    return None
 
 
 def _bytes_of(token: str) -> bytes:

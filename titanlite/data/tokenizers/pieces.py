@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -27,9 +28,23 @@ _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 """What `surrogateescape` makes of bytes that are not UTF-8."""
 
 
+@contextmanager
+def library_failures(path: Path, library: str) -> Iterator[None]:
+    """Raise as `DataError` what a library raises; a panic of one in Rust is no `Exception`."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{path} cannot be used by the library '{library}': {error}.") from error
+
+
 class PieceTokenizer(ABC):
     """A vocabulary of pieces, and a library's way of cutting text into them."""
 
+    library: str
     files: Mapping[str, Path]
     unknown: str | None = None
     """The special token that stands for text without any other."""
@@ -61,7 +76,8 @@ class PieceTokenizer(ABC):
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """What each id stands for, [vocab_size]."""
-        table, special = self.piece_table(), set(self.special_tokens.values())
+        with library_failures(self.path, self.library):
+            table, special = self.piece_table(), set(self.special_tokens.values())
         return tuple(b"" if number in special else table.get(number, b"") for number in range(self.vocab_size))
 
     @property
@@ -72,19 +88,19 @@ class PieceTokenizer(ABC):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
-        try:
-            strings = [text.decode() for text in texts]
-        except UnicodeDecodeError:
-            found = [self._encode_any_bytes(text) for text in texts]
-        else:
-            found = self.encode_strings(strings)
-        for ids in found:
-            if self._never_text[ids].any():
-                name = self._name(ids[self._never_text[ids]][0])
-                raise DataError(
-                    f"{self.path} turns text that reads '{name}' into the special token of that name; choose one that "
-                    "is not also a word of its vocabulary as data.separator, or in data.special_tokens."
-                )
+        with library_failures(self.path, self.library):
+            try:
+                strings = [text.decode() for text in texts]
+            except UnicodeDecodeError:
+                found = [self._encode_any_bytes(text) for text in texts]
+            else:
+                found = self.encode_strings(strings)
+            special = [ids[self._never_text[ids]] for ids in found]
+        if name := next((self._name(ids[0]) for ids in special if len(ids)), None):
+            raise DataError(
+                f"{self.path} turns text that reads '{name}' into the special token of that name; choose one that "
+                "is not also a word of its vocabulary as data.separator, or in data.special_tokens."
+            )
         return found
 
     def decode(self, ids: npt.ArrayLike) -> bytes:

@@ -45,6 +45,7 @@ _NO_RANKS = (
 class RankTokenizer(PieceTokenizer):
     """Ranks, cut by Llama 3's pattern; `special` are its special tokens if there are any, and else Llama 3's."""
 
+    library = "tiktoken"
     takes_any_bytes = True
 
     def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
