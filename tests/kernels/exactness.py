@@ -87,9 +87,16 @@ class Errors:
         self._squares: dict[str, tuple[float, float, float]] = {}
 
     def add(
-        self, operation: Operation, reference: Operation, arguments: Sequence[object], gradient: float | None = None
+        self,
+        operation: Operation,
+        reference: Operation,
+        arguments: Sequence[object],
+        gradient: float | None = None,
+        once: bool = False,
     ) -> None:
-        """One more case. Gradients are of `gradient` times the result, else of a random multiple."""
+        """One more case. Gradients are of `gradient` times the result, else of a random multiple. `once`: ideally only
+        results are rounded, and nothing on the way to them.
+        """
         gradients = given_to(reference, arguments, gradient)
         ours = results(operation, arguments, gradients)
         with Ideally():
@@ -97,6 +104,7 @@ class Errors:
         truths = results(reference, widened(arguments), gradients)
         for index, (our, other, true) in enumerate(zip(ours, ideal, truths, strict=True)):
             assert our.shape == other.shape and our.dtype == other.dtype
+            other = true.to(other.dtype) if once else other
             name = f"result {index}, {our.dtype}"
             scale = true.square().mean()
             new = (*(((x - true).square().sum() / scale).item() for x in (our, other)), true.numel())

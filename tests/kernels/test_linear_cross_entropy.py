@@ -83,7 +83,9 @@ def test_as_exact_as_the_format_allows(dtype: torch.dtype, wide_products: bool, 
             weight = weight.to(weight_dtype)
             labels = torch.randint(0, vocab, (rows,))
             eager = partial(linear_cross_entropy_reference, labels=labels)
-            errors.add(partial(ours, labels=labels), eager, [hidden.requires_grad_(), weight.requires_grad_()])
+            leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+            once = wide_products and dtype != torch.float32  # whose products are sums that round
+            errors.add(partial(ours, labels=labels), eager, leaves, once=once)
     errors.assert_ideal_but_for_sums(640)
 
 
