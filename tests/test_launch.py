@@ -85,6 +85,41 @@ def test_a_process_that_was_started_oddly_ends_in_a_paragraph(tmp_path: Path, od
     assert process.stderr.startswith(f"error: {list(odd)[-1]} is") and process.stderr.count("\n") == 1
 
 
+def test_a_slow_first_rank_prints_the_error_before_torchrun_ends_it(tmp_path: Path) -> None:
+    """Issue 14, item 20: torchrun kills all its ranks once one has ended, and only the first printed the error."""
+    write_tiny(tmp_path, training={"steps": 0})
+    late = 'import os, time\nif os.environ.get("RANK") == "0":\n    time.sleep(1)\n'
+    (tmp_path / "sitecustomize.py").write_text(late)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=0"]
+    process = subprocess.run(
+        [*words, "-m", "titanlite.train", "recipe.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert process.stderr.count("training.steps: must be") == 1
+
+
+@pytest.mark.parametrize("printed", [True, False])
+def test_a_rank_prints_what_the_first_of_its_machine_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], printed: bool
+) -> None:
+    """On each machine, whatever its ranks' numbers are."""
+    write_tiny(tmp_path, training={"steps": 0})
+    attempt = tmp_path / "none_cd" / "attempt_0"
+    place = {"RANK": "8", "WORLD_SIZE": "16", **MEETING}
+    monkeypatch.setattr("titanlite.launch._PRINTING_SECONDS", 0.1)
+    for local_rank, prints in [("0", True)] * printed + [("1", not printed)]:
+        (attempt / local_rank).mkdir(parents=True)
+        own = {"LOCAL_RANK": local_rank, "TORCHELASTIC_ERROR_FILE": str(attempt / local_rank / "error.json")}
+        for name, value in {**place, **own}.items():
+            monkeypatch.setenv(name, value)
+        assert run_command(main, [str(tmp_path / "recipe.toml")]) == 2
+        assert ("training.steps" in capsys.readouterr().err) is prints
+
+
 def test_they_are_told_of_in_a_paragraph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

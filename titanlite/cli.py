@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from titanlite import __version__
 from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
-from titanlite.launch import launched_or_alone
+from titanlite.launch import mark_printed, prints_for_all
 from titanlite.registry import Registry, did_you_mean
 
 Command = Callable[[list[str]], int]
@@ -63,12 +63,13 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         code = command(arguments)
         sys.stdout.flush()
     except TitanliteError as error:
-        if error.on_all_ranks and not launched_or_alone().is_first:
+        if error.on_all_ranks and not prints_for_all():
             return error.exit_code
         with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
             if len(arguments) < len(argv):
                 traceback.print_exc()
-            print(_paragraph(error), file=sys.stderr)
+            print(_paragraph(error), file=sys.stderr, flush=True)
+        mark_printed()
         return error.exit_code
     except SystemExit as exit_:  # how argparse ends --help and wrong usage
         return int(exit_.code or 0)

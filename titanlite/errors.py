@@ -20,7 +20,7 @@ class TitanliteError(Exception):
 
     exit_code = 1
     on_all_ranks = False
-    """Whether every rank ends with this error: then the first one's word is enough, and its exit code is the run's."""
+    """Whether every rank ends with this error: then one of each machine prints it, and its exit code is the run's."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,9 @@ _WAYS = (
     "Start the run by torchrun or srun, which set all that the ranks need; or, alone, without RANK, WORLD_SIZE and "
     "Slurm's variables."
 )
+
+_PRINTING_SECONDS = 60.0
+"""Within these the first rank comes to where another one failed, or never."""
 
 _NO_ID = "none"
 """torchrun's id of every job that was given none."""
@@ -89,6 +94,36 @@ def torchrun_or_none() -> Torchrun | None:
         return torchrun()
     except UsageError:
         return None
+
+
+def prints_for_all() -> bool:
+    """Whether this rank prints the error that all ranks end with: the first one, or of each torchrun's the first.
+
+    torchrun kills its other ranks when the first of them ends: so those wait here until theirs has printed it
+    (`mark_printed`), and print it themselves if it does not come to that.
+    """
+    place, mark = launched_or_alone(), _mark()
+    if mark is None or place.local_rank == 0:
+        return place.is_first or mark is not None
+    until = time.monotonic() + _PRINTING_SECONDS
+    while not mark.exists():
+        if time.monotonic() >= until:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def mark_printed() -> None:
+    """Have the ranks that wait in `prints_for_all` end."""
+    if (mark := _mark()) is not None:
+        with suppress(OSError):  # then they wait their time
+            mark.touch()
+
+
+def _mark(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """In the folder that torchrun makes for each start of its ranks; None under another launcher, or none."""
+    path = Path(environment.get("TORCHELASTIC_ERROR_FILE", ""))  # FOLDER/attempt_0/0/error.json
+    return path.parents[1] / "printed" if len(path.parts) > 3 else None
 
 
 @dataclass(frozen=True)
