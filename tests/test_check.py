@@ -198,6 +198,7 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
             ("precision.reduce", {"precision__compute": compute, **ROUNDS, "parallel__zero_stage": 1})
             for compute in ("bfloat16", "float32")
         ),
+        ("data.tokenizer", {"model__vocab_size": 128_256}),
         ("schedule.warmup_steps", {"schedule__warmup_steps": 100}),
         ("schedule.decay_steps", {"schedule__warmup_steps": 50, "schedule__decay_steps": 51}),
         ("schedule.decay_steps", {"schedule__name": "constant", "schedule__decay_steps": 5}),

@@ -122,6 +122,53 @@ class TestCheck:
         assert "description" in json.loads(run("check", "--explain", "data.sources.path", "--json")[1])
         assert run("check", "--explain", "training.setps")[2].endswith("did you mean 'training.steps'?\n")
 
+    def test_data_by_names_sizes_and_sidecars(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Issue 14, item 21."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a").mkdir()
+        for name in "xyz":
+            (tmp_path / "a" / f"{name}.txt").write_text("abc " * 100)
+        assert run("data", "prepare", "a/x.txt", "--out", "tokens")[0] == 0
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(
+            "[training]\nsteps = 5\n[data]\npacking = 'best_fit'\ntokenizer = 'bytes'\n"
+            "[[data.sources]]\nname = 'web'\npath = 'a'\nweight = 3.0\n"
+            "[[data.sources]]\nname = 'wiki'\npath = ['tokens', 'nowhere/*.txt']\nweight = 1.0\n"
+            "[[data.validation]]\nname = 'news'\npath = 'absent.jsonl'\n[validation]\nevery_steps = 2\n"
+        )
+        code, out, _ = run("check", str(recipe), "--json")
+        report = json.loads(out)
+        web, wiki = report["data"]["sources"]
+        (news,) = report["data"]["validation"]
+        assert code == 0
+        assert (web["files"], web["bytes"], web["tokens"], web["weight"]) == (3, 1200, 0, 3.0)
+        assert (wiki["files"], wiki["bytes"], wiki["tokens"], wiki["weight"]) == (1, 802, 401, 1.0)
+        assert (news["files"], news["paths"]) == (0, ["absent.jsonl"])
+        assert (report["data"]["tokenizer_tokens"], report["data"]["separator"], report["vocab_size"]) == (
+            257,
+            256,
+            272,
+        )
+        missing = [(each["key"], each["line"], each["severity"]) for each in report["findings"]]
+        assert missing == [("data.sources.1.path", 12, "warning"), ("data.validation.0.path", 16, "warning")]
+        assert (
+            "nowhere/*.txt" in report["findings"][0]["problem"] and "absent.jsonl" in report["findings"][1]["problem"]
+        )
+        code, out, _ = run("check", str(recipe))
+        assert code == 0
+        for part in ("257 of the 272 rows", "id 256", "3 files", "401 tokens", "weight 3", "best_fit", "absent.jsonl"):
+            assert part in out
+
+    def test_states_and_peak_are_told_apart(self, run: Run, recipe: Path) -> None:
+        """Issue 14, item 21: 4.23 GiB by one, 33.67 GiB by the other."""
+        assert "without activations" in run("check", str(recipe))[1]
+        assert "with activations" in run("check", str(recipe), "--dry-run")[1]
+
+    def test_bytes_of_a_checkpoint(self, run: Run, recipe: Path) -> None:
+        """Issue 14, item 27: `job.yaml` says that check tells them. Weights and AdamW's two moments, in float32."""
+        report = json.loads(run("check", str(recipe), "--json")[1])
+        assert report["checkpoint_bytes"] == 3 * 4 * report["parameters"]
+
     def test_show_plan(self, run: Run, recipe: Path) -> None:
         words = ("check", str(recipe), "--world=2", "--parallel.tp=2", "--show-plan")
         code, out, err = run(*words)

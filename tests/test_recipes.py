@@ -37,7 +37,8 @@ def test_every_recipe_has_its_sizes() -> None:
 @pytest.mark.parametrize(("name", "world"), [(name, world) for name, worlds in SIZES.items() for world in worlds])
 def test_a_recipe_is_sound_at_its_sizes(name: str, world: int) -> None:
     loaded = load_recipe(CONFIGS / f"{name}.toml")
-    assert checked(loaded, world) == []
+    spare = ["data.tokenizer"] if "llama3" in name else []  # which is the user's to name (issue 14, item 21)
+    assert [finding.key for finding in checked(loaded, world)] == spare
     assert loaded.recipe.run.name == name
 
 

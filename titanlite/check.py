@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from titanlite.data.survey import survey
 from titanlite.describe import describe, stages_of
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.parallel import timetable
@@ -40,10 +41,18 @@ def checked(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
     return findings
 
 
+def _checked_with_data(loaded: LoadedRecipe, world: int) -> list[Finding]:
+    """As `checked`, and what is wrong with the data: only a warning, for the run may be on another machine."""
+    return [*checked(loaded, world), *loaded.locate(survey(loaded.recipe.data)[1])]
+
+
 def report(recipe: Recipe, world: int = 1) -> str:
     """`describe` for people."""
     run = describe(recipe, world)
-    rows = [*_model_rows(run), *_batch_rows(run), *_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]
+    rows = [
+        *(*_model_rows(run), *_data_rows(recipe, run), *_batch_rows(run), *_layout_rows(run)),
+        *(*_pipeline_rows(run), *_cost_rows(recipe, run)),
+    ]
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
@@ -62,6 +71,31 @@ def _model_rows(run: dict[str, Any]) -> Rows:
     head = "shared with the embedding" if run["tie_embeddings"] else "apart from the embedding"
     norms = f"norm_eps {run['norm_eps']:g}, {'with' if run['qk_norm'] else 'no'} qk_norm"
     yield "", f"{run['architecture']}: rope_theta {run['rope_theta']:g}{scaled}, {norms}, head {head}"
+
+
+def _data_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
+    data = survey(recipe.data)[0]
+    used = f"uses {data['tokenizer_tokens']:,} of the {run['vocab_size']:,} rows of the vocabulary"
+    yield "data", f"tokenizer {data['tokenizer']} {used}; documents are separated by {data['separator_in_words']}"
+    for source in data["sources"]:
+        weight = f", weight {source['weight']:g}" if source.get("weight") is not None else ""
+        yield "", f"{source['name']}: {_texts_in_words(source)}{weight}"
+    for stage in data["stages"]:
+        until = "to the end" if stage["until"] is None else f"until {format_count(stage['until'])} tokens"
+        yield "", f"{until}: {', '.join(f'{name} {weight:g}' for name, weight in stage['weights'].items())}"
+    inside = "inside documents" if data["document_mask"] else "across documents"
+    yield "", f"packing {data['packing']}, attention {inside}"
+    every, section = recipe.validation.every_steps, recipe.data
+    held_out = f"{section.validation_percent:g} % of the texts, held out"
+    sets = "; ".join(f"{each['name']}: {_texts_in_words(each)}" for each in data["validation"]) or held_out
+    number = f"{count(recipe.validation.sequences, 'sequence')} every {count(every, 'step')}"
+    yield "", f"validation: {number}, of {sets}" if every else "validation: none"
+
+
+def _texts_in_words(found: dict[str, Any]) -> str:
+    number = f"{'more than ' * found['more_files']}{count(found['files'], 'file')}, {format_bytes(found['bytes'])}"
+    tokens = f", {format_count(found['tokens'])} tokens" if found["tokens"] else ""
+    return ", ".join(found["paths"]) + (f" ({number}{tokens})" if found["files"] else "")
 
 
 def model_in_words(run: dict[str, Any]) -> str:
@@ -113,7 +147,10 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     yield "optimizer", f"{optimizer.name} ({rates}), {shape.name} schedule, {shape.warmup_steps} steps of warm-up"
     parts = ", ".join(f"{part} {size}" for part, size in memory.items() if part != "total")
     where = "; all but what is gathered in the host's" if recipe.parallel.offload else ""
-    yield "memory", f"{memory['total']} a rank: {parts}{where}; activations come on top"
+    yield "memory", f"{memory['total']} a rank without activations: {parts}{where}"
+    yield "", "the peak of a step is above that, by its activations: titanlite check --dry-run counts it"
+    kept = f"the newest {recipe.checkpoint.keep_last}" if recipe.checkpoint.keep_last else "all"
+    yield "disk", f"{format_bytes(run['checkpoint_bytes'])} a checkpoint, of which {kept} are kept"
     operations = f"{format_count(run['flops_per_token'])} operations a token, {run['flops']:.3g} in all"
     yield "compute", f"{recipe.precision.compute}; {operations}"
     yield "kernels", kernels.in_words(recipe)
@@ -165,7 +202,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         return _print_json(arguments, overrides)
     loaded = load_recipe(arguments.recipe, overrides)
-    warnings = checked(loaded, arguments.world)
+    warnings = _checked_with_data(loaded, arguments.world)
     print(_text(loaded.recipe, arguments))
     for finding in warnings:
         print(f"\nwarning: {finding}")
@@ -191,7 +228,7 @@ def _values(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
         return {"schedule": timetable.as_values(_timetable(recipe, active))}
     if arguments.dry_run:
         return {"dry_run": DRY_RUN.get("described")(recipe, active, arguments.rank)}
-    return describe(recipe, arguments.world)
+    return {**describe(recipe, arguments.world), "data": survey(recipe.data)[0]}
 
 
 def _timetable(recipe: Recipe, world: int) -> timetable.Timetable:
@@ -207,7 +244,7 @@ def _print_json(arguments: argparse.Namespace, overrides: list[str]) -> int:
     run: dict[str, Any] = {}
     try:
         loaded = load_recipe(arguments.recipe, overrides)
-        findings = checked(loaded, arguments.world)
+        findings = _checked_with_data(loaded, arguments.world)
         run = _values(loaded.recipe, arguments)
     except RecipeError as error:
         findings = error.findings

@@ -76,6 +76,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "pipeline": _pipeline(recipe, layout, plan.microbatches),
         "float8": _float8(recipe, layout),
         "state_bytes": max((_state_bytes(recipe, layout, rank) for rank in ranks), key=lambda parts: parts["total"]),
+        "checkpoint_bytes": checkpoint_bytes(recipe),
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * steps * tokens_per_step,
     }

@@ -164,11 +164,11 @@ def open_streams(
         for prefix in prefixes:
             if (other := named.setdefault(prefix.resolve(), path)) is not path or prefixes.count(prefix) > 1:
                 raise DataError(f"{prefix}: {key} names it twice, by '{other}' and by '{path}'; take one of them out.")
-            file = _token_file(prefix, section, tokenizer)
+            file = open_token_file(prefix, section, tokenizer)
             training.append(file)
             held_out = prefix.with_name(prefix.name + HELD_OUT)
             if hold_out and paths_of(held_out).idx.exists():
-                kept_apart = _token_file(held_out, section, tokenizer)
+                kept_apart = open_token_file(held_out, section, tokenizer)
                 _require_one_prepare(file, kept_apart)
                 validation.append(kept_apart)
     if texts:
@@ -205,7 +205,8 @@ def token_files(path: str) -> list[Path]:
     return [prefix for prefix in found if not prefix.name.endswith(HELD_OUT)]
 
 
-def _token_file(prefix: Path, section: Data, tokenizer: Tokenizer) -> TokenFile:
+def open_token_file(prefix: Path, section: Data, tokenizer: Tokenizer) -> TokenFile:
+    """A token file, if it is of the recipe's tokenizer. Raises `DataError`."""
     file = TokenFile.open(prefix)
     made_with = file.info.tokenizer.fingerprint if file.info else tokenizer.fingerprint
     if made_with == tokenizer.fingerprint or not _with_fewer_special_tokens(made_with, section, tokenizer):

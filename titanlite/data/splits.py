@@ -131,7 +131,7 @@ def open_data(
     def source(name: str, streams: tuple[Stream, ...]) -> Source:
         return Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
 
-    for name, paths, key in _named(section):
+    for name, paths, key in named_sources(section):
         opened = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
         training = opened.training
         if section.fim_rate:
@@ -194,7 +194,7 @@ def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _named(section: Data) -> list[tuple[str, list[str], str]]:
+def named_sources(section: Data) -> list[tuple[str, list[str], str]]:
     """Each source's name, its paths, and their key in the recipe."""
     if not section.sources:
         return [(ONLY_SOURCE, _list(section.corpus or "python-stdlib"), "data.corpus")]

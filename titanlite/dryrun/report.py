@@ -92,6 +92,7 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
     peak, most = memory["peak"], memory["most"]
     phases = (f"{phase} {format_bytes(moment['total'])}" for phase, moment in memory["by_phase"].items())
     yield f"  peak {format_bytes(peak['total'])}, in {peak['where']}; most in each phase: {', '.join(phases)}"
+    yield "  (with activations and temporaries, which the memory line of titanlite check leaves out)"
     columns = ("memory for", "at the peak", "at most")
     held = [(name, format_bytes(peak["by_purpose"][name]), format_bytes(most[name])) for name in most if most[name]]
     yield from _table([columns, *held], right={1, 2})

@@ -18,6 +18,9 @@ from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
 from titanlite.registry import Registry, did_you_mean
 from titanlite.rules.terms import config_of, divisors, one_of, steps_of, warning
 
+_SPARE_ROWS = 1024
+"""A smaller vocabulary costs nothing, whatever uses it."""
+
 
 def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Exactly one of steps and tokens."""
@@ -91,6 +94,10 @@ def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
         problem = f"{config.vocab_size} rows are too few for {whose} {tokens} tokens;"
         rows = ceil_div(tokens, 16) * 16
         yield Finding("model.vocab_size", problem, f"write {rows}, which is also a multiple of 16.")
+    elif config is not None and config.vocab_size > max(_SPARE_ROWS, 2 * tokens):
+        problem = f"{recipe.data.tokenizer} has {tokens:,} tokens, and the vocabulary {config.vocab_size:,} rows:"
+        fix = f"name the model's own tokenizer, or write model.vocab_size = {ceil_div(tokens, 16) * 16}."
+        yield warning("data.tokenizer", f"{problem} most would never be read or trained;", fix)
 
 
 def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
