@@ -13,7 +13,7 @@ from typing import Any
 
 from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import Manifest
-from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.manager import BACK_TO, CheckpointManager
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.checkpoint.storage import read_manifest
@@ -51,14 +51,15 @@ def restore(
     data: DataSplits,
     start: Start,
     say: Callable[[str], None],
+    last: int | None = None,
 ) -> Manifest | None:
     """Give `state`, this rank's part of all that the learner changes, its values; the manifest of the checkpoint that
-    the run goes on from, or None if it begins.
+    the run goes on from (of its own, the newest up to step `last`), or None if it begins.
 
     Called by all ranks. Raises `CheckpointError`, `DataError` and `UsageError`.
     """
     _require_one_corpus(world, data)
-    manifest = _loaded(state, recipe, checkpoints, snapshots, start)
+    manifest = _loaded(state, recipe, checkpoints, snapshots, start, last)
     if manifest is not None:
         _require_same_tokenizer(manifest, data, start)
         _require_same_past(manifest, data, start)
@@ -128,18 +129,20 @@ def _loaded(
     checkpoints: CheckpointManager,
     snapshots: Snapshots | None,
     start: Start,
+    last: int | None,
 ) -> Manifest | None:
     if start.step is not None:
         return checkpoints.load_chosen(start.step, state)
     if snapshots is not None:
         manifest = checkpoints.load_latest(state, newer=lambda step: snapshots.load_latest(state, newer_than=step))
     else:
-        manifest = checkpoints.load_latest(state)
+        manifest = checkpoints.load_latest(state, last=last)
     if manifest is not None or recipe.checkpoint.resume_from is None:
         return manifest
     folder = checkpoints.begins_with(expand(recipe.checkpoint.resume_from))
     require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
-    return checkpoints.load_from(folder, state)
+    loaded = checkpoints.load_from(folder, state)
+    return loaded.model_copy(update={"values": {**loaded.values, BACK_TO: -1}})  # the steps there are not this run's
 
 
 def reordered_steps(manifest: Manifest | None, data: DataSplits, say: Callable[[str], None]) -> list[int]:

@@ -7,21 +7,23 @@ A step in six files: here, `data/loader.py`, `learner.py`, `parallel/program.py`
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 from titanlite.checkpoint.format import Scalar
-from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager
+from titanlite.checkpoint.manager import BACK_TO, VALIDATION_LOSS, CheckpointManager
 from titanlite.checkpoint.save import Facts, environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.audit import REORDERED
 from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
 from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import StoppedEarly, UsageError
+from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
 from titanlite.observe.flops import peak_flops
@@ -35,7 +37,7 @@ from titanlite.parallel.layout import agreed_layout, batch_plan, course_from, to
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import compare_replicas
-from titanlite.resilience.guards import BadStep, RollBack
+from titanlite.resilience.guards import BadStep, RollBack, may_be_nonfinite, nonfinite_names
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.restore import reordered_steps, restore
@@ -43,6 +45,13 @@ from titanlite.saving import Saving
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
+# Values of a checkpoint that a run goes on by, beside those of `manager`:
+_GONE_BACK = "rolled_back"
+"""Nothing was saved since the run went back to the step of `BACK_TO`, or to this one."""
+_SKIPPED_SINCE = "skipped_since"
+"""First of the steps skipped in a row, up to this one."""
+_BAD_VALIDATION = "nonfinite_validation"
+"""The validation loss after this step was not finite."""
 
 
 class Trainer:
@@ -113,11 +122,11 @@ class Trainer:
             return None
         return snapshots
 
-    def _restore(self, start: Start, snapshots: Snapshots | None = None) -> None:
-        """Begin, or go on from a checkpoint or one of the `snapshots`, as `start` says."""
+    def _restore(self, start: Start, snapshots: Snapshots | None = None, last: int | None = None) -> None:
+        """Begin, or go on from a checkpoint (up to step `last`) or one of the `snapshots`, as `start` says."""
         manifest = restore(
             self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
-            self.data, start, self.journal.say,
+            self.data, start, self.journal.say, last,
         )  # fmt: skip
         self._reordered = reordered_steps(manifest, self.data, self.journal.say)
         self.step = manifest.step if manifest is not None else 0
@@ -126,9 +135,15 @@ class Trainer:
         """Samples read so far: where in the order the next step begins."""
         self.tokens = manifest.tokens if manifest is not None else 0
         """Tokens trained on so far."""
-        loss = manifest.values.get(VALIDATION_LOSS) if manifest is not None else None
-        self._validated = (self.step, float(loss)) if loss is not None else None
-        """The last step after which the model was validated, and its loss on the first set."""
+        values = manifest.values if manifest is not None else {BACK_TO: -1}
+        loss = math.nan if values.get(_BAD_VALIDATION) else values.get(VALIDATION_LOSS)
+        self._validated = (self.step, float(loss)) if isinstance(loss, int | float) else None
+        """The last step after which the model was validated, and its loss: on the first set, or one not finite."""
+        self._back_to = _step_in(values, BACK_TO, self.step)
+        """The step that a rollback goes back to: one that a run without stops would have saved too; -1: the start."""
+        self._gone_back = bool(values.get(_GONE_BACK))
+        """Whether the run went back there, and has saved nothing since."""
+        self.guards.skips_in_a_row = _step_in(values, _SKIPPED_SINCE, self.step + 1), self.step
 
     def _begin_course(self) -> None:
         """From the step and the sample that the run is at."""
@@ -147,9 +162,9 @@ class Trainer:
             lambda: self.saving.lost(self.step),
         )
         with stop_requests, _collecting_garbage_seldom(), self.saving.finished(self.world.size == 1):
-            self._stop_if(self._step_limit())
             while True:
                 try:
+                    self._stop_if(self._step_limit())
                     self._train(stop_requests, started)
                     return
                 except RollBack as back:
@@ -168,6 +183,7 @@ class Trainer:
                     self._save()
             self.saving.look()
         self._save_at_end()  # a signal waits for this one too
+        self._require_good_end()
 
     def _stop_if(self, reason: str | None) -> None:
         """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
@@ -237,8 +253,8 @@ class Trainer:
 
     def _validate(self, last: bool) -> None:
         """Loss on each validation set; after the last step with what compressors make of the same text beside it."""
-        first, *others = self.data.validation
-        for text in (first, *others):
+        losses, sets = [], self.data.validation
+        for text in sets:
             batches = validation_batches(
                 text,
                 self.recipe.validation.sequences,
@@ -247,31 +263,67 @@ class Trainer:
                 self.plan.data_rank,
             )
             result = self.program.evaluate(batches)
-            if text is first:
-                self._validated = self.step, result.loss
-            named = text.name if others else None
+            losses.append(result.loss)
+            named = text.name if len(sets) > 1 else None
             self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte, named))
             if last and self.world.is_first and (baselines := compression_baselines(text)):
                 needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
                 of = f" ({named})" if named else ""
                 said = f"on the same held-out text{of}, in bits per byte: {needed}"
                 self.journal.event(self.step, "compressors", said)
+        loss = next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+        self._validated = self.step, loss
+        if not math.isfinite(loss):
+            self._examine()  # raises if the weights are to blame
+            bad = self.guards.bad_validation(self.step, loss)
+            self._write_down(bad)
+            if bad.action == "stop":
+                self._save_at_end()
+            self.guards.act([bad])
 
     def _save(self) -> None:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._examine()
+        self._back_to, self._gone_back = self.step, False
         self.saving.begin(self._state(), self._facts())
 
     def _save_at_end(self) -> None:
         """Return once this step is committed."""
         self._examine()
+        if self.step == self.total_steps or not self.recipe.checkpoint.every_steps:
+            self._back_to, self._gone_back = self.step, False
         self.saving.commit(self._state(), self._facts())
 
     def _examine(self) -> None:
         """What is to be saved must be good."""
-        self._review()
-        if self.recipe.resilience.check_replicas_every and not self.saving.covers(self.step):
+        if self.saving.covers(self.step):
+            self._review()
+            return
+        suspect = may_be_nonfinite(self._learned().values())
+        self._review(self.world.reduce(suspect.int(), "max").bool())
+        if self.recipe.resilience.check_replicas_every:
             self._compare_replicas()
+
+    def _learned(self) -> dict[str, Tensor]:
+        """Weights and moments, by the names that they have in a checkpoint."""
+        return {name: shard.tensor for name, shard in self._state().items() if not name.startswith("guards.")}
+
+    def _nonfinite_names(self) -> str:
+        return nonfinite_names(self._learned(), self.world.size)
+
+    def _require_good_end(self) -> None:
+        """A run that took no more steps before its end, or ends with a model that makes no numbers, is not done."""
+        first, last = self.guards.skips_in_a_row
+        reason = ""
+        if last == self.step and (first < last or first == last == 1):
+            reason = f"steps {first} to {last}, the last ones, were all skipped"
+        elif self._validated is not None and self._validated[0] == self.step and not math.isfinite(self._validated[1]):
+            reason = f"the validation loss after the last step is {self._validated[1]:g}"
+        if reason:
+            raise GuardStop(
+                f"{reason}: the run is at its end, but not done. Go on from an earlier checkpoint (--from-step N) with "
+                "a lower optimizer.lr, or past other samples (data.skip_steps)."
+            )
 
     def _facts(self) -> Facts:
         """What a checkpoint of this step says beside the tensors."""
@@ -283,29 +335,49 @@ class Trainer:
         if self._reordered:
             values[REORDERED] = " ".join(map(str, self._reordered))
         if self._validated is not None and self._validated[0] == self.step:
-            values[VALIDATION_LOSS] = self._validated[1]
+            loss = self._validated[1]
+            values |= {VALIDATION_LOSS: loss} if math.isfinite(loss) else {_BAD_VALIDATION: True}
+        if self.guards.goes_back and self._back_to != self.step:
+            values[BACK_TO] = self._back_to
+        if self._gone_back:
+            values[_GONE_BACK] = True
+        first, last = self.guards.skips_in_a_row
+        if first <= last == self.step:
+            values[_SKIPPED_SINCE] = first
         return Facts(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)
 
-    def _review(self) -> None:
-        """Write down the bad steps since the last review. Raises `GuardStop` or `RollBack` as the recipe says."""
-        bad_steps = self.guards.review()
-        for bad in bad_steps:
-            first, last = self._course.first(bad.step), self._course.end(bad.step) - 1
-            of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * (bad.action == "skip")
-            said = f"{bad}; not applied: {bad.action}{of}; samples {first} to {last}"
-            self.journal.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
-        self.guards.act(bad_steps)
+    def _review(self, suspect: Tensor | None = None) -> None:
+        """Write down what went bad since the last review; `suspect`: whether the state may hold inf or NaN.
+
+        Raises `GuardStop` or `RollBack` as the recipe says.
+        """
+        found = self.guards.review(self.step, suspect, self._nonfinite_names)
+        for bad in found:
+            self._write_down(bad)
+        self.guards.act(found)
+
+    def _write_down(self, bad: BadStep) -> None:
+        first, last = self._course.first(bad.step), self._course.end(bad.step) - 1
+        skipped = bad.action == "skip" and bad.outcome == "not applied"
+        of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * skipped
+        said = f"{bad}; {bad.outcome}: {bad.action}{of}; samples {first} to {last}"
+        self.journal.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
 
     def _roll_back(self, bad: BadStep) -> None:
         """Go back to the newest checkpoint, or to the beginning, and on from there with samples not yet read.
+
+        Not to one that a stop between two checkpoints left: a run without that stop has none. One further back where
+        what comes first after going back is bad again, for the cause may be in what the run went back to.
 
         The state gone back to is saved at once with the place in the data: a run that is killed before its next save
         must not meet the same samples again, nor forget that it went back.
         """
         left, read, counts = self.step, self.samples, (self.guards.skipped, self.guards.rollbacks + 1)
+        again = self._gone_back and (bad.step == self._back_to + 1 or bad.outcome != "not applied")
         with self.watchdog.during("going back"):
             self.saving.settle()
-            self._restore(self._start.again)
+            self._take_sound_state(self._back_to - again)
+        self._back_to, self._gone_back = self.step, True
         self.guards.rolled_back(*counts)
         first, self.samples = self.samples, read
         self._begin_course()
@@ -318,6 +390,24 @@ class Trainer:
         self.journal.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
         self.saving.commit_instead(self._state(), self._facts())  # what it was loaded from says that less was read
         self.metrics.start(tokens=self.tokens)
+
+    def _take_sound_state(self, last: int) -> None:
+        """That of the newest checkpoint up to step `last` whose values are finite, or of the oldest; for -1, the one
+        that the run began with.
+        """
+        steps = self.checkpoints.agreed_steps()
+        last = max(last, min(steps, default=-1)) if last >= 0 else last
+        while True:
+            self._restore(self._start.again, last=last)
+            names = self._nonfinite_names()
+            if not names:
+                return
+            last = max((step for step in steps if step < self.step), default=-1)
+            if last < 0:
+                raise GuardStop(
+                    f"the state of step {self.step} holds values that are not finite ({names}), and there is no "
+                    "checkpoint from before it to go back to."
+                )
 
     def _compare_replicas(self) -> None:
         compare_replicas(self.step, self._state(), self.world.size)
@@ -390,6 +480,12 @@ class Trainer:
             for room, tensors in rooms.items()
             for name, shard in self.shards.windows(tensors).items()
         }
+
+
+def _step_in(values: Mapping[str, Scalar], key: str, otherwise: int) -> int:
+    """The step that the values of a checkpoint, which may come from anybody, have under this key."""
+    step = values.get(key)
+    return step if isinstance(step, int) else otherwise
 
 
 @contextmanager

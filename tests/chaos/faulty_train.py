@@ -306,6 +306,48 @@ def gradient_is_nan(step: int) -> None:
     Program.forward_backward = spoil
 
 
+def update_ruins(step: int) -> None:
+    """A weight that no loss of this text shows, once: the row of a byte that is not in it."""
+    from titanlite.learner import Learner
+
+    take_step, ruined = Learner.step, []
+
+    def ruin(self: Learner, number: int, *rest: Any) -> Any:
+        result = take_step(self, number, *rest)
+        if number == step and not ruined:
+            ruined.append(step)
+            next(iter(self.weights.values())).detach().view(-1)[0] = float("inf")
+        return result
+
+    Learner.step = ruin
+
+
+def losses_are_nan(first: int) -> None:
+    """Of all steps from `first` on, with sound weights."""
+    from titanlite.parallel.program import Program
+
+    follow()
+    forward_backward = Program.forward_backward
+
+    def spoil(self: Program, batch: Any) -> Any:
+        return forward_backward(self, batch) * (float("nan") if _step >= first else 1.0)
+
+    Program.forward_backward = spoil
+
+
+def validation_is_nan(number: int) -> None:
+    """The loss of the n-th validation, with sound weights."""
+    from titanlite.parallel.program import Evaluation, Program
+
+    evaluate, count = Program.evaluate, itertools.count(1)
+
+    def spoil(self: Program, batches: Any) -> Evaluation:
+        result = evaluate(self, batches)
+        return Evaluation(float("nan"), float("nan")) if next(count) == number else result
+
+    Program.evaluate = spoil
+
+
 def labels_spoiled(step: int) -> None:
     """The samples that belong to this step, whenever they are read, are followed by the same token for ever."""
     import dataclasses

@@ -93,6 +93,13 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
 
         return stepped
 
+    def ruined(self: Learner, *arguments: Any) -> Any:
+        result = whole_step(self, *arguments)
+        calls["steps"] += 1
+        if calls["steps"] == step:
+            [tensor for tensor in self.weights.values() if tensor.numel()][-1].detach().view(-1)[0] = float("inf")
+        return result
+
     def another_loss(self: Program, batch: Any) -> torch.Tensor:
         calls["passes"] += 1
         return compute(self, batch) * (1 + 1e-15 * (calls["passes"] == step))
@@ -108,6 +115,7 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
 
     owner, name, broken = {
         "nan": (Program, "forward_backward", nan_in_a_gradient),
+        "ruined": (Learner, "step", ruined),
         "weight": (Learner, "step", flipped(lambda self: self.weights["norm.weight"].detach())),
         "moment": (Learner, "step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
         "loss twice": (Program, "compute", another_loss),

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.background import Saved, Warn, Writings
 from titanlite.checkpoint.examine import BEGINS_WITH, newest_at_first
-from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, folder_name
+from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import Facts, Staging, portion_of, save_state
@@ -28,6 +28,9 @@ from titanlite.models.shard import Shard
 
 VALIDATION_LOSS = "validation_loss"
 """The value beside a checkpoint's tensors that tells which are the best ones."""
+BACK_TO = "rollback_to"
+"""The value that names the step which a rollback goes back to, where that is an earlier one; -1: what the run began
+with. A checkpoint that has it stays until there is a newer one, and takes no other's place."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class CheckpointManager:
         """Of the saves since the last that was committed."""
         self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
+        self._extra: set[int] = set()
+        """Steps of checkpoints that a stop left between two others, as far as this process met them."""
         self._place: int | None = None
         """Descriptor of the folder that was prepared: held open, for the number of a deleted one is given away."""
 
@@ -111,6 +116,8 @@ class CheckpointManager:
         """
         began, step = time.monotonic(), facts.step
         self._writings.require_none()
+        self._note_extra(step, facts.values)
+        extra = frozenset(self._extra)
         portion = portion_of(tensors)
         if self._staging is not None:
             portion = self._staging.copy(portion)
@@ -123,7 +130,7 @@ class CheckpointManager:
             if doubt:
                 warn(doubt)
             else:
-                self._ranks.first(lambda: self._prune(warn))
+                self._ranks.first(lambda: self._prune(warn, extra))
 
         self._begun = step
         self._writings.begin(step, write, began)
@@ -165,7 +172,11 @@ class CheckpointManager:
         """Load one checkpoint into `tensors` (see `load_state`). Raises `CheckpointError`."""
         manifest = load_state(self.path(step), tensors, prefix, self._ranks)
         self.current = self._begun = step
+        self._note_extra(step, manifest.values)
         return manifest
+
+    def _note_extra(self, step: int, values: Mapping[str, Scalar]) -> None:
+        (self._extra.add if BACK_TO in values else self._extra.discard)(step)
 
     def forget_current(self) -> None:
         """The checkpoint of this step is to be written anew."""
@@ -187,7 +198,7 @@ class CheckpointManager:
 
     def load_chosen(self, step: int, tensors: Mapping[str, Shard]) -> Manifest:
         """`load`, with an answer for a step that there is none of. Raises `CheckpointError`."""
-        steps = self._agreed_steps()
+        steps = self.agreed_steps()
         if step not in steps:
             there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}; {there}.")
@@ -202,8 +213,9 @@ class CheckpointManager:
         tensors: Mapping[str, Shard],
         prefix: str = "",
         newer: Callable[[int], Manifest | None] = lambda step: None,
+        last: int | None = None,
     ) -> Manifest | None:
-        """Load the newest checkpoint that is whole; None if there has never been one.
+        """Load the newest checkpoint that is whole, of those up to step `last`; None if there has never been one.
 
         Before one of a step is tried, `newer` may load something else that is of a later one; it is asked with step 0
         once there is none to try.
@@ -211,7 +223,7 @@ class CheckpointManager:
         Raises `CheckpointError` if there are some and none can be used, if one does not fit, or if there are ranks
         that do not see the folder.
         """
-        steps = self._agreed_steps()
+        steps = self.agreed_steps(last)
         damages: list[str] = []
         for step in reversed(steps):
             other = newer(step)
@@ -233,8 +245,8 @@ class CheckpointManager:
         other = newer(0)
         if other is not None:
             return other
-        if damages and self._agreed_steps() != steps:  # a reader beside a run, which has saved and deleted meanwhile
-            return self.load_latest(tensors, prefix, newer)
+        if damages and self.agreed_steps(last) != steps:  # a reader beside a run, which has saved and deleted meanwhile
+            return self.load_latest(tensors, prefix, newer, last)
         if damages:
             listed = "\n  ".join(damages)
             raise CheckpointError(
@@ -243,11 +255,11 @@ class CheckpointManager:
             )
         return None
 
-    def _agreed_steps(self) -> list[int]:
-        """Steps with a committed checkpoint, on all ranks those that the first one sees."""
+    def agreed_steps(self, last: int | None = None) -> list[int]:
+        """Steps (up to `last`) with a committed checkpoint, on all ranks those that the first one sees."""
         self._require_shared_folder()
         listed: list[int] = json.loads(self._ranks.first(lambda: json.dumps(self.steps()).encode()))
-        return listed
+        return [step for step in listed if last is None or step <= last]
 
     def _require_shared_folder(self) -> None:
         """Raises `CheckpointError` before any training is lost to a folder that is another one on another machine."""
@@ -307,14 +319,17 @@ class CheckpointManager:
             raise CheckpointError(f"cannot rename {self.path(step)}: {cause(error, self.folder)}.") from error
         warn(f"the checkpoint of step {step}, which {why}, is now {aside.name}.")
 
-    def _prune(self, warn: Warn) -> None:
+    def _prune(self, warn: Warn, extra: Set[int]) -> None:
         try:
             steps = self.steps()
         except CheckpointError as error:  # no reason to take the one just committed for a failed one
             warn(str(error))
             return
         kept = self._best(steps)
-        for step in storage.superseded(steps, self._keep.last, self._keep.every):
+        old = storage.superseded([step for step in steps if step not in extra], self._keep.last, self._keep.every)
+        if self._keep.last:
+            old += [step for step in steps[:-1] if step in extra]
+        for step in old:
             if step in kept:
                 continue
             try:

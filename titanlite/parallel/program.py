@@ -162,7 +162,7 @@ class Program:
         self.world.reduce(sums, "sum")
         total, tokens, label_bytes = sums.tolist()
         bits_per_byte = total / math.log(2) / label_bytes if label_bytes else math.nan
-        return Evaluation(total / tokens, bits_per_byte)
+        return Evaluation(total / tokens if tokens else math.nan, bits_per_byte)
 
     @property
     def _reports(self) -> bool:

@@ -403,7 +403,8 @@ class Resilience(Section):
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A step whose loss or gradient norm is not finite is never applied. `stop` then ends the run (exit code 3);
     `skip` goes on, up to `max_skips`; `rollback` goes back to the newest checkpoint and past the samples that were read
-    since, up to `max_rollbacks`."""
+    since, up to `max_rollbacks`. Weights and moments that are not finite are never saved: `stop` and `skip` end the
+    run. For a validation loss that is not finite, `skip` goes on, and `stop` saves the state first."""
     on_spike: Literal["off", "stop", "skip", "rollback"] = "off"
     """The same for a step whose loss or gradient norm stands out above those of the steps before; `off`: not judged."""
     spike_zscore: PositiveFloat = 10.0

@@ -56,14 +56,14 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
     if not different:
         return
     known = {str(key): name for key, (name, _) in copied.items() if key in different}
-    told = _told([platform.node(), known], ranks)
+    told = gather_json([platform.node(), known], ranks)
     names = {int(key): name for _, known in told for key, name in known.items()}
     found: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
     for key in different:
         found.setdefault(_blamed(table, key), []).append(names[key])
     lines = [
         f"{_who(blamed, told)} {'hold other values than most copies of' if known else 'hold different copies of'} "
-        f"{_some(tensors)}"
+        f"{list_some(tensors)}"
         for (known, blamed), tensors in found.items()
     ]
     raise GuardStop(
@@ -82,7 +82,7 @@ def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Ten
     """
     different = [names[index] for index in (first != second).nonzero().flatten().tolist()]
     loss = names[0] in different
-    told = _told([platform.node(), different, loss], ranks)
+    told = gather_json([platform.node(), different, loss], ranks)
     saw = [rank for rank, (_, found, _) in enumerate(told) if found]
     if not saw:
         return
@@ -93,7 +93,7 @@ def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Ten
             "computes them together with it."
         )
     else:
-        sums = _some(told[saw[0]][1])
+        sums = list_some(told[saw[0]][1])
         said = f"{_who(saw, told)} got other sums ({sums}): the fault is on one of the ranks that add to them."
     raise GuardStop(
         f"step {step}: the same batch, computed twice, gave other bits, which no arithmetic explains (a device or its "
@@ -141,12 +141,12 @@ def _who(ranks: Sequence[int], told: Sequence[Sequence[str]]) -> str:
     return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
 
 
-def _some(names: Sequence[str]) -> str:
+def list_some(names: Sequence[str]) -> str:
     """Up to five of them."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def _told(word: object, ranks: int) -> list[Any]:
-    """Every rank's word, by rank."""
-    return [json.loads(text) for text in gathered(json.dumps(word).encode(), ranks)]
+def gather_json(value: object, ranks: int) -> list[Any]:
+    """Every rank's value, by rank."""
+    return [json.loads(text) for text in gathered(json.dumps(value).encode(), ranks)]

@@ -1,12 +1,14 @@
 """Bad steps are recognised and passed over on the device; the host learns of them when it reads the metrics.
 
-A step is bad if its loss or gradient norm is not finite, or stands out above those of the steps before. What follows
-(skip, go back, stop) is the recipe's to say and the trainer's to do.
+A step is bad if its loss or gradient norm is not finite, or stands out above those of the steps before. A state is bad
+if an update made a weight or a moment non-finite, or if its validation loss is. What follows (skip, go back, stop) is
+the recipe's to say and the trainer's to do.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from titanlite.errors import GuardStop
 from titanlite.recipe.sections import LONGEST_SPIKE_WINDOW, Resilience
+from titanlite.resilience.corruption import gather_json, list_some
 
 _MOST_UNREAD = 1024
 """Steps whose numbers wait on the device; where reviews are further apart, the host reads them all the same."""
@@ -26,20 +29,38 @@ _NONE = -1.0
 """Fills the history before the first steps; neither a norm nor a loss is negative."""
 
 
+Kind = Literal["nonfinite", "loss_spike", "gradient_spike", "nonfinite_state", "nonfinite_validation"]
+
+
 @dataclass(frozen=True)
 class BadStep:
-    """A step that was not applied, and why."""
+    """A step that was not applied, or one whose state is bad (`nonfinite_state`, `nonfinite_validation`), and why."""
 
     step: int
-    kind: Literal["nonfinite", "loss_spike", "gradient_spike"]
+    kind: Kind
     loss: float
+    """The validation loss, for that kind."""
     grad_norm: float
     loss_z: float
     """Standard deviations above the median of the steps before; NaN where these were too few to say."""
     grad_norm_z: float
     action: Literal["stop", "skip", "rollback"]
+    tensors: str = ""
+    """Names of the weights and moments that are not finite."""
+
+    @property
+    def outcome(self) -> str:
+        """What became of the step."""
+        return {
+            "nonfinite_state": "not saved",
+            "nonfinite_validation": "not saved" if self.action == "rollback" else "saved without this loss",
+        }.get(self.kind, "not applied")
 
     def __str__(self) -> str:
+        if self.kind == "nonfinite_state":
+            return f"an update left values that are not finite in {self.tensors}"
+        if self.kind == "nonfinite_validation":
+            return f"the validation loss is {self.loss:g}"
         if self.kind == "nonfinite":
             return f"the loss is {self.loss:g} and the gradient norm {self.grad_norm:g}"
         what, value, z = (
@@ -73,6 +94,9 @@ class Guards:
         """Steps passed over in this run, as of the last review."""
         self.rollbacks = 0
         """How often the run went back."""
+        self.skips_in_a_row = (1, 0)
+        """First and last of the steps skipped one after the other, as of the last review; last < first: none."""
+        self.goes_back = "rollback" in (section.on_nonfinite, section.on_spike)
         self._watches = section.on_spike != "off"
         halting = [section.on_nonfinite != "skip", *([section.on_spike != "skip"] if self._watches else [])]
         self._halting = torch.tensor(halting, device=device)
@@ -85,6 +109,8 @@ class Guards:
         self._unread: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
         """Steps: number, whether it was bad, [loss, gradient norm], their z-scores."""
         self._read: list[BadStep] = []
+        self._suspect = False
+        """Whether the state reviewed last may hold values that are not finite."""
 
     def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether the step is taken: a bool scalar on the device, without a host sync.
@@ -120,17 +146,34 @@ class Guards:
         deviation = torch.maximum(_MAD_TO_DEVIATION * _median((window - median).abs()), _LEAST_DEVIATION * median)
         return torch.where(window[0] == _NONE, math.nan, (numbers - median) / deviation)
 
-    def review(self) -> list[BadStep]:
-        """The bad steps since the last review. Reads the device: call it only on logged steps."""
-        found, self._read = self._read + self._from_device(), []
-        if found:
-            self._count(self.skipped + sum(bad.action == "skip" for bad in found), self.rollbacks)
+    def review(self, step: int = 0, suspect: Tensor | None = None, find: Callable[[], str] = str) -> list[BadStep]:
+        """The bad steps since the last review. Reads the device: call it only on logged steps, and before a save.
+
+        There, `suspect` is whether the state after `step` may hold values that are not finite (`may_be_nonfinite`);
+        if so, `find` names the tensors that do.
+        """
+        found, self._read = self._read + self._from_device(suspect), []
+        skipped = [bad.step for bad in found if bad.action == "skip"]
+        for each in skipped:
+            first, last = self.skips_in_a_row
+            self.skips_in_a_row = (first if each == last + 1 else each, each)
+        if skipped:
+            self._count(self.skipped + len(skipped), self.rollbacks)
+        if self._suspect and not any(bad.action != "skip" for bad in found) and (names := find()):
+            action = self.section.on_nonfinite  # to skip is too late: the update is applied
+            found.append(_bad_state(step, "nonfinite_state", math.nan, "stop" if action == "skip" else action, names))
         return found
 
-    def _from_device(self) -> list[BadStep]:
-        """The bad ones among the steps that were not read yet."""
+    def bad_validation(self, step: int, loss: float) -> BadStep:
+        """What a validation loss that is not finite means after this step."""
+        return _bad_state(step, "nonfinite_validation", loss, self.section.on_nonfinite)
+
+    def _from_device(self, suspect: Tensor | None = None) -> list[BadStep]:
+        """The bad ones among the steps that were not read yet; `suspect` is read with them."""
         unread, self._unread = self._unread, []
-        flags = torch.stack([bad for _, bad, _, _ in unread]).tolist() if unread else []
+        wanted = [bad for _, bad, _, _ in unread] + ([] if suspect is None else [suspect.to(self._halted.device)])
+        flags = torch.stack(wanted).tolist() if wanted else []
+        self._suspect = suspect is not None and flags.pop()
         return [
             self._described(step, *numbers.tolist(), *([math.nan] * 2 if z is None else z.tolist()))
             for flag, (step, _, numbers, z) in zip(flags, unread, strict=True)
@@ -140,7 +183,7 @@ class Guards:
     def _described(self, step: int, loss: float, norm: float, loss_z: float, norm_z: float) -> BadStep:
         if self.section.on_spike == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
             return BadStep(step, "nonfinite", loss, norm, loss_z, norm_z, self.section.on_nonfinite)
-        kind: Literal["loss_spike", "gradient_spike"] = "gradient_spike" if norm_z > loss_z else "loss_spike"
+        kind: Kind = "gradient_spike" if norm_z > loss_z else "loss_spike"
         return BadStep(step, kind, loss, norm, loss_z, norm_z, self.section.on_spike)
 
     def _count(self, skipped: int, rollbacks: int) -> None:
@@ -152,13 +195,14 @@ class Guards:
         if not bad:
             return
         last, section = bad[-1], self.section  # after a step that halts, none is listed
+        said = f"step {last.step}: {last}. The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
         if last.action == "stop":
-            raise GuardStop(f"step {last.step}: {last}. The step was not applied. {_ADVICE[last.kind]}")
+            raise GuardStop(f"{said} {_ADVICE[last.kind]}")
         if last.action == "rollback":
             if self.rollbacks >= section.max_rollbacks:
                 raise GuardStop(
-                    f"step {last.step}: {last}. The step was not applied. The run went back {self.rollbacks} times; "
-                    f"resilience.max_rollbacks = {section.max_rollbacks}. {_ADVICE[last.kind]}"
+                    f"{said} The run went back {self.rollbacks} times; resilience.max_rollbacks = "
+                    f"{section.max_rollbacks}. {_ADVICE[last.kind]}"
                 )
             raise RollBack(last)
         if self.skipped > section.max_skips:
@@ -188,11 +232,37 @@ class Guards:
         return {"history": self._history, "counts": self._counts}
 
 
+@torch.no_grad()
+def may_be_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether a value may be inf or NaN: a bool scalar on the device, from one fused pass without a host sync.
+
+    The norms of sound tensors are finite unless their squares overflow; `nonfinite_names` decides then. An exact pass
+    (`isfinite`, the largest value) takes ten times as long on a CPU.
+    """
+    return ~torch.stack(torch._foreach_norm([tensor for tensor in tensors if tensor.numel()])).isfinite().all()
+
+
+def nonfinite_names(tensors: Mapping[str, Tensor], ranks: int) -> str:
+    """Names of the tensors that hold inf or NaN on any of the `ranks`, which all call this with theirs; empty: none."""
+    own = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return list_some(list(dict.fromkeys(name for names in gather_json(own, ranks) for name in names)))
+
+
+def _bad_state(
+    step: int, kind: Kind, loss: float, action: Literal["stop", "skip", "rollback"], tensors: str = ""
+) -> BadStep:
+    return BadStep(step, kind, loss, math.nan, math.nan, math.nan, action, tensors)
+
+
 _ADVICE = {
     "nonfinite": "Lower optimizer.lr or lengthen schedule.warmup_steps; debug.find_nonfinite = true names the module; "
     "resilience.on_nonfinite = 'skip' passes over such steps.",
     "loss_spike": "Look at the samples that metrics.jsonl names; lower optimizer.lr, or raise resilience.spike_zscore.",
     "gradient_spike": "Lower optimizer.lr or optimizer.clip_norm, or raise resilience.spike_zscore.",
+    "nonfinite_state": "The checkpoints from before are there. Lower optimizer.lr, or raise optimizer.eps; "
+    "resilience.on_nonfinite = 'rollback' goes back by itself.",
+    "nonfinite_validation": "Look at the validation text, and at what precision.compute can hold; "
+    "resilience.on_nonfinite = 'skip' goes on.",
 }
 
 
