@@ -25,7 +25,7 @@ from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
 from titanlite.data.splits import DataSplits, compression_baselines
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.learner import Learner
-from titanlite.models.shard import Shard
+from titanlite.models.shard import Shard, may_be_nonfinite
 from titanlite.observe.flops import peak_flops
 from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
 from titanlite.observe.journal import Journal
@@ -37,7 +37,7 @@ from titanlite.parallel.layout import agreed_layout, batch_plan, course_from, to
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import compare_replicas
-from titanlite.resilience.guards import BadStep, RollBack, may_be_nonfinite, nonfinite_names
+from titanlite.resilience.guards import BadStep, RollBack, nonfinite_names
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.restore import reordered_steps, restore
@@ -308,9 +308,6 @@ class Trainer:
         """Weights and moments, by the names that they have in a checkpoint."""
         return {name: shard.tensor for name, shard in self._state().items() if not name.startswith("guards.")}
 
-    def _nonfinite_names(self) -> str:
-        return nonfinite_names(self._learned(), self.world.size)
-
     def _require_good_end(self) -> None:
         """A run that took no more steps before its end, or ends with a model that makes no numbers, is not done."""
         first, last = self.guards.skips_in_a_row
@@ -351,7 +348,7 @@ class Trainer:
 
         Raises `GuardStop` or `RollBack` as the recipe says.
         """
-        found = self.guards.review(self.step, suspect, self._nonfinite_names)
+        found = self.guards.review(self.step, suspect, lambda: nonfinite_names(self._learned(), self.world.size))
         for bad in found:
             self._write_down(bad)
         self.guards.act(found)
@@ -376,7 +373,9 @@ class Trainer:
         again = self._gone_back and (bad.step == self._back_to + 1 or bad.outcome != "not applied")
         with self.watchdog.during("going back"):
             self.saving.settle()
-            self._take_sound_state(self._back_to - again)
+            last = self._back_to - again
+            oldest = min(self.checkpoints.agreed_steps(), default=-1)
+            self._restore(self._start.again, last=max(last, oldest) if last >= 0 else last)
         self._back_to, self._gone_back = self.step, True
         self.guards.rolled_back(*counts)
         first, self.samples = self.samples, read
@@ -390,24 +389,6 @@ class Trainer:
         self.journal.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
         self.saving.commit_instead(self._state(), self._facts())  # what it was loaded from says that less was read
         self.metrics.start(tokens=self.tokens)
-
-    def _take_sound_state(self, last: int) -> None:
-        """That of the newest checkpoint up to step `last` whose values are finite, or of the oldest; for -1, the one
-        that the run began with.
-        """
-        steps = self.checkpoints.agreed_steps()
-        last = max(last, min(steps, default=-1)) if last >= 0 else last
-        while True:
-            self._restore(self._start.again, last=last)
-            names = self._nonfinite_names()
-            if not names:
-                return
-            last = max((step for step in steps if step < self.step), default=-1)
-            if last < 0:
-                raise GuardStop(
-                    f"the state of step {self.step} holds values that are not finite ({names}), and there is no "
-                    "checkpoint from before it to go back to."
-                )
 
     def _compare_replicas(self) -> None:
         compare_replicas(self.step, self._state(), self.world.size)

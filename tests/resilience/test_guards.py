@@ -24,9 +24,10 @@ from titanlite.cli import run_command
 from titanlite.data.loader import train_loader
 from titanlite.errors import GuardStop
 from titanlite.learner import Learner
+from titanlite.models.shard import may_be_nonfinite
 from titanlite.parallel.program import Evaluation, Program
 from titanlite.recipe.sections import Resilience
-from titanlite.resilience.guards import Guards, RollBack, may_be_nonfinite, nonfinite_names
+from titanlite.resilience.guards import Guards, RollBack, nonfinite_names
 from titanlite.train import main
 
 CPU = torch.device("cpu")
@@ -443,10 +444,11 @@ def test_every_save_looks_at_what_it_saves(
     assert bad["step"] == (20 if "sync" in key else step) and steps_of("tiny") == kept
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "norm.weight/square"])
 def test_a_ruined_checkpoint_of_an_older_titanlite_is_passed_over_on_the_way_back(
-    folder: Path, ruin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    folder: Path, ruin: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    ruin(20)
+    ruin(20, name)
     monkeypatch.setattr(trainer, "may_be_nonfinite", lambda tensors: torch.zeros((), dtype=torch.bool))
     assert train("--resilience.on_nonfinite=rollback") == 0
     assert [(row["step"], row["values"]["to_step"]) for row in rows("tiny", "rollback")] == [(24, 10)]
@@ -565,6 +567,20 @@ def test_a_rollback_goes_where_it_would_have_without_the_stops(
         assert [row["values"]["to_step"] for row in rows(run, "rollback")] == [point]
         assert steps_of(run) == [32], "the point is kept no longer than it is needed"
     assert curve("parts") == curve("whole") and rows("parts", "gradient_spike") == rows("whole", "gradient_spike")
+
+
+def test_a_run_that_began_with_anothers_state_goes_back_to_it_after_a_stop(
+    folder: Path, scramble: Callable[..., None]
+) -> None:
+    scramble(lambda first: first == BAD)
+    assert train("--run.name=base", "--run.stop_after_step=20") == 75
+    keys = ("--checkpoint.resume_from=runs/base/20", "--checkpoint.every_steps=30", "--resilience.on_spike=rollback")
+    assert train(*keys, "--run.name=whole") == 0
+    assert train(*keys, "--run.name=parts", "--run.stop_after_step=23") == 75
+    assert train(*keys, "--run.name=parts") == 0
+    for run in ("whole", "parts"):
+        assert [row["values"]["to_step"] for row in rows(run, "rollback")] == [20]
+    assert curve("parts") == curve("whole")
 
 
 def test_a_stop_right_after_going_back_does_not_hide_that_the_run_did(

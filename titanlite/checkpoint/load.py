@@ -19,7 +19,7 @@ from titanlite.checkpoint.read import read_parts, read_verified
 from titanlite.checkpoint.save import dtype_name
 from titanlite.checkpoint.storage import decode_manifest, manifest_bytes, verify_file
 from titanlite.errors import CheckpointError
-from titanlite.models.shard import Shard, is_finite
+from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
 
 READERS = 4
 """Files that a rank reads at once, each hashed by a thread of its own."""
@@ -43,7 +43,7 @@ def load_state(
 
     Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
-    manifest says, or a weight is not finite: then `into` holds anything, and needs other values.
+    manifest says, or a weight or a moment is not finite: then `into` holds anything, and needs other values.
     """
     manifest = decode_manifest(folder, ranks.first(lambda: manifest_bytes(folder)))
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
@@ -57,9 +57,12 @@ def load_state(
 
 
 def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
-    """Weights that are no numbers train nothing and say nothing, however whole their files are."""
-    for name, shard in into.items():
-        if name.startswith("model.") and not is_finite(shard.tensor):
+    """Weights and moments that are no numbers train nothing and say nothing, however whole their files are."""
+    learned = {name: each.tensor for name, each in into.items() if name.startswith(("model.", "optimizer."))}
+    if not any(tensor.numel() for tensor in learned.values()) or not may_be_nonfinite(learned.values()):
+        return
+    for name, tensor in learned.items():
+        if not is_finite(tensor):
             raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,15 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     ends = torch.stack(torch.aminmax(tensor.detach()))  # a NaN is both
     return bool(ends.isfinite().all())
+
+
+@torch.no_grad()
+def may_be_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether some number may not be finite: a bool scalar on their device, by one fused pass that waits for nothing.
+
+    Norms of finite numbers are finite unless their squares overflow: `is_finite`, several times slower, decides then.
+    """
+    return ~torch.stack(torch._foreach_norm([tensor for tensor in tensors if tensor.numel()])).isfinite().all()
 
 
 @dataclass(frozen=True)

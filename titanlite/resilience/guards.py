@@ -8,7 +8,7 @@ the recipe's to say and the trainer's to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from titanlite.errors import GuardStop
+from titanlite.models.shard import is_finite
 from titanlite.recipe.sections import LONGEST_SPIKE_WINDOW, Resilience
 from titanlite.resilience.corruption import gather_json, list_some
 
@@ -232,19 +233,9 @@ class Guards:
         return {"history": self._history, "counts": self._counts}
 
 
-@torch.no_grad()
-def may_be_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether a value may be inf or NaN: a bool scalar on the device, from one fused pass without a host sync.
-
-    The norms of sound tensors are finite unless their squares overflow; `nonfinite_names` decides then. An exact pass
-    (`isfinite`, the largest value) takes ten times as long on a CPU.
-    """
-    return ~torch.stack(torch._foreach_norm([tensor for tensor in tensors if tensor.numel()])).isfinite().all()
-
-
 def nonfinite_names(tensors: Mapping[str, Tensor], ranks: int) -> str:
     """Names of the tensors that hold inf or NaN on any of the `ranks`, which all call this with theirs; empty: none."""
-    own = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    own = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     return list_some(list(dict.fromkeys(name for names in gather_json(own, ranks) for name in names)))
 
 
