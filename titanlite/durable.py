@@ -6,14 +6,17 @@ data files build on it. No torch.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EDQUOT, EFBIG, EINVAL, ENOSPC, ENOTSUP, ENXIO
 from pathlib import Path
+from typing import Any
 
 from titanlite.errors import UsageError
 from titanlite.recipe.units import format_bytes
@@ -21,12 +24,55 @@ from titanlite.recipe.units import format_bytes
 _LEASE_SECONDS = 120
 """NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
 
+_NOT_A_FILE = "a pipe, a socket, a device or a folder, where a file should be"
 
-def sync_path(path: Path) -> None:
-    """Have the kernel bring a file, or a folder's list of names, to stable storage. Raises `OSError`."""
-    descriptor = os.open(path, os.O_RDONLY)
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """`os.open` of a regular file, or of a link to one. Raises `OSError`, also for a pipe, a socket, a device or a
+    folder in its place: to open one could wait for ever, and to read it never end.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == ENXIO:  # a socket, or a pipe that nothing reads
+            raise OSError(ENXIO, _NOT_A_FILE, str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(EINVAL, _NOT_A_FILE, str(path))
+    return descriptor
+
+
+def read_file(path: Path) -> bytes:
+    """Its content, opened by `open_file`."""
+    with open(open_file(path), "rb", buffering=0) as file:
+        return file.readall()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises `OSError`, and `ValueError` for whatever is none."""
+    try:
+        return json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Have the kernel bring an open file, or folder, to stable storage. Raises `OSError` that names `path`."""
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (EINVAL, ENOTSUP):
+            raise
+        why = f"fsync: {error.strerror}: the file system cannot bring it to stable storage"
+        raise OSError(error.errno, why, str(path)) from error
+
+
+def sync_path(path: Path) -> None:
+    """`sync` of a file, or of a folder's list of names. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -38,13 +84,15 @@ def replace_file(path: Path, data: bytes) -> None:
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
-        with open(beside, "wb") as file:
+        beside.unlink(missing_ok=True)
+        with open(beside, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), beside)
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
 
@@ -61,7 +109,7 @@ class Appender:
         self._descriptor = self._opened()
 
     def _opened(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        return open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def reopen(self) -> None:
         """Go on in the file that now has this name. Raises `OSError`."""
@@ -139,7 +187,7 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
     while: a holder on another machine is waited for. Raises `UsageError` that says `what` is in use, by whom, and the
     `other_way` than to wait; or `OSError`.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
     until = None
     while not _taken(descriptor, path, warn):
         holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()

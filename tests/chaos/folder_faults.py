@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from fault import EQUAL, Fault, Outcome
@@ -66,6 +70,55 @@ def same_path_elsewhere(box: Sandbox) -> Outcome:
     box.require_whole()
     assert len(list((box.folder / "memory").glob("*/step-*"))) == 1, "the other's is there"
     return Outcome(0, EQUAL, box.message(said, "from the snapshot"))
+
+
+def no_files(kinds: dict[str, Callable[[Path], object]], slow: bool = False) -> Fault:
+    """Refused with the file's name, or passed over, and never waited for (issue 14, section D)."""
+
+    def run(box: Sandbox) -> Outcome:
+        said = ""
+        for kind, make in kinds.items():
+            for name, codes in _FILES.items():
+                one = box.another(f"{kind} {name.replace('/', ' ')}")
+                one.prepared()
+                path = one.run_folder() / name
+                path.parent.mkdir(exist_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                make(path)
+                words = f"--resilience.snapshot_dir={one.folder}", "--resilience.snapshot_every=2"
+                job = one.start(*words, f"--run.stop_after_step={3 * EVERY + 1}")
+                (code,) = job.wait(60)
+                assert code in codes and "Traceback" not in job.said, f"{kind} in place of {name}: {code}\n{job.said}"
+                assert code == 75 or f"runs/run/{name}" in job.said, job.said
+                said = said or one.message(job.said, "error: ") if code == 2 else said
+        return Outcome(None, "refused, or goes on without it", said)
+
+    return Fault(32, f"a {', a '.join(kinds)} in place of each of the run folder's files", "mkfifo, ln", run, slow)
+
+
+_GOES_ON, _REFUSED = (75,), (2,)
+_FILES = {
+    "status.json": _REFUSED,
+    "metrics.jsonl": _REFUSED,
+    ".lock": _REFUSED,
+    ".run": _REFUSED,
+    "logs/console.log": _REFUSED,
+    "logs/samples/rank-00000.bin": _REFUSED,
+    "checkpoints": _REFUSED,
+    "logs/crashes/attempt-00001.json": _GOES_ON,
+    "logs/rank-00000.log": _GOES_ON,
+    ".status.json.writing": _GOES_ON,
+    "checkpoints/.snapshots": _GOES_ON,
+    f"checkpoints/step-{3 * EVERY:08d}/manifest.json": _GOES_ON,
+    f"checkpoints/.step-{3 * EVERY + 1:08d}.writing": _GOES_ON,
+    f"checkpoints/step-{3 * EVERY + 1:08d}": _GOES_ON,
+}
+
+
+def _bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryDirectory() as short:
+        listener.bind(f"{short}/s")
+        os.rename(f"{short}/s", path)
 
 
 def changed_recipe(key: str, value: str, was: str, slow: bool = False) -> Fault:
@@ -204,6 +257,8 @@ FAULTS = [
     Fault(19, "lock of a killed process", "SIGKILL", stale_lock),
     Fault(19, "lock removed from under a run, and a second one started", "rm .lock", lock_removed),
     Fault(19, "two runs of one path share the memory for snapshots", "as two containers do", same_path_elsewhere),
+    no_files({"pipe": os.mkfifo}),
+    no_files({"socket": _bind, "device": lambda path: path.symlink_to("/dev/zero")}, slow=True),
     changed_recipe("optimizer.lr", "0.001", "0.0003"),
     changed_recipe("training.global_batch", "8", "4", slow=True),
     changed_recipe("model.dim", "32", "16", slow=True),

@@ -308,10 +308,20 @@ def test_a_run_without_records_is_told_so(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
-def test_records_of_a_newer_version_are_refused(run: Run) -> None:
-    rewritten(run.folder, 1, changed("kind", 3, 9))
-    with pytest.raises(DataError, match=r"rank-00001\.bin: a record of kind 9"):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kind", 9), ("count", 2**60), ("count", -1), ("first", -1), ("first", 2**63 - 1), ("ranks", 0)],
+)
+def test_records_that_no_run_writes_are_refused(run: Run, field: str, value: int) -> None:
+    rewritten(run.folder, 1, changed(field, 3, value))
+    with pytest.raises(DataError, match=r"rank-00001\.bin: .*damaged, or written by a newer titanlite"):
         run.audit()
+
+
+def test_a_start_of_an_impossible_number_is_refused(run: Run) -> None:
+    rewritten(run.folder, 1, changed("start", -1, 2**32 - 1))
+    with pytest.raises(DataError, match=r"rank-00001\.bin is damaged"):
+        last_start(run.folder)
 
 
 @settings(max_examples=60, deadline=None)

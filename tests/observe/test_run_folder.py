@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -320,6 +321,36 @@ def test_a_restart_refuses_what_the_first_start_refused(tmp_path):
             started_as(tmp_path, Start("fresh", restarted=restarted, job=("a",)))
 
 
+@pytest.mark.parametrize(
+    ("fields", "attempt", "step"),
+    [
+        ({"attempt": 2**31 - 2}, 2**31 - 1, None),
+        ({"attempt": 2**31}, 2, None),
+        ({"attempt": 2**70}, 2, None),
+        ({"attempt": -1}, 2, None),
+        ({"attempt": "7"}, 2, None),
+        ({"job": ["a"], "pending": "--from-step 5"}, 2, 5),
+        ({"job": ["a"], "pending": "--from-step \u00b2"}, 2, None),
+        ({"job": ["a"], "pending": "--from-step " + 5000 * "9"}, 2, None),
+        ({"job": [{}, []], "pending": 2**70}, 2, None),
+    ],
+)
+def test_of_a_damaged_status_only_what_makes_sense_counts(tmp_path, fields, attempt, step):
+    """Issue 14, section D: start numbers beyond 32 bits, which the log of what was read cannot hold."""
+    started(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done", **fields}))
+    folder = started_as(tmp_path, Start(restarted=True, job=("a",)))
+    assert (folder.attempt, folder.start.step) == (attempt, step)
+
+
+def test_a_status_nested_without_end_is_a_damaged_one(tmp_path):
+    started(tmp_path)
+    (tmp_path / "status.json").write_text("[" * 10**6)
+    folder = opened(tmp_path)
+    assert folder.attempt == 1 and folder.resumed
+    folder.close()
+
+
 def test_an_unreadable_status_stops_a_start_that_might_delete(tmp_path):
     started(tmp_path)
     (tmp_path / "status.json").unlink()
@@ -451,3 +482,14 @@ def test_replace_file_never_shows_half(tmp_path, monkeypatch):
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     durable.replace_file(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_a_file_system_without_fsync_is_named_as_the_reason(tmp_path, monkeypatch):
+    """Issue 14, section D."""
+
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    said = refused(tmp_path / "run")
+    assert all(word in said for word in (str(tmp_path / "run"), ".recipe.toml.writing", "fsync", "file system")), said

@@ -22,7 +22,7 @@ from titanlite.cli import run_command
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.learner import Learner
 from titanlite.resilience import watchdog
-from titanlite.resilience.crashes import Crash, digest, history, record, verdict
+from titanlite.resilience.crashes import Crash, attempts, digest, history, record, verdict
 from titanlite.train import _told_to_launcher, main
 
 CRASH = Crash(
@@ -99,6 +99,20 @@ def test_the_first_record_of_a_start_stays(tmp_path: Path) -> None:
         record(tmp_path, crash)
     (tmp_path / "attempt-00003.json").write_text('{"attempt": 3, "ste')  # cut off by a kill
     assert history(tmp_path) == [CRASH, replace(CRASH, attempt=2, samples=())]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"step": "seven"}, {"samples": [1]}, {"samples": 7}, {"rank": None}, {"attempt": 1.5}, {"message": ["no"]}],
+)
+def test_a_damaged_record_is_none(tmp_path: Path, damage: dict[str, Any]) -> None:
+    record(tmp_path, CRASH)
+    (file,) = tmp_path.iterdir()
+    for number in ("00002", "\u00b2", "99999999999", "-1"):
+        (tmp_path / f"attempt-{number}.json").write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    (tmp_path / "attempt-00003.json").write_text("[" * 10**6)
+    os.mkfifo(tmp_path / "attempt-00004.json")
+    assert history(tmp_path) == [CRASH] and attempts(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_step_that_fails_again_and_again_ends_the_run(

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.headers import check_header, placed_chunks
 from titanlite.checkpoint.storage import checkpoint_steps, open_plain, read_manifest, verify_file
-from titanlite.durable import cause, replace_file
+from titanlite.durable import cause, read_json, replace_file
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
@@ -57,7 +57,7 @@ def newest_at_first(path: Path, record: Path) -> Path:
     Raises as `newest_at`, and `CheckpointError` if the answer cannot be recorded.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(record.read_bytes())
+        known = read_json(record)
         if known["path"] == str(path) and (folder := Path(known["checkpoint"])).is_dir():
             return folder
     folder = newest_at(path)

@@ -31,7 +31,7 @@ from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manife
 from titanlite.checkpoint.load import load_state, wanted_files
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import Facts, Staging, manifest_text, portion_of, write_portion, writer_of
-from titanlite.durable import cause, replace_file
+from titanlite.durable import cause, read_file, read_json, replace_file
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.shard import Shard
 from titanlite.recipe.units import format_bytes
@@ -371,7 +371,7 @@ def _held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]:
 def _digest(folder: Path) -> str:
     """Of a snapshot's manifest; empty if it has none."""
     path = folder / MANIFEST
-    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.exists() else ""
+    return xxhash.xxh3_128_hexdigest(read_file(path)) if path.is_file() else ""
 
 
 def _size(path: Path) -> int:
@@ -383,7 +383,7 @@ def _run_name(path: Path) -> bytes:
     try:
         if not path.exists():
             replace_file(path, os.urandom(8).hex().encode())
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise UsageError(f"cannot use {path}, without which no snapshots are kept: {cause(error, path)}.") from error
 
@@ -391,7 +391,7 @@ def _run_name(path: Path) -> bytes:
 def _read_line(path: Path) -> Line:
     """The run's line of snapshots; a nameless one, of which there are none, if the file is not there or damaged."""
     try:
-        return Line(*(str(word) for word in json.loads(path.read_bytes())))
+        return Line(*(str(word) for word in read_json(path)))
     except (OSError, ValueError, TypeError):
         return Line("")
 
@@ -417,7 +417,7 @@ def _marked(folder: Path) -> bytes:
         with suppress(FileExistsError):
             os.link(mine, folder / _MARK)
         mine.unlink()
-        return (folder / _MARK).read_bytes()
+        return read_file(folder / _MARK)
     except OSError as error:
         raise UsageError(
             f"cannot keep snapshots in {folder}: {cause(error, folder)}. Set resilience.snapshot_dir to a folder of a "

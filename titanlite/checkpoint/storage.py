@@ -36,7 +36,7 @@ HASH_BLOCK_BYTES = 2**22
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending by number; times on disk mean nothing. Empty without a folder."""
     try:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        names = [entry.name for entry in os.scandir(folder) if step_of(entry.name) is not None and entry.is_dir()]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -75,7 +75,7 @@ def commit(final: Path, manifest: bytes) -> str:
     (pending(final) / MANIFEST).write_bytes(manifest)
     sync_path(pending(final) / MANIFEST)
     sync_path(pending(final))
-    if final.exists():
+    if os.path.lexists(final):
         _delete(replaced)
         os.rename(final, replaced)
     try:
@@ -242,11 +242,11 @@ def _hash(file: FileIO) -> str:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder, or the link that stands for one (never what it points to); absent is fine."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
+    """Delete a folder, or whatever stands for one (never what a link points to); absent is fine."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _hidden(final: Path, purpose: str) -> Path:

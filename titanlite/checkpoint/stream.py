@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from titanlite.checkpoint.format import DTYPES, FileEntry
 from titanlite.checkpoint.plan import Box
+from titanlite.durable import sync
 
 BLOCK_BYTES = 2**26
 """A tensor goes through memory in runs of rows of about this size (one row, if that is larger)."""
@@ -66,7 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
             for data in batch:
                 digest.update(data)
             if size:
-                os.fsync(file.fileno())  # what was written before, so that the disk has work all the time
+                sync(file.fileno(), path)  # what was written before, so that the disk has work all the time
 
         for batch in _batches(itertools.chain([struct.pack("<Q", len(text)) + text], _bytes(tensors, order))):
             meanwhile = beside.submit(accompany, batch)
@@ -74,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
             meanwhile.result()
             size += sum(map(len, batch))
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), path)
     return FileEntry(bytes=size, xxh3_128=digest.hexdigest())
 
 

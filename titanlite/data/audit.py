@@ -7,6 +7,7 @@ were ranks with other layouts, kills and steps taken twice, what is left is one 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,7 +64,7 @@ class Audit:
 
 def reordered_steps(values: Mapping[str, Any]) -> list[int]:
     """The steps that the values of a checkpoint list as `REORDERED`."""
-    return [int(step) for step in str(values.get(REORDERED, "")).split()]
+    return [int(step) for step in re.findall(r"\b[0-9]{1,18}\b", str(values.get(REORDERED, "")))]
 
 
 def history(records: Records, last_step: int | None = None) -> Records:

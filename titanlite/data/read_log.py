@@ -6,6 +6,7 @@ steps that a kill or a rollback undid stays there, and `audit.py` tells which re
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.durable import Appender, cause
+from titanlite.durable import Appender, cause, open_file, read_file
 from titanlite.errors import DataError, UsageError
+from titanlite.resilience.crashes import MAX_STARTS
 
 FOLDER = Path("logs") / "samples"
 """Of a run."""
@@ -40,6 +42,8 @@ RECORD = np.dtype(
 """`count` samples: `first`, `first + ranks`, …; of those passed over, `first`, `first + 1`, …. Written by data rank
 `rank` of `ranks` in `step` of a stretch that went on from step `begun`: the `turn`-th of the run's start `start`, both
 from 1; a rollback begins the next one."""
+_MOST_AT_ONCE = 2**24
+"""Samples of one rank and step: far more than any batch has."""
 _FIELDS = struct.Struct("<qqIIIIIHH")
 assert _FIELDS.size == RECORD.itemsize
 
@@ -117,16 +121,19 @@ def read_records(run: Path) -> Records:
     parts = []
     for path in sorted((run / FOLDER).glob("rank-*.bin")):
         try:
-            data = path.read_bytes()
+            data = read_file(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {cause(error, path)}.") from error
         # A kill can cut the last one in two; and where power was lost, zeros can stand for what had not been synced.
         records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
         records = records[records["start"] > 0]
-        strange = np.flatnonzero((records["kind"] < READ) | (records["kind"] > WENT_BACK))
+        strange = np.flatnonzero(
+            (records["kind"] < READ) | (records["kind"] > WENT_BACK) | (records["ranks"] == 0)
+            | (records["count"] < 0) | ((records["kind"] == READ) & (records["count"] > _MOST_AT_ONCE))
+            | (records["first"] < 0) | (records["first"] >= 2**62)
+        )  # fmt: skip
         if strange.size:
-            kind = records["kind"][strange[0]]
-            raise DataError(f"{path}: a record of kind {kind}: damaged, or written by a newer titanlite.")
+            raise DataError(f"{path}: {records[strange[0]]}: damaged, or written by a newer titanlite.")
         parts.append(records)
     if not sum(map(len, parts)):
         raise DataError(
@@ -143,8 +150,12 @@ def last_start(run: Path) -> int:
         try:
             whole = path.stat().st_size // RECORD.itemsize
             if whole:
-                record = np.fromfile(path, RECORD, 1, offset=(whole - 1) * RECORD.itemsize)
-                last = max(last, int(record["start"][0]))
+                with open(open_file(path), "rb") as file:
+                    record = np.fromfile(file, RECORD, 1, offset=(whole - 1) * RECORD.itemsize)
+                start = int(record["start"][0])
+                if start >= MAX_STARTS:
+                    raise DataError(f"{path} is damaged: its last record is of start {start}. Move it away to go on.")
+                last = max(last, start)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {cause(error, path)}.") from error
     return last
@@ -153,5 +164,5 @@ def last_start(run: Path) -> int:
 def _cut_to_whole_records(path: Path) -> None:
     """Drop half a record at the end, so that what follows is not read askew."""
     if path.exists() and (odd := path.stat().st_size % RECORD.itemsize):
-        with open(path, "r+b") as file:
+        with open(open_file(path, os.O_RDWR), "r+b") as file:
             file.truncate(path.stat().st_size - odd)

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
-from titanlite.durable import cause
+from titanlite.durable import cause, open_file
 from titanlite.errors import UsageError
 from titanlite.observe.rows import Row
 from titanlite.recipe.units import format_count
@@ -56,7 +56,8 @@ class LogFile(PlainConsole):
     def __init__(self, path: Path, total_steps: int) -> None:
         """Raises `UsageError` if the file cannot be written."""
         try:
-            self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
+            descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
         except OSError as error:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
         super().__init__(self._file, total_steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,11 +19,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from titanlite.durable import Lock, cause, replace_file, take_lock
+from titanlite.durable import Lock, cause, read_file, read_json, replace_file, take_lock
 from titanlite.errors import RunFolderLost, UsageError
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes
+from titanlite.resilience.crashes import MAX_STARTS
 
 OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
 """What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""
@@ -77,7 +79,7 @@ class Start:
         word, _, step = pending.partition(" ")
         if word == "--fresh":
             return replace(self.again, mode="fresh", force=True)
-        if word == "--from-step" and step.isdigit():
+        if word == "--from-step" and re.fullmatch("[0-9]{1,18}", step):
             return replace(self.again, mode="resume", step=int(step))
         return self.again
 
@@ -214,15 +216,21 @@ def open_run_folder(
         path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
     except OSError as error:
-        raise UsageError(f"cannot use {path} as the run folder: {cause(error, path)}.") from error
+        raise UsageError(f"cannot use {path} as the run folder: {_reason(error, path)}.") from error
     try:
         return _open_locked(path, recipe, recipe_text, start, warn, lock)
     except OSError as error:
         lock.close()
-        raise UsageError(f"cannot use the run folder {path}: {cause(error, path)}.") from error
+        raise UsageError(f"cannot use the run folder {path}: {_reason(error, path)}.") from error
     except BaseException:
         lock.close()
         raise
+
+
+def _reason(error: OSError, path: Path) -> str:
+    """Why the system refused, and of which file in the folder, where it says that."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else str(path)
+    return f"{name}: {cause(error, path)}" if name != str(path) else cause(error, path)
 
 
 def has_run(path: Path) -> bool:
@@ -265,7 +273,7 @@ def _open_locked(
                 _delete(path / name)
         resumed, found = False, {}
     if resumed and lock.is_new and (path / "metrics.jsonl").exists():  # whoever lost the lock goes on in the old file
-        replace_file(path / "metrics.jsonl", (path / "metrics.jsonl").read_bytes())
+        replace_file(path / "metrics.jsonl", read_file(path / "metrics.jsonl"))
     changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if not resumed:
         replace_file(path / "recipe.toml", text.encode())
@@ -283,7 +291,7 @@ def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
     A restart that cannot tell does nothing that was not begun, for it might undo what its job has trained.
     """
     names, pending = found.get("job"), str(found.get("pending", ""))
-    if set(start.job) & set(names if isinstance(names, list) else [names]):
+    if set(start.job) & set(map(str, names if isinstance(names, list) else [names])):
         return replace(start.still(pending), restarted=True)
     if not start.restarted or (start.job and names is not None):
         return start
@@ -341,7 +349,7 @@ def _status(
 def _read_status(path: Path) -> dict[str, Any]:
     """What `status.json` says; empty if there is none, or if it is damaged. Raises `OSError` if it cannot be read."""
     with suppress(FileNotFoundError, ValueError):
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
         return fields if isinstance(fields, dict) else {}
     return {}
 
@@ -349,7 +357,7 @@ def _read_status(path: Path) -> dict[str, Any]:
 def _count(status: dict[str, Any]) -> int:
     """Starts that a status knows of; one from before they were counted is of the first."""
     attempt = status.get("attempt", 1 if status else 0)
-    return attempt if isinstance(attempt, int) else 1
+    return attempt if isinstance(attempt, int) and 0 <= attempt < MAX_STARTS else 1
 
 
 def _delete(path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from titanlite.durable import Appender, cause, replace_file
+from titanlite.durable import Appender, cause, read_file, replace_file
 from titanlite.errors import UsageError
 from titanlite.observe.rows import Row
 
@@ -75,7 +75,7 @@ class JsonlSink:
 def rewind(path: Path, after_step: int) -> None:
     """Drop the rows of steps past `after_step`, and what is no row, by one atomic rewrite. Raises `OSError`."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         return
     lines = data.splitlines(keepends=True)

@@ -10,13 +10,19 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from titanlite.durable import sync_path
+from pydantic import TypeAdapter
+
+from titanlite.durable import read_file, sync, sync_path
 from titanlite.errors import GuardStop
+
+MAX_STARTS = 2**31
+"""A number of a start from here on is none: the file that says so is damaged."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Crash:
     """ISO 8601, UTC."""
     step: int
     """The step under way, from 1; before the first of this start was, the one that it would have been."""
-    samples: tuple[int, ...]
+    samples: tuple[()] | tuple[int, int]
     """First and last sample of that step, over all ranks; empty if it had not begun."""
     rank: int
     ranks: int
@@ -77,22 +83,22 @@ def record(folder: Path, crash: Crash) -> None:
     with open(descriptor, "w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(crash), file, indent=1)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), folder)
     sync_path(folder)
 
 
 def recorded(folder: Path, attempt: int) -> Crash | None:
     """The crash of that start; None if there is no record of it, or none that can be read."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        fields = json.loads(file_of(folder, attempt).read_text(encoding="utf-8"))
-        return Crash(**{**fields, "samples": tuple(fields["samples"])})
+    with suppress(OSError, ValueError):
+        return TypeAdapter(Crash).validate_json(read_file(file_of(folder, attempt)), strict=True)
     return None
 
 
 def attempts(folder: Path) -> list[int]:
     """Numbers of the starts of which there are records, ascending."""
-    names = (path.stem.partition("-")[2] for path in folder.glob("attempt-*.json"))
-    return sorted(int(name) for name in names if name.isdigit())
+    names = (re.fullmatch(r"attempt-([0-9]{5,10})\.json", path.name) for path in folder.glob("attempt-*.json"))
+    numbers = (int(name[1]) for name in names if name)
+    return sorted(number for number in numbers if number < MAX_STARTS)
 
 
 def history(folder: Path) -> list[Crash]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from titanlite.durable import open_file
 from titanlite.resilience.progress import Progress
 
 ASKS_FOR_STACKS = signal.SIGUSR2
@@ -38,7 +39,7 @@ class Evidence:
         self._process = process
         path = log_of(logs, process.rank)
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._file = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         except OSError:
             self._file = os.dup(2)  # a folder that cannot be used stops the run in clearer words elsewhere
         self.write(f"watched from now on; {ASKS_FOR_STACKS.name} has it write its stacks here")
@@ -93,8 +94,10 @@ def add_report(logs: Path, text: str) -> None:
     data = f"{_now()} {text}\n".encode()
     with suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, data)
-    with suppress(OSError), open(logs / "watchdog.log", "ab", buffering=0) as file:
-        file.write(data)
+    with suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with open(open_file(logs / "watchdog.log", flags), "ab", buffering=0) as file:
+            file.write(data)
 
 
 def _now() -> str:
