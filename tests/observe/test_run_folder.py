@@ -155,6 +155,13 @@ def test_a_folder_with_other_files_and_no_run_is_refused(tmp_path, mode, force):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
+def test_a_path_that_leaves_no_room_for_a_checkpoints_files_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """Issue 14, section D: no save would succeed."""
+    monkeypatch.chdir(tmp_path)
+    said = refused(Path(*19 * ["y" * 200], "z" * 200))
+    assert "4,095" in said and "run.name" in said and os.listdir(tmp_path) == []
+
+
 def test_resume_needs_a_run(tmp_path):
     assert "no run to resume" in refused(tmp_path / "none", "resume")
     assert not (tmp_path / "none").exists()

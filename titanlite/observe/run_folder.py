@@ -38,6 +38,9 @@ MAY_CHANGE = (
 """Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change
 them. Of sources and stages that holds for what is still to come: the past is compared in restore.py."""
 
+_LONGEST = 3900
+"""Bytes of a run folder's path: what is written below it must be within the system's limit of 4,095 too."""
+
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]
 Differences = dict[str, tuple[Any, Any]]
@@ -324,7 +327,13 @@ def _has_begun(path: Path) -> bool:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise `UsageError` if `path` is no folder, or one with files that no run wrote and no run."""
+    """Raise `UsageError` if `path` is no folder, one with files that no run wrote and no run, or too long a name."""
+    size = len(os.fsencode(path))
+    if size > _LONGEST:
+        raise UsageError(
+            f"the run folder's path has {size} bytes; with those of its files, which may not pass 4,095, no more than "
+            f"{_LONGEST} fit. Give a shorter run.name or run.output_dir."
+        )
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, so it cannot be the run folder; change run.name or run.output_dir.")
     try:
