@@ -70,7 +70,7 @@ def texts_of(prefix: Path | str) -> list[bytes]:
     """The documents of a file of byte tokens."""
     file = TokenFile.open(prefix)
     assert file.tokens[-1] == 256
-    ends = np.flatnonzero(file.tokens == 256).tolist()
+    ends = np.flatnonzero(file.tokens[:] == 256).tolist()
     starts = [0, *(end + 1 for end in ends[:-1])]
     assert file.starts[:].tolist() == starts
     return [file.tokens[start:end].astype(np.uint8).tobytes() for start, end in zip(starts, ends, strict=True)]
@@ -137,7 +137,7 @@ def test_names_and_places_do_not_depend_on_the_units(run: Run, tmp_path: Path, m
     for size in (128, 2**20):
         files = open_streams([f"out-{size}"], "", section, tokenizer)
         for (file,), (text,) in ((files.training, texts.training), (files.validation, texts.validation)):
-            assert file.tokens.tolist() == text.tokens.tolist()
+            assert file.tokens[:].tolist() == text.tokens[:].tolist()
             assert file.fingerprint == text.fingerprint
 
 
@@ -192,7 +192,7 @@ def test_a_tokenizer_from_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(["a b", "b b a", "c"]))
     run("a.jsonl", "--tokenizer", "tokenizer.json", "--separator", "<|endoftext|>")
     file = TokenFile.open("out")
-    assert file.tokens.tolist() == [1, 2, 3, 2, 2, 1, 3, 0, 3]
+    assert file.tokens[:].tolist() == [1, 2, 3, 2, 2, 1, 3, 0, 3]
     file.require_tokenizer("tokenizer.json", open_tokenizer("tokenizer.json", "<|endoftext|>"))
     with pytest.raises(DataError, match=r"not of 'bytes'"):
         file.require_tokenizer("bytes", open_tokenizer("bytes"))

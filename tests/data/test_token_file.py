@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.data import token_file
+from titanlite.data.file_array import FileArray, OpenFile
+from titanlite.data.sources import Source
 from titanlite.data.token_file import SourceInfo, TokenFile, TokenInfo, TokenizerInfo, TokenWriter
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
@@ -305,8 +308,53 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", f"{tmp_path}/a.bin")
 
-    monkeypatch.setattr(np, "memmap", refuse)
+    monkeypatch.setattr(token_file, "OpenFile", refuse)
     with pytest.raises(DataError, match=r"a\.bin: cannot be read \(Permission denied\)"):
+        TokenFile.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+@pytest.mark.parametrize(("end", "size"), [(".bin", 20_003), (".bin", 0), (".idx", 60)])
+def test_a_file_that_is_cut_while_it_is_open(tmp_path: Path, packing: str, end: str, size: int) -> None:
+    """Issue 14, item 14: an error with file and byte, where a mapped file would end the process by SIGBUS."""
+    write(tmp_path / "a", [[*range(200), 256]] * 100)
+    file = TokenFile.open(tmp_path / "a")
+    source = Source("a", (file,), open_tokenizer("bytes"), 64, False, packing)  # type: ignore[arg-type]
+    whole = [source.window(index).tolist() for index in range(source.windows)]
+    os.truncate(f"{tmp_path}/a{end}", size)
+    with pytest.raises(DataError, match=rf"a\{end}: cut short while it is in use: it ends at byte {size:,}, and had"):
+        file.verify(257, 256)
+    if end == ".idx":
+        return
+    first = (source.windows * size // 40_200) * 9 // 10
+    for index in range(source.windows if packing == "cut" else 0):
+        if index < first:
+            assert source.window(index).tolist() == whole[index]
+    with pytest.raises(
+        DataError, match=rf"a\.bin: cut short while it is in use: it ends at byte {size:,}, and had 40,2"
+    ):
+        [source.window(index) for index in range(source.windows)]
+
+
+def test_numbers_are_read_as_an_array_has_them(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2**31, 5_000).astype("<i4")
+    (tmp_path / "a").write_bytes(b"head" + numbers.tobytes())
+    read = FileArray(OpenFile(tmp_path / "a"), 4, numbers.dtype, len(numbers))
+    places = [
+        np.array(each, np.int64) for each in ([], [7], [5, 4, 4_999, 0, 1, 2, 70, 3_000, 3_001], range(0, 5_000, 20))
+    ]
+    keys: list[Any] = [0, -1, 4_999, np.int64(3), slice(None), slice(10, 20), slice(-3, None), slice(9, 3), *places]
+    for key in keys:
+        assert np.array_equal(read[key], numbers[key]), key
+    with pytest.raises(IndexError):
+        read[5_000]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[256]])
+    os.remove(tmp_path / "a.bin")
+    os.mkfifo(tmp_path / "a.bin")
+    with pytest.raises(DataError, match=r"a\.bin: not a regular file"):
         TokenFile.open(tmp_path / "a")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.data.packing import Sliced
+from titanlite.data.packing import Sliced, joined
 from titanlite.data.tokenizers import Tokens
 
 Int64 = npt.NDArray[np.int64]
@@ -61,7 +61,8 @@ class BestFit:
         first = self.ends[index - 1] if index else 0
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
         begins, ends = starts.tolist(), (starts + lengths).tolist()
-        tokens = stream[np.concatenate([[max(begins[0] - 1, 0)], *map(np.arange, begins, ends)])]
+        before = max(begins[0] - 1, 0)
+        tokens = joined(stream, [before, *begins], [before + 1, *ends])
         if lengths[0] < self.sequence_length or starts[0] == 0:
             tokens[0] = self.separator
         return tokens

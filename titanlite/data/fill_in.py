@@ -108,11 +108,10 @@ class FilledIn:
         one, other = ((drawn * size).astype(np.int64) for drawn in draws)
         first, second = np.minimum(one, other), np.maximum(one, other)
         suffix, middle = first + 1, first + 1 + size - second  # places of their markers
-        shift = np.select(
-            [place < suffix, place < middle, place < size + 2], [-1, second - first - 2, second - size - 2], -3
-        )
+        after = np.where(place < middle, second - first - 2, np.where(place < size + 2, second - size - 2, -3))
+        shift = np.where(place < suffix, -1, after)
         rearranged = self._ends[document] - begin != size
-        tokens = self.stream.tokens[start + place + shift * rearranged]  # for a marker, some token or other
+        tokens = self.stream.tokens[np.maximum(start + place + shift * rearranged, 0)]  # for a marker, any token
         for marker, where in zip(self.settings.markers, (0, suffix, middle), strict=True):
             tokens[rearranged & (place == where)] = marker
         return tokens

@@ -211,12 +211,14 @@ def _assemble(
     where attention is kept inside documents.
     """
     length = like.sequence_length
-    tokens = np.full((len(numbers), length), like.tokenizer.separator, np.int64)
-    labels = np.full((len(numbers), length), IGNORED, np.int64)
-    for row, window in enumerate(windows):
-        count = len(window) - 1
-        tokens[row, :count] = window[:-1]
-        labels[row, :count] = window[1:]
+    tokens, labels = (np.empty((len(numbers), length), np.int64) for _ in range(2))
+    for row in range(len(numbers)):
+        count = max(0, len(windows[row]) - 1) if row < len(windows) else 0
+        if count:
+            tokens[row, :count] = windows[row][:-1]
+            labels[row, :count] = windows[row][1:]
+        tokens[row, count:] = like.tokenizer.separator
+        labels[row, count:] = IGNORED
 
     def tensor(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).view(*shape, length)

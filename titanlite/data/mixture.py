@@ -48,6 +48,8 @@ class Mixture:
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, number among the source's samples) of sample `sample` of the mixture, all from 0."""
+        if len(self.shares) == 1:
+            return 0, sample
         cycle, block, place = _position(sample)
         source = self.places[place]
         if source < 0:
@@ -60,8 +62,8 @@ class Mixture:
         share = self.shares[source]
         count = cycle * share + block * (share // CYCLE)
         count += int(self.before[place, source]) + int(self.earlier[block, source])
-        for spare in np.flatnonzero(self.spare[block] == source).tolist():  # one or none
-            count += -1 - self._turned(spare, cycle) in self.places[:place]
+        if source in (spare := self.spare[block].tolist()):
+            count += -1 - self._turned(spare.index(source), cycle) in self.places[:place]
         return count
 
     def counts(self, samples: int) -> tuple[int, ...]:

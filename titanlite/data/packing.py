@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from titanlite.data.file_array import FileArray
 from titanlite.data.tokenizers import Ids, Tokens
 
 Int64 = npt.NDArray[np.int64]
@@ -26,6 +27,13 @@ class Sliced(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: slice | Int64, /) -> Tokens: ...
+
+
+def joined(tokens: Sliced, begins: Sequence[int], ends: Sequence[int]) -> Tokens:
+    """A copy of some stretches of `tokens`, one after the other."""
+    if isinstance(tokens, np.ndarray | FileArray):
+        return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
+    return tokens[np.concatenate([*map(np.arange, begins, ends)])]  # what is computed costs less at once
 
 
 class Stream(Protocol):

@@ -21,8 +21,10 @@ import numpy.typing as npt
 from titanlite.data.corpora import CORPORA
 from titanlite.data.corpora.files import Asked, FileReader, FoundFile
 from titanlite.data.corpora.formats import Part, divide
+from titanlite.data.file_array import FileArray, OpenFile
 from titanlite.data.progress import Progress
 from titanlite.data.token_file import (
+    BLOCK,
     HELD_OUT,
     Int64,
     Paths,
@@ -282,11 +284,12 @@ def _copy(part: PartFile, lengths: Int64, chosen: npt.NDArray[np.bool_], writer:
     """Append the chosen documents of a part."""
     if not chosen.any():
         return
-    tokens = np.memmap(part.tokens, writer.dtype, "r")
+    tokens = FileArray(OpenFile(part.tokens), 0, writer.dtype, int(lengths.sum()))
     ends = np.cumsum(lengths)
     changes = np.flatnonzero(np.diff(chosen, prepend=False, append=False))  # where runs of chosen ones begin and end
     for first, stop in zip(changes[::2], changes[1::2], strict=True):
-        writer.extend(tokens[ends[first] - lengths[first] : ends[stop - 1]])
+        for start in range(ends[first] - lengths[first], end := int(ends[stop - 1]), BLOCK):
+            writer.extend(tokens[start : min(start + BLOCK, end)])
     writer.end_documents(lengths[chosen])
 
 

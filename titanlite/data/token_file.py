@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from titanlite.data.file_array import RESTORE, FileArray, OpenFile
 from titanlite.data.tokenizers import Tokenizer, Tokens, token_dtype
 from titanlite.durable import replace_file, sync_path
 from titanlite.errors import DataError
@@ -42,7 +43,6 @@ BLOCK = 2**20
 """Tokens, or documents, that are handled at a time."""
 
 Int64 = npt.NDArray[np.int64]
-Integers = npt.NDArray[np.integer[Any]]
 
 
 class _Section(BaseModel):
@@ -134,9 +134,9 @@ def paths_of(prefix: Path) -> Paths:
 class Starts:
     """Where documents begin, in tokens, `[documents]`: `starts[7]`, `starts[10:20]`, `starts[:]`; looked up then."""
 
-    pointers: Int64
+    pointers: FileArray[np.int64]
     """Of each sequence, in bytes."""
-    sequences: Int64
+    sequences: FileArray[np.int64]
     """First sequence of each document, and the number of all."""
     itemsize: int
     tokens: int
@@ -145,7 +145,7 @@ class Starts:
         return len(self.sequences) - 1
 
     def __getitem__(self, key: Any) -> Any:
-        first, last = self.sequences[:-1][key], len(self.pointers) - 1
+        first, last = replace(self.sequences, count=len(self))[key], len(self.pointers) - 1
         begins = self.pointers[np.clip(first, 0, last)] // self.itemsize
         begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
         return np.where(first > last, self.tokens, begins)  # a document without sequences, at the end of the file
@@ -153,20 +153,20 @@ class Starts:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """An opened token file: memory maps, so that it takes no memory of its own however large it is."""
+    """An opened token file. Nothing of it is kept in memory, however large it is."""
 
     prefix: Path
-    tokens: Tokens
+    tokens: FileArray[np.integer[Any]]
     """All documents, each followed by the separator, flat."""
     starts: Starts
-    lengths: npt.NDArray[np.int32]
+    lengths: FileArray[np.int32]
     """Of each sequence."""
     info: TokenInfo | None
     """The sidecar; None for a file that something else than titanlite made."""
 
     @classmethod
     def open(cls, prefix: Path | str) -> TokenFile:
-        """Map `PREFIX.bin` and `PREFIX.idx`; neither is read but for the index's header and its ends.
+        """Open `PREFIX.bin` and `PREFIX.idx`; neither is read but for the index's header and its ends.
 
         Raises `DataError` naming the file and the position of whatever is wrong.
         """
@@ -175,14 +175,15 @@ class TokenFile:
             prefix = prefix.with_suffix("")
         paths = paths_of(prefix)
         with _reading(paths):
-            lengths, pointers, sequences, dtype = _map_index(paths.idx)
-            _require_ends(paths, lengths, pointers, sequences, dtype.itemsize)
-            tokens = np.memmap(paths.bin, dtype, "r").view(np.ndarray)  # slices of a memmap cost several times as much
-            info = _read_sidecar(paths, len(tokens), dtype) if paths.sidecar.exists() else None
+            lengths, pointers, sequences, dtype = _open_index(paths.idx)
+            file = OpenFile(paths.bin)
+            _require_ends(paths, file.size, lengths, pointers, sequences, dtype.itemsize)
+            tokens = FileArray(file, 0, dtype, file.size // dtype.itemsize)
+            info = _read_sidecar(paths, len(tokens), dtype, lengths.file.size) if paths.sidecar.exists() else None
         return cls(prefix, tokens, Starts(pointers, sequences, dtype.itemsize, len(tokens)), lengths, info)
 
     def __reduce__(self) -> Any:
-        """Another process opens it anew: pickled, a memory map is all that it maps."""
+        """Another process opens it anew."""
         return TokenFile.open, (self.prefix,)
 
     @property
@@ -196,7 +197,7 @@ class TokenFile:
             return self.info.bin_xxh3_64
         seen = xxhash.xxh3_64(f"{len(self.tokens)} {self.documents} {self.tokens.dtype}".encode())
         for block in (self.tokens[:BLOCK], self.tokens[-BLOCK:]):
-            seen.update(np.ascontiguousarray(block).data)
+            seen.update(block.data)
         return f"foreign-{seen.hexdigest()}"
 
     def document_ends(self) -> Int64:
@@ -204,13 +205,14 @@ class TokenFile:
 
         Raises `DataError` if the documents are not in order.
         """
-        begins, count = self.starts[:], len(self.tokens)
+        count = len(self.tokens)
+        begins = np.concatenate([self.starts[first : first + BLOCK] for first in range(0, self.documents, BLOCK)])
         ends = np.append(begins[1:], count).astype(np.int64)
         wrong = np.flatnonzero((begins < 0) | (ends < begins) | (ends > count))
         if wrong.size:
             raise DataError(
                 f"{paths_of(self.prefix).idx}: damaged: document {wrong[0]:,} is not between those before and after "
-                f"it; {_PREPARE_AGAIN}"
+                f"it; {RESTORE}"
             )
         return ends
 
@@ -240,15 +242,18 @@ class TokenFile:
         The index must be in order, each document end with the separator and ids be in the vocabulary; with a sidecar,
         hashes must be its.
         """
-        paths = paths_of(self.prefix)
-        with _reading(paths):
-            self._require_order(paths.idx)
-            for first in range(0, self.documents, BLOCK):
-                self._require_ids(first, min(first + BLOCK, self.documents), vocab_size, separator)
-            if self.info is not None:
-                for path, expected in ((paths.idx, self.info.idx_xxh3_64), (paths.bin, self.info.bin_xxh3_64)):
-                    if _hash_of(path) != expected:
-                        raise DataError(f"{path}: damaged: its hash is not that of {paths.sidecar}; {_PREPARE_AGAIN}")
+        self._require_order(self.lengths.file.path)
+        for first in range(0, self.documents, BLOCK):
+            self._require_ids(first, min(first + BLOCK, self.documents), vocab_size, separator)
+        self.verify_hashes()
+
+    def verify_hashes(self, hash_of: Callable[[OpenFile], str] = OpenFile.hash) -> None:
+        """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of."""
+        assert self.info is not None, "without a sidecar nothing is known of it"
+        for file, expected in ((self.lengths.file, self.info.idx_xxh3_64), (self.tokens.file, self.info.bin_xxh3_64)):
+            if hash_of(file) != expected:
+                sidecar = paths_of(self.prefix).sidecar
+                raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")
 
     def _require_order(self, path: Path) -> None:
         """Sequences follow each other without a gap, and so do documents."""
@@ -262,7 +267,7 @@ class TokenFile:
                 at = first + int(wrong[0])
                 raise DataError(
                     f"{path}: damaged: sequence {at:,} (its length at byte {HEADER.size + 4 * at:,}) ends at byte "
-                    f"{ends[at - first]:,} of the .bin, and the next begins at {pointers[at + 1]:,}; {_PREPARE_AGAIN}"
+                    f"{ends[at - first]:,} of the .bin, and the next begins at {pointers[at + 1]:,}; {RESTORE}"
                 )
         for first in range(0, len(sequences), BLOCK):
             wrong = np.flatnonzero(np.diff(sequences[first : first + BLOCK + 1]) < 0)
@@ -270,7 +275,7 @@ class TokenFile:
                 at = first + int(wrong[0]) + 1
                 raise DataError(
                     f"{path}: damaged: document {at:,} (byte {HEADER.size + 12 * count + 8 * at:,}) begins before the "
-                    f"one before it; {_PREPARE_AGAIN}"
+                    f"one before it; {RESTORE}"
                 )
 
     def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int, most: int | None = None) -> None:
@@ -283,20 +288,28 @@ class TokenFile:
         ends = np.append(begins[1:], end)
         if begins[0] < 0 or (ends < begins).any() or end > len(self.tokens):
             raise DataError(
-                f"{paths_of(self.prefix).idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; "
-                f"{_PREPARE_AGAIN}"
+                f"{paths_of(self.prefix).idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; {RESTORE}"
             )
-        unended = np.flatnonzero((ends > begins) & (self.tokens[ends - 1] != separator))
-        if unended.size:
-            at = int(unended[0])
-            raise DataError(
-                f"{path}: document {first + at:,} (tokens {begins[at]:,} to {ends[at]:,}) does not end with the "
-                f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
-                "same tokenizer, or prepare the texts with `titanlite data prepare`."
-            )
-        end = end if most is None else min(end, int(begins[0]) + most)
+        (held,) = np.nonzero(ends > begins)
+        lasts = ends[held] - 1
+
+        def require_ended(some: slice, found: Tokens) -> None:
+            unended = np.flatnonzero(found != separator)
+            if unended.size:
+                at = int(held[some][unended[0]])
+                raise DataError(
+                    f"{path}: document {first + at:,} (tokens {begins[at]:,} to {ends[at]:,}) does not end with the "
+                    f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
+                    "same tokenizer, or prepare the texts with `titanlite data prepare`."
+                )
+
+        if most is not None:
+            require_ended(slice(None), self.tokens[lasts])
+            end, lasts = min(end, int(begins[0]) + most), lasts[:0]
         for start in range(int(begins[0]), end, BLOCK):
             block = self.tokens[start : min(start + BLOCK, end)]
+            inside = slice(*np.searchsorted(lasts, (start, start + len(block))).tolist())
+            require_ended(inside, block[lasts[inside] - start])
             beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
             if beyond.size:
                 at = start + int(beyond[0])
@@ -429,9 +442,6 @@ def _cut(lengths: Int64, pieces: Int64) -> Int64:
     return sequences
 
 
-_PREPARE_AGAIN = "prepare it again, or copy it again from where it is whole."
-
-
 @contextmanager
 def _reading(paths: Paths) -> Iterator[None]:
     """Name what the system refuses to open or read."""
@@ -452,14 +462,15 @@ def _reading(paths: Paths) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read ({error.strerror}); mend its permissions or the disk.") from error
 
 
-def _map_index(path: Path) -> tuple[npt.NDArray[np.int32], Int64, Int64, np.dtype[Any]]:
+def _open_index(
+    path: Path,
+) -> tuple[FileArray[np.int32], FileArray[np.int64], FileArray[np.int64], np.dtype[np.integer[Any]]]:
     """Lengths, positions, first sequences of documents, and the type of the ids."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header = file.read(HEADER.size)
-    if len(header) < HEADER.size:
-        raise DataError(f"{path}: cut short: {size} bytes, and the header takes {HEADER.size}; {_PREPARE_AGAIN}")
-    magic, version, code, count, entries = HEADER.unpack(header)
+    file = OpenFile(path)
+    size = file.size
+    if size < HEADER.size:
+        raise DataError(f"{path}: cut short: {size} bytes, and the header takes {HEADER.size}; {RESTORE}")
+    magic, version, code, count, entries = HEADER.unpack(file.read(0, HEADER.size))
     if magic != MAGIC:
         raise DataError(f"{path}: not an index of Megatron's format: byte 0 begins {magic!r}, not {MAGIC!r}.")
     if version != VERSION:
@@ -471,43 +482,50 @@ def _map_index(path: Path) -> tuple[npt.NDArray[np.int32], Int64, Int64, np.dtyp
     if size != expected:
         raise DataError(
             f"{path}: {'cut short' if size < expected else 'too long'}: {size:,} bytes, and {count:,} sequences and "
-            f"{entries:,} document entries (bytes 18 to 33) take {expected:,}; {_PREPARE_AGAIN}"
+            f"{entries:,} document entries (bytes 18 to 33) take {expected:,}; {RESTORE}"
         )
     if not count or entries < 2:
         raise DataError(f"{path}: holds no documents ({count:,} sequences, {entries:,} document entries).")
     at = HEADER.size
     return (
-        np.memmap(path, "<i4", "r", at, (count,)),
-        np.memmap(path, "<i8", "r", at + 4 * count, (count,)),
-        np.memmap(path, "<i8", "r", at + 12 * count, (entries,)),
+        FileArray(file, at, np.dtype("<i4"), count),
+        FileArray(file, at + 4 * count, np.dtype("<i8"), count),
+        FileArray(file, at + 12 * count, np.dtype("<i8"), entries),
         np.dtype(TYPES[code]).newbyteorder("<"),
     )
 
 
-def _require_ends(paths: Paths, lengths: Integers, pointers: Int64, sequences: Int64, itemsize: int) -> None:
+def _require_ends(
+    paths: Paths,
+    size: int,
+    lengths: FileArray[np.int32],
+    pointers: FileArray[np.int64],
+    sequences: FileArray[np.int64],
+    itemsize: int,
+) -> None:
     """The ends of the index fit each other and the `.bin`."""
     at, count = HEADER.size + 12 * len(lengths), len(lengths)
     if (sequences[0], sequences[-1]) != (0, count):
         raise DataError(
             f"{paths.idx}: damaged: documents begin with sequence {sequences[0]:,} and end with {sequences[-1]:,} "
-            f"(bytes {at:,} and {at + 8 * (len(sequences) - 1):,}), not with 0 and {count:,}; {_PREPARE_AGAIN}"
+            f"(bytes {at:,} and {at + 8 * (len(sequences) - 1):,}), not with 0 and {count:,}; {RESTORE}"
         )
-    size, end = paths.bin.stat().st_size, int(pointers[-1]) + int(lengths[-1]) * itemsize
+    end = int(pointers[-1]) + int(lengths[-1]) * itemsize
     if pointers[0] != 0 or lengths[-1] < 0 or end % itemsize:
         raise DataError(
             f"{paths.idx}: damaged: sequences begin at byte {pointers[0]:,} and end at {end:,} of the .bin (read at "
-            f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {_PREPARE_AGAIN}"
+            f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {RESTORE}"
         )
     if size != end:
         raise DataError(
             f"{paths.bin}: {'cut short' if size < end else 'too long'}: {size:,} bytes, and its index ends at byte "
-            f"{end:,}; {_PREPARE_AGAIN}"
+            f"{end:,}; {RESTORE}"
         )
     if end == 0:
         raise DataError(f"{paths.bin}: holds no tokens.")
 
 
-def _read_sidecar(paths: Paths, tokens: int, dtype: np.dtype[Any]) -> TokenInfo:
+def _read_sidecar(paths: Paths, tokens: int, dtype: np.dtype[Any], idx_bytes: int) -> TokenInfo:
     path = paths.sidecar
     try:
         info = TokenInfo.model_validate_json(path.read_bytes())
@@ -520,21 +538,13 @@ def _read_sidecar(paths: Paths, tokens: int, dtype: np.dtype[Any]) -> TokenInfo:
         ) from error
     for what, found, expected in (
         (f"bytes of {paths.bin.name}", tokens * dtype.itemsize, info.bin_bytes),
-        (f"bytes of {paths.idx.name}", paths.idx.stat().st_size, info.idx_bytes),
+        (f"bytes of {paths.idx.name}", idx_bytes, info.idx_bytes),
         ("tokens", tokens, info.tokens),
         ("type of ids", dtype.name, info.dtype),
     ):
         if found != expected:
-            raise DataError(f"{path}: belongs to other files: {what}: {expected} there, {found} here; {_PREPARE_AGAIN}")
+            raise DataError(f"{path}: belongs to other files: {what}: {expected} there, {found} here; {RESTORE}")
     return info
-
-
-def _hash_of(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(4 * BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hidden(path: Path) -> Path:
