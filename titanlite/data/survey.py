@@ -55,7 +55,7 @@ def _look(
         try:
             for prefix in (prefixes := token_files(entry)):
                 file = open_token_file(prefix, section, tokenizer)
-                files, tokens, size = files + 1, tokens + len(file.tokens), size + file.tokens.nbytes
+                files, tokens, size = files + 1, tokens + len(file.tokens), size + file.tokens.file.size
             if not prefixes and entry not in CORPORA:
                 texts = list(islice(reader.files(entry), MOST_FILES + 1))
                 more = more or len(texts) > MOST_FILES
