@@ -21,7 +21,7 @@ from titanlite.data.audit import reordered_steps as listed
 from titanlite.data.splits import DataSplits
 from titanlite.data.tokenizers import is_another
 from titanlite.describe import WEIGHTS_DEPEND_NOT_ON, model_differences
-from titanlite.errors import DataError, UsageError
+from titanlite.errors import DataError, Finding, RecipeError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
@@ -88,7 +88,7 @@ def _require_own_weights(
     folder: Path, recipe: Recipe, data: DataSplits, start: Start, say: Callable[[str], None]
 ) -> None:
     """Weights of the same shapes compute something else in another model, and mean something else by another
-    tokenizer: warn of what may be meant, refuse the rest unless it is allowed by name. Raises `UsageError`.
+    tokenizer: warn of what may be meant, refuse the rest unless it is allowed by name. Raises `RecipeError`.
     """
     manifest = read_manifest(folder)
     trained = recipe_of(manifest, folder)
@@ -97,30 +97,24 @@ def _require_own_weights(
         for key, values in model_differences(trained.model, recipe.model).items()
         if key not in WEIGHTS_DEPEND_NOT_ON
     }
-    shapes = [
-        spec.shapes(spec.configure(each.model)) for each in (trained, recipe) for spec in [spec_of(each.model.preset)]
-    ]
-    fits = shapes[0] == shapes[1]
+    before, now = (spec_of(each.preset) for each in (trained.model, recipe.model))
+    fits = before.shapes(before.configure(trained.model)) == now.shapes(now.configure(recipe.model))
     if is_another(data.tokenizer, manifest.values.get("tokenizer")):
-        names = trained.data.tokenizer, recipe.data.tokenizer
-        unknown = "of another file, separator or special tokens" if names[0] == names[1] else names[0]
-        changed["data.tokenizer"] = (unknown, names[1])
+        theirs, ours = trained.data.tokenizer, recipe.data.tokenizer
+        same = theirs == ours  # by name: the file, the separator or the special tokens differ
+        changed["data.tokenizer"] = (manifest.values["tokenizer"] if same else theirs, ours)
     refused = [
         key
         for key in changed
         if key not in _MAY_BE_MEANT and not (fits and any(fnmatchcase(key, pattern) for pattern in start.may_change))
     ]
-    lines = {key: f"{key}: {before!r} there, {now!r} here" for key, (before, now) in changed.items()}
+    lines = {key: f"{old!r} for the weights of {folder}, {new!r} here;" for key, (old, new) in changed.items()}
     if refused:
-        listed = "\n".join(f"  {lines[key]}" for key in refused)
-        named = " ".join(f"--allow-change {key}" for key in refused)
-        fix = f"If you mean the change: {named}" if fits else "Its weights have other shapes: they fit no other model."
-        raise UsageError(
-            f"checkpoint.warm_start: the weights of {folder} were trained otherwise than this recipe would use them:\n"
-            f"{listed}\nGive these keys the values from there. {fix}"
-        )
-    for line in lines.values():
-        say(f"warning: the weights of {folder} were trained otherwise: {line}.")
+        fix = "give it the value that they were trained with"
+        or_allowed = ", or, if you mean the change: --allow-change {}" if fits else ": their shapes fit no other."
+        raise RecipeError([Finding(key, lines[key], fix + or_allowed.format(key)) for key in refused])
+    for key, line in lines.items():
+        say(f"warning: {key}: {line} they were trained with the first.")
 
 
 def _loaded(
