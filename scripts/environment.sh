@@ -4,6 +4,9 @@
 # ensure_environment [EXTRA]   makes .venv and installs titanlite into it, when that is missing or stale; afterwards
 #                              $python is the environment's, compiled, with pyproject.toml's extra of that name.
 # count_gpus                   prints how many this machine has.
+# find_port                    prints one that nothing listens on.
+# choose_module "$@"           prints what Python module takes these words: the trainer, or titanlite if one of its
+#                              commands stands first (letters and hyphens that name no file).
 # wait_for PROCESS             waits through any signals for a process of the script's; returns its exit code.
 #
 # Stale means that pyproject.toml or the constraints changed since the last install; finding out that nothing did
@@ -48,6 +51,16 @@ find_python() {
 
 count_gpus() {
   if command -v nvidia-smi >/dev/null; then nvidia-smi --list-gpus 2>/dev/null | wc -l; else echo 0; fi
+}
+
+choose_module() {
+  if [[ ${1:-} =~ ^[a-z][a-z-]*$ && ! -f $1 ]]; then echo titanlite; else echo titanlite.train; fi
+}
+
+find_port() { # below those that the system gives to outgoing connections; torchrun's static rendezvous takes no 0
+  local port
+  while port=$((10000 + RANDOM % 20000)) && (: <"/dev/tcp/localhost/$port") 2>/dev/null; do :; done
+  echo "$port"
 }
 
 wait_for() {

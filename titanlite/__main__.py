@@ -1,6 +1,8 @@
-"""`python -m titanlite`: the same as the `titanlite` command."""
+"""`python -m titanlite`: the same as the `titanlite` command, and as one of several processes of a launcher."""
 
-from titanlite.cli import main
-from titanlite.launch import end_process
+import sys
 
-end_process(main())
+from titanlite.cli import dispatch
+from titanlite.train import end_as_launched
+
+end_as_launched(dispatch, sys.argv[1:])

@@ -14,6 +14,7 @@ from typing import Any
 from titanlite.data.survey import survey
 from titanlite.describe import describe, stages_of
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
+from titanlite.launch import launched_or_alone
 from titanlite.parallel import timetable
 from titanlite.parallel.layout import active_ranks, agreed_layout, batch_plan
 from titanlite.recipe.explain import explain, find_key
@@ -183,7 +184,10 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", nargs="?", help="recipe file (TOML)")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="ranks (devices) the run would have")
+    started = launched_or_alone().size
+    parser.add_argument(
+        "--world", type=int, default=started, metavar="N", help="ranks (devices) the run would have; as many as started"
+    )
     parser.add_argument("--show-plan", action="store_true", help="how tp and cp share the model, module by module")
     parser.add_argument("--show-schedule", action="store_true", help="what each rank of a pipeline does when")
     parser.add_argument("--dry-run", action="store_true", help="run a rank's program on fake tensors: messages, memory")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from titanlite import __version__
-from titanlite.errors import RecipeError, StoppedEarly, TitanliteError, UsageError
-from titanlite.launch import mark_printed, prints_for_all
+from titanlite.errors import EXIT_DONE, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.launch import launched_or_alone, mark_printed, prints_for_all
 from titanlite.registry import Registry, did_you_mean
 
 Command = Callable[[list[str]], int]
@@ -46,10 +46,13 @@ COMMANDS = Registry(
 )
 """Each is a function `main(argv) -> exit code`; `HELP` has its line."""
 
+ON_ALL_RANKS = ("train", "verify")
+"""What takes all processes of a job; of the others the first is enough, wherever a launcher starts them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `titanlite` and `python -m titanlite`; returns the exit code."""
-    return run_command(_dispatch, sys.argv[1:] if argv is None else argv)
+    """Entry point of `titanlite`; returns the exit code."""
+    return run_command(dispatch, sys.argv[1:] if argv is None else argv)
 
 
 def run_command(command: Command, argv: Sequence[str]) -> int:
@@ -99,7 +102,8 @@ def _paragraph(error: TitanliteError) -> str:
     return f"error: {error}"
 
 
-def _dispatch(argv: list[str]) -> int:
+def dispatch(argv: list[str]) -> int:
+    """Run the command that `argv` names; its exit code. Raises `TitanliteError`."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else UsageError.exit_code
@@ -110,6 +114,8 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, list(COMMANDS)) or f"the commands are {', '.join(COMMANDS)}."
         raise UsageError(f"titanlite has no command '{name}'; {hint}")
+    if name not in ON_ALL_RANKS and not launched_or_alone().is_first:
+        return EXIT_DONE
     command: Command = COMMANDS.get(name)
     return command(arguments)
 

@@ -19,10 +19,10 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from titanlite.check import checked, model_in_words
-from titanlite.cli import run_command
+from titanlite.cli import Command, run_command
 from titanlite.describe import checkpoint_bytes, describe
 from titanlite.errors import (
     EXIT_DONE,
@@ -372,22 +372,27 @@ def _status(folder: RunFolder, step: Callable[[], int]) -> Iterator[None]:
     folder.write_status("done", step(), EXIT_DONE)
 
 
-def _ended(argv: list[str]) -> tuple[int, Exception | None]:
+def end_as_launched(command: Command, argv: list[str]) -> NoReturn:
+    """Run `command(argv)`, and end this process with the exit code that its launcher should see."""
+    end_process(_told_to_launcher(*_ended(argv, command)))
+
+
+def _ended(argv: list[str], command: Command = main) -> tuple[int, Exception | None]:
     """Run the command; its exit code, and what ended it if that was an error."""
     met: list[TitanliteError] = []
     told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
     if told and torchrun_or_none() and launched_or_alone().local_rank == 0:
         open(told, "w").close()  # what an earlier start left there is not how the run ended
 
-    def command(arguments: list[str]) -> int:
+    def noted(arguments: list[str]) -> int:
         try:
-            return main(arguments)
+            return command(arguments)
         except TitanliteError as error:
             met.append(error)
             raise
 
     try:
-        code = run_command(command, argv)
+        code = run_command(noted, argv)
     except Exception as error:  # our mistake: in one piece, for other ranks write here too
         sys.stderr.write(traceback.format_exc())
         return 1, error
@@ -411,8 +416,8 @@ def _told_to_launcher(code: int, error: Exception | None) -> int:
             time.sleep(_AGENT_SECONDS)
         return code if left_alone and under.elastic else EXIT_DONE
     alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
-    if code in (EXIT_RECIPE, EXIT_GUARD) and alike and under.restarts_left > 0:
-        if launched_or_alone().is_first:
+    if code in (EXIT_RECIPE, EXIT_GUARD) and alike and (told or under.restarts_left > 0):
+        if launched_or_alone().is_first and under.restarts_left > 0:
             print(
                 f"exit code {code}: a restart would not mend this, so torchrun is told 0, and starts nothing.",
                 file=sys.stderr,
@@ -422,4 +427,4 @@ def _told_to_launcher(code: int, error: Exception | None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(_told_to_launcher(*_ended(sys.argv[1:])))
+    end_as_launched(main, sys.argv[1:])
