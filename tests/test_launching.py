@@ -5,8 +5,10 @@ The stand-ins write what they are called with into a file; only the last test tr
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,9 @@ import torch.distributed.run
 import yaml
 from clone import ROOT, make_clone, wait_until, write_program
 from jsonschema import Draft202012Validator
-from ports import free_port
+from ports import family, free_port, listeners
 from tiny import write_tiny
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from titanlite import errors
 from titanlite.check import checked
@@ -302,7 +306,7 @@ def _faults(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def test_the_manifest_fits_the_schema() -> None:
-    assert set(_manifest()) == {"Service", "PersistentVolumeClaim", "Job"}
+    assert set(_manifest()) == {"Service", "PersistentVolumeClaim", "NetworkPolicy", "Job"}
     assert _faults(_manifest()) == []
 
 
@@ -325,13 +329,15 @@ def test_the_schema_finds_mistakes(spoil: Callable[[dict[str, Any]], object]) ->
 
 
 def test_what_belongs_together_in_the_manifest_agrees() -> None:
-    service, claim, job = (_manifest()[kind] for kind in ("Service", "PersistentVolumeClaim", "Job"))
+    service, claim, policy, job = _manifest().values()
     name, spec, pod = job["metadata"]["name"], job["spec"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     variables = {variable["name"]: variable["value"] for variable in container["env"]}
 
     assert service["metadata"]["name"] == pod["subdomain"]
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    own = {"podSelector": {"matchLabels": service["spec"]["selector"]}}
+    assert policy["spec"] == {**own, "policyTypes": ["Ingress"], "ingress": [{"from": [own]}]}
     assert variables["PET_RDZV_ENDPOINT"].startswith(f"{name}-0.{pod['subdomain']}:")
     assert spec["completions"] == spec["parallelism"] == int(variables["PET_NNODES"].split(":")[-1])
     assert int(variables["PET_NPROC_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
@@ -360,6 +366,18 @@ def test_the_manifests_command_is_one_that_titanlite_takes() -> None:
     assert 0 < loaded.recipe.resilience.grace_seconds < pod["terminationGracePeriodSeconds"]
 
 
+def test_slurm_and_kubernetes_start_other_commands_too(desk: Desk) -> None:
+    """With the same scripts, arguments and variables as the training (issue 14, item 25)."""
+    (container,) = _manifest()["Job"]["spec"]["template"]["spec"]["containers"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert end_of(desk.torchrun("verify", *container["args"], **variables, BEHAVIOUR="3 0"))[0] == 3
+    assert end_of(desk.sbatch("verify", "a.toml", "--steps", "2", nodes=2, BEHAVIOUR="3 0"))[0] == 3
+    assert desk.calls("scontrol") == []
+    write_program(desk.clone / ".venv/bin/python", 'echo "$PET_NNODES $PET_MAX_RESTARTS $*" >>"$CALLS"')
+    end_of(desk.sbatch("verify", "a.toml", "--steps", "2", nodes=2))
+    assert desk.calls("2 0 ") == ["2 0 -m torch.distributed.run -m titanlite verify a.toml --steps 2"] * 2
+
+
 def test_a_pod_that_is_told_to_go_ends_as_the_policy_expects(desk: Desk) -> None:
     """Its SIGTERM gives a code that is not among those that fail the Job, so that another pod goes on."""
     job = _manifest()["Job"]["spec"]
@@ -375,51 +393,124 @@ def test_a_pod_that_is_told_to_go_ends_as_the_policy_expects(desk: Desk) -> None
 # The whole way
 
 
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Desk]:
+    """A desk whose Python is this one, with a small run to train."""
+    desk = Desk(tmp_path, f'exec "{sys.executable}" "$@"')
+    write_program(tmp_path / "programs/hostname", "echo localhost")
+    write_tiny(desk.clone, lines=400, training={"steps": 400, "global_batch": 4}, precision={"compute": "float64"})
+    settings = {"PYTHONPATH": str(ROOT), "PET_LOCAL_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
+    desk.environment |= {"GLOO_SOCKET_IFNAME": "lo", "PET_NPROC_PER_NODE": "1", **settings}
+    yield desk
+    for process in [number for started in desk.started for number in family(started.pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def rows(desk: Desk, name: str) -> list[dict[str, float]]:
+    file = desk.clone / "runs" / name / "metrics.jsonl"
+    found = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+    return [row for row in found if "loss" in row]
+
+
+class Program:
+    """As a pickle, it runs when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+def documented(start: str) -> Iterator[tuple[str, str, bool]]:
+    """Processes, addresses, and whether a pickle is read there: docs/security.md's rows of such a start."""
+    text = (ROOT / "docs/security.md").read_text().partition("| start |")[2].partition("\n\n")[0]
+    current = ""
+    for line in text.splitlines()[2:]:
+        title, process, address, _, what = (cell.strip() for cell in line.strip("|").split("|"))
+        current = title or current
+        if current.startswith(start) and process != "none":
+            where = "127.0.0.1" if "GLOO_SOCKET_IFNAME" in address or address == "loopback" else "::"
+            assert where == "127.0.0.1" or address == "all"
+            for name in ("rank 0", "rank 1") if process == "each rank" else (process.partition(" on ")[0],):
+                yield name, where, "**a pickle**" in what
+
+
+@pytest.mark.parametrize("start", ["one process", "one machine", "several machines", "`srun"])
+def test_ports_that_listen_are_documented(real: Desk, tmp_path: Path, start: str) -> None:
+    """All of a run that trains; and what is a pickle runs a program of whoever reaches it (issue 14, item 28)."""
+    words = ("recipe.toml", "--run.name=job", "--training.steps=100000")
+    alone, meeting = ("-m", "titanlite.train", *words), f"localhost:{free_port()}"
+    if start == "one process":
+        real.start(real.clone / ".venv/bin/python", *alone)
+    elif start == "one machine":
+        real.torchrun(*words, PET_NPROC_PER_NODE="2")
+    elif start == "several machines":
+        for _ in range(2):
+            real.torchrun(*words, PET_NNODES="2", PET_RDZV_ENDPOINT=meeting)
+    else:
+        step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_PORT": str(free_port())}
+        for rank in ("0", "1"):
+            real.start(real.clone / ".venv/bin/python", *alone, SLURM_PROCID=rank, SLURM_LOCALID=rank, **step)
+    wait_until(lambda: bool(rows(real, "job")))
+
+    found = set()
+    for process, address, port in listeners({number for each in real.started for number in family(each.pid)}):
+        variables = Path(f"/proc/{process}/environ").read_text().split("\0")
+        number = [value for name, _, value in (v.partition("=") for v in variables) if name in ("RANK", "SLURM_PROCID")]
+        found.add((f"rank {number[0]}" if number else "torchrun", address.replace("0.0.0.0", "::")))
+        if not number:
+            meeting = f"localhost:{port}"
+    expected = list(documented(start))
+    assert found == {(process, address) for process, address, _ in expected}
+
+    if any(process == "torchrun" for process, _ in found):
+        host, port = meeting.split(":")
+        state = base64.b64encode(pickle.dumps(Program(tmp_path / "mark"))).decode()
+        TCPStore(host, int(port), is_master=False, wait_for_workers=False).set("torch.rendezvous.none", state)
+        if any(is_pickle for _, _, is_pickle in expected):
+            wait_until((tmp_path / "mark").exists)
+        else:  # with c10d, an agent that ends reads its rendezvous once more
+            real.started[0].send_signal(signal.SIGTERM)
+            assert end_of(real.started[0])[0] == 75 and not (tmp_path / "mark").exists()
+
+
 @pytest.mark.slow
-def test_a_job_that_meets_its_time_limit_trains_as_if_it_had_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_meets_its_time_limit_trains_as_if_it_had_none(real: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines of one rank under the real torchrun: the job is signalled, and started again as Slurm would.
 
     In float64, where a step repeated, lost or resumed with other states would be far more than the rounding in which
     two ranks differ from the one process that is the measure.
     """
-    desk = Desk(tmp_path, f'exec "{sys.executable}" "$@"')
-    write_program(tmp_path / "programs/hostname", "echo localhost")
-    write_tiny(desk.clone, lines=400, training={"steps": 400, "global_batch": 4}, precision={"compute": "float64"})
-    environment = {"PET_NPROC_PER_NODE": "1", "PET_LOCAL_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
     number = str(free_port() - 10_000)
 
     def submit() -> subprocess.Popen[str]:
-        words = ("recipe.toml", "--run.name=job")
-        return desk.sbatch(*words, nodes=2, number=number, PYTHONPATH=str(ROOT), **environment)
-
-    def rows(name: str) -> list[dict[str, float]]:
-        file = desk.clone / "runs" / name / "metrics.jsonl"
-        found = map(json.loads, file.read_text().splitlines()) if file.exists() else []
-        return [row for row in found if "loss" in row]
+        return real.sbatch("recipe.toml", "--run.name=job", nodes=2, number=number)
 
     def status() -> tuple[object, ...]:
-        fields = json.loads((desk.clone / "runs/job/status.json").read_text())
+        fields = json.loads((real.clone / "runs/job/status.json").read_text())
         return fields["state"], fields["exit_code"], fields["step"]
 
     job = submit()
-    wait_until(lambda: len(rows("job")) > 3)
+    wait_until(lambda: len(rows(real, "job")) > 3)
     limit_of(job)
     code, output = end_of(job)
     assert code == 75, output
-    assert desk.calls("scontrol") == [f"scontrol requeue {number}"]
-    step = len(rows("job"))
+    assert real.calls("scontrol") == [f"scontrol requeue {number}"]
+    step = len(rows(real, "job"))
     assert step < 400 and status() == ("stopped", 75, step)
-    assert (desk.clone / f"runs/job/checkpoints/step-{step:08d}/manifest.json").is_file()
+    assert (real.clone / f"runs/job/checkpoints/step-{step:08d}/manifest.json").is_file()
 
     code, output = end_of(submit())
     assert code == 0, output
-    assert status() == ("done", 0, 400) and len(desk.calls("scontrol")) == 1
+    assert status() == ("done", 0, 400) and len(real.calls("scontrol")) == 1
 
-    monkeypatch.chdir(desk.clone)
+    monkeypatch.chdir(real.clone)
     assert main(["recipe.toml", "--run.name=whole"]) == 0
     for key in ("step", "samples"):
-        assert [row[key] for row in rows("job")] == [row[key] for row in rows("whole")]
+        assert [row[key] for row in rows(real, "job")] == [row[key] for row in rows(real, "whole")]
     for key in ("loss", "grad_norm"):
-        assert [row[key] for row in rows("job")] == pytest.approx([row[key] for row in rows("whole")], rel=1e-9)
+        assert [row[key] for row in rows(real, "job")] == pytest.approx(
+            [row[key] for row in rows(real, "whole")], rel=1e-9
+        )

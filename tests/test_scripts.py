@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from clone import ROOT, make_clone, write_program
+
+from titanlite.cli import HELP
 
 
 @pytest.fixture
@@ -16,13 +19,13 @@ def root(tmp_path: Path) -> Path:
     return make_clone(tmp_path / "a clone", 'printf "%s\\n" "$@"')
 
 
-def train(root: Path, *arguments: str, gpus: int = 0) -> tuple[int, list[str]]:
+def train(root: Path, *arguments: str, gpus: int = 0, **environment: str) -> tuple[int, list[str]]:
     """Exit code, and the words that the environment's Python got, from another folder and on so many GPUs."""
     write_program(root / "nvidia-smi", "".join(f"echo GPU {number};" for number in range(gpus)) or ":")
     process = subprocess.run(
         [root / "scripts/train.sh", *arguments],
         cwd=root.parent,
-        env={**os.environ, "PATH": f"{root}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{root}:{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
     )
@@ -41,12 +44,44 @@ def train(root: Path, *arguments: str, gpus: int = 0) -> tuple[int, list[str]]:
     ],
 )
 def test_a_recipe_is_passed_on_wherever_it_stands(root: Path, words: list[str]) -> None:
+    (root.parent / "recipe-without-a-suffix").touch()
     assert train(root, *words) == (0, ["-m", "titanlite.train", *words])
 
 
 @pytest.mark.parametrize("words", [[], ["--fresh"], ["--run.seed", "3"], ["--run.name=x"]])
 def test_without_a_recipe_it_is_the_debug_run(root: Path, words: list[str]) -> None:
     assert train(root, *words) == (0, ["-m", "titanlite.train", f"{root}/configs/debug.toml", *words])
+
+
+@pytest.mark.parametrize("command", [name for name in HELP if name != "train"])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_commands_start_as_the_training_does(root: Path, command: str, gpus: int) -> None:
+    """By torchrun where there are several GPUs; what does not train is not tried again (issue 14, item 25)."""
+    write_program(root / ".venv/bin/python", 'printf "%s\\n" "${PET_MAX_RESTARTS:-}" "$@"')
+    module = ["-m", "titanlite", command, "a.toml", "--steps", "1"]
+    expected = ["", *module] if gpus == 1 else ["0", "-m", "torch.distributed.run", *module]
+    assert train(root, *module[2:], gpus=gpus) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "backend", "endpoint"),
+    [
+        pytest.param({}, "static", r"localhost:[12]\d{4}", id="no pickle, a port of its own"),
+        pytest.param({"PET_NNODES": "1:1"}, "static", r"localhost:[12]\d{4}", id="one machine in other words"),
+        pytest.param({"PET_RDZV_ENDPOINT": "here:0"}, "static", r"localhost:[12]\d{4}", id="0 is no port to meet at"),
+        pytest.param({"PET_RDZV_ENDPOINT": "here:29400"}, "static", "here:29400", id="Slurm's, with one machine"),
+        pytest.param({"PET_RDZV_BACKEND": "c10d"}, "c10d", r"localhost:[12]\d{4}", id="the user's word counts"),
+        pytest.param({"PET_NNODES": "1:2", "PET_RDZV_ENDPOINT": "a:1"}, "c10d", "a:1", id="machines come and go"),
+    ],
+)
+def test_how_the_processes_of_a_job_meet(root: Path, given: dict[str, str], backend: str, endpoint: str) -> None:
+    """Issue 14, item 28: what c10d keeps at its port is a pickle, which one machine can do without."""
+    told = '"$PET_RDZV_BACKEND" "$PET_RDZV_ENDPOINT" "$PET_MAX_RESTARTS" "${GLOO_SOCKET_IFNAME:-any}"'
+    write_program(root / ".venv/bin/python", f'printf "%s\\n" {told}')
+    code, (backend_told, endpoint_told, restarts, interface) = train(root, "a.toml", gpus=2, **given)
+    assert (code, backend_told, restarts) == (0, backend, "100")
+    assert re.fullmatch(endpoint, endpoint_told) and int(endpoint_told.partition(":")[2]) < 32768
+    assert interface == ("any" if given.get("PET_NNODES") == "1:2" else "lo")
 
 
 def test_what_is_installed_is_compiled_once(root: Path) -> None:

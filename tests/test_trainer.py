@@ -196,6 +196,28 @@ def test_shapes_of_one_step_are_traced(folder: Path, capsys: pytest.CaptureFixtu
     assert len(traced) == 1 and "float32[4, 16, 16]" in traced[0] and "float32[4, 16, 24]" in traced[0]
 
 
+@pytest.mark.parametrize("fault", ["another owner", "writable", "a link"])
+def test_a_compilers_cache_that_others_can_write_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    """It holds pickles, below /tmp under a name that can be guessed (issue 14, item 28)."""
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored afterwards")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("LOGNAME", "someone")
+    cache = folder / "torchinductor_someone"
+    if fault == "a link":
+        cache.symlink_to(folder / "corpus")
+    else:
+        cache.mkdir()
+        cache.chmod(0o777 if fault == "writable" else 0o755)
+    if fault == "another owner":
+        monkeypatch.setattr("os.getuid", lambda: cache.stat().st_uid + 1)
+    assert train("--compile.enabled=true") == 2
+    said = capsys.readouterr().err
+    assert str(cache) in said and "set TORCHINDUCTOR_CACHE_DIR" in said and not any(cache.glob("fxgraph*"))
+
+
 @pytest.mark.parametrize("validation", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_compiled_blocks_give_the_eager_curve(folder: Path, validation: int) -> None:
     """In float64, where fusing moves only the last bits; validation runs the compiled blocks without gradients."""

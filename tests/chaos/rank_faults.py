@@ -103,7 +103,8 @@ def machines(box: Sandbox) -> Outcome:
 
 def killed_under_torchrun(box: Sandbox) -> Outcome:
     """One rank in its first life, another in the second: torchrun starts all of them again each time."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    meeting = ("--rdzv-backend=static", f"--rdzv-endpoint=localhost:{free_port()}")  # as scripts/torchrun.sh has it
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node=2", "--max-restarts=3"]
     process = subprocess.run(
         [*command, str(Path(__file__).with_name("faulty_train.py")), "titanlite.train", "recipe.toml"],
         cwd=box.folder,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,9 +15,25 @@ from titanlite.models.spec import ModelSpec, is_named_by
 
 def compile_units(model: nn.Module, spec: ModelSpec) -> None:
     """Compile, in place and at first use, every submodule that the spec names; parameter names do not change."""
+    _require_own_cache()
     for name, module in model.named_modules():
         if is_named_by(spec.compile_units, name):
             module.compile(dynamic=False)
+
+
+def _require_own_cache() -> None:
+    """Raise `UsageError` if other users can write where the compiler keeps pickles: anyone can guess its default."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    folder = cache_dir()  # made, if it is not there
+    if folder != default_cache_dir():
+        return  # the user's choice
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
+        raise UsageError(
+            f"{folder}, where torch keeps compiled programs as pickles, can be written by other users: set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder of your own, or write compile.enabled = false."
+        )
 
 
 def overlap_tensor_parallel(group: dist.ProcessGroup, device: torch.device) -> None:
