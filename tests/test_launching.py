@@ -375,7 +375,7 @@ def test_slurm_and_kubernetes_start_other_commands_too(desk: Desk) -> None:
     assert desk.calls("scontrol") == []
     write_program(desk.clone / ".venv/bin/python", 'echo "$PET_NNODES $PET_MAX_RESTARTS $*" >>"$CALLS"')
     end_of(desk.sbatch("verify", "a.toml", "--steps", "2", nodes=2))
-    assert desk.calls("2 0 ") == ["2 0 -m torch.distributed.run -m titanlite verify a.toml --steps 2"] * 2
+    assert desk.calls("2 0 ") == ["2 0 -m titanlite.agent -m titanlite verify a.toml --steps 2"] * 2
 
 
 def test_a_pod_that_is_told_to_go_ends_as_the_policy_expects(desk: Desk) -> None:

@@ -59,7 +59,7 @@ def test_commands_start_as_the_training_does(root: Path, command: str, gpus: int
     """By torchrun where there are several GPUs; what does not train is not tried again (issue 14, item 25)."""
     write_program(root / ".venv/bin/python", 'printf "%s\\n" "${PET_MAX_RESTARTS:-}" "$@"')
     module = ["-m", "titanlite", command, "a.toml", "--steps", "1"]
-    expected = ["", *module] if gpus == 1 else ["0", "-m", "torch.distributed.run", *module]
+    expected = ["", *module] if gpus == 1 else ["0", "-m", "titanlite.agent", *module]
     assert train(root, *module[2:], gpus=gpus) == (0, expected)
 
 
