@@ -30,7 +30,8 @@ LEVELS = (
     ("learner", "check"),
     ("restore", "saving", "data.command", "data.audit_command", "data.show_command"),
     ("trainer", "generate", "dryrun"),
-    ("train", "verify", "agent", "__main__"),
+    ("train", "verify", "agent"),
+    ("__main__",),
 )
 """A room imports rooms of lower levels and itself: not its siblings. The longest name that fits a module counts."""
 
