@@ -376,6 +376,25 @@ def test_a_second_start_is_refused_while_the_first_goes_on(run: Run, tmp_path: P
     assert texts_of("out") == [b"text"]
 
 
+def test_a_lock_that_was_removed_is_noticed_before_the_parts_are_joined(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 14, item 13: as a run's."""
+    (tmp_path / "a.txt").write_text("text")
+    write_parts = prepare._write_parts
+
+    def removed(*arguments: Any) -> Any:
+        (tmp_path / "out.parts/.lock").unlink()
+        return write_parts(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_write_parts", removed)
+        assert str(Path("out.parts/.lock")) in run("a.txt", code=2)
+    assert not (tmp_path / "out.idx").exists()
+    run("a.txt")
+    assert texts_of("out") == [b"text"]
+
+
 def test_what_is_done_is_not_done_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus(tmp_path)
     words = ("in", "--held-out", "10")

@@ -77,6 +77,8 @@ def _not_the_manifest(name: str) -> str:
 
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+"""With room for what a run adds to it."""
 Extents = Annotated[tuple[Size, ...], Field(max_length=MAX_DIMENSIONS)]
 Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"), AfterValidator(_not_the_manifest)]
@@ -130,11 +132,11 @@ class Manifest(_Table):
 
     format: Literal["titanlite-checkpoint"] = FORMAT
     version: Literal[1] = VERSION
-    step: Size
+    step: Annotated[int, Field(ge=0, lt=2**32)]
     """Optimizer steps done."""
-    samples: Size
+    samples: Count
     """Samples consumed, which is the whole state of the data."""
-    tokens: Size
+    tokens: Count
     """Tokens trained on."""
     tensors: Annotated[dict[Name, TensorEntry], Field(max_length=MAX_TENSORS)]
     files: Annotated[dict[FileName, FileEntry], Field(max_length=MAX_FILES)]

@@ -91,6 +91,8 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
             done = _finished(request, made_from, files, began_before)
             if done is None:
                 units, found = _write_parts(request, files, parts, progress)
+                if not lock.is_in_place():
+                    raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
                 done = _join(request, tokenizer, units, found, made_from, files, progress)
             else:
                 progress.message(f"{request.out} is finished: nothing is left to do")
