@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titanlite.data.file_array import RESTORE, FileArray, OpenFile
 from titanlite.data.tokenizers import Tokenizer, Tokens, token_dtype
-from titanlite.durable import replace_file, sync_path
+from titanlite.durable import replace_file, sync, sync_path
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 
@@ -357,7 +357,7 @@ class TokenWriter:
         The index comes last: without it nothing, Megatron included, takes the rest for a token file.
         """
         assert self._tokens == self._counted, "every token is in a document"
-        os.fsync(self._bin.fileno())
+        sync(self._bin.fileno(), self._paths.bin)
         self._bin.close()
         idx_hash, idx_bytes = self._write_index()
         sidecar = TokenInfo(
@@ -412,7 +412,7 @@ class TokenWriter:
                 put(begins.astype("<i8").tobytes())
             put(struct.pack("<q", sum(map(len, cut))))
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), self._paths.idx)
         return digest.hexdigest(), size
 
 

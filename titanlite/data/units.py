@@ -25,7 +25,7 @@ from titanlite.data.corpora.formats import Form, Part, documents, refuse
 from titanlite.data.packing import pack
 from titanlite.data.token_file import BLOCK, write_all
 from titanlite.data.tokenizers import Ids, Tokenizer, token_dtype
-from titanlite.durable import replace_file
+from titanlite.durable import replace_file, sync
 from titanlite.errors import DataError
 
 PART_VERSION = 2
@@ -152,7 +152,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(writing, "wb", buffering=0) as file:
             yield file
-            os.fsync(file.fileno())
+            sync(file.fileno(), writing)
         os.replace(writing, path)
     except BaseException:
         writing.unlink(missing_ok=True)
