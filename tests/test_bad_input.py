@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -280,6 +281,33 @@ def test_fresh_does_not_overwrite_without_force(folder: Path, capsys: pytest.Cap
     assert run_command(main, ["recipe.toml"]) == 0
     assert "--force" in refused(capsys, "--fresh")
     assert run_command(main, ["recipe.toml", "--fresh", "--force"]) == 0
+
+
+def test_a_finished_run_names_its_checkpoint_and_how_to_train_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, item 26: each last line, and that what it proposes is accepted."""
+    words = ["recipe.toml", "--validation.every_steps=2", "--data.validation_percent=20", "--schedule.name=constant"]
+    assert run_command(main, words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
+    loss = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
+    assert last.startswith("done") and f"{loss:.4f}" in last and "runs/tiny/checkpoints/step-00000004" in last
+    assert "titanlite generate runs/tiny --prompt" in last
+    assert run_command(main, words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("nothing is left") and "--checkpoint.warm_start=runs/tiny" in last
+    on = re.search("raise ([a-z.]+) and add (--allow-change [a-z.]+);", last)
+    assert on is not None
+    assert run_command(main, [*words, f"--{on[1]}=6", *on[2].split()]) == 0
+    assert "step-00000006" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_pruned_step_is_answered_by_those_there_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Issue 14, item 27."""
+    assert run_command(main, ["recipe.toml"]) == 0
+    assert cli(["checkpoint", "inspect", "runs/tiny/3"]) == 2
+    assert "there are steps 2, 4" in capsys.readouterr().err
 
 
 def test_nothing_to_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_a_sound_recipe_has_no_findings() -> None:
     assert found(optimizer__eps=1e-50, optimizer__betas=(0.9, 1 - 1e-9), precision__compute="float64") == []
     assert found() == []
     assert found(world=4) == []
-    assert found(training__steps=None, training__tokens=5) == []
+    assert found(training__steps=None, training__tokens=9000) == []
     assert found(**ROUNDS) == found(**ROUNDS, parallel__tp=2) == [], "nothing waits to be sent"
 
 
@@ -200,6 +200,8 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
         ),
         ("data.tokenizer", {"model__vocab_size": 128_256}),
         ("schedule.warmup_steps", {"schedule__warmup_steps": 100}),
+        ("schedule.warmup_steps", {"schedule__name": "wsd", "schedule__warmup_steps": 81}),
+        ("schedule.final_lr_ratio", {"training__steps": 1}),
         ("schedule.decay_steps", {"schedule__warmup_steps": 50, "schedule__decay_steps": 51}),
         ("schedule.decay_steps", {"schedule__name": "constant", "schedule__decay_steps": 5}),
         ("schedule.final_lr_ratio", {"schedule__name": "constant", "schedule__final_lr_ratio": 0.1}),
@@ -264,6 +266,9 @@ def test_warnings(key: str, keys: dict[str, Any]) -> None:
     "keys",
     [
         {"schedule__warmup_steps": 99},
+        {"schedule__name": "wsd", "schedule__warmup_steps": 80},
+        {"training__steps": 1, "schedule__final_lr_ratio": 0.1},
+        {"training__steps": 1, "schedule__name": "constant"},
         {"schedule__warmup_steps": 50, "schedule__decay_steps": 50},
         {"schedule__name": "wsd", "schedule__decay_shape": "sqrt"},
         {"optimizer__name": "muon", "optimizer__muon_lr": 0.01},

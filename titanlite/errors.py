@@ -35,12 +35,15 @@ class Finding:
     line: int = 0
     severity: str = "error"
     """`error` refuses the run; `warning` is printed and the run goes on."""
+    extended_by: str = ""
+    """The recipe that was asked for, where `file` is another one that it extends."""
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
         key = f"{self.key}: " if self.key else ""
         fix = f" {self.fix}" if self.fix else ""
-        return f"{place}{key}{self.problem}{fix}"
+        heir = f" ({self.extended_by} extends this file, and may set the key.)" if self.extended_by else ""
+        return f"{place}{key}{self.problem}{fix}{heir}"
 
 
 class UsageError(TitanliteError):

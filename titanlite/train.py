@@ -10,6 +10,7 @@ import fnmatch
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 import traceback
@@ -190,9 +191,33 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log
             )
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
-            if folder is not None:
-                _begin(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
-            trainer.run()
+            _run(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
+
+
+def _run(journal: Journal, folder: RunFolder | None, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
+    """Train to the end; the first rank, which has the `folder`, prints how it begins and how it has ended."""
+    if folder is not None:
+        _begin(journal, folder, trainer, hosts, reading)
+    begun_at = trainer.step
+    trainer.run()
+    if folder is not None:
+        journal.say(_end_in_words(folder.path, trainer, begun_at))
+
+
+def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
+    """What is there at the end, and what to do with it."""
+    run, steps = shlex.quote(str(path)), trainer.total_steps
+    if begun_at == steps:
+        key = "training.steps" if trainer.recipe.training.tokens is None else "training.tokens"
+        return (
+            f"nothing is left to train: {path} has taken all of its {count(steps, 'step')}. To train on, raise {key} "
+            f"and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={run}"
+        )
+    loss = "" if trainer.validation_loss is None else f", validation loss {trainer.validation_loss:.4f}"
+    return (
+        f"done: {count(steps, 'step')}{loss}; the checkpoint is {trainer.checkpoints.path(steps)}. Next: "
+        f"titanlite generate {run} --prompt TEXT, or titanlite checkpoint export-hf {run} FOLDER"
+    )
 
 
 def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:

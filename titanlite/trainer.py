@@ -314,8 +314,8 @@ class Trainer:
         reason = ""
         if last == self.step and (first < last or first == last == 1):
             reason = f"steps {first} to {last}, the last ones, were all skipped"
-        elif self._validated is not None and self._validated[0] == self.step and not math.isfinite(self._validated[1]):
-            reason = f"the validation loss after the last step is {self._validated[1]:g}"
+        elif (loss := self.validation_loss) is not None and not math.isfinite(loss):
+            reason = f"the validation loss after the last step is {loss:g}"
         if reason:
             raise GuardStop(
                 f"{reason}: the run is at its end, but not done. Go on from an earlier checkpoint (--from-step N) with "
@@ -331,8 +331,7 @@ class Trainer:
         }
         if self._reordered:
             values[REORDERED] = " ".join(map(str, self._reordered))
-        if self._validated is not None and self._validated[0] == self.step:
-            loss = self._validated[1]
+        if (loss := self.validation_loss) is not None:
             values |= {VALIDATION_LOSS: loss} if math.isfinite(loss) else {_BAD_VALIDATION: True}
         if self.guards.goes_back and self._back_to != self.step:
             values[BACK_TO] = self._back_to
@@ -432,6 +431,11 @@ class Trainer:
     def under_way(self) -> tuple[int, int]:
         """The step that is being taken and its first sample; what fails now is put down to them."""
         return self._ahead.step, self._course.first(self._ahead.step)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """On the first set after the step that the run is at; None if the model was not validated then."""
+        return self._validated[1] if self._validated is not None and self._validated[0] == self.step else None
 
     def _saved_alone(self) -> str:
         """Save before an error, if there are no other ranks to agree with."""

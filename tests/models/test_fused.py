@@ -62,7 +62,7 @@ def test_a_model_computes_the_same_with_kernels(tmp_path: Path) -> None:
 
 
 def recipe(**sections: dict[str, object]) -> Recipe:
-    return Recipe.model_validate({"training": {"steps": 1}, **sections})
+    return Recipe.model_validate({"training": {"steps": 2}, **sections})
 
 
 def test_what_runs_where() -> None:
@@ -70,7 +70,7 @@ def test_what_runs_where() -> None:
     compiled = recipe(compile={"enabled": True}, kernels={"rope": "triton"})
     assert fused(compiled, "cuda") == ["rope"]
     assert in_words(compiled) == (
-        "rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours); "
+        "on a GPU rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours); "
         "head and loss by chunks of large logits"
     )
     assert not any(choice.fused for choice in choices(recipe(precision={"compute": "float64"})).values())

@@ -77,6 +77,7 @@ class TestExtends:
             ["recipe.toml:4", "training.global_batch"],
             ["base.toml:2", "training.steps"],
         ]
+        assert ["recipe.toml extends this file" in line for line in errors(path)] == [False, True], "issue 14, item 27"
 
     def test_missing_file(self, write: Write) -> None:
         path = write('# first\nextends = "bse.toml"\n[training]\nsteps = 0')
@@ -188,6 +189,17 @@ class TestFiles:
         ("[resilience]\ngrace_seconds = 1e300", "2: resilience.grace_seconds: must be a number"),
         ("[run]\nstop_after_minutes = 1e300", "2: run.stop_after_minutes: must be a number"),
         ("[data]\nworkers = 4611686018427387904", "2: data.workers: must be a whole number"),
+        # Issue 14, item 27: "lr = 1,5" was answered by "write lr = 15".
+        ('[optimizer]\nlr = "1,5"', '2: optimizer.lr: must be a number, above 0, not "1,5"; write lr = 1.5.'),
+        ('[optimizer]\nlr = "1,500"', '2: optimizer.lr: must be a number, above 0, not "1,500"; see'),
+        (
+            '[training]\nsteps = "1,500"',
+            '2: training.steps: must be a whole number, at least 1, not "1,500"; write ste',
+        ),
+        (
+            "[optimizer]\nlr = 1,5",
+            "2: column 7: not TOML: expected newline or end of document after a statement; o",
+        ),
         ("[optimizer]\nlr = -1.0", "2: optimizer.lr: must be a number, above 0, not -1.0"),
         (
             "[optimizer]\nbetas = [0.9]",
@@ -279,7 +291,7 @@ def test_synonyms_name_keys() -> None:
 
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1)
-PATHS = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1)
+PATHS = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=60)
 FOLDER_NAMES = PATHS.filter(lambda name: name not in (".", "..") and not set(name) & set("/\\"))
 COUNTS = st.none() | st.integers(1, 2**63 - 1)
 ABOVE_ZERO = st.floats(min_value=0, exclude_min=True, allow_infinity=False)

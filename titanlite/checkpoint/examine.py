@@ -33,6 +33,9 @@ def checkpoints_at(path: Path) -> list[Path]:
     if not path.exists() and re.fullmatch("[0-9]{1,18}", path.name):
         path = path.parent / "checkpoints" / folder_name(int(path.name))
     if not path.is_dir():
+        if path.parent.name == "checkpoints" and (steps := checkpoint_steps(path.parent)):
+            there = ", ".join(map(str, steps))
+            raise UsageError(f"there is no checkpoint '{path}': deleted, or never saved; there are steps {there}.")
         raise UsageError(f"there is no folder '{path}'; give a run folder, its checkpoints folder or one of its steps.")
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         return [path]

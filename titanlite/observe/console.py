@@ -7,10 +7,12 @@ Both take the same rows as the other sinks.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import IO
 
 from titanlite.durable import cause, open_file
@@ -32,9 +34,10 @@ class PlainConsole:
     def __init__(self, stream: IO[str], total_steps: int) -> None:
         self._stream: IO[str] | None = stream
         self._total_steps = total_steps
+        self._pace = Pace()
 
     def write(self, row: Row) -> None:
-        self.message(describe(row, self._total_steps))
+        self.message(describe(row, self._total_steps, self._pace.of(row)))
 
     def message(self, text: str) -> None:
         """A line, or several, for the reader."""
@@ -77,6 +80,7 @@ class TerminalConsole:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._total_steps = total_steps
+        self._pace = Pace()
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -92,7 +96,8 @@ class TerminalConsole:
 
     def write(self, row: Row) -> None:
         if "loss" in row:
-            facts = "  ".join(f"{name} {text}" for name, text in _facts(row, self._total_steps) if name in _ON_THE_LINE)
+            found = _facts(row, self._total_steps, self._pace.of(row))
+            facts = "  ".join(f"{name} {text}" for name, text in found if name in _ON_THE_LINE)
             self._draw(lambda: self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True))
         else:
             self.message(describe(row, self._total_steps))
@@ -129,21 +134,37 @@ _ON_THE_LINE = ("loss", "tokens/s", "mfu", "eta")
 _WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, "data wait": 7, "mem": 9}
 
 
-def describe(row: Row, total_steps: int) -> str:
-    """A row as one line of text, its columns at the same places in every row of a run."""
+class Pace:
+    """Seconds that a step takes, by the rows of late: the median, for a step that compiles or waits says little."""
+
+    def __init__(self) -> None:
+        self._rows: deque[float] = deque(maxlen=50)
+
+    def of(self, row: Row) -> float | None:
+        """With this row counted; None before the first metrics row."""
+        if "step_seconds" in row:
+            self._rows.append(row["step_seconds"])
+        return median(self._rows) if self._rows else None
+
+
+def describe(row: Row, total_steps: int, pace: float | None = None) -> str:
+    """A row as one line of text, its columns at the same places in every row of a run.
+
+    `pace`: seconds that the steps to come will take each; the row's own if not given.
+    """
     step = f"step {row['step']:>{len(str(total_steps))}}/{total_steps}"
     if "event" in row:
         return f"{step}  {row['event']}: {row['detail']}"
     if "validation_loss" in row:
         of = f" ({row['set']})" if "set" in row else ""
         return f"{step}  validation loss{of} {row['validation_loss']:.4f}  bits per byte {row['bits_per_byte']:.4f}"
-    facts = (f"{name} {text:>{_WIDTHS.get(name, 0)}}" for name, text in _facts(row, total_steps))
+    facts = (f"{name} {text:>{_WIDTHS.get(name, 0)}}" for name, text in _facts(row, total_steps, pace))
     return "  ".join([step, *facts])
 
 
-def _facts(row: Row, total_steps: int) -> list[tuple[str, str]]:
+def _facts(row: Row, total_steps: int, pace: float | None) -> list[tuple[str, str]]:
     """(name, text) of each quantity of a metrics row, in the order they are shown; MFU only where it is known."""
-    left = timedelta(seconds=min(round((total_steps - row["step"]) * row["step_seconds"]), _LONGEST_SECONDS))
+    left = timedelta(seconds=min(round((total_steps - row["step"]) * (pace or row["step_seconds"])), _LONGEST_SECONDS))
     facts = [
         ("loss", f"{row['loss']:.4f}"),
         ("norm", f"{row['grad_norm']:.3f}"),

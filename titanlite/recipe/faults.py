@@ -6,6 +6,7 @@ known. Where the key stands (file and line) is added by `load.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -90,16 +91,20 @@ def _fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
         near = did_you_mean(value, [str(choice) for choice in schema["enum"]])
         if near:
             return near
-    for candidate in _candidates(value):
-        if _is_valid(path, candidate):
-            return f"write {path[-1]} = {format_value(candidate)}."
+    meanings = list(dict.fromkeys(format_value(each) for each in _candidates(value) if _is_valid(path, each)))
+    if len(meanings) == 1:
+        return f"write {path[-1]} = {meanings[0]}."
     return f"see titanlite check --explain {key}"
 
 
 def _candidates(value: Any) -> list[Any]:
     """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
     if isinstance(value, str):
-        texts = (value, value.lower(), value.replace(",", "_"))
+        texts = [value, value.lower()]
+        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
+            texts.append(value.replace(",", "_"))
+        if re.fullmatch(r"[0-9]+,[0-9]+", value):  # 1,500 may be either
+            texts.append(value.replace(",", "."))
         return [parsed for parsed in map(_parsed_or_none, texts) if parsed is not None]
     if isinstance(value, bool):
         return []

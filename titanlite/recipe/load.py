@@ -34,6 +34,7 @@ ALTERNATIVES = (("training.steps", "training.tokens"),)
 _SYNTAX_FIXES = {
     "invalid value": "text needs quotes, and booleans are true and false.",
     "cannot overwrite a value": "the key is given twice; keep one of them.",
+    "expected newline or end of document after a statement": "one key a line; 1.5 has a point, not a comma.",
 }
 """What is usually meant by a complaint of `tomllib`'s."""
 
@@ -285,4 +286,5 @@ def _located(finding: Finding, origins: Mapping[KeyPath, Origin], default_file: 
     while path and path not in origins:
         path = path[:-1]
     origin = origins.get(path, Origin(default_file, 0))
-    return dataclasses.replace(finding, file=origin.file, line=origin.line)
+    heir = default_file if origin.file not in (default_file, COMMAND_LINE) else ""
+    return dataclasses.replace(finding, file=origin.file, line=origin.line, extended_by=heir)

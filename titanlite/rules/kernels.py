@@ -53,7 +53,7 @@ def _choice(recipe: Recipe, name: str, device: str) -> Choice:
 
 
 def in_words(recipe: Recipe) -> str:
-    """One line on what runs on a GPU."""
+    """One line on what runs on a GPU; on a CPU all operations are PyTorch's own."""
     found = choices(recipe)
     parts = []
     for way, runs in (("Triton", True), ("torch", False)):
@@ -62,6 +62,8 @@ def in_words(recipe: Recipe) -> str:
             if choice.fused is runs:
                 reasons.setdefault(choice.why, []).append(name)
         parts += [f"{', '.join(names)} by {way} ({why})" for why, names in reasons.items()]
+    if any(choice.fused for choice in found.values()):
+        parts[0] = f"on a GPU {parts[0]}"
     return "; ".join([*parts, _HEAD[recipe.kernels.linear_cross_entropy]])
 
 

@@ -12,7 +12,7 @@ from titanlite.data.tokenizers import separator_warning, tokenizer_of
 from titanlite.errors import Finding, UsageError
 from titanlite.models.spec import spec_of
 from titanlite.optim.names import OPTIMIZERS
-from titanlite.optim.schedules import SCHEDULES
+from titanlite.optim.schedules import SCHEDULES, lr_factor
 from titanlite.parallel.layout import ceil_div
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
 from titanlite.registry import Registry, did_you_mean
@@ -113,6 +113,13 @@ def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
     elif (section.decay_steps or 0) > room and section.name in ("linear", "cosine", "wsd"):
         problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
         yield warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
+    elif section.name == "wsd" and section.decay_steps is None and steps // 5 > room:
+        problem = f"wsd decays over the last {steps // 5} of {steps} steps, and warm-up leaves {room} of them: the rate"
+        fix = f"write schedule.decay_steps = {room} at most; {to_try}"
+        yield warning("schedule.warmup_steps", f"{problem} never comes to its peak;", fix)
+    if steps == 1 and section.name in SCHEDULES and lr_factor(1, section, 1) == 0:
+        problem = f"the last step of {section.name} has this times the peak, and it is the first: 0 trains nothing;"
+        yield warning("schedule.final_lr_ratio", problem, 'write more than 0, or name = "constant".')
 
 
 def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
