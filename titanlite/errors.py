@@ -67,6 +67,10 @@ class DataError(UsageError):
     """A corpus, a data file or a tokenizer that cannot be used; the text names the file."""
 
 
+class WorkerKilled(DataError):
+    """A process that read data for this one was killed from outside. Like a rank that is, it counts as no crash."""
+
+
 class GuardStop(TitanliteError):
     """A guard ended the training: the numbers went wrong and the recipe says to stop."""
 

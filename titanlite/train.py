@@ -33,6 +33,7 @@ from titanlite.errors import (
     StoppedEarly,
     TitanliteError,
     UsageError,
+    WorkerKilled,
 )
 from titanlite.launch import end_process, launched, launched_or_alone, torchrun, torchrun_or_none
 from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
@@ -45,7 +46,9 @@ from titanlite.resilience import crashes
 from titanlite.rules.terms import count
 
 if TYPE_CHECKING:
+    from titanlite.checkpoint.ranks import Ranks
     from titanlite.data.splits import DataSplits
+    from titanlite.data.verification import Verification
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import World
     from titanlite.resilience.watchdog import Hang
@@ -188,8 +191,9 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 read_log = ReadLog(log_path(path, place.data), place.data, layout.data_ranks, attempt, journal.say)
                 stack.callback(read_log.close)
             trainer = Trainer(
-                recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log
-            )
+                recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log,
+                _verification(stack, data, path, ranks, journal),
+            )  # fmt: skip
             hosts = ranks.each(lambda: os.fsencode(platform.node()))
             _run(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
 
@@ -235,6 +239,22 @@ def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
     )
     reading = require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
+
+
+def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, journal: Journal) -> Verification:
+    """That of this rank's part of the token files, under way until `stack` ends."""
+    from titanlite.data.verification import Verification
+
+    verification = Verification(data.token_files, path / "logs" / "verified", ranks.rank, ranks.size)
+
+    def end() -> None:
+        if (left := verification.end()) and verification.failure is None:
+            names = " ".join(str(file.prefix) for file in left)
+            journal.say(f"rank {ranks.rank} ended before it had verified {names}; titanlite data verify does it")
+
+    ranks.each(verification.begin)
+    stack.callback(end)
+    return verification
 
 
 def _opened(
@@ -299,7 +319,9 @@ def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.C
     except Exception as error:
         failed = crash(type(error).__name__, str(error), traceback.format_exc())
         # What is wrong before the first step begins is said to who can mend it, and is no step that fails.
-        if isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples):
+        if isinstance(error, WorkerKilled) or (
+            isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples)
+        ):
             raise
         if failed.ranks > 1 and is_loss_of_another(error):
             raise OtherRankFailed(crashes.whom_it_follows(records, failed.attempt, failed.rank, error)) from error

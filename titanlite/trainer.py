@@ -22,8 +22,10 @@ from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.audit import REORDERED
 from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
 from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
+from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, compression_baselines
-from titanlite.errors import GuardStop, StoppedEarly, UsageError
+from titanlite.data.verification import Verification
+from titanlite.errors import DataError, GuardStop, StoppedEarly, UsageError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard, may_be_nonfinite
 from titanlite.observe.flops import peak_flops
@@ -69,6 +71,7 @@ class Trainer:
         watchdog: Watchdog = OFF,
         snapshots: Snapshots | None = None,
         read_log: ReadLog | NoLog = NO_LOG,
+        verification: Verification | None = None,
     ) -> None:
         """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
         there is one.
@@ -81,6 +84,9 @@ class Trainer:
         self.journal = journal
         self.watchdog = watchdog
         self.read_log = read_log
+        self._verification = verification
+        self._unvalidated: DataError | None = None
+        """Why a validation set could not be read."""
         self.total_steps = total_steps(recipe.training)
         layout = agreed_layout(recipe.parallel, world.size)
         self.plan = batch_plan(recipe, layout, layout.place(world.rank).data)
@@ -175,7 +181,7 @@ class Trainer:
         for batch, wait_seconds in self._batches():
             self._train_step(batch, wait_seconds)
             self._after_step()
-            unreadable = "data cannot be read" if self._ahead.failure is not None else None
+            unreadable = "data cannot be read" if self._data_failure is not None else None
             agreement = stop_requests.agreed(self._time_limit(started) or unreadable, self.saving.due())
             self._stop_if(self._step_limit() or agreement.stop)
             if agreement.save:
@@ -183,16 +189,31 @@ class Trainer:
                     self._save()
             self.saving.look()
         self._save_at_end()  # a signal waits for this one too
+        self._raise_unreadable()
         self._require_good_end()
 
     def _stop_if(self, reason: str | None) -> None:
         """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
         if reason and self.step < self.total_steps:
             self._save_at_end()
-            if self._ahead.failure is not None:
-                said = f" The state after step {self.step} is saved."
-                raise self._ahead.unreadable(said) from self._ahead.failure
+            self._raise_unreadable()
             raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
+
+    @property
+    def _data_failure(self) -> Exception | None:
+        """Why this rank cannot go on with its data."""
+        damage = self._verification.failure if self._verification else None
+        return self._ahead.failure or self._unvalidated or damage
+
+    def _raise_unreadable(self) -> None:
+        """Raise why this rank cannot go on with its data, if there is a reason. The state is saved."""
+        failure = self._data_failure
+        if failure is None:
+            return
+        said = f" The state after step {self.step} is saved."
+        if failure is self._ahead.failure:
+            raise self._ahead.unreadable(said) from failure
+        raise DataError(f"{str(failure).removesuffix('.')}.{said}") from failure
 
     def _train_step(self, batch: Batch, wait_seconds: float) -> None:
         """One optimizer step; the host only queues work, unless this step is logged."""
@@ -254,6 +275,7 @@ class Trainer:
     def _validate(self, last: bool) -> None:
         """Loss on each validation set; after the last step with what compressors make of the same text beside it."""
         losses, sets = [], self.data.validation
+        failures: list[Exception] = []
         for text in sets:
             batches = validation_batches(
                 text,
@@ -261,12 +283,18 @@ class Trainer:
                 self.plan.microbatch,
                 self.plan.data_ranks,
                 self.plan.data_rank,
+                failures,
             )
             result = self.program.evaluate(batches)
+            if failures:
+                said = f"validation after step {self.step}: the set {text.name} cannot be read: {failures[0]}"
+                self._unvalidated = DataError(said)
+            if result is None:
+                return
             losses.append(result.loss)
             named = text.name if len(sets) > 1 else None
             self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte, named))
-            if last and self.world.is_first and (baselines := compression_baselines(text)):
+            if last and self.world.is_first and (baselines := self._baselines(text)):
                 needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
                 of = f" ({named})" if named else ""
                 said = f"on the same held-out text{of}, in bits per byte: {needed}"
@@ -280,6 +308,14 @@ class Trainer:
             if bad.action == "stop":
                 self._save_at_end()
             self.guards.act([bad])
+
+    def _baselines(self, text: Source) -> dict[str, float]:
+        """`compression_baselines`; none of what cannot be read any more."""
+        try:
+            return compression_baselines(text)
+        except UNREADABLE as error:
+            self.journal.say(f"warning: no compressor was run on the set {text.name}: {error}")
+            return {}
 
     def _save(self) -> None:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -253,6 +254,16 @@ def weight_is_nan(step: int, in_model: bool = True) -> None:
         "forward",
         lambda self, *_, **__: next(self.parameters()).data.fill_(float("nan")) if _step == step else None,
     )
+
+
+def worker_killed(step: int) -> None:
+    """SIGKILL to the processes that this one has started, as by a system that is out of memory."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    between_saves(step, kill)
 
 
 def stopped(step: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -33,7 +35,7 @@ class OpenFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no wait for a FIFO's writer
         status = os.fstat(self._descriptor)
-        self.size, self.identity = status.st_size, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        self.size, self.modified_ns = status.st_size, status.st_mtime_ns
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{path}: not a regular file; give one that prepare has written.")
 
@@ -61,11 +63,17 @@ class OpenFile:
             ) from error
         return data
 
-    def hash(self, block_bytes: int = 2**22) -> str:
-        """xxh3_64 of all of it. Raises `DataError` if it cannot be read."""
-        digest = xxhash.xxh3_64()
+    def hash(self, pause: Callable[[float], bool] = lambda _: False) -> str:
+        """xxh3_64 of all of it. Raises `DataError` if it cannot be read.
+
+        `pause` is called after each block with the seconds that it took, and says whether to give up.
+        """
+        digest, block_bytes = xxhash.xxh3_64(), 2**22
         for offset in range(0, self.size, block_bytes):
+            begun = time.monotonic()
             digest.update(self.read(offset, min(block_bytes, self.size - offset)))
+            if pause(time.monotonic() - begun):
+                break
         return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ so neither their number nor a restart changes what is read. The state to save is
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +29,7 @@ from titanlite.data.packing import document_layout
 from titanlite.data.sources import Source
 from titanlite.data.splits import Split
 from titanlite.data.tokenizers import Tokens
-from titanlite.errors import DataError
+from titanlite.errors import DataError, WorkerKilled
 from titanlite.models.loss import IGNORED
 from titanlite.parallel.layout import BatchPlan, Course, ceil_div
 
@@ -88,6 +91,7 @@ def train_loader(
     `overfit_one_batch` every step has those of sample 0.
     """
     course = Course(0, first_sample, plan.global_batch, skipped)
+    others, handler = active_children(), signal.getsignal(signal.SIGCHLD) if workers else None
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -104,17 +108,39 @@ def train_loader(
             generator=torch.Generator(),  # its own: the workers' seeds must not be drawn from the model's randomness
             snapshot_every_n_steps=0,  # there is no state
         )
-    return map(_raised, iter(loader))
+    batches = iter(loader)
+    if workers and threading.current_thread() is threading.main_thread():
+        # Of torch, this raises for a killed worker wherever the trainer happens to be, in the middle of a step too.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return _read(batches, [child for child in active_children() if child not in others])
 
 
 UNREADABLE = (OSError, ValueError, DataError)
 """What reading a batch may raise because of the data; anything else is no matter of theirs."""
 
 
-def _raised(read: Batch | Exception) -> Batch:
-    if isinstance(read, Exception):
-        raise read
-    return read
+def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) -> Iterator[Batch]:
+    """The batches; raises in place of one what kept it from being read."""
+    while True:
+        try:
+            read = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            ended = [f"{worker.pid} ({_end(worker.exitcode)})" for worker in workers if worker.exitcode]
+            if not ended:
+                raise
+            raise WorkerKilled(
+                f"a data worker ended, process {', '.join(ended)}; if memory ran out, set a smaller data.workers or "
+                "data.prefetch, and start the run again"
+            ) from error
+        if isinstance(read, Exception):
+            raise read
+        yield read
+
+
+def _end(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 class ReadAhead:
@@ -158,26 +184,39 @@ class ReadAhead:
         self.step = self._next + len(self._read)
         first, end = self._course.first(self.step), self._course.end(self.step)
         said = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
-        return DataError(f"{said}: {str(self.failure).removesuffix('.')}.{saved}")
+        kind = WorkerKilled if isinstance(self.failure, WorkerKilled) else DataError
+        return kind(f"{said}: {str(self.failure).removesuffix('.')}.{saved}")
 
 
 def validation_batches(
-    source: Source, sequences: int, microbatch: int, data_ranks: int, data_rank: int
-) -> Iterator[tuple[Batch, int]]:
+    source: Source,
+    sequences: int,
+    microbatch: int,
+    data_ranks: int,
+    data_rank: int,
+    failures: list[Exception] | None = None,
+) -> Iterator[tuple[Batch, float]]:
     """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for.
 
     The sequences (fewer where the source has no more) lie evenly over the source and are the same each time. Every
     rank gets as many batches as any other, so that collectives pair up; what is missing is padding. Bits per byte
-    are the summed loss / ln 2 / bytes, both sums over all batches and ranks.
+    are the summed loss / ln 2 / bytes, both sums over all batches and ranks. In place of a batch that cannot be read is
+    padding, which stands for NaN bytes, so that the sums of all ranks show it; why, is added to `failures`.
     """
     count = min(sequences, source.windows)
     plan = BatchPlan(count, data_ranks, data_rank, min(microbatch, ceil_div(count, data_ranks)))
     chosen = plan.samples(0)
     for start in range(0, len(chosen), plan.microbatch):
         numbers = chosen[start : start + plan.microbatch]
-        windows = [source.window(number * source.windows // count) for number in numbers if number is not None]
-        batch = _assemble(source, windows, numbers, (1, plan.microbatch), count)
-        yield batch, sum(source.tokenizer.bytes_of(window[1:]) for window in windows)
+        try:
+            windows = [source.window(number * source.windows // count) for number in numbers if number is not None]
+            label_bytes: float = sum(source.tokenizer.bytes_of(window[1:]) for window in windows)
+        except UNREADABLE as error:
+            if failures is None:
+                raise
+            failures.append(error)
+            windows, label_bytes = [], math.nan
+        yield _assemble(source, windows, numbers, (1, plan.microbatch), count), label_bytes
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import xxhash
 
-from titanlite.data.fill_in import fill_in, filled_in
+from titanlite.data.fill_in import FilledIn, fill_in, filled_in
 from titanlite.data.order import sample_position
 from titanlite.data.packing import Stream
 from titanlite.data.schedule import Schedule, Stage, schedule
 from titanlite.data.sources import Source, Texts, open_streams
+from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenizers import Tokenizer, Tokens, tokenizer_of
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, DataSource, Packing
@@ -94,6 +95,13 @@ class DataSplits:
     def validation_texts(self) -> dict[str, str]:
         """Fingerprints of the validation sets, as `Split.past` has those of the sources."""
         return {f"validation/{each.name}": each.fingerprint for each in self.validation}
+
+    @property
+    def token_files(self) -> list[TokenFile]:
+        """Those that training and validation read, each once."""
+        streams = [stream for source in (*self.train.sources, *self.validation) for stream in source.streams]
+        files = [stream.stream if isinstance(stream, FilledIn) else stream for stream in streams]
+        return list({file.prefix.resolve(): file for file in files if isinstance(file, TokenFile)}.values())
 
     @property
     def fingerprint(self) -> int:

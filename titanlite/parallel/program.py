@@ -150,8 +150,11 @@ class Program:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Batch, int]]) -> Evaluation:
-        """Loss over held-out batches, each with the bytes that its labels stand for. Reads the device once."""
+    def evaluate(self, batches: Iterable[tuple[Batch, float]]) -> Evaluation | None:
+        """Loss over held-out batches, each with the bytes that its labels stand for. Reads the device once.
+
+        None, on every rank, if these are NaN for a batch of any: it could not be read.
+        """
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         self._refresh()
         for batch, label_bytes in batches:
@@ -161,6 +164,8 @@ class Program:
         self._passes.after_evaluation()
         self.world.reduce(sums, "sum")
         total, tokens, label_bytes = sums.tolist()
+        if math.isnan(label_bytes):
+            return None
         bits_per_byte = total / math.log(2) / label_bytes if label_bytes else math.nan
         return Evaluation(total / tokens if tokens else math.nan, bits_per_byte)
 
