@@ -44,7 +44,7 @@ class Run(Section):
     name: FolderName = "run"
     """Name of the run; its folder is `output_dir/name`."""
     output_dir: PathText = "runs"
-    """Folder that holds run folders; relative to where the command is started."""
+    """Folder that holds run folders; relative to where the command is started, `~` is your home, as in every path."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and of the data order."""
     deterministic: bool = False
