@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on a busy two-core machine collapse
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # The compiler's cache does not tell apart what it holds for other vectors, which would not build for these.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{capability}")
 
 import pytest
 import torch
