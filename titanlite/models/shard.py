@@ -23,7 +23,8 @@ def may_be_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
 
     Norms of finite numbers are finite unless their squares overflow: `is_finite`, several times slower, decides then.
     """
-    return ~torch.stack(torch._foreach_norm([tensor for tensor in tensors if tensor.numel()])).isfinite().all()
+    held = [tensor for tensor in tensors if tensor.numel() and tensor.is_floating_point()]
+    return ~torch.stack(torch._foreach_norm(held)).isfinite().all() if held else torch.tensor(False)
 
 
 @dataclass(frozen=True)
