@@ -150,7 +150,8 @@ class TestCheck:
             272,
         )
         missing = [(each["key"], each["line"], each["severity"]) for each in report["findings"]]
-        assert missing == [("data.sources.1.path", 12, "warning"), ("data.validation.0.path", 16, "warning")]
+        keys = [("data.sources.1.path", 12), ("data.validation.0.path", 16), ("data.validation_percent", 3)]
+        assert missing == [(*key, "warning") for key in keys]
         assert (
             "nowhere/*.txt" in report["findings"][0]["problem"] and "absent.jsonl" in report["findings"][1]["problem"]
         )

@@ -227,6 +227,7 @@ def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
 def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
     """The run's data, and what is to be said of it. Raises `DataError`, also where it does not suffice."""
     from titanlite.data.splits import open_data, require_samples
+    from titanlite.data.survey import shared_texts
     from titanlite.data.tokenised import texts_folder
     from titanlite.data.tokenizers import describe_separator
 
@@ -238,6 +239,8 @@ def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
         texts_folder=texts_folder(recipe.run),
     )
     reading = require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
+    if launched().is_first:
+        reading += [f"warning: {finding}" for finding in shared_texts(recipe.data)]
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
 
 

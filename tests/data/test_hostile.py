@@ -1,7 +1,7 @@
 """Damaged and hostile files, hundreds of each kind: no crash, no traceback, no bytes that are not the file's.
 
-Issue 14, items 5, 9 and 16. The files are read by a child process, so that a signal that ends it is seen; it reports
-each one, and is started again after the one that ended it.
+Issue 14, items 5, 9, 14 and 16. The files are read by a child process, so that a signal that ends it is seen; it
+reports each one, and is started again after the one that ended it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import pytest
 from titanlite.data.corpora import Document
 from titanlite.data.corpora.files import FileReader
 from titanlite.data.corpora.formats import divide, documents
+from titanlite.data.sources import Source
+from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
 
@@ -139,12 +141,39 @@ def read_tokenizer(number: int) -> None:
     tokenizer.export()
 
 
+def read_token_file(number: int) -> None:
+    """Mutated ids, index or sidecar; every other time without a sidecar, as Megatron's."""
+    from test_token_file import write  # beside this file, which the child is started from
+
+    documents = [[*(text % 256 for text in range(size, 2 * size)), 256] for size in range(0, 80, 3)]
+    write(Path("x"), documents)
+    path = Path(f"x.{('idx', 'json', 'bin', 'idx')[number % 4]}")
+    content = path.read_bytes()
+    chance = random.Random(number)
+    path.write_bytes(mutated_json(json.loads(content), chance) if path.suffix == ".json" else mutated(content, chance))
+    if number % 8 >= 4 and path.suffix != ".json":
+        Path("x.json").unlink()
+    data, tokenizer = Path("x.bin").read_bytes(), open_tokenizer("bytes")
+    file = TokenFile.open("x")
+    file.require_tokenizer("bytes", tokenizer)
+    for packing in ("cut", "best_fit"):
+        source = Source("s", (file,), tokenizer, 16, True, packing)
+        for index in range(source.windows):
+            window = source.window(index)
+            at = source.locate(index)[1] * file.tokens.dtype.itemsize
+            assert packing == "best_fit" or data[at : at + window.nbytes] == window.tobytes(), "foreign bytes"
+    if file.info is not None:
+        file.info.report()
+    file.verify(tokenizer.vocab_size, tokenizer.separator)
+
+
 _FIELDS: dict[int, Any] = {}
 READERS: dict[str, Callable[[int], None]] = {
     "arrow": lambda number: read_table("arrow", arrow_bytes, number),
     "parquet": lambda number: read_table("parquet", parquet_bytes, number),
     "tokenizer.json": read_tokenizer,
     "state.json": read_state,
+    "token file": read_token_file,
 }
 
 
@@ -156,7 +185,7 @@ def main(name: str, first: int, stop: int) -> None:
             READERS[name](number)
             outcome = "read"
         except DataError as error:
-            named = any(path in str(error) for path in ("x.", "tokenizer.json", "dataset/"))
+            named = any(path in str(error) for path in ("x.", " x:", "tokenizer.json", "dataset/"))
             outcome = "refused" if named else f"unnamed: {error}"
         except BaseException:
             outcome = traceback.format_exc().replace("\n", " | ")
@@ -166,7 +195,7 @@ def main(name: str, first: int, stop: int) -> None:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("arrow", 500), ("parquet", 500), ("state.json", 500), ("tokenizer.json", 100),
+        ("arrow", 500), ("parquet", 500), ("state.json", 500), ("token file", 500), ("tokenizer.json", 100),
         pytest.param("tokenizer.json", 500, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tiny import write_tiny
 
 from titanlite.cli import run_command
 from titanlite.data.command import main as data_command
+from titanlite.learner import Learner
 from titanlite.recipe.load import load_recipe, to_toml
 from titanlite.train import main
 
@@ -75,3 +77,27 @@ def test_the_resolved_recipe_reads_back(folder: Path) -> None:
     recipe = load_recipe(folder / "recipe.toml").recipe
     (folder / "again.toml").write_text(to_toml(recipe))
     assert load_recipe(folder / "again.toml").recipe == recipe
+
+
+@pytest.mark.parametrize(("cut_at", "saved"), [(3, 6), (7, 8)])
+def test_a_validation_set_that_cannot_be_read_ends_a_run_that_is_saved(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cut_at: int, saved: int
+) -> None:
+    """Issue 14, item 14: as training data that cannot be read; after the last step too. No row has a part of a loss."""
+    assert data_command(["prepare", "corpus.txt", "--out", "held"]) == 0
+    (folder / "recipe.toml").write_text(
+        (folder / "recipe.toml").read_text().replace('["corpus.txt", "cubes.txt"]', '"held"')
+    )
+    step = Learner.step
+
+    def cut(self: Learner, number: int, *rest: Any) -> Any:
+        if number == cut_at:
+            os.truncate("held.bin", 1_000)
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Learner, "step", cut)
+    assert train() == 2
+    said = capsys.readouterr().err
+    assert f"validation after step {saved}: the set both cannot be read: held.bin: cut short" in said
+    assert (folder / f"runs/tiny/checkpoints/step-{saved:08d}").is_dir()
+    assert [row[2] is not None for row in curve("tiny") if row[1] is None] == [True] * (saved == 8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pytest
 from titanlite.data.command import main as data_command
 from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, open_data, require_samples
+from titanlite.data.survey import shared_texts
+from titanlite.data.verification import Verification
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -242,3 +246,84 @@ def test_special_tokens_may_come_after_those_that_a_file_was_made_with(texts: Pa
     for other in ([], ["<2>", "<1>"]):
         with pytest.raises(DataError, match="separator and special_tokens as for it"):
             opened(texts, sources=sources, validated=False, special_tokens=other)
+
+
+def test_a_file_that_several_keys_read_is_said(texts: Path, prepared: Path, tmp_path: Path) -> None:
+    """Issue 14, item 6: by whichever names and links, with both keys; nothing is said of other files."""
+    (tmp_path / "link").symlink_to(texts / "a")
+    os.link(texts / "c" / "0.txt", tmp_path / "hard.txt")
+    for end in (".bin", ".idx", ".json"):
+        (tmp_path / f"b{end}").symlink_to(f"{prepared}{end}")
+
+    def said(*validation: Path | str, **sources: Path | str) -> list[tuple[str, str]]:
+        sets = [{"name": str(index), "path": str(path)} for index, path in enumerate(validation)]
+        named = [{"name": name, "path": str(path)} for name, path in sources.items()]
+        section = Data.model_validate({"sources": named, "validation": sets, "validation_percent": 0.0})
+        return [(finding.key, finding.problem) for finding in shared_texts(section)]
+
+    assert said(texts / "c", a=texts / "a", b=prepared) == []
+    assert said(f"{prepared}-validation", b=prepared) == []
+    ((key, problem),) = said(a=texts / "a", b=tmp_path / "link")
+    assert key == "data.sources.1.path" and "data.sources.0.path" in problem and "149 files more" in problem
+    assert str(texts / "a") in problem
+    for source, other in ((texts / "c", tmp_path / "hard.txt"), (prepared, tmp_path / "b"), ("python-stdlib",) * 2):
+        ((key, problem),) = said(other, x=source)
+        assert key == "data.validation.0.path" and "data.sources.0.path" in problem, problem
+
+
+def test_texts_that_are_held_out_for_nothing_are_said(texts: Path, prepared: Path) -> None:
+    """Issue 14, item 6: with sets named, nothing reads the held-out share of texts; token files have none of it."""
+
+    def said(**data: Any) -> list[str]:
+        return [finding.key for finding in shared_texts(Data.model_validate(data))]
+
+    named = [{"name": "c", "path": str(texts / "c")}]
+    assert said(corpus=str(texts / "a"), validation=named) == ["data.validation_percent"]
+    assert said(corpus=str(texts / "a"), validation=named, validation_percent=0.0) == []
+    assert said(corpus=str(prepared), validation=named) == said(corpus=str(texts / "a")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_texts_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 14, section D: a sentence with key and file before the system kills the process; the limit is lifted."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr("titanlite.data.memory._free_bytes", lambda: 2**27)
+    (tmp_path / "large.txt").touch()
+    os.truncate(tmp_path / "large.txt", 2**33)
+    with pytest.raises(DataError, match=r"data\.corpus = \['.*large\.txt'\]: does not fit into memory \(128\.00 MiB"):
+        open_data(Data(corpus=str(tmp_path / "large.txt")), LENGTH, 0)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    (tmp_path / "small.txt").write_text("small " * 100)
+    assert open_data(Data(corpus=str(tmp_path / "small.txt")), LENGTH, 0, validated=False).train.windows
+
+
+def test_each_token_file_is_verified_once_by_one_rank(texts: Path, tmp_path: Path) -> None:
+    """Issue 14, item 10."""
+    for name in "abc":
+        prepare(str(texts / name), "--out", str(tmp_path / name))
+    section = Data(
+        corpus=f"{tmp_path}/*", special_tokens=["<1>", "<2>", "<3>"], fim_tokens=("<1>", "<2>", "<3>"), fim_rate=0.5
+    )
+    files = open_data(section, LENGTH, 0, validated=False).token_files
+    assert [file.prefix.name for file in files] == ["a", "b", "c"]
+
+    def verify(rank: int) -> Verification:
+        found = Verification(files, tmp_path / "verified", rank, 2)
+        found.begin()
+        found._thread.join()
+        assert found.end() == []
+        return found
+
+    damaged = (tmp_path / "b.bin").read_bytes()
+    (tmp_path / "b.bin").write_bytes(damaged[:-4] + b"\0\0" + damaged[-2:])
+    files = open_data(section, LENGTH, 0, validated=False).token_files
+    assert verify(0).failure is None and len(list((tmp_path / "verified").iterdir())) == 2
+    failure = verify(1).failure
+    assert failure is not None and str(failure).startswith(f"{tmp_path}/b.bin: damaged")
+    assert len(list((tmp_path / "verified").iterdir())) == 3
+    with pytest.raises(DataError, match=r"b\.bin: damaged"):
+        verify(1)
+    (tmp_path / "a.bin").unlink()  # verified, and not read again
+    assert verify(0).failure is None

@@ -16,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from titanlite.data.fill_in import FilledIn, fill_in, filled_in
+from titanlite.data.memory import within_memory
 from titanlite.data.order import sample_position
 from titanlite.data.packing import Stream
 from titanlite.data.schedule import Schedule, Stage, schedule
@@ -140,22 +141,24 @@ def open_data(
         return Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
 
     for name, paths, key in named_sources(section):
-        opened = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
-        training = opened.training
-        if section.fim_rate:
-            training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
-        sources.append(source(name, training))
-        _require_a_window(sources[-1], f"{key} = {paths!r}: its training part", _LOWER)
-        if validated and not section.validation:
-            held_out.append(source(name, opened.validation))
-            if opened.validation:
-                _require_a_window(held_out[-1], f"{key} = {paths!r}: its validation part", _HIGHER)
+        with within_memory(f"{key} = {paths!r}"):
+            opened = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
+            training = opened.training
+            if section.fim_rate:
+                training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
+            sources.append(source(name, training))
+            _require_a_window(sources[-1], f"{key} = {paths!r}: its training part", _LOWER)
+            if validated and not section.validation:
+                held_out.append(source(name, opened.validation))
+                if opened.validation:
+                    _require_a_window(held_out[-1], f"{key} = {paths!r}: its validation part", _HIGHER)
     if validated:
         for index, named in enumerate(section.validation):
-            key, paths = f"data.validation.{index}.path", _list(named.path)
-            opened = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
-            held_out.append(source(named.name, opened.training))
-            _require_a_window(held_out[-1], f"{key} = {paths!r}: it", "")
+            key, paths = f"data.validation.{index}.path", as_list(named.path)
+            with within_memory(f"{key} = {paths!r}"):
+                opened = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
+                held_out.append(source(named.name, opened.training))
+                _require_a_window(held_out[-1], f"{key} = {paths!r}: it", "")
     sets = tuple(each for each in held_out if each.streams)
     if validated and not sets:
         raise DataError(
@@ -205,11 +208,11 @@ def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[
 def named_sources(section: Data) -> list[tuple[str, list[str], str]]:
     """Each source's name, its paths, and their key in the recipe."""
     if not section.sources:
-        return [(ONLY_SOURCE, _list(section.corpus or "python-stdlib"), "data.corpus")]
-    return [(each.name, _list(each.path), f"data.sources.{i}.path") for i, each in enumerate(section.sources)]
+        return [(ONLY_SOURCE, as_list(section.corpus or "python-stdlib"), "data.corpus")]
+    return [(each.name, as_list(each.path), f"data.sources.{i}.path") for i, each in enumerate(section.sources)]
 
 
-def _list(path: str | list[str]) -> list[str]:
+def as_list(path: str | list[str]) -> list[str]:
     return [path] if isinstance(path, str) else path
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 from titanlite.data.corpora import CORPORA
 from titanlite.data.corpora.files import Asked, FileReader
 from titanlite.data.sources import open_token_file, token_files
-from titanlite.data.splits import named_sources
+from titanlite.data.splits import as_list, named_sources
+from titanlite.data.token_file import paths_of
 from titanlite.data.tokenizers import Tokenizer, describe_separator, tokenizer_of
 from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
@@ -41,7 +44,54 @@ def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
         "stages": [stage.model_dump() for stage in section.stages],
         "validation": sets,
     }
-    return found, findings
+    return found, findings + shared_texts(section)
+
+
+def shared_texts(section: Data) -> list[Finding]:
+    """Warnings of a file that several sources or validation sets read, by whichever names and links, and of texts that
+    are held out though other sets are named. What cannot be read is left to those who read it.
+    """
+    sources = [(key, paths) for _, paths, key in named_sources(section)]
+    sets = [(f"data.validation.{index}.path", as_list(each.path)) for index, each in enumerate(section.validation)]
+    if len(sources) + len(sets) == 1:
+        return []
+    seen: dict[Any, str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    texts = False
+    for key, paths in (*sources, *sets):
+        for path, is_text in _files(paths, key, section):
+            texts = texts or (is_text and not key.startswith("data.validation"))
+            with suppress(OSError):
+                status = None if path in CORPORA else os.stat(path)
+                other = seen.setdefault((status.st_dev, status.st_ino) if status else path, key)
+                if other != key:
+                    shared.setdefault((key, other), []).append(os.path.realpath(path) if status else path)
+    findings = []
+    for (key, other), files in shared.items():
+        more = f" and {len(files) - 1} files more" if len(files) > 1 else ""
+        fix = "take it out of one, if that is not meant."
+        if key.startswith("data.validation") and not other.startswith("data.validation"):
+            fix = "what is trained on shows nothing as a validation set; take it out of one."
+        findings.append(Finding(key, f"{files[0]}{more}: {other} reads the same;", fix, severity="warning"))
+    if sets and texts and section.validation_percent:
+        problem = f"{section.validation_percent:g} % of the texts are held out, and nothing reads them, for "
+        problem += "data.validation names other sets;"
+        fix = "set data.validation_percent = 0 to train on them too."
+        findings.append(Finding("data.validation_percent", problem, fix, severity="warning"))
+    return findings
+
+
+def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str, bool]]:
+    """All files that are read, and whether they are texts; of token files the ids."""
+    reader = FileReader(section.text_key, Asked(entries=key))
+    for entry in paths:
+        with suppress(UsageError):
+            prefixes = token_files(entry)
+            yield from ((str(paths_of(prefix).bin), False) for prefix in prefixes)
+            if not prefixes and entry in CORPORA:
+                yield entry, True
+            elif not prefixes:
+                yield from ((str(file.path), True) for file in reader.files(entry))
 
 
 def _look(

@@ -245,7 +245,8 @@ class TokenFile:
         self._require_order(self.lengths.file.path)
         for first in range(0, self.documents, BLOCK):
             self._require_ids(first, min(first + BLOCK, self.documents), vocab_size, separator)
-        self.verify_hashes()
+        if self.info is not None:
+            self.verify_hashes()
 
     def verify_hashes(self, hash_of: Callable[[OpenFile], str] = OpenFile.hash) -> None:
         """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of."""

@@ -1,4 +1,4 @@
-"""Texts that a recipe names as they are, tokenised once, into files that all ranks map, where they are too many to be
+"""Texts that a recipe names as they are, tokenised once, into files that all ranks read, where they are too many to be
 held in each one's memory.
 
 The files are those of `titanlite data prepare`, and their tokens those that reading the texts would give.

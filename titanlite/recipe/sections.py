@@ -164,8 +164,8 @@ class Data(Section):
     text_key: Text = "text"
     """Field of a JSONL line that holds its text."""
     validation_percent: Annotated[float, Field(ge=0, lt=100)] = 4.0
-    """Share of the files (JSONL: of the lines) held out for validation, chosen by a hash of their name (line); 0: none,
-    as where `validation` names other texts."""
+    """Share of the files (JSONL: of the lines) held out for validation, chosen by a hash of their name (line), also
+    where `validation` names other texts: set 0 then, which holds out none."""
     packing: Packing = "cut"
     """How documents become sequences: `cut` lays them end to end and cuts; `best_fit` puts together those that fit, so
     that none is cut but what is longer than a sequence, and pads what is left (the tokens of a run include padding)."""
