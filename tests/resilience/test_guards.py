@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(folder: Path, scram
         return first == BAD
 
     scramble(spoil)
-    assert train("--resilience.on_spike=rollback") == 0
+    assert train("--resilience.on_spike=rollback", "--checkpoint.mode=sync") == 0
     (event,) = rows("tiny", "rollback")
     assert event["values"]["to_step"] == 10 and event["values"]["samples"] == [10 * BATCH, 28 * BATCH - 1]
     assert rows("tiny")[-1]["step"] == 32
@@ -474,7 +474,8 @@ def test_large_values_are_no_false_alarm() -> None:
     large["c"][1] = INF
     (bad,) = guards.review(7, torch.tensor(True), lambda: nonfinite_names(large, 1))
     assert (bad.step, bad.kind, bad.tensors, bad.action) == (7, "nonfinite_state", "c", "stop")
-    assert not may_be_nonfinite([torch.ones(3), torch.ones(2, dtype=torch.float64), torch.zeros(0)])
+    sound = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.zeros(0), torch.ones(2, dtype=torch.int64)]
+    assert not may_be_nonfinite(sound) and not may_be_nonfinite(sound[2:])
 
 
 @pytest.mark.parametrize(("first", "code"), [(31, 3), (32, 0)])

@@ -59,7 +59,7 @@ def load_state(
 def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
     """Weights and moments that are no numbers train nothing and say nothing, however whole their files are."""
     learned = {name: each.tensor for name, each in into.items() if name.startswith(("model.", "optimizer."))}
-    if not any(tensor.numel() for tensor in learned.values()) or not may_be_nonfinite(learned.values()):
+    if not may_be_nonfinite(learned.values()):
         return
     for name, tensor in learned.items():
         if not is_finite(tensor):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite, in one pass and without a copy; waits for the device."""
-    if tensor.numel() == 0 or not tensor.is_floating_point() or tensor.element_size() < 2:
+    if not _may_overflow(tensor):
         return True
     ends = torch.stack(torch.aminmax(tensor.detach()))  # a NaN is both
     return bool(ends.isfinite().all())
@@ -23,8 +23,12 @@ def may_be_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
 
     Norms of finite numbers are finite unless their squares overflow: `is_finite`, several times slower, decides then.
     """
-    held = [tensor for tensor in tensors if tensor.numel() and tensor.is_floating_point()]
-    return ~torch.stack(torch._foreach_norm(held)).isfinite().all() if held else torch.tensor(False)
+    held = [tensor for tensor in tensors if _may_overflow(tensor)]
+    return ~torch.stack(torch._foreach_norm(held)).isfinite().all() if held else torch.zeros((), dtype=torch.bool)
+
+
+def _may_overflow(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.is_floating_point() and tensor.element_size() > 1
 
 
 @dataclass(frozen=True)
