@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.check import checked, report
+from titanlite.checkpoint import plan
+from titanlite.checkpoint.plan import pieces
 from titanlite.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
 from titanlite.errors import Finding, RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
 from titanlite.parallel.layout import Layout, batch_plan, layout_of
-from titanlite.parallel.slicing import pattern_of
+from titanlite.parallel.slicing import Share, box, pattern_of, slicings
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.rules import RULES, check
+from titanlite.rules.layout import checkpoint_parts
 from titanlite.sharding_table import sharding_table, sharding_text
 
 
@@ -87,6 +91,12 @@ def test_a_sound_recipe_has_no_findings() -> None:
     assert found(**ROUNDS) == found(**ROUNDS, parallel__tp=2) == [], "nothing waits to be sent"
 
 
+WIDE_405B = {
+    **{"model__preset": "custom", "model__layers": 126, "model__dim": 16384, "model__heads": 128},
+    **{"model__kv_heads": 8, "model__ffn_dim": 53248, "training__global_batch": 4096, "parallel__tp": 8},
+}
+
+
 @pytest.mark.parametrize(
     ("key", "keys"),
     [
@@ -152,6 +162,7 @@ def test_a_sound_recipe_has_no_findings() -> None:
         ("training.sequence_length", {**CP_TP, "training__sequence_length": 254, "world": 4}),
         ("parallel.async_tp", {"parallel__tp": 2, "parallel__async_tp": True, "world": 2}),
         ("parallel.offload", {"parallel__offload": True}),
+        ("parallel.dp_replicate", {**WIDE_405B, "parallel__zero_stage": 3, "world": 16384}),
         ("checkpoint.resume_from", {"checkpoint__warm_start": "a", "checkpoint__resume_from": "b"}),
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "checkpoint__every_steps": 2}),
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "validation__every_steps": 2}),
@@ -308,6 +319,7 @@ def test_warnings(key: str, keys: dict[str, Any]) -> None:
         {"recompute__mode": "selective", "recompute__every": 2, "compile__enabled": True},
         {"recompute__mode": "selective"},
         {"recompute__budget": 0.5, "compile__enabled": True},
+        {**WIDE_405B, "parallel__zero_stage": 3, "parallel__dp_replicate": 8, "world": 16384},
     ],
 )
 def test_what_is_right_next_to_what_is_wrong(keys: dict[str, Any]) -> None:
@@ -362,6 +374,11 @@ def test_what_is_right_next_to_what_is_wrong(keys: dict[str, Any]) -> None:
         (
             "a rank's share of 32 sequences makes 8 microbatches of 4, not 4; leave it out, or training.microbatch.",
             {**pipeline("1F1B", microbatches=4), "training__microbatch": 4, "world": 2},
+        ),
+        (
+            "a checkpoint would be a table of 8,905,824 parts, and 8,388,608 can be read back; "
+            "cut the weights over fewer ranks, such as by dp_replicate = 8, dp_shard = 256.",
+            {**WIDE_405B, "parallel__dp_replicate": 4, "parallel__zero_stage": 3, "world": 16384},
         ),
     ],
 )
@@ -503,6 +520,39 @@ def test_all_ranks_together_hold_the_model_as_often_as_there_are_copies(any_reci
     sizes = [[sum(prod(item.kept) for item in rank) for rank in ranks] for ranks in held]
     assert sum(map(sum, sizes)) * copies == (once + twice) * copies
     assert describe(any_recipe, world)["parameters_kept"] == max(map(max, sizes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(MOSTLY_SOUND, st.sampled_from([2**24, 2**10]), st.sampled_from([2**29, 2**14]))
+def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
+    any_recipe: Recipe, shared_bytes: int, file_bytes: int
+) -> None:
+    """Issue 14, section D: a run writes no table that its own reader refuses."""
+    parallel, spec = any_recipe.parallel, spec_of(any_recipe.model.preset)
+    layout = layout_of(parallel, parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp * parallel.pp)
+    assert layout is not None
+    config = spec.configure(any_recipe.model)
+    cuts, tied = slicings(spec.shapes(config), spec.sharding(config)), spec.tied(config).values()
+    copies, cut = layout.weights(parallel.zero_stage)
+    ranks = list(itertools.product(range(layout.tp), range(cut), range(copies), range(2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SHARED_BYTES", shared_bytes)
+        number = 0
+        for name, shape in spec.shapes(config).items():
+            for tp, row, copy, end in ranks:
+                at_both_ends = name in tied and layout.pp > 1
+                if end and not at_both_ends:
+                    continue
+                held, holder = copies * (1 + at_both_ends), copy * (1 + at_both_ends) + end
+                if name not in cuts:
+                    held, holder = held * layout.tp, holder * layout.tp + tp
+                part = box(shape, cuts.get(name), Share(layout.tp, tp), Share(cut, row))
+                nbytes = 4 * prod(part[1])
+                written = pieces(name, part, nbytes, held, holder, file_bytes)
+                number += len(written) * (
+                    2 if any_recipe.optimizer.name == "muon" and spec.is_block_matrix(name) else 3
+                )
+        assert checkpoint_parts(any_recipe, spec, layout, file_bytes) == number
 
 
 def test_rules_are_documented() -> None:

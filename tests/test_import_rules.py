@@ -21,7 +21,7 @@ LEVELS = (
     ("registry", "launch"),
     ("recipe", "cli"),
     ("durable", "messages", "data.tokenizers", "models.spec", "models.llama_spec", "parallel.layout"),
-    ("optim.names", "optim.schedules"),
+    ("optim.names", "optim.schedules", "checkpoint.format", "checkpoint.plan"),
     ("parallel.stages", "parallel.timetable", "parallel.slicing", "resilience.crashes"),
     ("precision.float8_plan",),
     ("rules", "describe", "sharding_table"),

@@ -22,7 +22,7 @@ from titanlite.checkpoint.format import (
     step_of,
     tiles,
 )
-from titanlite.errors import EXIT_CHECKPOINT
+from titanlite.errors import EXIT_CHECKPOINT, CheckpointError
 
 
 def fields(**changes):
@@ -131,6 +131,14 @@ def test_a_table_without_end_is_refused_before_it_is_looked_at(monkeypatch):
         decode(json.dumps(fields(tensors=tables)).encode(), "m")
 
 
+@pytest.mark.parametrize("limit", ["MAX_CHUNKS", "MAX_MANIFEST_BYTES"])
+def test_nothing_is_written_that_could_not_be_read_back(monkeypatch, limit):
+    manifest = decode(signed(fields()), "m")
+    monkeypatch.setattr(format, limit, 0)
+    with pytest.raises(CheckpointError, match="too large"):
+        encode(manifest)
+
+
 class Counted:
     """What stands for `itertools` in the module, and counts the corners of boxes."""
 
@@ -175,7 +183,7 @@ def test_any_flipped_bit_is_refused_or_leaves_the_content_as_it_was(data):
         manifest = decode(bytes(damaged), "m")
     except (DamagedCheckpointError, NewerFormatError):
         return
-    assert manifest == decode(original, "m")  # a bit of the white space between the fields
+    assert manifest == decode(original, "m")  # such as 1e5 and 1E5
 
 
 anything = st.recursive(

@@ -21,10 +21,12 @@ from titanlite.errors import CheckpointError
 FORMAT: Final = "titanlite-checkpoint"
 VERSION: Final = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 2**30
+MAX_MANIFEST_BYTES = 2**31
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
-MAX_CHUNKS = 4_000_000
+MAX_CHUNKS = 2**23
+"""At about 150 bytes each. 405B on 16,384 ranks (tp 8 x pp 16 x 128) make 2.8 million with AdamW's moments; 70B that
+4,096 ranks cut make 7.4 million. The rule `layout.parts` refuses a run that would make more."""
 MAX_DIMENSIONS = 4
 """The work for a chunk doubles with each (see `tiles`)."""
 
@@ -186,9 +188,17 @@ def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, 
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as the JSON text of `manifest.json`, with a checksum of its own content."""
+    """The manifest as the JSON text of `manifest.json`, with a checksum of its own content.
+
+    Raises `CheckpointError` rather than give what `decode` would not take.
+    """
     fields = manifest.model_dump(mode="json")
-    return json.dumps({"checksum": _checksum(fields), **fields}, indent=1, allow_nan=False).encode()
+    text = json.dumps({"checksum": _checksum(fields), **fields}, separators=(",", ":"), allow_nan=False).encode()
+    chunks = sum(len(entry.chunks) for entry in manifest.tensors.values())
+    if chunks > MAX_CHUNKS or len(text) > MAX_MANIFEST_BYTES:
+        sizes = f"{chunks} parts in {len(text)} bytes, where {MAX_CHUNKS} in {MAX_MANIFEST_BYTES} can be read"
+        raise CheckpointError(f"the table of the tensors is too large: {sizes}. Cut them over fewer ranks.")
+    return text
 
 
 def decode(data: bytes, source: str) -> Manifest:

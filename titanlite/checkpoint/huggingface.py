@@ -35,8 +35,8 @@ from titanlite.checkpoint.format import (
 )
 from titanlite.checkpoint.headers import open_tensors
 from titanlite.checkpoint.load import verify_files
-from titanlite.checkpoint.plan import Box, group_by_size, overlap, within
-from titanlite.checkpoint.save import FILE_BYTES, environment
+from titanlite.checkpoint.plan import FILE_BYTES, Box, group_by_size, overlap, within
+from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
 from titanlite.checkpoint.stream import BLOCK_BYTES, Source, row_blocks, write_tensors
 from titanlite.data.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run

@@ -13,6 +13,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 SHARED_BYTES = 2**24
 """A box is cut so that the processes that have it share its writing, but not into pieces smaller than this."""
+FILE_BYTES = 2**29
+"""A new file begins when the one before would grow past this. Files are what is read at once, and by whom."""
 
 
 def pieces(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes: int) -> list[Box]:
@@ -25,13 +27,18 @@ def pieces(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes:
     if 0 in size:
         return []
     rows = size[0] if size else 1
-    count = min(rows, max(1, -(-nbytes // file_bytes), min(copies, nbytes // SHARED_BYTES)))
+    count = piece_count(rows, nbytes, copies, file_bytes)
     first = xxhash.xxh3_64_intdigest(f"{name} {offset}".encode())
     mine = [number for number in range(count) if (first + number) % copies == copy]
     if not size:
         return [box for _ in mine]
     edges = [rows * number // count for number in range(count + 1)]
     return [((offset[0] + edges[n], *offset[1:]), (edges[n + 1] - edges[n], *size[1:])) for n in mine]
+
+
+def piece_count(rows: int, nbytes: int, copies: int, file_bytes: int) -> int:
+    """Into how many pieces the `copies` processes that hold a box of so many rows and bytes cut it."""
+    return min(rows, max(1, -(-nbytes // file_bytes), min(copies, nbytes // SHARED_BYTES)))
 
 
 def overlap(one: Box, other: Box) -> Box | None:

@@ -17,16 +17,12 @@ import torch
 from torch import Tensor
 
 import titanlite
-from titanlite.checkpoint.format import DTYPES, MAX_MANIFEST_BYTES, Manifest, Scalar, encode
-from titanlite.checkpoint.plan import Box, group_by_size, pieces, within
+from titanlite.checkpoint.format import DTYPES, Manifest, Scalar, encode
+from titanlite.checkpoint.plan import FILE_BYTES, Box, group_by_size, pieces, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, refusals_explained
 from titanlite.checkpoint.stream import Source, write_tensors
-from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
-
-FILE_BYTES = 2**29
-"""A new file begins when the one before would grow past this. Files are what is read at once, and by whom."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +152,7 @@ def manifest_text(tables: Sequence[bytes], facts: Facts) -> bytes:
                 raise ValueError(f"tensor '{name}' is {entry['dtype']}{entry['shape']} on one rank, and not on another")
             entry["chunks"] += part["chunks"]
     told = {**vars(facts), "environment": {**facts.environment, "ranks": str(len(tables))}}
-    text = encode(Manifest.model_validate_json(json.dumps({**told, "tensors": tensors, "files": files})))
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"the table of the tensors is too large ({len(text)} bytes): they are cut too finely.")
-    return text
+    return encode(Manifest.model_validate_json(json.dumps({**told, "tensors": tensors, "files": files})))
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     layout.ring_of_documents,
     layout.machines,
     layout.overlap,
+    layout.parts,
     layout.microbatches,
     pipeline.pipeline,
     pipeline.split_backward,

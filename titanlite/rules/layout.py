@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from math import lcm, prod
 
+from titanlite.checkpoint.format import MAX_CHUNKS
+from titanlite.checkpoint.plan import FILE_BYTES, piece_count
 from titanlite.errors import Finding
-from titanlite.parallel.layout import batch_plan, ceil_div, layout_of
-from titanlite.parallel.slicing import pattern_of, slicings
+from titanlite.models.spec import ModelSpec
+from titanlite.parallel.layout import Layout, batch_plan, ceil_div, layout_of
+from titanlite.parallel.slicing import Share, Slicing, box, pattern_of, slicings
 from titanlite.parallel.stages import splits_backward
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.run import heads
 from titanlite.rules.terms import config_of, count, divisors, one_of, spec_named, times, warning
 
+_OTHER_PARTS = 1000
+"""More than a checkpoint holds beside weights and moments."""
 RANKS_IN_A_MACHINE = 8
 """Devices that most machines have, joined by the fast links that tensor parallelism lives on."""
 
@@ -127,6 +134,43 @@ def overlap(recipe: Recipe, world: int) -> Iterator[Finding]:
     if parallel.async_tp and parallel.tp > 1 and not recipe.compile.enabled:
         problem = "it is the compiler that splits the products and overlaps their parts with communication;"
         yield Finding("parallel.async_tp", problem, "write compile.enabled = true, or async_tp = false.")
+
+
+def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """A checkpoint's table of parts is not longer than what can be read back."""
+    spec, layout = spec_named(recipe), layout_of(recipe.parallel, world)
+    if spec is None or layout is None or any(heads(recipe, world)):
+        return
+    most, number = MAX_CHUNKS - _OTHER_PARTS, checkpoint_parts(recipe, spec, layout)
+    if number > most:
+        problem = f"a checkpoint would be a table of {number:,} parts, and {MAX_CHUNKS:,} can be read back;"
+        copies = ((layout.dp_replicate * each, layout.dp_shard // each) for each in divisors(layout.dp_shard))
+        meshes = (replace(layout, dp_replicate=one, dp_shard=other) for one, other in copies)
+        fits = next((each for each in meshes if checkpoint_parts(recipe, spec, each) <= most), None)
+        such = f", such as by dp_replicate = {fits.dp_replicate}, dp_shard = {fits.dp_shard}" if fits else ""
+        yield Finding("parallel.dp_replicate", problem, f"cut the weights over fewer ranks{such}.")
+
+
+def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
+    """How many parts of weights and moments the ranks write: each box that some hold, cut as `plan.pieces` does."""
+    config, muon = spec.configure(recipe.model), recipe.optimizer.name == "muon"
+    copies, cut = layout.weights(recipe.parallel.zero_stage)
+    width = 8 if recipe.precision.compute == "float64" else 4
+    shapes = spec.shapes(config)
+    cuts, tied = slicings(shapes, spec.sharding(config)), spec.tied(config).values()
+    alike: Counter[tuple[tuple[int, ...], Slicing | None, int]] = Counter()
+    for name, shape in shapes.items():
+        holders = copies * (1 if name in cuts else layout.tp) * (2 if name in tied and layout.pp > 1 else 1)
+        alike[shape, cuts.get(name), holders] += 2 if muon and spec.is_block_matrix(name) else 3
+    number = 0
+    for (shape, slicing, holders), tensors in alike.items():
+        for rank in range(layout.tp if slicing else 1):
+            size = box(shape, slicing, Share(layout.tp, rank), Share(1, 0))[1]
+            rows = max(1, ceil_div(size[0], cut))
+            for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
+                nbytes = width * height * prod(size[1:])
+                number += tensors * boxes * piece_count(height, nbytes, holders, file_bytes)
+    return number
 
 
 def offloading(recipe: Recipe, world: int) -> Iterator[Finding]:
