@@ -503,7 +503,7 @@ def verifies_nothing() -> None:
     from titanlite.checkpoint import examine, load
 
     load.shared_out = lambda sizes, wanted: [[] for _ in wanted]
-    examine.verify_file = lambda *_: None
+    examine.verify_file = examine._verify_numbers = lambda *_: None
 
 
 def the_newest_is_by_time() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from titanlite.checkpoint import examine
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import Facts, environment, portion_of, save_state
 from titanlite.cli import main
@@ -97,7 +98,7 @@ def test_whole_checkpoints_are_said_to_be_whole(checkpoint: Run, tmp_path: Path)
     write(tmp_path, 1)
     (write(tmp_path, 2) / "notes.txt").touch()
     code, out, err = checkpoint("verify", tmp_path, "--deep")
-    assert code == 0 and out.count("whole (sizes, headers and hashes)") == 2
+    assert code == 0 and out.count("whole (sizes, headers, hashes and finite numbers)") == 2
     assert "notes.txt is not in the manifest" in err
 
 
@@ -123,6 +124,28 @@ def test_damage_is_found_and_the_file_named(
     assert code == 4 and str(file) in err and "1 of 2 damaged" in err
     assert [report["whole"] for report in json.loads(out)] == [True, False]
     assert checkpoint("verify", tmp_path)[0] == (4 if found_by == "both" else 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn]
+)
+def test_numbers_that_are_not_finite_are_found_by_their_tensors(
+    checkpoint: Run, tmp_path: Path, dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 14, item 18: in any format and block, of weights and moments alone."""
+    monkeypatch.setattr(examine, "HASH_BLOCK_BYTES", 16)
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    every = bits.view(dtype) if dtype.itemsize == 2 else torch.linspace(-400, 400, 999).to(dtype)
+    sound = every[every.double().isfinite()]
+    if dtype is torch.float8_e4m3fn:
+        value = math.nan  # it has no infinity
+    ruined = torch.cat([sound.view(-1), torch.tensor([value]).to(dtype), sound.view(-1)[:1]])
+    write(tmp_path, 1, {"model.w": sound, "optimizer.w": sound, "guards.w": ruined})
+    write(tmp_path, 2, {"model.w": ruined, "optimizer.w": ruined, "optimizer.v": sound, "guards.w": ruined})
+    code, out, err = checkpoint("verify", tmp_path, "--deep", "--json")
+    assert code == 4 and [report["whole"] for report in json.loads(out)] == [True, False]
+    assert "not finite are in model.w, optimizer.w." in err
 
 
 def test_equal_checkpoints_however_they_are_cut(checkpoint: Run, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
                 "path", type=path_argument, help=_A_PATH if name != "prune" else "run or checkpoints folder"
             )
         if name == "verify":
-            command.add_argument("--deep", action="store_true", help="read every byte and compare the hashes")
+            command.add_argument(
+                "--deep", action="store_true", help="read every byte: compare the hashes, look for NaN"
+            )
         if name == "prune":
             command.add_argument("--keep-last", type=int, required=True, metavar="K", help="keep the K newest")
             command.add_argument("--keep-every", type=int, default=0, metavar="N", help="and steps divisible by N")
@@ -89,7 +91,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         extra = [] if found else strangers(folder)
         reports.append({"path": str(folder), "whole": not found, "damages": found, "not_listed": extra})
         if not arguments.json:
-            checked = "sizes, headers and hashes" if arguments.deep else "sizes and headers"
+            checked = "sizes, headers, hashes and finite numbers" if arguments.deep else "sizes and headers"
             print(f"{folder}: {'damaged' if found else f'whole ({checked})'}")
         for name in extra:
             print(f"warning: {folder / name} is not in the manifest; loading ignores it", file=sys.stderr)

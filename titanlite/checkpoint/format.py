@@ -45,6 +45,8 @@ DTYPES: dict[str, tuple[int, str]] = {
     "bool": (1, "BOOL"),
 }
 """torch's name of each dtype that can be stored: bytes of one element, and safetensors' name."""
+LEARNED = ("model.", "optimizer.")
+"""What the names of weights and moments begin with: numbers that are not finite make them useless."""
 
 
 class DamagedCheckpointError(CheckpointError):

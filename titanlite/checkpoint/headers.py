@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,3 +54,22 @@ def check_header(path: Path, stored: Mapping[str, TensorEntry], chunks: list[tup
                     raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")
     except (SafetensorError, OSError) as error:
         raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def parse_table(path: Path, text: bytes | bytearray, size: int) -> list[tuple[str, int, int]]:
+    """(key, first byte, bytes) of each tensor, in order of place, from a header's JSON in a file of `size` bytes.
+
+    Raises `DamagedCheckpointError` if it is none, or leaves gaps.
+    """
+    try:
+        fields = json.loads(text)
+        fields.pop("__metadata__", None)
+        spans = {key: entry["data_offsets"] for key, entry in fields.items()}
+        ordered = sorted(spans, key=lambda key: tuple(spans[key]))
+        edges, origin = [0, *(spans[key][1] for key in ordered)], 8 + len(text)
+        whole = all(type(edge) is int for edge in edges) and edges == sorted(edges) and origin + edges[-1] == size
+        if not whole or [spans[key][0] for key in ordered] != edges[:-1]:
+            raise ValueError("its table has gaps")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error!r}.") from None
+    return [(key, origin + begin, spans[key][1] - begin) for key, begin in zip(ordered, edges[:-1], strict=True)]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, Manifest, TensorEntry
+from titanlite.checkpoint.format import DTYPES, LEARNED, Chunk, DamagedCheckpointError, Manifest, TensorEntry
 from titanlite.checkpoint.headers import Placed, check_header, placed_chunks
 from titanlite.checkpoint.plan import Box, overlap, shared_out
 from titanlite.checkpoint.ranks import ALONE, Ranks
@@ -58,7 +58,7 @@ def load_state(
 
 def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
     """Weights and moments that are no numbers train nothing and say nothing, however whole their files are."""
-    learned = {name: each.tensor for name, each in into.items() if name.startswith(("model.", "optimizer."))}
+    learned = {name: each.tensor for name, each in into.items() if name.startswith(LEARNED)}
     if not may_be_nonfinite(learned.values()):
         return
     for name, tensor in learned.items():

@@ -7,21 +7,19 @@ here, where it would be a fatal signal there.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, FileEntry, TensorEntry
-from titanlite.checkpoint.headers import check_header
+from titanlite.checkpoint.headers import check_header, parse_table
 from titanlite.checkpoint.plan import Box, overlap, within
 from titanlite.checkpoint.storage import open_plain, other_content, require_size, verify_file
 from titanlite.checkpoint.stream import row_blocks
@@ -104,10 +102,7 @@ class _Reader:
             raise DamagedCheckpointError(f"{self._path} is not a readable safetensors file: its table is too large.")
         text = bytearray(count)
         self._read(8, memoryview(text))
-        try:
-            return _placed(json.loads(text), 8 + count, size)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"{self._path} is not a readable safetensors file: {error!r}.") from None
+        return parse_table(self._path, text, size)
 
     def skip(self, begin: int, size: int) -> None:
         """Read bytes that nobody here wants."""
@@ -190,15 +185,3 @@ def without_short_runs(whole: Box, box: Box, elements: int) -> Box:
 def _takes_bytes(target: Tensor, dtype: torch.dtype) -> bool:
     """Whether a file's bytes can be read into the tensor's own memory."""
     return target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
-
-
-def _placed(fields: dict[str, Any], origin: int, size: int) -> list[tuple[str, int, int]]:
-    """A header's table, in order of place. Raises `ValueError` and others if it is none, or leaves gaps."""
-    fields.pop("__metadata__", None)
-    spans = {key: entry["data_offsets"] for key, entry in fields.items()}
-    ordered = sorted(spans, key=lambda key: tuple(spans[key]))
-    edges = [0, *(spans[key][1] for key in ordered)]
-    whole = all(type(edge) is int for edge in edges) and edges == sorted(edges) and origin + edges[-1] == size
-    if not whole or [spans[key][0] for key in ordered] != edges[:-1]:
-        raise ValueError("its table has gaps")
-    return [(key, origin + begin, spans[key][1] - begin) for key, begin in zip(ordered, edges[:-1], strict=True)]
