@@ -18,11 +18,11 @@ from pool import Pool
 from titanlite.precision.float8_plan import SETTINGS
 
 SAME = 1e-12
-SCALED = 1e-6, 1e-4
-"""Of losses and norms, and of weights: 2^-17 of the largest value is lost by one layout and not by another, which here
-and there turns a rounding; float8 itself changes losses by 1e-3 and weights by 1e-1."""
-OTHER_BATCH = 1e-4, 1e-4
-"""Scales of whole tensors are over more values then, and more roundings turn."""
+FIRST_LOSS, FIRST_NORM, WEIGHTS = 1e-6, 2e-4, 1e-2
+"""Issue 14, item 0. Where scales are over other values, 2^-17 of the largest is lost by one side and not by the other,
+which here and there turns a rounding: it is luck whether any does. Over 24 pairs of runs the first loss was 2e-8 off at
+most, its gradient norm 1e-4, and the weights 6e-3 after Adam had made whole steps of that. With no casts, or a scale a
+row in the place of one a tensor, norms were 3e-4 off at least, and weights 3e-2."""
 EXACT_GRADIENTS = "rowwise_with_hp_grad_weight"
 """Each token has its own scales, and no product sums over tokens."""
 
@@ -38,10 +38,14 @@ def alone(corpus: str, recipe: str, microbatch: int = 1) -> Result:
     return _alone[key]
 
 
-def assert_close(result: Result, reference: Result, curve: float, weights: float) -> None:
-    assert curve_difference(result, reference) < curve
+def assert_close(result: Result, reference: Result, same: bool = False) -> None:
+    """`same`: to the last bits, throughout."""
+    if same:
+        assert curve_difference(result, reference) < SAME
+    for key, limit in (("loss", FIRST_LOSS), ("grad_norm", FIRST_NORM)):
+        assert result[0][key][0] == pytest.approx(reference[0][key][0], rel=limit), key
     difference, name = weights_difference(result, reference)
-    assert difference < weights, name
+    assert difference < (SAME if same else WEIGHTS), name
 
 
 RECIPES = [pytest.param(name, marks=() if name == "tensorwise" else pytest.mark.slow) for name in SETTINGS]
@@ -59,8 +63,7 @@ def test_float8_is_no_float64(corpus: str, recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_microbatches_change_what_scales_are_over(corpus: str, recipe: str) -> None:
-    limits = (SAME, SAME) if recipe == EXACT_GRADIENTS else OTHER_BATCH
-    assert_close(alone(corpus, recipe, microbatch=4), alone(corpus, recipe), *limits)
+    assert_close(alone(corpus, recipe, microbatch=4), alone(corpus, recipe), same=recipe == EXACT_GRADIENTS)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -96,7 +99,7 @@ def test_a_layout_is_one_process(pool: Pool, corpus: str, recipe: str, layout: s
     found = run(pool, ranks, float8_recipe(corpus, recipe, parallel=parallel, recompute=recompute))
     same = layout.startswith(ALL_SAME) or (recipe == EXACT_GRADIENTS and layout == "cp")
     for result in found:
-        assert_close(result, alone(corpus, recipe), *((SAME, SAME) if same else SCALED))
+        assert_close(result, alone(corpus, recipe), same)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_weights_that_travel_in_float8_give_the_same(
     gathers = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
     sections = {"parallel": {"zero_stage": stage}, "precision": {"float8": gathers}}
     for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
-        assert_close(result, alone(corpus, recipe), *SCALED)
+        assert_close(result, alone(corpus, recipe))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_activations_that_travel_in_float8_give_the_same(
     section = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
     sections = {"parallel": parallel, "precision": {"float8": section}, "training": {"microbatch": microbatch}}
     for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
-        assert_close(result, alone(corpus, recipe, microbatch), *SCALED)
+        assert_close(result, alone(corpus, recipe, microbatch))
 
 
 @pytest.mark.slow
@@ -142,4 +145,4 @@ def test_compiled_activations_that_travel_in_float8_give_the_same(pool: Pool, co
     section = {"enabled": True, "recipe": "tensorwise", "min_size": 0, "all_gather": True}
     sections = {"parallel": {"tp": 2}, "precision": {"float8": section}, "compile": {"enabled": True}}
     for result in run(pool, 2, float8_recipe(corpus, "tensorwise", **sections)):
-        assert_close(result, alone(corpus, "tensorwise"), *SCALED)
+        assert_close(result, alone(corpus, "tensorwise"))
