@@ -270,6 +270,13 @@ def group_is_gone(group: int, seconds: float = 60.0) -> bool:
     return False
 
 
+def finished_parts(folder: Path) -> int:
+    try:
+        return sum(name.endswith(".json") for name in os.listdir(folder / "out.parts"))
+    except FileNotFoundError:  # not yet there, or not any more
+        return 0
+
+
 def kill_at_random(run: Run, folder: Path, kills: int, seed: int, count: int) -> None:
     """Kill it some moments after it is seen to have got somewhere, again and again, and then let it end."""
     corpus(folder, seed)
@@ -279,9 +286,8 @@ def kill_at_random(run: Run, folder: Path, kills: int, seed: int, count: int) ->
     whole = outputs(folder, "whole")
     for _ in range(kills):
         process = started(folder, count)
-        done = folder / "out.parts"
-        enough = len(list(done.glob("*.json"))) + random_.randrange(12)
-        while process.poll() is None and len(list(done.glob("*.json"))) < enough:
+        enough = finished_parts(folder) + random_.randrange(12)
+        while process.poll() is None and finished_parts(folder) < enough:
             time.sleep(0.001)
         time.sleep(random_.random() * 0.05)
         process.kill()

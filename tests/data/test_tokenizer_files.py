@@ -309,6 +309,28 @@ def test_dropout_is_off(level: Tokenizer, tmp_path: Path) -> None:
         assert exported.encode(bpe.TEXT, add_special_tokens=False).ids == expected
 
 
+@pytest.mark.parametrize("name", ["byte-level", "characters", "falls back to bytes"])
+def test_a_text_that_would_be_lost_is_refused(tmp_path: Path, name: str) -> None:
+    """Issue 14, item 8: a BPE without a token for a character, and none for unknown text, drops it in silence."""
+
+    def lose(fields: dict[str, Any]) -> None:
+        model = fields["model"]
+        model.update(unk_token=None, byte_fallback=name == "falls back to bytes")
+        lost = {"characters": "é", "byte-level": "©"}.get(name, "<0xA9>")  # "©": é's second byte, as a character
+        model["vocab"] = {f"unused {n}" if lost in token else token: n for token, n in model["vocab"].items()}
+        model["merges"] = [pair for pair in model["merges"] if not any(lost in part for part in pair)]
+
+    path = changed(bpe.byte_level() if name == "byte-level" else bpe.sentencepiece_like(), tmp_path, lose)
+    separator = None if name == "byte-level" else "</s>"
+    for special in ([], ["<|more|>"]):
+        tokenizer = open_tokenizer(path, separator, special)
+        assert tokenizer.decode(tokenizer.encode(b"plain")).strip() == b"plain"
+        with pytest.raises(DataError, match=rf"{re.escape(path)} has no token for some of this text.*256 bytes"):
+            tokenizer.encode("plain é".encode())
+        exported = Library.from_str(tokenizer.export()["tokenizer.json"].decode())
+        assert exported.model.unk_token is None
+
+
 FAILING: dict[str, tuple[Callable[[], Library], Callable[[dict[str, Any]], object]]] = {
     "WordPiece": (bpe.word_pieces, lambda fields: fields["model"].update(unk_token="[NONE]")),
     "WordLevel": (

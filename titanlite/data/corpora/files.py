@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ class FileReader:
             yield FoundFile(name, path, form, status.st_size, status.st_mtime_ns)
 
     def _claim(self, path: Path, entry: str) -> None:
-        place = os.path.realpath(path)
+        place = _real(path)
         if place in self._read:
             raise DataError(
                 f"{path}: {self._asked.entries} names it twice, by '{self._read[place]}' and by '{entry}', "
@@ -218,8 +219,17 @@ def _once(found: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """In the order of their names, and of those that are links to one file the first."""
     real: dict[str, tuple[str, Path]] = {}
     for name, path in sorted(found):
-        real.setdefault(os.path.realpath(path), (name, path))
+        real.setdefault(_real(path), (name, path))
     return list(real.values())
+
+
+def _real(path: Path) -> str:
+    """`os.path.realpath`, which asks for each folder on the way: here each folder is asked for once."""
+    parent, name = os.path.split(path if path.is_absolute() else Path.cwd() / path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(parent), name)
+
+
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 @contextmanager

@@ -68,10 +68,11 @@ MAGIC = {
         "image": rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a",
         "sound or film": rb"RIFF.{4}(WAVE|AVI |WEBP)|OggS\x00|fLaC\x00|.{4}ftyp",
         "program": rb"\x7fELF|\x00asm|\xca\xfe\xba\xbe|MZ.{58,}PE\x00\x00",
+        "UTF-16 or UTF-32": rb"\xff\xfe|(\x00\x00)?\xfe\xff",
         "Git LFS pointer": rb"version https://git-lfs\.github\.com/spec/",
     }.items()
 }
-"""How files begin that are not text, whatever their names are."""
+"""How files begin that are not text, or not in UTF-8, whatever their names are."""
 HEAD = 4096
 """Bytes that tell what a file is."""
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
@@ -103,12 +104,13 @@ def form_of(path: Path, text_key: str) -> Form:
         suffix, refused = Path(path.stem).suffix.lower(), (*BINARY_SUFFIXES, *PACKED, *TABLE_FORMS)
     if suffix in refused:
         way_out = "unpack or convert it to text or JSON lines, or leave it out"
-        raise DataError(f"{path}: a {path.suffix} file is not text; {way_out}.")
+        name = "".join(path.suffixes[-2 if path.suffix.lower() in PACKED else -1 :])
+        raise DataError(f"{path}: a {name} file is not text; {way_out}.")
     head = _head(path)
     if kind := next((kind for kind, magic in MAGIC.items() if magic.match(head)), None):
         raise DataError(
             f"{path}: begins as a {kind} file does, and its name says text; give it the name of what it is, convert it "
-            "to text or JSON lines, or leave it out."
+            "to UTF-8 text or JSON lines, or leave it out."
         )
     if suffix in LINES_SUFFIXES:
         return "lines"

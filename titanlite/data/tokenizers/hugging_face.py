@@ -30,6 +30,10 @@ from titanlite.data.tokenizers.pieces import (
 from titanlite.errors import DataError
 
 CONFIG = "tokenizer_config.json"
+_NO_TOKEN = "titanlite: no token for unknown text"
+"""Stands as the unknown token of a BPE that has none, which would drop in silence what it has no token for: as this is
+not in the vocabulary either, the library raises instead.
+"""
 _MAX_GROWTH = 1000
 """Times that normalizer, cuts or decoder may make a text longer; known ones stay under 30."""
 
@@ -74,7 +78,15 @@ class HuggingFaceTokenizer(PieceTokenizer):
             engine, ids = self._fast
             with suppress(ValueError):
                 return [ids[ranks_in(engine, text)] for text in texts]
-        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            if _NO_TOKEN not in str(error):
+                raise
+            raise DataError(
+                f"{self.path} has no token for some of this text, and none for unknown text (unk_token), so it would be "
+                "lost; take a tokenizer with all 256 bytes, as titanlite data train-tokenizer makes, or leave the text out."
+            ) from error
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
@@ -94,7 +106,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         return self._decoded_alone(vocabulary)
 
     def export(self) -> dict[str, bytes]:
-        content = self._engine.to_str(pretty=True).encode() if self._added else self._content
+        content = self._load_engine().to_str(pretty=True).encode() if self._added else self._content
         return {"tokenizer.json": content, CONFIG: config_json(self._config, self.separator_name)}
 
     @cached_property
@@ -107,6 +119,12 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     @cached_property
     def _engine(self) -> Any:
+        engine = self._load_engine()
+        if getattr(engine.model, "unk_token", "") is None:
+            engine.model.unk_token = _NO_TOKEN
+        return engine
+
+    def _load_engine(self) -> Any:
         # One thread a process: ranks and workers share the machine, and threads would not live through a fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
