@@ -102,6 +102,8 @@ WIDE_405B = {
     [
         ("training", {"training__steps": None}),
         ("training.tokens", {"training__tokens": 5}),
+        ("training.steps", {"training__steps": 2**32}),  # issue 14, section D: the log of what is read has 32 bits
+        ("training.tokens", {"training__steps": None, "training__tokens": 2**62}),
         ("optimizer.name", {"optimizer__name": "adam"}),
         ("schedule.name", {"schedule__name": "cosin"}),
         ("model.preset", {"model__preset": "llama3-8"}),

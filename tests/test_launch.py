@@ -85,21 +85,42 @@ def test_a_process_that_was_started_oddly_ends_in_a_paragraph(tmp_path: Path, od
     assert process.stderr.startswith(f"error: {list(odd)[-1]} is") and process.stderr.count("\n") == 1
 
 
-def test_a_slow_first_rank_prints_the_error_before_torchrun_ends_it(tmp_path: Path) -> None:
-    """Issue 14, item 20: torchrun kills all its ranks once one has ended, and only the first printed the error."""
-    write_tiny(tmp_path, training={"steps": 0})
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--training.steps=0", "training.steps: must be"),
+        ("--stpes=3", "training.steps"),
+        ("--from-step=a", "--from-step: invalid int"),
+        ("--allow-change=x.y", "--allow-change x.y"),
+        ("--data.corpus=/nowhere", "/nowhere: data.corpus names no file"),
+    ],
+)
+def test_what_is_wrong_on_all_ranks_is_printed_once_and_not_tried_again(tmp_path: Path, word: str, said: str) -> None:
+    """Issue 14, item 20: torchrun kills all its ranks once one has ended, and only the first printed the error. Words
+    that no rank understands, and data that none finds, were printed by all, and again at each of 100 restarts.
+    """
+    write_tiny(tmp_path)
     late = 'import os, time\nif os.environ.get("RANK") == "0":\n    time.sleep(1)\n'
     (tmp_path / "sitecustomize.py").write_text(late)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=0"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     process = subprocess.run(
-        [*words, "-m", "titanlite.train", "recipe.toml"],
+        [*words, "-m", "titanlite.train", "recipe.toml", word],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert process.returncode == 1
-    assert process.stderr.count("training.steps: must be") == 1
+    assert process.returncode == 0, "torchrun starts again whatever ends otherwise"
+    assert (process.stderr.count(said), process.stderr.count("exit code 2")) == (1, 1)
+
+
+@pytest.mark.parametrize(("end", "said"), [("sys.exit(7)", "exit code 7"), ("os.kill(os.getpid(), 9)", "SIGKILL")])
+def test_a_process_that_fails_ends_torchrun_without_its_traceback(tmp_path: Path, end: str, said: str) -> None:
+    (tmp_path / "fails.py").write_text(f"import os, sys\n{end}\n")
+    words = ["--standalone", "--nproc-per-node=1", "--max-restarts=0", str(tmp_path / "fails.py")]
+    process = subprocess.run([sys.executable, "-m", "titanlite.agent", *words], capture_output=True, text=True)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert f"rank 0 ({said})" in process.stderr
 
 
 @pytest.mark.parametrize("printed", [True, False])

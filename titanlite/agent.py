@@ -19,6 +19,7 @@ def main(argv: Sequence[str]) -> int:
     quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousTimeoutError
 
     if quiet == "ERROR":
@@ -37,6 +38,14 @@ def main(argv: Sequence[str]) -> int:
         return _end(EXIT_STOPPED_EARLY, f"too few machines came in time (PET_NNODES, PET_RDZV_CONF). {again}")
     except RendezvousError as error:
         return _end(TitanliteError.exit_code, f"the machines of this run cannot meet: {type(error).__name__}: {error}")
+    except ChildFailedError as error:  # each process has printed why it ended, unless a signal killed it
+        ends = (
+            f"rank {rank} ({f'exit code {failed.exitcode}' if failed.exitcode >= 0 else failed.signal_name()})"
+            for rank, failed in sorted(error.failures.items())
+        )
+        return _end(
+            TitanliteError.exit_code, f"torchrun ends, for of this machine's processes failed {', '.join(ends)}."
+        )
     except SignalException as stop:
         return _end(128 + stop.sigval, f"torchrun was stopped by {stop.sigval.name}.")
     return 0

@@ -18,7 +18,7 @@ from titanlite.launch import launched_or_alone
 from titanlite.parallel import timetable
 from titanlite.parallel.layout import active_ranks, agreed_layout, batch_plan
 from titanlite.recipe.explain import explain, find_key
-from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
+from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_bytes, format_count
@@ -176,7 +176,7 @@ def _product(factors: dict[str, Any] | None) -> str:
 
 def main(argv: list[str]) -> int:
     """`titanlite check`: print what a recipe will do, or all that is wrong with it (exit code 2)."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="titanlite check",
         usage="titanlite check RECIPE [--section.key=value ...] [--world N] [--show-plan | --show-schedule |"
         " --dry-run [--rank R]] [--json] | --explain KEY",

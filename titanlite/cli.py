@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from titanlite import __version__
-from titanlite.errors import EXIT_DONE, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.errors import EXIT_DONE, CommandLineError, RecipeError, StoppedEarly, TitanliteError, UsageError
 from titanlite.launch import launched_or_alone, mark_printed, prints_for_all
 from titanlite.registry import Registry, did_you_mean
 
@@ -113,7 +113,7 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         hint = did_you_mean(name, list(COMMANDS)) or f"the commands are {', '.join(COMMANDS)}."
-        raise UsageError(f"titanlite has no command '{name}'; {hint}")
+        raise CommandLineError(f"titanlite has no command '{name}'; {hint}")
     if name not in ON_ALL_RANKS and not launched_or_alone().is_first:
         return EXIT_DONE
     command: Command = COMMANDS.get(name)

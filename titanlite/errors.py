@@ -63,6 +63,12 @@ class RecipeError(TitanliteError):
         super().__init__("\n".join(str(finding) for finding in findings))
 
 
+class CommandLineError(UsageError):
+    """What stands on the command line makes no sense; all ranks of a job are given the same."""
+
+    on_all_ranks = True
+
+
 class DataError(UsageError):
     """A corpus, a data file or a tokenizer that cannot be used; the text names the file."""
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import os
@@ -25,21 +24,22 @@ from typing import TYPE_CHECKING, NoReturn
 from titanlite.check import checked, model_in_words
 from titanlite.cli import Command, run_command
 from titanlite.describe import checkpoint_bytes, describe
+from titanlite.durable import cause
 from titanlite.errors import (
     EXIT_DONE,
     EXIT_GUARD,
     EXIT_RECIPE,
+    CommandLineError,
     OtherRankFailed,
     StoppedEarly,
     TitanliteError,
-    UsageError,
     WorkerKilled,
 )
 from titanlite.launch import end_process, launched, launched_or_alone, torchrun, torchrun_or_none
 from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
 from titanlite.parallel.layout import active_ranks, agreed_layout, course_from, total_steps
 from titanlite.recipe.explain import all_keys, meant
-from titanlite.recipe.load import LoadedRecipe, load_recipe, parse_with_overrides
+from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
@@ -60,7 +60,7 @@ _AGENT_SECONDS = 3.0
 
 def main(argv: list[str]) -> int:
     """`titanlite train`. The recipe is proved before torch is imported: a wrong one is refused at once."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="titanlite train",
         usage="titanlite train RECIPE [--section.key=value ...] [--resume | --fresh [--force] | --from-step N] "
         "[--allow-change KEY ...] [--traceback]",
@@ -97,7 +97,8 @@ def main(argv: list[str]) -> int:
     if launched().rank >= active_ranks(loaded.recipe, launched().size):
         from titanlite.parallel.world import stand_by
 
-        _data(loaded.recipe)  # texts that one process tokenises first are waited for before ranks meet, by all
+        with suppress(TitanliteError):  # those that train fail for it, and end this one
+            _data(loaded.recipe)  # texts that one process tokenises first are waited for before ranks meet, by all
         return stand_by(loaded.recipe.parallel.timeout_seconds)
     train(loaded, start)
     return EXIT_DONE
@@ -117,11 +118,12 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     recipe = loaded.recipe
     path = expand(recipe.run.output_dir) / recipe.run.name
     records = path / "logs" / "crashes"
-    data, reading = _data(recipe)
+    opened_data = _data_or_error(recipe)
     with ExitStack() as stack:
         active = active_ranks(recipe, launched().size)
         world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
         ranks = Ranks(world.rank, world.size)
+        data, reading = _agreed(ranks, opened_data)
         journal = Journal()
         stack.callback(journal.close)
 
@@ -222,6 +224,27 @@ def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
         f"done: {count(steps, 'step')}{loss}; the checkpoint is {trainer.checkpoints.path(steps)}. Next: "
         f"titanlite generate {run} --prompt TEXT, or titanlite checkpoint export-hf {run} FOLDER"
     )
+
+
+def _data_or_error(recipe: Recipe) -> tuple[DataSplits, list[str]] | TitanliteError:
+    try:
+        return _data(recipe)
+    except TitanliteError as error:
+        return error
+
+
+def _agreed(ranks: Ranks, opened: tuple[DataSplits, list[str]] | TitanliteError) -> tuple[DataSplits, list[str]]:
+    """The data, once all ranks have theirs; else all raise the error of one, so that none waits and torchrun does not
+    start them again.
+    """
+
+    def require() -> None:
+        if isinstance(opened, TitanliteError):
+            raise opened
+
+    ranks.each(require)
+    assert not isinstance(opened, TitanliteError)
+    return opened
 
 
 def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
@@ -328,17 +351,25 @@ def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.C
             raise
         if failed.ranks > 1 and is_loss_of_another(error):
             raise OtherRankFailed(crashes.whom_it_follows(records, failed.attempt, failed.rank, error)) from error
-        with suppress(OSError):  # the disk may be what failed
-            crashes.record(records, failed)
+        _record(records, failed)
         raise
 
 
+def _record(records: Path, crash: crashes.Crash) -> None:
+    """Leave a record; what cannot be written is printed, since the disk may be what failed."""
+    try:
+        crashes.record(records, crash)
+    except OSError as error:
+        said = f"cannot write {records}: {cause(error, records)}. This crash does not count for resilience.max_crashes."
+        print(said, file=sys.stderr)
+
+
 def _require_keys(patterns: Sequence[str]) -> None:
-    """Raise `UsageError` if one of `--allow-change` is no key of a recipe, nor a pattern of some."""
+    """Raise `CommandLineError` if one of `--allow-change` is no key of a recipe, nor a pattern of some."""
     for pattern in patterns:
         if not fnmatch.filter(all_keys(), pattern):
             hint = meant(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
-            raise UsageError(f"--allow-change {pattern}: there is no such recipe key; {hint}")
+            raise CommandLineError(f"--allow-change {pattern}: there is no such recipe key; {hint}")
 
 
 def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
@@ -387,8 +418,7 @@ def _hung(
         folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.verdict)
         journal.event(hang.step, "hung", hang.verdict)
     ended = crash("Hang", hang.verdict, f"the stacks of all threads are in {hang.stacks}")
-    with suppress(OSError):
-        crashes.record(records, replace(ended, rank=hang.rank, host=hang.host))
+    _record(records, replace(ended, rank=hang.rank, host=hang.host))
 
 
 def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
@@ -469,7 +499,7 @@ def _told_to_launcher(code: int, error: Exception | None) -> int:
     if code in (EXIT_RECIPE, EXIT_GUARD) and alike and (told or under.restarts_left > 0):
         if launched_or_alone().is_first and under.restarts_left > 0:
             print(
-                f"exit code {code}: a restart would not mend this, so torchrun is told 0, and starts nothing.",
+                f"exit code {code}: a restart would not mend this, so torchrun makes none.",
                 file=sys.stderr,
             )
         return EXIT_DONE

@@ -138,6 +138,20 @@ def test_a_step_that_fails_again_and_again_ends_the_run(
     assert train("--resilience.max_crashes=0") == 0
 
 
+def test_a_crash_that_cannot_be_recorded_is_printed(
+    folder: Path, failing: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 14, section D: a file in place of the folder let no crash count, in silence."""
+    failing(4)
+    fails()
+    shutil.rmtree(RUN / "logs" / "crashes")
+    (RUN / "logs" / "crashes").touch()
+    capsys.readouterr()
+    fails()
+    said = capsys.readouterr().err
+    assert said.count(str(RUN / "logs" / "crashes")) == 1 and "resilience.max_crashes" in said
+
+
 def test_the_count_begins_anew_without_the_records_and_past_the_step(
     folder: Path, failing: Callable[[int | None], None]
 ) -> None:
@@ -253,7 +267,7 @@ def test_torchrun_does_not_go_on_after_the_verdict(folder: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert (
-        "torchrun is told 0" in process.stderr
+        "torchrun makes none" in process.stderr
         and process.stderr.count("step 4 (samples 12 to 15) has failed once") == 1
     )
     assert (status()["exit_code"], status()["attempt"]) == (3, 2)

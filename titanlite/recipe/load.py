@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
-from titanlite.errors import Finding, RecipeError, UsageError
+from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
 from titanlite.recipe.explain import key_schema, meant
 from titanlite.recipe.faults import findings_of
 from titanlite.recipe.paths import expand
@@ -103,10 +103,17 @@ def _load(path: Path, overrides: Sequence[str]) -> LoadedRecipe:
     return LoadedRecipe(recipe, path, tuple(files), to_toml(recipe), merged.origins)
 
 
+class RecipeParser(argparse.ArgumentParser):
+    """Of a command that takes a recipe; raises `CommandLineError`, where argparse would print on every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandLineError(f"{message}\n{self.format_usage().rstrip()}")
+
+
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line of a command that takes a recipe: its own arguments, and the overrides for `load_recipe`.
 
-    Raises `UsageError` for an option that is neither, and says which key was meant.
+    Raises `CommandLineError` for an option that is neither, and says which key was meant.
     """
     own: list[str] = []
     overrides: list[str] = []
@@ -124,7 +131,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
     for word in unknown:
         option = word.partition("=")[0]
         hint = meant(option.lstrip("-")) or f"see {parser.prog} --help"
-        raise UsageError(f"{parser.prog} does not know '{option}'; {hint}")
+        raise CommandLineError(f"{parser.prog} does not know '{option}'; {hint}")
     return arguments, overrides
 
 

@@ -13,17 +13,19 @@ from titanlite.errors import Finding, UsageError
 from titanlite.models.spec import spec_of
 from titanlite.optim.names import OPTIMIZERS
 from titanlite.optim.schedules import SCHEDULES, lr_factor
-from titanlite.parallel.layout import ceil_div
+from titanlite.parallel.layout import ceil_div, total_steps
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
 from titanlite.registry import Registry, did_you_mean
 from titanlite.rules.terms import config_of, divisors, one_of, steps_of, warning
 
+MOST_STEPS = 2**32
+"""Records of what is read (`data/read_log.py`) have 32 bits for a step."""
 _SPARE_ROWS = 1024
 """A smaller vocabulary costs nothing, whatever uses it."""
 
 
 def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Exactly one of steps and tokens."""
+    """Exactly one of steps and tokens, and no more steps than can be recorded."""
     training = recipe.training
     if training.steps is None and training.tokens is None:
         fix = 'give training.steps, or training.tokens such as "2M".'
@@ -31,6 +33,9 @@ def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
     elif training.steps is not None and training.tokens is not None:
         problem = f"steps = {training.steps} and tokens = {training.tokens} are both given;"
         yield Finding("training.tokens", problem, "give one of the two.")
+    elif total_steps(training) >= MOST_STEPS:
+        key = "training.steps" if training.tokens is None else "training.tokens"
+        yield Finding(key, f"the run would have {total_steps(training):,} steps;", f"{MOST_STEPS:,} is too many.")
 
 
 def names(recipe: Recipe, world: int) -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 
 from titanlite.check import checked
 from titanlite.describe import describe
-from titanlite.errors import EXIT_DONE, LayoutDiffers, UsageError
+from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
 from titanlite.launch import launched
 from titanlite.parallel.layout import active_ranks
-from titanlite.recipe.load import load_recipe, parse_with_overrides
+from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_count
 from titanlite.rules import check
@@ -31,7 +30,7 @@ _NO_FLOAT8 = "float8 is left out: products are compared in the compute dtype (do
 
 def main(argv: list[str]) -> int:
     """`titanlite verify`: 0 if the layout computes what one process does, else `LayoutDiffers` (exit code 3)."""
-    parser = argparse.ArgumentParser(
+    parser = RecipeParser(
         prog="titanlite verify",
         usage="titanlite verify RECIPE [--section.key=value ...] [--steps N] [--json]",
         description="Prove on these machines that the recipe's layout computes what one process does, with a small "
@@ -43,12 +42,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print an object instead of tables")
     arguments, overrides = parse_with_overrides(parser, argv)
     if not 1 <= arguments.steps <= _MOST_STEPS:
-        raise UsageError(f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows within a few.")
+        raise CommandLineError(
+            f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows within a few."
+        )
     place = launched()
     loaded = load_recipe(arguments.recipe, overrides)
     checked(loaded, place.size)
     if (active := active_ranks(loaded.recipe, place.size)) < place.size:
-        raise UsageError(f"the layout has places for {active} ranks; start so many, since none stands by here.")
+        raise CommandLineError(f"the layout has places for {active} ranks; start so many, since none stands by here.")
     small = shrink(loaded.recipe, place.size, arguments.steps)
     errors = [finding for finding in check(small, place.size) if finding.severity == "error"]
     assert not errors, f"shrinking made a legal recipe illegal: {errors}"
