@@ -11,9 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on a busy two-core machine collapse
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # The compiler's cache does not tell apart what it holds for other vectors, which would not build for these.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{capability}")
 
 import pytest
 import torch
@@ -23,6 +20,9 @@ sys.path.append(str(Path(__file__).parent))
 from pool import Pool
 
 torch.set_num_threads(1)
+# The compiler's cache does not tell apart programs for other vectors, which here would corrupt memory or not build.
+CACHE = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 
 # Where the tests run in the background these are ignored, and so they would be by the processes that tests signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -126,6 +126,7 @@ def test_a_warm_start_in_a_changed_model_names_both_values(
         (["--model.vocab_size=288"], False),
         (["--model.qk_norm=true"], False),
         (["--data.tokenizer=level"], True),
+        (['--data.special_tokens=["<a>"]'], True),
     ],
 )
 def test_a_warm_start_in_another_model_or_by_another_tokenizer_is_refused(

@@ -123,6 +123,7 @@ def generate(
     """
     device = next(model.parameters()).device
     text = list(prompt)
+    context = min(context, len(text) + count)  # caches for no more than there will be
     pending = text[-context:]
     caches = model.new_caches(1, context)
     for _ in range(count):

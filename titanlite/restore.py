@@ -19,7 +19,7 @@ from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.data.audit import reordered_steps as listed
 from titanlite.data.splits import DataSplits
-from titanlite.data.tokenizers import is_another
+from titanlite.data.tokenizers import UNKNOWN, is_another
 from titanlite.describe import WEIGHTS_DEPEND_NOT_ON, model_differences
 from titanlite.errors import DataError, Finding, RecipeError
 from titanlite.learner import Learner
@@ -99,10 +99,11 @@ def _require_own_weights(
     }
     before, now = (spec_of(each.preset) for each in (trained.model, recipe.model))
     fits = before.shapes(before.configure(trained.model)) == now.shapes(now.configure(recipe.model))
-    if is_another(data.tokenizer, manifest.values.get("tokenizer")):
-        theirs, ours = trained.data.tokenizer, recipe.data.tokenizer
-        same = theirs == ours  # by name: the file, the separator or the special tokens differ
-        changed["data.tokenizer"] = (manifest.values["tokenizer"] if same else theirs, ours)
+    if is_another(data.tokenizer, recorded := manifest.values.get("tokenizer")):
+        keys, name = ("tokenizer", "separator", "special_tokens"), recipe.data.tokenizer
+        pairs = {f"data.{key}": (getattr(trained.data, key), getattr(recipe.data, key)) for key in keys}
+        old = UNKNOWN if recorded == UNKNOWN else f"{name} of other content"
+        changed |= {key: pair for key, pair in pairs.items() if pair[0] != pair[1]} or {"data.tokenizer": (old, name)}
     refused = [
         key
         for key in changed

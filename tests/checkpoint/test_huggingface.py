@@ -247,8 +247,11 @@ def test_eight_billion_weights_pass_through_bounded_memory(tmp_path: Path, monke
 
 
 def test_generate_reads_what_was_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any context: it takes memory for no more than there will be."""
     section = Model(**{**SIZES, "vocab_size": 272})
     export_huggingface(saved(tmp_path, section), tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 2**45}))
     assert cli.main(["checkpoint", "import-hf", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "3"]) == 0
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "0"]) == 2
@@ -569,6 +572,12 @@ def test_an_existing_folder_is_never_written_to(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "there") == [] and not pending(tmp_path / "there").exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 250, "x\a"], ids=["too long for the run's name", "control character"])
+def test_a_folder_that_no_recipe_can_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be the folder of a run"):
+        import_huggingface(exported(tmp_path), tmp_path / name)
+
+
 # --- the command
 
 
@@ -584,3 +593,5 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["checkpoint", "import-hf", f"{tmp_path}/out", f"{tmp_path}/run"]) == 0
     assert f"{len(SPEC.shapes(SPEC.configure(PLAIN)))} tensors" in capsys.readouterr().out
     assert list(damages(newest_at(tmp_path / "run"), deep=True)) == []
+    assert cli.main(["checkpoint", "inspect", f"{tmp_path}/out"]) == 2
+    assert "titanlite checkpoint import-hf" in capsys.readouterr().err

@@ -65,7 +65,11 @@ def checkpoints_at(path: Path) -> list[Path]:
         return found
     if folder != path or (path / "recipe.toml").exists() or path.name == "checkpoints":
         raise CheckpointError(f"{path} holds no checkpoint; checkpoint.every_steps says when a run saves one.")
-    raise UsageError(f"'{path}' is no run folder and no checkpoint: it holds no checkpoints, and no {MANIFEST}.")
+    theirs = " It is a Hugging Face folder: titanlite checkpoint import-hf makes a run of it."
+    raise UsageError(
+        f"'{path}' is no run folder and no checkpoint: it holds no checkpoints, and no {MANIFEST}."
+        f"{theirs if (path / 'config.json').exists() else ''}"
+    )
 
 
 def newest_at(path: Path) -> Path:

@@ -45,6 +45,7 @@ from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.recipe.load import to_toml
+from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
 
 PREFIX = "model."
@@ -152,8 +153,14 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     that lead out of it, weights that are not finite) or `out` exists, `CheckpointError` if the disk refuses; `out` is
     then not there.
     """
-    if not str(home := out.absolute()).isprintable():
-        raise UsageError(f"{str(home)!r} has characters that no recipe can name; choose another folder.")
+    home = out.absolute()
+    try:
+        check_path(str(home))
+        name = check_name(f"{home.name}-trained")
+    except ValueError as error:
+        raise UsageError(
+            f"{_short(str(out))} cannot be the folder of a run that another begins with: {error}"
+        ) from None
     fields = _read_json(folder, CONFIG)
     spec, section = _family(folder, fields)
     config = spec.configure(section)
@@ -182,7 +189,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     tokenizer, problem = _found_tokenizer(folder, kept, generation)
     own = [*tokenizer.files] if tokenizer else []
     recipe = Recipe(
-        run=Run(name=f"{home.name}-trained"),
+        run=Run(name=name),
         model=section,
         data=Data(tokenizer=str(home / FOLDER)) if own else Data(),
         training=Training(sequence_length=_context(folder, fields)),
