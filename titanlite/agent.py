@@ -16,13 +16,15 @@ from titanlite.errors import EXIT_STOPPED_EARLY, TitanliteError
 def main(argv: Sequence[str]) -> int:
     """Run torchrun; the exit code where machines cannot meet (any more) or a signal ended it, else as torchrun ends."""
     # C++ stacks of each try to reach a store that has gone; torch reads this when it is imported, processes need not.
-    quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousTimeoutError
 
-    if quiet == "ERROR":
+    if quiet:
         del os.environ["TORCH_CPP_LOG_LEVEL"]
     again = "Start the run again: it goes on from its last checkpoint."
     try:

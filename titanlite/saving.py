@@ -15,7 +15,7 @@ from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import Facts
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.read_log import NoLog, ReadLog
-from titanlite.errors import GuardStop, StoppedEarly
+from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly
 from titanlite.models.shard import Shard
 from titanlite.observe.journal import Journal
 from titanlite.resilience.watchdog import Watchdog
@@ -46,12 +46,16 @@ class Saving:
         self._read_log = read_log
         self._watchdog = watchdog
         self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, heeded=heeded)
+        self._lost = False
+        """Whether a save has found that the run folder may be another process's."""
         self._snapshots_fail: bool | None = None
         """Whether the last one did; None before the first."""
 
     def due(self) -> bool:
-        """Whether the clock or the user asks for a checkpoint, on this rank."""
-        return self._requests.due()
+        """Whether the clock or the user asks for a checkpoint, on this rank; or the loss of the run folder does, which
+        a rank may know of before others do, and which ends the run where all of them save.
+        """
+        return self._lost or self._requests.due()
 
     def covers(self, step: int) -> bool:
         """Whether there is a checkpoint of `step`, or one is being written: another would be none the better."""
@@ -157,6 +161,7 @@ class Saving:
         if saved is None:
             return
         if saved.error is not None:
+            self._lost = self._lost or isinstance(saved.error, RunFolderLost)
             self._journal.event(saved.step, "save_failed", str(saved.error))
             self._requests.failed()
             return
@@ -168,6 +173,7 @@ class Saving:
         if saved is None or self._snapshots_fail is (saved.error is not None):
             return
         self._snapshots_fail = saved.error is not None
+        self._lost = self._lost or isinstance(saved.error, RunFolderLost)
         said = f"kept in memory; {_spent(saved)}; only what goes otherwise is told of from now on"
         self._journal.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or said))
 

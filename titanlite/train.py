@@ -270,13 +270,14 @@ def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
 def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, journal: Journal) -> Verification:
     """That of this rank's part of the token files, under way until `stack` ends."""
     from titanlite.data.verification import Verification
+    from titanlite.resilience.corruption import list_some
 
     verification = Verification(data.token_files, path / "logs" / "verified", ranks.rank, ranks.size)
 
     def end() -> None:
         if (left := verification.end()) and verification.failure is None:
-            names = " ".join(str(file.prefix) for file in left)
-            journal.say(f"rank {ranks.rank} ended before it had verified {names}; titanlite data verify does it")
+            names = list_some([str(file.prefix) for file in left])
+            journal.say(f"ended before token files were verified ({names}); titanlite data verify does it")
 
     ranks.each(verification.begin)
     stack.callback(end)

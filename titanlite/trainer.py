@@ -189,7 +189,10 @@ class Trainer:
                     self._save()
             self.saving.look()
         self._save_at_end()  # a signal waits for this one too
+        alike = self.world.all_equal(int(self._data_failure is None))
         self._raise_unreadable()
+        if not alike:
+            raise StoppedEarly(f"all {self.step} steps are taken and saved, but another rank cannot read its data")
         self._require_good_end()
 
     def _stop_if(self, reason: str | None) -> None:
@@ -335,7 +338,7 @@ class Trainer:
         if self.saving.covers(self.step):
             self._review()
             return
-        suspect = may_be_nonfinite(self._learned().values())
+        suspect = may_be_nonfinite(self._learned().values()).to(self.world.device)  # of a rank without any: on the host
         self._review(self.world.reduce(suspect.int(), "max").bool())
         if self.recipe.resilience.check_replicas_every:
             self._compare_replicas()

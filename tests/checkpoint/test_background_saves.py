@@ -19,8 +19,12 @@ from titanlite.checkpoint import manager, requests, storage
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Keep
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import Facts, Staging, portion_of
-from titanlite.errors import CheckpointError
+from titanlite.data.read_log import NO_LOG
+from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
+from titanlite.observe.journal import Journal
+from titanlite.resilience.watchdog import OFF
+from titanlite.saving import Saving
 
 
 def begin(checkpoints: CheckpointManager, step: int, weights: torch.Tensor, **values: Any) -> None:
@@ -109,6 +113,25 @@ def test_failures_are_told_and_too_many_in_a_row_end_the_run(
     with pytest.raises(CheckpointError, match="3 saves in a row have failed"):
         checkpoints.wait()
     assert loaded(tmp_path)[0] == 3
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, background: bool) -> None:
+    """Not where one of them looks, perhaps steps before the others (issue 14, item 13)."""
+
+    def refuse() -> None:
+        raise RunFolderLost("taken")
+
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=99, require_own=refuse)
+    saving = Saving(checkpoints, None, Journal(), NO_LOG, OFF, 0.0, heeded=False)
+    state = {"w": Shard.whole(torch.zeros(3))}
+    saving.begin(state, Facts(1))
+    checkpoints.close()
+    saving.look()
+    assert saving.due() and saving.due(), "so that all ranks save, and end there"
+    with pytest.raises(RunFolderLost, match="taken"):
+        saving.begin(state, Facts(2))
+    assert checkpoints.steps() == []
 
 
 def test_a_mistake_of_ours_is_raised_where_the_save_is_asked_for(

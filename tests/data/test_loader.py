@@ -24,7 +24,7 @@ from titanlite.data.loader import IGNORED, Batch, _leave_signals_to_the_trainer,
 from titanlite.data.packing import document_layout
 from titanlite.data.splits import Split, split_of
 from titanlite.data.tokenizers import open_tokenizer
-from titanlite.errors import DataError
+from titanlite.errors import DataError, WorkerKilled
 from titanlite.parallel.layout import BatchPlan, ceil_div
 
 LENGTH = 8
@@ -277,6 +277,22 @@ def test_a_stuck_worker_obeys_its_parent() -> None:
     worker.terminate()
     worker.join(timeout=60)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "killed", "said"),
+    [(signal.SIGKILL, True, "SIGKILL"), (signal.SIGSEGV, False, "SIGSEGV"), (40, False, "exit code -40")],
+)
+def test_a_worker_that_crashes_is_no_worker_that_was_killed(number: int, killed: bool, said: str) -> None:
+    """The first may come again at the same samples, so it counts as a crash (issue 14, item 15)."""
+    batches = train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    with pytest.raises(DataError, match=rf"process {worker.pid} \({said}\); .*data\.workers") as error:
+        list(batches)
+    assert isinstance(error.value, WorkerKilled) == killed
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from tiny import write_tiny
 from titanlite.cli import run_command
 from titanlite.data.command import main as data_command
 from titanlite.learner import Learner
+from titanlite.parallel.world import World
 from titanlite.recipe.load import load_recipe, to_toml
 from titanlite.train import main
 
@@ -101,3 +102,14 @@ def test_a_validation_set_that_cannot_be_read_ends_a_run_that_is_saved(
     assert f"validation after step {saved}: the set both cannot be read: held.bin: cut short" in said
     assert (folder / f"runs/tiny/checkpoints/step-{saved:08d}").is_dir()
     assert [row[2] is not None for row in curve("tiny") if row[1] is None] == [True] * (saved == 8)
+
+
+def test_a_run_whose_last_data_another_rank_cannot_read_is_not_done(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 14, item 14: by then no step is left in which the ranks would agree to stop."""
+    monkeypatch.setattr(World, "all_equal", lambda self, value: value != 1)
+    assert train() == 75
+    assert "another rank cannot read" in capsys.readouterr().err
+    assert (folder / "runs/tiny/checkpoints/step-00000008").is_dir()
+    assert json.loads((folder / "runs/tiny/status.json").read_text())["state"] == "stopped"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from titanlite.errors import CheckpointError, RunFolderLost
+from titanlite.errors import CheckpointError
 
 Warn = Callable[[str], None]
 
@@ -52,10 +52,8 @@ class Writing:
             self._thread.join(seconds)
 
     def result(self) -> Saved:
-        """Raises what was no matter of disks, and `RunFolderLost`: trying again would do harm."""
-        if self._error is not None and (
-            not isinstance(self._error, CheckpointError) or isinstance(self._error, RunFolderLost)
-        ):
+        """Raises what was no matter of disks."""
+        if self._error is not None and not isinstance(self._error, CheckpointError):
             raise self._error
         return Saved(self.step, self._error, self._blocked_seconds, self._ended - self._began)
 

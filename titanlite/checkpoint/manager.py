@@ -23,7 +23,7 @@ from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import Facts, Staging, portion_of, save_state
 from titanlite.durable import cause
-from titanlite.errors import CheckpointError
+from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 
 VALIDATION_LOSS = "validation_loss"
@@ -154,11 +154,13 @@ class CheckpointManager:
     def wait(self) -> Saved | None:
         """As `ended`, once the save has ended. To be called by all ranks after the same step.
 
-        Raises `CheckpointError` if more saves than may have failed one after the other.
+        Raises `CheckpointError` if more saves than may have failed one after the other, and `RunFolderLost`.
         """
         self._writings.join()
         saved = self.ended()
         self._begun = self.current
+        if self._failed and isinstance(self._failed[-1], RunFolderLost):  # trying again would do harm
+            raise self._failed[-1]
         if len(self._failed) > self._max_failures:
             again = f" ({len(self._failed)} saves in a row have failed.)" if self._max_failures else ""
             raise CheckpointError(f"{self._failed[-1]}{again}") from self._failed[-1]

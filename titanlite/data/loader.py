@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 import numpy as np
@@ -126,21 +127,31 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
             read = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            ended = [f"{worker.pid} ({_end(worker.exitcode)})" for worker in workers if worker.exitcode]
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a worker had ready is asked of it, and that fails a little before it is known to have ended.
+            wait([worker.sentinel for worker in workers], _ENDING_SECONDS if workers else 0)
+            ended = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
             if not ended:
                 raise
-            raise WorkerKilled(
-                f"a data worker ended, process {', '.join(ended)}; if memory ran out, set a smaller data.workers or "
-                "data.prefetch, and start the run again"
-            ) from error
+            said = ", ".join(f"{process} ({_end(code)})" for process, code in ended.items())
+            if set(ended.values()) <= _KILLED:
+                fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
+                raise WorkerKilled(f"a data worker ended, process {said}; {fix}") from error
+            fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
+            raise DataError(f"a data worker ended, process {said}; {fix}") from error
         if isinstance(read, Exception):
             raise read
         yield read
 
 
+_ENDING_SECONDS = 5.0
+"""Above what the system takes to end a process, if it writes a core file too."""
+_KILLED = {-signal.SIGKILL, -signal.SIGTERM}
+"""Exit codes of a worker that something outside has ended; any other end is its own, and may come again."""
+
+
 def _end(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return signal.Signals(-code).name if -code in list(signal.Signals) else f"exit code {code}"
 
 
 class ReadAhead:

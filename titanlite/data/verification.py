@@ -5,6 +5,7 @@ What was found is kept in the run's folder. A file that a start has found damage
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,24 +17,27 @@ from titanlite.data.units import key_of
 from titanlite.durable import replace_file
 from titanlite.errors import DataError
 
+_LAST_SECONDS = 5.0
+"""For which the end waits for the file system to answer."""
+
 
 class Verification:
     """This rank's part of a run's token files."""
 
     def __init__(self, files: Sequence[TokenFile], folder: Path, rank: int = 0, ranks: int = 1) -> None:
         """`folder` keeps what was found. Files without a sidecar, of which nothing is known, are left out."""
-        files = [file for file in files if file.info is not None]
+        self._files = [file for file in files if file.info is not None]
+        self._own = self._files[rank::ranks]
         self.failure: DataError | None = None
         """The first damage that was found."""
         self._folder = folder
-        self._files = files[rank::ranks]
         self._left: list[TokenFile] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
 
     def begin(self) -> None:
         """Start the thread. Raises `DataError` if a file is still damaged that an earlier start found so."""
-        for file in self._files:
+        for file in self._own:
             try:
                 if self._mark(file).read_bytes():
                     self._verify(file)
@@ -44,17 +48,16 @@ class Verification:
         self._thread.start()
 
     def end(self) -> list[TokenFile]:
-        """Stop; returns the files that are not verified yet."""
+        """Stop; returns the files, of all ranks, that are not verified yet."""
         self._stop.set()
         if self._thread.ident is not None:
-            self._thread.join()
-        return self._left
+            self._thread.join(_LAST_SECONDS)
+        return [file for file in self._files if not os.path.exists(self._mark(file))]
 
     def _verify_all(self) -> None:
-        while self._left and self.failure is None and not self._stop.is_set():
-            self._verify(self._left[0])
-            if not self._stop.is_set():
-                self._left.pop(0)
+        for file in self._left:
+            if self.failure is None and not self._stop.is_set():
+                self._verify(file)
 
     def _verify(self, file: TokenFile) -> None:
         try:
