@@ -28,7 +28,7 @@ LEVELS = (
     ("models", "precision"),
     ("parallel", "optim", "data", "checkpoint", "resilience", "observe"),
     ("learner", "check"),
-    ("restore", "saving", "data.command", "data.audit_command", "data.show_command"),
+    ("restore", "saving", "validation", "data.command", "data.audit_command", "data.show_command"),
     ("trainer", "generate", "dryrun"),
     ("train", "verify", "agent"),
     ("__main__",),

@@ -20,10 +20,9 @@ from titanlite.checkpoint.manager import BACK_TO, VALIDATION_LOSS, CheckpointMan
 from titanlite.checkpoint.save import Facts, environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.audit import REORDERED
-from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader, validation_batches
+from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader
 from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
-from titanlite.data.sources import Source
-from titanlite.data.splits import DataSplits, compression_baselines
+from titanlite.data.splits import DataSplits
 from titanlite.data.verification import Verification
 from titanlite.errors import DataError, GuardStop, StoppedEarly, UsageError
 from titanlite.learner import Learner
@@ -32,7 +31,6 @@ from titanlite.observe.flops import peak_flops
 from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
 from titanlite.observe.journal import Journal
 from titanlite.observe.metrics import Metrics
-from titanlite.observe.rows import validation_row
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
 from titanlite.parallel.layout import agreed_layout, batch_plan, course_from, total_steps
@@ -44,6 +42,7 @@ from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.restore import reordered_steps, restore
 from titanlite.saving import Saving
+from titanlite.validation import Validation
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
@@ -85,8 +84,6 @@ class Trainer:
         self.watchdog = watchdog
         self.read_log = read_log
         self._verification = verification
-        self._unvalidated: DataError | None = None
-        """Why a validation set could not be read."""
         self.total_steps = total_steps(recipe.training)
         layout = agreed_layout(recipe.parallel, world.size)
         self.plan = batch_plan(recipe, layout, layout.place(world.rank).data)
@@ -103,6 +100,7 @@ class Trainer:
         self.saving = Saving(
             checkpoints, self.snapshots, journal, self.read_log, watchdog, every, heeded=world.is_first
         )
+        self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.program, journal)
         self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
@@ -206,7 +204,7 @@ class Trainer:
     def _data_failure(self) -> Exception | None:
         """Why this rank cannot go on with its data."""
         damage = self._verification.failure if self._verification else None
-        return self._ahead.failure or self._unvalidated or damage
+        return self._ahead.failure or self.validation.failure or damage
 
     def _raise_unreadable(self) -> None:
         """Raise why this rank cannot go on with its data, if there is a reason. The state is saved."""
@@ -276,33 +274,9 @@ class Trainer:
                 self.saving.take_snapshot(self._state(), self._facts())
 
     def _validate(self, last: bool) -> None:
-        """Loss on each validation set; after the last step with what compressors make of the same text beside it."""
-        losses, sets = [], self.data.validation
-        failures: list[Exception] = []
-        for text in sets:
-            batches = validation_batches(
-                text,
-                self.recipe.validation.sequences,
-                self.plan.microbatch,
-                self.plan.data_ranks,
-                self.plan.data_rank,
-                failures,
-            )
-            result = self.program.evaluate(batches)
-            if failures:
-                said = f"validation after step {self.step}: the set {text.name} cannot be read: {failures[0]}"
-                self._unvalidated = DataError(said)
-            if result is None:
-                return
-            losses.append(result.loss)
-            named = text.name if len(sets) > 1 else None
-            self.journal.write(validation_row(self.step, result.loss, result.bits_per_byte, named))
-            if last and self.world.is_first and (baselines := self._baselines(text)):
-                needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
-                of = f" ({named})" if named else ""
-                said = f"on the same held-out text{of}, in bits per byte: {needed}"
-                self.journal.event(self.step, "compressors", said)
-        loss = next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+        loss = self.validation.loss_after(self.step, last)
+        if loss is None:
+            return
         self._validated = self.step, loss
         if not math.isfinite(loss):
             self._examine()  # raises if the weights are to blame
@@ -311,14 +285,6 @@ class Trainer:
             if bad.action == "stop":
                 self._save_at_end()
             self.guards.act([bad])
-
-    def _baselines(self, text: Source) -> dict[str, float]:
-        """`compression_baselines`; none of what cannot be read any more."""
-        try:
-            return compression_baselines(text)
-        except UNREADABLE as error:
-            self.journal.say(f"warning: no compressor was run on the set {text.name}: {error}")
-            return {}
 
     def _save(self) -> None:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""

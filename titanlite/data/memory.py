@@ -28,7 +28,8 @@ def within_memory(what: str) -> Iterator[None]:
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = os.environ.get("LOCAL_WORLD_SIZE", "")
+    free //= max(1, int(share)) if share.isdecimal() else 1
     limit = _kilobytes(Path("/proc/self/status"), "VmData:") * 1024 + free
     allowed = [each for each in before if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *allowed]), before[1]))
