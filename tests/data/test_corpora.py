@@ -331,7 +331,8 @@ def test_what_is_no_text(tmp_path: Path, name: str) -> None:
         "xz": lzma.compress(b"text"), "Parquet": parquet_bytes(pyarrow.table({"text": ["a"]})),
         "Arrow": arrow_bytes(pyarrow.table({"text": ["a"]})), "safetensors": safetensors.numpy.save({"x": np.ones(3)}),
         "SQLite": b"SQLite format 3\0" + bytes(80), "pickle": pickle.dumps({"text": "a"}), "zip": zipped(b"text"),
-        "tar": tarred(b"text"), "UTF-16 or UTF-32": '{"text": "a"}'.encode("utf-16"), "NumPy": saved_array(), "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1",
+        "tar": tarred(b"text"), "UTF-16 or UTF-32": '{"text": "a"}'.encode("utf-16"), "NumPy": saved_array(),
+        "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1",
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

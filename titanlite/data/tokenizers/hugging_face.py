@@ -84,8 +84,9 @@ class HuggingFaceTokenizer(PieceTokenizer):
             if _NO_TOKEN not in str(error):
                 raise
             raise DataError(
-                f"{self.path} has no token for some of this text, and none for unknown text (unk_token), so it would be "
-                "lost; take a tokenizer with all 256 bytes, as titanlite data train-tokenizer makes, or leave the text out."
+                f"{self.path} has no token for some of this text, and none for unknown text (unk_token), so it would "
+                "be lost; take a tokenizer with all 256 bytes, as titanlite data train-tokenizer makes, or leave the "
+                "text out."
             ) from error
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
