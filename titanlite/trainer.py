@@ -24,7 +24,7 @@ from titanlite.data.loader import UNREADABLE, Batch, ReadAhead, train_loader
 from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
 from titanlite.data.splits import DataSplits
 from titanlite.data.verification import Verification
-from titanlite.errors import DataError, GuardStop, StoppedEarly, UsageError
+from titanlite.errors import DataError, StoppedEarly, UsageError
 from titanlite.learner import Learner
 from titanlite.models.shard import Shard, may_be_nonfinite
 from titanlite.observe.flops import peak_flops
@@ -191,7 +191,7 @@ class Trainer:
         self._raise_unreadable()
         if not alike:
             raise StoppedEarly(f"all {self.step} steps are taken and saved, but another rank cannot read its data")
-        self._require_good_end()
+        self.guards.require_good_end(self.step, self.validation_loss)
 
     def _stop_if(self, reason: str | None) -> None:
         """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
@@ -312,20 +312,6 @@ class Trainer:
     def _learned(self) -> dict[str, Tensor]:
         """Weights and moments, by the names that they have in a checkpoint."""
         return {name: shard.tensor for name, shard in self._state().items() if not name.startswith("guards.")}
-
-    def _require_good_end(self) -> None:
-        """A run that took no more steps before its end, or ends with a model that makes no numbers, is not done."""
-        first, last = self.guards.skips_in_a_row
-        reason = ""
-        if last == self.step and (first < last or first == last == 1):
-            reason = f"steps {first} to {last}, the last ones, were all skipped"
-        elif (loss := self.validation_loss) is not None and not math.isfinite(loss):
-            reason = f"the validation loss after the last step is {loss:g}"
-        if reason:
-            raise GuardStop(
-                f"{reason}: the run is at its end, but not done. Go on from an earlier checkpoint (--from-step N) with "
-                "a lower optimizer.lr, or past other samples (data.skip_steps)."
-            )
 
     def _facts(self) -> Facts:
         """What a checkpoint of this step says beside the tensors."""

@@ -28,6 +28,7 @@ class Verification:
         """`folder` keeps what was found. Files without a sidecar, of which nothing is known, are left out."""
         self._files = [file for file in files if file.info is not None]
         self._own = self._files[rank::ranks]
+        self._marks = {file.prefix: _mark(file, folder) for file in self._files}
         self.failure: DataError | None = None
         """The first damage that was found."""
         self._folder = folder
@@ -39,7 +40,7 @@ class Verification:
         """Start the thread. Raises `DataError` if a file is still damaged that an earlier start found so."""
         for file in self._own:
             try:
-                if self._mark(file).read_bytes():
+                if self._marks[file.prefix].read_bytes():
                     self._verify(file)
             except OSError:  # not verified yet
                 self._left.append(file)
@@ -52,7 +53,7 @@ class Verification:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(_LAST_SECONDS)
-        return [file for file in self._files if not os.path.exists(self._mark(file))]
+        return [file for file in self._files if not os.path.exists(self._marks[file.prefix])]
 
     def _verify_all(self) -> None:
         for file in self._left:
@@ -67,16 +68,15 @@ class Verification:
         if not self._stop.is_set():
             with suppress(OSError):  # it is verified again then
                 self._folder.mkdir(exist_ok=True)
-                replace_file(self._mark(file), str(self.failure or "").encode("utf-8", "surrogateescape"))
+                replace_file(self._marks[file.prefix], str(self.failure or "").encode("utf-8", "surrogateescape"))
 
     def _hash(self, file: OpenFile) -> str:
         """Of the time, half is left to those who read what they train on."""
         return file.hash(self._stop.wait if self._thread.ident is not None else lambda _: False)
 
-    def _mark(self, file: TokenFile) -> Path:
-        """Of a file with this name, size, time and sidecar: empty if it is whole, or else what is wrong."""
-        assert file.info is not None
-        parts = [
-            (str(each.path.resolve()), each.size, each.modified_ns) for each in (file.tokens.file, file.lengths.file)
-        ]
-        return self._folder / key_of([parts, file.info.bin_xxh3_64, file.info.idx_xxh3_64])
+
+def _mark(file: TokenFile, folder: Path) -> Path:
+    """Of a file with this name, size, time and sidecar: empty if it is whole, or else what is wrong."""
+    assert file.info is not None
+    parts = [(str(each.path.resolve()), each.size, each.modified_ns) for each in (file.tokens.file, file.lengths.file)]
+    return folder / key_of([parts, file.info.bin_xxh3_64, file.info.idx_xxh3_64])

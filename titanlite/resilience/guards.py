@@ -212,6 +212,22 @@ class Guards:
                 f"resilience.max_skips = {section.max_skips} allows. {_ADVICE[last.kind]}"
             )
 
+    def require_good_end(self, step: int, validation_loss: float | None) -> None:
+        """A run that took no more steps before its last, or ends with a model that makes no numbers, is not done:
+        raises `GuardStop`.
+        """
+        first, last = self.skips_in_a_row
+        reason = ""
+        if last == step and (first < last or first == last == 1):
+            reason = f"steps {first} to {last}, the last ones, were all skipped"
+        elif validation_loss is not None and not math.isfinite(validation_loss):
+            reason = f"the validation loss after the last step is {validation_loss:g}"
+        if reason:
+            raise GuardStop(
+                f"{reason}: the run is at its end, but not done. Go on from an earlier checkpoint (--from-step N) with "
+                "a lower optimizer.lr, or past other samples (data.skip_steps)."
+            )
+
     def resumed(self) -> None:
         """Call once the state is a checkpoint's."""
         self._count(*self._counts.tolist())
