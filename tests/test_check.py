@@ -132,7 +132,7 @@ WIDE_405B = {
         # Issue 14, item 18: what a number is in the format that it is used in.
         ("optimizer.eps", {"optimizer__eps": 1e-50}),
         ("optimizer.eps", {"optimizer__eps": 1e-30}),
-        ("optimizer.eps", {"optimizer__eps": 1e39, "precision__compute": "float32"}),
+        ("optimizer.clip_norm", {"optimizer__clip_norm": 1e39, "precision__compute": "float32"}),
         ("optimizer.eps", {"optimizer__eps": 1e-160, "precision__compute": "float64"}),
         ("optimizer.lr", {"optimizer__lr": 1e-300}),
         ("optimizer.betas", {"optimizer__betas": (0.9, 1 - 1e-9)}),
@@ -165,6 +165,7 @@ WIDE_405B = {
         ("parallel.async_tp", {"parallel__tp": 2, "parallel__async_tp": True, "world": 2}),
         ("parallel.offload", {"parallel__offload": True}),
         ("parallel.dp_replicate", {**WIDE_405B, "parallel__zero_stage": 3, "world": 16384}),
+        ("model", {"model__ffn_dim": 2**60}),
         ("checkpoint.resume_from", {"checkpoint__warm_start": "a", "checkpoint__resume_from": "b"}),
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "checkpoint__every_steps": 2}),
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "validation__every_steps": 2}),

@@ -313,7 +313,7 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
         dim=heads * 2 * draw(st.integers(1, 64)), layers=draw(st.integers(1, 10_000)), heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
         ffn_dim=draw(st.integers(1, 2**40)), vocab_size=draw(st.integers(1, 2**40)), rope_theta=draw(floats),
-        rope_scaling=draw(st.none() | scaling), norm_eps=draw(floats), tie_embeddings=draw(st.booleans()),
+        rope_scaling=draw(st.none() | scaling), norm_eps=draw(st.floats(1e-9, 1)), tie_embeddings=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
     )  # fmt: skip
 
@@ -366,6 +366,8 @@ def test_any_other_config_is_taken_or_refused_in_words(data: st.DataObject) -> N
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),  # issue 14, item 3
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default", "factor": 8.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),

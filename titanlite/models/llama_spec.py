@@ -294,7 +294,8 @@ def _huggingface_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     scaling = {} if scaling is None else scaling
     if not isinstance(scaling, Mapping):
         _refuse("rope_scaling" if parameters is None else "rope_parameters", scaling, "it must be a table")
-    theta = next((table["rope_theta"] for table in (scaling, fields) if table.get("rope_theta") is not None), 10_000.0)
+    if fields.get("rope_scaling") not in (None, scaling):
+        _refuse("rope_scaling", fields["rope_scaling"], "rope_parameters says otherwise; keep the one that is right")
     if scaling.get("partial_rotary_factor", 1) not in (1, None):
         _refuse("partial_rotary_factor", scaling["partial_rotary_factor"], "only 1 is known here")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -302,6 +303,10 @@ def _huggingface_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
         _refuse(
             "rope_scaling", dict(scaling), f"{min(map(str, unused))} has no effect without a rope_type such as 'llama3'"
         )
+    bases = [table["rope_theta"] for table in (scaling, fields) if table.get("rope_theta") is not None]
+    if bases[1:] not in ([], bases[:1]):
+        _refuse("rope_theta", bases[1], f"its rotation has another, {str(bases[0])[:80]!r}; keep the one that is right")
+    theta = bases[0] if bases else 10_000.0
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":

@@ -16,6 +16,8 @@ from titanlite.recipe.units import Count, fits_64_bits
 Positive = Annotated[int, Field(ge=1), AfterValidator(fits_64_bits)]
 NonNegative = Annotated[int, Field(ge=0), AfterValidator(fits_64_bits)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+"""What is larger would be all that counts: it would train nothing."""
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 LONGEST_SECONDS = 1e9
 """Beyond what the clocks of Python's threads and torch's process groups can wait."""
@@ -90,8 +92,8 @@ class Model(Section):
     """Base of the rotary frequencies; custom: 500,000."""
     rope_scaling: RopeScaling | None = None
     """Llama 3.1's frequency scaling; absent: the preset's, or none."""
-    norm_eps: PositiveFloat | None = None
-    """Epsilon inside every RMSNorm; custom: 1e-5."""
+    norm_eps: Epsilon | None = None
+    """Epsilon inside every RMSNorm, at most 1; custom: 1e-5."""
     tie_embeddings: bool | None = None
     """Share one matrix between the embedding and the output head; custom: false."""
     qk_norm: bool | None = None
@@ -222,8 +224,8 @@ class Optimizer(Section):
     """Peak learning rate of AdamW's parameters."""
     betas: Annotated[tuple[DecayRate, DecayRate], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moments."""
-    eps: PositiveFloat = 1e-8
-    """Added to AdamW's denominator."""
+    eps: Epsilon = 1e-8
+    """Added to AdamW's denominator; at most 1."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay (times the learning rate) of matrices; norms and other vectors have none."""
     clip_norm: NonNegativeFloat = 1.0

@@ -147,8 +147,11 @@ def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
         copies = ((layout.dp_replicate * each, layout.dp_shard // each) for each in divisors(layout.dp_shard))
         meshes = (replace(layout, dp_replicate=one, dp_shard=other) for one, other in copies)
         fits = next((each for each in meshes if checkpoint_parts(recipe, spec, each) <= most), None)
-        such = f", such as by dp_replicate = {fits.dp_replicate}, dp_shard = {fits.dp_shard}" if fits else ""
-        yield Finding("parallel.dp_replicate", problem, f"cut the weights over fewer ranks{such}.")
+        fix = "give a smaller model, or fewer ranks."
+        if fits is not None:
+            degrees = f"dp_replicate = {fits.dp_replicate}, dp_shard = {fits.dp_shard}"
+            fix = f"cut the weights over fewer ranks, such as by {degrees}."
+        yield Finding("parallel.dp_replicate" if fits else "model", problem, fix)
 
 
 def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
