@@ -318,6 +318,7 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
     )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(PRESETS.values())) | configs())
 def test_a_config_comes_back_as_it_was(config: LlamaConfig) -> None:
     fields = json.loads(json.dumps(to_huggingface_config(config)))
@@ -337,7 +338,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_other_config_is_taken_or_refused_in_words(data: st.DataObject) -> None:
     fields = to_huggingface_config(replace(PRESETS["debug"], rope_scaling=RopeScaling()))
