@@ -364,7 +364,7 @@ class Trainer:
         with self.watchdog.during("going back"):
             self.saving.settle()
             last = self._back_to - again
-            oldest = min(self.checkpoints.agreed_steps(), default=-1)
+            oldest = min(self.checkpoints.agreed_steps(), default=-1)  # that again, if there is none further back
             self._restore(self._start.again, last=max(last, oldest) if last >= 0 else last)
         self._back_to, self._gone_back = self.step, True
         self.guards.rolled_back(*counts)

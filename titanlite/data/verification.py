@@ -31,7 +31,6 @@ class Verification:
         self._marks = {file.prefix: _mark(file, folder) for file in self._files}
         self.failure: DataError | None = None
         """The first damage that was found."""
-        self._folder = folder
         self._left: list[TokenFile] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
@@ -67,8 +66,9 @@ class Verification:
             self.failure = error if not self._stop.is_set() else None
         if not self._stop.is_set():
             with suppress(OSError):  # it is verified again then
-                self._folder.mkdir(exist_ok=True)
-                replace_file(self._marks[file.prefix], str(self.failure or "").encode("utf-8", "surrogateescape"))
+                mark = self._marks[file.prefix]
+                mark.parent.mkdir(exist_ok=True)
+                replace_file(mark, str(self.failure or "").encode("utf-8", "surrogateescape"))
 
     def _hash(self, file: OpenFile) -> str:
         """Of the time, half is left to those who read what they train on."""
