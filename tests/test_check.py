@@ -114,6 +114,8 @@ WIDE_405B = {
         ("model.vocab_size", {"model__vocab_size": 256}),
         ("data.corpus", sources("a", corpus="b")),
         ("data.sources.1.name", sources("a", "a")),
+        ("data.corpus", {"data__corpus": ["python-stdlib", "python-stdlib"]}),
+        ("data.sources.0.path", sources({"name": "a", "path": ["x", "y", "x"]})),
         (
             "data.validation.1.name",
             {"data__validation": [{"name": "a", "path": "a"}] * 2, "validation__every_steps": 1},

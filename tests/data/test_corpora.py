@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -280,6 +281,20 @@ def test_unreadable_folder(folder: Path) -> None:
         (folder / "sub").chmod(0o755)
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_folder_that_cannot_be_entered(folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Issue 14, item 7: as another process's folders below `/proc`, it is listed and cannot be followed."""
+    stat_ = os.stat
+
+    def refuse(path: Any, *words: Any, **named: Any) -> os.stat_result:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat_(path, *words, **named)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert "sub: cannot be read (Permission denied)" in refusal(folder / pattern)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_named_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
@@ -456,6 +471,11 @@ def test_arrow(tmp_path: Path, write: str) -> None:
         assert documents(str(tmp_path / "x.arrow"), text_key="body") == expected
     (tmp_path / "x.arrow").rename(tmp_path / "x.feather")
     assert [text for _, text in documents(str(tmp_path / "x.feather"), "body")] == [text for _, text in expected]
+
+
+def test_feather_of_version_1(tmp_path: Path) -> None:
+    (tmp_path / "x.feather").write_bytes(b"FEA1" + bytes(60) + b"FEA1")
+    assert "write it again as version 2" in refusal(tmp_path / "x.feather")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -542,6 +543,24 @@ def test_nothing_held_out(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("--held-out", "100"), ("--held-out", "-1"), ("--workers", "-1")])
 def test_wrong_usage(run: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
     assert words[0] in run("in", *words, code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("prepare", "", "--out", "out"), "the path is empty"),
+        (("prepare", "in", "--out", ""), "the path is empty"),
+        (("verify", ""), "the path is empty"),
+        (("prepare", "in", "--out", "."), "is a folder"),
+        (("prepare", "in", "--out", ".."), "is a folder"),
+        (("verify", "/"), "is a folder"),
+    ],
+)
+def test_paths_without_a_name(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
+    """Issue 14, D: what an unset variable leaves is not the current folder, and a folder is no prefix."""
+    with suppress(SystemExit):
+        assert main(["data", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

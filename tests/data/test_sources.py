@@ -222,7 +222,9 @@ def test_ids_beyond_the_vocabulary_are_named_when_they_are_read(texts: Path, tmp
 
 def test_one_file_twice_and_files_of_two_kinds_are_refused(texts: Path, tmp_path: Path) -> None:
     prepare(str(texts / "a"), "--out", str(tmp_path / "a"))
-    for other in (f"{tmp_path}/a.bin", f"{tmp_path}/a*"):
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"link.{suffix}").symlink_to(f"a.{suffix}")
+    for other in (f"{tmp_path}/a.bin", f"{tmp_path}/a*", f"{tmp_path}/link"):
         with pytest.raises(DataError, match="names it twice"):
             opened(texts, False, sources=[{"name": "a", "path": [str(tmp_path / "a"), other]}])
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from titanlite.errors import UsageError
-from titanlite.recipe.paths import path_argument, text_argument
+from titanlite.recipe.paths import input_argument, path_argument, text_argument
 from titanlite.recipe.units import format_bytes, format_count
 
 
@@ -17,7 +17,7 @@ def add_prepare_commands(commands: Any) -> None:
     line = "tokenise texts into PREFIX.bin, .idx and .json; started again after a kill, it goes on"
     command = commands.add_parser("prepare", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_prepare)
-    command.add_argument("inputs", nargs="+", type=text_argument, metavar="INPUT",
+    command.add_argument("inputs", nargs="+", type=input_argument, metavar="INPUT",
                          help="text, .jsonl (both also .gz, .zst), .parquet, .arrow: files, folders, globs; or a "
                               "folder that a Hugging Face dataset was saved to")  # fmt: skip
     command.add_argument(
@@ -50,6 +50,7 @@ def add_prepare_commands(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from titanlite.data.prepare import Request, prepare
     from titanlite.data.progress import Progress
+    from titanlite.data.token_file import paths_of
     from titanlite.data.tokenizers import describe_separator, open_tokenizer, separator_warning
     from titanlite.data.units import Settings
     from titanlite.data.workers import cores
@@ -58,8 +59,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise UsageError("--held-out must be a percentage from 0 to below 100.")
     if arguments.workers < 0:
         raise UsageError("--workers must be at least 1.")
-    if not arguments.out.name:
-        raise UsageError(f"--out {arguments.out}: is a folder; add the name of the files, without a suffix.")
+    paths_of(arguments.out)  # refuses a folder
     special = tuple(arguments.special_token)
     tokenizer = open_tokenizer(arguments.tokenizer, arguments.separator, special)
     print(f"documents are separated by {describe_separator(tokenizer)}", file=sys.stderr)

@@ -157,14 +157,17 @@ def open_streams(
     training: list[Stream] = []
     validation: list[Stream] = []
     texts: list[str] = []
-    named: dict[Path, str] = {}
+    named: dict[Path, tuple[Path, str]] = {}
     for path in paths:
         prefixes = token_files(path)
         texts += [] if prefixes else [path]
         for prefix in prefixes:
-            if (other := named.setdefault(prefix.resolve(), path)) is not path or prefixes.count(prefix) > 1:
-                raise DataError(f"{prefix}: {key} names it twice, by '{other}' and by '{path}'; take one of them out.")
             file = open_token_file(prefix, section, tokenizer)
+            other = named.setdefault(file.tokens.file.path.resolve(), (prefix, path))
+            if other != (prefix, path) or prefixes.count(prefix) > 1 or paths.count(path) > 1:
+                raise DataError(
+                    f"{prefix}: {key} names it twice, by '{other[1]}' and by '{path}'; take one of them out."
+                )
             training.append(file)
             held_out = prefix.with_name(prefix.name + HELD_OUT)
             if hold_out and paths_of(held_out).idx.exists():
@@ -192,7 +195,7 @@ def _require_one_prepare(file: TokenFile, held_out: TokenFile) -> None:
 
 def token_files(path: str) -> list[Path]:
     """Prefixes of the token files that `path` names, itself or as a glob, in order; their held-out parts left out."""
-    paths = paths_of(expand(path)) if Path(path).name else None
+    paths = None if expand(path).name in ("", "..") else paths_of(expand(path))
     if paths and (paths.idx.exists() or paths.parts.exists()):
         return [expand(path)]
     if not glob.has_magic(path):

@@ -126,7 +126,9 @@ class Paths(NamedTuple):
 
 
 def paths_of(prefix: Path) -> Paths:
-    """By adding to the name: prefixes such as `wiki.v2` keep their dots."""
+    """By adding to the name: prefixes such as `wiki.v2` keep their dots. Raises `DataError` for a folder's path."""
+    if prefix.name in ("", ".."):
+        raise DataError(f"{prefix}: is a folder; add the name of the token files, without a suffix.")
     return Paths(*(prefix.with_name(prefix.name + end) for end in (".bin", ".idx", ".json", ".parts")))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from titanlite.durable import cause, replace_file
 from titanlite.errors import DataError, UsageError
-from titanlite.recipe.paths import path_argument, text_argument
+from titanlite.recipe.paths import input_argument, path_argument
 from titanlite.recipe.sections import Data
 from titanlite.recipe.units import format_bytes, format_count
 
@@ -41,7 +41,7 @@ def add_train_tokenizer_command(commands: Any) -> None:
     command = commands.add_parser("train-tokenizer", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_train_tokenizer)
     command.add_argument(
-        "inputs", nargs="+", type=text_argument, metavar="INPUT", help="as data.corpus in a recipe; several make one"
+        "inputs", nargs="+", type=input_argument, metavar="INPUT", help="as data.corpus in a recipe; several make one"
     )
     command.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the files go")
     command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special ones counted")

@@ -33,7 +33,7 @@ def homes(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Sources instead of a corpus, each with a name of its own, and weights for all or none."""
+    """Sources instead of a corpus, each with a name of its own, no path twice, and weights for all or none."""
     data = recipe.data
     if data.sources and data.corpus is not None:
         yield Finding("data.corpus", "there are data.sources too;", "make it one of them, or take them out.")
@@ -44,6 +44,9 @@ def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield Finding(f"{key}.{index}.name", f"'{name}' is another one's name too;", "give each its own.")
+    for key, paths in paths_in(data):
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            yield Finding(key, f"names '{twice}' twice, which would read it twice;", "take one of them out.")
     weighted = [each.weight is not None for each in data.sources]
     if any(weighted) and data.stages:
         problem = "data.stages says the weights, and this one would mean nothing;"

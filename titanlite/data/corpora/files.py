@@ -10,12 +10,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from titanlite.data.corpora import CORPORA, Document
 from titanlite.data.corpora.formats import (
@@ -179,8 +179,8 @@ def match_files(pattern: str) -> Iterator[str]:
         return
     at = parts.index("**")
     rest = [part for index, part in enumerate(parts[at:]) if part != "**" or parts[at + index - 1] != "**"][1:]
-    for top in glob.glob(os.path.join(*parts[:at])) if at else [""]:
-        for folder, _ in _walk(top or "."):
+    for top in glob.glob(os.path.join(*parts[:at])) if at else ["."]:
+        for folder, _ in _walk(top) if os.path.isdir(top) else ():
             yield from match_files(os.path.join(glob.escape(folder), *(rest or "*")))
 
 
@@ -188,11 +188,7 @@ def _files_below(folder: Path, text_key: str) -> Iterator[Path]:
     """Files with a suffix that folders are searched for; links are followed, each folder is entered once. JSON that is
     not lines is a program's, not text.
     """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions.") from error
-
-    for parent, files in _walk(folder, refuse):
+    for parent, files in _walk(folder):
         for name in files:
             path = Path(parent, name)
             if not name.lower().endswith(FOLDER_SUFFIXES) or name.startswith("."):
@@ -201,11 +197,20 @@ def _files_below(folder: Path, text_key: str) -> Iterator[Path]:
                 yield path
 
 
-def _walk(top: str | Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """The folder and those below it but hidden ones, with the names of their files; each real folder once."""
+def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folder and those below it but hidden ones, with the names of their files; each real folder once. Raises
+    `DataError` for one that cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions.") from error
+
     entered: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
-        status = os.stat(parent)
+        try:
+            status = os.stat(parent)
+        except OSError as error:  # of a link, say, that was listed and cannot be followed
+            refuse(error)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()
             continue

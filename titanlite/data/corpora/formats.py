@@ -284,14 +284,17 @@ def _parquet_columns(arrow: Any, path: Path, text_key: str, asked: str, part: Pa
     _text_column(path, file.schema_arrow, text_key, asked)
     groups = range(file.num_row_groups) if part is None else range(part.first, part.stop)
     for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=[text_key], use_threads=False):
-        yield batch.column(0)
+        yield batch.column(text_key)  # a field of a struct may have the same path
 
 
 def _arrow_columns(arrow: Any, path: Path, text_key: str, asked: str, part: Part | None) -> Iterator[Any]:
     """Of a stream, as datasets are saved, or of a file (Feather)."""
 
     def read(options: Any = None) -> Any:
-        is_file = file.read(6) == b"ARROW1"
+        head = file.read(6)
+        if head.startswith(b"FEA1"):
+            raise DataError(f"{path}: Feather of version 1, which libraries stop reading; write it again as version 2.")
+        is_file = head == b"ARROW1"
         file.seek(0)
         return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(file, options=options)
 
