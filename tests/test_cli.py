@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from errno import EACCES
 from pathlib import Path
 
 import jsonschema
@@ -49,6 +50,34 @@ def test_help_lists_every_command(run: Run) -> None:
     assert (code, err) == (0, "")
     assert all(f"  {name} " in out for name in COMMANDS)
     assert list(HELP) == list(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "{recipe}", "--force"), "--fresh"),
+        (("check", "{recipe}", "training.steps=3"), "--training.steps=VALUE"),
+        (("check", "{recipe}", "-training.steps=3"), "--training.steps=VALUE"),
+        (("check", "{recipe}", f"--training.tokens={'9' * 5000}T"), "is not a count"),
+        (("check", "{recipe}", f"--data.corpus={'[' * 3000}"), "File name too long"),
+    ],
+)
+def test_odd_words_are_refused_in_a_sentence(run: Run, recipe: Path, words: tuple[str, ...], said: str) -> None:
+    """Issue 14, section D and item 27."""
+    code, _, err = run(*(word.replace("{recipe}", str(recipe)) for word in words))
+    assert code == 2 and err.startswith("error: ") and said in err
+
+
+def test_a_folder_that_may_not_be_read_is_named(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever command meets it; issue 14, section D. Root may read everything, so the refusal is made up."""
+
+    def refuse(path: object, **_: object) -> None:
+        raise PermissionError(EACCES, os.strerror(EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    for words in (("checkpoint", "inspect", "shut"), ("check", str(recipe), "--data.corpus=shut")):
+        code, _, err = run(*words)
+        assert code == 2 and err.startswith("error: shut") and os.strerror(EACCES) in err
 
 
 def test_no_command_is_a_usage_error(run: Run) -> None:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from errno import EACCES, ENAMETOOLONG
 
 from titanlite import __version__
 from titanlite.errors import EXIT_DONE, CommandLineError, RecipeError, StoppedEarly, TitanliteError, UsageError
@@ -82,6 +83,12 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         # The interpreter flushes stdout once more at exit; let that go nowhere instead of failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (EACCES, ENAMETOOLONG) or not error.filename:
+            raise
+        path = os.fsdecode(error.filename)[:200]
+        print(f"error: {path}: {error.strerror}; give another path, or mend its permissions.", file=sys.stderr)
+        return UsageError.exit_code
     return code
 
 

@@ -89,6 +89,10 @@ def main(argv: list[str]) -> int:
         job=under.names if under else (),
     )
     _require_keys(start.may_change)
+    if arguments.force and not arguments.fresh:
+        raise CommandLineError(
+            "--force does nothing without --fresh: with it, it deletes the run that the folder holds."
+        )
     loaded = load_recipe(arguments.recipe, overrides)
     warnings = checked(loaded, launched().size)
     if launched().is_first:
@@ -460,7 +464,7 @@ def end_as_launched(command: Command, argv: list[str]) -> NoReturn:
 
 def _ended(argv: list[str], command: Command = main) -> tuple[int, Exception | None]:
     """Run the command; its exit code, and what ended it if that was an error."""
-    met: list[TitanliteError] = []
+    met: list[Exception] = []
     told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
     if told and torchrun_or_none() and launched_or_alone().local_rank == 0:
         open(told, "w").close()  # what an earlier start left there is not how the run ended
@@ -468,7 +472,7 @@ def _ended(argv: list[str], command: Command = main) -> tuple[int, Exception | N
     def noted(arguments: list[str]) -> int:
         try:
             return command(arguments)
-        except TitanliteError as error:
+        except (TitanliteError, OSError) as error:
             met.append(error)
             raise
 

@@ -19,9 +19,11 @@ def parse_count(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"([0-9][0-9_]*)(?:\.([0-9]+))?\s*([KMBT]?)", value.strip())
+    match = re.fullmatch(r"([0-9][0-9_]{,99})(?:\.([0-9]{1,99}))?\s*([KMBT]?)", value.strip())
     if match is None:
-        raise ValueError(f"'{value}' is not a count; write a whole number, or one with K, M, B or T such as '2.5M'")
+        raise ValueError(
+            f"'{value[:60]}' is not a count; write a whole number, or one with K, M, B or T such as '2.5M'"
+        )
     whole, fraction, unit = match.group(1).replace("_", ""), match.group(2) or "", match.group(3)
     scaled, remainder = divmod(int(whole + fraction) * _COUNT_UNITS[unit], 10 ** len(fraction))
     if remainder:
