@@ -200,10 +200,13 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
             os.close(descriptor)
             raise UsageError(f"{what} is in use by {holder or 'another process'}. Wait for it to end, or {other_way}.")
         time.sleep(1)
-    is_new = os.fstat(descriptor).st_size == 0
+    lock = Lock(path, descriptor, is_new=os.fstat(descriptor).st_size == 0)
+    if not lock.is_in_place():  # who held it removed it after it was opened here: another process may lock a new one
+        lock.close()
+        return take_lock(path, what, other_way, warn)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-    return Lock(path, descriptor, is_new)
+    return lock
 
 
 def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from titanlite import durable
 from titanlite.cli import main
 from titanlite.data import prepare, progress, units, workers
 from titanlite.data.corpora import read_corpus
@@ -246,6 +247,7 @@ def test_of_several_bad_lines_the_first_is_told(run: Run, tmp_path: Path, monkey
 
 PROGRAM = """
 import sys
+from titanlite import durable
 from titanlite.cli import main
 from titanlite.data import prepare
 prepare.SMALLEST_UNIT_BYTES = 512
@@ -543,6 +545,22 @@ def test_nothing_held_out(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("--held-out", "100"), ("--held-out", "-1"), ("--workers", "-1")])
 def test_wrong_usage(run: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
     assert words[0] in run("in", *words, code=2)
+
+
+def test_a_lock_that_its_last_holder_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 14, item 13: between the opening of the lock file and its locking, as the end of another `prepare` may."""
+    taken, calls = durable._taken, []
+
+    def removed_first(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
+        calls.append(lock)
+        if len(calls) == 1:
+            path.unlink()
+        return taken(lock, path, warn)
+
+    monkeypatch.setattr(durable, "_taken", removed_first)
+    lock = durable.take_lock(tmp_path / ".lock", "it", "wait", print)
+    assert lock.is_in_place() and len(calls) == 2
+    lock.close()
 
 
 @pytest.mark.parametrize(
