@@ -56,6 +56,7 @@ def test_help_lists_every_command(run: Run) -> None:
     ("words", "said"),
     [
         (("train", "{recipe}", "--force"), "--fresh"),
+        (("check", "{recipe}", "--world", "9" * 400), "2^31"),
         (("check", "{recipe}", "training.steps=3"), "--training.steps=VALUE"),
         (("check", "{recipe}", "-training.steps=3"), "--training.steps=VALUE"),
         (("check", "{recipe}", f"--training.tokens={'9' * 5000}T"), "is not a count"),

@@ -374,7 +374,7 @@ def test_the_command_prints_an_object(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_rank_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *ARGUMENTS, "--rank", "8"]) == 2
-    assert "--rank 8: 8 ranks count from 0 to 7" in capsys.readouterr().err
+    assert "--rank 8: the ranks count from 0 to 7" in capsys.readouterr().err
 
 
 @pytest.mark.slow

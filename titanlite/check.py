@@ -201,8 +201,8 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     if arguments.recipe is None:
         raise UsageError("titanlite check needs a recipe, such as configs/debug.toml, or --explain KEY.")
-    if arguments.world < 1:
-        raise UsageError(f"--world {arguments.world}: a run has at least one rank.")
+    if not 1 <= arguments.world < 2**31:
+        raise UsageError(f"--world {str(arguments.world)[:20]}: a run has 1 rank or more, and fewer than 2^31.")
     if arguments.json:
         return _print_json(arguments, overrides)
     loaded = load_recipe(arguments.recipe, overrides)

@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
     Raises `UsageError` if there is no such rank.
     """
     if not 0 <= rank < size:
-        raise UsageError(f"--rank {rank}: {size} rank{'s' * (size > 1)} count from 0 to {size - 1} (--world N).")
+        raise UsageError(f"--rank {rank}: the ranks count from 0 to {size - 1} (--world N).")
     layout = agreed_layout(recipe.parallel, size)
     log, trace = CollectiveLog(spanning(layout, recipe.parallel.zero_stage)), MemoryTrace()
     with ExitStack() as stack:

@@ -215,7 +215,7 @@ def open_run_folder(
     try:
         _refuse_foreign(path)
         if start.mode == "resume" and not has_run(path):
-            raise UsageError(f"there is no run to resume in {path}; leave --resume away to start one.")
+            raise UsageError(f"there is no run to resume in {path}; to start one, leave --resume or --from-step away.")
         path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
     except OSError as error:
