@@ -58,7 +58,7 @@ def flipped_in_header(folder: Path) -> str:
 def flipped_in_manifest(folder: Path) -> str:
     path = folder / MANIFEST
     data = path.read_bytes()
-    place = data.index(b'"samples": ') + len(b'"samples": ')  # not where another bit means the same
+    place = data.index(b'"samples":') + len(b'"samples":')  # not where another bit means the same
     return _flip(path, place, place + 1)
 
 

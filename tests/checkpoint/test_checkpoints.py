@@ -294,7 +294,7 @@ def test_a_newer_format_is_not_passed_over(tmp_path):
     for step in (1, 2):
         run.save(step)
     path = run.manager.path(2) / MANIFEST
-    path.write_text(path.read_text().replace('"version": 1', '"version": 3'))
+    path.write_text(path.read_text().replace('"version":1', '"version":3'))
     with pytest.raises(NewerFormatError, match="needs titanlite format 3"):
         run.load()
 

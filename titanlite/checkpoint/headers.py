@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, TensorEntry
+from titanlite.checkpoint.storage import open_plain
 
 Placed = dict[str, list[tuple[str, Chunk]]]
 """File -> (tensor, chunk) of what lies in it."""
@@ -42,6 +43,7 @@ def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
 
 def check_header(path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]) -> None:
     """The file's own table must say what the manifest says. Raises `DamagedCheckpointError`."""
+    open_plain(path).close()  # the library waits for whoever may write into a pipe
     try:
         with open_tensors(path, framework="numpy") as file:  # no values are read, so torch need not be there
             present = set(file.keys())
