@@ -8,10 +8,13 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from fault import EQUAL, Fault, Outcome
+from safetensors.numpy import load_file, save_file
 from sandbox import EVERY, STEPS, Sandbox
 
-from titanlite.checkpoint.format import MANIFEST
+from titanlite.checkpoint.format import MANIFEST, encode
+from titanlite.checkpoint.storage import describe_file, read_manifest
 
 _NEWEST, _BEFORE = 3 * EVERY, 2 * EVERY
 Damage = Callable[[Path], str]
@@ -65,6 +68,17 @@ def flipped_in_manifest(folder: Path) -> str:
 def missing_shard(folder: Path) -> str:
     path = _shard(folder)
     path.unlink()
+    return path.name
+
+
+def not_finite(folder: Path) -> str:
+    """One weight is NaN in a checkpoint whose hashes are right: one that a run before this look at states saved."""
+    path, manifest = _shard(folder), read_manifest(folder)
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, path)
+    files = {**manifest.files, path.name: describe_file(path)}
+    (folder / MANIFEST).write_bytes(encode(manifest.model_copy(update={"files": files})))
     return path.name
 
 
@@ -136,5 +150,6 @@ FAULTS = [
     passed_over(17, "manifest missing", missing_manifest),
     Fault(17, "every checkpoint damaged", "cut by one byte", all_damaged),
     Fault(17, "file that no manifest lists", "put into the newest checkpoint", extra_file),
+    passed_over(40, "weight that is not a number, under right hashes", not_finite),
     Fault(18, "manifest of a newer format", "version 7", newer_format),
 ]

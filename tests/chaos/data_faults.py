@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from bpe import saved, word_pieces
 from fault import EQUAL, Fault, Outcome
 from sandbox import EVERY, STEPS, Sandbox
 
@@ -101,6 +103,22 @@ def worker_killed(box: Sandbox) -> Outcome:
     return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[1].said, "a data worker ended"))
 
 
+def tokenizer_raises(box: Sandbox) -> Outcome:
+    """Issue 14, item 16: a document beyond a vocabulary whose unknown token is missing; with it, the run begins."""
+    path = saved(word_pieces(), box.folder / "words")
+    sound = json.loads(path.read_text())
+    path.write_text(json.dumps({**sound, "model": {**sound["model"], "unk_token": "[NONE]"}}))
+    lines = [{"text": "a name of the token " * (1 + n % 5)} for n in range(300)] + [{"text": "日"}]
+    (box.folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--data.corpus=texts.jsonl", "--data.tokenizer=words", "--data.separator=[SEP]", "--model.vocab_size=272"]
+    said = box.start(*words).ended(2).said
+    assert "Traceback" not in said and box.rows() == []
+    path.write_text(json.dumps(sound))
+    box.train(*words)
+    assert box.step() == STEPS
+    return Outcome(None, "nothing trained", box.message(said, "texts.jsonl:301: "))
+
+
 FAULTS = [
     lost_while_running("removed", Path.unlink),
     lost_while_running("cut", _halve),
@@ -110,4 +128,5 @@ FAULTS = [
     Fault(36, "token file cut while two ranks train on it", "truncate", tokens_cut(2), slow=True),
     Fault(37, "bit flipped in a token file", "before the first start", bit_flipped),
     Fault(38, "data worker of one rank of two killed", "SIGKILL", worker_killed),
+    Fault(39, "document that a tokenizer's library fails on", "no unknown token", tokenizer_raises),
 ]
