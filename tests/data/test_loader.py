@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -294,6 +295,8 @@ def test_a_worker_that_crashes_is_no_worker_that_was_killed(number: int, killed:
     with pytest.raises(DataError, match=rf"process {worker.pid} \({said}\); .*data\.workers") as error:
         list(batches)
     assert isinstance(error.value, WorkerKilled) == killed
+    del error, batches
+    gc.collect()  # torch's frames hold temporary files, which the next worker's copy of them would delete
 
 
 @pytest.mark.slow

@@ -129,7 +129,10 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
             return
         except (RuntimeError, OSError, EOFError) as error:
             # What a worker had ready is asked of it, and that fails a little before it is known to have ended.
-            wait([worker.sentinel for worker in workers], _ENDING_SECONDS if workers else 0)
+            ending = wait([worker.sentinel for worker in workers], _ENDING_SECONDS if workers else 0)
+            for worker in workers:
+                if worker.sentinel in ending:
+                    worker.join(_ENDING_SECONDS)  # it has closed its files; its exit code is there a little later
             ended = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
             if not ended:
                 raise
