@@ -207,6 +207,7 @@ def test_what_cannot_be_a_path_on_the_command_line(
 def test_what_is_nested_deeply_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], depth: int) -> None:
     """Issue 14, section D: values and keys, on the command line and in files."""
     refused(capsys, "--model.dim=" + "[" * depth + "]" * depth)
+    assert "data.corpus: " in refused(capsys, "--data.corpus=" + "[" * depth)
     refused(capsys, "--" + "a." * depth + "b=1")
     Path("recipe.toml").write_text("a." * depth + "b = 1\n")
     refused(capsys)

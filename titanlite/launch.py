@@ -26,6 +26,8 @@ _WAYS = (
 
 _PRINTING_SECONDS = 60.0
 """Within these the first rank comes to where another one failed, or never."""
+_SRUN_SECONDS = 3.0
+"""For which others wait, so that it has printed its error."""
 
 _NO_ID = "none"
 """torchrun's id of every job that was given none."""
@@ -104,6 +106,8 @@ def prints_for_all() -> bool:
     """
     place, mark = launched_or_alone(), _mark()
     if mark is None or place.local_rank == 0:
+        if mark is None and not place.is_first and "SLURM_STEP_ID" in os.environ:
+            time.sleep(_SRUN_SECONDS)  # srun may end all ranks when one has, and has no folder where to mark anything
         return place.is_first or mark is not None
     until = time.monotonic() + _PRINTING_SECONDS
     while not mark.exists():

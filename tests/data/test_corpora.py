@@ -381,6 +381,8 @@ def test_json_lines_under_other_names(tmp_path: Path, name: str, packed: str) ->
         ("a.json", b'{\n "text": "one"\n}', "a JSON object of several lines"),
         ("a.json", b'{"body": "one"}\n{"body": "two"}', "a.json:1: no field 'text' (it has 'body'); set data.text_key"),
         ("a.ndjson", b'{"body": "one"}', "a.ndjson:1: no field 'text'"),
+        ("part-00000", b'{"body": "one"}\n{"body": "two"}', "part-00000:1: no field 'text' (it has 'body')"),
+        ("a.txt", b'{"meta": 1}\n{"text": "hi"}', "a.txt:1: no field 'text' (it has 'meta')"),
         ("a.json", b'{"text": "one"}\n{"text": ', "a.json:2: invalid JSON"),
     ],
 )

@@ -7,7 +7,6 @@ a stored recipe may be read on another machine, by another user. No pydantic her
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import unicodedata
 from pathlib import Path
@@ -22,7 +21,7 @@ def check_path(path: str) -> str:
     """`path` as it is. Raises `ValueError` for characters that cannot be printed and for what is too long."""
     if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in path):  # control characters, bytes that are no UTF-8
         raise ValueError(f"{path!r} has characters that cannot be printed; use a path without them.")
-    names = [] if glob.has_magic(path) else path.split("/")
+    names = path.split("/")
     if len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(name)) > _LONGEST_NAME for name in names):
         problem = f"no path is longer than {_LONGEST_PATH:,} bytes, and no name in one than {_LONGEST_NAME};"
         raise ValueError(f"'{path[:40]}…': {problem} use a shorter one.")

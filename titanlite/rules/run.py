@@ -123,7 +123,7 @@ def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
         fix = f"write schedule.decay_steps = {room} at most; {to_try}"
         yield warning("schedule.warmup_steps", f"{problem} never comes to its peak;", fix)
     if steps == 1 and section.name in SCHEDULES and lr_factor(1, section, 1) == 0:
-        problem = f"the last step of {section.name} has this times the peak, and it is the first: 0 trains nothing;"
+        problem = f"the only step of this run is the last of {section.name}, at a rate of 0: nothing is trained;"
         yield warning("schedule.final_lr_ratio", problem, 'write more than 0, or name = "constant".')
 
 

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EACCES, EPERM
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -108,9 +109,7 @@ def _find(entry: str, asked: Asked, text_key: str) -> list[tuple[str, Path]]:
         if glob.has_magic(entry):
             return _match(str(path), entry, asked.entries)
         if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); mend its permissions or {asked.entries}."
-            ) from error
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {_mend(error)} or {asked.entries}.") from error
         others = "".join(f", or '{name}'" for name in asked.corpora)
         hint = did_you_mean(entry, list(asked.corpora)) or f"give a path, a glob, a list of them{others}."
         raise DataError(
@@ -203,7 +202,7 @@ def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
     """
 
     def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions.") from error
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {_mend(error)}.") from error
 
     entered: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
@@ -237,11 +236,15 @@ def _real(path: Path) -> str:
 _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
+def _mend(error: OSError) -> str:
+    return "mend its permissions" if error.errno in (EACCES, EPERM) else "mend it"
+
+
 @contextmanager
 def _statting(path: Path, entries: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); mend its permissions, or leave it out of {entries}."
+            f"{path}: cannot be read ({error.strerror}); {_mend(error)}, or leave it out of {entries}."
         ) from error

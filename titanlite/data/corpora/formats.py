@@ -144,12 +144,12 @@ def _begins_records(start: bytes, text_key: str) -> bool:
 
 
 def _is_lines(path: Path, text_key: str, is_json: bool) -> bool:
-    """Whether the file's first line is a JSON object with the text, or of JSON the first two are objects.
+    """Whether the file's first line is a JSON object with the text, or its first two are JSON objects.
 
     Raises `DataError` for JSON whose one object has the text, and several lines.
     """
     records = [_object(line) for _, line in islice(_lines(path, None), 2)]
-    if text_key in (records[0] or ()) or (is_json and len(records) == 2 and None not in records):
+    if text_key in (records[0] or ()) or (len(records) == 2 and None not in records):
         return True
     if is_json and text_key in (_object(_whole(path)) or ()):
         raise DataError(
