@@ -4,8 +4,9 @@
 #
 #   PET_NNODES=2:4 PET_RDZV_ENDPOINT=first-machine:29400 ./scripts/torchrun.sh RECIPE [--section.key=value …]
 #
-# With a command before the recipe (verify, check, …) it starts that in place of the trainer. Any option of torchrun can be given as its PET_ variable. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a save and a
-# stop, and at the second time for the end. Exit codes: see train.sh.
+# With a command before the recipe (verify, check, …) it starts that in place of the trainer. Any option of torchrun can
+# be given as its PET_ variable. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a save and a stop, and at the second time for
+# the end. Exit codes: see train.sh.
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 source "$root/scripts/environment.sh"

@@ -42,16 +42,25 @@ def checked(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
     return findings
 
 
-def _checked_with_data(loaded: LoadedRecipe, world: int) -> list[Finding]:
-    """As `checked`, and what is wrong with the data: only a warning, for the run may be on another machine."""
-    return [*checked(loaded, world), *loaded.locate(survey(loaded.recipe.data)[1])]
+def _checked_with_data(loaded: LoadedRecipe, world: int) -> tuple[list[Finding], dict[str, Any]]:
+    """As `checked`, and what is wrong with the data: only a warning, for the run may be on another machine; and what
+    `survey` says of it.
+    """
+    warnings = checked(loaded, world)
+    data, missing = survey(loaded.recipe.data)
+    return [*warnings, *loaded.locate(missing)], data
 
 
-def report(recipe: Recipe, world: int = 1) -> str:
+def report(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
     """`describe` for people."""
     run = describe(recipe, world)
     rows = [
-        *(*_model_rows(run), *_data_rows(recipe, run), *_batch_rows(run), *_layout_rows(run)),
+        *(
+            *_model_rows(run),
+            *_data_rows(data or survey(recipe.data)[0], recipe, run),
+            *_batch_rows(run),
+            *_layout_rows(run),
+        ),
         *(*_pipeline_rows(run), *_cost_rows(recipe, run)),
     ]
     width = max(len(title) for title, _ in rows)
@@ -74,8 +83,7 @@ def _model_rows(run: dict[str, Any]) -> Rows:
     yield "", f"{run['architecture']}: rope_theta {run['rope_theta']:g}{scaled}, {norms}, head {head}"
 
 
-def _data_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
-    data = survey(recipe.data)[0]
+def _data_rows(data: dict[str, Any], recipe: Recipe, run: dict[str, Any]) -> Rows:
     used = f"uses {data['tokenizer_tokens']:,} of the {run['vocab_size']:,} rows of the vocabulary"
     yield "data", f"tokenizer {data['tokenizer']} {used}; documents are separated by {data['separator_in_words']}"
     for source in data["sources"]:
@@ -206,14 +214,14 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         return _print_json(arguments, overrides)
     loaded = load_recipe(arguments.recipe, overrides)
-    warnings = _checked_with_data(loaded, arguments.world)
-    print(_text(loaded.recipe, arguments))
+    warnings, data = _checked_with_data(loaded, arguments.world)
+    print(_text(loaded.recipe, arguments, data))
     for finding in warnings:
         print(f"\nwarning: {finding}")
     return EXIT_DONE
 
 
-def _text(recipe: Recipe, arguments: argparse.Namespace) -> str:
+def _text(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> str:
     active = active_ranks(recipe, arguments.world)
     if arguments.show_plan:
         return sharding_text(sharding_table(recipe))
@@ -221,10 +229,10 @@ def _text(recipe: Recipe, arguments: argparse.Namespace) -> str:
         return timetable.drawing(_timetable(recipe, active))
     if arguments.dry_run:
         return str(DRY_RUN.get("report")(recipe, active, arguments.rank))
-    return report(recipe, arguments.world)
+    return report(recipe, arguments.world, data)
 
 
-def _values(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
+def _values(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     active = active_ranks(recipe, arguments.world)
     if arguments.show_plan:
         return {"plan": sharding_table(recipe)}
@@ -232,7 +240,7 @@ def _values(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
         return {"schedule": timetable.as_values(_timetable(recipe, active))}
     if arguments.dry_run:
         return {"dry_run": DRY_RUN.get("described")(recipe, active, arguments.rank)}
-    return {**describe(recipe, arguments.world), "data": survey(recipe.data)[0]}
+    return {**describe(recipe, arguments.world), "data": data}
 
 
 def _timetable(recipe: Recipe, world: int) -> timetable.Timetable:
@@ -248,8 +256,8 @@ def _print_json(arguments: argparse.Namespace, overrides: list[str]) -> int:
     run: dict[str, Any] = {}
     try:
         loaded = load_recipe(arguments.recipe, overrides)
-        findings = _checked_with_data(loaded, arguments.world)
-        run = _values(loaded.recipe, arguments)
+        findings, data = _checked_with_data(loaded, arguments.world)
+        run = _values(loaded.recipe, arguments, data)
     except RecipeError as error:
         findings = error.findings
     print(json.dumps({**run, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))

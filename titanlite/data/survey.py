@@ -95,10 +95,10 @@ def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str,
 
 
 def _look(
-    name: str, path: str | Sequence[str], key: str, section: Data, tokenizer: Tokenizer, findings: list[Finding]
+    name: str, path: str | list[str], key: str, section: Data, tokenizer: Tokenizer, findings: list[Finding]
 ) -> dict[str, Any]:
     """`tokens` are those of token files; of text, only the bytes are known, as they lie on the disk."""
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = as_list(path)
     files = size = tokens = 0
     more, reader = False, FileReader(section.text_key, Asked(entries=key))
     for entry in paths:
