@@ -20,7 +20,6 @@ from torch import Tensor
 from titanlite_kernels.build import Build
 from titanlite_kernels.float8_reference import Float8, Scale, by_row, quantise_both_reference, quantise_reference
 from titanlite_kernels.optional_triton import cdiv, jit, multiprocessors, power_of_two, serves, tl, wrap_triton
-from titanlite_kernels.sharding import Way, offers
 
 WIDEST_ROW = 32768
 """A program holds its row in registers; the largest values of wider ones are found by a launch of their own."""
@@ -262,23 +261,6 @@ def _(matrix: Tensor, format: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor
 @float8_quantise_both_op.register_fake
 def _(matrix: Tensor, format: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_empty(matrix, format, by_row), *_empty(matrix.t(), format, by_row)
-
-
-# ---- sharding: rows that have scales of their own may lie anywhere; else ranks would have to agree on the largest ----
-
-
-@offers(torch.ops.titanlite_kernels.float8_quantise.default)
-def _(matrix: Any, format: torch.dtype, by_row: bool) -> list[Way]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    return [([how] * 2, [how, None, None]) for how in ((Replicate(), Shard(0)) if by_row else (Replicate(),))]
-
-
-@offers(torch.ops.titanlite_kernels.float8_quantise_both.default)
-def _(matrix: Any, format: torch.dtype, by_row: bool) -> list[Way]:
-    from torch.distributed.tensor import Replicate
-
-    return [([Replicate()] * 4, [Replicate(), None, None])]
 
 
 # ---- what `python -m titanlite_kernels.inspect` compiles ------------------------------------------------------------

@@ -74,8 +74,7 @@ def linear_cross_entropy(
 
     With a `group` each rank has the rows of the weight that begin at `first`, and the same hidden states and labels;
     three numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
-    rank's summand: who gave it to all ranks sums it. Arguments are a rank's own tensors: of DTensors, which this group
-    takes the place of, no sharding is known.
+    rank's summand: who gave it to all ranks sums it.
     """
     rows, dim = labels.numel(), weight.shape[1]
     if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:

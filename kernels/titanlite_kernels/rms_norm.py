@@ -17,7 +17,6 @@ from torch import Tensor
 
 from titanlite_kernels.build import Build
 from titanlite_kernels.optional_triton import cdiv, jit, multiprocessors, power_of_two, serves, tl, wrap_triton
-from titanlite_kernels.sharding import Way, offers
 
 WIDEST_ROW = 8192
 """Llama 3 70B's. A program holds its row, and backward the weight and its gradient too, in registers: wider ones spill,
@@ -246,41 +245,6 @@ def _differentiate_added(ctx: Any, grad: Tensor, grad_summed: Tensor) -> tuple[T
 
 rms_norm_op.register_autograd(_differentiate, setup_context=_save)
 add_rms_norm_op.register_autograd(_differentiate_added, setup_context=_save_added)
-
-
-# ---- sharding: any dimension but the last; then the weight's gradient is a sum over the mesh ------------------------
-
-
-def _by_rows(x: Any, results: int, arguments: int, weight_gradient: bool) -> list[Way]:
-    """`arguments` tensors like x, the weight and eps -> `results` tensors like x, and the weight's gradient or not."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    whole: list[tuple[Any, Any]] = [(Replicate(), Replicate())]
-    ways = whole + [(Shard(dim), Partial()) for dim in range(len(x.shape) - 1)]
-    return [
-        ([rows] * results + [summed] * weight_gradient, [rows] * arguments + [Replicate(), None])
-        for rows, summed in ways
-    ]
-
-
-@offers(torch.ops.titanlite_kernels.rms_norm.default)
-def _(x: Any, weight: Any, eps: float) -> list[Way]:
-    return _by_rows(x, 1, 1, weight_gradient=False)
-
-
-@offers(torch.ops.titanlite_kernels.add_rms_norm.default)
-def _(x: Any, residual: Any, weight: Any, eps: float) -> list[Way]:
-    return _by_rows(x, 2, 2, weight_gradient=False)
-
-
-@offers(torch.ops.titanlite_kernels.rms_norm_backward.default)
-def _(grad: Any, x: Any, weight: Any, eps: float) -> list[Way]:
-    return _by_rows(x, 1, 2, weight_gradient=True)
-
-
-@offers(torch.ops.titanlite_kernels.add_rms_norm_backward.default)
-def _(grad: Any, grad_summed: Any, summed: Any, weight: Any, eps: float) -> list[Way]:
-    return _by_rows(summed, 1, 3, weight_gradient=True)
 
 
 # ---- what `python -m titanlite_kernels.inspect` compiles ------------------------------------------------------------

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from titanlite_kernels.build import Build
 from titanlite_kernels.optional_triton import jit, power_of_two, serves, tl, wrap_triton
-from titanlite_kernels.sharding import Way, offers
 
 LARGEST_TOKEN = 16384
 """Values of one token's queries (128 heads of 128): one program holds them; more are left to the reference."""
@@ -133,15 +132,6 @@ def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Te
 
 
 rope_op.register_autograd(_differentiate, setup_context=_save)
-
-
-@offers(torch.ops.titanlite_kernels.rope.default)
-def _(q: Any, k: Any, cos: Any, sin: Any, inverse: bool) -> list[Way]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    by_batch = Shard(0) if cos.shape[0] > 1 else Replicate()
-    angles = {Replicate(): Replicate(), Shard(0): by_batch, Shard(1): Shard(1), Shard(2): Replicate()}
-    return [([x, x], [x, x, angle, angle, None]) for x, angle in angles.items()]
 
 
 def _build(model: str, heads: int, inverse: bool, seq: int = 8192, kv_heads: int = 8, head_dim: int = 128) -> Build:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from titanlite_kernels.build import Build
 from titanlite_kernels.optional_triton import cdiv, jit, serves, tl, wrap_triton
-from titanlite_kernels.sharding import Way, offers
 
 BLOCK = 2048
 WARPS = 4
@@ -98,23 +97,6 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 swiglu_op.register_autograd(_differentiate, setup_context=_save)
-
-
-def _pointwise(results: int, arguments: int, dims: int) -> list[Way]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    placements = (Replicate(), *(Shard(dim) for dim in range(dims)))
-    return [([placement] * results, [placement] * arguments) for placement in placements]
-
-
-@offers(torch.ops.titanlite_kernels.swiglu.default)
-def _(gate: Any, up: Any) -> list[Way]:
-    return _pointwise(1, 2, len(gate.shape))
-
-
-@offers(torch.ops.titanlite_kernels.swiglu_backward.default)
-def _(grad: Any, gate: Any, up: Any) -> list[Way]:
-    return _pointwise(2, 3, len(gate.shape))
 
 
 def _build(kernel: Any, pointers: tuple[str, ...], tokens: int = 8192, width: int = 14336) -> Build:

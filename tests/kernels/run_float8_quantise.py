@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from exactness import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +13,6 @@ from titanlite_kernels import float8_quantise, optional_triton
 from titanlite_kernels.float8_quantise import quantise, quantise_both
 from titanlite_kernels.float8_reference import Float8, Scale, quantise_both_reference, quantise_reference
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titanlite.precision.float8 import Float8Linear
 from titanlite.precision.float8_plan import SETTINGS
@@ -156,24 +151,3 @@ def test_registrations_are_complete() -> None:
             arguments = matrix, torch.float8_e4m3fn, by_row
             torch.library.opcheck(float8_quantise.float8_quantise_op, arguments, test_utils=check)
             torch.library.opcheck(float8_quantise.float8_quantise_both_op, arguments, test_utils=check)
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Two ranks, of which this process is the first; the other is made up, and what it sends is nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh(DEVICE, (2,))
-    dist.destroy_process_group()
-
-
-def test_rows_stay_where_they_are_and_what_shares_a_scale_is_put_together(mesh: DeviceMesh) -> None:
-    local = torch.randn(4, 16, device=DEVICE)
-    rows, columns = (DTensor.from_local(local, mesh, [Shard(dim)]) for dim in (0, 1))
-    found = quantise(rows, torch.float8_e4m3fn, "row")
-    assert [each.placements for each in found] == [(Shard(0),)] * 2
-    assert_same_bits(
-        Float8(*(each.to_local() for each in found)), quantise_reference(local, torch.float8_e4m3fn, "row")
-    )
-    whole = [quantise(columns, torch.float8_e4m3fn, "row"), quantise(rows, torch.float8_e4m3fn, "tensor")]
-    whole += quantise_both(rows, torch.float8_e4m3fn, "row")
-    assert {each.placements for pair in whole for each in pair} == {(Replicate(),)}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 from exactness import DEVICE, DTYPES, Operation, assert_nearest, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +12,6 @@ from titanlite_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms
 from titanlite_kernels.rope import rope_reference
 from titanlite_kernels.swiglu import swiglu_reference
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 few = settings(max_examples=4, deadline=None, derandomize=True, database=None)
@@ -226,55 +220,3 @@ def test_registrations_are_complete() -> None:
     torch.library.opcheck(rms_norm.add_rms_norm_op, (x, x.detach(), weight, 1e-5), test_utils=check)
     torch.library.opcheck(swiglu.swiglu_op, (x, x.detach()), test_utils=check)
     torch.library.opcheck(rope.rope_op, (q, k, *angles(1, 3, 8), False), test_utils=check)
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Two ranks, of which this process is the first; the other is made up, and what it sends is nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh(DEVICE, (2,))
-    dist.destroy_process_group()
-
-
-def test_norms_are_split_by_batch_or_sequence(mesh: DeviceMesh) -> None:
-    for split in (Shard(0), Shard(1)):
-        x, residual, weight = leaf(2, 3, 16), leaf(2, 3, 16), leaf(16)
-        arguments = [x, residual, weight, 1e-5]
-        spread = [*(DTensor.from_local(a.detach(), mesh, [split]).requires_grad_() for a in (x, residual))]
-        spread += [DTensor.from_local(weight.detach(), mesh, [Replicate()]).requires_grad_()]
-        gradients = [torch.randn(2, 3, 16, device=DEVICE) for _ in range(2)]
-        local = results(add_rms_norm, arguments, gradients)
-        found = results(add_rms_norm, [*spread, 1e-5], [DTensor.from_local(g, mesh, [split]) for g in gradients])
-        assert [result.placements for result in found] == [(split,)] * 4 + [(Partial(),)]
-        assert all(torch.equal(a.to_local(), b) for a, b in zip(found, local, strict=True))
-
-
-def test_a_norm_of_split_rows_puts_them_together_first(mesh: DeviceMesh) -> None:
-    x = DTensor.from_local(leaf(2, 8).detach(), mesh, [Shard(1)])
-    weight = DTensor.from_local(leaf(16).detach(), mesh, [Replicate()])
-    assert rms_norm.rms_norm(x, weight, 1e-5).placements == (Replicate(),)
-
-
-def test_swiglu_is_split_anyhow(mesh: DeviceMesh) -> None:
-    for split in (Shard(0), Shard(1), Shard(2)):
-        gate, up, gradient = (torch.randn(2, 3, 8, device=DEVICE) for _ in range(3))
-        spread = [DTensor.from_local(x, mesh, [split]).requires_grad_() for x in (gate, up)]
-        found = results(swiglu.swiglu, spread, [DTensor.from_local(gradient, mesh, [split])])
-        local = results(swiglu.swiglu, [gate.requires_grad_(), up.requires_grad_()], [gradient])
-        assert [result.placements for result in found] == [(split,)] * 3
-        assert all(torch.equal(a.to_local(), b) for a, b in zip(found, local, strict=True))
-
-
-@pytest.mark.parametrize(("split", "angle", "batch"), [(0, 0, 2), (0, None, 1), (1, 1, 1), (2, None, 2)])
-def test_rotation_is_split_by_batch_sequence_or_heads(
-    mesh: DeviceMesh, split: int, angle: int | None, batch: int
-) -> None:
-    q, k, tables = torch.randn(2, 2, 4, 8, device=DEVICE), torch.randn(2, 2, 2, 8, device=DEVICE), angles(batch, 2, 8)
-    of_tables = Replicate() if angle is None else Shard(angle)
-    spread = [DTensor.from_local(x, mesh, [Shard(split)]).requires_grad_() for x in (q, k)]
-    spread += [DTensor.from_local(x, mesh, [of_tables]) for x in tables]
-    gradients = [torch.randn_like(q), torch.randn_like(k)]
-    found = results(rope.rope, spread, [DTensor.from_local(g, mesh, [Shard(split)]) for g in gradients])
-    local = results(rope.rope, [q.requires_grad_(), k.requires_grad_(), *tables], gradients)
-    assert [result.placements for result in found] == [(Shard(split),)] * 4
-    assert all(torch.equal(a.to_local(), b) for a, b in zip(found, local, strict=True))
