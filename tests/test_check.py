@@ -18,7 +18,7 @@ from titanlite.errors import Finding, RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
 from titanlite.parallel.layout import Layout, batch_plan, layout_of
-from titanlite.parallel.slicing import Share, box, pattern_of, slicings
+from titanlite.parallel.slicing import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.rules import RULES, check
@@ -537,7 +537,7 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
     layout = layout_of(parallel, parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp * parallel.pp)
     assert layout is not None
     config = spec.configure(any_recipe.model)
-    cuts, tied = slicings(spec.shapes(config), spec.sharding(config)), spec.tied(config).values()
+    cuts, tied = find_placements(spec.shapes(config), spec.sharding(config)), spec.tied(config).values()
     copies, cut = layout.weights(parallel.zero_stage)
     ranks = list(itertools.product(range(layout.tp), range(cut), range(copies), range(2)))
     with pytest.MonkeyPatch.context() as patch:
@@ -551,7 +551,7 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
                 held, holder = copies * (1 + at_both_ends), copy * (1 + at_both_ends) + end
                 if name not in cuts:
                     held, holder = held * layout.tp, holder * layout.tp + tp
-                part = box(shape, cuts.get(name), Share(layout.tp, tp), Share(cut, row))
+                part = local_slices(shape, cuts.get(name), GroupRank(tp, layout.tp), GroupRank(row, cut))
                 nbytes = 4 * prod(part[1])
                 written = pieces(name, part, nbytes, held, holder, file_bytes)
                 number += len(written) * (

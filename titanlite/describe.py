@@ -12,7 +12,7 @@ from typing import Any
 
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.parallel.layout import Layout, active_ranks, agreed_layout, batch_plan, total_steps
-from titanlite.parallel.slicing import Shape, Share, box, pattern_of, slicings
+from titanlite.parallel.slicing import ALONE, GroupRank, Shape, find_placements, local_shape, pattern_of
 from titanlite.parallel.stages import Stage, splits_backward, stage_split
 from titanlite.precision.float8_plan import SETTINGS, decisions, gathers, gathers_in_words, summary
 from titanlite.recipe.sections import Model, Pipeline, Recipe
@@ -134,16 +134,16 @@ def kept_by_stages(recipe: Recipe, layout: Layout, tp_rank: int = 0, cut_rank: i
     Ranks 0 of a tensor parallel group, and of those that weights are cut over (`dp_shard` x `cp`), keep the most.
     """
     spec, config = _spec(recipe), _config(recipe)
-    shapes, cuts = spec.shapes(config), slicings(spec.shapes(config), spec.sharding(config))
-    tp, cut = Share(layout.tp, tp_rank), Share(layout.weights(recipe.parallel.zero_stage)[1], cut_rank)
+    shapes, cuts = spec.shapes(config), find_placements(spec.shapes(config), spec.sharding(config))
+    tp, cut = GroupRank(tp_rank, layout.tp), GroupRank(cut_rank, layout.weights(recipe.parallel.zero_stage)[1])
     rank_of = {name: stage.rank for stage in stages_of(recipe, layout) for name in stage.modules}
     places = [(name, rank_of[_within(name, rank_of)]) for name in shapes]
     # Both ends of a pipeline have the weight that they share.
     places += [(other, rank_of[_within(name, rank_of)]) for name, other in spec.tied(config).items()]
     ranks: list[dict[str, Kept]] = [{} for _ in range(layout.pp)]
     for name, rank in places:
-        whole, slicing = shapes[name], cuts.get(name)
-        used, kept = (box(whole, slicing, tp, share)[1] for share in (Share(1, 0), cut))
+        whole, placement = shapes[name], cuts.get(name)
+        used, kept = (local_shape(whole, placement, tp, shard) for shard in (ALONE, cut))
         ranks[rank][name] = Kept(name, whole, used, kept)
     return [list(rank.values()) for rank in ranks]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from titanlite.models.spec import ShardingRule, Style, spec_of
-from titanlite.parallel.slicing import CUT_DIMENSION, Share, box, pattern_of, slicings
+from titanlite.parallel.slicing import SHARD_DIMENSION, GroupRank, find_placements, local_shape, pattern_of
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.units import format_table
 
@@ -38,13 +38,13 @@ def sharding_table(recipe: Recipe) -> list[Row]:
     plan, tied = spec.sharding(config), spec.tied(config)
     shapes = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
     shapes |= {pattern_of(name): shapes[pattern_of(other)] for name, other in tied.items()}
-    cuts, tp = slicings(shapes, plan), Share(recipe.parallel.tp, 0)
+    cuts, tp = find_placements(shapes, plan), GroupRank(0, recipe.parallel.tp)
     rows = []
     for rule in plan:
         weight = f"{rule.pattern}.weight"
         row = {"modules": rule.pattern, "style": rule.style, **_between_ranks(rule, recipe)}
-        if rule.style in CUT_DIMENSION and weight in shapes:
-            row |= {"whole": list(shapes[weight]), "local": list(box(shapes[weight], cuts[weight], tp, Share(1, 0))[1])}
+        if rule.style in SHARD_DIMENSION and weight in shapes:
+            row |= {"whole": list(shapes[weight]), "local": list(local_shape(shapes[weight], cuts[weight], tp))}
         rows.append(row)
     for name, shape in shapes.items():
         if name not in cuts:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.parallel.layout import Layout, Place, batch_plan, layout_of
-from titanlite.parallel.slicing import Slicing
+from titanlite.parallel.slicing import GroupRank, Placement
 from titanlite.recipe.sections import Parallel, Pipeline, Recipe, Training
 
 degrees = st.integers(1, 4)
@@ -70,8 +70,8 @@ def test_each_sample_is_counted_once_and_its_group_has_it(
 @given(st.integers(1, 500), st.integers(1, 12), st.integers(1, 9))
 def test_slices_tile_and_keep_units_together(units: int, unit: int, ranks: int) -> None:
     whole = units * unit
-    slicing = Slicing(0, whole, unit)
-    shares = [slicing.share(ranks, rank) for rank in range(ranks)]
+    placement = Placement(0, whole, unit)
+    shares = [placement.local_range(GroupRank(rank, ranks)) for rank in range(ranks)]
     end = 0
     for first, size in shares:
         assert (first, size >= 0) == (end, True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titanlite.models.spec import ShardingRule
-from titanlite.parallel.slicing import Share, Slicing, box, pattern_of, slicings
+from titanlite.parallel.slicing import ALONE, GroupRank, Placement, find_placements, local_slices, pattern_of
 
 
 @given(
@@ -20,22 +20,24 @@ from titanlite.parallel.slicing import Share, Slicing, box, pattern_of, slicings
 )
 def test_boxes_tile_the_whole(rows: int, columns: int, unit: int, dimension: int | None, tp: int, cut: int) -> None:
     shape = [rows, columns]
-    slicing = None
+    placement = None
     if dimension is not None:
         shape[dimension] *= unit
-        slicing = Slicing(dimension, shape[dimension], unit)
+        placement = Placement(dimension, shape[dimension], unit)
     covered = torch.zeros(shape, dtype=torch.int64)
     for tp_rank in range(tp):
         for cut_rank in range(cut):
-            offset, size = box((shape[0], shape[1]), slicing, Share(tp, tp_rank), Share(cut, cut_rank))
+            offset, size = local_slices(
+                (shape[0], shape[1]), placement, GroupRank(tp_rank, tp), GroupRank(cut_rank, cut)
+            )
             covered[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]] += 1
-    assert (covered == (1 if slicing else tp)).all()
+    assert (covered == (1 if placement else tp)).all()
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_rows_are_fsdps(rows: int, ranks: int) -> None:
     chunks = torch.arange(rows).chunk(ranks)
-    mine = [box((rows,), None, Share(1, 0), Share(ranks, rank)) for rank in range(ranks)]
+    mine = [local_slices((rows,), None, ALONE, GroupRank(rank, ranks)) for rank in range(ranks)]
     assert [size[0] for _, size in mine if size[0]] == [len(chunk) for chunk in chunks]
     assert [offset[0] for offset, size in mine if size[0]] == [int(chunk[0]) for chunk in chunks]
 
@@ -49,11 +51,11 @@ def test_a_plan_cuts_the_weights_that_it_names() -> None:
         ShardingRule("head", "column"),
     )
     shapes = {f"layers.{index}.ffn.{name}.weight": (6, 4) for index in (0, 11) for name in ("up", "down", "norm")}
-    found = slicings({**shapes, "head.weight": (9, 4), "layers.head.weight": (1, 1)}, plan)
+    found = find_placements({**shapes, "head.weight": (9, 4), "layers.head.weight": (1, 1)}, plan)
     assert found == {
-        **{f"layers.{index}.ffn.up.weight": Slicing(0, 6, 2) for index in (0, 11)},
-        **{f"layers.{index}.ffn.down.weight": Slicing(1, 4, 1) for index in (0, 11)},
-        "head.weight": Slicing(0, 9, 1),
+        **{f"layers.{index}.ffn.up.weight": Placement(0, 6, 2) for index in (0, 11)},
+        **{f"layers.{index}.ffn.down.weight": Placement(1, 4, 1) for index in (0, 11)},
+        "head.weight": Placement(0, 9, 1),
     }
 
 

@@ -30,7 +30,7 @@ from titanlite.rules.kernels import QUANTISE, fused
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
     from titanlite.parallel.pipeline import Pipeline
-    from titanlite.parallel.slicing import Slicing
+    from titanlite.parallel.slicing import Placement
 
 
 def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program:
@@ -106,7 +106,7 @@ def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: 
     with torch.device("meta"):
         model = _model(spec, config, recipe, world.device)
     part = _apply(model, spec, config, recipe, world, meshes)
-    shards = Shards(dict(model.named_parameters()), meshes, part.slicings)
+    shards = Shards(dict(model.named_parameters()), meshes, part.placements)
     return Program(model, world, shards, PlainLoop(model, part.sync), meshes.place, sequence, part.kept.refresh)
 
 
@@ -119,7 +119,7 @@ def _pipeline(
     layout, training = meshes.layout, recipe.training
     pieces, tied = spec.pieces(config, training.sequence_length), spec.tied(config)
     stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
-    held, parameters, slicings, kept = [], {}, {}, []
+    held, parameters, placements, kept = [], {}, {}, []
     for stage in stages:
         if stage.rank != meshes.place.pp:
             continue
@@ -129,7 +129,7 @@ def _pipeline(
         held.append(Held(stage, module, part.sync))
         kept.append(part.kept)
         parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
-        slicings.update({tied.get(name, name): slicing for name, slicing in part.slicings.items()})
+        placements.update({tied.get(name, name): placement for name, placement in part.placements.items()})
     batches = batch_plan(recipe, layout, meshes.place.data)
     positions = training.sequence_length // layout.cp
     plan = Plan(
@@ -143,7 +143,7 @@ def _pipeline(
     model = (
         held[0].module if len(held) == 1 else nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
     )
-    shards = Shards(parameters, meshes, slicings, tied=frozenset(tied.values()))
+    shards = Shards(parameters, meshes, placements, tied=frozenset(tied.values()))
 
     def refresh() -> None:
         for weights in kept:
@@ -157,7 +157,7 @@ class _Part:
     """What was done to a module."""
 
     sync: Sync
-    slicings: Mapping[str, Slicing]
+    placements: Mapping[str, Placement]
     kept: KeptWeights
 
 
@@ -172,7 +172,7 @@ def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, worl
     tied = {name: other for name, other in spec.tied(config).items() if _has(module, other) and _has(module, name)}
     by_kernel, found = _casts_by_kernel(recipe, world), gathers(spec, config, recipe.precision.float8)
     sent = {each.module: Sent(each.cast, by_kernel) for each in found if each.cast is not None}
-    slicings = cut_tensors(module, plan, meshes.tp, sent) if layout.tp > 1 else {}
+    placements = cut_tensors(module, plan, meshes.tp, sent) if layout.tp > 1 else {}
     if tied:
         # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so now.
         module.to_empty(device=rests_on)
@@ -187,7 +187,7 @@ def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, worl
     sync = shard_model(module, spec, meshes, parallel, recipe.precision)
     if not tied:
         module.to_empty(device=rests_on)
-    return _Part(sync, slicings, kept)
+    return _Part(sync, placements, kept)
 
 
 def _has(model: nn.Module, parameter: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titanlite.models.shard import Shard
 from titanlite.parallel.layout import ceil_div
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.slicing import Box, Share, Slicing, box
+from titanlite.parallel.slicing import GroupRank, Placement, Slices, local_slices
 from titanlite.parallel.tensor import all_gather
 
 
@@ -28,19 +28,19 @@ class Shards:
         self,
         parameters: Mapping[str, nn.Parameter],
         meshes: Meshes | None = None,
-        slicings: Mapping[str, Slicing] | None = None,
+        placements: Mapping[str, Placement] | None = None,
         tied: frozenset[str] = frozenset(),
     ) -> None:
         """Without `meshes`: a model that is whole on its only rank. `tied`: parameters that both ends of a pipeline
         hold a copy of.
         """
         self._meshes = meshes
-        self._slicings = dict(slicings or {})
+        self._placements = dict(placements or {})
         self._parameters = dict(parameters)
         self.table = {name: self._shard(name, parameter, name in tied) for name, parameter in parameters.items()}
         self._tied = [self.table[name].tensor for name in self.table if name in tied]
         tp = meshes.layout.tp if meshes is not None else 1
-        self._summed_over_tp = [s.tensor for name, s in self.table.items() if tp > 1 and name not in self._slicings]
+        self._summed_over_tp = [s.tensor for name, s in self.table.items() if tp > 1 and name not in self._placements]
 
     @staticmethod
     def of(model: nn.Module) -> Shards:
@@ -51,10 +51,10 @@ class Shards:
         if self._meshes is None:
             return Shard.whole(parameter)
         meshes, shape = self._meshes, list(parameter.shape)
-        slicing = self._slicings.get(name)
+        placement = self._placements.get(name)
         copies, copy = meshes.copies.size(), meshes.copies.rank()
-        if slicing is not None:
-            shape[slicing.dimension] = slicing.whole
+        if placement is not None:
+            shape[placement.dimension] = placement.size
         else:
             copies, copy = copies * meshes.tp.size(), copy * meshes.tp.size() + meshes.tp.rank()
         if tied:
@@ -64,11 +64,11 @@ class Shards:
         assert tuple(held.shape) == size, f"{name}: {tuple(held.shape)} is held where {size} was expected"
         return Shard(held, offset, tuple(shape), copies, copy)
 
-    def _box(self, name: str, shape: tuple[int, ...], cut_rank: int, tp_rank: int) -> Box:
+    def _box(self, name: str, shape: tuple[int, ...], cut_rank: int, tp_rank: int) -> Slices:
         """What the rank with these coordinates holds of the parameter."""
         assert self._meshes is not None
-        tp, cut = Share(self._meshes.tp.size(), tp_rank), Share(self._meshes.cut.size(), cut_rank)
-        return box(shape, self._slicings.get(name), tp, cut)
+        tp, cut = GroupRank(tp_rank, self._meshes.tp.size()), GroupRank(cut_rank, self._meshes.cut.size())
+        return local_slices(shape, self._placements.get(name), tp, cut)
 
     def local(self) -> dict[str, Tensor]:
         """Parameter name -> what is held here; after `take_gradients` each carries its gradient in `.grad`."""
@@ -144,7 +144,7 @@ class Cutting:
     """How a matrix is cut: the box of each rank of the matrix group. Equal ones are exchanged together."""
 
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[Slices, ...]
 
 
 class MatrixExchange:

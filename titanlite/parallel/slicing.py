@@ -1,78 +1,82 @@
-"""Which part of a parameter a rank holds, by arithmetic alone: tensor parallel shares, then rows for FSDP.
-
-Pure functions, without torch; `tensor.py`, `zero.py` and `shards.py` act on them, `check` describes them.
-"""
+"""Which part of a parameter a rank holds, by arithmetic alone: tensor parallel parts, then rows for FSDP. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from titanlite.models.spec import ShardingRule, Style, is_named_by
 from titanlite.parallel.layout import ceil_div
 
 Shape = tuple[int, ...]
-Box = tuple[Shape, Shape]
-"""Offset in the whole tensor, and size."""
+Slices = tuple[Shape, Shape]
+"""Offset in the whole tensor, and shape."""
 
-CUT_DIMENSION: Mapping[Style, int] = {"vocab": 0, "column": 0, "row": 1}
+SHARD_DIMENSION: Mapping[Style, int] = {"vocab": 0, "column": 0, "row": 1}
 """Which dimension of a module's weight its style cuts; the other styles cut no weight."""
 
 
 @dataclass(frozen=True)
-class Slicing:
-    """How one dimension of a parameter is dealt out to the ranks of the tp group."""
+class Placement:
+    """How tensor parallelism cuts a parameter: one dimension, between units."""
 
     dimension: int
-    whole: int
-    """Its size."""
+    size: int
+    """Of that dimension, in whole."""
     unit: int
-    """Divides `whole`."""
+    """Divides `size`."""
 
     @property
     def units(self) -> int:
-        """How many parts there are to deal out."""
-        return self.whole // self.unit
+        return self.size // self.unit
 
-    def share(self, ranks: int, rank: int) -> tuple[int, int]:
-        """(first, size) of a rank's share, cut between units; the first ranks may have one unit more."""
-        units, rest = divmod(self.units, ranks)
-        return (rank * units + min(rank, rest)) * self.unit, (units + (rank < rest)) * self.unit
+    def local_range(self, group: GroupRank) -> tuple[int, int]:
+        """(first, size) of a rank's part of the dimension; the first ranks may have one unit more."""
+        units, rest = divmod(self.units, group.size)
+        return (group.rank * units + min(group.rank, rest)) * self.unit, (units + (group.rank < rest)) * self.unit
 
 
-@dataclass(frozen=True)
-class Share:
-    """One of `ranks` that share something."""
+class GroupRank(NamedTuple):
+    """One of the ranks of a group."""
 
-    ranks: int
     rank: int
+    size: int
 
 
-def box(shape: Shape, slicing: Slicing | None, tp: Share, cut: Share) -> Box:
+ALONE = GroupRank(0, 1)
+
+
+def local_slices(shape: Shape, placement: Placement | None, tp: GroupRank, shard: GroupRank = ALONE) -> Slices:
     """What the rank with these coordinates holds of a parameter.
 
-    Its tensor parallel share if there is a `slicing`, and of that ceil(rows / ranks) leading rows, as FSDP2 cuts: the
-    last ranks may have fewer, or none.
+    Its tensor parallel part if there is a `placement`, and of that ceil(rows / ranks) leading rows, as FSDP2 shards:
+    the last ranks may have fewer, or none.
     """
     offset, size = [0] * len(shape), list(shape)
-    if slicing is not None:
-        offset[slicing.dimension], size[slicing.dimension] = slicing.share(tp.ranks, tp.rank)
-    rows = ceil_div(size[0], cut.ranks)
-    first = min(cut.rank * rows, size[0])
+    if placement is not None:
+        offset[placement.dimension], size[placement.dimension] = placement.local_range(tp)
+    rows = ceil_div(size[0], shard.size)
+    first = min(shard.rank * rows, size[0])
     offset[0], size[0] = offset[0] + first, min(rows, size[0] - first)
     return tuple(offset), tuple(size)
 
 
-def slicings(shapes: Mapping[str, Shape], plan: Sequence[ShardingRule]) -> dict[str, Slicing]:
+def local_shape(shape: Shape, placement: Placement | None, tp: GroupRank, shard: GroupRank = ALONE) -> Shape:
+    """The shape of `local_slices`."""
+    return local_slices(shape, placement, tp, shard)[1]
+
+
+def find_placements(shapes: Mapping[str, Shape], plan: Sequence[ShardingRule]) -> dict[str, Placement]:
     """How the plan's tp rules cut the parameters of these names and shapes; without those that they leave whole."""
-    rules = [rule for rule in plan if rule.style in CUT_DIMENSION]
+    rules = [rule for rule in plan if rule.style in SHARD_DIMENSION]
     by_pattern = {pattern: _rule_of(pattern, rules) for pattern in map(pattern_of, shapes)}
-    found: dict[str, Slicing] = {}
+    found: dict[str, Placement] = {}
     for name, shape in shapes.items():
         rule = by_pattern[pattern_of(name)]
         if rule is not None:
-            dimension = CUT_DIMENSION[rule.style]
-            found[name] = Slicing(dimension, shape[dimension], rule.unit)
+            dimension = SHARD_DIMENSION[rule.style]
+            found[name] = Placement(dimension, shape[dimension], rule.unit)
     return found
 
 

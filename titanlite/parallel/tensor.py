@@ -19,7 +19,7 @@ from titanlite.models.layers import at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, is_named_by
 from titanlite.parallel.float8_message import Parts, packed
-from titanlite.parallel.slicing import CUT_DIMENSION, Slicing
+from titanlite.parallel.slicing import SHARD_DIMENSION, GroupRank, Placement
 from titanlite.precision.float8 import quantise
 from titanlite.precision.float8_plan import Cast
 
@@ -37,25 +37,26 @@ class Sent(NamedTuple):
 
 def cut_tensors(
     model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, sent: Mapping[str, Sent]
-) -> dict[str, Slicing]:
+) -> dict[str, Placement]:
     """Cut `model`, in place, as the tp rules of `plan` say; returns how, by parameter name.
 
     Parameters in none of them are whole on every rank, and each rank's gradient of one is only a part of its sum.
     The model must be on the meta device or its values of no use. `sent` has the modules whose gathered inputs, or
     gradients of outputs, travel in float8: `float8_plan.gathers`.
     """
-    slices: dict[str, Slicing] = {}
+    slices: dict[str, Placement] = {}
+    group_rank = GroupRank(group.rank(), group.size())
     for rule, name, module in ruled(model, plan):
         if rule.style == "loss":
             head = slices[f"{name.rpartition('.')[0]}.weight"]
             assert isinstance(module, TokenLoss)
-            replace_module(model, name, VocabularyLoss(group, head.share(group.size(), group.rank())[0], module))
+            replace_module(model, name, VocabularyLoss(group, head.local_range(group_rank)[0], module))
             continue
-        dimension = CUT_DIMENSION.get(rule.style)
+        dimension = SHARD_DIMENSION.get(rule.style)
         first = 0
         if dimension is not None:
-            slices[f"{name}.weight"] = slicing = Slicing(dimension, module.weight.shape[dimension], rule.unit)  # type: ignore[union-attr, index]
-            first = _keep(module, slicing, group)
+            slices[f"{name}.weight"] = placement = Placement(dimension, module.weight.shape[dimension], rule.unit)  # type: ignore[union-attr, index]
+            first = _keep(module, placement, group_rank)
         wrap = _WRAPPERS.get(rule.style)
         if wrap is not None:
             module.forward = wrap(module, group, first, sent.get(name))
@@ -75,12 +76,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _keep(module: nn.Module, slicing: Slicing, group: dist.ProcessGroup) -> int:
+def _keep(module: nn.Module, placement: Placement, group: GroupRank) -> int:
     """Give `module` a weight of this rank's share; returns where that begins."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    first, size = slicing.share(group.size(), group.rank())
-    module.weight = nn.Parameter(torch.empty_like(weight.narrow(slicing.dimension, 0, size).contiguous()))
+    first, size = placement.local_range(group)
+    module.weight = nn.Parameter(torch.empty_like(weight.narrow(placement.dimension, 0, size).contiguous()))
     return first
 
 

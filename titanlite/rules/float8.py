@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from titanlite.errors import Finding
 from titanlite.models.spec import is_named_by
 from titanlite.parallel.layout import layout_of
-from titanlite.parallel.slicing import Share, box, pattern_of, slicings
+from titanlite.parallel.slicing import GroupRank, find_placements, local_shape, pattern_of
 from titanlite.parallel.stages import splits_backward
 from titanlite.precision.float8_plan import (
     SETTINGS,
@@ -52,10 +52,10 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
     takes = SETTINGS[section.recipe].alignment
     if spec is None or tp == 1:
         return
-    cut = slicings({name: each.shape for name, each in converted.items()}, spec.sharding(config_of(recipe)))
-    for name, slicing in cut.items():
+    cut = find_placements({name: each.shape for name, each in converted.items()}, spec.sharding(config_of(recipe)))
+    for name, placement in cut.items():
         whole, module = converted[name].shape, name.removesuffix(".weight")
-        parts = {box(whole, slicing, Share(tp, rank), Share(1, 0))[1] for rank in range(tp)}
+        parts = {local_shape(whole, placement, GroupRank(rank, tp)) for rank in range(tp)}
         misfit = next((part for part in sorted(parts) if not aligned(part, section)), None)
         rows, columns = min(parts)
         if misfit is not None:

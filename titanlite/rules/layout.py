@@ -12,7 +12,7 @@ from titanlite.checkpoint.plan import FILE_BYTES, piece_count
 from titanlite.errors import Finding
 from titanlite.models.spec import ModelSpec
 from titanlite.parallel.layout import Layout, batch_plan, ceil_div, layout_of
-from titanlite.parallel.slicing import Share, Slicing, box, pattern_of, slicings
+from titanlite.parallel.slicing import GroupRank, Placement, find_placements, local_shape, pattern_of
 from titanlite.parallel.stages import splits_backward
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.run import heads
@@ -77,9 +77,9 @@ def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
         return
     names: dict[int, list[str]] = {}
     patterns = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
-    for name, slicing in slicings(patterns, spec.sharding(config)).items():
-        if slicing.units % tp:
-            names.setdefault(slicing.units, []).append(name.removesuffix(".weight").rpartition(".")[2])
+    for name, placement in find_placements(patterns, spec.sharding(config)).items():
+        if placement.units % tp:
+            names.setdefault(placement.units, []).append(name.removesuffix(".weight").rpartition(".")[2])
     for units, modules in names.items():
         idle = 1 - units / (ceil_div(units, tp) * tp)
         problem = (
@@ -160,15 +160,15 @@ def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes
     copies, cut = layout.weights(recipe.parallel.zero_stage)
     width = 8 if recipe.precision.compute == "float64" else 4
     shapes = spec.shapes(config)
-    cuts, tied = slicings(shapes, spec.sharding(config)), spec.tied(config).values()
-    alike: Counter[tuple[tuple[int, ...], Slicing | None, int]] = Counter()
+    cuts, tied = find_placements(shapes, spec.sharding(config)), spec.tied(config).values()
+    alike: Counter[tuple[tuple[int, ...], Placement | None, int]] = Counter()
     for name, shape in shapes.items():
         holders = copies * (1 if name in cuts else layout.tp) * (2 if name in tied and layout.pp > 1 else 1)
         alike[shape, cuts.get(name), holders] += 2 if muon and spec.is_block_matrix(name) else 3
     number = 0
-    for (shape, slicing, holders), tensors in alike.items():
-        for rank in range(layout.tp if slicing else 1):
-            size = box(shape, slicing, Share(layout.tp, rank), Share(1, 0))[1]
+    for (shape, placement, holders), tensors in alike.items():
+        for rank in range(layout.tp if placement else 1):
+            size = local_shape(shape, placement, GroupRank(rank, layout.tp))
             rows = max(1, ceil_div(size[0], cut))
             for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
                 nbytes = width * height * prod(size[1:])
