@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -129,3 +130,10 @@ def test_markers_are_special_tokens(texts: str) -> None:
     with pytest.raises(DataError, match=r"data\.fim_tokens: give three different tokens"):
         opened(texts, fim_rate=0.5, fim_tokens=(NAMES[0], NAMES[1], NAMES[0]))
     assert opened(texts, fim_tokens=("x", "y", "z")).windows  # not looked at
+
+
+def test_documents_are_rearranged_alike_in_any_version() -> None:
+    documents = [list(range(number % 23)) for number in range(500)]
+    filled = filled_in([stream_of(documents[:200]), stream_of(documents[200:])], FillIn(0.5, MARKERS, 2**63 + 12345))
+    found = b"".join(each[0 : len(each)].tobytes() for each in filled)
+    assert hashlib.sha256(found).hexdigest()[:16] == "559d7653d55a0844"

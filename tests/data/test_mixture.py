@@ -63,9 +63,30 @@ def test_one_source_has_every_sample() -> None:
     assert [mixture((3.0,))(sample) for sample in (0, 999, 10**9)] == [(0, 0), (0, 999), (0, 10**9)]
 
 
-def test_which_sample_goes_where_is_the_same_in_any_version() -> None:
-    """Runs go on under newer ones. 400 sources; the hash is of what the first version, in plain lists, gave."""
-    schedule = mixture(tuple(1.0 + k * k % 97 / 8 for k in range(400)))
-    samples = [i * i * i * 977 for i in range(0, 3000, 10)]
-    said = repr([schedule(sample) for sample in samples]).encode()
-    assert hashlib.sha256(said).hexdigest()[:16] == "72b790ae621e287a"
+SAMPLES = sorted(
+    {
+        *range(0, 2100, 3),
+        *(cycle * CYCLE * BLOCK + place for cycle in (1, 2, 3, 7, 1000, 10**9) for place in range(-40, 1100, 19)),
+        *(i * i * i * 977 for i in range(0, 3000, 10)),
+    }
+)
+"""The first, those around the ends of cycles, and some far out."""
+
+
+@pytest.mark.parametrize(
+    ("weights", "stored"),
+    [
+        ((3.0,), "7db20fdae3781264"),
+        ((0.7, 0.2, 0.1), "267e927b268e568a"),
+        ((1e-6, 1.0, 2.5), "a2195b9af00e8aac"),
+        ((0.123, 4.56, 7.891, 0.0011, 3.3), "85bef20c5c01e600"),
+        (tuple(1.0 / (k + 1) for k in range(37)), "b79b099a22d4a1e8"),
+        (tuple(1.0 + k * k % 97 / 8 for k in range(400)), "2939d205af3f82ae"),
+    ],
+    ids=lambda value: f"{len(value)} sources" if isinstance(value, tuple) else "",
+)
+def test_which_sample_goes_where_is_the_same_in_any_version(weights: tuple[float, ...], stored: str) -> None:
+    """Runs go on under newer ones."""
+    schedule = mixture(weights)
+    found = [*map(schedule, SAMPLES), *map(schedule.counts, SAMPLES[::9])]
+    assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == stored
