@@ -24,7 +24,7 @@ from titanlite.recipe.units import format_bytes
 _LEASE_SECONDS = 120
 """NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
 
-_NOT_A_FILE = "a pipe, a socket, a device or a folder, where a file should be"
+_NOT_A_FILE = "it is not a regular file but a pipe, a socket, a device or a folder"
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:

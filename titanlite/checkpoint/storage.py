@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -26,7 +25,7 @@ from titanlite.checkpoint.format import (
     decode,
     step_of,
 )
-from titanlite.durable import cause, sync_path
+from titanlite.durable import cause, open_file, sync_path
 from titanlite.errors import CheckpointError
 from titanlite.recipe.units import format_bytes
 
@@ -213,17 +212,13 @@ def describe_file(path: Path) -> FileEntry:
 def open_plain(path: Path) -> FileIO:
     """Open a regular file for reading; links, pipes and devices are refused. Raises `DamagedCheckpointError`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open(open_file(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is missing.") from None
     except OSError as error:
         if path.is_symlink():
             raise DamagedCheckpointError(f"{path} is a link, which no checkpoint holds.") from None
         raise DamagedCheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamagedCheckpointError(f"{path} is not a regular file.")
-    return open(descriptor, "rb", buffering=0)
 
 
 def _read(file: FileIO, path: Path, size: int) -> bytes:

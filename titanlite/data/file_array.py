@@ -7,7 +7,6 @@ with nothing saved, and no check of the size before each look can exclude it; a 
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from titanlite.durable import open_file
 from titanlite.errors import DataError
 
 Number = TypeVar("Number", bound=np.integer[Any])
@@ -31,13 +31,11 @@ class OpenFile:
     """A file that stays open, and the same one whatever its name comes to mean, for as long as somebody holds this."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError`, and `DataError` for what is no regular file."""
+        """Raises `OSError`, also for what is no regular file."""
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no wait for a FIFO's writer
+        self._descriptor = open_file(path)
         status = os.fstat(self._descriptor)
         self.size, self.modified_ns = status.st_size, status.st_mtime_ns
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path}: not a regular file; give one that prepare has written.")
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
