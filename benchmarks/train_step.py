@@ -33,7 +33,7 @@ from titanlite.data.loader import Batch
 from titanlite.learner import Learner
 from titanlite.observe.flops import mfu, peak_flops
 from titanlite.observe.metrics import peak_memory_bytes
-from titanlite.parallel.layout import agreed_layout, batch_plan
+from titanlite.parallel.layout import batch_plan, require_layout
 from titanlite.parallel.world import World
 from titanlite.recipe.load import load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
@@ -114,7 +114,7 @@ def _initialise(learner: Learner) -> None:
 
 
 def _random_batch(recipe: Recipe, vocab_size: int) -> Batch:
-    plan = batch_plan(recipe, agreed_layout(recipe.parallel, 1), 0)
+    plan = batch_plan(recipe, require_layout(recipe.parallel, 1), 0)
     shape, length = (plan.microbatches, plan.microbatch), recipe.training.sequence_length
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (*shape, length + 1), generator=generator)

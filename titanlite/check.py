@@ -16,7 +16,7 @@ from titanlite.describe import describe, stages_of
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.launch import launched_or_alone
 from titanlite.parallel import timetable
-from titanlite.parallel.layout import active_ranks, agreed_layout, batch_plan
+from titanlite.parallel.layout import active_ranks, batch_plan, require_layout
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
@@ -244,7 +244,7 @@ def _values(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any])
 
 
 def _timetable(recipe: Recipe, world: int) -> timetable.Timetable:
-    layout = agreed_layout(recipe.parallel, world)
+    layout = require_layout(recipe.parallel, world)
     if layout.pp == 1:
         raise UsageError("--show-schedule: parallel.pp is 1, and one stage has no schedule.")
     microbatches = batch_plan(recipe, layout, 0).microbatches

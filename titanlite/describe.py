@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
-from titanlite.parallel.layout import Layout, active_ranks, agreed_layout, batch_plan, total_steps
+from titanlite.parallel.layout import Layout, active_ranks, batch_plan, require_layout, total_steps
 from titanlite.parallel.slicing import ALONE, GroupRank, Shape, find_placements, local_shape, pattern_of
 from titanlite.parallel.stages import Stage, splits_backward, stage_split
 from titanlite.precision.float8_plan import SETTINGS, decisions, gathers, gathers_in_words, summary
@@ -36,7 +36,7 @@ class Kept:
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """What a recipe without errors will be on `world` ranks, in plain numbers."""
     standby = world - (world := active_ranks(recipe, world))
-    spec, config, layout = _spec(recipe), _config(recipe), agreed_layout(recipe.parallel, world)
+    spec, config, layout = _spec(recipe), _config(recipe), require_layout(recipe.parallel, world)
     training, plan, steps = recipe.training, batch_plan(recipe, layout, 0), total_steps(recipe.training)
     tokens_per_step = training.global_batch * training.sequence_length
     flops_per_token = spec.flops_per_token(config, training.sequence_length)

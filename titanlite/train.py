@@ -37,7 +37,7 @@ from titanlite.errors import (
 )
 from titanlite.launch import end_process, launched, launched_or_alone, torchrun, torchrun_or_none
 from titanlite.observe.run_folder import GO_ON, Mode, RunFolder, Start
-from titanlite.parallel.layout import active_ranks, agreed_layout, course_from, total_steps
+from titanlite.parallel.layout import active_ranks, require_layout, sample_schedule, total_steps
 from titanlite.recipe.explain import all_keys, meant
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
@@ -190,11 +190,13 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             own = replace(start, mode=mode, step=step, restarted=restarted)
             if start.mode != "auto" and (mode, step) != (start.mode, start.step):
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
-            layout = agreed_layout(recipe.parallel, world.size)
-            place = layout.place(world.rank)
+            layout = require_layout(recipe.parallel, world.size)
+            coordinates = layout.coordinates(world.rank)
             read_log: ReadLog | NoLog = NO_LOG
-            if place.counts_sequences:
-                read_log = ReadLog(log_path(path, place.data), place.data, layout.data_ranks, attempt, journal.say)
+            if coordinates.is_batch_leader:
+                read_log = ReadLog(
+                    log_path(path, coordinates.data), coordinates.data, layout.data_ranks, attempt, journal.say
+                )
                 stack.callback(read_log.close)
             trainer = Trainer(
                 recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log,
@@ -265,7 +267,7 @@ def _data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
         validated=recipe.validation.every_steps > 0,
         texts_folder=texts_folder(recipe.run),
     )
-    reading = require_samples(data.train, course_from(recipe).end(total_steps(recipe.training)))
+    reading = require_samples(data.train, sample_schedule(recipe).end_sample(total_steps(recipe.training)))
     if launched().is_first:
         reading += [f"warning: {finding}" for finding in shared_texts(recipe.data)]
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]

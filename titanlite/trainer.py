@@ -33,7 +33,7 @@ from titanlite.observe.journal import Journal
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.layout import agreed_layout, batch_plan, course_from, total_steps
+from titanlite.parallel.layout import batch_plan, require_layout, sample_schedule, total_steps
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import compare_replicas
@@ -85,8 +85,8 @@ class Trainer:
         self.read_log = read_log
         self._verification = verification
         self.total_steps = total_steps(recipe.training)
-        layout = agreed_layout(recipe.parallel, world.size)
-        self.plan = batch_plan(recipe, layout, layout.place(world.rank).data)
+        layout = require_layout(recipe.parallel, world.size)
+        self.plan = batch_plan(recipe, layout, layout.coordinates(world.rank).data)
 
         self.learner = learner = Learner(recipe, world)
         self.program, self.shards, self.guards = learner.program, learner.shards, learner.guards
@@ -151,7 +151,7 @@ class Trainer:
 
     def _begin_course(self) -> None:
         """From the step and the sample that the run is at."""
-        self._course = course_from(self.recipe, self.step, self.samples)
+        self._sample_schedule = sample_schedule(self.recipe, self.step, self.samples)
         self.read_log.begin(self.step)
 
     def run(self) -> None:
@@ -243,7 +243,7 @@ class Trainer:
 
     def _take_samples(self, own: tuple[int, ...]) -> None:
         """Write down what the step reads, this rank its `own`, and what it passes over."""
-        first = self._course.first(self.step)
+        first = self._sample_schedule.first_sample(self.step)
         if first > self.samples:
             said = f"samples {self.samples} to {first - 1} are passed over, as data.skip_steps says"
             self.journal.event(self.step, "data_skipped", said, {"samples": [self.samples, first - 1]})
@@ -344,7 +344,7 @@ class Trainer:
         self.guards.act(found)
 
     def _write_down(self, bad: BadStep) -> None:
-        first, last = self._course.first(bad.step), self._course.end(bad.step) - 1
+        first, last = self._sample_schedule.first_sample(bad.step), self._sample_schedule.end_sample(bad.step) - 1
         skipped = bad.action == "skip" and bad.outcome == "not applied"
         of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * skipped
         said = f"{bad}; {bad.outcome}: {bad.action}{of}; samples {first} to {last}"
@@ -395,7 +395,7 @@ class Trainer:
             prefetch=section.prefetch,
             pin_memory=cuda,
             overfit_one_batch=self.recipe.debug.overfit_one_batch,
-            skipped=self._course.skipped,
+            skipped=self._sample_schedule.skipped,
         )
         self._ahead = self._reading(batches)
         with ExitStack() as first_step:
@@ -416,12 +416,12 @@ class Trainer:
     def _reading(self, batches: Iterator[Batch]) -> ReadAhead:
         # An agreement among ranks takes two steps.
         count = 0 if self.world.size == 1 else 2
-        return ReadAhead(batches, count, self._course)
+        return ReadAhead(batches, count, self._sample_schedule)
 
     @property
     def under_way(self) -> tuple[int, int]:
         """The step that is being taken and its first sample; what fails now is put down to them."""
-        return self._ahead.step, self._course.first(self._ahead.step)
+        return self._ahead.step, self._sample_schedule.first_sample(self._ahead.step)
 
     @property
     def validation_loss(self) -> float | None:

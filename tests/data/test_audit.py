@@ -17,7 +17,7 @@ from titanlite.data.read_log import FOLDER, RECORD, SKIPPED, WENT_BACK, ReadLog,
 from titanlite.data.splits import split_of
 from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
-from titanlite.parallel.layout import BatchPlan, Course, ceil_div
+from titanlite.parallel.layout import BatchPlan, SampleSchedule, ceil_div
 
 RANKS = (1, 2, 3, 5, 8)
 SPLIT = split_of(np.arange(401, dtype=np.uint16) % 256, open_tokenizer("bytes"), 8)
@@ -76,30 +76,30 @@ class Run:
         if life.goes_back:
             # All ranks hear of it after the same step, and save where they went back to.
             furthest = max(life.reached)
-            course = self._course()
+            schedule = self._schedule()
             self._steps(Life(life.ranks, [furthest] * life.ranks, 0, 0, False), logs, False, 0)
-            read = course.end(self.step + furthest) if furthest else self.samples
+            read = schedule.end_sample(self.step + furthest) if furthest else self.samples
             for log in logs:
                 log.begin(self.step)
                 log.passed_over(WENT_BACK, self.step, self.samples, read)
             self.samples = read
         common = min(life.reached) * life.saved // 100
         if not life.goes_back and common:
-            course = self._course()
+            schedule = self._schedule()
             for step in range(self.step + 1, self.step + common + 1):
-                self.read[step] = range(course.first(step), course.end(step))
-            self.step, self.samples = self.step + common, course.end(self.step + common)
+                self.read[step] = range(schedule.first_sample(step), schedule.end_sample(step))
+            self.step, self.samples = self.step + common, schedule.end_sample(self.step + common)
         for log in logs:
             log.close()
         if life.torn:
             with open(log_path(self.folder, 0), "ab") as file:
                 file.write(bytes(range(1, life.torn + 1)))
 
-    def _course(self) -> Course:
-        return Course(self.step, self.samples, self.batch, self.skipped)
+    def _schedule(self) -> SampleSchedule:
+        return SampleSchedule(self.step, self.samples, self.batch, self.skipped)
 
     def _steps(self, life: Life, logs: list[ReadLog], loader: bool, workers: int) -> None:
-        course = self._course()
+        schedule = self._schedule()
         for rank, (log, reached) in enumerate(zip(logs, life.reached, strict=True)):
             plan = BatchPlan(self.batch, life.ranks, rank, ceil_div(self.batch, life.ranks))
             if loader:
@@ -107,14 +107,18 @@ class Run:
                 own = [batch.samples for batch in batches]
             else:
                 own = [
-                    tuple(number for number in plan.samples(course.first(self.step + taken)) if number is not None)
+                    tuple(
+                        number
+                        for number in plan.samples(schedule.first_sample(self.step + taken))
+                        if number is not None
+                    )
                     for taken in range(1, reached + 1)
                 ]
             at = self.samples
             for step, samples in enumerate(own, self.step + 1):
-                if course.first(step) > at:
-                    log.passed_over(SKIPPED, step, at, course.first(step))
-                at = course.end(step)
+                if schedule.first_sample(step) > at:
+                    log.passed_over(SKIPPED, step, at, schedule.first_sample(step))
+                at = schedule.end_sample(step)
                 log.read(step, samples)
 
     def audit(self) -> Audit:
@@ -329,9 +333,9 @@ def test_a_start_of_an_impossible_number_is_refused(run: Run) -> None:
 def test_a_course_is_all_batches_but_those_passed_over(batch: int, start: int, skipped: set[int]) -> None:
     """By walking through them; and a run that goes on from any step of it reads the same."""
     walked = [number for number in range(start + 1, 40) if number not in skipped]
-    course = Course(7, start * batch, batch, tuple(sorted(skipped)))
-    firsts = [course.first(step) for step in range(8, 18)]
+    schedule = SampleSchedule(7, start * batch, batch, tuple(sorted(skipped)))
+    firsts = [schedule.first_sample(step) for step in range(8, 18)]
     assert firsts == [(number - 1) * batch for number in walked[:10]]
     for step in range(8, 17):
-        resumed = Course(step, course.end(step), batch, tuple(sorted(skipped)))
-        assert [resumed.first(later) for later in range(step + 1, 18)] == firsts[step - 7 :]
+        resumed = SampleSchedule(step, schedule.end_sample(step), batch, tuple(sorted(skipped)))
+        assert [resumed.first_sample(later) for later in range(step + 1, 18)] == firsts[step - 7 :]

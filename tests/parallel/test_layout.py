@@ -1,4 +1,4 @@
-"""The mesh: every rank has its own place, every sample one group of ranks, every element of a matrix one slice."""
+"""The mesh: every rank has its own at, every sample one group of ranks, every element of a matrix one slice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.parallel.layout import Layout, Place, batch_plan, layout_of
+from titanlite.parallel.layout import Coordinates, Layout, batch_plan, layout_of
 from titanlite.parallel.slicing import GroupRank, Placement
 from titanlite.recipe.sections import Parallel, Pipeline, Recipe, Training
 
@@ -17,16 +17,16 @@ layouts = st.builds(Layout, dp_replicate=degrees, dp_shard=degrees, cp=degrees, 
 
 @given(layouts)
 def test_places_are_the_whole_mesh(layout: Layout) -> None:
-    places = [layout.place(rank) for rank in range(layout.size)]
-    assert len(set(places)) == layout.size
-    assert {(p.pp, p.data, p.cp, p.tp) for p in places} == {
+    coordinates = [layout.coordinates(rank) for rank in range(layout.size)]
+    assert len(set(coordinates)) == layout.size
+    assert {(p.pp, p.data, p.cp, p.tp) for p in coordinates} == {
         (pp, data, cp, tp)
         for pp in range(layout.pp)
         for data in range(layout.data_ranks)
         for cp in range(layout.cp)
         for tp in range(layout.tp)
     }
-    first_group = places[: layout.tp]
+    first_group = coordinates[: layout.tp]
     assert [p.tp for p in first_group] == list(range(layout.tp)), "tensor parallel ranks are neighbours"
 
 
@@ -52,13 +52,13 @@ def test_each_sample_is_counted_once_and_its_group_has_it(
     of_data_rank: dict[int, set[tuple[int | None, ...]]] = {}
     shapes = set()
     for rank in range(layout.size):
-        place: Place = layout.place(rank)
-        plan = batch_plan(recipe, layout, place.data)
+        at: Coordinates = layout.coordinates(rank)
+        plan = batch_plan(recipe, layout, at.data)
         samples = plan.samples(3 * global_batch)
         shapes.add((plan.microbatches, plan.microbatch))
         assert len(samples) == plan.microbatches * plan.microbatch
-        of_data_rank.setdefault(place.data, set()).add(tuple(samples))
-        if place.counts_sequences:
+        of_data_rank.setdefault(at.data, set()).add(tuple(samples))
+        if at.is_batch_leader:
             counted.update(sample for sample in samples if sample is not None)
     assert counted == Counter(range(3 * global_batch, 4 * global_batch))
     assert all(len(different) == 1 for different in of_data_rank.values())

@@ -11,7 +11,7 @@ from titanlite.data.loader import train_loader, validation_batches
 from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, open_data
 from titanlite.learner import Learner
-from titanlite.parallel.layout import agreed_layout, batch_plan
+from titanlite.parallel.layout import batch_plan, require_layout
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 
@@ -36,8 +36,8 @@ def _begin(rank: int, world: int, recipe_json: str) -> tuple[Recipe, DataSplits,
 def packed(rank: int, world: int, recipe_json: str) -> Numbers:
     """As the trainer does it."""
     recipe, data, learner = _begin(rank, world, recipe_json)
-    layout = agreed_layout(recipe.parallel, world)
-    plan = batch_plan(recipe, layout, layout.place(rank).data)
+    layout = require_layout(recipe.parallel, world)
+    plan = batch_plan(recipe, layout, layout.coordinates(rank).data)
     (source,) = data.validation
     held_out = learner.program.evaluate(
         validation_batches(source, source.windows, plan.microbatch, plan.data_ranks, plan.data_rank)

@@ -32,7 +32,7 @@ from titanlite.data.splits import Split
 from titanlite.data.tokenizers import Tokens
 from titanlite.errors import DataError, WorkerKilled
 from titanlite.models.loss import IGNORED
-from titanlite.parallel.layout import BatchPlan, Course, ceil_div
+from titanlite.parallel.layout import BatchPlan, SampleSchedule, ceil_div
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def train_loader(
     skipped: tuple[int, ...] = (),
 ) -> Iterator[Batch]:
     """Batches of so many `steps`, one each, the first of which begins with sample `first_sample`; those that `skipped`
-    names, as in `Course`, are passed over.
+    names, as in `SampleSchedule`, are passed over.
 
     To resume is to begin with another sample. With `workers`, processes start at once and keep `prefetch`
     batches each ready; they end when the iterator is exhausted or dropped, and when this process dies. With
     `overfit_one_batch` every step has those of sample 0.
     """
-    course = Course(0, first_sample, plan.global_batch, skipped)
+    schedule = SampleSchedule(0, first_sample, plan.global_batch, skipped)
     others, handler = active_children(), signal.getsignal(signal.SIGCHLD) if workers else None
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
@@ -99,7 +99,7 @@ def train_loader(
         loader: StatefulDataLoader[Batch | Exception] = StatefulDataLoader(
             _Steps(split, plan, overfit_one_batch),
             batch_size=None,
-            sampler=map(course.first, range(1, steps + 1)),
+            sampler=map(schedule.first_sample, range(1, steps + 1)),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             # Forks share the arrays of the split; other processes would be sent all of them.
@@ -163,15 +163,15 @@ class ReadAhead:
     A batch that cannot be read is known of while there are steps left in which the ranks can agree to save and stop.
     """
 
-    def __init__(self, batches: Iterator[Batch], count: int, course: Course) -> None:
-        """The `batches` are those of the steps on the `course`."""
+    def __init__(self, batches: Iterator[Batch], count: int, schedule: SampleSchedule) -> None:
+        """The `batches` are those of the steps on the `schedule`."""
         self.failure: Exception | None = None
         """What the batch met that comes after those that were read; raised once these are used up."""
-        self.step = course.step + 1
+        self.step = schedule.step + 1
         """That of the batch which was asked for last: what fails now is put down to it."""
         self._batches = batches
         self._count = count
-        self._course = course
+        self._schedule = schedule
         self._next = self.step
         self._read: deque[Batch] = deque()
         self._has_more = True
@@ -196,7 +196,7 @@ class ReadAhead:
     def unreadable(self, saved: str) -> DataError:
         """What to say of the batch that could not be read, and of what is saved; it is the one under way from now."""
         self.step = self._next + len(self._read)
-        first, end = self._course.first(self.step), self._course.end(self.step)
+        first, end = self._schedule.first_sample(self.step), self._schedule.end_sample(self.step)
         said = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
         kind = WorkerKilled if isinstance(self.failure, WorkerKilled) else DataError
         return kind(f"{said}: {str(self.failure).removesuffix('.')}.{saved}")

@@ -21,7 +21,7 @@ from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenised import texts_folder
 from titanlite.data.tokenizers import Tokenizer, Tokens
 from titanlite.errors import DataError, UsageError
-from titanlite.parallel.layout import BatchPlan, course_from
+from titanlite.parallel.layout import BatchPlan, sample_schedule
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
@@ -117,7 +117,7 @@ def _planned(recipe: Recipe, step: int, rank: int | None, ranks: int | None) -> 
     ranks = ranks or 1
     _require_rank(rank, ranks)
     plan = BatchPlan(recipe.training.global_batch, ranks, rank or 0, 1)
-    return [number for number in plan.samples(course_from(recipe).first(step)) if number is not None]
+    return [number for number in plan.samples(sample_schedule(recipe).first_sample(step)) if number is not None]
 
 
 def _require_rank(rank: int | None, ranks: int) -> None:

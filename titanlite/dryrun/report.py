@@ -22,7 +22,7 @@ def described(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
     run = dry_run(recipe, size, rank)
     return {
         "rank": rank,
-        "place": asdict(run.place),
+        "place": asdict(run.coordinates),
         "collectives": [asdict(each) for each in traffic(run.collectives)],
         "sequence": [
             {"dimension": each.dimension, "operation": each.operation, "dtype": each.dtype,

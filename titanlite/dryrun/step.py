@@ -25,7 +25,7 @@ from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
 from titanlite.learner import Learner
 from titanlite.models.layers import cpu_stands_for
-from titanlite.parallel.layout import BatchPlan, Layout, Place, agreed_layout, batch_plan
+from titanlite.parallel.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 
@@ -36,7 +36,7 @@ class DryRun:
     pipeline get to know each other.
     """
 
-    place: Place
+    coordinates: Coordinates
     collectives: list[Collective]
     """Its messages, in order."""
     memory: Memory
@@ -53,7 +53,7 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
     """
     if not 0 <= rank < size:
         raise UsageError(f"--rank {rank}: the ranks count from 0 to {size - 1} (--world N).")
-    layout = agreed_layout(recipe.parallel, size)
+    layout = require_layout(recipe.parallel, size)
     log, trace = CollectiveLog(spanning(layout, recipe.parallel.zero_stage)), MemoryTrace()
     with ExitStack() as stack:
         stack.enter_context(_fake_group(rank, size))
@@ -66,12 +66,12 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         stack.enter_context(trace.watch_modules(learner.program.model))
         _tell_phases(learner, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
-        batch = _batch(recipe, batch_plan(recipe, layout, layout.place(rank).data))
+        batch = _batch(recipe, batch_plan(recipe, layout, layout.coordinates(rank).data))
         begin = trace.now()
         learner.step(1, batch, 1.0)
         table = learner.shards.table
         return DryRun(
-            place=layout.place(rank),
+            coordinates=layout.coordinates(rank),
             collectives=log.seen,
             memory=trace.since(begin),
             shapes={name: tuple(shard.tensor.shape) for name, shard in table.items()},

@@ -15,7 +15,7 @@ from torch import nn
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelSpec
 from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
-from titanlite.parallel.layout import Layout, agreed_layout, batch_plan
+from titanlite.parallel.layout import Layout, batch_plan, require_layout
 from titanlite.parallel.program import PlainLoop, Program, Sync
 from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
-    layout = agreed_layout(recipe.parallel, world.size)
+    layout = require_layout(recipe.parallel, world.size)
     if layout.size > 1:
         return _shared(spec, config, recipe, world, layout)
     with torch.device("meta"):
@@ -99,15 +99,15 @@ def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: 
     meshes = Meshes.of(
         layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=layout.pp > 1 and bool(spec.tied(config))
     )
-    sequence = SequencePart(layout.cp, meshes.place.cp) if layout.cp > 1 else None
+    sequence = SequencePart(layout.cp, meshes.coordinates.cp) if layout.cp > 1 else None
     if layout.pp > 1:
         model, shards, passes, refresh = _pipeline(spec, config, recipe, world, meshes)
-        return Program(model, world, shards, passes, meshes.place, sequence, refresh)
+        return Program(model, world, shards, passes, meshes.coordinates, sequence, refresh)
     with torch.device("meta"):
         model = _model(spec, config, recipe, world.device)
     part = _apply(model, spec, config, recipe, world, meshes)
     shards = Shards(dict(model.named_parameters()), meshes, part.placements)
-    return Program(model, world, shards, PlainLoop(model, part.sync), meshes.place, sequence, part.kept.refresh)
+    return Program(model, world, shards, PlainLoop(model, part.sync), meshes.coordinates, sequence, part.kept.refresh)
 
 
 def _pipeline(
@@ -121,7 +121,7 @@ def _pipeline(
     stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
     held, parameters, placements, kept = [], {}, {}, []
     for stage in stages:
-        if stage.rank != meshes.place.pp:
+        if stage.rank != meshes.coordinates.pp:
             continue
         with torch.device("meta"):
             module = keep_pieces(_model(spec, config, recipe, world.device), pieces, stage.modules)
@@ -130,7 +130,7 @@ def _pipeline(
         kept.append(part.kept)
         parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
         placements.update({tied.get(name, name): placement for name, placement in part.placements.items()})
-    batches = batch_plan(recipe, layout, meshes.place.data)
+    batches = batch_plan(recipe, layout, meshes.coordinates.data)
     positions = training.sequence_length // layout.cp
     plan = Plan(
         schedule=recipe.parallel.pipeline.schedule,

@@ -33,25 +33,24 @@ class Layout:
         return self.pp * self.data_ranks * self.cp * self.tp
 
     def weights(self, zero_stage: int) -> tuple[int, int]:
-        """(copies, cut): among the ranks with the same stage and tensor parallel share, how many copies of the weights
-        there are, and how many ranks each copy's parameters, gradients or states are cut over.
+        """(replicas, shards) of the weights among the ranks with the same stage and tensor parallel part.
 
-        Context parallel ranks compute with the same weights on other data, so they are cut over these as well.
+        Context parallel ranks compute with the same weights on other data, so they share in the sharding.
         """
         copies, cut = self.dp_replicate, self.dp_shard * self.cp
         return (copies, cut) if zero_stage > 0 else (copies * cut, 1)
 
-    def place(self, rank: int) -> Place:
-        """The coordinates of a rank. Tensor parallel ranks are neighbours, so that they lie within one machine."""
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank is. Tensor parallel ranks are neighbours, so that they lie within one machine."""
         rank, tp = divmod(rank, self.tp)
         rank, cp = divmod(rank, self.cp)
         pp, data = divmod(rank, self.data_ranks)
-        return Place(pp=pp, data=data, cp=cp, tp=tp)
+        return Coordinates(pp=pp, data=data, cp=cp, tp=tp)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in the mesh a rank is."""
+class Coordinates:
+    """A rank's place in the mesh."""
 
     pp: int
     data: int
@@ -59,13 +58,13 @@ class Place:
     tp: int
 
     @property
-    def counts_sequences(self) -> bool:
-        """Whether this rank counts its sequences; the others that have them too do not."""
+    def is_batch_leader(self) -> bool:
+        """Whether this rank counts its sequences, of the ranks that have the same ones."""
         return self.pp == self.cp == self.tp == 0
 
 
-FIRST = Place(pp=0, data=0, cp=0, tp=0)
-"""The first rank's, and that of a run without others."""
+ORIGIN = Coordinates(pp=0, data=0, cp=0, tp=0)
+"""The first rank's, and those of a run on one rank."""
 
 
 def layout_of(parallel: Parallel, world: int) -> Layout | None:
@@ -83,16 +82,16 @@ def layout_of(parallel: Parallel, world: int) -> Layout | None:
 
 
 def active_ranks(recipe: Recipe, launched: int) -> int:
-    """How many of the ranks that were launched train: all, or under `resilience.standby` those of the largest mesh
-    that fits. All too if none does: then the rule `mesh` says why.
+    """How many of the ranks that were launched train: all, or under `resilience.standby` those of the largest mesh that
+    fits. If none fits, all: the rule `mesh` then says why.
     """
     if not recipe.resilience.standby:
         return launched
     return next((size for size in range(launched, 0, -1) if layout_of(recipe.parallel, size)), launched)
 
 
-def agreed_layout(parallel: Parallel, world: int) -> Layout:
-    """`layout_of` for a recipe that the check has let through on `world` ranks."""
+def require_layout(parallel: Parallel, world: int) -> Layout:
+    """`layout_of` for a recipe that was checked for `world` ranks."""
     layout = layout_of(parallel, world)
     assert layout is not None, "the rule `mesh` refuses this"
     return layout
@@ -105,9 +104,9 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A step's share of one data rank: `microbatches` passes over `microbatch` sequences each.
+    """A data rank's part of a step: `microbatches` passes over `microbatch` sequences each.
 
-    Where the share does not fill the last microbatch, the rest is padding: sequences of zero weight.
+    Sequences that the last microbatch lacks are padding, of zero weight.
     """
 
     global_batch: int
@@ -131,52 +130,51 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class Course:
-    """Which samples each step reads after `step`, which left `samples` of them read or passed over.
+class SampleSchedule:
+    """Which samples each step after `step` reads; up to it, `samples` were read or skipped.
 
-    Batches follow each other, but for those that are passed over. Batch b is that of samples from (b - 1) x
-    `global_batch` on: the one that step b reads in a run that passes over none and never goes back. What is passed over
-    thus depends on the place in the order of samples alone, and is the same wherever a run was resumed.
+    Batch b holds the samples from (b - 1) x `global_batch` on, and steps take the batches in order, but for the
+    `skipped` ones. What is skipped thus depends on the order of samples alone, not on where a run was resumed.
     """
 
     step: int
     samples: int
     global_batch: int
     skipped: tuple[int, ...] = ()
-    """Batches to pass over, ascending."""
+    """Batches to skip, ascending."""
 
-    def first(self, step: int) -> int:
-        """The first sample of `step`, one that is to come."""
+    def first_sample(self, step: int) -> int:
+        """The first sample of `step`, which is later than `self.step`."""
         batch = self.samples // self.global_batch + 1
         ahead = self.skipped[bisect_left(self.skipped, batch) :]
         taken = step - self.step - 1
-        # The n-th of them is met after as many batches as lie before it, less the n that were passed over.
+        # The n-th of them is met after as many batches as lie before it, less the n that were skipped.
         passed = bisect_right(range(len(ahead)), taken, key=lambda n: ahead[n] - batch - n)
         return self.samples + (taken + passed) * self.global_batch
 
-    def end(self, step: int) -> int:
+    def end_sample(self, step: int) -> int:
         """The sample after those of `step`."""
-        return self.first(step) + self.global_batch
+        return self.first_sample(step) + self.global_batch
 
 
-def course_from(recipe: Recipe, step: int = 0, samples: int = 0) -> Course:
-    """The course of a run that has come to `step` and to `samples`."""
-    return Course(step, samples, recipe.training.global_batch, tuple(sorted(set(recipe.data.skip_steps))))
+def sample_schedule(recipe: Recipe, step: int = 0, samples: int = 0) -> SampleSchedule:
+    """That of a run at `step`, with `samples` behind it."""
+    return SampleSchedule(step, samples, recipe.training.global_batch, tuple(sorted(set(recipe.data.skip_steps))))
 
 
 def batch_plan(recipe: Recipe, layout: Layout, data_rank: int) -> BatchPlan:
     """The batch arithmetic of a recipe for one data rank.
 
-    Without `training.microbatch` a rank's share is one microbatch, but under a pipeline, which needs several to have
-    its stages busy, one sequence is.
+    Without `training.microbatch`, a rank's sequences are one microbatch; under a pipeline, which needs several to keep
+    its stages busy, they are divided into `pipeline.microbatches`, or each is one.
     """
     training, pipeline = recipe.training, recipe.parallel.pipeline
-    share = ceil_div(training.global_batch, layout.data_ranks)
-    if layout.pp == 1:
-        return BatchPlan(training.global_batch, layout.data_ranks, data_rank, training.microbatch or share)
-    wanted = pipeline.microbatches or share
-    microbatch = training.microbatch or ceil_div(share, wanted)
-    return BatchPlan(training.global_batch, layout.data_ranks, data_rank, microbatch, pipeline.microbatches or 1)
+    microbatch, least = training.microbatch, 1
+    sequences = ceil_div(training.global_batch, layout.data_ranks)
+    if layout.pp > 1:
+        least = pipeline.microbatches or 1
+        microbatch = microbatch or ceil_div(sequences, pipeline.microbatches or sequences)
+    return BatchPlan(training.global_batch, layout.data_ranks, data_rank, microbatch or sequences, least)
 
 
 def total_steps(training: Training) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from titanlite.parallel.layout import Layout, Place
+from titanlite.parallel.layout import Coordinates, Layout
 from titanlite.recipe.sections import Parallel
 
 
@@ -21,7 +21,7 @@ class Meshes:
 
     layout: Layout
     rank: int
-    place: Place
+    coordinates: Coordinates
     parameters: DeviceMesh
     """Dimensions (copies, cut): the ranks that hold the same weights of their stage and tensor parallel slice, and
     those that each of these is cut over."""
@@ -60,7 +60,7 @@ class Meshes:
         return Meshes(
             layout=layout,
             rank=rank,
-            place=layout.place(rank),
+            coordinates=layout.coordinates(rank),
             parameters=mesh["copies", "cut"],
             tp=mesh.get_group("tp"),
             cp=_group_of(rank, sequences, "cp", waits) if cp > 1 else None,

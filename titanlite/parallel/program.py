@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from titanlite.parallel.layout import FIRST, Place
+from titanlite.parallel.layout import ORIGIN, Coordinates
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 
@@ -110,7 +110,7 @@ class Program:
         world: World,
         shards: Shards,
         passes: Passes,
-        place: Place = FIRST,
+        coordinates: Coordinates = ORIGIN,
         sequence: SequencePart | None = None,
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
@@ -122,7 +122,7 @@ class Program:
         self.world = world
         self.shards = shards
         self._passes = passes
-        self._place = place
+        self._coordinates = coordinates
         self._sequence = sequence
         self._refresh = refresh
 
@@ -136,7 +136,7 @@ class Program:
     def compute(self, batch: Batch) -> Tensor:
         """The first half of `forward_backward`: the loss of this rank's part; gradients are where backward put them."""
         valid = torch.full(
-            (), batch.valid_tokens * self._place.counts_sequences, dtype=torch.float64, device=self.world.device
+            (), batch.valid_tokens * self._coordinates.is_batch_leader, dtype=torch.float64, device=self.world.device
         )
         self.world.reduce(valid, "sum")
         self._refresh()
@@ -159,8 +159,8 @@ class Program:
         self._refresh()
         for batch, label_bytes in batches:
             sums[0] += self._passes.evaluate(self._mine(batch.to(self.world.device))) * self._reports
-            sums[1] += batch.valid_tokens * self._place.counts_sequences
-            sums[2] += label_bytes * self._place.counts_sequences
+            sums[1] += batch.valid_tokens * self._coordinates.is_batch_leader
+            sums[2] += label_bytes * self._coordinates.is_batch_leader
         self._passes.after_evaluation()
         self.world.reduce(sums, "sum")
         total, tokens, label_bytes = sums.tolist()
@@ -172,7 +172,7 @@ class Program:
     @property
     def _reports(self) -> bool:
         """Of the ranks of a tp group, which all have the same loss, one reports it."""
-        return self._place.tp == 0
+        return self._coordinates.tp == 0
 
     def _mine(self, batch: Batch) -> Batch:
         return batch if self._sequence is None else self._sequence.of(batch)

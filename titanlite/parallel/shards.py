@@ -58,7 +58,7 @@ class Shards:
         else:
             copies, copy = copies * meshes.tp.size(), copy * meshes.tp.size() + meshes.tp.rank()
         if tied:
-            copies, copy = 2 * copies, 2 * copy + (meshes.place.pp > 0)
+            copies, copy = 2 * copies, 2 * copy + (meshes.coordinates.pp > 0)
         held = parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
         offset, size = self._box(name, tuple(shape), meshes.cut.rank(), meshes.tp.rank())
         assert tuple(held.shape) == size, f"{name}: {tuple(held.shape)} is held where {size} was expected"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titanlite.errors import Finding, UsageError
-from titanlite.parallel.layout import course_from
+from titanlite.parallel.layout import sample_schedule
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Recipe
 from titanlite.recipe.units import format_count
@@ -97,7 +97,7 @@ def skipped(recipe: Recipe, world: int) -> Iterator[Finding]:
     steps = steps_of(recipe)
     if steps is None:
         return
-    last = course_from(recipe).end(steps) // recipe.training.global_batch
+    last = sample_schedule(recipe).end_sample(steps) // recipe.training.global_batch
     unreached = sorted(batch for batch in set(recipe.data.skip_steps) if batch > last)
     if unreached:
         problem = f"the run ends with batch {last}, and does not come to {', '.join(map(str, unreached))};"

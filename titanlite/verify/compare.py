@@ -20,7 +20,7 @@ from titanlite.data.tokenizers import open_tokenizer
 from titanlite.learner import Learner
 from titanlite.models.spec import spec_of
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.layout import agreed_layout, batch_plan, total_steps
+from titanlite.parallel.layout import batch_plan, require_layout, total_steps
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.precision.casting import master_dtype
@@ -100,8 +100,8 @@ def _run(recipe: Recipe, world: World) -> Iterator[_State]:
 
 def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
     """Bytes of uneven frequency, in documents of a few tokens: the same on every rank, and nothing is read."""
-    layout = agreed_layout(recipe.parallel, world.size)
-    plan, training = batch_plan(recipe, layout, layout.place(world.rank).data), recipe.training
+    layout = require_layout(recipe.parallel, world.size)
+    plan, training = batch_plan(recipe, layout, layout.coordinates(world.rank).data), recipe.training
     tokenizer = open_tokenizer(recipe.data.tokenizer)
     random = np.random.default_rng(recipe.run.seed)
     tokens = steps * training.global_batch * training.sequence_length + 1

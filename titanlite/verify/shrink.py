@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from titanlite.models.spec import spec_of
-from titanlite.parallel.layout import BatchPlan, Layout, agreed_layout, batch_plan, ceil_div
+from titanlite.parallel.layout import BatchPlan, Layout, batch_plan, ceil_div, require_layout
 from titanlite.parallel.stages import stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import (
     Checkpoint,
@@ -46,7 +46,7 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     microbatches, and for float8, which is for wide matrices and would hide what is compared. The learning rate is at
     its peak from the first step on, so that weights move, but not by much.
     """
-    layout = agreed_layout(recipe.parallel, world)
+    layout = require_layout(recipe.parallel, world)
     pipeline = recipe.parallel.pipeline
     blocks = _blocks_per_stage(pipeline.blocks_per_stage) if layout.pp > 1 else None
     real = batch_plan(recipe, layout, 0)
