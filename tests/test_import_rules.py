@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "titanlite"
 
 LEVELS = (
-    ("errors", "__init__"),
+    ("errors", "text", "__init__"),
     ("registry", "launch"),
     ("recipe", "cli"),
     ("durable", "messages", "data.tokenizers", "models.spec", "models.llama_spec", "parallel.layout"),
@@ -48,7 +48,7 @@ KNOW_TORCH_DISTRIBUTED = (
 
 WITHOUT_TORCH = (
     *("errors", "registry", "launch", "durable", "cli", "rules", "describe", "sharding_table", "check", "train"),
-    *("recipe.sections", "recipe.units", "recipe.toml", "recipe.faults", "recipe.load", "recipe.explain"),
+    *("text", "recipe.sections", "recipe.units", "recipe.toml", "recipe.faults", "recipe.load", "recipe.explain"),
     *("models.spec", "models.llama_spec", "parallel.layout", "parallel.stages", "parallel.slicing"),
     *("parallel.timetable", "optim.names", "optim.schedules.shapes"),
     *("data.command", "data.prepare_command", "data.prepare", "data.tokenised", "data.workers", "data.token_file"),

@@ -21,11 +21,10 @@ from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
-from titanlite.recipe.units import format_bytes, format_count
 from titanlite.registry import Registry
 from titanlite.rules import check, kernels
-from titanlite.rules.terms import count, times
 from titanlite.sharding_table import shape_text, sharding_table, sharding_text
+from titanlite.text import format_batch, format_bytes, format_count, pluralize
 
 DRY_RUN = Registry(
     "dry run", {"report": "titanlite.dryrun.report:report", "described": "titanlite.dryrun.report:described"}
@@ -97,12 +96,12 @@ def _data_rows(data: dict[str, Any], recipe: Recipe, run: dict[str, Any]) -> Row
     every, section = recipe.validation.every_steps, recipe.data
     held_out = f"{section.validation_percent:g} % of the texts, held out"
     sets = "; ".join(f"{each['name']}: {_texts_in_words(each)}" for each in data["validation"]) or held_out
-    number = f"{count(recipe.validation.sequences, 'sequence')} every {count(every, 'step')}"
+    number = f"{pluralize(recipe.validation.sequences, 'sequence')} every {pluralize(every, 'step')}"
     yield "", f"validation: {number}, of {sets}" if every else "validation: none"
 
 
 def _texts_in_words(found: dict[str, Any]) -> str:
-    number = f"{'more than ' * found['more_files']}{count(found['files'], 'file')}, {format_bytes(found['bytes'])}"
+    number = f"{'more than ' * found['more_files']}{pluralize(found['files'], 'file')}, {format_bytes(found['bytes'])}"
     tokens = f", {format_count(found['tokens'])} tokens" if found["tokens"] else ""
     return ", ".join(found["paths"]) + (f" ({number}{tokens})" if found["files"] else "")
 
@@ -116,12 +115,12 @@ def model_in_words(run: dict[str, Any]) -> str:
 def _batch_rows(run: dict[str, Any]) -> Rows:
     step = f"{run['global_batch']} sequences x {run['sequence_length']} tokens"
     yield "training", f"{format_count(run['tokens'])} tokens = {run['steps']} steps x {step}"
-    share = times(run["data_ranks"], run["microbatches"], run["microbatch"])
+    share = format_batch(run["data_ranks"], run["microbatches"], run["microbatch"])
     yield "batch", f"{share}; {format_count(run['tokens_per_step'])} tokens a step"
 
 
 def _layout_rows(run: dict[str, Any]) -> Rows:
-    waiting = f"; {count(run['standby'], 'rank')} standing by" if run["standby"] else ""
+    waiting = f"; {pluralize(run['standby'], 'rank')} standing by" if run["standby"] else ""
     yield "mesh", ", ".join(f"{dimension} {degree}" for dimension, degree in run["mesh"].items()) + waiting
     if run["world"] == 1:
         return
@@ -146,7 +145,7 @@ def _pipeline_rows(run: dict[str, Any]) -> Rows:
         modules, blocks = stage["modules"], stage["blocks"]
         ends = modules[0] if len(modules) == 1 else f"{modules[0]} … {modules[-1]}"
         share = f"{stage['flops_share']:.1%} of the operations, {format_count(stage['parameters'])} parameters"
-        yield "", f"stage {stage['stage']} on pp {stage['rank']}: {ends} ({count(blocks, 'block')}), {share}"
+        yield "", f"stage {stage['stage']} on pp {stage['rank']}: {ends} ({pluralize(blocks, 'block')}), {share}"
 
 
 def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.errors import UsageError
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 _LEASE_SECONDS = 120
 """NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""

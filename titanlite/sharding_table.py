@@ -11,7 +11,7 @@ from typing import Any
 from titanlite.models.spec import ShardingRule, Style, spec_of
 from titanlite.parallel.slicing import SHARD_DIMENSION, GroupRank, find_placements, local_shape, pattern_of
 from titanlite.recipe.sections import Recipe
-from titanlite.recipe.units import format_table
+from titanlite.text import format_table
 
 _TOLD: dict[Style, str] = {
     "vocab": "rows found: reduce-scatter; backward all-gather",

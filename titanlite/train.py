@@ -43,7 +43,7 @@ from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
-from titanlite.rules.terms import count
+from titanlite.text import pluralize
 
 if TYPE_CHECKING:
     from titanlite.checkpoint.ranks import Ranks
@@ -222,12 +222,12 @@ def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
     if begun_at == steps:
         key = "training.steps" if trainer.recipe.training.tokens is None else "training.tokens"
         return (
-            f"nothing is left to train: {path} has taken all of its {count(steps, 'step')}. To train on, raise {key} "
-            f"and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={run}"
+            f"nothing is left to train: {path} has taken all of its {pluralize(steps, 'step')}. To train on, raise "
+            f"{key} and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={run}"
         )
     loss = "" if trainer.validation_loss is None else f", validation loss {trainer.validation_loss:.4f}"
     return (
-        f"done: {count(steps, 'step')}{loss}; the checkpoint is {trainer.checkpoints.path(steps)}. Next: "
+        f"done: {pluralize(steps, 'step')}{loss}; the checkpoint is {trainer.checkpoints.path(steps)}. Next: "
         f"titanlite generate {run} --prompt TEXT, or titanlite checkpoint export-hf {run} FOLDER"
     )
 
@@ -385,7 +385,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
     """
     from titanlite.data.tokenizers import FOLDER
     from titanlite.observe.sinks import JsonlSink, TensorBoardSink
-    from titanlite.recipe.units import format_count
+    from titanlite.text import format_count
 
     journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
     if trainer.recipe.metrics.tensorboard:
@@ -432,7 +432,7 @@ def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
     """Which start of the run this is, on what, after what."""
     under, machines = torchrun(), sorted(set(hosts))
     restart = f" (restart {under.restarts} by torchrun)" if under else ""
-    ranks = f"{count(len(hosts), 'rank')} on {', '.join(machines[:8])}{' …' if len(machines) > 8 else ''}"
+    ranks = f"{pluralize(len(hosts), 'rank')} on {', '.join(machines[:8])}{' …' if len(machines) > 8 else ''}"
     standby = launched().size - len(hosts)
     waiting = f", {standby} standing by" if standby else ""
     last = folder.last_end()

@@ -20,7 +20,7 @@ from titanlite.checkpoint.huggingface_command import add_huggingface_commands
 from titanlite.durable import cause
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
 from titanlite.recipe.paths import path_argument
-from titanlite.recipe.units import format_bytes, format_count, format_table
+from titanlite.text import format_bytes, format_count, format_table
 
 _A_PATH = "run folder, its checkpoints folder, or one step's folder"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from titanlite.checkpoint.examine import deletion_told, newest_at
 from titanlite.recipe.paths import path_argument
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 if TYPE_CHECKING:
     from titanlite.checkpoint.huggingface import Written

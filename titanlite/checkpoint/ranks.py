@@ -16,7 +16,7 @@ import torch.distributed as dist
 from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
 from titanlite.errors import CheckpointError, GuardStop, RunFolderLost, TitanliteError, UsageError
 from titanlite.messages import as_tensor, gathered
-from titanlite.rules.terms import count
+from titanlite.text import pluralize
 
 _KINDS: dict[str, type[TitanliteError]] = {
     kind.__name__: kind
@@ -104,7 +104,7 @@ def _verdict(messages: list[bytes]) -> bytes:
     if not failures:
         return _DONE
     rank, kind, text = min(failures, key=lambda failure: (list(_KINDS).index(failure[1]), failure[0]))
-    others = f" ({count(len(failures) - 1, 'other rank')} failed too)" if len(failures) > 1 else ""
+    others = f" ({pluralize(len(failures) - 1, 'other rank')} failed too)" if len(failures) > 1 else ""
     return _FAILED + json.dumps([kind, f"rank {rank}: {text}{others}"]).encode()
 
 

@@ -34,7 +34,7 @@ from titanlite.checkpoint.save import Facts, Staging, manifest_text, portion_of,
 from titanlite.durable import cause, read_file, read_json, replace_file
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.shard import Shard
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 BLOCK_BYTES = 2**24
 """What is sent from machine to machine at once."""

@@ -27,7 +27,7 @@ from titanlite.checkpoint.format import (
 )
 from titanlite.durable import cause, open_file, sync_path
 from titanlite.errors import CheckpointError
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 HASH_BLOCK_BYTES = 2**22
 

@@ -18,7 +18,7 @@ from titanlite.errors import SamplesLost, UsageError
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
-from titanlite.rules.terms import count
+from titanlite.text import pluralize
 
 
 def add_audit_command(commands: Any) -> None:
@@ -88,7 +88,7 @@ def _verdict(found: Audit) -> str:
 
 
 def _report(found: Audit, later: int) -> list[str]:
-    unsaved = f"; {count(later, 'step')} after the newest checkpoint do not count" if later else ""
+    unsaved = f"; {pluralize(later, 'step')} after the newest checkpoint do not count" if later else ""
     layouts = ", ".join(f"{each['data_ranks']} (steps {_span(each['steps'])})" for each in found.layouts)
     lines = [
         f"steps       {found.steps}{unsaved}",

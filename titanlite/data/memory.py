@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from titanlite.errors import DataError
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 """Limit and use of a container's memory, by version 2 and 1 of control groups."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from titanlite.errors import UsageError
 from titanlite.recipe.paths import input_argument, path_argument, text_argument
-from titanlite.recipe.units import format_bytes, format_count
+from titanlite.text import format_bytes, format_count
 
 
 def add_prepare_commands(commands: Any) -> None:

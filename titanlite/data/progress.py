@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import IO, Any
 
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 PLAIN_SECONDS = 15.0
 """Between two plain lines."""

@@ -25,7 +25,7 @@ from titanlite.parallel.layout import BatchPlan, sample_schedule
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
-from titanlite.rules.terms import count
+from titanlite.text import pluralize
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _show(arguments: argparse.Namespace) -> None:
             json.dumps({"step": arguments.step, "batch": batch, "samples": [asdict(each) for each in shown]}, indent=1)
         )
         return
-    print(f"step {arguments.step}: {count(len(shown), 'sample')} of batch {batch} (as data.skip_steps counts)")
+    print(f"step {arguments.step}: {pluralize(len(shown), 'sample')} of batch {batch} (as data.skip_steps counts)")
     for each in shown:
         document = f", document {each.document}" if each.document is not None else ""
         place = f"{each.file or 'texts'}, from token {each.token}{document}"

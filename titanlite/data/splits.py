@@ -25,7 +25,7 @@ from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenizers import Tokenizer, Tokens, tokenizer_of
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, DataSource, Packing
-from titanlite.recipe.units import format_count
+from titanlite.text import format_count
 
 ONLY_SOURCE = "corpus"
 """Name of the source that `data.corpus` is. Not its path: a corpus that moves keeps its order."""

@@ -24,7 +24,7 @@ from titanlite.durable import cause
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Run
-from titanlite.recipe.units import format_bytes
+from titanlite.text import format_bytes
 
 IN_MEMORY_BYTES = 2**25
 """Texts of so many bytes, packed or not, are read by every rank for itself."""

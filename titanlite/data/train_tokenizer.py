@@ -18,7 +18,7 @@ from titanlite.durable import cause, replace_file
 from titanlite.errors import DataError, UsageError
 from titanlite.recipe.paths import input_argument, path_argument
 from titanlite.recipe.sections import Data
-from titanlite.recipe.units import format_bytes, format_count
+from titanlite.text import format_bytes, format_count
 
 SEPARATOR = "<|end_of_text|>"
 MIN_FREQUENCY = 2

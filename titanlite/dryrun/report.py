@@ -11,8 +11,8 @@ from typing import Any
 from titanlite.dryrun.collectives import in_order, traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.recipe.sections import Recipe
-from titanlite.recipe.units import format_bytes, format_table
 from titanlite.sharding_table import shape_text
+from titanlite.text import format_bytes, format_table
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 

@@ -18,7 +18,7 @@ from typing import IO
 from titanlite.durable import cause, open_file
 from titanlite.errors import UsageError
 from titanlite.observe.rows import Row
-from titanlite.recipe.units import format_count
+from titanlite.text import format_count
 
 
 def open_console(stream: IO[str], total_steps: int, title: str) -> PlainConsole | TerminalConsole:

@@ -23,8 +23,8 @@ from titanlite.durable import Lock, cause, read_file, read_json, replace_file, t
 from titanlite.errors import RunFolderLost, UsageError
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
-from titanlite.recipe.units import format_bytes
 from titanlite.resilience.crashes import MAX_STARTS
+from titanlite.text import format_bytes
 
 OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
 """What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -29,32 +28,6 @@ def parse_count(value: Any) -> Any:
     if remainder:
         raise ValueError(f"'{value}' is not a whole number")
     return scaled
-
-
-def format_count(count: float) -> str:
-    """A count for people: 1_900_000 is `1.90M`, 812 is `812`."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if abs(count) >= size:
-            return f"{count / size:.2f}{unit}"
-    return f"{count:g}"
-
-
-def format_bytes(count: float) -> str:
-    """Bytes for people, in binary units: 3_221_225_472 is `3.00 GiB`."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Lines of columns, the head being one of the rows; columns whose numbers are in `right` end alike."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        (cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(pairs))
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    )
-    return ["  ".join(cells).rstrip() for cells in lines]
 
 
 def fits_64_bits(value: int) -> int:

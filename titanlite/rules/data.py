@@ -8,9 +8,9 @@ from titanlite.errors import Finding, UsageError
 from titanlite.parallel.layout import sample_schedule
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Recipe
-from titanlite.recipe.units import format_count
 from titanlite.registry import did_you_mean
-from titanlite.rules.terms import steps_of, warning
+from titanlite.rules.lookup import find_steps, warning
+from titanlite.text import format_count
 
 
 def paths_in(data: Data) -> list[tuple[str, list[str]]]:
@@ -83,7 +83,7 @@ def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
         if not any(name in stage.weights for stage in data.stages):
             problem = f"no stage gives '{name}' a weight, so it would never be read;"
             yield Finding(f"data.sources.{index}", problem, "name it in a stage, or take it out.")
-    steps, training = steps_of(recipe), recipe.training
+    steps, training = find_steps(recipe), recipe.training
     if steps is not None:
         tokens = steps * training.global_batch * training.sequence_length
         for index, end in enumerate(ends):
@@ -94,7 +94,7 @@ def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def skipped(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Batches to pass over are ones that the run comes to."""
-    steps = steps_of(recipe)
+    steps = find_steps(recipe)
     if steps is None:
         return
     last = sample_schedule(recipe).end_sample(steps) // recipe.training.global_batch

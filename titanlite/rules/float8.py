@@ -21,8 +21,8 @@ from titanlite.precision.float8_plan import (
 )
 from titanlite.recipe.sections import Recipe
 from titanlite.rules.layout import cuts
+from titanlite.rules.lookup import find_config, find_spec, warning
 from titanlite.rules.run import heads
-from titanlite.rules.terms import config_of, spec_named, warning
 
 
 def nothing_converted(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -47,12 +47,12 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
 
     Left as it is on this layout alone, it would have other numbers than on others.
     """
-    tp, section, spec = recipe.parallel.tp, recipe.precision.float8, spec_named(recipe)
+    tp, section, spec = recipe.parallel.tp, recipe.precision.float8, find_spec(recipe)
     converted = {pattern_of(f"{each.name}.weight"): each for each in _decisions(recipe, world) if each.skipped is None}
     takes = SETTINGS[section.recipe].alignment
     if spec is None or tp == 1:
         return
-    cut = find_placements({name: each.shape for name, each in converted.items()}, spec.sharding(config_of(recipe)))
+    cut = find_placements({name: each.shape for name, each in converted.items()}, spec.sharding(find_config(recipe)))
     for name, placement in cut.items():
         whole, module = converted[name].shape, name.removesuffix(".weight")
         parts = {local_shape(whole, placement, GroupRank(rank, tp)) for rank in range(tp)}
@@ -70,7 +70,7 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What ranks gather can be sent in float8, where it is asked for."""
-    key, spec, section = "precision.float8.all_gather", spec_named(recipe), recipe.precision.float8
+    key, spec, section = "precision.float8.all_gather", find_spec(recipe), recipe.precision.float8
     layout = layout_of(recipe.parallel, world)
     if spec is None or layout is None or not section.all_gather or not _decisions(recipe, world):
         return
@@ -78,7 +78,7 @@ def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
     if cut and SETTINGS[section.recipe].sent_weights is None:
         problem = f"weights of {section.recipe} travel in the compute dtype: a cast of their rows would take bits;"
         yield warning(key, problem, "for float8, choose tensorwise or rowwise_with_hp_grad_weight.")
-    found = gathers(spec, config_of(recipe), section) if layout.tp > 1 else ()
+    found = gathers(spec, find_config(recipe), section) if layout.tp > 1 else ()
     if found and all(each.cast is None for each in found):
         yield warning(
             key,
@@ -106,7 +106,7 @@ def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def _decisions(recipe: Recipe, world: int) -> tuple[Decision, ...]:
     """None where the model's sizes do not fit together, which other rules report."""
-    spec = spec_named(recipe)
+    spec = find_spec(recipe)
     if spec is None or any(next(rule(recipe, world), None) for rule in (heads, cuts)):
         return ()
-    return decisions(spec, config_of(recipe), recipe.precision.float8)
+    return decisions(spec, find_config(recipe), recipe.precision.float8)

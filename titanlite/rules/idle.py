@@ -11,7 +11,7 @@ from titanlite.optim.schedules import SCHEDULES
 from titanlite.parallel.layout import layout_of
 from titanlite.parallel.stages import fixes_stages
 from titanlite.recipe.sections import Float8, Pipeline, Recipe
-from titanlite.rules.terms import warning
+from titanlite.rules.lookup import warning
 
 Idle = tuple[str, bool, str]
 """(key, whether it does nothing here, why)"""

@@ -15,8 +15,9 @@ from titanlite.parallel.layout import Layout, batch_plan, ceil_div, layout_of
 from titanlite.parallel.slicing import GroupRank, Placement, find_placements, local_shape, pattern_of
 from titanlite.parallel.stages import splits_backward
 from titanlite.recipe.sections import Recipe
+from titanlite.rules.lookup import divisors, find_config, find_spec, warning
 from titanlite.rules.run import heads
-from titanlite.rules.terms import config_of, count, divisors, one_of, spec_named, times, warning
+from titanlite.text import format_batch, join_choices, pluralize
 
 _OTHER_PARTS = 1000
 """More than a checkpoint holds beside weights and moments."""
@@ -38,40 +39,40 @@ def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
     fitting = {name: world // rest for name in given if world % (rest := asked // given[name]) == 0}
     open_ended = parallel.dp_shard == -1
     if open_ended:
-        fixes = [f"{name} = {one_of(divisors(room))}" for name, room in fitting.items()]
+        fixes = [f"{name} = {join_choices(divisors(room))}" for name, room in fitting.items()]
         start = f"start a multiple of {asked} ranks (titanlite check --world {asked})"
     else:
         fixes = [f"{name} = {room}" for name, room in fitting.items()]
         if world % (asked // max(parallel.dp_shard, 1)) == 0:
             fixes = ["dp_shard = -1 for all that are left"]
-        start = f"start {count(asked, 'rank')} (titanlite check --world {asked})"
+        start = f"start {pluralize(asked, 'rank')} (titanlite check --world {asked})"
     product = " x ".join(f"{name} {degree}" for name, degree in given.items()) or "dp_shard 1"
     problem = f"{product} = {asked}" if len(given) > 1 else product
     verb = "does not divide" if open_ended else "does not give"
     key = "dp_shard" if not open_ended else next(iter(fitting or given))
     fix = f"write {', or '.join(fixes)}; or {start}." if fixes else f"{start}."
-    yield Finding(f"parallel.{key}", f"{problem} {verb} {count(world, 'rank')};", fix)
+    yield Finding(f"parallel.{key}", f"{problem} {verb} {pluralize(world, 'rank')};", fix)
 
 
 def standing_by(active: int, world: int) -> Finding:
     """Ranks that have no place in the mesh, where the recipe lets them wait."""
-    problem = f"the largest mesh that fits takes {count(active, 'rank')}: {world - active} of {world} stand by"
+    problem = f"the largest mesh that fits takes {pluralize(active, 'rank')}: {world - active} of {world} stand by"
     return warning("resilience.standby", problem, "until the run starts with other ranks.")
 
 
 def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Every tensor parallel rank has a part of every matrix."""
-    spec, config, tp = spec_named(recipe), config_of(recipe), recipe.parallel.tp
+    spec, config, tp = find_spec(recipe), find_config(recipe), recipe.parallel.tp
     if spec is None or tp <= (limit := spec.cut_limit(config)):
         return
-    problem = f"{tp} ranks are more than the {count(limit, 'part')} that the model's matrices can be cut into"
-    fix = f"write {one_of([degree for degree in divisors(tp) if degree <= limit])}."
+    problem = f"{tp} ranks are more than the {pluralize(limit, 'part')} that the model's matrices can be cut into"
+    fix = f"write {join_choices([degree for degree in divisors(tp) if degree <= limit])}."
     yield Finding("parallel.tp", f"{problem} (a key and value head stays whole);", fix)
 
 
 def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Matrices whose parts are of different sizes: the ranks with less wait."""
-    spec, config, tp = spec_named(recipe), config_of(recipe), recipe.parallel.tp
+    spec, config, tp = find_spec(recipe), find_config(recipe), recipe.parallel.tp
     unsound = next(heads(recipe, world), None) is not None  # the sizes do not fit together: there are no parts
     if spec is None or unsound or tp == 1 or tp > spec.cut_limit(config):
         return
@@ -86,7 +87,7 @@ def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
             f"{units} parts of {', '.join(modules)} are dealt out to {tp} ranks: {idle:.1%} of their time is waiting;"
         )
         even = [degree for degree in divisors(units) if degree <= spec.cut_limit(config)]
-        yield warning("parallel.tp", problem, f"{one_of(even)} would be even.")
+        yield warning("parallel.tp", problem, f"{join_choices(even)} would be even.")
 
 
 def sequences(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -138,7 +139,7 @@ def overlap(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """A checkpoint's table of parts is not longer than what can be read back."""
-    spec, layout = spec_named(recipe), layout_of(recipe.parallel, world)
+    spec, layout = find_spec(recipe), layout_of(recipe.parallel, world)
     if spec is None or layout is None or any(heads(recipe, world)):
         return
     most, number = MAX_CHUNKS - _OTHER_PARTS, checkpoint_parts(recipe, spec, layout)
@@ -209,7 +210,7 @@ def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
         return
     share = ceil_div(training.global_batch, ranks)
     waste = f"{(computed - training.global_batch) / computed:.0%} are padding;"
-    problem = f"{times(ranks, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
+    problem = f"{format_batch(ranks, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
     if share % plan.microbatch and training.microbatch is not None:
         fix = f"a microbatch that divides a rank's share of {share} wastes nothing."
         yield warning("training.microbatch", problem, fix)
@@ -233,8 +234,6 @@ def microbatches(recipe: Recipe, world: int) -> Iterator[Finding]:
     share = ceil_div(recipe.training.global_batch, layout.data_ranks)
     made = ceil_div(share, size)
     if made != wanted:
-        problem = (
-            f"a rank's share of {count(share, 'sequence')} makes {count(made, 'microbatch')} of {size}, not {wanted};"
-        )
+        cut = f"{pluralize(share, 'sequence')} makes {pluralize(made, 'microbatch')} of {size}"
         fix = "leave it out, or training.microbatch."
-        yield Finding("parallel.pipeline.microbatches", problem, fix)
+        yield Finding("parallel.pipeline.microbatches", f"a rank's share of {cut}, not {wanted};", fix)

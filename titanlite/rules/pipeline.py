@@ -17,7 +17,7 @@ from titanlite.parallel.stages import (
     takes_microbatches,
 )
 from titanlite.recipe.sections import Pipeline, Recipe
-from titanlite.rules.terms import config_of, spec_named
+from titanlite.rules.lookup import find_config, find_spec
 
 if TYPE_CHECKING:
     from titanlite.models.spec import Piece
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def pipeline(recipe: Recipe, world: int) -> Iterator[Finding]:
     """The schedule can work through the stages and microbatches, and goes with the other settings."""
-    spec, config, layout = spec_named(recipe), config_of(recipe), layout_of(recipe.parallel, world)
+    spec, config, layout = find_spec(recipe), find_config(recipe), layout_of(recipe.parallel, world)
     if spec is None or layout is None or layout.pp == 1:
         return
     pieces = spec.pieces(config, recipe.training.sequence_length)

@@ -16,7 +16,8 @@ from titanlite.optim.schedules import SCHEDULES, lr_factor
 from titanlite.parallel.layout import ceil_div, total_steps
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
 from titanlite.registry import Registry, did_you_mean
-from titanlite.rules.terms import config_of, divisors, one_of, steps_of, warning
+from titanlite.rules.lookup import divisors, find_config, find_steps, warning
+from titanlite.text import join_choices
 
 MOST_STEPS = 2**32
 """Records of what is read (`data/read_log.py`) have 32 bits for a step."""
@@ -60,12 +61,12 @@ def preset(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def heads(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Heads divide the width evenly, key and value heads divide the heads."""
-    config = config_of(recipe)
+    config = find_config(recipe)
     if config is None:
         return
     if config.heads % config.kv_heads:
         problem = f"{config.heads} heads cannot share {config.kv_heads} key and value heads evenly;"
-        yield Finding("model.kv_heads", problem, f"choose {one_of(divisors(config.heads))}.")
+        yield Finding("model.kv_heads", problem, f"choose {join_choices(divisors(config.heads))}.")
     if config.dim % config.heads:
         fix = f"choose a multiple of {config.heads}, such as {ceil_div(config.dim, config.heads) * config.heads}."
         yield Finding("model.dim", f"dim {config.dim} is not a multiple of the {config.heads} heads;", fix)
@@ -93,7 +94,7 @@ def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
     if finding := separator_warning(tokenizer, recipe.data.separator):
         yield finding
     tokens = tokenizer.vocab_size
-    config = config_of(recipe)
+    config = find_config(recipe)
     if config is not None and config.vocab_size < tokens:
         whose = "the byte tokenizer's" if recipe.data.tokenizer == "bytes" else f"{recipe.data.tokenizer}'s"
         problem = f"{config.vocab_size} rows are too few for {whose} {tokens} tokens;"
@@ -107,7 +108,7 @@ def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Warm-up and decay fit into the run. Only a warning, since a few steps of a long recipe are a usual trial."""
-    steps, section = steps_of(recipe), recipe.schedule
+    steps, section = find_steps(recipe), recipe.schedule
     if steps is None:
         return
     to_try = "to try the first steps of a longer run, use run.stop_after_step."
@@ -177,7 +178,7 @@ def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def never_reached(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Intervals and limits that lie beyond the end of the run."""
-    steps = steps_of(recipe)
+    steps = find_steps(recipe)
     if steps is None:
         return
     limits = [

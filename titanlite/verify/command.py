@@ -15,8 +15,8 @@ from titanlite.launch import launched
 from titanlite.parallel.layout import active_ranks
 from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
-from titanlite.recipe.units import format_count
 from titanlite.rules import check
+from titanlite.text import format_count
 from titanlite.verify.shrink import shrink
 from titanlite.verify.verdict import Pass, first_difference
 

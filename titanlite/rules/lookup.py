@@ -1,4 +1,4 @@
-"""What several rules ask of a recipe, and how they say it. A recipe may be wrong elsewhere: then the answer is None."""
+"""What several rules ask of a recipe. A recipe may be wrong elsewhere: then the answer is None."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def warning(key: str, problem: str, fix: str) -> Finding:
     return Finding(key, problem, fix, severity="warning")
 
 
-def spec_named(recipe: Recipe) -> ModelSpec | None:
+def find_spec(recipe: Recipe) -> ModelSpec | None:
     """The model family; None for an unknown preset, which the rule `preset` reports."""
     try:
         return spec_of(recipe.model.preset)
@@ -24,38 +24,19 @@ def spec_named(recipe: Recipe) -> ModelSpec | None:
         return None
 
 
-def config_of(recipe: Recipe) -> Any:
+def find_config(recipe: Recipe) -> Any:
     """The model's sizes; None for an unknown preset."""
-    spec = spec_named(recipe)
+    spec = find_spec(recipe)
     return spec.configure(recipe.model) if spec else None
 
 
-def steps_of(recipe: Recipe) -> int | None:
+def find_steps(recipe: Recipe) -> int | None:
     """Steps of the run; None where the rule `amount` has something to report."""
     training = recipe.training
     return total_steps(training) if (training.steps is None) != (training.tokens is None) else None
-
-
-def count(number: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`, `3 microbatches`."""
-    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
-    return f"{number} {noun}{plural}"
-
-
-def times(ranks: int, microbatches: int, microbatch: int) -> str:
-    """A step's batch in words."""
-    return f"{count(ranks, 'rank')} x {count(microbatches, 'microbatch')} of {microbatch}"
 
 
 def divisors(number: int) -> list[int]:
     """From 1 to `number`; beyond 10^8, those that a short search finds."""
     small = [divisor for divisor in range(1, min(math.isqrt(number), 10_000) + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)})
-
-
-def one_of(values: list[int]) -> str:
-    """`1`, `1 or 2`, `1, 2 or 4`; of many, the smallest and the largest."""
-    *most, last = (
-        [str(value) for value in values] if len(values) < 12 else [*map(str, values[:6]), "…", str(values[-1])]
-    )
-    return f"{', '.join(most)} or {last}" if most else last
