@@ -34,7 +34,7 @@ from titanlite.data.command import main as data_command
 from titanlite.data.corpora import read_corpus
 from titanlite.data.loader import train_loader
 from titanlite.data.packing import Cut
-from titanlite.data.schedule import Stage, schedule
+from titanlite.data.schedule import build_schedule
 from titanlite.data.sources import Source
 from titanlite.data.splits import Split, open_data
 from titanlite.data.token_file import HEADER, MAGIC, VERSION, paths_of
@@ -162,7 +162,7 @@ def random_access(tokens: int, samples: int) -> dict[str, Any]:
         Source(name, (_Endless(int(tokens * share)),), tokenizer, LENGTH, False)  # type: ignore[arg-type]
         for name, share in (("web", 0.7), ("code", 0.2), ("books", 0.1))
     )
-    split = Split(sources, schedule([Stage(None, (0.6, 0.3, 0.1))], [None] * 3), 0)
+    split = Split(sources, build_schedule([(None, (0.6, 0.3, 0.1))], [None] * 3), 0)
     numbers = [random.randrange(Cut(tokens, LENGTH).windows) for _ in range(samples)]
     split.sample(0)
     tracemalloc.start()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.data.mixture import BLOCK, CYCLE, mixture
+from titanlite.data.mixture import BLOCK, CYCLE, build_mixture
 
 weights = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12).map(tuple)
 beginnings = st.sampled_from([0, 1, CYCLE * BLOCK - 1500, 2 * CYCLE * BLOCK - 700, 10**12]) | st.integers(0, 10**15)
@@ -19,7 +19,7 @@ beginnings = st.sampled_from([0, 1, CYCLE * BLOCK - 1500, 2 * CYCLE * BLOCK - 70
 @settings(max_examples=15, deadline=None)
 @given(weights=weights, first=beginnings)
 def test_any_thousand_samples_have_the_mixtures_shares(weights: tuple[float, ...], first: int) -> None:
-    schedule = mixture(weights)
+    schedule = build_mixture(weights)
     sources = np.array([schedule(first + i)[0] for i in range(2 * BLOCK)])
     for source, share in enumerate(schedule.shares):
         within = np.convolve(sources == source, np.ones(BLOCK), "valid")
@@ -29,7 +29,7 @@ def test_any_thousand_samples_have_the_mixtures_shares(weights: tuple[float, ...
 @settings(max_examples=15, deadline=None)
 @given(weights=weights, first=beginnings)
 def test_a_sources_samples_follow_each_other(weights: tuple[float, ...], first: int) -> None:
-    schedule = mixture(weights)
+    schedule = build_mixture(weights)
     counts = list(schedule.counts(first))
     assert sum(counts) == first
     for sample in range(first, first + 1200):
@@ -42,7 +42,7 @@ def test_a_sources_samples_follow_each_other(weights: tuple[float, ...], first: 
 @settings(deadline=None, max_examples=30)
 @given(weights=weights)
 def test_shares_are_those_asked_for(weights: tuple[float, ...]) -> None:
-    schedule, total = mixture(weights), BLOCK * CYCLE
+    schedule, total = build_mixture(weights), BLOCK * CYCLE
     assert sum(schedule.shares) == total and min(schedule.shares) >= 1
     assert schedule.counts(total) == schedule.shares
     raised = sum(weight / sum(weights) * total < 1 for weight in weights)
@@ -52,7 +52,7 @@ def test_shares_are_those_asked_for(weights: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.7, 0.2, 0.1)])
 def test_short_stretches_are_mixed_too(weights: tuple[float, ...]) -> None:
-    schedule = mixture(weights)
+    schedule = build_mixture(weights)
     for sample in range(0, 5000, 7):
         sources = [schedule(sample + i)[0] for i in range(20)]
         for source, weight in enumerate(weights):
@@ -60,7 +60,7 @@ def test_short_stretches_are_mixed_too(weights: tuple[float, ...]) -> None:
 
 
 def test_one_source_has_every_sample() -> None:
-    assert [mixture((3.0,))(sample) for sample in (0, 999, 10**9)] == [(0, 0), (0, 999), (0, 10**9)]
+    assert [build_mixture((3.0,))(sample) for sample in (0, 999, 10**9)] == [(0, 0), (0, 999), (0, 10**9)]
 
 
 SAMPLES = sorted(
@@ -87,6 +87,6 @@ SAMPLES = sorted(
 )
 def test_which_sample_goes_where_is_the_same_in_any_version(weights: tuple[float, ...], stored: str) -> None:
     """Runs go on under newer ones."""
-    schedule = mixture(weights)
+    schedule = build_mixture(weights)
     found = [*map(schedule, SAMPLES), *map(schedule.counts, SAMPLES[::9])]
     assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == stored

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.data.schedule import Stage, schedule
+from titanlite.data.schedule import build_schedule
 from titanlite.data.sources import Source, Texts
 from titanlite.data.splits import Split
 from titanlite.data.tokenizers import open_tokenizer
@@ -28,8 +28,8 @@ Plan = tuple[list[int], list[tuple[float, ...]], tuple[int | None, ...]]
 
 def split(plan: Plan, seed: int = 0, texts: list[Source] = SOURCES) -> Split:
     ends, weights, most = plan
-    stages = [Stage(until, each) for until, each in zip([*ends, None], weights, strict=False)]
-    return Split(tuple(texts), schedule(stages, most), seed)
+    stages = [(until, each) for until, each in zip([*ends, None], weights, strict=False)]
+    return Split(tuple(texts), build_schedule(stages, most), seed)
 
 
 def read(plan: Plan, samples: int) -> list[tuple[str, int]]:

@@ -6,25 +6,15 @@ follows from weights and sizes, so there is nothing to save. Samples, sources an
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titanlite.data.mixture import BLOCK, CYCLE, Mixture, mixture
+from titanlite.data.mixture import BLOCK, CYCLE, Mixture, build_mixture
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Weights up to a sample."""
-
-    until: int | None
-    """Samples of the run after which the next stage begins; None: this one is the last."""
-    weights: tuple[float, ...]
-    """One a source; 0: it has no part."""
-
-
-@dataclass(frozen=True)
-class _Stretch:
+class _Segment:
     """A part of the run with one mixture."""
 
     first: int
@@ -32,19 +22,18 @@ class _Stretch:
     sources: tuple[int, ...]
     """Those in the mixture."""
     weights: tuple[float, ...]
-    """Of these."""
     shares: tuple[int, ...]
-    """Theirs in the mixture."""
+    """Of these, in a cycle of the mixture."""
     before: tuple[int, ...]
     """Samples of every source that came earlier."""
 
     @property
     def mixture(self) -> Mixture:
-        """Its tables are large where there are many sources, so those of a few stretches are kept."""
-        return mixture(self.weights)
+        """Its tables are large where there are many sources, so those of a few segments are kept."""
+        return build_mixture(self.weights)
 
     def counts(self, samples: int) -> list[int]:
-        """Samples of every source among the run's first `samples`, which end in this stretch."""
+        """Samples of every source among the run's first `samples`, which end in this segment."""
         counts = list(self.before)
         for source, count in zip(self.sources, self.mixture.counts(samples - self.first), strict=True):
             counts[source] += count
@@ -52,77 +41,66 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Made by `schedule`."""
+class MixtureSchedule:
+    """Made by `build_schedule`."""
 
-    stretches: tuple[_Stretch, ...]
+    segments: tuple[_Segment, ...]
     end: int | None
     """Samples that there are; None: no end, sources are read again and again."""
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, number among the source's samples) of sample `sample`, which must be before the end."""
         assert self.end is None or sample < self.end
-        stretch = self._stretch(sample)
-        chosen, number = stretch.mixture(sample - stretch.first)
-        source = stretch.sources[chosen]
-        return source, stretch.before[source] + number
+        segment = self._segment(sample)
+        chosen, number = segment.mixture(sample - segment.first)
+        source = segment.sources[chosen]
+        return source, segment.before[source] + number
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples are of each source."""
-        return self._stretch(samples).counts(samples)
+        return self._segment(samples).counts(samples)
 
     def before(self, samples: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
         """All that decides the first `samples` samples: where each mixture begins, its sources and their shares."""
-        return [(each.first, each.sources, each.shares) for each in self.stretches if each.first < samples]
+        return [(each.first, each.sources, each.shares) for each in self.segments if each.first < samples]
 
-    def _stretch(self, sample: int) -> _Stretch:
-        return self.stretches[bisect_right(self.stretches, sample, key=lambda each: each.first) - 1]
+    def _segment(self, sample: int) -> _Segment:
+        return self.segments[bisect_right(self.segments, sample, key=lambda each: each.first) - 1]
 
 
-def schedule(stages: Sequence[Stage], most: Sequence[int | None]) -> Schedule:
-    """The schedule of sources that may have so many samples each (`most`; None: any number).
+def build_schedule(
+    stages: Sequence[tuple[int | None, Sequence[float]]], limits: Sequence[int | None]
+) -> MixtureSchedule:
+    """The schedule of sources that may have so many samples each (None: any number).
 
-    The last stage has no `until`, and those of the others rise. Where a source is used up, the others share its part
-    by their weights. The run ends where a stage has no source left.
+    Of each stage, the sample that the next one begins with (None for the last), and a weight for each source (0: it has
+    no part). Where a source is used up, the others share its part by their weights. The run ends where a stage has no
+    source left.
     """
-    assert stages[-1].until is None
-    stretches: list[_Stretch] = []
-    first, counts = 0, [0] * len(most)
-    for stage in stages:
-        while stage.until is None or first < stage.until:
-            sources = tuple(
-                source
-                for source, (weight, limit) in enumerate(zip(stage.weights, most, strict=True))
-                if weight and (limit is None or counts[source] < limit)
-            )
+    segments: list[_Segment] = []
+    first, counts = 0, [0] * len(limits)
+    for until, weights in stages:
+        while until is None or first < until:
+            left = [None if limit is None else limit - count for limit, count in zip(limits, counts, strict=True)]
+            sources = tuple(source for source, weight in enumerate(weights) if weight and left[source] != 0)
             if not sources:
-                return Schedule(tuple(stretches), first)
-            weights = tuple(stage.weights[source] for source in sources)
-            part = mixture(weights)
-            stretch = _Stretch(first, sources, weights, part.shares, tuple(counts))
-            stretches.append(stretch)
-            left = {at: limit - counts[s] for at, s in enumerate(sources) if (limit := most[s]) is not None}
-            cycles = {at: (samples - 1) // part.shares[at] for at, samples in left.items()}
-            soonest = min(cycles.values(), default=0)
-            ends = [first + _length(part, at, left[at], soonest) for at in left if cycles[at] == soonest]
-            if stage.until is not None:
-                ends.append(stage.until)
+                return MixtureSchedule(tuple(segments), first)
+            mixture = build_mixture(chosen := tuple(weights[source] for source in sources))
+            segments.append(_Segment(first, sources, chosen, mixture.shares, tuple(counts)))
+            limited = {at: samples for at, source in enumerate(sources) if (samples := left[source]) is not None}
+            cycles = {at: (samples - 1) // mixture.shares[at] for at, samples in limited.items()}
+            soonest = min(cycles.values(), default=0)  # the search takes long, where many sources are limited
+            ends = [first + _length(mixture, at, limited[at], soonest) for at in limited if cycles[at] == soonest]
+            if until is not None:
+                ends.append(until)
             if not ends:
-                return Schedule(tuple(stretches), None)
+                return MixtureSchedule(tuple(segments), None)
             first = min(ends)
-            counts = stretch.counts(first)
+            counts = segments[-1].counts(first)
     raise AssertionError("the last stage has no end")
 
 
-def _length(part: Mixture, source: int, samples: int, cycles: int) -> int:
-    """The shortest beginning of a mixture that has so many samples of a source, by bisection; it has so many whole
-    cycles.
-    """
-    low, high = cycles * CYCLE * BLOCK, (cycles + 1) * CYCLE * BLOCK
-    while low < high:
-        middle = (low + high) // 2
-        if part.count(source, middle) < samples:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def _length(mixture: Mixture, source: int, samples: int, cycles: int) -> int:
+    """The shortest beginning of a mixture that has so many samples of a source; it has so many whole cycles."""
+    low = cycles * CYCLE * BLOCK
+    return low + bisect_left(range(CYCLE * BLOCK), samples, key=lambda length: mixture.count(source, low + length))

@@ -19,7 +19,7 @@ from titanlite.data.fill_in import FilledIn, fill_in, filled_in
 from titanlite.data.memory import within_memory
 from titanlite.data.order import sample_position
 from titanlite.data.packing import Stream
-from titanlite.data.schedule import Schedule, Stage, schedule
+from titanlite.data.schedule import MixtureSchedule, build_schedule
 from titanlite.data.sources import Source, Texts, open_streams
 from titanlite.data.token_file import TokenFile
 from titanlite.data.tokenizers import Tokenizer, Tokens, tokenizer_of
@@ -36,7 +36,7 @@ class Split:
     """The training samples of a run."""
 
     sources: tuple[Source, ...]
-    schedule: Schedule
+    schedule: MixtureSchedule
     seed: int
     """Seed of the order of samples."""
 
@@ -122,7 +122,7 @@ def split_of(
     """Training samples of one stream in memory; for best-fit packing it ends with the separator."""
     stream = Texts(tokens, tokenizer.separator)
     source = Source(ONLY_SOURCE, (stream,), tokenizer, sequence_length, document_mask, packing)
-    return Split((source,), schedule([Stage(None, (1.0,))], [None]), seed)
+    return Split((source,), build_schedule([(None, (1.0,))], [None]), seed)
 
 
 def open_data(
@@ -216,26 +216,24 @@ def as_list(path: str | list[str]) -> list[str]:
     return [path] if isinstance(path, str) else path
 
 
-def _schedule(section: Data, sources: Sequence[Source]) -> Schedule:
+def _schedule(section: Data, sources: Sequence[Source]) -> MixtureSchedule:
     """By weights, or sizes where none are given."""
     if not section.sources:
-        return schedule([Stage(None, (1.0,))], [None])
+        return build_schedule([(None, (1.0,))], [None])
     length = sources[0].sequence_length
-    own = tuple(named.weight or each.windows for named, each in zip(section.sources, sources, strict=True))
-    stages = [
-        Stage(
-            stage.until // length if stage.until is not None else None,
-            tuple(stage.weights.get(each.name, 0.0) for each in sources),
+    stages: list[tuple[int | None, list[float]]] = [
+        (
+            None if stage.until is None else stage.until // length,
+            [stage.weights.get(each.name, 0.0) for each in sources],
         )
         for stage in section.stages
     ]
-    return schedule(
-        stages or [Stage(None, own)],
-        [_most(named, each) for named, each in zip(section.sources, sources, strict=True)],
-    )
+    pairs = list(zip(section.sources, sources, strict=True))
+    own = [named.weight or each.windows for named, each in pairs]
+    return build_schedule(stages or [(None, own)], [_limit(named, each) for named, each in pairs])
 
 
-def _most(named: DataSource, source: Source) -> int | None:
+def _limit(named: DataSource, source: Source) -> int | None:
     """Samples that may be read of a source."""
     limits = []
     if named.epochs is not None:
