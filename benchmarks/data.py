@@ -30,16 +30,16 @@ import numpy as np
 import torch
 from single_device import FOREIGN_LIMIT, busy_core_seconds, quartiles, tell
 
-from titanlite.data.command import main as data_command
-from titanlite.data.corpora import read_corpus
+from titanlite.cli.data import main as data_command
+from titanlite.corpus.corpora import read_corpus
+from titanlite.corpus.token_file import HEADER, MAGIC, VERSION, paths_of
+from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.loader import train_loader
 from titanlite.data.packing import Cut
 from titanlite.data.schedule import build_schedule
 from titanlite.data.sources import Source
 from titanlite.data.splits import Split, open_data
-from titanlite.data.token_file import HEADER, MAGIC, VERSION, paths_of
-from titanlite.data.tokenizers import open_tokenizer
-from titanlite.parallel.layout import BatchPlan
+from titanlite.plan.layout import BatchPlan
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Data
 

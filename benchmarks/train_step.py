@@ -4,8 +4,8 @@ python benchmarks/train_step.py --compile.enabled=true --precision.float8.enable
 python benchmarks/train_step.py --matrix                                # the usual dozen, as a table
 python benchmarks/train_step.py --model.preset=debug --training.sequence_length=128 --steps 3      # small, for a CPU
 
-Any key of a recipe may be given; the others are those of `train_step.toml`. What runs is the trainer's own `Learner`;
-its weights are drawn on the device, for the trainer's draw of some billions takes longer than what is measured.
+Any key of a recipe may be given; the others are those of `train_step.toml`. What runs is the trainer's own
+`TrainState`; its weights are drawn on the device, for the trainer's draw takes longer than what is measured.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from titanlite_kernels.bench import matmul_flops
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from titanlite.check import checked
-from titanlite.data.loader import Batch
-from titanlite.learner import Learner
+from titanlite.cli.check import checked
 from titanlite.observe.flops import mfu, peak_flops
 from titanlite.observe.metrics import peak_memory_bytes
-from titanlite.parallel.layout import batch_plan, require_layout
+from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
+from titanlite.plan.layout import batch_plan, require_layout
 from titanlite.recipe.load import load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
+from titanlite.training.train_state import TrainState
 
 BASE = Path(__file__).with_suffix(".toml")
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> Iterator[dict[str, Any]]:
     """Median step over `steps`, after `warmup` steps; then again with the breakdown: a profiler may end a process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learner = Learner(recipe, World(0, 1, device))
+    learner = TrainState(recipe, World(0, 1, device))
     _initialise(learner)
     batch = _random_batch(recipe, learner.config.vocab_size).to(device)
 
@@ -101,8 +101,8 @@ def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> It
         yield measured | {"breakdown": _against_roof(trace, profiled, work, device)}
 
 
-def _initialise(learner: Learner) -> None:
-    """As `Learner.initialise`, with other random numbers."""
+def _initialise(learner: TrainState) -> None:
+    """As `TrainState.initialise`, with other random numbers."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, held in learner.shards.table.items():
@@ -138,7 +138,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _traced(
-    learner: Learner, step: Callable[[int], tuple[Tensor, Tensor]], device: torch.device
+    learner: TrainState, step: Callable[[int], tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[dict[str, Any], float]:
     """A Chrome trace of a step, and the seconds that it took under the profiler, which has warmed up in one before."""
     take = learner.optimizer.step

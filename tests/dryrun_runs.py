@@ -17,9 +17,9 @@ import parity_runs
 
 from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.step import spanning
-from titanlite.learner import Learner
-from titanlite.parallel.layout import layout_of
+from titanlite.plan.layout import layout_of
 from titanlite.recipe.sections import Recipe
+from titanlite.training.train_state import TrainState
 
 
 class Shown(TorchDispatchMode):
@@ -44,13 +44,13 @@ def messages_of_two_steps(rank: int, world: int, recipe_json: str) -> list[list[
     layout = layout_of(recipe.parallel, world)
     assert layout is not None
     logs = [CollectiveLog(spanning(layout, recipe.parallel.zero_stage)) for _ in range(2)]
-    step: Callable[..., tuple[Tensor, Tensor]] = Learner.step
+    step: Callable[..., tuple[Tensor, Tensor]] = TrainState.step
 
-    def shown(learner: Learner, number: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def shown(learner: TrainState, number: int, *arguments: Any) -> tuple[Tensor, Tensor]:
         with Shown(logs[number - 1]):
             return step(learner, number, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "step", shown)
+        patch.setattr(TrainState, "step", shown)
         parity_runs.train(rank, world, recipe_json)
     return [log.seen for log in logs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from titanlite.messages import gathered
+from titanlite.parallel.messages import gathered
 
 
 def said(rank: int, world: int, lengths: list[int]) -> tuple[list[bytes], list[bytes]]:

@@ -24,7 +24,7 @@ class Pool:
     def __init__(self) -> None:
         # Forked from one process that has imported what all of them need, and has no threads yet.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor", "titanlite.trainer"])
+        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor", "titanlite.training.trainer"])
         # Stores' files stay until the end: one that is gone keeps a store that is let go of later waiting for it.
         self._stores = tempfile.TemporaryDirectory()
         self._tasks = 0

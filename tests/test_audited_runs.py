@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from titanlite.cli import main as titanlite
-from titanlite.cli import run_command
+from titanlite.cli.main import main as titanlite
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.data.read_log import RECORD, log_path
 from titanlite.recipe.load import load_recipe
-from titanlite.saving import Saving
-from titanlite.train import main
+from titanlite.training.saving import Saving
 
 BATCH = 2
 
@@ -123,18 +123,18 @@ def test_what_is_not_saved_is_no_part_of_the_run(folder: Path, said: Callable[..
 def test_the_text_of_a_step_is_what_it_is_trained_on(
     folder: Path, said: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from titanlite import learner
+    from titanlite.training import train_state as learner
 
     seen: list[list[str]] = []
-    step = learner.Learner.step
+    step = learner.TrainState.step
 
-    def watched(self: learner.Learner, number: int, batch: Any, factor: float) -> Any:
+    def watched(self: learner.TrainState, number: int, batch: Any, factor: float) -> Any:
         tokens, labels = batch.tokens.reshape(-1, 16).tolist(), batch.labels.reshape(-1, 16).tolist()
         rows = [[*row, last[-1]] for row, last in zip(tokens, labels, strict=True)]
         seen.append(["".join("⟨document ends⟩" if token == 256 else chr(token) for token in row) for row in rows])
         return step(self, number, batch, factor)
 
-    monkeypatch.setattr(learner.Learner, "step", watched)
+    monkeypatch.setattr(learner.TrainState, "step", watched)
     assert train("--data.skip_steps=[2]") == 0
     for place, number in (("runs/tiny", 1), ("runs/tiny", 5), ("recipe.toml", 1), ("recipe.toml", 4)):
         shown = said("show", place, "--step", str(number))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from titanlite import durable
+from titanlite import files as durable
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.command import main as checkpoint
-from titanlite.cli import main as cli
-from titanlite.cli import run_command
+from titanlite.cli.checkpoint import main as checkpoint
+from titanlite.cli.main import main as cli
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.recipe.explain import all_keys, key_schema
-from titanlite.train import main
 
 RECIPE = """
 [run]
@@ -340,7 +340,7 @@ def test_only_damaged_checkpoints(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_generate_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from titanlite.generate import main as generate
+    from titanlite.cli.generate import main as generate
 
     assert run_command(generate, ["corpus.txt"]) == 2
     assert "recipe.toml" in capsys.readouterr().err
@@ -353,7 +353,7 @@ def test_generate_says_what_is_missing(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_generate_takes_any_prompt_and_any_temperature(folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    from titanlite.generate import main as generate
+    from titanlite.cli.generate import main as generate
 
     assert run_command(main, ["recipe.toml", "--run.stop_after_step=2"]) == 75
     capfdbinary.readouterr()

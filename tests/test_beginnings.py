@@ -17,17 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
-from titanlite import cli, restore
 from titanlite.checkpoint import manager, requests
 from titanlite.checkpoint.examine import newest_at_first
 from titanlite.checkpoint.format import MANIFEST, Manifest, encode, folder_name
 from titanlite.checkpoint.storage import describe_file
-from titanlite.cli import run_command
+from titanlite.cli.main import main as cli
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.data.splits import Split
 from titanlite.errors import CheckpointError
-from titanlite.learner import Learner
 from titanlite.resilience.guards import Guards
-from titanlite.train import main
+from titanlite.training import restore
+from titanlite.training.train_state import TrainState
 
 
 @pytest.fixture
@@ -193,13 +194,13 @@ def test_a_run_that_saves_on_is_begun_with_as_it_was_at_first(
 ) -> None:
     """The first start of b dies before it has saved; a has come further when the second is made."""
 
-    def killed(self: Learner, number: int, *rest: Any) -> Any:
+    def killed(self: TrainState, number: int, *rest: Any) -> Any:
         raise KeyboardInterrupt
 
     begins = ("--run.name=b", f"--checkpoint.{key}=runs/a")
     assert train("--run.stop_after_step=4") == 75
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(Learner, "step", killed)
+        patch.setattr(TrainState, "step", killed)
         train(*begins)
     assert train() == 0
     assert train(*begins) == 0

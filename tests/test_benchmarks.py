@@ -329,7 +329,7 @@ def test_every_step_of_the_matrix_is_a_recipe() -> None:
     from matrix import SMALL, STEPS
     from train_step import BASE
 
-    from titanlite.check import checked
+    from titanlite.cli.check import checked
     from titanlite.recipe.load import load_recipe
 
     assert 12 <= len(STEPS) <= 15

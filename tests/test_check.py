@@ -10,20 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.check import checked, report
 from titanlite.checkpoint import plan
 from titanlite.checkpoint.plan import pieces
-from titanlite.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
+from titanlite.cli.check import checked, report
 from titanlite.errors import Finding, RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
-from titanlite.parallel.layout import Layout, batch_plan, layout_of
-from titanlite.parallel.slicing import GroupRank, find_placements, local_slices, pattern_of
+from titanlite.plan.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
+from titanlite.plan.layout import Layout, batch_plan, layout_of
+from titanlite.plan.rules import RULES, check
+from titanlite.plan.rules.layout import checkpoint_parts
+from titanlite.plan.sharding_table import sharding_table, sharding_text
+from titanlite.plan.slicing import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import RULES, check
-from titanlite.rules.layout import checkpoint_parts
-from titanlite.sharding_table import sharding_table, sharding_text
 
 
 def recipe(**keys: Any) -> Recipe:

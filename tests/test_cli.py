@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from titanlite import __version__
-from titanlite.cli import COMMANDS, HELP, main, run_command
+from titanlite.cli.main import COMMANDS, HELP, main, run_command
 from titanlite.errors import (
     CheckpointError,
     Finding,
@@ -357,7 +357,7 @@ def test_closed_streams_change_nothing(arguments: str, code: int) -> None:
 
 def test_help_loads_nothing_that_takes_time() -> None:
     script = (
-        "import sys\nfrom titanlite.cli import main\nmain(['--help'])\n"
+        "import sys\nfrom titanlite.cli.main import main\nmain(['--help'])\n"
         "assert not {'torch', 'pydantic', 'numpy', 'rich'} & set(sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0

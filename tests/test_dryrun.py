@@ -17,16 +17,16 @@ import dryrun_runs
 from parity_runs import small_recipe, write_corpus
 from pool import Pool
 
-from titanlite.cli import main
-from titanlite.data.loader import Batch
+from titanlite.cli.main import main
 from titanlite.dryrun.collectives import Collective, in_order, traffic
 from titanlite.dryrun.step import DryRun, dry_run
-from titanlite.learner import Learner
 from titanlite.models.spec import spec_of
 from titanlite.parallel.apply import build
+from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
+from titanlite.training.train_state import TrainState
 
 LAYERS, DIM, FFN, VOCABULARY, LENGTH = 2, 32, 48, 272, 16
 BLOCK = 4 * DIM * DIM + 3 * DIM * FFN + 2 * DIM
@@ -257,13 +257,13 @@ def test_a_dry_run_is_what_really_runs(pool: Pool, tmp_path: Path, name: str) ->
 def test_the_first_step_holds_what_the_second_does(parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So one step is enough: a second changes no peak, but for the numbers of the first that the guards keep."""
     made = recipe(model={"layers": 4}, parallel=parallel, training={"microbatch": 1})
-    one, step = dry_run(made, 4, 0).memory, Learner.step
+    one, step = dry_run(made, 4, 0).memory, TrainState.step
 
-    def twice(learner: Learner, number: int, batch: Batch, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def twice(learner: TrainState, number: int, batch: Batch, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         step(learner, number, batch, factor)
         return step(learner, number + 1, batch, factor)
 
-    monkeypatch.setattr(Learner, "step", twice)
+    monkeypatch.setattr(TrainState, "step", twice)
     two = dry_run(made, 4, 0).memory
     assert {purpose: two.most[purpose] - size for purpose, size in one.most.items() if purpose != "other"} == {
         "weights": 0, "gathered": 0, "gradients": 0, "optimizer": 0, "activations": 0,

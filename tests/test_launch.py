@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny
 
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.errors import UsageError
-from titanlite.launch import Launch, Torchrun, first_host, launched, torchrun
-from titanlite.train import main
+from titanlite.plan.launch import Launch, Torchrun, first_host, launched, torchrun
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -131,7 +131,7 @@ def test_a_rank_prints_what_the_first_of_its_machine_does_not(
     write_tiny(tmp_path, training={"steps": 0})
     attempt = tmp_path / "none_cd" / "attempt_0"
     place = {"RANK": "8", "WORLD_SIZE": "16", **MEETING}
-    monkeypatch.setattr("titanlite.launch._PRINTING_SECONDS", 0.1)
+    monkeypatch.setattr("titanlite.plan.launch._PRINTING_SECONDS", 0.1)
     for local_rank, prints in [("0", True)] * printed + [("1", not printed)]:
         (attempt / local_rank).mkdir(parents=True)
         own = {"LOCAL_RANK": local_rank, "TORCHELASTIC_ERROR_FILE": str(attempt / local_rank / "error.json")}

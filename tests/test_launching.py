@@ -30,9 +30,9 @@ from tiny import write_tiny
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from titanlite import errors
-from titanlite.check import checked
+from titanlite.cli.check import checked
+from titanlite.cli.train import main
 from titanlite.recipe.load import load_recipe
-from titanlite.train import main
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 JOB = "1234567"

@@ -6,7 +6,7 @@ import message_ranks
 import pytest
 from pool import Pool
 
-from titanlite.messages import gathered
+from titanlite.parallel.messages import gathered
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 70_000], [0, 0, 0]])

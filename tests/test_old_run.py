@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from titanlite.cli import main as titanlite
-from titanlite.cli import run_command
-from titanlite.train import main
+from titanlite.cli.main import main as titanlite
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 
 STORED = Path(__file__).parent / "old_run"
 EXPECTED = json.loads((STORED / "expected.json").read_text())

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from titanlite.check import checked
-from titanlite.describe import describe
+from titanlite.cli.check import checked
+from titanlite.plan.describe import describe
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import parse_toml

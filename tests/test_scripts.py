@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from clone import ROOT, make_clone, write_program
 
-from titanlite.cli import HELP
+from titanlite.cli.main import HELP
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 from tiny import write_tiny
 from transformers import AutoTokenizer
 
-from titanlite import cli
 from titanlite.checkpoint.examine import newest_at
 from titanlite.checkpoint.storage import read_manifest
+from titanlite.cli.main import main as cli
+from titanlite.corpus.tokenizers import describe_separator, open_tokenizer
 from titanlite.data.splits import open_data
-from titanlite.data.tokenizers import describe_separator, open_tokenizer
 from titanlite.recipe.load import load_recipe
 
 TEXTS = ("def f(x):\n    return x  # don't", "12345 squared, é日本\r\n\n  <|endoftext|>", "")

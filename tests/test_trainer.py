@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from titanlite.cli import run_command
-from titanlite.train import main
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 
 TINY = """
 [run]

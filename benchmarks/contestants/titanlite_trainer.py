@@ -12,14 +12,14 @@ from rules import Gate, Settings
 
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
+from titanlite.corpus.tokenizers import Tokens
 from titanlite.data.splits import Split, open_data
-from titanlite.data.tokenizers import Tokens
 from titanlite.models.spec import spec_of
 from titanlite.observe.journal import Journal
 from titanlite.observe.sinks import JsonlSink
 from titanlite.parallel.world import joined_world
 from titanlite.recipe.load import load_recipe
-from titanlite.trainer import Trainer
+from titanlite.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

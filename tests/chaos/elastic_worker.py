@@ -28,18 +28,19 @@ def note(what: str, **fields: Any) -> None:
 
 def main() -> None:
     note("process")
-    from titanlite import train
-    from titanlite.launch import end_process
-    from titanlite.learner import Learner
-    from titanlite.trainer import Trainer
+    from titanlite.cli.process import _launcher_exit_code, _run_and_capture
+    from titanlite.cli.train import main as train
+    from titanlite.plan.launch import end_process
+    from titanlite.training.train_state import TrainState
+    from titanlite.training.trainer import Trainer
 
-    run, take_step, taken = Trainer.run, Learner.step, itertools.count()
+    run, take_step, taken = Trainer.run, TrainState.step, itertools.count()
 
     def noted_run(self: Trainer) -> None:
         note("loaded", step=self.step, rank=self.world.rank, ranks=self.world.size)
         run(self)
 
-    def noted_step(self: Learner, number: int, batch: Any, factor: float) -> Any:
+    def noted_step(self: TrainState, number: int, batch: Any, factor: float) -> Any:
         if not HURRY.exists():
             time.sleep(PAUSE_SECONDS if next(taken) < AT_PACE else LONG_PAUSE_SECONDS)
         result = take_step(self, number, batch, factor)
@@ -47,8 +48,8 @@ def main() -> None:
         note("step", step=number, samples=batch.samples)
         return result
 
-    Trainer.run, Learner.step = noted_run, noted_step  # type: ignore[method-assign]
-    code = train._told_to_launcher(*train._ended(sys.argv[1:]))
+    Trainer.run, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
+    code = _launcher_exit_code(*_run_and_capture(sys.argv[1:], train))
     note("end", code=code)
     end_process(code)
 

@@ -31,9 +31,10 @@ from typing import Any
 Act = Callable[[], object]
 
 MODULES = (
-    "titanlite.trainer", "titanlite.cli", "titanlite.check", "titanlite.describe", "titanlite.checkpoint.command",
-    "titanlite.checkpoint.huggingface", "titanlite.checkpoint.compare", "titanlite.generate", "titanlite.models.llama",
-    "titanlite.optim.adamw", "titanlite.optim.muon", "titanlite.data.corpora.files", "titanlite.observe.console",
+    "titanlite.training.trainer", "titanlite.cli.main", "titanlite.cli.check", "titanlite.plan.describe",
+    "titanlite.cli.checkpoint", "titanlite.checkpoint.huggingface", "titanlite.checkpoint.compare",
+    "titanlite.cli.generate", "titanlite.models.llama",
+    "titanlite.optim.adamw", "titanlite.optim.muon", "titanlite.corpus.corpora.files", "titanlite.observe.console",
     "titanlite.observe.sinks", "torch.utils._triton", "torch.distributed.fsdp", "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
 )  # fmt: skip
@@ -79,9 +80,9 @@ def wrap(owner: Any, name: str, before: Callable[..., object]) -> None:
 
 def before_step(step: int, act: Act) -> None:
     """`act` when all steps before `step` are done."""
-    from titanlite.learner import Learner
+    from titanlite.training.train_state import TrainState
 
-    wrap(Learner, "step", lambda self, number, *_: act() if number == step else None)
+    wrap(TrainState, "step", lambda self, number, *_: act() if number == step else None)
 
 
 def between_saves(step: int, act: Act) -> None:
@@ -102,13 +103,13 @@ _step = 0
 
 def follow() -> None:
     """Keep `_step` up to date."""
-    from titanlite.learner import Learner
+    from titanlite.training.train_state import TrainState
 
-    def note(self: Learner, number: int, *_: object) -> None:
+    def note(self: TrainState, number: int, *_: object) -> None:
         global _step
         _step = number
 
-    wrap(Learner, "step", note)
+    wrap(TrainState, "step", note)
 
 
 def in_forward(step: int, act: Act) -> None:
@@ -287,12 +288,12 @@ def killed_in_two_lives(step: int) -> None:
 
 def slow_on_rank_1(seconds: float) -> None:
     """In every step; and ranks are compared after two seconds rather than a minute."""
-    from titanlite.learner import Learner
     from titanlite.resilience import watchdog
+    from titanlite.training.train_state import TrainState
 
     watchdog.WINDOW_LOOKS = 20
     if os.environ["RANK"] == "1":
-        wrap(Learner, "step", partial(_slow_disk, seconds))
+        wrap(TrainState, "step", partial(_slow_disk, seconds))
 
 
 def _slow_disk(seconds: float, *_: object) -> None:
@@ -319,18 +320,18 @@ def gradient_is_nan(step: int) -> None:
 
 def update_ruins(step: int) -> None:
     """A weight that no loss of this text shows, once: the row of a byte that is not in it."""
-    from titanlite.learner import Learner
+    from titanlite.training.train_state import TrainState
 
-    take_step, ruined = Learner.step, []
+    take_step, ruined = TrainState.step, []
 
-    def ruin(self: Learner, number: int, *rest: Any) -> Any:
+    def ruin(self: TrainState, number: int, *rest: Any) -> Any:
         result = take_step(self, number, *rest)
         if number == step and not ruined:
             ruined.append(step)
             next(iter(self.weights.values())).detach().view(-1)[0] = float("inf")
         return result
 
-    Learner.step = ruin
+    TrainState.step = ruin
 
 
 def losses_are_nan(first: int) -> None:
@@ -379,18 +380,18 @@ def bit_flipped(step: int) -> None:
     """In a weight, after the step."""
     import torch
 
-    from titanlite.learner import Learner
+    from titanlite.training.train_state import TrainState
 
-    take_step = Learner.step
+    take_step = TrainState.step
 
-    def flip(self: Learner, number: int, *rest: Any) -> Any:
+    def flip(self: TrainState, number: int, *rest: Any) -> Any:
         result = take_step(self, number, *rest)
         if number == step:
             weight = next(iter(self.weights.values())).detach()
             weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
         return result
 
-    Learner.step = flip
+    TrainState.step = flip
 
 
 def pickle_refuses() -> None:
@@ -405,15 +406,15 @@ def pickle_refuses() -> None:
 
 def samples_noted() -> None:
     """Every rank writes down the samples of each of its steps."""
-    from titanlite.learner import Learner
+    from titanlite.training.train_state import TrainState
 
     rank = os.environ.get("RANK", "0")
 
-    def note(self: Learner, number: int, batch: Any, *_: object) -> None:
+    def note(self: TrainState, number: int, batch: Any, *_: object) -> None:
         with open(f"samples-{rank}.jsonl", "a") as file:
             file.write(json.dumps([number, *batch.samples]) + "\n")
 
-    wrap(Learner, "step", note)
+    wrap(TrainState, "step", note)
 
 
 def clock_goes_back() -> None:
@@ -476,7 +477,7 @@ def writes_in_place() -> None:
 
 
 def goes_on_without_momentum() -> None:
-    from titanlite import trainer
+    from titanlite.training import trainer
 
     restore = trainer.restore
 
@@ -491,7 +492,7 @@ def goes_on_without_momentum() -> None:
 
 def reads_a_sample_twice() -> None:
     """The data of a run that goes on begin a sample too early."""
-    from titanlite import trainer
+    from titanlite.training import trainer
 
     loader = trainer.train_loader
     trainer.train_loader = lambda split, plan, first, *rest, **words: loader(

@@ -26,9 +26,9 @@ from typing import Any
 import pytest
 from sandbox import EVERY, Sandbox
 
-from titanlite import cli
 from titanlite.checkpoint.format import MANIFEST, MAX_TENSORS, _checksum
 from titanlite.checkpoint.storage import describe_file
+from titanlite.cli.main import main as cli
 
 Fields = dict[str, Any]
 

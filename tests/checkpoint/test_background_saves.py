@@ -24,7 +24,7 @@ from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 from titanlite.observe.journal import Journal
 from titanlite.resilience.watchdog import OFF
-from titanlite.saving import Saving
+from titanlite.training.saving import Saving
 
 
 def begin(checkpoints: CheckpointManager, step: int, weights: torch.Tensor, **values: Any) -> None:

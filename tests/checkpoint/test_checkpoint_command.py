@@ -17,7 +17,7 @@ import torch
 from titanlite.checkpoint import examine
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import Facts, environment, portion_of, save_state
-from titanlite.cli import main
+from titanlite.cli.main import main
 from titanlite.models.shard import Shard
 
 RECIPE = '[run]\nname = "tiny"\n[model]\npreset = "debug"\n[parallel]\ntp = 2\ndp_shard = -1\n'
@@ -216,7 +216,7 @@ def test_only_comparing_needs_torch(tmp_path: Path) -> None:
     write(tmp_path, 1)
     script = """
 import sys
-from titanlite.cli import main
+from titanlite.cli.main import main
 for words in (["inspect"], ["verify", "--deep"], ["prune", "--keep-last=1"]):
     assert main(["checkpoint", *words, sys.argv[1]]) == 0
 assert "torch" not in sys.modules

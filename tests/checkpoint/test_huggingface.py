@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from titanlite import cli
 from titanlite.checkpoint import huggingface, stream
 from titanlite.checkpoint.examine import damages, newest_at, recipe_of
 from titanlite.checkpoint.format import MANIFEST
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
 from titanlite.checkpoint.save import Facts, manifest_text, portion_of, save_state, write_portion
 from titanlite.checkpoint.storage import pending, read_manifest
+from titanlite.cli.main import main as cli
 from titanlite.data.splits import open_data
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.llama_spec import (

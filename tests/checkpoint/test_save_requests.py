@@ -15,8 +15,8 @@ from titanlite.checkpoint import requests
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.storage import superseded
-from titanlite.cli import run_command
-from titanlite.train import main
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 
 
 @pytest.fixture

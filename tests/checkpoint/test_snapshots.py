@@ -18,16 +18,16 @@ from hypothesis import strategies as some
 from pool import Pool
 from tiny import write_tiny
 
-from titanlite import trainer
 from titanlite.checkpoint import snapshots
 from titanlite.checkpoint.format import MANIFEST, folder_name
 from titanlite.checkpoint.save import Facts
 from titanlite.checkpoint.snapshots import LINE, Snapshots, copies, fetches, keepers, put_together
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.errors import UsageError
 from titanlite.models.shard import Shard
 from titanlite.observe.run_folder import Start
-from titanlite.train import main
+from titanlite.training import trainer
 
 PAIRS, RING, UNEQUAL = [0, 0, 2, 2], [0, 1, 2], [0, 0, 0, 3]
 """Ranks on machines, these by their first rank."""

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.audit import Audit, audit, history, samples_of, steps_read
 from titanlite.data.loader import train_loader
 from titanlite.data.read_log import FOLDER, RECORD, SKIPPED, WENT_BACK, ReadLog, last_start, log_path, read_records
 from titanlite.data.splits import split_of
-from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
-from titanlite.parallel.layout import BatchPlan, SampleSchedule, ceil_div
+from titanlite.plan.layout import BatchPlan, SampleSchedule, ceil_div
 
 RANKS = (1, 2, 3, 5, 8)
 SPLIT = split_of(np.arange(401, dtype=np.uint16) % 256, open_tokenizer("bytes"), 8)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.cli import main
+from titanlite.cli.main import main
+from titanlite.corpus.token_file import TokenFile
+from titanlite.corpus.units import pack
 from titanlite.data.best_fit import BestFit, best_fit
-from titanlite.data.packing import pack
 from titanlite.data.splits import open_data, require_samples
-from titanlite.data.token_file import TokenFile
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanlite.corpus.tokenizers import open_tokenizer
+from titanlite.corpus.units import pack
 from titanlite.data.fill_in import FillIn, fill_in, filled_in
-from titanlite.data.packing import pack
 from titanlite.data.sources import Texts
 from titanlite.data.splits import Split, open_data
-from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 

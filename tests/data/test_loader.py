@@ -21,12 +21,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.data.loader import IGNORED, Batch, _leave_signals_to_the_trainer, train_loader, validation_batches
+from titanlite.corpus.tokenizers import open_tokenizer
+from titanlite.data.loader import IGNORED, _leave_signals_to_the_trainer, train_loader, validation_batches
 from titanlite.data.packing import document_layout
 from titanlite.data.splits import Split, split_of
-from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError, WorkerKilled
-from titanlite.parallel.layout import BatchPlan, ceil_div
+from titanlite.parallel.batch import Batch
+from titanlite.plan.layout import BatchPlan, ceil_div
 
 LENGTH = 8
 

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.data.packing import Cut, document_layout, pack
+from titanlite.corpus.units import pack
+from titanlite.data.packing import Cut, document_layout
 
 SEPARATOR = 256
 DOCUMENTS = st.lists(st.lists(st.integers(0, 255), max_size=12), max_size=12)

@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.schedule import build_schedule
 from titanlite.data.sources import Source, Texts
 from titanlite.data.splits import Split
-from titanlite.data.tokenizers import open_tokenizer
 
 BYTES = open_tokenizer("bytes")
 WINDOWS = {"a": 7, "b": 40, "c": 300}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tiny import write_tiny
 
-from titanlite.cli import run_command
-from titanlite.data.command import main as data_command
-from titanlite.learner import Learner
+from titanlite.cli.data import main as data_command
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.parallel.world import World
 from titanlite.recipe.load import load_recipe, to_toml
-from titanlite.train import main
+from titanlite.training.train_state import TrainState
 
 SOURCES = """
 [[data.sources]]
@@ -89,14 +89,14 @@ def test_a_validation_set_that_cannot_be_read_ends_a_run_that_is_saved(
     (folder / "recipe.toml").write_text(
         (folder / "recipe.toml").read_text().replace('["corpus.txt", "cubes.txt"]', '"held"')
     )
-    step = Learner.step
+    step = TrainState.step
 
-    def cut(self: Learner, number: int, *rest: Any) -> Any:
+    def cut(self: TrainState, number: int, *rest: Any) -> Any:
         if number == cut_at:
             os.truncate("held.bin", 1_000)
         return step(self, number, *rest)
 
-    monkeypatch.setattr(Learner, "step", cut)
+    monkeypatch.setattr(TrainState, "step", cut)
     assert train() == 2
     said = capsys.readouterr().err
     assert f"validation after step {saved}: the set both cannot be read: held.bin: cut short" in said

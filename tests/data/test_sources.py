@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from titanlite.data.command import main as data_command
+from titanlite.cli.data import main as data_command
+from titanlite.corpus.verification import Verification
 from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, open_data, require_samples
 from titanlite.data.survey import shared_texts
-from titanlite.data.verification import Verification
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import Source
 from titanlite.data.splits import compression_baselines, open_data, split_of
-from titanlite.data.tokenizers import open_tokenizer
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 import titanlite.models.loss
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.data.loader import train_loader
 from titanlite.data.splits import open_data
-from titanlite.learner import Learner
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
-from titanlite.parallel.layout import BatchPlan
 from titanlite.parallel.program import PlainLoop, Program
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
+from titanlite.plan.layout import BatchPlan
 from titanlite.recipe.sections import Data, Optimizer, Recipe
-from titanlite.train import main
+from titanlite.training.train_state import TrainState
 
 pytestmark = pytest.mark.gpu
 
@@ -81,7 +81,7 @@ def test_a_step_does_not_wait_for_the_device(
         "resilience": {"on_spike": "skip", "spike_window": 8},
     }
     recipe, device = Recipe.model_validate(base | sections), torch.device("cuda")
-    learner = Learner(recipe, World(0, 1, device))
+    learner = TrainState(recipe, World(0, 1, device))
     learner.initialise()
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     loader = train_loader(open_data(recipe.data, 128, 0).train, plan, 0, 4, pin_memory=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from titanlite.plan.float8 import SETTINGS, Cast
 from titanlite.precision.float8 import Float8Linear, multiplies_blocks, quantise_both
-from titanlite.precision.float8_plan import SETTINGS, Cast
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,8 @@ from titanlite_kernels.float8_quantise import quantise, quantise_both
 from titanlite_kernels.float8_reference import Float8, Scale, quantise_both_reference, quantise_reference
 from torch import Tensor
 
+from titanlite.plan.float8 import SETTINGS
 from titanlite.precision.float8 import Float8Linear
-from titanlite.precision.float8_plan import SETTINGS
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES: tuple[Scale, ...] = ("tensor", "row")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from titanlite.errors import UsageError
+from titanlite.plan.rules import check
+from titanlite.plan.rules.kernels import OPERATIONS, choices, fused, in_words
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import check
-from titanlite.rules.kernels import OPERATIONS, choices, fused, in_words
 
 BOTH_WAYS = """
 import json, sys

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from titanlite import durable
+from titanlite import files as durable
 from titanlite.errors import EXIT_RECIPE, UsageError
 from titanlite.observe.run_folder import Start, has_run, open_run_folder
 from titanlite.recipe.load import to_toml

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titanlite.data.loader import Batch
 from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel import ring
+from titanlite.parallel.batch import Batch
 from titanlite.parallel.context import SequencePart, _attend_to_the_last, share_sequences
 
 RANKS = st.integers(2, 7)

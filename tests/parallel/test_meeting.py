@@ -12,8 +12,8 @@ import pytest
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
 from titanlite.errors import UsageError
-from titanlite.launch import Launch
 from titanlite.parallel.world import is_loss_of_another, meet
+from titanlite.plan.launch import Launch
 
 
 @contextmanager

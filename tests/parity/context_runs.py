@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from titanlite.data.loader import Batch
 from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
+from titanlite.parallel.batch import Batch
 from titanlite.parallel.context import SequencePart, _GatherKeys, share_sequences
 from titanlite.parallel.recompute import _policy
 

@@ -12,11 +12,11 @@ import torch
 from parity_runs import Curve, Part
 from torch.distributed.fsdp import FSDPModule
 
-from titanlite import learner
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel import context, pipeline, program, shards, tensor
+from titanlite.training import train_state as learner
 
 Patch = pytest.MonkeyPatch
 

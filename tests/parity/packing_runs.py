@@ -10,10 +10,10 @@ import torch
 from titanlite.data.loader import train_loader, validation_batches
 from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, open_data
-from titanlite.learner import Learner
-from titanlite.parallel.layout import batch_plan, require_layout
 from titanlite.parallel.world import World
+from titanlite.plan.layout import batch_plan, require_layout
 from titanlite.recipe.sections import Recipe
+from titanlite.training.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Numbers:
     bits_per_byte: float
 
 
-def _begin(rank: int, world: int, recipe_json: str) -> tuple[Recipe, DataSplits, Learner]:
+def _begin(rank: int, world: int, recipe_json: str) -> tuple[Recipe, DataSplits, TrainState]:
     recipe = Recipe.model_validate_json(recipe_json)
-    learner = Learner(recipe, World(rank, world, torch.device("cpu")))
+    learner = TrainState(recipe, World(rank, world, torch.device("cpu")))
     learner.initialise()
     return recipe, open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed), learner
 

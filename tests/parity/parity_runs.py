@@ -26,7 +26,7 @@ from titanlite.parallel.apply import build
 from titanlite.parallel.world import World
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
-from titanlite.trainer import Trainer
+from titanlite.training.trainer import Trainer
 
 Curve = dict[str, list[float]]
 Part = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]

@@ -17,7 +17,7 @@ from lattice import Point, points  # noqa: E402
 from parity_runs import small_recipe, write_corpus  # noqa: E402
 from pool import Pool  # noqa: E402
 
-from titanlite.rules import check  # noqa: E402
+from titanlite.plan.rules import check  # noqa: E402
 
 _HEAD = """# Parity
 

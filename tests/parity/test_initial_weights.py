@@ -13,7 +13,7 @@ from pool import Pool
 
 from titanlite.models.init import initialise
 from titanlite.models.spec import spec_of
-from titanlite.parallel.stages import V_SHAPED
+from titanlite.plan.stages import V_SHAPED
 
 MESHES: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero_stage": 0}),

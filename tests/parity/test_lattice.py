@@ -14,8 +14,8 @@ from lattice import Point, points
 from parity_runs import small_recipe
 from pool import Pool
 
+from titanlite.plan.rules import check
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import check
 
 
 def refusals(recipe: Recipe, ranks: int) -> list[str]:

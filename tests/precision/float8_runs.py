@@ -9,7 +9,7 @@ import torch.distributed as dist
 from parity_runs import small_recipe
 
 from titanlite.parallel.tensor import Sent, _Gather, _Scatter
-from titanlite.precision.float8_plan import Cast
+from titanlite.plan.float8 import Cast
 from titanlite.recipe.sections import Recipe
 
 MODEL = {"dim": 64, "layers": 3, "heads": 4, "kv_heads": 4, "ffn_dim": 128, "vocab_size": 272}

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from titanlite_kernels.float8_reference import power_of_two
 from torch import Tensor
 
-from titanlite.check import report
-from titanlite.describe import describe
+from titanlite.cli.check import report
 from titanlite.models.llama_spec import PRESETS, SPEC
+from titanlite.plan.describe import describe
+from titanlite.plan.float8 import SETTINGS, Cast, Product, decisions, mean_size, summary
+from titanlite.plan.rules import check
 from titanlite.precision import float8
 from titanlite.precision.float8 import (
     FORMATS,
@@ -26,9 +28,7 @@ from titanlite.precision.float8 import (
     multiplies_blocks,
     quantise,
 )
-from titanlite.precision.float8_plan import SETTINGS, Cast, Product, decisions, mean_size, summary
 from titanlite.recipe.sections import Float8, Recipe
-from titanlite.rules import check
 
 BITS = {"e4m3": 3, "e5m2": 2}
 """After the point."""

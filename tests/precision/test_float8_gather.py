@@ -12,8 +12,8 @@ from titanlite.models.layers import Linear
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.parallel.float8_gather import Float8Gather, _shares
 from titanlite.parallel.float8_message import packed
+from titanlite.plan.float8 import SETTINGS, Cast, Gather, gathers, gathers_in_words
 from titanlite.precision.float8 import Float8Linear, quantise
-from titanlite.precision.float8_plan import SETTINGS, Cast, Gather, gathers, gathers_in_words
 from titanlite.recipe.sections import Float8
 
 

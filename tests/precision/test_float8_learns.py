@@ -7,7 +7,7 @@ from typing import Any
 import parity_runs
 import pytest
 
-from titanlite.precision.float8_plan import SETTINGS
+from titanlite.plan.float8 import SETTINGS
 from titanlite.recipe.sections import Recipe
 
 STEPS = 300

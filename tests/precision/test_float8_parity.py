@@ -15,7 +15,7 @@ from float8_runs import MODEL, float8_recipe
 from parity_runs import small_recipe
 from pool import Pool
 
-from titanlite.precision.float8_plan import SETTINGS
+from titanlite.plan.float8 import SETTINGS
 
 SAME = 1e-12
 FIRST_LOSS, FIRST_NORM, WEIGHTS = 1e-6, 2e-4, 1e-2

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from titanlite.plan.float8 import SETTINGS
 from titanlite.precision.float8 import Float8Linear
-from titanlite.precision.float8_plan import SETTINGS
 
 pytest.importorskip("torchao")
 

@@ -68,7 +68,7 @@ class TestExtends:
         training = load_recipe(path, ["--training.tokens=5K"]).recipe.training
         assert (training.steps, training.tokens) == (None, 5000)
         both = load_recipe(path, ["--training.tokens=5K", "--training.steps=2"]).recipe.training
-        assert (both.steps, both.tokens) == (2, 5000), "given side by side, both stay for check.py to refuse"
+        assert (both.steps, both.tokens) == (2, 5000), "given side by side, both stay for cli/check.py to refuse"
 
     def test_errors_name_the_file_that_made_them(self, write: Write) -> None:
         write("[training]\nsteps = 0\nglobal_batch = 0", "base.toml")

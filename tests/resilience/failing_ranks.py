@@ -73,12 +73,12 @@ def failing(fault: str, step: int, rank: int) -> None:
     """Have the fault happen in that step of that rank."""
     import torch
 
-    from titanlite.launch import launched
-    from titanlite.learner import Learner
+    from titanlite.plan.launch import launched
+    from titanlite.training.train_state import TrainState
 
-    take_step = Learner.step
+    take_step = TrainState.step
 
-    def failing_step(self: Learner, number: int, *rest: Any) -> Any:
+    def failing_step(self: TrainState, number: int, *rest: Any) -> Any:
         if number == step and launched().rank == rank:
             if fault == "raise":
                 raise ValueError("the sample is poisoned")
@@ -90,14 +90,15 @@ def failing(fault: str, step: int, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(self, number, *rest)
 
-    Learner.step = failing_step  # type: ignore[method-assign]
+    TrainState.step = failing_step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    from titanlite.launch import end_process
-    from titanlite.train import _ended, _told_to_launcher
+    from titanlite.cli.process import _launcher_exit_code, _run_and_capture
+    from titanlite.cli.train import main
+    from titanlite.plan.launch import end_process
 
     if sys.argv[1]:
         what, at_step, on_rank = sys.argv[1].split("@")
         failing(what, int(at_step), int(on_rank))
-    end_process(_told_to_launcher(*_ended(sys.argv[2:])))
+    end_process(_launcher_exit_code(*_run_and_capture(sys.argv[2:], main)))

@@ -14,15 +14,15 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.data.splits import open_data
 from titanlite.errors import TitanliteError
-from titanlite.learner import Learner
 from titanlite.observe.journal import Journal
 from titanlite.observe.rows import Row
 from titanlite.parallel.program import Program
 from titanlite.parallel.world import World
+from titanlite.plan.rules import check
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import check
-from titanlite.trainer import Trainer
+from titanlite.training.train_state import TrainState
+from titanlite.training.trainer import Trainer
 
 
 @dataclass
@@ -70,7 +70,7 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
 
 def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
     whole_step, forward_backward, compute, add = (
-        Learner.step, Program.forward_backward, Program.compute, Program.sum
+        TrainState.step, Program.forward_backward, Program.compute, Program.sum
     )  # fmt: skip
     calls = {"steps": 0, "passes": 0}
 
@@ -83,8 +83,8 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
             held.grad.view(-1)[0] = float("nan")
         return loss
 
-    def flipped(choose: Callable[[Learner], torch.Tensor]) -> Callable[..., Any]:
-        def stepped(self: Learner, *arguments: Any) -> Any:
+    def flipped(choose: Callable[[TrainState], torch.Tensor]) -> Callable[..., Any]:
+        def stepped(self: TrainState, *arguments: Any) -> Any:
             result = whole_step(self, *arguments)
             calls["steps"] += 1
             if calls["steps"] == step:
@@ -93,7 +93,7 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
 
         return stepped
 
-    def ruined(self: Learner, *arguments: Any) -> Any:
+    def ruined(self: TrainState, *arguments: Any) -> Any:
         result = whole_step(self, *arguments)
         calls["steps"] += 1
         if calls["steps"] == step:
@@ -115,9 +115,9 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
 
     owner, name, broken = {
         "nan": (Program, "forward_backward", nan_in_a_gradient),
-        "ruined": (Learner, "step", ruined),
-        "weight": (Learner, "step", flipped(lambda self: self.weights["norm.weight"].detach())),
-        "moment": (Learner, "step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
+        "ruined": (TrainState, "step", ruined),
+        "weight": (TrainState, "step", flipped(lambda self: self.weights["norm.weight"].detach())),
+        "moment": (TrainState, "step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
         "loss twice": (Program, "compute", another_loss),
         "gradient twice": (Program, "sum", another_gradient),
     }[kind]

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from failing_ranks import RUN, ended, program, started, write_recipe
 
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
+from titanlite.cli.process import _launcher_exit_code
+from titanlite.cli.train import main
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
-from titanlite.learner import Learner
 from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import Crash, attempts, digest, history, record, verdict
-from titanlite.train import _told_to_launcher, main
+from titanlite.training.train_state import TrainState
 
 CRASH = Crash(
     attempt=1, restart=0, time="2026-01-01T00:00:00+00:00", step=7, samples=(24, 27), rank=1, ranks=4, host="node7",
@@ -41,15 +42,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Makes a step of every run from now on fail; None: none."""
-    take_step = Learner.step
+    take_step = TrainState.step
 
     def at(step: int | None) -> None:
-        def failing_step(self: Learner, number: int, *rest: Any) -> Any:
+        def failing_step(self: TrainState, number: int, *rest: Any) -> Any:
             if number == step:
                 raise ValueError("the sample is poisoned")
             return take_step(self, number, *rest)
 
-        monkeypatch.setattr(Learner, "step", failing_step)
+        monkeypatch.setattr(TrainState, "step", failing_step)
 
     return at
 
@@ -178,7 +179,7 @@ def test_a_step_that_hangs_again_and_again_ends_the_run(
     class EndedError(Exception):
         pass
 
-    def hang(self: Learner, number: int, *rest: Any) -> Any:
+    def hang(self: TrainState, number: int, *rest: Any) -> Any:
         if number != 4:
             return take_step(self, number, *rest)
         ended.clear()
@@ -187,8 +188,8 @@ def test_a_step_that_hangs_again_and_again_ends_the_run(
         hangs.clear()
         raise EndedError
 
-    take_step, hangs, ended = Learner.step, threading.Event(), threading.Event()
-    monkeypatch.setattr(Learner, "step", hang)
+    take_step, hangs, ended = TrainState.step, threading.Event(), threading.Event()
+    monkeypatch.setattr(TrainState, "step", hang)
     monkeypatch.setattr(watchdog._Silence, "after", lambda *_: math.inf if hangs.is_set() else 0.0)
     monkeypatch.setattr(watchdog, "_LAST_WORDS_SECONDS", 600.0)
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
@@ -290,11 +291,11 @@ def test_what_torchrun_is_told(
     monkeypatch: pytest.MonkeyPatch, error: Exception | None, code: int, told: int, left: int
 ) -> None:
     monkeypatch.delenv("TITANLITE_EXIT_CODE_FILE", raising=False)
-    assert _told_to_launcher(code, error) == code
+    assert _launcher_exit_code(code, error) == code
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(2 + left))
-    assert _told_to_launcher(code, error) == told
+    assert _launcher_exit_code(code, error) == told
 
 
 @pytest.mark.parametrize(
@@ -309,13 +310,13 @@ def test_what_torchrun_is_told(
 def test_what_torchrun_is_told_after_a_signal(
     monkeypatch: pytest.MonkeyPatch, agents: int, elastic: str, heard: bool, told: int
 ) -> None:
-    monkeypatch.setattr("titanlite.train._AGENT_SECONDS", 0)
+    monkeypatch.setattr("titanlite.cli.process._AGENT_SECONDS", 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(agents))
     monkeypatch.setenv("TITANLITE_ELASTIC", elastic)
     stop = StoppedEarly()
     stop.signalled, stop.heard = True, heard
-    assert _told_to_launcher(75, stop) == told
+    assert _launcher_exit_code(75, stop) == told
 
 
 def test_recipes_are_told_apart() -> None:

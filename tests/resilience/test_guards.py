@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tiny import write_tiny
 
-from titanlite import trainer
 from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.storage import read_manifest
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.data.loader import train_loader
 from titanlite.errors import GuardStop
-from titanlite.learner import Learner
 from titanlite.models.shard import may_be_nonfinite
 from titanlite.parallel.program import Evaluation, Program
 from titanlite.recipe.sections import Resilience
 from titanlite.resilience.guards import Guards, RollBack, nonfinite_names
-from titanlite.train import main
+from titanlite.training import trainer
+from titanlite.training.train_state import TrainState
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -206,19 +206,19 @@ def unsound(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Program, Any
 @pytest.fixture
 def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have the update of a step, once, leave a value that is not finite in a weight or a moment."""
-    take_step, left = Learner.step, [True]
+    take_step, left = TrainState.step, [True]
 
     def at(step: int, name: str = "norm.weight", value: float = NAN, times: int = 1) -> None:
         left[:] = [True] * times
 
-        def ruined(self: Learner, number: int, *rest: Any) -> Any:
+        def ruined(self: TrainState, number: int, *rest: Any) -> Any:
             result = take_step(self, number, *rest)
             if number == step and left:
                 left.pop()
                 ({**self.weights, **self.optimizer.state()}[name]).detach().view(-1)[0] = value
             return result
 
-        monkeypatch.setattr(Learner, "step", ruined)
+        monkeypatch.setattr(TrainState, "step", ruined)
 
     return at
 

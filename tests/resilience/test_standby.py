@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from failing_ranks import RUN, ended, started, write_recipe
 
-from titanlite.check import report
-from titanlite.cli import run_command
-from titanlite.describe import describe
-from titanlite.parallel.layout import active_ranks
+from titanlite.cli.check import report
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
+from titanlite.plan.describe import describe
+from titanlite.plan.layout import active_ranks
+from titanlite.plan.rules import check
 from titanlite.recipe.sections import Recipe
-from titanlite.rules import check
-from titanlite.train import main
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,17 @@ import pytest
 import torch
 from tiny import write_tiny
 
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
 from titanlite.recipe.sections import Resilience
 from titanlite.resilience.guards import Guards
-from titanlite.train import main
 
 SIGNALLED_WHILE_SAVING = """
 import os, signal, sys, time
 from titanlite.checkpoint import manager
-from titanlite.cli import run_command
+from titanlite.cli.main import run_command
 from titanlite.resilience import signals as listening
-from titanlite.train import main
+from titanlite.cli.train import main
 
 save_state, step, signals, pause = manager.save_state, int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 if not pause:

@@ -31,6 +31,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import Facts
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
+from titanlite.plan.rules.run import watching
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
 from titanlite.resilience import board
 from titanlite.resilience.board import Verdict
@@ -48,14 +49,13 @@ from titanlite.resilience.progress import (
 )
 from titanlite.resilience.sampling import Sampler, where
 from titanlite.resilience.watchdog import Beat, _Silence
-from titanlite.rules.run import watching
 
 RANK = """
 import os, runpy, signal, sys, time
-from titanlite.learner import Learner
+from titanlite.training.train_state import TrainState
 from titanlite.resilience import watchdog
 
-step, fault, rank = Learner.step, sys.argv[1], sys.argv[2]
+step, fault, rank = TrainState.step, sys.argv[1], sys.argv[2]
 watchdog.WINDOW_LOOKS = 15
 
 def slow_disk():
@@ -69,7 +69,7 @@ def faulty(self, number, batch, factor):
             os.kill(os.getpid(), signal.SIGSTOP)
     return step(self, number, batch, factor)
 
-Learner.step = faulty
+TrainState.step = faulty
 sys.argv[1:] = ["recipe.toml", *sys.argv[3:]]
 runpy.run_module("titanlite.train", run_name="__main__")
 """

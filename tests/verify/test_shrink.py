@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from titanlite.models.llama_spec import PRESETS
 from titanlite.models.spec import spec_of
-from titanlite.parallel.layout import BatchPlan, batch_plan, layout_of
-from titanlite.parallel.stages import stages_per_rank
+from titanlite.plan.layout import BatchPlan, batch_plan, layout_of
+from titanlite.plan.rules import check
+from titanlite.plan.stages import stages_per_rank
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Data, Pipeline, Recipe
-from titanlite.rules import check
 from titanlite.verify.shrink import reference_of, shrink, uncompiled
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import verify_ranks
 from pool import Pool
 from ports import free_port
 
-from titanlite.cli import main
+from titanlite.cli.main import main
 from titanlite.parallel.program import PlainLoop
 from titanlite.recipe.sections import Recipe
 from titanlite.verify import compare

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from titanlite import learner
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
+from titanlite.training import train_state as learner
 from titanlite.verify import compare
 from titanlite.verify.shrink import shrink
 from titanlite.verify.verdict import Pass
@@ -63,15 +63,15 @@ def _one_part_missing(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 def _drifting(patch: pytest.MonkeyPatch, rank: int) -> None:
     """The second copy's norm weights change after the optimizer: no sum shows it in the first step."""
-    step = learner.Learner.step
+    step = learner.TrainState.step
 
-    def drifting(self: learner.Learner, *arguments: Any) -> Any:
+    def drifting(self: learner.TrainState, *arguments: Any) -> Any:
         numbers = step(self, *arguments)
         if rank == 1 and self._ranks > 1:
             self.weights["norm.weight"] *= 1 + 1e-6
         return numbers
 
-    patch.setattr(learner.Learner, "step", drifting)
+    patch.setattr(learner.TrainState, "step", drifting)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {

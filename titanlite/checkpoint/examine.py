@@ -35,8 +35,8 @@ from titanlite.checkpoint.storage import (
     require_size,
     verify_file,
 )
-from titanlite.durable import cause, read_json, replace_file
 from titanlite.errors import CheckpointError, UsageError
+from titanlite.files import cause, read_json, replace_file
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
 

@@ -39,9 +39,9 @@ from titanlite.checkpoint.plan import FILE_BYTES, Box, group_by_size, overlap, w
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
 from titanlite.checkpoint.stream import BLOCK_BYTES, Source, row_blocks, write_tensors
-from titanlite.data.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
-from titanlite.durable import cause, sync_path
+from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
+from titanlite.files import cause, sync_path
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.recipe.load import to_toml

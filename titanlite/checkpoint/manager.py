@@ -22,8 +22,8 @@ from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import Facts, Staging, portion_of, save_state
-from titanlite.durable import cause
 from titanlite.errors import CheckpointError, RunFolderLost
+from titanlite.files import cause
 from titanlite.models.shard import Shard
 
 VALIDATION_LOSS = "validation_loss"

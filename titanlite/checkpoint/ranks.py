@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
 from titanlite.errors import CheckpointError, GuardStop, RunFolderLost, TitanliteError, UsageError
-from titanlite.messages import as_tensor, gathered
+from titanlite.parallel.messages import as_tensor, gathered
 from titanlite.text import pluralize
 
 _KINDS: dict[str, type[TitanliteError]] = {

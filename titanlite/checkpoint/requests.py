@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from titanlite.durable import cause
+from titanlite.files import cause
 
 SAVE_NOW = "save-now"
 """Name of the file in the run folder that asks for a checkpoint: `touch RUN/save-now`. Deleted once it is committed."""

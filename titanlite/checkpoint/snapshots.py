@@ -31,8 +31,8 @@ from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manife
 from titanlite.checkpoint.load import load_state, wanted_files
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import Facts, Staging, manifest_text, portion_of, write_portion, writer_of
-from titanlite.durable import cause, read_file, read_json, replace_file
 from titanlite.errors import CheckpointError, UsageError
+from titanlite.files import cause, read_file, read_json, replace_file
 from titanlite.models.shard import Shard
 from titanlite.text import format_bytes
 

@@ -25,8 +25,8 @@ from titanlite.checkpoint.format import (
     decode,
     step_of,
 )
-from titanlite.durable import cause, open_file, sync_path
 from titanlite.errors import CheckpointError
+from titanlite.files import cause, open_file, sync_path
 from titanlite.text import format_bytes
 
 HASH_BLOCK_BYTES = 2**22

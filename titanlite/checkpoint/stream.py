@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titanlite.checkpoint.format import DTYPES, FileEntry
 from titanlite.checkpoint.plan import Box
-from titanlite.durable import sync
+from titanlite.files import sync
 
 BLOCK_BYTES = 2**26
 """A tensor goes through memory in runs of rows of about this size (one row, if that is larger)."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from titanlite.corpus.tokenizers import Tokens
 from titanlite.data.packing import Sliced, joined
-from titanlite.data.tokenizers import Tokens
 
 Int64 = npt.NDArray[np.int64]
 

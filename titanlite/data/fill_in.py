@@ -15,8 +15,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from titanlite.corpus.tokenizers import Tokenizer, Tokens
 from titanlite.data.packing import Stream
-from titanlite.data.tokenizers import Tokenizer, Tokens
 from titanlite.errors import DataError
 
 Int64 = npt.NDArray[np.int64]

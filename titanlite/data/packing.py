@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.data.file_array import FileArray
-from titanlite.data.tokenizers import Ids, Tokens
+from titanlite.corpus.file_array import FileArray
+from titanlite.corpus.tokenizers import Tokens
 
 Int64 = npt.NDArray[np.int64]
 
@@ -49,17 +49,6 @@ class Stream(Protocol):
 
     def document_ends(self) -> Int64:
         """End of each document, past its separator, in tokens."""
-
-
-def pack(documents: Sequence[Ids], separator: int, dtype: npt.DTypeLike = np.uint16) -> Tokens:
-    """The stream: each document followed by one `separator`."""
-    stream: Tokens = np.empty(sum(map(len, documents)) + len(documents), dtype)
-    end = 0
-    for document in documents:
-        start, end = end, end + len(document) + 1
-        stream[start : end - 1] = document
-        stream[end - 1] = separator
-    return stream
 
 
 @dataclass(frozen=True)

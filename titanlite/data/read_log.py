@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.durable import Appender, cause, open_file, read_file
 from titanlite.errors import DataError, UsageError
-from titanlite.resilience.crashes import MAX_STARTS
+from titanlite.files import Appender, cause, open_file, read_file
+from titanlite.plan.launch import MAX_STARTS
 
 FOLDER = Path("logs") / "samples"
 """Of a run."""

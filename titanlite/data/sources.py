@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from titanlite.corpus.corpora import is_held_out, read_corpus
+from titanlite.corpus.corpora.files import match_files
+from titanlite.corpus.token_file import HELD_OUT, TokenFile, paths_of
+from titanlite.corpus.tokenised import tokenised
+from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
+from titanlite.corpus.units import pack
 from titanlite.data.best_fit import BestFit, best_fit
-from titanlite.data.corpora import is_held_out, read_corpus
-from titanlite.data.corpora.files import match_files
-from titanlite.data.packing import Cut, Stream, pack
-from titanlite.data.token_file import HELD_OUT, TokenFile, paths_of
-from titanlite.data.tokenised import tokenised
-from titanlite.data.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
+from titanlite.data.packing import Cut, Stream
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Packing

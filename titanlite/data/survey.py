@@ -8,12 +8,12 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from titanlite.data.corpora import CORPORA
-from titanlite.data.corpora.files import Asked, FileReader
+from titanlite.corpus.corpora import CORPORA
+from titanlite.corpus.corpora.files import Asked, FileReader
+from titanlite.corpus.token_file import paths_of
+from titanlite.corpus.tokenizers import Tokenizer, describe_separator, tokenizer_of
 from titanlite.data.sources import open_token_file, token_files
 from titanlite.data.splits import as_list, named_sources
-from titanlite.data.token_file import paths_of
-from titanlite.data.tokenizers import Tokenizer, describe_separator, tokenizer_of
 from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from titanlite.dryrun.collectives import in_order, traffic
 from titanlite.dryrun.step import DryRun, dry_run
+from titanlite.plan.sharding_table import shape_text
 from titanlite.recipe.sections import Recipe
-from titanlite.sharding_table import shape_text
 from titanlite.text import format_bytes, format_table
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")

@@ -1,7 +1,7 @@
 """A rank's real program, at its real world size, run on fake tensors: it computes nothing and sends nothing.
 
-What is executed is the trainer's own step (`learner.py`) with whatever `parallel.apply.build` makes of the recipe, but
-without a device and without the other ranks. Only compilation is left out: what it makes cannot be run without one.
+What is executed is the trainer's own step (`training/train_state.py`) with whatever `parallel.apply.build` makes of the
+recipe, but without a device and without the other ranks. Only compilation is left out: its code runs on a device alone.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titanlite.data.loader import Batch
 from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.fakes import WatchedFakes
 from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
-from titanlite.learner import Learner
 from titanlite.models.layers import cpu_stands_for
-from titanlite.parallel.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
+from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
+from titanlite.plan.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
 from titanlite.recipe.sections import Recipe
+from titanlite.training.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         fakes = WatchedFakes(log, trace)
         # The groups are formed for real: what they are is looked up in tensors.
         with _weights_are_fake(fakes):
-            learner = Learner(_eager(recipe), World(rank, size, torch.device("cpu")))
+            learner = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
         stack.enter_context(trace.watch_modules(learner.program.model))
         _tell_phases(learner, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
@@ -125,7 +125,7 @@ def _eager(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"parallel": parallel, "compile": compiled, "resilience": resilience})
 
 
-def _tell_phases(learner: Learner, trace: MemoryTrace, offload: bool) -> None:
+def _tell_phases(learner: TrainState, trace: MemoryTrace, offload: bool) -> None:
     """Have the learner's step tell the trace what it is at, and which tensors hold what."""
     passes, update = learner.program.forward_backward, learner.optimizer.step
     for tensor in learner.weights.values():

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import IO
 
-from titanlite.durable import cause, open_file
 from titanlite.errors import UsageError
+from titanlite.files import cause, open_file
 from titanlite.observe.rows import Row
 from titanlite.text import format_count
 

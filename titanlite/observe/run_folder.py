@@ -19,11 +19,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from titanlite.durable import Lock, cause, read_file, read_json, replace_file, take_lock
 from titanlite.errors import RunFolderLost, UsageError
+from titanlite.files import Lock, cause, read_file, read_json, replace_file, take_lock
+from titanlite.plan.launch import MAX_STARTS
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
-from titanlite.resilience.crashes import MAX_STARTS
 from titanlite.text import format_bytes
 
 OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip
 """Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change
-them. Of sources and stages that holds for what is still to come: the past is compared in restore.py."""
+them. Of sources and stages that holds for what is still to come: the past is compared in training/restore.py."""
 
 _LONGEST = 3900
 """Bytes of a run folder's path: what is written below it must be within the system's limit of 4,095 too."""

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from titanlite.durable import Appender, cause, read_file, replace_file
 from titanlite.errors import UsageError
+from titanlite.files import Appender, cause, read_file, replace_file
 from titanlite.observe.rows import Row
 
 Warn = Callable[[str], None]

@@ -15,22 +15,22 @@ from torch import nn
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelSpec
 from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
-from titanlite.parallel.layout import Layout, batch_plan, require_layout
 from titanlite.parallel.program import PlainLoop, Program, Sync
 from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
-from titanlite.parallel.stages import keeps_all_microbatches, stage_split
 from titanlite.parallel.world import World
+from titanlite.plan.float8 import SETTINGS, decisions, gathers
+from titanlite.plan.layout import Layout, batch_plan, require_layout
+from titanlite.plan.rules.kernels import QUANTISE, fused
+from titanlite.plan.stages import keeps_all_microbatches, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import KeptWeights, convert, multiplies_blocks, require_float8
-from titanlite.precision.float8_plan import SETTINGS, decisions, gathers
 from titanlite.recipe.sections import Recipe
-from titanlite.rules.kernels import QUANTISE, fused
 
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
     from titanlite.parallel.pipeline import Pipeline
-    from titanlite.parallel.slicing import Placement
+    from titanlite.plan.slicing import Placement
 
 
 def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program:

@@ -21,7 +21,7 @@ from titanlite.parallel.ring import RingAttention, RingDocuments, takes_flash
 from titanlite.parallel.tensor import all_gather, gather_sequence, replace_module, ruled
 
 if TYPE_CHECKING:
-    from titanlite.data.loader import Batch
+    from titanlite.parallel.batch import Batch
 
 _SEQUENCE = 1
 """Dimension of queries, keys and values, [batch, seq, heads, head_dim], that is cut."""

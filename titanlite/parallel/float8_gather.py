@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from titanlite.parallel.float8_message import Parts, packed
-from titanlite.parallel.layout import ceil_div
 from titanlite.parallel.tensor import all_gather
+from titanlite.plan.float8 import Cast
+from titanlite.plan.layout import ceil_div
 from titanlite.precision.float8 import Float8Linear, quantise
-from titanlite.precision.float8_plan import Cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

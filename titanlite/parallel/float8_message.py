@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from titanlite.plan.float8 import Cast
 from titanlite.precision.float8 import FORMATS
-from titanlite.precision.float8_plan import Cast
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from titanlite.parallel.layout import Coordinates, Layout
+from titanlite.plan.layout import Coordinates, Layout
 from titanlite.recipe.sections import Parallel
 
 

@@ -26,10 +26,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from titanlite.models.spec import Piece
 from titanlite.parallel.program import Sync
-from titanlite.parallel.stages import Stage, rank_of_stage, splits_backward
+from titanlite.plan.stages import Stage, rank_of_stage, splits_backward
 
 if TYPE_CHECKING:
-    from titanlite.data.loader import Batch
+    from titanlite.parallel.batch import Batch
 
 # Before any error of a step, torch prints its whole timetable, on every rank that this ends.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from titanlite.parallel.layout import ORIGIN, Coordinates
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
+from titanlite.plan.layout import ORIGIN, Coordinates
 
 if TYPE_CHECKING:
-    from titanlite.data.loader import Batch
+    from titanlite.parallel.batch import Batch
     from titanlite.parallel.context import SequencePart
 
 

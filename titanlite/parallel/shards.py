@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanlite.models.shard import Shard
-from titanlite.parallel.layout import ceil_div
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.slicing import GroupRank, Placement, Slices, local_slices
 from titanlite.parallel.tensor import all_gather
+from titanlite.plan.layout import ceil_div
+from titanlite.plan.slicing import GroupRank, Placement, Slices, local_slices
 
 
 class Shards:

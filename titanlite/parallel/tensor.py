@@ -19,9 +19,9 @@ from titanlite.models.layers import at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, is_named_by
 from titanlite.parallel.float8_message import Parts, packed
-from titanlite.parallel.slicing import SHARD_DIMENSION, GroupRank, Placement
+from titanlite.plan.float8 import Cast
+from titanlite.plan.slicing import SHARD_DIMENSION, GroupRank, Placement
 from titanlite.precision.float8 import quantise
-from titanlite.precision.float8_plan import Cast
 
 _SEQUENCE = 1
 """Dimension of activations [batch, seq, …] that is cut between matrices."""

@@ -21,8 +21,8 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, StoppedEarly, TitanliteError, UsageError
-from titanlite.launch import STOP_SIGNALS, Launch, launched
 from titanlite.parallel.host import keep_freed_memory
+from titanlite.plan.launch import STOP_SIGNALS, Launch, launched
 
 _ENDED = "ended"
 """Key under which those that stand by hear how the run ended."""

@@ -18,8 +18,8 @@ from titanlite.models.spec import ModelSpec, is_named_by
 from titanlite.parallel.float8_gather import gather_in_float8
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.program import NoSync, Sync
+from titanlite.plan.float8 import SETTINGS
 from titanlite.precision.casting import compute_dtype, reduce_dtype
-from titanlite.precision.float8_plan import SETTINGS
 from titanlite.recipe.sections import Parallel, Precision
 
 

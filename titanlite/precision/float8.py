@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titanlite.errors import UsageError
-from titanlite.precision.float8_plan import BLOCK, Cast, Decision, Settings
+from titanlite.plan.float8 import BLOCK, Cast, Decision, Settings
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _MANTISSA_BITS = 23

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from titanlite.errors import GuardStop
-from titanlite.messages import gathered
 from titanlite.models.shard import Shard
+from titanlite.parallel.messages import gathered
 
 
 def checksum(tensor: Tensor) -> Tensor:

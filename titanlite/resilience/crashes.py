@@ -18,11 +18,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from titanlite.durable import read_file, sync, sync_path
 from titanlite.errors import GuardStop
-
-MAX_STARTS = 2**31
-"""A number of a start from here on is none: the file that says so is damaged."""
+from titanlite.files import read_file, sync, sync_path
+from titanlite.plan.launch import MAX_STARTS
 
 
 @dataclass(frozen=True)

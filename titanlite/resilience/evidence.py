@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from titanlite.durable import open_file
+from titanlite.files import open_file
 from titanlite.resilience.progress import Progress
 
 ASKS_FOR_STACKS = signal.SIGUSR2

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from titanlite.errors import StoppedEarly, TitanliteError
-from titanlite.launch import STOP_SIGNALS
+from titanlite.plan.launch import STOP_SIGNALS
 
 _ECHO_SECONDS = 1.0
 """Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""

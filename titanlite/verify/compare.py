@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titanlite.data.loader import Batch, train_loader
+from titanlite.corpus.tokenizers import open_tokenizer
+from titanlite.data.loader import train_loader
 from titanlite.data.splits import split_of
-from titanlite.data.tokenizers import open_tokenizer
-from titanlite.learner import Learner
 from titanlite.models.spec import spec_of
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.layout import batch_plan, require_layout, total_steps
+from titanlite.parallel.batch import Batch
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
+from titanlite.plan.layout import batch_plan, require_layout, total_steps
 from titanlite.precision.casting import master_dtype
 from titanlite.recipe.sections import Recipe
+from titanlite.training.train_state import TrainState
 from titanlite.verify.shrink import in_precision, reference_of, uncompiled
 from titanlite.verify.verdict import Comparison, Pass, Row, Tolerance, Weight, tolerance_in
 
@@ -87,7 +88,7 @@ def _run(recipe: Recipe, world: World) -> Iterator[_State]:
     """Train as the trainer does, on synthetic text: the state before the first step, and after each."""
     if recipe.compile.enabled:
         torch.compiler.reset()  # code of earlier runs would count as many recompilations of this one
-    learner = Learner(recipe, world)
+    learner = TrainState(recipe, world)
     learner.initialise()
     zero = torch.zeros((), dtype=torch.float64, device=world.device)
     yield _State(learner.shards, zero, zero)

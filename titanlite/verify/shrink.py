@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 from titanlite.models.spec import spec_of
-from titanlite.parallel.layout import BatchPlan, Layout, batch_plan, ceil_div, require_layout
-from titanlite.parallel.stages import stages_per_rank, takes_microbatches
+from titanlite.plan.layout import BatchPlan, Layout, batch_plan, ceil_div, require_layout
+from titanlite.plan.stages import stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import (
     Checkpoint,
     Compile,

@@ -1,0 +1,257 @@
+"""`titanlite check`: what a run will be, and what is wrong with it, before any device is touched.
+
+The rules are in `rules`, the numbers in `plan/describe.py`; this is the command, and how it says them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from titanlite.data.survey import survey
+from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
+from titanlite.plan import timetable
+from titanlite.plan.describe import describe, model_in_words, stages_of
+from titanlite.plan.launch import launched_or_alone
+from titanlite.plan.layout import active_ranks, batch_plan, require_layout
+from titanlite.plan.rules import check, kernels
+from titanlite.plan.sharding_table import shape_text, sharding_table, sharding_text
+from titanlite.recipe.explain import explain, find_key
+from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
+from titanlite.recipe.paths import expand
+from titanlite.recipe.sections import Recipe
+from titanlite.registry import Registry
+from titanlite.text import format_batch, format_bytes, format_count, pluralize
+
+DRY_RUN = Registry(
+    "dry run", {"report": "titanlite.dryrun.report:report", "described": "titanlite.dryrun.report:described"}
+)
+"""A rank's program run on fake tensors, as text and as plain values; needs torch, and is imported when asked for."""
+
+
+def checked(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
+    """The warnings about a loaded recipe, with file and line. Raises `RecipeError` with all errors if there are any."""
+    findings = loaded.locate(check(loaded.recipe, world))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        raise RecipeError(errors)
+    return findings
+
+
+def _checked_with_data(loaded: LoadedRecipe, world: int) -> tuple[list[Finding], dict[str, Any]]:
+    """As `checked`, and what is wrong with the data: only a warning, for the run may be on another machine; and what
+    `survey` says of it.
+    """
+    warnings = checked(loaded, world)
+    data, missing = survey(loaded.recipe.data)
+    return [*warnings, *loaded.locate(missing)], data
+
+
+def report(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
+    """`describe` for people."""
+    run = describe(recipe, world)
+    rows = [
+        *(
+            *_model_rows(run),
+            *_data_rows(data or survey(recipe.data)[0], recipe, run),
+            *_batch_rows(run),
+            *_layout_rows(run),
+        ),
+        *(*_pipeline_rows(run), *_cost_rows(recipe, run)),
+    ]
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+
+
+Rows = Iterator[tuple[str, str]]
+"""Titles and texts; a line that goes on has no title."""
+
+
+def _model_rows(run: dict[str, Any]) -> Rows:
+    looked_up = f"({format_count(run['embedding_parameters'])} only looked up)"
+    yield "model", f"{model_in_words(run)}: {format_count(run['parameters'])} parameters {looked_up}"
+    sizes = f"{run['layers']} layers, dim {run['dim']}, {run['heads']} heads ({run['kv_heads']} of keys and values)"
+    yield "", f"{sizes}, ffn_dim {run['ffn_dim']}, vocabulary {run['vocab_size']}"
+    scaling = run["rope_scaling"]
+    scaled = "" if scaling is None else f" scaled by {scaling['factor']:g} from {scaling['original_context']} tokens"
+    head = "shared with the embedding" if run["tie_embeddings"] else "apart from the embedding"
+    norms = f"norm_eps {run['norm_eps']:g}, {'with' if run['qk_norm'] else 'no'} qk_norm"
+    yield "", f"{run['architecture']}: rope_theta {run['rope_theta']:g}{scaled}, {norms}, head {head}"
+
+
+def _data_rows(data: dict[str, Any], recipe: Recipe, run: dict[str, Any]) -> Rows:
+    used = f"uses {data['tokenizer_tokens']:,} of the {run['vocab_size']:,} rows of the vocabulary"
+    yield "data", f"tokenizer {data['tokenizer']} {used}; documents are separated by {data['separator_in_words']}"
+    for source in data["sources"]:
+        weight = f", weight {source['weight']:g}" if source.get("weight") is not None else ""
+        yield "", f"{source['name']}: {_texts_in_words(source)}{weight}"
+    for stage in data["stages"]:
+        until = "to the end" if stage["until"] is None else f"until {format_count(stage['until'])} tokens"
+        yield "", f"{until}: {', '.join(f'{name} {weight:g}' for name, weight in stage['weights'].items())}"
+    inside = "inside documents" if data["document_mask"] else "across documents"
+    yield "", f"packing {data['packing']}, attention {inside}"
+    every, section = recipe.validation.every_steps, recipe.data
+    held_out = f"{section.validation_percent:g} % of the texts, held out"
+    sets = "; ".join(f"{each['name']}: {_texts_in_words(each)}" for each in data["validation"]) or held_out
+    number = f"{pluralize(recipe.validation.sequences, 'sequence')} every {pluralize(every, 'step')}"
+    yield "", f"validation: {number}, of {sets}" if every else "validation: none"
+
+
+def _texts_in_words(found: dict[str, Any]) -> str:
+    number = f"{'more than ' * found['more_files']}{pluralize(found['files'], 'file')}, {format_bytes(found['bytes'])}"
+    tokens = f", {format_count(found['tokens'])} tokens" if found["tokens"] else ""
+    return ", ".join(found["paths"]) + (f" ({number}{tokens})" if found["files"] else "")
+
+
+def _batch_rows(run: dict[str, Any]) -> Rows:
+    step = f"{run['global_batch']} sequences x {run['sequence_length']} tokens"
+    yield "training", f"{format_count(run['tokens'])} tokens = {run['steps']} steps x {step}"
+    share = format_batch(run["data_ranks"], run["microbatches"], run["microbatch"])
+    yield "batch", f"{share}; {format_count(run['tokens_per_step'])} tokens a step"
+
+
+def _layout_rows(run: dict[str, Any]) -> Rows:
+    waiting = f"; {pluralize(run['standby'], 'rank')} standing by" if run["standby"] else ""
+    yield "mesh", ", ".join(f"{dimension} {degree}" for dimension, degree in run["mesh"].items()) + waiting
+    if run["world"] == 1:
+        return
+    used, kept = (format_count(run[f"parameters_{which}"]) for which in ("used", "kept"))
+    yield "a rank", f"computes with {used} parameters and keeps {kept} of them, at most"
+    cut = {name: sizes for name, sizes in run["shapes"].items() if sizes["used"] != sizes["whole"]}
+    for index, (name, sizes) in enumerate(cut.items()):
+        local = f"{name.removesuffix('.weight')}: {shape_text(sizes['whole'])} -> {shape_text(sizes['used'])}"
+        kept = "" if sizes["kept"] == sizes["used"] else f", of which it keeps {shape_text(sizes['kept'])}"
+        yield "" if index else "shapes", local + kept
+
+
+def _pipeline_rows(run: dict[str, Any]) -> Rows:
+    pipeline = run["pipeline"]
+    if pipeline is None:
+        return
+    bubble = pipeline["bubble_share"]
+    idle = "" if bubble is None else f"; ranks idle {bubble:.1%} of the time where stages are even"
+    stages, balance = pipeline["stages"], f"balance {pipeline['balance']:.1%}"
+    yield "pipeline", f"{pipeline['schedule']}, {len(stages)} stages, {balance}{idle}"
+    for stage in stages:
+        modules, blocks = stage["modules"], stage["blocks"]
+        ends = modules[0] if len(modules) == 1 else f"{modules[0]} … {modules[-1]}"
+        share = f"{stage['flops_share']:.1%} of the operations, {format_count(stage['parameters'])} parameters"
+        yield "", f"stage {stage['stage']} on pp {stage['rank']}: {ends} ({pluralize(blocks, 'block')}), {share}"
+
+
+def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
+    memory = {part: format_bytes(size) for part, size in run["state_bytes"].items()}
+    optimizer, shape = recipe.optimizer, recipe.schedule
+    rates = f"lr {optimizer.lr:g}" + (f", muon_lr {optimizer.muon_lr:g}" if optimizer.name == "muon" else "")
+    yield "optimizer", f"{optimizer.name} ({rates}), {shape.name} schedule, {shape.warmup_steps} steps of warm-up"
+    parts = ", ".join(f"{part} {size}" for part, size in memory.items() if part != "total")
+    where = "; all but what is gathered in the host's" if recipe.parallel.offload else ""
+    yield "memory", f"{memory['total']} a rank without activations: {parts}{where}"
+    yield "", "the peak of a step is above that, by its activations: titanlite check --dry-run counts it"
+    kept = f"the newest {recipe.checkpoint.keep_last}" if recipe.checkpoint.keep_last else "all"
+    yield "disk", f"{format_bytes(run['checkpoint_bytes'])} a checkpoint, of which {kept} are kept"
+    operations = f"{format_count(run['flops_per_token'])} operations a token, {run['flops']:.3g} in all"
+    yield "compute", f"{recipe.precision.compute}; {operations}"
+    yield "kernels", kernels.in_words(recipe)
+    if (float8 := run["float8"]) is not None:
+        yield "float8", float8["summary"]
+        for name, factors in float8["settings"].items():
+            yield "", f"{name}: {_product(factors)}"
+        if float8["sends_weights"]:
+            yield "", "sent, shards of weights: e4m3"
+        for gathered in float8["gathers_in_words"]:
+            yield "", f"sent over tp, {gathered}"
+    yield "folder", str(expand(recipe.run.output_dir) / recipe.run.name)
+
+
+def _product(factors: dict[str, Any] | None) -> str:
+    """How the factors of a product become float8."""
+    if factors is None:
+        return "in the compute dtype"
+    left, right = (f"{factors[side]['format']}, a scale a {factors[side]['scale']}" for side in ("left", "right"))
+    return f"{left if left == right else f'{left}, times {right}'}{'; fast sums' * factors['fast_accumulation']}"
+
+
+def main(argv: list[str]) -> int:
+    """`titanlite check`: print what a recipe will do, or all that is wrong with it (exit code 2)."""
+    parser = RecipeParser(
+        prog="titanlite check",
+        usage="titanlite check RECIPE [--section.key=value ...] [--world N] [--show-plan | --show-schedule |"
+        " --dry-run [--rank R]] [--json] | --explain KEY",
+        description="Say what a run will be, and what is wrong with its recipe. Touches no device.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="recipe file (TOML)")
+    started = launched_or_alone().size
+    parser.add_argument(
+        "--world", type=int, default=started, metavar="N", help="ranks (devices) the run would have; as many as started"
+    )
+    parser.add_argument("--show-plan", action="store_true", help="how tp and cp share the model, module by module")
+    parser.add_argument("--show-schedule", action="store_true", help="what each rank of a pipeline does when")
+    parser.add_argument("--dry-run", action="store_true", help="run a rank's program on fake tensors: messages, memory")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank of --dry-run; 0 if not given")
+    parser.add_argument("--json", action="store_true", help="print an object instead of a table")
+    parser.add_argument("--explain", metavar="KEY", help="explain a section or a key, such as training.steps")
+    arguments, overrides = parse_with_overrides(parser, argv)
+    if arguments.explain is not None:
+        schema = find_key(arguments.explain)[1]
+        print(json.dumps(schema, indent=2, ensure_ascii=False) if arguments.json else explain(arguments.explain))
+        return EXIT_DONE
+    if arguments.recipe is None:
+        raise UsageError("titanlite check needs a recipe, such as configs/debug.toml, or --explain KEY.")
+    if not 1 <= arguments.world < 2**31:
+        raise UsageError(f"--world {str(arguments.world)[:20]}: a run has 1 rank or more, and fewer than 2^31.")
+    if arguments.json:
+        return _print_json(arguments, overrides)
+    loaded = load_recipe(arguments.recipe, overrides)
+    warnings, data = _checked_with_data(loaded, arguments.world)
+    print(_text(loaded.recipe, arguments, data))
+    for finding in warnings:
+        print(f"\nwarning: {finding}")
+    return EXIT_DONE
+
+
+def _text(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> str:
+    active = active_ranks(recipe, arguments.world)
+    if arguments.show_plan:
+        return sharding_text(sharding_table(recipe))
+    if arguments.show_schedule:
+        return timetable.drawing(_timetable(recipe, active))
+    if arguments.dry_run:
+        return str(DRY_RUN.get("report")(recipe, active, arguments.rank))
+    return report(recipe, arguments.world, data)
+
+
+def _values(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+    active = active_ranks(recipe, arguments.world)
+    if arguments.show_plan:
+        return {"plan": sharding_table(recipe)}
+    if arguments.show_schedule:
+        return {"schedule": timetable.as_values(_timetable(recipe, active))}
+    if arguments.dry_run:
+        return {"dry_run": DRY_RUN.get("described")(recipe, active, arguments.rank)}
+    return {**describe(recipe, arguments.world), "data": data}
+
+
+def _timetable(recipe: Recipe, world: int) -> timetable.Timetable:
+    layout = require_layout(recipe.parallel, world)
+    if layout.pp == 1:
+        raise UsageError("--show-schedule: parallel.pp is 1, and one stage has no schedule.")
+    microbatches = batch_plan(recipe, layout, 0).microbatches
+    return timetable.timetable(recipe.parallel.pipeline, stages_of(recipe, layout), layout.pp, microbatches)
+
+
+def _print_json(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """One object on stdout: what was asked for, and the findings; where there are errors, these alone."""
+    run: dict[str, Any] = {}
+    try:
+        loaded = load_recipe(arguments.recipe, overrides)
+        findings, data = _checked_with_data(loaded, arguments.world)
+        run = _values(loaded.recipe, arguments, data)
+    except RecipeError as error:
+        findings = error.findings
+    print(json.dumps({**run, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
+    return EXIT_DONE if run else EXIT_RECIPE

@@ -1,0 +1,145 @@
+"""The `titanlite` command: a table of subcommands, each imported when it is called.
+
+Also the one place where an error becomes a paragraph and an exit code. Knows nothing of what the commands do.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from errno import EACCES, ENAMETOOLONG
+
+from titanlite import __version__
+from titanlite.errors import EXIT_DONE, CommandLineError, RecipeError, StoppedEarly, TitanliteError, UsageError
+from titanlite.plan.launch import launched_or_alone, mark_printed, prints_for_all
+from titanlite.registry import Registry, did_you_mean
+
+Command = Callable[[list[str]], int]
+
+EXIT_INTERRUPTED = 128 + 2  # as shells report a process ended by SIGINT
+EXIT_BROKEN_PIPE = 128 + 13  # … and by SIGPIPE: who read our output has gone
+
+HELP = {
+    "train": "train a recipe (RECIPE [--section.key=value ...])",
+    "check": "say what a run will be, and what is wrong with its recipe; explain a key",
+    "verify": "prove that a layout computes what one process does, on your machines",
+    "data": "tokenise texts into token files, and look after these",
+    "checkpoint": "inspect, verify, compare, prune checkpoints; to and from Hugging Face",
+    "generate": "continue a prompt with a trained model",
+    "schema": "print the JSON schema of recipes, for editors",
+}
+
+COMMANDS = Registry(
+    "command",
+    {
+        "train": "titanlite.cli.train:main",
+        "check": "titanlite.cli.check:main",
+        "verify": "titanlite.cli.verify:main",
+        "data": "titanlite.cli.data:main",
+        "checkpoint": "titanlite.cli.checkpoint:main",
+        "generate": "titanlite.cli.generate:main",
+        "schema": "titanlite.recipe.explain:main",
+    },
+)
+"""Each is a function `main(argv) -> exit code`; `HELP` has its line."""
+
+ON_ALL_RANKS = ("train", "verify")
+"""What takes all processes of a job; of the others the first is enough, wherever a launcher starts them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `titanlite`; returns the exit code."""
+    return run_command(dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def run_command(command: Command, argv: Sequence[str]) -> int:
+    """Run `command(argv)`; an error that a user can cause becomes a paragraph on stderr and its exit code.
+
+    `--traceback` (taken out of `argv`) shows where it was raised. Other exceptions are our mistakes and pass through.
+    """
+    _let_printing_succeed()
+    arguments = [word for word in argv if word != "--traceback"]
+    try:
+        code = command(arguments)
+        sys.stdout.flush()
+    except TitanliteError as error:
+        if error.on_all_ranks and not prints_for_all():
+            return error.exit_code
+        with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
+            if len(arguments) < len(argv):
+                traceback.print_exc()
+            print(_paragraph(error), file=sys.stderr, flush=True)
+        mark_printed()
+        return error.exit_code
+    except SystemExit as exit_:  # how argparse ends --help and wrong usage
+        return int(exit_.code or 0)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere instead of failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (EACCES, ENAMETOOLONG) or not error.filename:
+            raise
+        path = os.fsdecode(error.filename)[:200]
+        print(f"error: {path}: {error.strerror}; give another path, or mend its permissions.", file=sys.stderr)
+        return UsageError.exit_code
+    return code
+
+
+def _let_printing_succeed() -> None:
+    """A character that the terminal's encoding lacks is escaped, and a stream that is closed takes what it is given."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _paragraph(error: TitanliteError) -> str:
+    if isinstance(error, StoppedEarly):
+        return str(error)
+    if isinstance(error, RecipeError) and len(error.findings) > 1:
+        return f"error: {len(error.findings)} things are wrong with the recipe:\n{error}"
+    return f"error: {error}"
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run the command that `argv` names; its exit code. Raises `TitanliteError`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else UsageError.exit_code
+    name, *arguments = argv
+    if name == "--version":
+        print(f"titanlite {__version__}")
+        return 0
+    if name not in COMMANDS:
+        hint = did_you_mean(name, list(COMMANDS)) or f"the commands are {', '.join(COMMANDS)}."
+        raise CommandLineError(f"titanlite has no command '{name}'; {hint}")
+    if name not in ON_ALL_RANKS and not launched_or_alone().is_first:
+        return EXIT_DONE
+    command: Command = COMMANDS.get(name)
+    return command(arguments)
+
+
+def _help() -> str:
+    width = max(map(len, HELP))
+    commands = [f"  {name:<{width}}  {line}" for name, line in HELP.items()]
+    return "\n".join(
+        [
+            "usage: titanlite COMMAND ... [--traceback]",
+            "",
+            "LLM pre-training whose runs can be trusted.",
+            "",
+            *commands,
+            "",
+            "  titanlite COMMAND --help    the command's own arguments",
+            "  titanlite --version",
+            "  --traceback                 show where an error was raised",
+        ]
+    )

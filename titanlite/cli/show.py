@@ -1,0 +1,182 @@
+"""`titanlite data show`: the very text of a step, for those who look for what made the loss jump."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import unicodedata
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titanlite.cli.audit import newest_manifest, recipe_of_run
+from titanlite.corpus.token_file import TokenFile
+from titanlite.corpus.tokenised import texts_folder
+from titanlite.corpus.tokenizers import Tokenizer, Tokens
+from titanlite.data.audit import history, reordered_steps, samples_of
+from titanlite.data.read_log import READ, read_records
+from titanlite.data.splits import Split, open_data
+from titanlite.errors import DataError, UsageError
+from titanlite.plan.layout import BatchPlan, sample_schedule
+from titanlite.recipe.load import load_recipe
+from titanlite.recipe.paths import path_argument
+from titanlite.recipe.sections import Recipe
+from titanlite.text import pluralize
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample of a step."""
+
+    sample: int
+    """Its number in the run."""
+    source: str
+    window: int
+    """Which of the source's windows it is."""
+    file: str
+    """Token file that the window lies in; empty where texts were tokenised as they were read."""
+    token: int
+    """The first of its tokens there."""
+    document: int | None
+    """The token file's document in which it begins."""
+    text: str
+    """All of its tokens: inputs, and the last label."""
+
+
+def add_show_command(commands: Any) -> None:
+    """Add it to the parsers of `titanlite data`."""
+    line = "print the very text of a step's samples, of a run that was or of one to come"
+    command = commands.add_parser("show", help=line, description=line, allow_abbrev=False)
+    command.set_defaults(action=_show)
+    command.add_argument("recipe", type=path_argument, metavar="RECIPE|RUN",
+                         help="of a run folder, what the step did read; of a recipe, what it will read if the run does "
+                              "not go back")  # fmt: skip
+    command.add_argument("--step", type=int, required=True, metavar="N", help="step, from 1")
+    command.add_argument("--rank", type=int, metavar="R", help="only what data rank R reads, from 0")
+    command.add_argument("--data-ranks", type=int, metavar="D", help="with a recipe: of so many")
+    command.add_argument("--limit", type=int, default=1000, metavar="CHARACTERS",
+                         help="at most so many of each sample; 0: all (default 1000)")  # fmt: skip
+    command.add_argument("--json", action="store_true", help="print the samples for machines")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    path: Path = arguments.recipe
+    if arguments.step < 1 or arguments.limit < 0:
+        raise UsageError("--step must be at least 1, and --limit at least 0.")
+    if path.is_dir():
+        recipe = recipe_of_run(path)
+        if arguments.data_ranks is not None:
+            raise UsageError("--data-ranks is for recipes: a run has written down how many there were.")
+        numbers = _recorded(path, arguments.step, arguments.rank)
+    else:
+        recipe = load_recipe(path).recipe
+        numbers = _planned(recipe, arguments.step, arguments.rank, arguments.data_ranks)
+    folder = texts_folder(recipe.run)
+    split = open_data(
+        recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False, texts_folder=folder
+    )
+    if path.is_dir():
+        _require_same_order(path, split.train, arguments.step)
+    shown = [_sample(split.train, split.tokenizer, number) for number in numbers]
+    if arguments.limit:
+        shown = [_shortened(each, arguments.limit) for each in shown]
+    batch = min(numbers, default=0) // recipe.training.global_batch + 1
+    if arguments.json:
+        print(
+            json.dumps({"step": arguments.step, "batch": batch, "samples": [asdict(each) for each in shown]}, indent=1)
+        )
+        return
+    print(f"step {arguments.step}: {pluralize(len(shown), 'sample')} of batch {batch} (as data.skip_steps counts)")
+    for each in shown:
+        document = f", document {each.document}" if each.document is not None else ""
+        place = f"{each.file or 'texts'}, from token {each.token}{document}"
+        print(f"\nsample {each.sample}: {each.source}, window {each.window} ({place})")
+        print("\n".join(f"  | {line}" for line in each.text.split("\n")))
+
+
+def _recorded(run: Path, step: int, rank: int | None) -> list[int]:
+    """The samples that a step of a run read. Raises `DataError` or `UsageError`."""
+    reads = history(read_records(run))
+    reads = reads[reads["kind"] == READ]
+    of_step = reads[reads["step"] == step]
+    if not of_step.size:
+        raise UsageError(f"{run} has no record of step {step}; it has some of steps {reads['step'].min()} to "
+                         f"{reads['step'].max()}.")  # fmt: skip
+    _require_rank(rank, int(of_step["ranks"][0]))
+    return [int(number) for number in samples_of(of_step if rank is None else of_step[of_step["rank"] == rank])]
+
+
+def _planned(recipe: Recipe, step: int, rank: int | None, ranks: int | None) -> list[int]:
+    """The samples that a step of a run will read that does not go back. Raises `UsageError`."""
+    if (rank is None) != (ranks is None):
+        raise UsageError("--rank and --data-ranks go together: which data rank, of how many.")
+    ranks = ranks or 1
+    _require_rank(rank, ranks)
+    plan = BatchPlan(recipe.training.global_batch, ranks, rank or 0, 1)
+    return [number for number in plan.samples(sample_schedule(recipe).first_sample(step)) if number is not None]
+
+
+def _require_rank(rank: int | None, ranks: int) -> None:
+    if ranks < 1 or (rank is not None and not 0 <= rank < ranks):
+        raise UsageError(f"--rank {rank}: there are {ranks} data ranks, counted from 0.")
+
+
+def _require_same_order(run: Path, split: Split, step: int) -> None:
+    """The numbers that a step wrote down must stand for the same texts still."""
+    manifest = newest_manifest(run)
+    if (change := max(reordered_steps(manifest.values if manifest else {}), default=0)) > step:
+        raise DataError(f"{run} went on in another order from step {change} on: the recipe of step {step} is not kept.")
+    if manifest is None or step > manifest.step:
+        said = f"no checkpoint has step {step}, so whether its texts have changed since is not known"
+        print(f"warning: {said}", file=sys.stderr)
+    past = {} if manifest is None else split.past(manifest.samples)
+    if manifest is not None and any(manifest.values.get(key, value) != value for key, value in past.items()):
+        raise DataError(
+            f"the samples are not what {run} was trained on: a file of its text has changed since, or what its "
+            "recipe.toml says of the data."
+        )
+
+
+def _sample(split: Split, tokenizer: Tokenizer, number: int) -> Shown:
+    source, window = split.place(number)
+    stream, token = source.locate(window)
+    file = stream if isinstance(stream, TokenFile) else None
+    return Shown(
+        sample=number,
+        source=source.name,
+        window=window,
+        file=str(file.prefix) if file else "",
+        token=token,
+        document=_document(file, token) if file else None,
+        text=_readable(source.window(window), tokenizer),
+    )
+
+
+def _document(file: TokenFile, token: int) -> int:
+    starts = file.starts
+    return bisect_right(range(len(starts)), token, key=lambda document: int(starts[document])) - 1
+
+
+def _readable(tokens: Tokens, tokenizer: Tokenizer) -> str:
+    """The text of tokens, its lines as lines; whatever else does not show, or is no UTF-8, as an escape."""
+    cuts = np.flatnonzero(tokens == tokenizer.separator)
+    pieces = [tokenizer.decode(part[part != tokenizer.separator]) for part in np.split(tokens, cuts)]
+    return "⟨document ends⟩".join(_escaped(piece.decode("utf-8", "backslashreplace")) for piece in pieces)
+
+
+def _escaped(text: str) -> str:
+    return "".join(
+        sign if sign == "\n" or unicodedata.category(sign)[0] != "C" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
+
+def _shortened(shown: Shown, limit: int) -> Shown:
+    more = len(shown.text) - limit
+    if more <= 0:
+        return shown
+    return Shown(**{**asdict(shown), "text": f"{shown.text[:limit]} … and {more} characters more"})

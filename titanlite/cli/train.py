@@ -1,0 +1,77 @@
+"""`titanlite train`: reads the command line, proves the recipe, and only then loads torch and trains."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from titanlite.cli.check import checked
+from titanlite.errors import EXIT_DONE, CommandLineError, TitanliteError
+from titanlite.observe.run_folder import Mode, Start
+from titanlite.plan.launch import launched, torchrun
+from titanlite.plan.layout import active_ranks
+from titanlite.recipe.explain import all_keys, meant
+from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
+
+
+def main(argv: list[str]) -> int:
+    """`titanlite train`. The recipe is proved before torch is imported: a wrong one is refused at once."""
+    parser = RecipeParser(
+        prog="titanlite train",
+        usage="titanlite train RECIPE [--section.key=value ...] [--resume | --fresh [--force] | --from-step N] "
+        "[--allow-change KEY ...] [--traceback]",
+        description="Train a recipe; goes on from the latest checkpoint if the run folder has one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="recipe file (TOML)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", action="store_true", help="go on with an existing run; fail if there is none")
+    modes.add_argument("--fresh", action="store_true", help="start a new run; fail if the folder holds one")
+    modes.add_argument("--from-step", type=int, metavar="N", help="go on from the checkpoint of step N, not the latest")
+    parser.add_argument("--force", action="store_true", help="with --fresh: delete the run that the folder holds")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="recipe key that may differ from the run's"
+    )
+    arguments, overrides = parse_with_overrides(parser, argv)
+    resumes = arguments.resume or arguments.from_step is not None
+    mode: Mode = "resume" if resumes else "fresh" if arguments.fresh else "auto"
+    under = torchrun()
+    start = Start(
+        mode,
+        arguments.force,
+        tuple(arguments.allow_change),
+        arguments.from_step,
+        restarted=under is not None and under.restarts > 0,
+        job=under.names if under else (),
+    )
+    _require_keys(start.may_change)
+    if arguments.force and not arguments.fresh:
+        raise CommandLineError(
+            "--force does nothing without --fresh: with it, it deletes the run that the folder holds."
+        )
+    loaded = load_recipe(arguments.recipe, overrides)
+    warnings = checked(loaded, launched().size)
+    if launched().is_first:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if launched().rank >= active_ranks(loaded.recipe, launched().size):
+        from titanlite.parallel.world import stand_by
+        from titanlite.training.run import open_run_data
+
+        with suppress(TitanliteError):  # the ranks that train fail with it, and end this one
+            open_run_data(loaded.recipe)  # texts that one process tokenises: all wait for them before they form a group
+        return stand_by(loaded.recipe.parallel.timeout_seconds)
+    from titanlite.training.run import train
+
+    train(loaded, start)
+    return EXIT_DONE
+
+
+def _require_keys(patterns: Sequence[str]) -> None:
+    """Raise `CommandLineError` if one of `--allow-change` is no key of a recipe, nor a pattern of some."""
+    for pattern in patterns:
+        if not fnmatch.filter(all_keys(), pattern):
+            hint = meant(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
+            raise CommandLineError(f"--allow-change {pattern}: there is no such recipe key; {hint}")

@@ -1,0 +1,150 @@
+"""The command: check the recipe, shrink it, run it against one process, print what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from titanlite.cli.check import checked
+from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
+from titanlite.plan.describe import describe
+from titanlite.plan.launch import launched
+from titanlite.plan.layout import active_ranks
+from titanlite.plan.rules import check
+from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
+from titanlite.recipe.sections import Recipe
+from titanlite.text import format_count
+from titanlite.verify.shrink import shrink
+from titanlite.verify.verdict import Pass, first_difference
+
+_LEAST_TIMEOUT_SECONDS = 600.0
+"""Other ranks wait while the first one runs, and perhaps compiles, alone."""
+
+_MOST_STEPS = 1000
+
+_NO_FLOAT8 = "float8 is left out: products are compared in the compute dtype (docs/float8.md)"
+
+
+def main(argv: list[str]) -> int:
+    """`titanlite verify`: 0 if the layout computes what one process does, else `LayoutDiffers` (exit code 3)."""
+    parser = RecipeParser(
+        prog="titanlite verify",
+        usage="titanlite verify RECIPE [--section.key=value ...] [--steps N] [--json]",
+        description="Prove on these machines that the recipe's layout computes what one process does, with a small "
+        "model of the same structure. Start it as you would start the training: alone, under torchrun or srun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="recipe file (TOML)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="optimizer steps to compare (4)")
+    parser.add_argument("--json", action="store_true", help="print an object instead of tables")
+    arguments, overrides = parse_with_overrides(parser, argv)
+    if not 1 <= arguments.steps <= _MOST_STEPS:
+        raise CommandLineError(
+            f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows within a few."
+        )
+    place = launched()
+    loaded = load_recipe(arguments.recipe, overrides)
+    checked(loaded, place.size)
+    if (active := active_ranks(loaded.recipe, place.size)) < place.size:
+        raise CommandLineError(f"the layout has places for {active} ranks; start so many, since none stands by here.")
+    small = shrink(loaded.recipe, place.size, arguments.steps)
+    errors = [finding for finding in check(small, place.size) if finding.severity == "error"]
+    assert not errors, f"shrinking made a legal recipe illegal: {errors}"
+    notes = [_NO_FLOAT8] if loaded.recipe.precision.float8.enabled else []
+    if notes and place.is_first:
+        print(*notes, file=sys.stderr)
+    found = verify(small, report=place.is_first and not arguments.json)
+    difference = first_difference(found)
+    if place.is_first and arguments.json:
+        print(json.dumps({"notes": notes, **_object(small, place.size, found)}, indent=2))
+    if difference is not None:
+        raise LayoutDiffers(
+            f"{difference}. Do not train with it. To find out where it comes from, run this again with less of "
+            "[parallel], or without compile and recompute: whatever makes the difference go away takes part in it."
+        )
+    return EXIT_DONE
+
+
+def verify(recipe: Recipe, report: bool) -> list[Pass]:
+    """Compare a shrunken recipe's layout with one process on all ranks; `report`: print each part as it is done."""
+    from titanlite.parallel.world import full_memory_explained, joined_world
+    from titanlite.verify.compare import passes
+
+    found = []
+    timeout = max(recipe.parallel.timeout_seconds, _LEAST_TIMEOUT_SECONDS)
+    with joined_world(recipe.run.deterministic, timeout) as world, full_memory_explained():
+        if report:
+            print("\n".join(_header(recipe, world.size, world.device.type)), flush=True)
+        for each in passes(recipe, world):
+            found.append(each)
+            if report:
+                print("\n".join(["", *_table(each)]), flush=True)
+    if report:
+        print(f"\n{_verdict(found)}", flush=True)
+    return found
+
+
+def _header(recipe: Recipe, world: int, device: str) -> Iterator[str]:
+    run, parallel = describe(recipe, world), recipe.parallel
+    mesh = [f"{dimension} {degree}" for dimension, degree in run["mesh"].items() if degree > 1]
+    extras = [f"ZeRO stage {parallel.zero_stage}"] if world > 1 else []
+    extras += [parallel.pipeline.schedule] if parallel.pp > 1 else []
+    extras += [f"{parallel.cp_method} keys"] if parallel.cp > 1 else []
+    extras += [f"{recipe.recompute.mode} recomputation"] if recipe.recompute.mode != "none" else []
+    extras += ["compiled"] if recipe.compile.enabled else []
+    extras += [f"{run['microbatches']} x {run['microbatch']} sequences a rank"]
+    yield f"layout     {', '.join(mesh + extras)}, on {world} x {device}"
+    yield "reference  one process, nothing shared, recomputed or compiled"
+    heads = f"{run['heads']} heads ({run['kv_heads']} of keys and values)"
+    yield (
+        f"model      {run['preset']}, shrunken to {format_count(run['parameters'])} parameters: {run['layers']} layers,"
+        f" dim {run['dim']}, {heads}, ffn_dim {run['ffn_dim']}, vocabulary {run['vocab_size']}"
+    )
+    batch = f"{run['global_batch']} sequences x {run['sequence_length']} tokens"
+    yield f"training   {run['steps']} steps of {batch}, {recipe.optimizer.name}"
+
+
+_COLUMNS = "{:>4}  {:>12} {:>12} {:>8}  {:>12} {:>12} {:>8}  {:>8} {:>8} {}"
+
+
+def _table(found: Pass) -> Iterator[str]:
+    allowed = found.tolerance
+    explained = f"{allowed.loss:.1e} of the loss, {allowed.grad_norm:.1e} of the gradient norm"
+    yield f"{found.compute}: rounding explains {explained}"
+    yield from found.notes
+    yield _COLUMNS.format(
+        *("step", "loss", "reference", "apart", "grad norm", "reference", "apart"),
+        *("weights", "allowed", "the weight that differs most"),
+    )
+    for row in found.rows:
+        pairs = [
+            (f"{each.here:.9f}", f"{each.reference:.9f}", f"{each.difference:.1e}")
+            for each in (row.loss, row.grad_norm)
+        ]
+        numbers = [*pairs[0], *pairs[1]] if row.step else [""] * 6
+        weight = row.weight
+        yield _COLUMNS.format(row.step, *numbers, f"{weight.difference:.1e}", f"{weight.allowed:.1e}", weight.name)
+
+
+def _verdict(found: Sequence[Pass]) -> str:
+    if first_difference(found) is not None:
+        return "NOT the same"
+    parts = []
+    for each in found:
+        loss, norm, weights = each.largest()
+        parts.append(f"{each.compute}: loss {loss:.1e}, gradient norm {norm:.1e}, weights {weights:.1e}")
+    return f"the same; at most apart in {'; in '.join(parts)}"
+
+
+def _object(recipe: Recipe, world: int, found: list[Pass]) -> dict[str, Any]:
+    """All that the tables say, and more."""
+    difference = first_difference(found)
+    return {
+        "same": difference is None,
+        "first_difference": difference,
+        "run": describe(recipe, world),
+        "passes": [{**asdict(each), "same": each.first_difference() is None} for each in found],
+    }

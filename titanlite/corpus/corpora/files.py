@@ -1,0 +1,250 @@
+"""Which files an entry of the user's names: a path, a glob or a folder each time it is asked.
+
+What is in them, `formats` knows.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EACCES, EPERM
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from titanlite.corpus.corpora import CORPORA, Document
+from titanlite.corpus.corpora.formats import (
+    FOLDER_SUFFIXES,
+    MAYBE_LINES,
+    PACKED,
+    TEXT_SUFFIXES,
+    Form,
+    documents,
+    form_of,
+    holds_documents,
+)
+from titanlite.errors import DataError
+from titanlite.recipe.paths import expand
+from titanlite.registry import did_you_mean
+
+
+class FoundFile(NamedTuple):
+    """A file that an entry names."""
+
+    name: str
+    """Relative to what the entry fixes, so that it stays the same when the corpus moves."""
+    path: Path
+    form: Form
+    size: int
+    """Bytes."""
+    modified_ns: int
+
+
+_ABOUT = "dataset_info.json"  # beside a dataset's state
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user calls the things that a refusal asks to be mended."""
+
+    entries: str = "data.corpus"
+    text_key: str = "data.text_key"
+    corpora: tuple[str, ...] = tuple(CORPORA)
+    """What an entry can be, beside a path."""
+
+
+class FileReader:
+    """Reads entries such as those of `data.corpus`; remembers what it has read, so that no file is read twice."""
+
+    def __init__(self, text_key: str, asked: Asked = Asked()) -> None:
+        self._text_key = text_key
+        self._asked = asked
+        self._read: dict[str, str] = {}  # real path -> the entry that named it
+
+    def read(self, entry: str) -> Iterator[Document]:
+        """Documents of one entry, files in the order of their paths; empty ones are passed over. Raises `DataError`."""
+        for file in self.files(entry):
+            yield from documents(file.name, file.path, file.form, self._text_key, self._asked.text_key)
+
+    def files(self, entry: str) -> Iterator[FoundFile]:
+        """The files of an entry in the order of their names, each checked when it is come to.
+
+        Names are relative to what the entry fixes (the folder; the folder before a glob's first wildcard; for a
+        file, its own name). Raises `DataError` for what cannot be text, and for an empty file that the entry names
+        itself.
+        """
+        for name, path in _find(entry, self._asked, self._text_key):
+            self._claim(path, entry)
+            with _statting(path, self._asked.entries):
+                status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path}: not a regular file, and data must stay to be read again; leave it out.")
+            if status.st_size == 0 and path == expand(entry):
+                raise DataError(f"{path}: the file is empty; give a file with text in it, or leave it out.")
+            form = form_of(path, self._text_key)
+            yield FoundFile(name, path, form, status.st_size, status.st_mtime_ns)
+
+    def _claim(self, path: Path, entry: str) -> None:
+        place = _real(path)
+        if place in self._read:
+            raise DataError(
+                f"{path}: {self._asked.entries} names it twice, by '{self._read[place]}' and by '{entry}', "
+                "and would read it twice; take one of them out."
+            )
+        self._read[place] = entry
+
+
+def _find(entry: str, asked: Asked, text_key: str) -> list[tuple[str, Path]]:
+    """The files of an entry as (name, path), in the order of their names."""
+    path = expand(entry)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if glob.has_magic(entry):
+            return _match(str(path), entry, asked.entries)
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {_mend(error)} or {asked.entries}.") from error
+        others = "".join(f", or '{name}'" for name in asked.corpora)
+        hint = did_you_mean(entry, list(asked.corpora)) or f"give a path, a glob, a list of them{others}."
+        raise DataError(
+            f"{path}: {asked.entries} names no file or folder (looked for {os.path.abspath(path)}); {hint}"
+        ) from error
+    if not is_folder:
+        return [(path.name, path)]
+    if (path / "dataset_dict.json").exists() or all((path / name).exists() for name in ("state.json", _ABOUT)):
+        return _shards(path)
+    found = _once((file.relative_to(path).as_posix(), file) for file in _files_below(path, text_key))
+    if not found:
+        raise DataError(
+            f"{path}: the folder has no text; of folders, files ending in {', '.join(TEXT_SUFFIXES)} (also with "
+            f"{' or '.join(PACKED)} after it) or .parquet are taken, hidden ones left out. For others write a glob "
+            f"such as '{entry.rstrip('/')}/**/*.py'."
+        )
+    return found
+
+
+def _shards(folder: Path) -> list[tuple[str, Path]]:
+    """The files of a Hugging Face dataset that `save_to_disk` wrote to the folder, in the dataset's order."""
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise DataError(f"{folder}: a dataset of several splits ({', '.join(splits)}); give one of them, such as "
+                        f"'{folder / (splits or ['train'])[0]}'.")  # fmt: skip
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_bytes())
+        files = [dict(file) for file in state["_data_files"]]
+        names = [file.pop("filename") for file in files]
+        chosen = [key for key in state if key.startswith("_indices") and state[key]] + [*filter(None, files)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not the state of a Hugging Face dataset ({error!r}); save the dataset again, or "
+                        "write a glob for the folder's own files.") from error  # fmt: skip
+    if chosen:
+        raise DataError(f"{path}: the dataset is a choice of its files' rows ({chosen[0]}), and all of them would be "
+                        "read; save dataset.flatten_indices() instead.")  # fmt: skip
+    for name in names:
+        if type(name) is not str or not re.fullmatch(r"[^/\\\0\ud800-\udfff]+\.arrow", name):
+            raise DataError(f"{path}: names {name!r}, and a dataset's files are .arrow files in its folder; save the "
+                            "dataset again.")  # fmt: skip
+    return [(name, folder / name) for name in names]
+
+
+def _match(pattern: str, entry: str, entries: str) -> list[tuple[str, Path]]:
+    matches = list(match_files(pattern))
+    files = [Path(match) for match in matches if not os.path.isdir(match)]
+    if not files:
+        raise DataError(
+            f"{pattern}: matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
+            if matches
+            else f"{pattern}: no file matches ({entries}; looked from {os.getcwd()}); mend the pattern."
+        )
+    parts = Path(pattern).parts
+    fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    return _once((file.relative_to(fixed).as_posix(), file) for file in files)
+
+
+def match_files(pattern: str) -> Iterator[str]:
+    """What a glob matches, `**` any number of folders: `glob.glob`, but for links, through which that comes to the same
+    folders again and again. Here `**` enters each real one once.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    at = parts.index("**")
+    rest = [part for index, part in enumerate(parts[at:]) if part != "**" or parts[at + index - 1] != "**"][1:]
+    for top in glob.glob(os.path.join(*parts[:at])) if at else ["."]:
+        for folder, _ in _walk(top) if os.path.isdir(top) else ():
+            yield from match_files(os.path.join(glob.escape(folder), *(rest or "*")))
+
+
+def _files_below(folder: Path, text_key: str) -> Iterator[Path]:
+    """Files with a suffix that folders are searched for; links are followed, each folder is entered once. JSON that is
+    not lines is a program's, not text.
+    """
+    for parent, files in _walk(folder):
+        for name in files:
+            path = Path(parent, name)
+            if not name.lower().endswith(FOLDER_SUFFIXES) or name.startswith("."):
+                continue
+            if MAYBE_LINES not in map(str.lower, path.suffixes[-2:]) or holds_documents(path, text_key):
+                yield path
+
+
+def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folder and those below it but hidden ones, with the names of their files; each real folder once. Raises
+    `DataError` for one that cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {_mend(error)}.") from error
+
+    entered: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
+        try:
+            status = os.stat(parent)
+        except OSError as error:  # of a link, say, that was listed and cannot be followed
+            refuse(error)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        # In order, so that of two links to one folder it is always the same that is entered.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield parent, files
+
+
+def _once(found: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """In the order of their names, and of those that are links to one file the first."""
+    real: dict[str, tuple[str, Path]] = {}
+    for name, path in sorted(found):
+        real.setdefault(_real(path), (name, path))
+    return list(real.values())
+
+
+def _real(path: Path) -> str:
+    """`os.path.realpath`, which asks for each folder on the way: here each folder is asked for once."""
+    parent, name = os.path.split(path if path.is_absolute() else Path.cwd() / path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(parent), name)
+
+
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
+
+
+def _mend(error: OSError) -> str:
+    return "mend its permissions" if error.errno in (EACCES, EPERM) else "mend it"
+
+
+@contextmanager
+def _statting(path: Path, entries: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); {_mend(error)}, or leave it out of {entries}."
+        ) from error

@@ -1,0 +1,57 @@
+"""The embedded corpus: the source of the standard library of the Python that runs, its tests included.
+
+Always there, no download, and real text. Other versions of Python have other files; two installations of the same
+version differ at most by what their distributors patch or leave out.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterator
+
+from titanlite.corpus.corpora import Document
+from titanlite.errors import DataError
+from titanlite.recipe.sections import Data
+
+_SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "config-")
+"""Beginnings of folder names: other people's code, and the build's own configuration."""
+_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
+"""Beginnings of file names: written by the build or by the site."""
+
+
+def read_stdlib(section: Data) -> Iterator[Document]:
+    """Every `.py` file that is not empty, in the order of its path; names are paths such as `json/decoder.py`.
+
+    Raises `DataError` where Python was installed without its source.
+    """
+    root = sysconfig.get_path("stdlib")
+    paths = sorted(_python_files(root, ""))
+    if not paths:
+        raise DataError(
+            f"{root}: this Python was installed without the source of its standard library, which "
+            '`data.corpus = "python-stdlib"` reads; use a Python that has it, or set data.corpus to a text file.'
+        )
+    for path in paths:
+        try:
+            with open(os.path.join(root, path), "rb", buffering=0) as file:
+                content = file.readall()
+        except OSError as error:
+            raise DataError(
+                f"{os.path.join(root, path)}: cannot be read ({error.strerror}); every user must be able to read the "
+                "standard library: mend its permissions, or set data.corpus to a text file."
+            ) from error
+        if content:
+            yield Document(path, content)
+
+
+def _python_files(root: str, folder: str) -> Iterator[str]:
+    """Paths below `root/folder`, relative to `root`, with forward slashes; links are not followed."""
+    with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if not entry.name.startswith(_SKIPPED_FOLDERS):
+                    yield from _python_files(root, path)
+            elif entry.name.endswith(".py") and not entry.name.startswith(_SKIPPED_FILES):
+                yield path

@@ -1,0 +1,554 @@
+"""Token files: Megatron's indexed format, `PREFIX.bin` and `PREFIX.idx`, and what is known of them in `PREFIX.json`.
+
+`.bin` is ids end to end. `.idx`, little-endian: magic, u64 version, u8 type of the ids, u64 sequences, u64 documents
+plus 1; then i32 length and i64 byte position of each sequence, i64 first sequence of each document, and their number.
+In ours a document is one sequence (more only beyond 2^31 tokens) and ends with the separator. No text is read here.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from titanlite.corpus.file_array import RESTORE, FileArray, OpenFile
+from titanlite.corpus.tokenizers import Tokenizer, Tokens, token_dtype
+from titanlite.errors import DataError
+from titanlite.files import replace_file, sync, sync_path
+from titanlite.recipe.paths import expand
+
+FORMAT: Final = "titanlite-tokens"
+VERSION: Final = 1
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+"""Megatron's codes for the types of ids."""
+LONGEST_SEQUENCE = 2**31 - 1
+"""Tokens; a length takes 32 bits, with a sign."""
+HELD_OUT = "-validation"
+"""What the name of a file's held-out part ends with."""
+LOOKED_AT = 1_000
+"""Documents at either end of a file without a sidecar that must end with the separator."""
+BLOCK = 2**20
+"""Tokens, or documents, that are handled at a time."""
+
+Int64 = npt.NDArray[np.int64]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TokenizerInfo(_Section):
+    """The tokenizer that a file was made with."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int = Field(ge=1)
+    separator: int = Field(ge=0)
+
+
+class SourceInfo(_Section):
+    """One input of `titanlite data prepare`, as it was named."""
+
+    path: str
+    files: int
+    bytes: int
+    """On the disk, as they lie there: perhaps compressed."""
+    documents: int
+    """Texts read, before duplicates were dropped."""
+    texts_xxh3_128: str
+    """Sum, modulo 2^128, of the xxh3_128 of each text: the same however they are ordered, cut into files or packed."""
+
+
+class TokenInfo(_Section):
+    """The sidecar."""
+
+    format: Literal["titanlite-tokens"]
+    version: Literal[1]
+    made_from: str
+    """Hash of all that decides the file: inputs and settings."""
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "int32"]
+    documents: int
+    tokens: int
+    """With a separator after each document."""
+    text_bytes: int
+    lengths: dict[str, int]
+    """Documents by their tokens, the separator among them: under "2^k" those of 2^k to 2^(k+1) - 1."""
+    duplicates: int
+    """Documents dropped as equal to an earlier one; of a held-out part and its training part together."""
+    bad_lines: int
+    bad_line_examples: tuple[str, ...]
+    """The first of them, as `file:line: what is wrong`."""
+    sources: tuple[SourceInfo, ...]
+    bin_bytes: int
+    bin_xxh3_64: str
+    idx_bytes: int
+    idx_xxh3_64: str
+
+    def report(self) -> list[str]:
+        """The statistics, for people."""
+        shares = ", ".join(f"{name} {count:,}" for name, count in self.lengths.items())
+        lines = [
+            f"documents        {self.documents:,}",
+            f"tokens           {self.tokens:,} as {self.dtype}, separators among them",
+            f"bytes per token  {self.text_bytes / self.tokens:.3f}",
+            f"lengths          {shares}",
+        ]
+        if self.duplicates:
+            lines.append(f"duplicates       {self.duplicates:,} dropped")
+        if self.bad_lines:
+            lines += [f"bad lines        {self.bad_lines:,} skipped", *(f"  {line}" for line in self.bad_line_examples)]
+            if self.bad_lines > len(self.bad_line_examples):
+                lines.append(f"  and {self.bad_lines - len(self.bad_line_examples):,} more")
+        return lines
+
+
+class Paths(NamedTuple):
+    """The files of one prefix."""
+
+    bin: Path
+    idx: Path
+    sidecar: Path
+    parts: Path
+    """Folder of a `prepare` that has not ended."""
+
+
+def paths_of(prefix: Path) -> Paths:
+    """By adding to the name: prefixes such as `wiki.v2` keep their dots. Raises `DataError` for a folder's path."""
+    if prefix.name in ("", ".."):
+        raise DataError(f"{prefix}: is a folder; add the name of the token files, without a suffix.")
+    return Paths(*(prefix.with_name(prefix.name + end) for end in (".bin", ".idx", ".json", ".parts")))
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where documents begin, in tokens, `[documents]`: `starts[7]`, `starts[10:20]`, `starts[:]`; looked up then."""
+
+    pointers: FileArray[np.int64]
+    """Of each sequence, in bytes."""
+    sequences: FileArray[np.int64]
+    """First sequence of each document, and the number of all."""
+    itemsize: int
+    tokens: int
+
+    def __len__(self) -> int:
+        return len(self.sequences) - 1
+
+    def __getitem__(self, key: Any) -> Any:
+        first, last = replace(self.sequences, count=len(self))[key], len(self.pointers) - 1
+        begins = self.pointers[np.clip(first, 0, last)] // self.itemsize
+        begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
+        return np.where(first > last, self.tokens, begins)  # a document without sequences, at the end of the file
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """An opened token file. Nothing of it is kept in memory, however large it is."""
+
+    prefix: Path
+    tokens: FileArray[np.integer[Any]]
+    """All documents, each followed by the separator, flat."""
+    starts: Starts
+    lengths: FileArray[np.int32]
+    """Of each sequence."""
+    info: TokenInfo | None
+    """The sidecar; None for a file that something else than titanlite made."""
+
+    @classmethod
+    def open(cls, prefix: Path | str) -> TokenFile:
+        """Open `PREFIX.bin` and `PREFIX.idx`; neither is read but for the index's header and its ends.
+
+        Raises `DataError` naming the file and the position of whatever is wrong.
+        """
+        prefix = expand(prefix)
+        if prefix.suffix in (".bin", ".idx"):
+            prefix = prefix.with_suffix("")
+        paths = paths_of(prefix)
+        with _reading(paths):
+            lengths, pointers, sequences, dtype = _open_index(paths.idx)
+            file = OpenFile(paths.bin)
+            _require_ends(paths, file.size, lengths, pointers, sequences, dtype.itemsize)
+            tokens = FileArray(file, 0, dtype, file.size // dtype.itemsize)
+            info = _read_sidecar(paths, len(tokens), dtype, lengths.file.size) if paths.sidecar.exists() else None
+        return cls(prefix, tokens, Starts(pointers, sequences, dtype.itemsize, len(tokens)), lengths, info)
+
+    def __reduce__(self) -> Any:
+        """Another process opens it anew."""
+        return TokenFile.open, (self.prefix,)
+
+    @property
+    def documents(self) -> int:
+        return len(self.starts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where all tokens are; of a foreign file, where its size, its first and its last tokens are."""
+        if self.info is not None:
+            return self.info.bin_xxh3_64
+        seen = xxhash.xxh3_64(f"{len(self.tokens)} {self.documents} {self.tokens.dtype}".encode())
+        for block in (self.tokens[:BLOCK], self.tokens[-BLOCK:]):
+            seen.update(block.data)
+        return f"foreign-{seen.hexdigest()}"
+
+    def document_ends(self) -> Int64:
+        """End of each document, past its separator, in tokens; all of the index is read for it.
+
+        Raises `DataError` if the documents are not in order.
+        """
+        count = len(self.tokens)
+        begins = np.concatenate([self.starts[first : first + BLOCK] for first in range(0, self.documents, BLOCK)])
+        ends = np.append(begins[1:], count).astype(np.int64)
+        wrong = np.flatnonzero((begins < 0) | (ends < begins) | (ends > count))
+        if wrong.size:
+            raise DataError(
+                f"{paths_of(self.prefix).idx}: damaged: document {wrong[0]:,} is not between those before and after "
+                f"it; {RESTORE}"
+            )
+        return ends
+
+    def require_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
+        """Raise `DataError` unless the file is of the tokenizer that `data.tokenizer` calls `name`.
+
+        A foreign file does not say which it is of: its first and last documents must end with the separator and have
+        no ids beyond the vocabulary.
+        """
+        if self.info is not None:
+            of = self.info.tokenizer
+            if of.fingerprint != tokenizer.fingerprint:
+                raise DataError(
+                    f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer '{of.name}' ({of.vocab_size:,} ids, "
+                    f"fingerprint {of.fingerprint}), not of '{name}' ({tokenizer.vocab_size:,} ids, fingerprint "
+                    f"{tokenizer.fingerprint}); set data.tokenizer, separator and special_tokens as for it, or "
+                    f"prepare the texts again with --tokenizer {name}, --separator and --special-token."
+                )
+            return
+        for first in {0, max(0, self.documents - LOOKED_AT)}:
+            last = min(first + LOOKED_AT, self.documents)
+            self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator, most=BLOCK)
+
+    def verify(self, vocab_size: int, separator: int) -> None:
+        """Read all of it. Raises `DataError` naming the first place that is wrong.
+
+        The index must be in order, each document end with the separator and ids be in the vocabulary; with a sidecar,
+        hashes must be its.
+        """
+        self._require_order(self.lengths.file.path)
+        for first in range(0, self.documents, BLOCK):
+            self._require_ids(first, min(first + BLOCK, self.documents), vocab_size, separator)
+        if self.info is not None:
+            self.verify_hashes()
+
+    def verify_hashes(self, hash_of: Callable[[OpenFile], str] = OpenFile.hash) -> None:
+        """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of."""
+        assert self.info is not None, "without a sidecar nothing is known of it"
+        for file, expected in ((self.lengths.file, self.info.idx_xxh3_64), (self.tokens.file, self.info.bin_xxh3_64)):
+            if hash_of(file) != expected:
+                sidecar = paths_of(self.prefix).sidecar
+                raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")
+
+    def _require_order(self, path: Path) -> None:
+        """Sequences follow each other without a gap, and so do documents."""
+        pointers, sequences = self.starts.pointers, self.starts.sequences
+        count = len(self.lengths)
+        for first in range(0, count, BLOCK):
+            last = min(first + BLOCK, count - 1)
+            ends = pointers[first:last] + self.lengths[first:last].astype(np.int64) * self.tokens.dtype.itemsize
+            wrong = np.flatnonzero((ends != pointers[first + 1 : last + 1]) | (self.lengths[first:last] < 0))
+            if wrong.size:
+                at = first + int(wrong[0])
+                raise DataError(
+                    f"{path}: damaged: sequence {at:,} (its length at byte {HEADER.size + 4 * at:,}) ends at byte "
+                    f"{ends[at - first]:,} of the .bin, and the next begins at {pointers[at + 1]:,}; {RESTORE}"
+                )
+        for first in range(0, len(sequences), BLOCK):
+            wrong = np.flatnonzero(np.diff(sequences[first : first + BLOCK + 1]) < 0)
+            if wrong.size:
+                at = first + int(wrong[0]) + 1
+                raise DataError(
+                    f"{path}: damaged: document {at:,} (byte {HEADER.size + 12 * count + 8 * at:,}) begins before the "
+                    f"one before it; {RESTORE}"
+                )
+
+    def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int, most: int | None = None) -> None:
+        """Documents `first` to `stop` hold ids of the vocabulary and end with the separator, if they hold anything; of
+        the ids, only the first `most` are looked at.
+        """
+        path = paths_of(self.prefix).bin
+        begins = np.asarray(self.starts[first:stop])
+        end = int(self.starts[stop]) if stop < self.documents else len(self.tokens)
+        ends = np.append(begins[1:], end)
+        if begins[0] < 0 or (ends < begins).any() or end > len(self.tokens):
+            raise DataError(
+                f"{paths_of(self.prefix).idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; {RESTORE}"
+            )
+        (held,) = np.nonzero(ends > begins)
+        lasts = ends[held] - 1
+
+        def require_ended(some: slice, found: Tokens) -> None:
+            unended = np.flatnonzero(found != separator)
+            if unended.size:
+                at = int(held[some][unended[0]])
+                raise DataError(
+                    f"{path}: document {first + at:,} (tokens {begins[at]:,} to {ends[at]:,}) does not end with the "
+                    f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
+                    "same tokenizer, or prepare the texts with `titanlite data prepare`."
+                )
+
+        if most is not None:
+            require_ended(slice(None), self.tokens[lasts])
+            end, lasts = min(end, int(begins[0]) + most), lasts[:0]
+        for start in range(int(begins[0]), end, BLOCK):
+            block = self.tokens[start : min(start + BLOCK, end)]
+            inside = slice(*np.searchsorted(lasts, (start, start + len(block))).tolist())
+            require_ended(inside, block[lasts[inside] - start])
+            beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
+            if beyond.size:
+                at = start + int(beyond[0])
+                raise DataError(
+                    f"{path}: token {at:,} (byte {at * self.tokens.dtype.itemsize:,}) is {self.tokens[at]}, and the "
+                    f"tokenizer's ids end at {vocab_size - 1:,}; the file is damaged, or of another tokenizer."
+                )
+
+
+class TokenWriter:
+    """Writes a token file under hidden names beside it; nothing is seen of it before `commit`.
+
+    Methods raise `OSError` if the disk refuses; `abandon` then clears away what is there.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        self._paths = paths_of(prefix)
+        self.dtype = token_dtype(vocab_size)
+        self._hash = xxhash.xxh3_64()
+        self._lengths: list[Int64] = []
+        self._tokens = self._counted = 0
+        self._bin = open(_hidden(self._paths.bin), "wb", buffering=0)  # noqa: SIM115 - see `commit` and `abandon`
+
+    @property
+    def documents(self) -> int:
+        return sum(map(len, self._lengths))
+
+    def extend(self, tokens: npt.ArrayLike) -> None:
+        """The next tokens, flat."""
+        flat = np.asarray(tokens)
+        for start in range(0, len(flat), BLOCK):
+            block = np.ascontiguousarray(flat[start : start + BLOCK], self.dtype)
+            self._hash.update(block.data)
+            write_all(self._bin, block.data)
+        self._tokens += len(flat)
+
+    def end_documents(self, lengths: npt.ArrayLike) -> None:
+        """Say how many tokens each of the next documents has, its separator among them."""
+        self._lengths.append(np.asarray(lengths, np.int64).reshape(-1))
+        self._counted += int(self._lengths[-1].sum())
+
+    def commit(self, **info: Any) -> TokenInfo:
+        """Finish, and let the file appear; `info` has the sidecar's fields that only the caller knows.
+
+        The index comes last: without it nothing, Megatron included, takes the rest for a token file.
+        """
+        assert self._tokens == self._counted, "every token is in a document"
+        sync(self._bin.fileno(), self._paths.bin)
+        self._bin.close()
+        idx_hash, idx_bytes = self._write_index()
+        sidecar = TokenInfo(
+            format=FORMAT, version=VERSION, **info, **self._statistics(),
+            bin_bytes=self._tokens * self.dtype.itemsize, bin_xxh3_64=self._hash.hexdigest(),
+            idx_bytes=idx_bytes, idx_xxh3_64=idx_hash,
+        )  # fmt: skip
+        self._paths.idx.unlink(missing_ok=True)  # of what is replaced
+        os.replace(_hidden(self._paths.bin), self._paths.bin)
+        replace_file(self._paths.sidecar, sidecar.model_dump_json(indent=1).encode() + b"\n")
+        os.replace(_hidden(self._paths.idx), self._paths.idx)
+        sync_path(self._paths.idx.parent)
+        return sidecar
+
+    def abandon(self) -> None:
+        """Remove what is not committed."""
+        self._bin.close()
+        for path in (self._paths.bin, self._paths.idx):
+            _hidden(path).unlink(missing_ok=True)
+
+    def _statistics(self) -> dict[str, Any]:
+        counts = np.zeros(64, np.int64)
+        for lengths in self._lengths:
+            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
+        return {
+            "dtype": self.dtype.name,
+            "documents": self.documents,
+            "tokens": self._tokens,
+            "lengths": {f"2^{power}": int(count) for power, count in enumerate(counts) if count},
+        }
+
+    def _write_index(self) -> tuple[str, int]:
+        """The index under its hidden name; its hash and size."""
+        pieces = [-(-lengths // LONGEST_SEQUENCE) for lengths in self._lengths]  # sequences that each document takes
+        cut = [_cut(*pair) for pair in zip(self._lengths, pieces, strict=True)]
+        digest, size = xxhash.xxh3_64(), 0
+        with open(_hidden(self._paths.idx), "wb") as file:
+
+            def put(data: bytes | memoryview) -> None:
+                nonlocal size
+                digest.update(data)
+                size += file.write(data)
+
+            code = next(code for code, name in TYPES.items() if name == self.dtype.name)
+            documents = sum(map(len, pieces))
+            put(HEADER.pack(MAGIC, VERSION, code, sum(map(len, cut)), documents + 1))
+            for lengths in cut:
+                put(lengths.astype("<i4").tobytes())
+            for begins in _running(cut):
+                put((begins * self.dtype.itemsize).astype("<i8").tobytes())
+            for begins in _running(pieces):
+                put(begins.astype("<i8").tobytes())
+            put(struct.pack("<q", sum(map(len, cut))))
+            file.flush()
+            sync(file.fileno(), self._paths.idx)
+        return digest.hexdigest(), size
+
+
+def write_all(file: Any, data: memoryview) -> None:
+    """Write all of it to an unbuffered file, which may take less than it is given."""
+    data = data.cast("B")
+    while data:
+        data = data[file.write(data) :]
+
+
+def _running(counts: list[Int64]) -> Iterator[Int64]:
+    """What has come before each count."""
+    total = 0
+    for block in counts:
+        ends = np.cumsum(block) + total
+        yield ends - block
+        total = int(ends[-1]) if len(ends) else total
+
+
+def _cut(lengths: Int64, pieces: Int64) -> Int64:
+    """Lengths of the sequences: those of the documents, but for documents that are too long to be one."""
+    if (pieces == 1).all():
+        return lengths
+    last = lengths - (pieces - 1) * LONGEST_SEQUENCE
+    sequences = np.full(int(pieces.sum()), LONGEST_SEQUENCE, np.int64)
+    sequences[np.cumsum(pieces) - 1] = last
+    return sequences
+
+
+@contextmanager
+def _reading(paths: Paths) -> Iterator[None]:
+    """Name what the system refuses to open or read."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if paths.parts.exists():
+            raise DataError(
+                f"{error.filename}: missing: `titanlite data prepare` has not ended for this prefix (its parts are in "
+                f"{paths.parts}); start it again as before, and it goes on."
+            ) from error
+        raise DataError(
+            f"{error.filename}: missing; a token file is {paths.bin.name} and {paths.idx.name}, made by `titanlite "
+            "data prepare` or by Megatron."
+        ) from error
+    except OSError as error:
+        where = error.filename or paths.bin
+        raise DataError(f"{where}: cannot be read ({error.strerror}); mend its permissions or the disk.") from error
+
+
+def _open_index(
+    path: Path,
+) -> tuple[FileArray[np.int32], FileArray[np.int64], FileArray[np.int64], np.dtype[np.integer[Any]]]:
+    """Lengths, positions, first sequences of documents, and the type of the ids."""
+    file = OpenFile(path)
+    size = file.size
+    if size < HEADER.size:
+        raise DataError(f"{path}: cut short: {size} bytes, and the header takes {HEADER.size}; {RESTORE}")
+    magic, version, code, count, entries = HEADER.unpack(file.read(0, HEADER.size))
+    if magic != MAGIC:
+        raise DataError(f"{path}: not an index of Megatron's format: byte 0 begins {magic!r}, not {MAGIC!r}.")
+    if version != VERSION:
+        raise DataError(f"{path}: version {version} of the index (byte 9), and only {VERSION} is known.")
+    if "int" not in TYPES.get(code, ""):
+        known = ", ".join(f"{code} {name}" for code, name in TYPES.items() if "int" in name)
+        raise DataError(f"{path}: type {code} of ids (byte 17); token ids are one of {known}.")
+    expected = HEADER.size + 12 * count + 8 * entries
+    if size != expected:
+        raise DataError(
+            f"{path}: {'cut short' if size < expected else 'too long'}: {size:,} bytes, and {count:,} sequences and "
+            f"{entries:,} document entries (bytes 18 to 33) take {expected:,}; {RESTORE}"
+        )
+    if not count or entries < 2:
+        raise DataError(f"{path}: holds no documents ({count:,} sequences, {entries:,} document entries).")
+    at = HEADER.size
+    return (
+        FileArray(file, at, np.dtype("<i4"), count),
+        FileArray(file, at + 4 * count, np.dtype("<i8"), count),
+        FileArray(file, at + 12 * count, np.dtype("<i8"), entries),
+        np.dtype(TYPES[code]).newbyteorder("<"),
+    )
+
+
+def _require_ends(
+    paths: Paths,
+    size: int,
+    lengths: FileArray[np.int32],
+    pointers: FileArray[np.int64],
+    sequences: FileArray[np.int64],
+    itemsize: int,
+) -> None:
+    """The ends of the index fit each other and the `.bin`."""
+    at, count = HEADER.size + 12 * len(lengths), len(lengths)
+    if (sequences[0], sequences[-1]) != (0, count):
+        raise DataError(
+            f"{paths.idx}: damaged: documents begin with sequence {sequences[0]:,} and end with {sequences[-1]:,} "
+            f"(bytes {at:,} and {at + 8 * (len(sequences) - 1):,}), not with 0 and {count:,}; {RESTORE}"
+        )
+    end = int(pointers[-1]) + int(lengths[-1]) * itemsize
+    if pointers[0] != 0 or lengths[-1] < 0 or end % itemsize:
+        raise DataError(
+            f"{paths.idx}: damaged: sequences begin at byte {pointers[0]:,} and end at {end:,} of the .bin (read at "
+            f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {RESTORE}"
+        )
+    if size != end:
+        raise DataError(
+            f"{paths.bin}: {'cut short' if size < end else 'too long'}: {size:,} bytes, and its index ends at byte "
+            f"{end:,}; {RESTORE}"
+        )
+    if end == 0:
+        raise DataError(f"{paths.bin}: holds no tokens.")
+
+
+def _read_sidecar(paths: Paths, tokens: int, dtype: np.dtype[Any], idx_bytes: int) -> TokenInfo:
+    path = paths.sidecar
+    try:
+        info = TokenInfo.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path}: not a sidecar that this titanlite knows: {where}{': ' if where else ''}{first['msg']}. If it is "
+            "damaged, prepare the file again; if it is another program's, give the token file another name."
+        ) from error
+    for what, found, expected in (
+        (f"bytes of {paths.bin.name}", tokens * dtype.itemsize, info.bin_bytes),
+        (f"bytes of {paths.idx.name}", idx_bytes, info.idx_bytes),
+        ("tokens", tokens, info.tokens),
+        ("type of ids", dtype.name, info.dtype),
+    ):
+        if found != expected:
+            raise DataError(f"{path}: belongs to other files: {what}: {expected} there, {found} here; {RESTORE}")
+    return info
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")

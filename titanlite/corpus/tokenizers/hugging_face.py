@@ -1,0 +1,288 @@
+"""Tokenizers of Hugging Face's `tokenizers` library: one JSON file that says how text is cut.
+
+The file's own truncation, padding and templates (begin-of-text and the like) are not applied: a corpus is ids of its
+text and separators, nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from titanlite.corpus.tokenizers import Ids
+from titanlite.corpus.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
+from titanlite.corpus.tokenizers.pieces import (
+    PieceTokenizer,
+    choose_separator,
+    library_failures,
+    read_file,
+    require_distinct,
+)
+from titanlite.errors import DataError
+
+CONFIG = "tokenizer_config.json"
+_NO_TOKEN = "titanlite: no token for unknown text"
+"""Stands as the unknown token of a BPE that has none, which would drop in silence what it has no token for: as this is
+not in the vocabulary either, the library raises instead.
+"""
+_MAX_GROWTH = 1000
+"""Times that normalizer, cuts or decoder may make a text longer; known ones stay under 30."""
+
+
+class HuggingFaceTokenizer(PieceTokenizer):
+    """What a `tokenizer.json` says; `special` are special tokens beside its own, after its last id."""
+
+    library = "tokenizers"
+
+    def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
+        """Raises `DataError`."""
+        require_distinct(special)
+        content = self._content = read_file(path)
+        fields = _object(path, content)
+        vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
+        _require_little_growth(path, fields)
+        if fields["model"].get("dropout"):  # by which a text has other ids at each call
+            fields["model"]["dropout"] = None
+            self._content = json.dumps(fields).encode()
+        self._added = tuple(name for name in special if not added.get(name, (0, False))[1])
+        names = {name: number for name, (number, is_special) in added.items() if is_special}
+        following = _following(path, vocabulary, added)
+        for name in self._added:
+            known = added[name][0] if name in added else vocabulary.get(name)
+            names[name] = following if known is None else known
+            following += known is None
+        self._literal = frozenset(added)
+        self._config = _config(path.with_name(CONFIG))
+        chosen = choose_separator(path, names, separator, _declared_end(self._config))
+        size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
+        super().__init__(path, content, names, chosen, size)
+        self.unknown = _unknown(fields["model"])
+        self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
+        decoders = [step.get("type") for step in _steps(fields, "decoder")]
+        self._lost_blank = _lost_blank(fields, vocabulary) if "ByteFallback" in decoders else None
+        self._is_byte_level, self._falls_back_to_bytes = "ByteLevel" in decoders, "ByteFallback" in decoders
+        cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
+        self.takes_any_bytes = self._is_byte_level and not any(step.get("add_prefix_space", True) for step in cuts)
+
+    def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
+        if self._fast is not None:
+            engine, ids = self._fast
+            with suppress(ValueError):
+                return [ids[ranks_in(engine, text)] for text in texts]
+        try:
+            encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            if _NO_TOKEN not in str(error):
+                raise
+            raise DataError(
+                f"{self.path} has no token for some of this text, and none for unknown text (unk_token), so it would "
+                "be lost; take a tokenizer with all 256 bytes, as titanlite data train-tokenizer makes, or leave the "
+                "text out."
+            ) from error
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        text = super().decode(ids)
+        return text.replace(self._lost_blank, b" ") if self._lost_blank else text
+
+    def bytes_of(self, ids: npt.ArrayLike) -> int:
+        return len(self.decode(ids)) if self._lost_blank else super().bytes_of(ids)
+
+    def piece_table(self) -> Mapping[int, bytes]:
+        vocabulary: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
+        if self._is_byte_level:
+            return {
+                number: token.encode() if token in self._literal else _bytes_of(token)
+                for token, number in vocabulary.items()
+            }
+        return self._decoded_alone(vocabulary)
+
+    def export(self) -> dict[str, bytes]:
+        content = self._load_engine().to_str(pretty=True).encode() if self._added else self._content
+        return {"tokenizer.json": content, CONFIG: config_json(self._config, self.separator_name)}
+
+    @cached_property
+    def _fast(self) -> tuple[Any, Ids] | None:
+        """tiktoken and the ids of its ranks, if it certainly cuts all texts alike."""
+        found = ranks_of_json(json.loads(self._content), self.special_tokens)
+        if found is None:
+            return None
+        return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)
+
+    @cached_property
+    def _engine(self) -> Any:
+        engine = self._load_engine()
+        if getattr(engine.model, "unk_token", "") is None:
+            engine.model.unk_token = _NO_TOKEN
+        return engine
+
+    def _load_engine(self) -> Any:
+        # One thread a process: ranks and workers share the machine, and threads would not live through a fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tokenizers import Tokenizer
+
+        with library_failures(self.path, self.library):
+            engine = Tokenizer.from_str(self._content.decode())
+            engine.add_special_tokens(list(self._added))
+            engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
+            engine.no_truncation()
+            engine.no_padding()
+        return engine
+
+    def _decoded_alone(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+        """What each id adds to the text when it follows another one.
+
+        At the beginning of a text, decoders drop what they would put between words.
+        """
+        anchor = next((number for token, number in vocabulary.items() if token in ("a", "e", "1")), None)
+        before = [] if anchor is None else [anchor]
+        numbers = list(vocabulary.values())
+        start = self._engine.decode(before, skip_special_tokens=False)
+        texts = self._engine.decode_batch([[*before, number] for number in numbers], skip_special_tokens=False)
+        table = {number: text.removeprefix(start).encode() for number, text in zip(numbers, texts, strict=True)}
+        if self._falls_back_to_bytes:  # one alone decodes to a replacement character
+            table.update({vocabulary[name]: bytes([byte]) for byte, name in _byte_names() if name in vocabulary})
+        return table
+
+
+def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
+    """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
+
+
+# --- what the file says
+
+
+def _object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{path} is not a JSON object.")
+    return fields
+
+
+def _vocabulary(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict) and all(type(number) is int and number >= 0 for number in vocabulary.values()):
+        return vocabulary
+    if isinstance(vocabulary, list) and all(isinstance(item, list) and item for item in vocabulary):  # Unigram's
+        return {str(item[0]): number for number, item in enumerate(vocabulary)}
+    raise DataError(f"{path} is not a tokenizer of the library 'tokenizers': it has no model with a vocab.")
+
+
+def _added_tokens(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """id and whether it is special, by name."""
+    tokens = fields.get("added_tokens") or []
+    try:
+        found = {token["content"]: (token["id"], token["special"]) for token in tokens}
+        known = all(type(name) is str and type(number) is int and number >= 0 for name, (number, _) in found.items())
+    except (TypeError, KeyError):
+        known = False
+    if not known:
+        raise DataError(f"{path}: added_tokens is not a list of tokens with content, id and special.")
+    return found
+
+
+def _following(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tuple[int, bool]]) -> int:
+    """The next id that the library gives out, which does so itself for the added tokens that the vocabulary lacks.
+
+    It begins after the vocabulary's length, holes or not. Raises `DataError` where the file says otherwise.
+    """
+    following = len(vocabulary)
+    for name, (number, _) in added.items():
+        expected = vocabulary.get(name, following)
+        if number != expected:
+            raise DataError(f"{path}: the added token '{name}' has id {number} by the file, and is {expected}.")
+        following = max(following, number + 1)
+    return following
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    number, vocabulary, token = model.get("unk_id"), model["vocab"], model.get("unk_token")
+    if isinstance(vocabulary, list):  # Unigram's
+        return str(vocabulary[number][0]) if type(number) is int and 0 <= number < len(vocabulary) else None
+    return token if isinstance(token, str) else None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return _object(path, read_file(path)) if path.is_file() else {}
+
+
+def _declared_end(config: Mapping[str, Any]) -> str | None:
+    token = config.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+    """The normalizer, pre-tokenizer or decoder, and the parts of sequences of them."""
+    steps = [fields.get(name)]
+    for step in steps:  # which become more on the way
+        if isinstance(step, dict):
+            yield step
+            parts = step.get(f"{name}s", step.get(f"{name.replace('_', '')}s"))
+            steps += parts if isinstance(parts, list) else []
+
+
+def _require_little_growth(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raises `DataError` for steps that together make a text so long that the library's want of memory ends the
+    process.
+    """
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = 1.0
+        for step in _steps(fields, name):
+            pattern, content = step.get("pattern"), step.get("content")
+            if isinstance(pattern, dict) and isinstance(content, str):  # Replace; a regex may match what is empty
+                least = pattern.get("String")
+                growth *= max(1.0, len(content) / len(least) if isinstance(least, str) and least else 1 + len(content))
+            elif step.get("type") == "ByteLevel":
+                growth *= 2
+            elif step.get("type") == "Precompiled":
+                growth *= _longest_of(step.get("precompiled_charsmap"))
+            if growth > _MAX_GROWTH:
+                raise DataError(f"{path}: its {name} may make a text {growth:,.0f} times as long; mend or replace it.")
+
+
+def _longest_of(charsmap: Any) -> int:
+    """Bytes of the longest text that one of SentencePiece's maps of characters puts for another one."""
+    try:
+        content = base64.b64decode(charsmap)
+    except (TypeError, ValueError):  # the library will say what is wrong
+        return 1
+    return max(1, *map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")))
+
+
+def _lost_blank(fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes | None:
+    """What the tokenizer puts for a blank, if the vocabulary lacks it and it becomes the tokens of its bytes."""
+    for step in _steps(fields, "decoder"):
+        pattern = step.get("pattern")
+        mark = pattern.get("String") if isinstance(pattern, dict) and step.get("content") == " " else None
+        mark = step.get("replacement") if step.get("type") == "Metaspace" else mark
+        if isinstance(mark, str) and mark and mark not in vocabulary:
+            return mark.encode()
+    return None
+
+
+def _bytes_of(token: str) -> bytes:
+    """As the library has it: a token with other characters than those of bytes stands for itself."""
+    try:
+        return bytes_of_characters(token)
+    except KeyError:
+        return token.encode()
+
+
+def _byte_names() -> Iterator[tuple[int, str]]:
+    return ((byte, f"<0x{byte:02X}>") for byte in range(256))

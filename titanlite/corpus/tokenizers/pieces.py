@@ -1,0 +1,223 @@
+"""What tokenizers from files have in common: pieces of text, special tokens, a separator among these.
+
+Each id stands for the same bytes wherever it is, so bytes are counted by a table, and a text can be decoded id by id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from titanlite.corpus.tokenizers import END_OF_TEXT, Ids, token_dtype
+from titanlite.errors import DataError
+from titanlite.registry import did_you_mean
+
+MAX_FILE_BYTES = 2**28
+"""Ten times what the largest vocabularies take."""
+MAX_IDS = 2**24
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
+"""What `surrogateescape` makes of bytes that are not UTF-8."""
+
+
+@contextmanager
+def library_failures(path: Path, library: str) -> Iterator[None]:
+    """Raise as `DataError` what a library raises; a panic of one in Rust is no `Exception`."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{path} cannot be used by the library '{library}': {error}.") from error
+
+
+class PieceTokenizer(ABC):
+    """A vocabulary of pieces, and a library's way of cutting text into them."""
+
+    library: str
+    files: Mapping[str, Path]
+    unknown: str | None = None
+    """The special token that stands for text without any other."""
+    takes_any_bytes: bool
+    """Whether what is not UTF-8 can be encoded too, byte by byte."""
+
+    def __init__(self, path: Path, content: bytes, special: Mapping[str, int], separator: int, vocab_size: int) -> None:
+        if vocab_size > MAX_IDS:
+            raise DataError(f"{path} has ids up to {vocab_size - 1:,}, and no vocabulary is so large.")
+        self.path = path
+        self.special_tokens = dict(special)
+        self.separator = separator
+        self.vocab_size = vocab_size
+        self.fingerprint = fingerprint_of(type(self).__name__, content, special, separator)
+        self.dtype = token_dtype(vocab_size)
+
+    @abstractmethod
+    def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text in the tokenizer's `dtype`; special tokens' names in it are text like any other."""
+
+    @abstractmethod
+    def piece_table(self) -> Mapping[int, bytes]:
+        """What ids stand for; those that are missing, and special tokens, stand for nothing."""
+
+    @abstractmethod
+    def export(self) -> dict[str, bytes]:
+        """See `Tokenizer`."""
+
+    @cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """What each id stands for, [vocab_size]."""
+        with library_failures(self.path, self.library):
+            table, special = self.piece_table(), set(self.special_tokens.values())
+        return tuple(b"" if number in special else table.get(number, b"") for number in range(self.vocab_size))
+
+    @property
+    def separator_name(self) -> str:
+        return self._name(self.separator)
+
+    def encode(self, text: bytes) -> Ids:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        with library_failures(self.path, self.library):
+            try:
+                strings = [text.decode() for text in texts]
+            except UnicodeDecodeError:
+                found = [self._encode_any_bytes(text) for text in texts]
+            else:
+                found = self.encode_strings(strings)
+            special = [ids[self._never_text[ids]] for ids in found]
+        if name := next((self._name(ids[0]) for ids in special if len(ids)), None):
+            raise DataError(
+                f"{self.path} turns text that reads '{name}' into the special token of that name; choose one that "
+                "is not also a word of its vocabulary as data.separator, or in data.special_tokens."
+            )
+        return found
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        return b"".join(map(self.pieces.__getitem__, flat_ids(ids, self.vocab_size).tolist()))
+
+    def bytes_of(self, ids: npt.ArrayLike) -> int:
+        return int(self._lengths[flat_ids(ids, self.vocab_size)].sum())
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return np.fromiter(map(len, self.pieces), np.int64, self.vocab_size)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        """Ids that stand for one byte that is no character by itself."""
+        return {piece[0]: number for number, piece in enumerate(self.pieces) if len(piece) == 1 and piece[0] >= 0x80}
+
+    @cached_property
+    def _never_text(self) -> npt.NDArray[np.bool_]:
+        never = np.zeros(self.vocab_size, np.bool_)
+        never[[number for name, number in self.special_tokens.items() if name != self.unknown]] = True
+        return never
+
+    def _name(self, special: int) -> str:
+        return next(name for name, number in self.special_tokens.items() if number == special)
+
+    def _encode_any_bytes(self, text: bytes) -> Ids:
+        """The parts that are UTF-8 as texts of their own, each byte between them as its own id."""
+        parts = utf8_parts(text)
+        if len(parts) > 1 and not self.takes_any_bytes:
+            self._refuse_bytes(text)
+        found: list[Ids] = [np.empty(0, self.dtype)] * len(parts)
+        found[::2] = self.encode_strings(parts[::2])
+        found[1::2] = map(self._ids_of_bytes, parts[1::2])
+        return np.concatenate(found)
+
+    def _ids_of_bytes(self, escaped: str) -> Ids:
+        data = escaped.encode("utf-8", "surrogateescape")
+        missing = set(data) - self._byte_ids.keys()
+        if missing:
+            raise DataError(
+                f"{self.path} has no token for the byte {min(missing):#04x}, which is in the text and not UTF-8 there; "
+                "convert the text to UTF-8."
+            )
+        return np.fromiter(map(self._byte_ids.__getitem__, data), self.dtype, len(data))
+
+    def _refuse_bytes(self, text: bytes) -> None:
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not UTF-8: byte {text[error.start]:#04x} at position {error.start + 1} of the text, and {self.path} "
+                "is not byte-level: it takes UTF-8 alone. Convert the text, or leave it out."
+            ) from None
+
+
+def utf8_parts(text: bytes) -> list[str]:
+    """What is UTF-8 in `text`, perhaps empty, and what is not (as `surrogateescape` has it), in turns."""
+    return _NOT_UTF8.split(text.decode("utf-8", "surrogateescape"))
+
+
+def flat_ids(ids: npt.ArrayLike, vocab_size: int) -> npt.NDArray[np.int64]:
+    """`ids` as a flat array. Raises `ValueError` for one outside the vocabulary."""
+    flat = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if flat.size and (flat.min() < 0 or flat.max() >= vocab_size):
+        raise ValueError(f"ids must be in [0, {vocab_size}), found {flat.min()} to {flat.max()}")
+    return flat
+
+
+def fingerprint_of(kind: str, content: bytes, special: Mapping[str, int], separator: int) -> str:
+    """Hash of all that decides a tokenizer's ids."""
+    parts = [kind, xxhash.xxh3_128_hexdigest(content), sorted(special.items()), separator]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def read_file(path: Path) -> bytes:
+    """The whole of a tokenizer's file. Raises `DataError` if it cannot be read, is empty or far too large."""
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or data.tokenizer.") from error
+    if size > MAX_FILE_BYTES:
+        raise DataError(f"{path} has {size:,} bytes, far too many for a tokenizer; mend data.tokenizer.")
+    if not content.strip():
+        raise DataError(f"{path} is empty; give a tokenizer's file.")
+    return content
+
+
+def require_distinct(names: Iterable[str], who: str = "data.special_tokens") -> None:
+    """Raise `DataError` if `who` names one twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise DataError(f"{who} names '{name}' twice; take one of them out.")
+        seen.add(name)
+
+
+def choose_separator(path: Path, special: Mapping[str, int], wanted: str | None, declared: str | None = None) -> int:
+    """The id that stands between documents: of the special token that the recipe wants, of the one that the file
+    declares to end a text, or of the one that is known to. Raises `DataError` if there is none or more than one.
+    """
+    who = "eos_token of tokenizer_config.json beside it" if wanted is None else "data.separator"
+    name = declared if wanted is None else wanted
+    if name is not None:
+        if name not in special:
+            hint = did_you_mean(name, list(special)) or f"it has {_named(special)}."
+            raise DataError(f"{path} has no special token '{name}' ({who}); {hint}")
+        return special[name]
+    known = [name for name in END_OF_TEXT if name in special]
+    if len(known) == 1:
+        return special[known[0]]
+    found = f"several special tokens that may end a document: {_named(known)}" if known else ""
+    found = found or f"no special token that is known to end a document; it has {_named(special)}"
+    raise DataError(f"{path} has {found}. Name the one to put between documents as data.separator.")
+
+
+def _named(names: Iterable[str]) -> str:
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") or "none"

@@ -1,0 +1,135 @@
+"""`titanlite data train-tokenizer`: a byte-level BPE of one's own corpus, by the `tokenizers` library.
+
+The same texts give the same files, however many threads count them. What is not UTF-8 in a text is passed over here;
+the tokenizer takes it all the same, byte by byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from titanlite.errors import DataError, UsageError
+from titanlite.files import cause, replace_file
+from titanlite.recipe.paths import input_argument, path_argument
+from titanlite.recipe.sections import Data
+from titanlite.text import format_bytes, format_count
+
+SEPARATOR = "<|end_of_text|>"
+MIN_FREQUENCY = 2
+"""Pairs that occur less often are not merged: a token that is seen once teaches nothing."""
+_BYTES = 256
+_TOLD_SECONDS = 15.0
+
+
+@dataclass
+class Read:
+    """What has been read so far."""
+
+    documents: int = 0
+    nbytes: int = 0
+
+
+def add_train_tokenizer_command(commands: Any) -> None:
+    """Add it to the parsers of `titanlite data`."""
+    line = "train a byte-level BPE on texts; writes tokenizer.json and tokenizer_config.json"
+    command = commands.add_parser("train-tokenizer", help=line, description=line, allow_abbrev=False)
+    command.set_defaults(action=_train_tokenizer)
+    command.add_argument(
+        "inputs", nargs="+", type=input_argument, metavar="INPUT", help="as data.corpus in a recipe; several make one"
+    )
+    command.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the files go")
+    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special ones counted")
+    command.add_argument("--separator", default=SEPARATOR, metavar="TOKEN",
+                         help=f"special token that stands between documents (default {SEPARATOR})")  # fmt: skip
+    command.add_argument("--special-token", action="append", default=[], metavar="TOKEN",
+                         help="another special token; can be given several times")  # fmt: skip
+    command.add_argument("--text-key", default="text", help="as data.text_key in a recipe")
+    command.add_argument("--held-out", type=float, default=0.0, metavar="PERCENT",
+                         help="leave out the documents that data.validation_percent holds out")  # fmt: skip
+    command.add_argument("--force", action="store_true", help="overwrite a tokenizer that is there")
+
+
+def train_bpe(
+    texts: Iterator[str], vocab_size: int, special: tuple[str, ...], *, show_progress: bool = False
+) -> tuple[str, int]:
+    """The `tokenizer.json` of a byte-level BPE of at most `vocab_size` tokens, and how many it has.
+
+    Ids are the 256 bytes, merges in the order in which they were made, and the `special` tokens. Raises `DataError` if
+    text would encode to one of these.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special),
+        min_frequency=MIN_FREQUENCY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        show_progress=show_progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    for name in special:
+        if tokenizer.token_to_id(name) is not None:
+            raise DataError(f"the corpus makes '{name}' a token by itself; name the special token otherwise.")
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer.to_str(pretty=True), tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+def _train_tokenizer(arguments: argparse.Namespace) -> None:
+    from titanlite.corpus.tokenizers.hugging_face import CONFIG, config_json
+    from titanlite.corpus.tokenizers.pieces import require_distinct
+
+    special = (arguments.separator, *arguments.special_token)
+    require_distinct(special, "--special-token")
+    if not _BYTES + len(special) <= arguments.vocab_size < 2**31:
+        least = f"{_BYTES} bytes and {len(special)} special tokens"
+        raise UsageError(f"--vocab-size {arguments.vocab_size}: must be at least {_BYTES + len(special)}, for {least}.")
+    if not 0 <= arguments.held_out < 100:
+        raise UsageError("--held-out must be a percentage from 0 to below 100.")
+    file = arguments.out / "tokenizer.json"
+    if file.exists() and not arguments.force:
+        raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
+    read = Read()
+    texts = _texts(arguments.inputs, Data(text_key=arguments.text_key), arguments.held_out, read)
+    content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())
+    if not read.documents:
+        raise DataError(f"{', '.join(arguments.inputs)}: no text at all; give a corpus with text in it.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file.with_name(CONFIG), config_json({}, arguments.separator))
+        replace_file(file, content.encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {cause(error, file)}.") from error
+    print(f"{file}: {size:,} tokens, of {format_count(read.documents)} documents, {format_bytes(read.nbytes)}")
+    if size < arguments.vocab_size:
+        print(f"fewer than --vocab-size {arguments.vocab_size}: no other pair of tokens occurs twice in the corpus.")
+
+
+def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Read) -> Iterator[str]:
+    """What is UTF-8 of all documents that are not held out; counted in `read`."""
+    from titanlite.corpus.corpora import is_held_out, read_corpus
+    from titanlite.corpus.tokenizers.pieces import utf8_parts
+
+    told = time.monotonic()
+    for document in read_corpus(inputs, section):
+        if is_held_out(document.name, held_out_percent):
+            continue
+        read.documents += 1
+        read.nbytes += len(document.content)
+        yield from utf8_parts(document.content)[::2]
+        if time.monotonic() - told >= _TOLD_SECONDS:
+            told = time.monotonic()
+            print(f"read {format_count(read.documents)} documents, {format_bytes(read.nbytes)}", file=sys.stderr)

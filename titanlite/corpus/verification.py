@@ -1,0 +1,82 @@
+"""Token files against the hashes in their sidecars: once a run, in a thread beside its training.
+
+What was found is kept in the run's folder. A file that a start has found damaged is read again before the next begins.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from titanlite.corpus.file_array import OpenFile
+from titanlite.corpus.token_file import TokenFile
+from titanlite.corpus.units import key_of
+from titanlite.errors import DataError
+from titanlite.files import replace_file
+
+_LAST_SECONDS = 5.0
+"""For which the end waits for the file system to answer."""
+
+
+class Verification:
+    """This rank's part of a run's token files."""
+
+    def __init__(self, files: Sequence[TokenFile], folder: Path, rank: int = 0, ranks: int = 1) -> None:
+        """`folder` keeps what was found. Files without a sidecar, of which nothing is known, are left out."""
+        self._files = [file for file in files if file.info is not None]
+        self._own = self._files[rank::ranks]
+        self._marks = {file.prefix: _mark(file, folder) for file in self._files}
+        self.failure: DataError | None = None
+        """The first damage that was found."""
+        self._left: list[TokenFile] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread. Raises `DataError` if a file is still damaged that an earlier start found so."""
+        for file in self._own:
+            try:
+                if self._marks[file.prefix].read_bytes():
+                    self._verify(file)
+            except OSError:  # not verified yet
+                self._left.append(file)
+            if self.failure is not None:
+                raise self.failure
+        self._thread.start()
+
+    def end(self) -> list[TokenFile]:
+        """Stop; returns the files, of all ranks, that are not verified yet."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(_LAST_SECONDS)
+        return [file for file in self._files if not os.path.exists(self._marks[file.prefix])]
+
+    def _verify_all(self) -> None:
+        for file in self._left:
+            if self.failure is None and not self._stop.is_set():
+                self._verify(file)
+
+    def _verify(self, file: TokenFile) -> None:
+        try:
+            file.verify_hashes(self._hash)
+        except DataError as error:
+            self.failure = error if not self._stop.is_set() else None
+        if not self._stop.is_set():
+            with suppress(OSError):  # it is verified again then
+                mark = self._marks[file.prefix]
+                mark.parent.mkdir(exist_ok=True)
+                replace_file(mark, str(self.failure or "").encode("utf-8", "surrogateescape"))
+
+    def _hash(self, file: OpenFile) -> str:
+        """Of the time, half is left to those who read what they train on."""
+        return file.hash(self._stop.wait if self._thread.ident is not None else lambda _: False)
+
+
+def _mark(file: TokenFile, folder: Path) -> Path:
+    """Of a file with this name, size, time and sidecar: empty if it is whole, or else what is wrong."""
+    assert file.info is not None
+    parts = [(str(each.path.resolve()), each.size, each.modified_ns) for each in (file.tokens.file, file.lengths.file)]
+    return folder / key_of([parts, file.info.bin_xxh3_64, file.info.idx_xxh3_64])

@@ -1,0 +1,228 @@
+"""Which products run in float8, and how: what a recipe's name stands for, and which linears it is worth it for.
+
+Arithmetic on names and sizes, without torch: `titanlite check` says it, `float8.py` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from titanlite.models.spec import ModelSpec, ShardingRule, Style, is_named_by
+from titanlite.plan.slicing import Shape, pattern_of
+from titanlite.recipe.sections import Float8
+
+ALIGNMENT = 16
+"""Sizes that the matrix units' float8 products take are multiples of this."""
+BLOCK = 32
+"""Neighbours that share a scale in the formats of the OCP Microscaling specification (MX, version 1.0)."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How a factor of a product becomes float8. Scales are powers of two."""
+
+    format: Literal["e4m3", "e5m2"]
+    """e4m3 keeps 3 bits after the point down to 2^-14 of the largest value, e5m2 2 bits down to 2^-29."""
+    scale: Literal["tensor", "row", "block"]
+    """One scale; or one for each vector that is multiplied and summed (left rows, right columns), or `BLOCK` of it."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two matrices in float8."""
+
+    left: Cast
+    right: Cast
+    fast_accumulation: bool
+    """Whether the matrix units may keep their sums in fewer bits than float32 (on Hopper, about 14)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The three products of a linear layer: x W^T, dy W and dy^T x. None: in the compute dtype."""
+
+    output: Product
+    grad_input: Product
+    grad_weight: Product | None
+
+    @property
+    def alignment(self) -> int:
+        """What sizes, and numbers of tokens, must be multiples of."""
+        return BLOCK if self.output.left.scale == "block" else ALIGNMENT
+
+    @property
+    def sent_weights(self) -> Cast | None:
+        """How a weight can be cast by who has some of its rows, before it is for its products; None if it cannot."""
+        return _by_rows(self.output.right, self.grad_input.right)
+
+    @property
+    def sent_inputs(self) -> Cast | None:
+        """The same of a linear's inputs."""
+        return _by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
+
+    @property
+    def sent_gradients(self) -> Cast | None:
+        """The same of the gradients of a linear's outputs."""
+        return _by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
+
+
+def _by_rows(one: Cast, turned: Cast | None) -> Cast | None:
+    """The cast of rows that takes nothing from a factor of two products, one of them with its transpose; None if it
+    would.
+
+    A product in the compute dtype wants the factor in full. What is small beside its row can be large in its block, or
+    in its column, which is a row of the transpose.
+    """
+    if turned is None or one.format != turned.format or one.scale == "block" or turned.scale != "tensor":
+        return None
+    return Cast(one.format, "row")
+
+
+_TENSOR, _ROW, _WIDE = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")
+_FORWARD = Product(_ROW, _ROW, fast_accumulation=True)
+_BACKWARD = Product(_ROW, _ROW, fast_accumulation=False)
+_BLOCKS = Product(Cast("e4m3", "block"), Cast("e4m3", "block"), fast_accumulation=False)
+
+SETTINGS: dict[str, Settings] = {
+    "tensorwise": Settings(
+        output=Product(_TENSOR, _TENSOR, fast_accumulation=True),
+        grad_input=Product(_WIDE, _TENSOR, fast_accumulation=False),
+        grad_weight=Product(_WIDE, _TENSOR, fast_accumulation=False),
+    ),
+    "rowwise": Settings(_FORWARD, _BACKWARD, _BACKWARD),
+    # A weight has one scale in grad_input, so that it need not be read again along its columns.
+    "rowwise_with_hp_grad_weight": Settings(
+        output=_FORWARD, grad_input=Product(_ROW, _TENSOR, fast_accumulation=False), grad_weight=None
+    ),
+    "mxfp8": Settings(_BLOCKS, _BLOCKS, _BLOCKS),
+}
+"""What the recipes of these names stand for: formats and scales of the first three are those of torchao's recipes of
+the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_of_2`."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one linear."""
+
+    name: str
+    shape: Shape
+    """[outputs, inputs] of its weight, in whole."""
+    skipped: str | None
+    """Why it stays as it is; None: it is converted."""
+
+
+def decisions(spec: ModelSpec, config: Any, section: Float8) -> tuple[Decision, ...]:
+    """One for each linear of the model; none where float8 is not enabled.
+
+    They do not depend on the layout, as the numbers must not: whole sizes count.
+    """
+    if not section.enabled:
+        return ()
+    shapes, tied = spec.shapes(config), spec.tied(config)
+    shapes = {**shapes, **{name: shapes[other] for name, other in tied.items()}}
+    tables = tuple(rule.pattern for rule in spec.sharding(config) if rule.style == "vocab")
+    found = []
+    for parameter, shape in shapes.items():
+        name = parameter.removesuffix(".weight")
+        if len(shape) == 2 and not is_named_by(tables, name):
+            reason = "shares the embedding's weight" if parameter in tied else _reason(section, name, *shape)
+            found.append(Decision(name, shape, reason))
+    return tuple(found)
+
+
+def _reason(section: Float8, name: str, outputs: int, inputs: int) -> str | None:
+    """Why a linear of these sizes is not converted, if it is not."""
+    if is_named_by(section.exclude, name):
+        return "excluded"
+    if not aligned((outputs, inputs), section):
+        return f"not in multiples of {SETTINGS[section.recipe].alignment}"
+    if mean_size(outputs, inputs) < section.min_size:
+        return f"below min_size {section.min_size}"
+    return None
+
+
+def aligned(shape: Shape, section: Float8) -> bool:
+    """Whether a weight of this shape can be multiplied in float8."""
+    return all(size % SETTINGS[section.recipe].alignment == 0 for size in shape)
+
+
+def mean_size(outputs: int, inputs: int) -> float:
+    """The harmonic mean of a weight's sizes: it grows with what float8 saves a linear over what its casts cost.
+
+    Of a token, three products of 2 x outputs x inputs operations take half as long: 3 x outputs x inputs are saved.
+    Its inputs and outputs are read for their largest value, read, written and turned: some 8 bytes of each. So it pays
+    above 16/3 of the operations that the device does in the time of a byte: 1300 at an H100's 250, half that where the
+    compiler fuses the casts with what comes before. The number of tokens does not matter.
+    """
+    return 2 * outputs * inputs / (outputs + inputs)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What tensor parallel ranks gather before a linear's products."""
+
+    module: str
+    what: Literal["inputs", "gradients"]
+    """Inputs of its `column` linears, or gradients of the outputs of a `row` linear."""
+    cast: Cast | None
+    """How it travels; None: in the compute dtype."""
+    why: str | None
+    """Why it is not sent in float8."""
+
+
+def gathers(spec: ModelSpec, config: Any, section: Float8) -> tuple[Gather, ...]:
+    """All of a model's, in the order of its linears; none where `all_gather` is not on.
+
+    Inputs are sent in float8 where every linear that takes them is converted.
+    """
+    if not (section.enabled and section.all_gather):
+        return ()
+    rules, settings = spec.sharding(config), SETTINGS[section.recipe]
+    takers: dict[tuple[str, Literal["inputs", "gradients"]], list[Decision]] = {}
+    for each in decisions(spec, config, section):
+        if is_named_by(_patterns(rules, "row"), each.name):
+            takers.setdefault((each.name, "gradients"), []).append(each)
+        elif is_named_by(_patterns(rules, "column"), each.name):
+            takers.setdefault((_gathering(rules, each.name), "inputs"), []).append(each)
+    casts = {"inputs": settings.sent_inputs, "gradients": settings.sent_gradients}
+    found = []
+    for (module, what), linears in takers.items():
+        why = None if casts[what] is not None else f"{section.recipe} takes them more exactly"
+        why = next((f"{linear.name}: {linear.skipped}" for linear in linears if linear.skipped is not None), why)
+        found.append(Gather(module, what, casts[what] if why is None else None, why))
+    return tuple(found)
+
+
+def _patterns(rules: Sequence[ShardingRule], style: Style) -> tuple[str, ...]:
+    return tuple(rule.pattern for rule in rules if rule.style == style)
+
+
+def _gathering(rules: Sequence[ShardingRule], linear: str) -> str:
+    """The innermost module around a `column` linear, or itself, that gathers its input."""
+    parts, patterns = linear.split("."), _patterns(rules, "gather")
+    around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next(module for module in around if is_named_by(patterns, module))
+
+
+def gathers_in_words(found: Sequence[Gather]) -> list[str]:
+    """`inputs of layers.*.attention, layers.*.ffn: e4m3`, `inputs of head: as computed (head: excluded)`."""
+    modules: dict[tuple[str, str], dict[str, None]] = {}
+    for each in found:
+        how = each.cast.format if each.cast is not None else f"as computed ({pattern_of(each.why or '')})"
+        modules.setdefault((each.what, how), {})[pattern_of(each.module)] = None
+    return [f"{what} of {', '.join(names)}: {how}" for (what, how), names in modules.items()]
+
+
+def summary(found: Sequence[Decision]) -> str:
+    """`converted 224 of 225 linears; skipped: head (excluded)`."""
+    reasons: dict[str, list[str]] = {}
+    for each in found:
+        names = reasons.setdefault(each.skipped or "", [])
+        if pattern_of(each.name) not in names:
+            names.append(pattern_of(each.name))
+    reasons.pop("", None)
+    skipped = ", ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    converted = sum(each.skipped is None for each in found)
+    return f"converted {converted} of {len(found)} linears{'; skipped: ' * bool(skipped)}{skipped}"

@@ -1,0 +1,71 @@
+"""What can be wrong with a valid recipe on a given number of ranks.
+
+One function a rule, each pure: (recipe, world) -> findings, with the numbers and the fix. Values that are wrong by
+themselves never come here: `recipe/load.py` refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from titanlite.errors import Finding
+from titanlite.plan.layout import active_ranks
+from titanlite.plan.rules import data, float8, idle, kernels, layout, pipeline, run
+from titanlite.recipe.sections import Recipe
+
+Rule = Callable[[Recipe, int], Iterator[Finding]]
+
+RULES: tuple[Rule, ...] = (
+    run.amount,
+    run.names,
+    run.preset,
+    run.heads,
+    run.rope,
+    run.vocabulary,
+    run.ranges,
+    run.schedule,
+    run.decay_rate,
+    data.homes,
+    data.sources,
+    data.stages,
+    data.validation_sets,
+    data.skipped,
+    layout.mesh,
+    layout.cuts,
+    layout.uneven_cuts,
+    layout.sequences,
+    layout.ring_of_documents,
+    layout.machines,
+    layout.overlap,
+    layout.parts,
+    layout.microbatches,
+    pipeline.pipeline,
+    pipeline.split_backward,
+    float8.nothing_converted,
+    float8.halved_backward,
+    float8.emulation,
+    float8.exclusions,
+    float8.shares,
+    float8.sent,
+    layout.offloading,
+    layout.rounded_sums,
+    layout.padding,
+    kernels.wide_kernels,
+    run.never_reached,
+    run.rollback,
+    run.rerun,
+    idle.without_effect,
+    idle.memory_budget,
+    run.watching,
+    run.checkpoints,
+    run.looking_inside,
+)
+
+
+def check(recipe: Recipe, world: int = 1) -> list[Finding]:
+    """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
+    active = active_ranks(recipe, world)
+    findings = [finding for rule in RULES for finding in rule(recipe, active)]
+    if active < world:
+        findings.append(layout.standing_by(active, world))
+    return sorted(findings, key=lambda finding: finding.severity != "error")

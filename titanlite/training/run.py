@@ -1,0 +1,387 @@
+"""One run of a checked recipe: process group, run folder, trainer, and the records of how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titanlite.errors import (
+    EXIT_DONE,
+    OtherRankFailed,
+    StoppedEarly,
+    TitanliteError,
+    WorkerKilled,
+)
+from titanlite.files import cause
+from titanlite.observe.run_folder import GO_ON, RunFolder, Start
+from titanlite.plan.describe import checkpoint_bytes, describe, model_in_words
+from titanlite.plan.launch import launched, torchrun
+from titanlite.plan.layout import active_ranks, require_layout, sample_schedule, total_steps
+from titanlite.recipe.load import LoadedRecipe
+from titanlite.recipe.paths import expand
+from titanlite.recipe.sections import Recipe
+from titanlite.resilience import crashes
+from titanlite.text import pluralize
+
+if TYPE_CHECKING:
+    from titanlite.checkpoint.ranks import Ranks
+    from titanlite.corpus.verification import Verification
+    from titanlite.data.splits import DataSplits
+    from titanlite.observe.journal import Journal
+    from titanlite.parallel.world import World
+    from titanlite.resilience.watchdog import Hang
+    from titanlite.training.trainer import Trainer
+
+
+def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
+    """Run a checked recipe to its end. Raises `TitanliteError` of the type that says how else it ended."""
+    from titanlite.checkpoint.manager import CheckpointManager, Keep
+    from titanlite.checkpoint.ranks import Ranks, joined_ranks
+    from titanlite.checkpoint.snapshots import Snapshots, forget
+    from titanlite.data.read_log import NO_LOG, NoLog, ReadLog, last_start, log_path
+    from titanlite.observe.journal import Journal
+    from titanlite.parallel.world import full_memory_explained, joined_world
+    from titanlite.resilience.watchdog import Watchdog
+    from titanlite.training.trainer import Trainer
+
+    recipe = loaded.recipe
+    path = expand(recipe.run.output_dir) / recipe.run.name
+    records = path / "logs" / "crashes"
+    opened_data = _open_data_or_error(recipe)
+    with ExitStack() as stack:
+        active = active_ranks(recipe, launched().size)
+        world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
+        ranks = Ranks(world.rank, world.size)
+        data, reading = _agreed(ranks, opened_data)
+        journal = Journal()
+        stack.callback(journal.close)
+
+        def require_own() -> None:
+            if folder is not None:
+                folder.require_own()
+
+        section = recipe.checkpoint
+        checkpoints = CheckpointManager(
+            path / "checkpoints",
+            journal.say,
+            joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
+            Keep(section.keep_last, section.keep_every, section.keep_best),
+            background=section.mode == "async",
+            max_failures=section.max_failures,
+            require_own=require_own,
+        )
+        every = recipe.resilience.snapshot_every
+        snapshots = (
+            Snapshots(
+                expand(recipe.resilience.snapshot_dir),
+                checkpoints.folder,
+                journal.say,
+                joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
+                background=section.mode == "async",
+                require_own=require_own,
+            )
+            if every
+            else None
+        )
+        trainer: Trainer | None = None
+        folder: RunFolder | None = None
+
+        launchers = ranks.each(lambda: json.dumps(start.job).encode())
+
+        def opened() -> bytes:
+            nonlocal folder
+            job = sorted({name for names in launchers for name in json.loads(names)})
+            asked = replace(start, job=tuple(job))
+            folder = _opened(stack, loaded, path, asked, journal, lambda: 0 if trainer is None else trainer.step)
+            folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0), 1 + last_start(path))
+            checkpoints.prepare()
+            if snapshots is None:
+                forget(checkpoints.folder)
+            crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
+            begun = folder.start
+            return json.dumps([folder.attempt, begun.mode, begun.step, begun.restarted]).encode()
+
+        # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says what is to
+        # be done: a machine that has just come does not know what the job's earlier starts did.
+        attempt, mode, step, restarted = json.loads(ranks.first(opened))
+
+        def under_way() -> tuple[int, int | None]:
+            return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
+
+        crash = partial(_crash, attempt, world, loaded, under_way)
+        last_words = partial(_hung, journal, folder, records, crash)
+        watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, last_words)
+        with _failures_recorded(records, crash), watchdog, full_memory_explained():
+            own = replace(start, mode=mode, step=step, restarted=restarted)
+            if start.mode != "auto" and (mode, step) != (start.mode, start.step):
+                journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
+            layout = require_layout(recipe.parallel, world.size)
+            coordinates = layout.coordinates(world.rank)
+            read_log: ReadLog | NoLog = NO_LOG
+            if coordinates.is_batch_leader:
+                read_log = ReadLog(
+                    log_path(path, coordinates.data), coordinates.data, layout.data_ranks, attempt, journal.say
+                )
+                stack.callback(read_log.close)
+            trainer = Trainer(
+                recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log,
+                _verification(stack, data, path, ranks, journal),
+            )  # fmt: skip
+            hosts = ranks.each(lambda: os.fsencode(platform.node()))
+            _run(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
+
+
+def _run(journal: Journal, folder: RunFolder | None, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
+    """Train to the end; the first rank, which has the `folder`, prints how it begins and how it has ended."""
+    if folder is not None:
+        _begin(journal, folder, trainer, hosts, reading)
+    begun_at = trainer.step
+    trainer.run()
+    if folder is not None:
+        journal.say(_end_in_words(folder.path, trainer, begun_at))
+
+
+def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
+    """What is there at the end, and what to do with it."""
+    run, steps = shlex.quote(str(path)), trainer.total_steps
+    if begun_at == steps:
+        key = "training.steps" if trainer.recipe.training.tokens is None else "training.tokens"
+        return (
+            f"nothing is left to train: {path} has taken all of its {pluralize(steps, 'step')}. To train on, raise "
+            f"{key} and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={run}"
+        )
+    loss = "" if trainer.validation_loss is None else f", validation loss {trainer.validation_loss:.4f}"
+    return (
+        f"done: {pluralize(steps, 'step')}{loss}; the checkpoint is {trainer.checkpoints.path(steps)}. Next: "
+        f"titanlite generate {run} --prompt TEXT, or titanlite checkpoint export-hf {run} FOLDER"
+    )
+
+
+def _open_data_or_error(recipe: Recipe) -> tuple[DataSplits, list[str]] | TitanliteError:
+    try:
+        return open_run_data(recipe)
+    except TitanliteError as error:
+        return error
+
+
+def _agreed(ranks: Ranks, opened: tuple[DataSplits, list[str]] | TitanliteError) -> tuple[DataSplits, list[str]]:
+    """The data, once all ranks have theirs; else all raise the error of one, so that none waits and torchrun does not
+    start them again.
+    """
+
+    def require() -> None:
+        if isinstance(opened, TitanliteError):
+            raise opened
+
+    ranks.each(require)
+    assert not isinstance(opened, TitanliteError)
+    return opened
+
+
+def open_run_data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
+    """The run's data, and what is to be said of it. Raises `DataError`, also where it does not suffice."""
+    from titanlite.corpus.tokenised import texts_folder
+    from titanlite.corpus.tokenizers import describe_separator
+    from titanlite.data.splits import open_data, require_samples
+    from titanlite.data.survey import shared_texts
+
+    data = open_data(
+        recipe.data,
+        recipe.training.sequence_length,
+        recipe.run.seed,
+        validated=recipe.validation.every_steps > 0,
+        texts_folder=texts_folder(recipe.run),
+    )
+    reading = require_samples(data.train, sample_schedule(recipe).end_sample(total_steps(recipe.training)))
+    if launched().is_first:
+        reading += [f"warning: {finding}" for finding in shared_texts(recipe.data)]
+    return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
+
+
+def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, journal: Journal) -> Verification:
+    """That of this rank's part of the token files, under way until `stack` ends."""
+    from titanlite.corpus.verification import Verification
+    from titanlite.resilience.corruption import list_some
+
+    verification = Verification(data.token_files, path / "logs" / "verified", ranks.rank, ranks.size)
+
+    def end() -> None:
+        if (left := verification.end()) and verification.failure is None:
+            names = list_some([str(file.prefix) for file in left])
+            journal.say(f"ended before token files were verified ({names}); titanlite data verify does it")
+
+    ranks.each(verification.begin)
+    stack.callback(end)
+    return verification
+
+
+def _opened(
+    stack: ExitStack,
+    loaded: LoadedRecipe,
+    path: Path,
+    start: Start,
+    journal: Journal,
+    step: Callable[[], int],
+) -> RunFolder:
+    """The run's folder, this process's until `stack` ends, with its console and its `status.json`."""
+    from titanlite.observe.console import LogFile, open_console
+    from titanlite.observe.run_folder import open_run_folder
+
+    recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
+    journal.add_console(open_console(sys.stdout, steps, recipe.run.name))
+    folder = open_run_folder(path, recipe, loaded.text, start, journal.say)
+    stack.callback(folder.close)
+    stack.enter_context(_status(folder, step))
+    journal.add_console(LogFile(folder.logs / "console.log", steps))
+    folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
+    return folder
+
+
+def _crash(
+    attempt: int,
+    world: World,
+    loaded: LoadedRecipe,
+    under_way: Callable[[], tuple[int, int | None]],
+    kind: str,
+    message: str,
+    traceback: str,
+) -> crashes.Crash:
+    """What fails on this rank; `under_way`: the step to put it down to, and its first sample if it had begun."""
+    (step, first), under = under_way(), torchrun()
+    return crashes.Crash(
+        attempt=attempt,
+        restart=under.restarts if under else 0,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        step=step,
+        samples=(first, first + loaded.recipe.training.global_batch - 1) if first is not None else (),
+        rank=world.rank,
+        ranks=world.size,
+        host=platform.node(),
+        kind=kind,
+        message=message,
+        traceback=traceback,
+        recipe=crashes.digest(loaded.text),
+    )
+
+
+@contextmanager
+def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.Crash]) -> Iterator[None]:
+    """Leave a record of what fails on this rank alone; what failed because another rank did becomes one line.
+
+    Raises `OtherRankFailed` for the other's failure.
+    """
+    from titanlite.parallel.world import is_loss_of_another
+
+    try:
+        yield
+    except Exception as error:
+        failed = crash(type(error).__name__, str(error), traceback.format_exc())
+        # What is wrong before the first step begins is said to who can mend it, and is no step that fails.
+        if isinstance(error, WorkerKilled) or (
+            isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples)
+        ):
+            raise
+        if failed.ranks > 1 and is_loss_of_another(error):
+            raise OtherRankFailed(crashes.whom_it_follows(records, failed.attempt, failed.rank, error)) from error
+        _record(records, failed)
+        raise
+
+
+def _record(records: Path, crash: crashes.Crash) -> None:
+    """Leave a record; what cannot be written is printed, since the disk may be what failed."""
+    try:
+        crashes.record(records, crash)
+    except OSError as error:
+        said = f"cannot write {records}: {cause(error, records)}. This crash does not count for resilience.max_crashes."
+        print(said, file=sys.stderr)
+
+
+def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
+    """Open the files that rows go to, and say what starts; `hosts` are the ranks' machines, `reading` says how often
+    the data is read.
+    """
+    from titanlite.corpus.tokenizers import FOLDER
+    from titanlite.observe.sinks import JsonlSink, TensorBoardSink
+    from titanlite.text import format_count
+
+    journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
+    if trainer.recipe.metrics.tensorboard:
+        journal.add(TensorBoardSink(folder.tensorboard, trainer.step, journal.say))
+    folder.keep(FOLDER, trainer.data.tokenizer.files)
+    folder.settle(trainer.step)
+    run = describe(trainer.recipe, trainer.world.size)
+    journal.say(
+        f"{folder.path}: {model_in_words(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
+        f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "
+        f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(trainer.data.train.tokens)} "
+        f"tokens, {trainer.data.train.windows} sequences an epoch"
+    )
+    for line in reading:
+        journal.say(line)
+    if run["float8"] is not None:
+        journal.say(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
+    journal.event(trainer.step, "started", _start_in_words(folder, hosts))
+    if folder.resumed:
+        old, new = folder.changes.get("data.skip_steps", ((), ()))
+        late = [batch for batch in new if batch not in old and batch <= trainer.samples // trainer.plan.global_batch]
+        if late:
+            journal.say(f"data.skip_steps: no effect of {late}: the run is past them, at sample {trainer.samples}.")
+        changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())
+        journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
+
+
+def _hung(
+    journal: Journal,
+    folder: RunFolder | None,
+    records: Path,
+    crash: Callable[[str, str, str], crashes.Crash],
+    hang: Hang,
+) -> None:
+    """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
+    if folder is not None:
+        folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.verdict)
+        journal.event(hang.step, "hung", hang.verdict)
+    ended = crash("Hang", hang.verdict, f"the stacks of all threads are in {hang.stacks}")
+    _record(records, replace(ended, rank=hang.rank, host=hang.host))
+
+
+def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
+    """Which start of the run this is, on what, after what."""
+    under, machines = torchrun(), sorted(set(hosts))
+    restart = f" (restart {under.restarts} by torchrun)" if under else ""
+    ranks = f"{pluralize(len(hosts), 'rank')} on {', '.join(machines[:8])}{' …' if len(machines) > 8 else ''}"
+    standby = launched().size - len(hosts)
+    waiting = f", {standby} standing by" if standby else ""
+    last = folder.last_end()
+    return f"start {folder.attempt} of this run{restart}, {ranks}{waiting}" + (
+        f"; the last one: {last}" if last else ""
+    )
+
+
+@contextmanager
+def _status(folder: RunFolder, step: Callable[[], int]) -> Iterator[None]:
+    """Keep `status.json` true: running now, and at the end how it ended."""
+    folder.write_status("running", step())
+    try:
+        yield
+    except StoppedEarly as stop:
+        folder.write_status("stopped", step(), stop.exit_code, str(stop))
+        raise
+    except TitanliteError as error:
+        folder.write_status("failed", step(), error.exit_code, str(error))
+        raise
+    except BaseException as error:
+        folder.write_status("failed", step(), 1, f"{type(error).__name__}: {error}")
+        raise
+    folder.write_status("done", step(), EXIT_DONE)

@@ -1,0 +1,79 @@
+"""A model with its optimizer on this rank, and the step that they take with a batch.
+
+What `titanlite verify` proves is what the trainer runs, because both run this. No data, files or logs here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titanlite.models.init import initialise
+from titanlite.models.spec import spec_of
+from titanlite.optim.build import Weights, build_optimizer
+from titanlite.optim.clip import clip_gradients
+from titanlite.parallel.apply import build
+from titanlite.parallel.batch import Batch
+from titanlite.parallel.world import World
+from titanlite.precision.casting import compute_dtype
+from titanlite.recipe.sections import Recipe
+from titanlite.resilience.corruption import checksums, compare_repeated
+from titanlite.resilience.guards import Guards
+
+
+class TrainState:
+    """Everything that a step changes, built as the recipe says; the weights have no values yet."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.spec = spec_of(recipe.model.preset)
+        self.config = self.spec.configure(recipe.model)
+        self.program = build(self.spec, self.config, recipe, world)
+        self.shards = self.program.shards
+        self.weights = self.shards.local()
+        """Parameter name -> what this rank holds of it."""
+        weights = Weights(self.weights, self.shards.exchange(), world.device)
+        self.optimizer = build_optimizer(recipe.optimizer, self.spec, weights, compute_dtype(recipe.precision))
+        self.guards = Guards(recipe.resilience, world.device)
+        self._recipe = recipe
+        self._ranks = world.size
+        self._shares = self.shards.shares()
+
+    def initialise(self) -> None:
+        """Bring everything to its state before the first step, the weights to the values that the seed gives them."""
+        initialise(self.shards.table, lambda name: self.spec.initial_std(self.config, name), self._recipe.run.seed)
+        for tensor in self.optimizer.state().values():
+            tensor.zero_()
+        self.guards.initialise()
+
+    def step(self, number: int, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
+        """Optimizer step `number` (from 1) at `factor` times the peak rates; the host only queues work.
+
+        Returns the loss of the global batch and the norm of its gradient before clipping, on the device. Only every
+        `resilience.rerun_every` steps the host waits: to compare, and all raise `GuardStop` where bits differ.
+        """
+        every = self._recipe.resilience.rerun_every
+        twice = every > 0 and number % every == 0
+        loss = self._computed_twice(number, batch) if twice else self.program.forward_backward(batch)
+        norm = clip_gradients(
+            self.weights.values(), self._recipe.optimizer.clip_norm, ranks=self._ranks, parts=self._shares
+        )
+        # With weights that rest in the host's memory the norm is there, and the step waits for it.
+        taken = self.guards.judge(number, loss, norm.to(loss.device)).to(norm.device)
+        self.optimizer.step(factor, taken)
+        self.shards.drop_gradients()
+        return loss, norm
+
+    def _computed_twice(self, number: int, batch: Batch) -> Tensor:
+        """`Program.forward_backward` whose result is proved to have the same bits as that of a first try."""
+        _, first = self._with_checksums(batch)
+        self.shards.drop_gradients()
+        loss, second = self._with_checksums(batch)
+        names = ["the loss", *(f"the gradient of {name}" for name in self.weights)]
+        compare_repeated(number, names, first, second, self._ranks)
+        return loss
+
+    def _with_checksums(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of the global batch, and the checksums of this rank's part of it and of the gradients held here."""
+        own = self.program.compute(batch)
+        loss = self.program.sum(own)
+        gradients = [weight.grad for weight in self.weights.values()]
+        return loss, checksums([own, *gradients])  # type: ignore[list-item]
