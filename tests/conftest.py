@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on a busy two-core machine collapse
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
-
-from pool import Pool
+from support.pool import Pool
 
 torch.set_num_threads(1)
 # The compiler's cache does not tell apart programs for other vectors, which here would corrupt memory or not build.
@@ -35,6 +30,14 @@ def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What parity tests train on."""
+    from support.parity.parity_runs import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_tiny
+from support.tiny import write_tiny
 
 from titanlite.cli.main import main as titanlite
 from titanlite.cli.main import run_command

@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import bpe
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny
+from support import bpe
+from support.tiny import write_tiny
 
 from titanlite.checkpoint import manager, requests
 from titanlite.checkpoint.examine import newest_at_first

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent / "parity"))
-
-import dryrun_runs
-from parity_runs import small_recipe, write_corpus
-from pool import Pool
+from support import dryrun_runs
+from support.parity.parity_runs import small_recipe, write_corpus
+from support.pool import Pool
 
 from titanlite.cli.main import main
 from titanlite.dryrun.collectives import Collective, in_order, traffic

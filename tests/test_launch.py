@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny
+from support.tiny import write_tiny
 
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main

@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch.distributed.run
 import yaml
-from clone import ROOT, make_clone, wait_until, write_program
 from jsonschema import Draft202012Validator
-from ports import family, free_port, listeners
-from tiny import write_tiny
+from support.clone import ROOT, make_clone, wait_until, write_program
+from support.ports import family, free_port, listeners
+from support.tiny import write_tiny
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from titanlite import errors

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import message_ranks
 import pytest
-from pool import Pool
+from support import message_ranks
+from support.pool import Pool
 
 from titanlite.parallel.messages import gathered
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from ports import free_port
-from tiny import write_tiny
+from support.ports import free_port
+from support.tiny import write_tiny
 
 
 @pytest.fixture

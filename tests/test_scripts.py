@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from clone import ROOT, make_clone, write_program
+from support.clone import ROOT, make_clone, write_program
 
 from titanlite.cli.main import HELP
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bpe
 import pytest
-from tiny import write_tiny
+from support import bpe
+from support.tiny import write_tiny
 from transformers import AutoTokenizer
 
 from titanlite.checkpoint.examine import newest_at

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
-from nursery import Nursery
-from sandbox import Sandbox
+from support.chaos.nursery import Nursery
+from support.chaos.sandbox import Sandbox
 
 
 @pytest.fixture(scope="session")

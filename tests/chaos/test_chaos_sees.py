@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fault_matrix import MATRIX
-from sandbox import Sandbox
+from support.chaos.fault_matrix import MATRIX
+from support.chaos.sandbox import Sandbox
 
 SEEN_BY = {
     "writes_in_place": "SIGKILL in a save, between shards (sync)",

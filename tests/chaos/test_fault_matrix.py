@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fault import Fault
-from fault_matrix import MATRIX
-from sandbox import Sandbox
+from support.chaos.fault import Fault
+from support.chaos.fault_matrix import MATRIX
+from support.chaos.sandbox import Sandbox
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from sandbox import EVERY, Sandbox
+from support.chaos.sandbox import EVERY, Sandbox
 
 from titanlite.checkpoint.format import MANIFEST, MAX_TENSORS, _checksum
 from titanlite.checkpoint.storage import describe_file
@@ -299,7 +299,11 @@ def test_mutated_manifests_end_in_words(box: Sandbox) -> None:
     box.train("--training.steps=1")
     shutil.copytree(box.run_folder() / "checkpoints/step-00000001", box.folder / "mine")
     command = [sys.executable, "-c", "import test_hostile_checkpoints as test; test.try_mutations(500)"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, cwd=box.folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.returncode}:\n{done.stderr[-3000:]}"
     *found, codes = map(json.loads, done.stdout.splitlines())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandbox import Sandbox
+from support.chaos.sandbox import Sandbox
 
 import titanlite
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from kill_faults import at_random
-from sandbox import EVERY, STEPS, Sandbox
+from support.chaos.kill_faults import at_random
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 
 
 def test_layouts_between_kills_leave_no_trace_in_the_samples(box: Sandbox) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import background_ranks
 import pytest
 import torch
-from pool import Pool
+from support import background_ranks
+from support.pool import Pool
 
 from titanlite.checkpoint import manager, requests, storage
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Keep

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import save_request_ranks
-from pool import Pool
-from tiny import write_tiny
+from support import save_request_ranks
+from support.pool import Pool
+from support.tiny import write_tiny
 
 from titanlite.checkpoint import requests
 from titanlite.checkpoint.manager import CheckpointManager

@@ -6,13 +6,13 @@ import itertools
 import os
 from pathlib import Path
 
-import checkpoint_ranks
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool import Pool
+from support import checkpoint_ranks
+from support.pool import Pool
 
 from titanlite.checkpoint import plan
 from titanlite.checkpoint.format import MANIFEST, Manifest

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import snapshot_ranks
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from pool import Pool
-from tiny import write_tiny
+from support import snapshot_ranks
+from support.pool import Pool
+from support.tiny import write_tiny
 
 from titanlite.checkpoint import snapshots
 from titanlite.checkpoint.format import MANIFEST, folder_name

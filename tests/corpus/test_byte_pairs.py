@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bpe
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import bpe
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bpe
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support import bpe
 
 from titanlite.corpus.corpora import Document
 from titanlite.corpus.corpora.files import FileReader
@@ -197,7 +197,7 @@ def main(name: str, first: int, stop: int) -> None:
     [("arrow", 500), ("parquet", 500), ("state.json", 500), ("token file", 500), ("tokenizer.json", 500)],
 )
 def test_mutations(tmp_path: Path, name: str, count: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(bpe.__file__).parent), "RUST_BACKTRACE": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(bpe.__file__).parents[1]), "RUST_BACKTRACE": "0"}
     outcomes: dict[int, str] = {}
     while len(outcomes) < count:
         words = [sys.executable, __file__, name, str(len(outcomes)), str(count)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_tiny
+from support.tiny import write_tiny
 
 from titanlite.cli.data import main as data_command
 from titanlite.cli.main import run_command

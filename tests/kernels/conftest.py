@@ -17,7 +17,6 @@ import torch
 from titanlite_kernels.optional_triton import INSTALLED, INTERPRETING
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(Path(__file__).parent))
 
 
 def _round_as_devices_do() -> None:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from exactness import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.exactness import DEVICE, DTYPES
 from titanlite_kernels import float8_quantise, optional_triton
 from titanlite_kernels.float8_quantise import quantise, quantise_both
 from titanlite_kernels.float8_reference import Float8, Scale, quantise_both_reference, quantise_reference

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from exactness import DEVICE, DTYPES, Errors, results
+from support.exactness import DEVICE, DTYPES, Errors, results
 from titanlite_kernels import linear_cross_entropy as module
 from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from torch import Tensor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactness import DEVICE, DTYPES, Operation, assert_nearest, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.exactness import DEVICE, DTYPES, Operation, assert_nearest, results
 from titanlite_kernels import optional_triton, rms_norm, rope, swiglu
 from titanlite_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm_reference
 from titanlite_kernels.rope import rope_reference

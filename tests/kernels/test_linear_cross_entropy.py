@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import vocabulary_ranks
-from exactness import DTYPES, Errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool import Pool
+from support import vocabulary_ranks
+from support.exactness import DTYPES, Errors
+from support.pool import Pool
 from titanlite_kernels import linear_cross_entropy as module
 from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from torch import Tensor, nn

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import context_runs
 import pytest
 import torch
-from pool import Pool
+from support.parity import context_runs
+from support.pool import Pool
 
 CASES = {
     "plain": {"batch": 2, "seq": 24, "heads": 4, "kv_heads": 4, "documents": False},

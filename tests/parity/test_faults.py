@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import faults
 import pytest
-from compare import assert_same, reference, results
-from parity_runs import small_recipe
-from pool import Pool
+from support.parity import faults
+from support.parity.compare import assert_same, reference, results
+from support.parity.parity_runs import small_recipe
+from support.pool import Pool
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import parity_runs
 import pytest
 import torch
-from parity_runs import assemble, small_recipe
-from pool import Pool
+from support.parity import parity_runs
+from support.parity.parity_runs import assemble, small_recipe
+from support.pool import Pool
 
 from titanlite.models.init import initialise
 from titanlite.models.spec import spec_of

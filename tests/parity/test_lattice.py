@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
-from compare import assert_same, reference, run
-from lattice import Point, points
-from parity_runs import small_recipe
-from pool import Pool
+from support.parity.compare import assert_same, reference, run
+from support.parity.lattice import Point, points
+from support.parity.parity_runs import small_recipe
+from support.pool import Pool
 
 from titanlite.plan.rules import check
 from titanlite.recipe.sections import Recipe

@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import parity_runs
 import pytest
 import torch
-from compare import Result, assert_same, reference
-from parity_runs import Curve, assemble, small_recipe
-from pool import Pool
 from safetensors.torch import load_file
+from support.parity import parity_runs
+from support.parity.compare import Result, assert_same, reference
+from support.parity.parity_runs import Curve, assemble, small_recipe
+from support.pool import Pool
 
 from titanlite.recipe.sections import Recipe
 

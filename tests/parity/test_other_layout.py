@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import parity_runs
 import pytest
-from compare import assert_same, reference, results
-from parity_runs import small_recipe
-from pool import Pool
+from support.parity import parity_runs
+from support.parity.compare import assert_same, reference, results
+from support.parity.parity_runs import small_recipe
+from support.pool import Pool
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (3, {"zero_stage": 3}),

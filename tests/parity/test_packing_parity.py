@@ -7,10 +7,10 @@ import json
 import random
 from typing import Any
 
-import packing_runs
 import pytest
-from parity_runs import small_recipe
-from pool import Pool
+from support.parity import packing_runs
+from support.parity.parity_runs import small_recipe
+from support.pool import Pool
 
 from titanlite.data.splits import open_data
 from titanlite.recipe.sections import Recipe

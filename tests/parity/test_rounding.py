@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from compare import curve_difference, reference, run, weights_difference
-from parity_runs import small_recipe
-from pool import Pool
+from support.parity.compare import curve_difference, reference, run, weights_difference
+from support.parity.parity_runs import small_recipe
+from support.pool import Pool
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     *((2, {"zero_stage": stage}) for stage in range(4)),

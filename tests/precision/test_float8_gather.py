@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import float8_runs
 import pytest
 import torch
-from pool import Pool
+from support.parity import float8_runs
+from support.pool import Pool
 from torch import nn
 
 from titanlite.models.layers import Linear

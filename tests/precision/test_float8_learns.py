@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import parity_runs
 import pytest
+from support.parity import parity_runs
 
 from titanlite.plan.float8 import SETTINGS
 from titanlite.recipe.sections import Recipe

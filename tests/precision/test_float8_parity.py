@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import parity_runs
 import pytest
-from compare import Result, curve_difference, results, run, weights_difference
-from float8_runs import MODEL, float8_recipe
-from parity_runs import small_recipe
-from pool import Pool
+from support.parity import parity_runs
+from support.parity.compare import Result, curve_difference, results, run, weights_difference
+from support.parity.float8_runs import MODEL, float8_recipe
+from support.parity.parity_runs import small_recipe
+from support.pool import Pool
 
 from titanlite.plan.float8 import SETTINGS
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failing_ranks import RUN, ended, program, started, write_recipe
+from support.failing_ranks import RUN, ended, program, started, write_recipe
 
 from titanlite.cli.main import run_command
 from titanlite.cli.process import _launcher_exit_code

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from clone import wait_until
-from failing_ranks import RUN, ended, program, started, write_recipe
+from support.clone import wait_until
+from support.failing_ranks import RUN, ended, program, started, write_recipe
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import guard_ranks
 import pytest
 import torch
-from pool import Pool
+from support import guard_ranks
+from support.pool import Pool
 
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Recipe

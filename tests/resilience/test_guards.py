@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tiny import write_tiny
+from support.tiny import write_tiny
 
 from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.storage import read_manifest

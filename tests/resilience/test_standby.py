@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from failing_ranks import RUN, ended, started, write_recipe
+from support.failing_ranks import RUN, ended, started, write_recipe
 
 from titanlite.cli.check import report
 from titanlite.cli.main import run_command

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_tiny
+from support.tiny import write_tiny
 
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main

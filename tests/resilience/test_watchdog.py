@@ -18,11 +18,11 @@ from statistics import median
 
 import pytest
 import torch
-import waiting_ranks
 from hypothesis import given
 from hypothesis import strategies as some
-from pool import Pool
-from tiny import write_tiny
+from support import waiting_ranks
+from support.pool import Pool
+from support.tiny import write_tiny
 from torch.distributed import HashStore
 
 from titanlite.checkpoint import save

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import verify_ranks
-from pool import Pool
-from ports import free_port
+from support import verify_ranks
+from support.pool import Pool
+from support.ports import free_port
 
 from titanlite.cli.main import main
 from titanlite.parallel.program import PlainLoop

@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from functools import partial
 
-from fault import EQUAL, Fault, Outcome
-from sandbox import EVERY, Job, Sandbox
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, Job, Sandbox
 
 POINTS = {
     "before the first byte": 3,

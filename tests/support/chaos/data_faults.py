@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from bpe import saved, word_pieces
-from fault import EQUAL, Fault, Outcome
-from sandbox import EVERY, STEPS, Sandbox
+from support.bpe import saved, word_pieces
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 
 
 def lost_while_running(what: str, act: Callable[[Path], None]) -> Fault:

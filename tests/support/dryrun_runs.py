@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(str(Path(__file__).parent / "parity"))
-
-import parity_runs
-
+from support.parity import parity_runs
 from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.step import spanning
 from titanlite.plan.layout import layout_of

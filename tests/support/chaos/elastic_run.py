@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import elastic_worker
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-ROOT = Path(__file__).parents[2]
+from support.chaos import elastic_worker
+
+ROOT = Path(__file__).parents[3]
 STEPS, BATCH, EVERY = 240, 12, 10
 RECIPE = f"""
 [run]

@@ -1,4 +1,6 @@
-"""Breaks everything once and writes what came of it: `python tests/chaos/reliability_table.py docs/reliability.md`.
+"""Breaks everything once and writes what came of it.
+
+`PYTHONPATH=tests python -m support.chaos.reliability_table docs/reliability.md`
 
 Takes a quarter of an hour. Exits with 1 if a promise is not kept.
 """
@@ -12,17 +14,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
-
 import torch
-from fault import Fault
-from fault_matrix import MATRIX
-from nursery import Nursery
-from sandbox import EVERY, Sandbox
+
+from support.chaos.fault import Fault
+from support.chaos.fault_matrix import MATRIX
+from support.chaos.nursery import Nursery
+from support.chaos.sandbox import EVERY, Sandbox
 
 _HEAD = f"""# Reliability
 
-Written by `python tests/chaos/reliability_table.py docs/reliability.md` with torch {{torch}}; do not edit.
+Written by `PYTHONPATH=tests python -m support.chaos.reliability_table docs/reliability.md`
+with torch {{torch}}; do not edit.
 
 Each line is a fault that was really brought about in a small run, which saves every {EVERY} steps. *Lost* is how many
 steps were trained again; what a checkpoint was committed of is never lost. *Curve* tells whether the whole curve (loss

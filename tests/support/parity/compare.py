@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import parity_runs
 import torch
-from parity_runs import Curve, Part, assemble, small_recipe
-from pool import Pool
 
+from support.parity import parity_runs
+from support.parity.parity_runs import Curve, Part, assemble, small_recipe
+from support.pool import Pool
 from titanlite.recipe.sections import Recipe
 
 Result = tuple[Curve, dict[str, torch.Tensor]]

@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import elastic_run
 import numpy as np
-from fault import EQUAL, Fault, Outcome
-from nursery import PATIENCE_SECONDS
-from ports import free_port
-from sandbox import EVERY, STEPS, Sandbox
+
+from support.chaos import elastic_run
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.nursery import PATIENCE_SECONDS
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
+from support.ports import free_port
 
 RELATIVE = 1e-9
 """Allowed between layouts in float64: sums in another order differ by 1e-14, the smallest mistake by far more."""

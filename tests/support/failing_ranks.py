@@ -51,7 +51,7 @@ def program(fault: str, *arguments: str) -> list[str]:
 
 def started(fault: str, *arguments: str, count: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
     """A run's processes, by rank."""
-    from ports import free_port  # not where this file is a program
+    from support.ports import free_port  # not where this file is a program
 
     port, processes = str(free_port()), []
     for rank in range(count):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import damage_faults
-import data_faults
-import disk_faults
-import folder_faults
-import guard_faults
-import kill_faults
-import rank_faults
-import signal_faults
-from fault import Fault
+from support.chaos import (
+    damage_faults,
+    data_faults,
+    disk_faults,
+    folder_faults,
+    guard_faults,
+    kill_faults,
+    rank_faults,
+    signal_faults,
+)
+from support.chaos.fault import Fault
 
 _THEMES = (
     kill_faults,

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import parity_runs
 import pytest
 import torch
-from parity_runs import Curve, Part
 from torch.distributed.fsdp import FSDPModule
 
+from support.parity import parity_runs
+from support.parity.parity_runs import Curve, Part
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.optim.clip import clip_gradients

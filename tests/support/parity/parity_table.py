@@ -1,4 +1,6 @@
-"""Runs the whole lattice and writes it as a table: `python tests/parity/parity_table.py docs/parity.md` (an hour).
+"""Runs the whole lattice, for an hour, and writes it as a table.
+
+`PYTHONPATH=tests python -m support.parity.parity_table docs/parity.md`
 
 Exits with 1 if a point that the recipe check lets through differs from one process.
 """
@@ -9,19 +11,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import torch
 
-import torch  # noqa: E402
-from compare import RELATIVE, curve_difference, reference, run, weights_difference  # noqa: E402
-from lattice import Point, points  # noqa: E402
-from parity_runs import small_recipe, write_corpus  # noqa: E402
-from pool import Pool  # noqa: E402
-
-from titanlite.plan.rules import check  # noqa: E402
+from support.parity.compare import RELATIVE, curve_difference, reference, run, weights_difference
+from support.parity.lattice import Point, points
+from support.parity.parity_runs import small_recipe, write_corpus
+from support.pool import Pool
+from titanlite.plan.rules import check
 
 _HEAD = """# Parity
 
-Written by `python tests/parity/parity_table.py docs/parity.md` with torch {torch}; do not edit.
+Written by `PYTHONPATH=tests python -m support.parity.parity_table docs/parity.md` with torch {torch}; do not edit.
 
 Each line is a run of six steps on gloo processes against the same recipe on one process, all in float64: the largest
 relative difference of any loss, gradient norm and validation loss, and of any parameter after the last step. The limit

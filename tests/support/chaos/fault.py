@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sandbox import Sandbox
+from support.chaos.sandbox import Sandbox
 
 EQUAL = "equal"
 

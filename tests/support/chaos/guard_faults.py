@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from fault import EQUAL, Fault, Outcome
-from sandbox import EVERY, STEPS, Sandbox
 
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 from titanlite.checkpoint.storage import read_manifest
 
 _BAD = 2 * EVERY + 2

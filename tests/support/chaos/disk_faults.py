@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from fault import EQUAL, Fault, Outcome
-from sandbox import EVERY, STEPS, Sandbox
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 
 _WHILE: dict[str, Any] = {"first": 2 * EVERY - 1, "last": 2 * EVERY + 2}
 """From before this step until before that one: the save between meets it."""

@@ -63,9 +63,9 @@ class Nursery:
     """Starts `faulty_train.py`'s commands. Close it to end whatever still runs."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
 
     def start(self, command: list[str], folder: Path, said: Path, environment: dict[str, str]) -> Child:
@@ -90,8 +90,7 @@ class Nursery:
 
 
 def _serve() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import faulty_train
+    from support.chaos import faulty_train
 
     faulty_train.import_all()
     gc.collect()
@@ -125,7 +124,7 @@ def _become(words: dict[str, Any]) -> NoReturn:
     """The process that was asked for."""
     code = 1
     try:
-        import faulty_train
+        from support.chaos import faulty_train
 
         said = os.open(words["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_ranks import Ended, part
 
+from support.checkpoint_ranks import Ended, part
 from titanlite.checkpoint import snapshots
 from titanlite.checkpoint.ranks import Ranks, joined_ranks
 from titanlite.checkpoint.save import Facts

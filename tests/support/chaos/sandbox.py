@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nursery import PATIENCE_SECONDS, Child, Nursery
-from ports import free_port
 from safetensors import safe_open
 
+from support.chaos.nursery import PATIENCE_SECONDS, Child, Nursery
+from support.ports import free_port
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.data.audit import audit
 from titanlite.data.read_log import read_records

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fault import EQUAL, Fault, Outcome
-from sandbox import EVERY, STEPS, Sandbox
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 
 
 def two_runs(box: Sandbox) -> Outcome:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity_runs import small_recipe
 
+from support.parity.parity_runs import small_recipe
 from titanlite.parallel.tensor import Sent, _Gather, _Scatter
 from titanlite.plan.float8 import Cast
 from titanlite.recipe.sections import Recipe

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from fault import EQUAL, Fault, Outcome
 from safetensors.numpy import load_file, save_file
-from sandbox import EVERY, STEPS, Sandbox
 
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.storage import describe_file, read_manifest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import time
 
-from fault import EQUAL, Fault, Outcome
-from sandbox import EVERY, STEPS, Sandbox
+from support.chaos.fault import EQUAL, Fault, Outcome
+from support.chaos.sandbox import EVERY, STEPS, Sandbox
 
 
 def stopped(number: signal.Signals, ranks: int, slow: bool = False) -> Fault:

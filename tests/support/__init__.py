@@ -1,0 +1,1 @@
+"""What tests share: worlds of processes, small recipes, and what their workers run."""

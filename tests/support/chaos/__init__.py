@@ -1,0 +1,1 @@
+"""The fault matrix: what goes wrong, where, and what must come of it."""
