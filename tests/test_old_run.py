@@ -53,6 +53,9 @@ def test_the_run_goes_on_as_it_would_have(folder: Path, capsys: pytest.CaptureFi
         assert losses[step] == pytest.approx(EXPECTED["losses"][str(step)], abs=1e-9)
     for step, samples in EXPECTED["samples"].items():
         assert shown(int(step), capsys) == samples
+    assert titanlite(["data", "audit", "runs/old", "--json"]) == 0, "of the records of both versions"
+    audited = json.loads(capsys.readouterr().out)
+    assert (audited["steps"], audited["restarts"], audited["lost"], audited["repeated"]) == (40, 1, 0, 0)
 
 
 def test_its_state_is_loaded_bit_for_bit(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ def digest_of(*samples: range) -> str:
     ).hexdigest()
 
 
-def unheard(text: str) -> None:
+def fail(text: str) -> None:
     raise AssertionError(text)
 
 
@@ -47,13 +47,16 @@ class Life:
     """Bytes of a last record that a kill cut in two."""
     goes_back: bool
     """The next stretch is a rollback in the same start, past what was read."""
+    logged: int = 1
+    """Steps from one row of metrics to the next; what was read after the last row and the last save, the kill takes."""
 
 
 @st.composite
 def lives(draw: st.DrawFn) -> Life:
     ranks = draw(st.sampled_from(RANKS))
     reached = draw(st.lists(st.integers(0, 6), min_size=ranks, max_size=ranks))
-    return Life(ranks, reached, draw(st.integers(0, 100)), draw(st.integers(0, 39)), draw(st.booleans()))
+    saved, torn, logged = draw(st.integers(0, 100)), draw(st.integers(0, 39)), draw(st.integers(1, 4))
+    return Life(ranks, reached, saved, torn, draw(st.booleans()), logged)
 
 
 class Run:
@@ -67,9 +70,8 @@ class Run:
 
     def live(self, life: Life, *, loader: bool = False, workers: int = 0) -> None:
         self.starts += 1
-        logs = [
-            ReadLog(log_path(self.folder, rank), rank, life.ranks, self.starts, unheard) for rank in range(life.ranks)
-        ]
+        paths = [log_path(self.folder, rank) for rank in range(life.ranks)]
+        logs = [ReadLog(path, self._plan(rank, life.ranks), self.starts, fail) for rank, path in enumerate(paths)]
         for log in logs:
             log.begin(self.step)
         self._steps(life, logs, loader, workers)
@@ -77,11 +79,12 @@ class Run:
             # All ranks hear of it after the same step, and save where they went back to.
             furthest = max(life.reached)
             schedule = self._schedule()
-            self._steps(Life(life.ranks, [furthest] * life.ranks, 0, 0, False), logs, False, 0)
+            self._steps(replace(life, reached=[furthest] * life.ranks), logs, False, 0)
             read = schedule.end_sample(self.step + furthest) if furthest else self.samples
             for log in logs:
                 log.begin(self.step)
                 log.passed_over(WENT_BACK, self.step, self.samples, read)
+                log.sync()
             self.samples = read
         common = min(life.reached) * life.saved // 100
         if not life.goes_back and common:
@@ -89,8 +92,10 @@ class Run:
             for step in range(self.step + 1, self.step + common + 1):
                 self.read[step] = range(schedule.first_sample(step), schedule.end_sample(step))
             self.step, self.samples = self.step + common, schedule.end_sample(self.step + common)
-        for log in logs:
+        for path, log in zip(paths, logs, strict=True):
+            left = path.read_bytes()
             log.close()
+            path.write_bytes(left)  # killed before
         if life.torn:
             with open(log_path(self.folder, 0), "ab") as file:
                 file.write(bytes(range(1, life.torn + 1)))
@@ -98,10 +103,13 @@ class Run:
     def _schedule(self) -> SampleSchedule:
         return SampleSchedule(self.step, self.samples, self.batch, self.skipped)
 
+    def _plan(self, rank: int, ranks: int) -> BatchPlan:
+        return BatchPlan(self.batch, ranks, rank, ceil_div(self.batch, ranks))
+
     def _steps(self, life: Life, logs: list[ReadLog], loader: bool, workers: int) -> None:
         schedule = self._schedule()
         for rank, (log, reached) in enumerate(zip(logs, life.reached, strict=True)):
-            plan = BatchPlan(self.batch, life.ranks, rank, ceil_div(self.batch, life.ranks))
+            plan = self._plan(rank, life.ranks)
             if loader:
                 batches = train_loader(SPLIT, plan, self.samples, reached, workers=workers, skipped=self.skipped)
                 own = [batch.samples for batch in batches]
@@ -120,6 +128,10 @@ class Run:
                     log.passed_over(SKIPPED, step, at, schedule.first_sample(step))
                 at = schedule.end_sample(step)
                 log.read(step, samples)
+                if step % life.logged == 0:
+                    log.flush()
+                if step == self.step + min(life.reached) * life.saved // 100:
+                    log.sync()
 
     def audit(self) -> Audit:
         return audit(read_records(self.folder), self.step, self.samples)
@@ -181,6 +193,15 @@ def test_the_loaders_samples_are_the_same_on_any_layout_and_interrupted_anywhere
     parts.require_whole()
     assert parts.audit().digest == whole.audit().digest
     assert parts.audit().restarts == len(layouts)
+
+
+def test_a_stretch_has_two_records_and_a_start_one_however_soon_it_is_killed(tmp_path: Path) -> None:
+    run = Run(tmp_path, 4)
+    run.live(Life(2, [100, 100], 100, 0, False, logged=1000))
+    assert [log_path(tmp_path, rank).stat().st_size for rank in (0, 1)] == [2 * RECORD.itemsize] * 2
+    run.live(Life(2, [3, 1], 0, 0, False, logged=1000))
+    assert run.audit().restarts == 1
+    run.require_whole()
 
 
 def test_layouts_and_restarts_are_told(tmp_path: Path) -> None:

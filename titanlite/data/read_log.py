@@ -1,7 +1,10 @@
-"""Which samples each step read, as the ranks themselves write it down: 40 bytes a step and data rank.
+"""Which samples each step read, as the ranks themselves write it down: 40 bytes for each stretch of steps.
 
 `RUN/logs/samples/rank-00007.bin` is what data rank 7 read, in every start of the run. It only grows: what was read by
 steps that a kill or a rollback undid stays there, and `audit.py` tells which records count. No torch.
+
+The first step of a stretch is written at once, so that every start leaves a record. Those after it are written when the
+stretch ends, and before anything shows that they were taken: a row of metrics, a checkpoint, a snapshot.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ import numpy.typing as npt
 from titanlite.errors import DataError, UsageError
 from titanlite.files import Appender, cause, open_file, read_file
 from titanlite.plan.launch import MAX_STARTS
+from titanlite.plan.layout import BatchPlan
 
 FOLDER = Path("logs") / "samples"
 """Of a run."""
 
-READ, SKIPPED, WENT_BACK = range(1, 4)
+READ, SKIPPED, WENT_BACK, READ_STEPS = range(1, 5)
 """Kinds of records: samples that a step read; samples that were passed over before a step, by `data.skip_steps`; and
-after a step that the run went back to."""
+after a step that the run went back to; samples that several steps read."""
 
 RECORD = np.dtype(
     [
@@ -41,9 +45,13 @@ RECORD = np.dtype(
 )
 """`count` samples: `first`, `first + ranks`, …; of those passed over, `first`, `first + 1`, …. Written by data rank
 `rank` of `ranks` in `step` of a stretch that went on from step `begun`: the `turn`-th of the run's start `start`, both
-from 1; a rollback begins the next one."""
-_MOST_AT_ONCE = 2**24
-"""Samples of one rank and step: far more than any batch has."""
+from 1; a rollback begins the next one.
+
+Of `READ_STEPS`, `count` is steps x 2^32 + batch: the steps from `step` on each read the rank's part of `batch` samples,
+the first step those from `first - rank` on, and each step those that follow.
+"""
+_MOST = 2**24
+"""Samples of one batch, or steps of one record: far more than there ever are."""
 _FIELDS = struct.Struct("<qqIIIIIHH")
 assert _FIELDS.size == RECORD.itemsize
 
@@ -54,61 +62,73 @@ Records = npt.NDArray[Any]
 class ReadLog:
     """Writes the records of one data rank. Nothing waits for the disk but `sync`."""
 
-    def __init__(self, path: Path, rank: int, ranks: int, start: int, warn: Callable[[str], None]) -> None:
-        """Of data rank `rank` of `ranks`, in the run's `start`-th start. Raises `UsageError`."""
-        self._rank, self._ranks, self._start = rank, ranks, start
+    def __init__(self, path: Path | None, plan: BatchPlan, start: int, warn: Callable[[str], None]) -> None:
+        """Of the rank that `plan` is for, in the run's `start`-th start. Without a path nothing is written: on all but
+        one of the ranks with the same samples. Raises `UsageError`.
+        """
+        self._plan, self._start = plan, start
         self._turn = self._begun = 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_to_whole_records(path)
-            self._file = Appender(path, warn)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
+        self._next = (0, 0)
+        """The step that would go on with the stretch, and the rank's first sample then."""
+        self._unwritten = 0
+        """Steps up to there that have no record yet."""
+        self._file: Appender | None = None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _cut_to_whole_records(path)
+                self._file = Appender(path, warn)
+            except OSError as error:
+                raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
 
     def begin(self, after_step: int) -> None:
         """The run goes on after this step: whatever later steps read before, they will read again."""
-        self._turn, self._begun = self._turn + 1, after_step
+        self.flush()
+        self._turn, self._begun, self._next = self._turn + 1, after_step, (0, 0)
 
     def read(self, step: int, samples: Sequence[int]) -> None:
         """The rank's `samples` of a step."""
         if not samples:
             return
-        first, count = samples[0], len(samples)
-        if samples == tuple(range(first, first + count * self._ranks, self._ranks)):
-            self._write(READ, step, first, count)
-        else:  # what should not be is written down as it is
-            for sample in samples:
-                self._write(READ, step, sample, 1)
+        first, batch, ranks = samples[0], self._plan.global_batch, self._plan.data_ranks
+        planned = samples == tuple(range(first, first - self._plan.data_rank + batch, ranks))
+        if planned and (step, first) == self._next:
+            self._unwritten += 1
+        else:
+            self.flush()
+            for each in [samples] if planned else [[sample] for sample in samples]:
+                self._write(READ, step, each[0], len(each))  # what should not be is written down as it is
+        self._next = step + 1, samples[0] + batch
 
     def passed_over(self, kind: int, step: int, first: int, end: int) -> None:
         """Samples `first` to `end - 1` are not read: `SKIPPED` by this step, or the run `WENT_BACK` to it."""
         self._write(kind, step, first, end - first)
 
+    def flush(self) -> None:
+        """Have a record of every step that was read."""
+        if steps := self._unwritten:
+            batch = self._plan.global_batch
+            self._write(READ_STEPS, self._next[0] - steps, self._next[1] - steps * batch, steps << 32 | batch)
+            self._unwritten = 0
+
     def sync(self) -> None:
         """Return once all of it is on stable storage."""
-        self._file.sync()
+        self.flush()
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, kind: int, step: int, first: int, count: int) -> None:
-        place = (self._begun, self._start, self._rank, self._ranks, self._turn, kind)
-        self._file.write(_FIELDS.pack(first, count, step, *place))
+        place = (self._begun, self._start, self._plan.data_rank, self._plan.data_ranks, self._turn, kind)
+        if self._file is not None:
+            self._file.write(_FIELDS.pack(first, count, step, *place))
 
 
-class NoLog:
-    """In place of a `ReadLog`, where nothing is to be written: on all but one of the ranks with the same samples."""
-
-    def begin(self, after_step: int) -> None: ...
-
-    def read(self, step: int, samples: Sequence[int]) -> None: ...
-
-    def passed_over(self, kind: int, step: int, first: int, end: int) -> None: ...
-
-    def sync(self) -> None: ...
-
-
-NO_LOG = NoLog()
+NO_LOG = ReadLog(None, BatchPlan(global_batch=1, data_ranks=1, data_rank=0, microbatch=1), 1, print)
 
 
 def log_path(run: Path, rank: int) -> Path:
@@ -117,24 +137,23 @@ def log_path(run: Path, rank: int) -> Path:
 
 
 def read_records(run: Path) -> Records:
-    """All whole records of a run, in no order across ranks. Raises `DataError`; also where there are none."""
+    """All records of a run, those of several steps as one for each, in no order across ranks. Raises `DataError`; also
+    where there are none.
+    """
     parts = []
     for path in sorted((run / FOLDER).glob("rank-*.bin")):
-        try:
-            data = read_file(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {cause(error, path)}.") from error
-        # A kill can cut the last one in two; and where power was lost, zeros can stand for what had not been synced.
-        records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
-        records = records[records["start"] > 0]
+        records = _whole_records(path)
+        several = records["kind"] == READ_STEPS
+        steps, batch = records["count"] >> 32, records["count"] & 2**32 - 1
         strange = np.flatnonzero(
-            (records["kind"] < READ) | (records["kind"] > WENT_BACK) | (records["ranks"] == 0)
-            | (records["count"] < 0) | ((records["kind"] == READ) & (records["count"] > _MOST_AT_ONCE))
+            (records["kind"] < READ) | (records["kind"] > READ_STEPS) | (records["ranks"] == 0)
+            | (records["count"] < 0) | ((records["kind"] == READ) & (records["count"] > _MOST))
+            | (several & ((steps == 0) | (steps > _MOST) | (batch <= records["rank"]) | (batch > _MOST)))
             | (records["first"] < 0) | (records["first"] >= 2**62)
         )  # fmt: skip
         if strange.size:
             raise DataError(f"{path}: {records[strange[0]]}: damaged, or written by a newer titanlite.")
-        parts.append(records)
+        parts.append(_each_step(records, np.where(several, steps, 1), np.where(several, batch, 0)))
     if not sum(map(len, parts)):
         raise DataError(
             f"{run} has no record of the samples that were read: {run / FOLDER} is empty or not there. Runs of older "
@@ -144,21 +163,34 @@ def read_records(run: Path) -> Records:
 
 
 def last_start(run: Path) -> int:
-    """The last start of the run that any rank wrote down; 0 for none. Raises `UsageError`."""
+    """The last start of the run that any rank wrote down; 0 for none. Raises `DataError`."""
     last = 0
     for path in (run / FOLDER).glob("rank-*.bin"):
-        try:
-            whole = path.stat().st_size // RECORD.itemsize
-            if whole:
-                with open(open_file(path), "rb") as file:
-                    record = np.fromfile(file, RECORD, 1, offset=(whole - 1) * RECORD.itemsize)
-                start = int(record["start"][0])
-                if start >= MAX_STARTS:
-                    raise DataError(f"{path} is damaged: its last record is of start {start}. Move it away to go on.")
-                last = max(last, start)
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {cause(error, path)}.") from error
+        last = max([last, *_whole_records(path)["start"][-1:].tolist()])
+        if last >= MAX_STARTS:
+            raise DataError(f"{path} is damaged: its last record is of start {last}. Move it away to go on.")
     return last
+
+
+def _whole_records(path: Path) -> Records:
+    """Those that a kill has not cut in two; zeros, which may stand for what a loss of power took, are none."""
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {cause(error, path)}.") from error
+    records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
+    return records[records["start"] > 0]
+
+
+def _each_step(records: Records, steps: npt.NDArray[np.int64], batches: npt.NDArray[np.int64]) -> Records:
+    """A record of `READ` for each of the steps in those with a batch; the others as they are."""
+    each, batch = np.repeat(records, steps), np.repeat(batches, steps)
+    later = np.arange(len(each)) - np.repeat(np.cumsum(steps) - steps, steps)
+    each["step"] += later.astype(np.uint32)
+    each["first"] += later * batch
+    each["count"] = np.where(batch > 0, -((each["rank"] - batch) // each["ranks"]), each["count"])
+    each["kind"][batch > 0] = READ
+    return each
 
 
 def _cut_to_whole_records(path: Path) -> None:

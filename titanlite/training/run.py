@@ -27,7 +27,7 @@ from titanlite.files import cause
 from titanlite.observe.run_folder import GO_ON, RunFolder, Start
 from titanlite.plan.describe import checkpoint_bytes, describe, model_in_words
 from titanlite.plan.launch import launched, torchrun
-from titanlite.plan.layout import active_ranks, require_layout, sample_schedule, total_steps
+from titanlite.plan.layout import active_ranks, batch_plan, require_layout, sample_schedule, total_steps
 from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
@@ -49,7 +49,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.checkpoint.manager import CheckpointManager, Keep
     from titanlite.checkpoint.ranks import Ranks, joined_ranks
     from titanlite.checkpoint.snapshots import Snapshots, forget
-    from titanlite.data.read_log import NO_LOG, NoLog, ReadLog, last_start, log_path
+    from titanlite.data.read_log import ReadLog, last_start, log_path
     from titanlite.observe.journal import Journal
     from titanlite.parallel.world import full_memory_explained, joined_world
     from titanlite.resilience.watchdog import Watchdog
@@ -128,12 +128,10 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
             layout = require_layout(recipe.parallel, world.size)
             coordinates = layout.coordinates(world.rank)
-            read_log: ReadLog | NoLog = NO_LOG
-            if coordinates.is_batch_leader:
-                read_log = ReadLog(
-                    log_path(path, coordinates.data), coordinates.data, layout.data_ranks, attempt, journal.say
-                )
-                stack.callback(read_log.close)
+            plan = batch_plan(recipe, layout, coordinates.data)
+            own_log = log_path(path, plan.data_rank) if coordinates.is_batch_leader else None
+            read_log = ReadLog(own_log, plan, attempt, journal.say)
+            stack.callback(read_log.close)
             trainer = Trainer(
                 recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log,
                 _verification(stack, data, path, ranks, journal),

@@ -14,7 +14,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import Facts
 from titanlite.checkpoint.snapshots import Snapshots
-from titanlite.data.read_log import NoLog, ReadLog
+from titanlite.data.read_log import ReadLog
 from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly
 from titanlite.models.shard import Shard
 from titanlite.observe.journal import Journal
@@ -34,7 +34,7 @@ class Saving:
         checkpoints: CheckpointManager,
         snapshots: Snapshots | None,
         journal: Journal,
-        read_log: ReadLog | NoLog,
+        read_log: ReadLog,
         watchdog: Watchdog,
         every_minutes: float,
         heeded: bool,

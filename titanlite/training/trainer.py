@@ -22,7 +22,7 @@ from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.corpus.verification import Verification
 from titanlite.data.audit import REORDERED
 from titanlite.data.loader import UNREADABLE, ReadAhead, train_loader
-from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, NoLog, ReadLog
+from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, ReadLog
 from titanlite.data.splits import DataSplits
 from titanlite.errors import DataError, StoppedEarly, UsageError
 from titanlite.models.shard import Shard, may_be_nonfinite
@@ -70,7 +70,7 @@ class Trainer:
         start: Start = GO_ON,
         watchdog: Watchdog = OFF,
         snapshots: Snapshots | None = None,
-        read_log: ReadLog | NoLog = NO_LOG,
+        read_log: ReadLog = NO_LOG,
         verification: Verification | None = None,
     ) -> None:
         """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
@@ -236,6 +236,7 @@ class Trainer:
             data_wait_seconds=wait_seconds,
         )
         if row is not None:
+            self.read_log.flush()  # whoever sees the row can have the step's samples shown
             self.journal.write(row)
             self._review()
             for sentence in self.watchdog.stragglers():
