@@ -28,7 +28,7 @@ from titanlite_kernels.bench import matmul_flops
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from titanlite.cli.check import checked
+from titanlite.cli.check import check_recipe
 from titanlite.observe.flops import mfu, peak_flops
 from titanlite.observe.metrics import peak_memory_bytes
 from titanlite.parallel.batch import Batch
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if arguments.matrix:
         return run_matrix(arguments.small, arguments.out, overrides)
     loaded = load_recipe(BASE, overrides)
-    checked(loaded, 1)
+    check_recipe(loaded, 1)
     for measured in measure(loaded.recipe, arguments.warmup, arguments.steps, arguments.breakdown):
         print(json.dumps({"overrides": overrides, **measured}), flush=True)
     if arguments.breakdown:

@@ -329,13 +329,13 @@ def test_every_step_of_the_matrix_is_a_recipe() -> None:
     from matrix import SMALL, STEPS
     from train_step import BASE
 
-    from titanlite.cli.check import checked
+    from titanlite.cli.check import check_recipe
     from titanlite.recipe.load import load_recipe
 
     assert 12 <= len(STEPS) <= 15
     for step in (*STEPS, *SMALL):
         overrides = [word for word in step.part(1).command if word.startswith("--") and "." in word]
-        checked(load_recipe(BASE, overrides), 1)
+        check_recipe(load_recipe(BASE, overrides), 1)
 
 
 def kernel_row(name: str, **found: object) -> dict[str, object]:

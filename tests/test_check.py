@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from titanlite.checkpoint import plan
 from titanlite.checkpoint.plan import pieces
-from titanlite.cli.check import checked, report
+from titanlite.cli.check import check_recipe, format_description
 from titanlite.errors import Finding, RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
 from titanlite.plan.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
 from titanlite.plan.layout import Layout, batch_plan, layout_of
-from titanlite.plan.rules import RULES, check
+from titanlite.plan.rules import RULES, apply_rules
 from titanlite.plan.rules.layout import checkpoint_parts
 from titanlite.plan.sharding_table import sharding_table, sharding_text
 from titanlite.plan.slicing import GroupRank, find_placements, local_slices, pattern_of
@@ -64,7 +64,7 @@ CP_TP = {"parallel__cp": 2, "parallel__tp": 2}
 
 
 def found(world: int = 1, **keys: Any) -> list[tuple[str, str]]:
-    return [(finding.severity, finding.key) for finding in check(recipe(**keys), world)]
+    return [(finding.severity, finding.key) for finding in apply_rules(recipe(**keys), world)]
 
 
 def test_a_model_without_a_preset_is_plain_llama() -> None:
@@ -78,9 +78,11 @@ def test_a_model_without_a_preset_is_plain_llama() -> None:
     plain |= {"qk_norm": False, "tie_embeddings": False}
     assert {key: run[key] for key in plain} == plain
     for part in ("custom: ", "LlamaForCausalLM", "rope_theta 500000", "norm_eps 1e-05", "no qk_norm"):
-        assert part in report(made)
+        assert part in format_description(made)
     assert describe(recipe(model__dim=256, model__qk_norm=False))["changed"] == ["dim", "qk_norm"]
-    assert "Qwen3ForCausalLM" in report(recipe()) and "debug with another dim" in report(recipe(model__dim=256))
+    assert "Qwen3ForCausalLM" in format_description(recipe()) and "debug with another dim" in format_description(
+        recipe(model__dim=256)
+    )
 
 
 def test_a_sound_recipe_has_no_findings() -> None:
@@ -389,7 +391,7 @@ def test_what_is_right_next_to_what_is_wrong(keys: dict[str, Any]) -> None:
 )
 def test_numbers_and_fixes_of_layouts(said: str, keys: dict[str, Any]) -> None:
     world = keys.pop("world")
-    (finding,) = check(recipe(**keys), world)
+    (finding,) = apply_rules(recipe(**keys), world)
     assert f"{finding.problem} {finding.fix}" == said
 
 
@@ -408,7 +410,7 @@ def test_every_finding_says_how_to_mend_it() -> None:
     wrong = recipe(
         training__steps=None, model__kv_heads=3, optimizer__name="adm", schedule__name="zz", parallel__dp_replicate=7
     )
-    assert [finding.fix for finding in check(wrong)] == [
+    assert [finding.fix for finding in apply_rules(wrong)] == [
         'give training.steps, or training.tokens such as "2M".',
         "did you mean 'adamw'?",
         "known: constant, linear, cosine, sqrt, wsd.",
@@ -423,7 +425,7 @@ def test_padding_is_found_where_there_is_some(global_batch: int, world: int, mic
     batch = recipe(training__global_batch=global_batch, training__microbatch=microbatch)
     layout = Layout(dp_replicate=1, dp_shard=world)
     samples = [sample for rank in range(world) for sample in batch_plan(batch, layout, rank).samples(0)]
-    warned = [f for f in check(batch, world) if f.key in ("training.global_batch", "training.microbatch")]
+    warned = [f for f in apply_rules(batch, world) if f.key in ("training.global_batch", "training.microbatch")]
     assert bool(warned) == (None in samples)
     if warned:
         assert f"= {len(samples)} sequences: {samples.count(None) / len(samples):.0%} are padding" in warned[0].problem
@@ -475,10 +477,10 @@ def test_no_rule_ever_fails_and_sound_recipes_can_be_described(
     parallel = any_recipe.parallel
     least = parallel.dp_replicate * max(1, parallel.dp_shard) * parallel.cp * parallel.tp * parallel.pp
     world = any_world or least * times
-    findings = check(any_recipe, world)
+    findings = apply_rules(any_recipe, world)
     if all(finding.severity == "warning" for finding in findings):
         assert describe(any_recipe, world)["steps"] >= 1
-        assert report(any_recipe, world)
+        assert format_description(any_recipe, world)
         assert sharding_table(any_recipe)
 
 
@@ -507,9 +509,9 @@ def test_all_ranks_together_hold_the_model_as_often_as_there_are_copies(any_reci
     world = parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp * parallel.pp
     layout = layout_of(parallel, world)
     assert layout is not None
-    if any(finding.severity == "error" for finding in check(any_recipe, world)):
+    if any(finding.severity == "error" for finding in apply_rules(any_recipe, world)):
         return
-    assert report(any_recipe, world)
+    assert format_description(any_recipe, world)
     assert sharding_table(any_recipe)
     cut = layout.dp_shard * layout.cp if parallel.zero_stage else 1
     copies = world // (layout.pp * layout.tp * cut)
@@ -708,13 +710,13 @@ def test_findings_of_a_file_have_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text('[training]\nsteps = 5\n[model]\npreset = "debug"\nkv_heads = 3\n[compile]\nenabled = true\n')
     with pytest.raises(RecipeError) as caught:
-        checked(load_recipe(path, ["--debug.trace_shapes=true"]))
+        check_recipe(load_recipe(path, ["--debug.trace_shapes=true"]))
     assert [(f.key, f.file, f.line) for f in caught.value.findings] == [
         ("model.kv_heads", str(path), 5),
         ("debug.trace_shapes", "command line", 0),
     ]
     path.write_text("[training]\nsteps = 5\nmicrobatch = 64\n")
-    (warning,) = checked(load_recipe(path))
+    (warning,) = check_recipe(load_recipe(path))
     assert (warning.severity, warning.file, warning.line) == ("warning", str(path), 3)
 
 

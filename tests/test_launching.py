@@ -30,7 +30,7 @@ from support.tiny import write_tiny
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from titanlite import errors
-from titanlite.cli.check import checked
+from titanlite.cli.check import check_recipe
 from titanlite.cli.train import main
 from titanlite.recipe.load import load_recipe
 
@@ -362,7 +362,7 @@ def test_the_manifests_command_is_one_that_titanlite_takes() -> None:
     assert os.access(command.replace("/titanlite", str(ROOT), 1), os.X_OK)
     loaded = load_recipe(path.replace("/titanlite", str(ROOT), 1), overrides)
     ranks = container["resources"]["limits"]["nvidia.com/gpu"] * _manifest()["Job"]["spec"]["completions"]
-    checked(loaded, ranks)
+    check_recipe(loaded, ranks)
     assert 0 < loaded.recipe.resilience.grace_seconds < pod["terminationGracePeriodSeconds"]
 
 

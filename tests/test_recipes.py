@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from titanlite.cli.check import checked
+from titanlite.cli.check import check_recipe
 from titanlite.plan.describe import describe
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
@@ -38,7 +38,7 @@ def test_every_recipe_has_its_sizes() -> None:
 def test_a_recipe_is_sound_at_its_sizes(name: str, world: int) -> None:
     loaded = load_recipe(CONFIGS / f"{name}.toml")
     spare = ["data.tokenizer"] if "llama3" in name else []  # which is the user's to name (issue 14, item 21)
-    assert [finding.key for finding in checked(loaded, world)] == spare
+    assert [finding.key for finding in check_recipe(loaded, world)] == spare
     assert loaded.recipe.run.name == name
 
 

@@ -121,5 +121,5 @@ class StoppedEarly(TitanliteError):
     on_all_ranks = True
     signalled = False
     """Whether a signal to one rank or more was the reason."""
-    heard = False
+    received = False
     """Whether this process was signalled itself."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from titanlite.errors import UsageError
-from titanlite.plan.rules import check
-from titanlite.plan.rules.kernels import OPERATIONS, choices, fused, in_words
+from titanlite.plan.rules import apply_rules
+from titanlite.plan.rules.kernels import OPERATIONS, choices, describe_kernels, fused
 from titanlite.recipe.sections import Recipe
 
 BOTH_WAYS = """
@@ -69,7 +69,7 @@ def test_what_runs_where() -> None:
     assert fused(recipe(), "cuda") == list(OPERATIONS) and fused(recipe(), "cpu") == []
     compiled = recipe(compile={"enabled": True}, kernels={"rope": "triton"})
     assert fused(compiled, "cuda") == ["rope"]
-    assert in_words(compiled) == (
+    assert describe_kernels(compiled) == (
         "on a GPU rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours); "
         "head and loss by chunks of large logits"
     )
@@ -82,14 +82,14 @@ def test_casts_to_float8_are_spoken_of_where_there_are_any() -> None:
     assert fused(recipe(**section), "cuda") == [*OPERATIONS, "float8_quantise"]
     assert "float8_quantise" not in fused(recipe(**section, compile={"enabled": True}), "cuda")
     alone = recipe(**section, kernels={"backend": "torch", "float8_quantise": "triton"})
-    assert fused(alone, "cuda") == ["float8_quantise"] and "float8_quantise by Triton" in in_words(alone)
-    assert "float8" not in in_words(recipe())
+    assert fused(alone, "cuda") == ["float8_quantise"] and "float8_quantise by Triton" in describe_kernels(alone)
+    assert "float8" not in describe_kernels(recipe())
     idle = recipe(kernels={"float8_quantise": "triton"})
-    assert [finding.key for finding in check(idle)] == ["kernels.float8_quantise"]
+    assert [finding.key for finding in apply_rules(idle)] == ["kernels.float8_quantise"]
 
 
 def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(UsageError, match=r"kernels\.rope = 'triton': Triton needs a GPU"):
         fused(recipe(kernels={"rope": "triton"}), "cpu")
     wide = recipe(kernels={"swiglu": "triton"}, precision={"compute": "float64"})
-    assert [finding.key for finding in check(wide)] == ["kernels.swiglu"]
+    assert [finding.key for finding in apply_rules(wide)] == ["kernels.swiglu"]

@@ -14,13 +14,13 @@ from support.parity.lattice import Point, points
 from support.parity.parity_runs import small_recipe
 from support.pool import Pool
 
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Recipe
 
 
 def refusals(recipe: Recipe, ranks: int) -> list[str]:
     """What the recipe check says against it."""
-    return [str(finding) for finding in check(recipe, ranks) if finding.severity == "error"]
+    return [str(finding) for finding in apply_rules(recipe, ranks) if finding.severity == "error"]
 
 
 LEGAL = [point for point in points() if not refusals(small_recipe("corpus.txt", **point.sections), point.ranks)]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from titanlite_kernels.float8_reference import power_of_two
 from torch import Tensor
 
-from titanlite.cli.check import report
+from titanlite.cli.check import format_description
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.plan.describe import describe
 from titanlite.plan.float8 import SETTINGS, Cast, Product, decisions, mean_size, summary
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 from titanlite.precision import float8
 from titanlite.precision.float8 import (
     FORMATS,
@@ -338,22 +338,24 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_what_is_wrong_with_a_recipe(severity: str, key: str, world: int, values: Recipe) -> None:
-    assert (severity, key) in [(finding.severity, finding.key) for finding in check(values, world)]
+    assert (severity, key) in [(finding.severity, finding.key) for finding in apply_rules(values, world)]
 
 
 def test_check_says_what_is_sent_in_float8() -> None:
     """Over tp module by module; shards of weights where there are any."""
     section = {"min_size": 0, "all_gather": True}
-    lines = [line.strip() for line in report(recipe(**section, world={"tp": 2, "dp_shard": 2}), 4).splitlines()]
+    lines = [
+        line.strip() for line in format_description(recipe(**section, world={"tp": 2, "dp_shard": 2}), 4).splitlines()
+    ]
     begin = lines.index("sent, shards of weights: e4m3")
     assert lines[begin + 1 : begin + 4] == [
         "sent over tp, inputs of layers.*.attention, layers.*.ffn: e4m3",
         "sent over tp, gradients of layers.*.attention.wo, layers.*.ffn.down: e5m2",
         "sent over tp, inputs of head: as computed (head: excluded)",
     ]
-    assert "shards of weights" not in report(recipe(**section, world={"tp": 2}), 2)
-    assert "sent over tp" not in report(recipe(**section), 2)
-    assert "sent" not in report(recipe(min_size=0, world={"tp": 2, "dp_shard": 2}), 4)
+    assert "shards of weights" not in format_description(recipe(**section, world={"tp": 2}), 2)
+    assert "sent over tp" not in format_description(recipe(**section), 2)
+    assert "sent" not in format_description(recipe(min_size=0, world={"tp": 2, "dp_shard": 2}), 4)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +367,9 @@ def test_check_says_what_is_sent_in_float8() -> None:
     ],
 )
 def test_sound_recipes_have_no_findings(world: int, values: Recipe) -> None:
-    assert not [finding for finding in check(values, world) if "float8" in finding.key or finding.severity == "error"]
+    assert not [
+        finding for finding in apply_rules(values, world) if "float8" in finding.key or finding.severity == "error"
+    ]
 
 
 def test_no_tokens_and_no_second_derivatives() -> None:

@@ -315,7 +315,7 @@ def test_what_torchrun_is_told_after_a_signal(
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(agents))
     monkeypatch.setenv("TITANLITE_ELASTIC", elastic)
     stop = StoppedEarly()
-    stop.signalled, stop.heard = True, heard
+    stop.signalled, stop.received = True, heard
     assert _launcher_exit_code(75, stop) == told
 
 

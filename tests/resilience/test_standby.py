@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from support.failing_ranks import RUN, ended, started, write_recipe
 
-from titanlite.cli.check import report
+from titanlite.cli.check import format_description
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main
 from titanlite.plan.describe import describe
 from titanlite.plan.layout import active_ranks
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Recipe
 
 
@@ -36,7 +36,7 @@ def test_the_largest_mesh_that_fits(parallel: dict[str, int], launched: int, act
             {"training": {"steps": 1}, "parallel": parallel, "resilience": {"standby": standby}}
         )
         assert active_ranks(recipe, launched) == (active if standby else launched)
-        return [finding.key for finding in check(recipe, launched) if finding.severity == "error"]
+        return [finding.key for finding in apply_rules(recipe, launched) if finding.severity == "error"]
 
     fits = active < launched or not errors(standby=False)
     assert (not errors(standby=True)) == fits
@@ -45,11 +45,11 @@ def test_the_largest_mesh_that_fits(parallel: dict[str, int], launched: int, act
 
 def test_the_check_says_how_many_stand_by() -> None:
     recipe = Recipe.model_validate({"training": {"steps": 1}, "parallel": {"tp": 2}, "resilience": {"standby": True}})
-    (finding,) = (finding for finding in check(recipe, 5) if finding.key == "resilience.standby")
+    (finding,) = (finding for finding in apply_rules(recipe, 5) if finding.key == "resilience.standby")
     assert finding.severity == "warning" and "4 ranks: 1 of 5 stand by" in finding.problem
     run = describe(recipe, 5)
     assert (run["world"], run["standby"], run["mesh"]["tp"], run["mesh"]["dp_shard"]) == (4, 1, 2, 2)
-    assert "1 rank standing by" in report(recipe, 5)
+    assert "1 rank standing by" in format_description(recipe, 5)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from titanlite.observe.journal import Journal
 from titanlite.observe.rows import Row
 from titanlite.parallel.program import Program
 from titanlite.parallel.world import World
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
@@ -51,7 +51,7 @@ Ended = tuple[str, list[Row], dict[str, torch.Tensor]]
 def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str, int, int] | None = None) -> Ended:
     """`fault`: its kind, and the rank and the step (from 1, as the rank counts them) at which it happens."""
     recipe = Recipe.model_validate_json(recipe_json)
-    assert not [finding for finding in check(recipe, world) if finding.severity == "error"]
+    assert not [finding for finding in apply_rules(recipe, world) if finding.severity == "error"]
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
     journal, kept, said = Journal(), Kept(), ""
     journal.add(kept)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from titanlite.models.llama_spec import PRESETS
 from titanlite.models.spec import spec_of
 from titanlite.plan.layout import BatchPlan, batch_plan, layout_of
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 from titanlite.plan.stages import stages_per_rank
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Data, Pipeline, Recipe
@@ -23,7 +23,7 @@ SCHEDULES = Pipeline.model_fields["schedule"].annotation.__args__  # type: ignor
 
 
 def errors(recipe: Recipe, world: int) -> list[str]:
-    return [str(finding) for finding in check(recipe, world) if finding.severity == "error"]
+    return [str(finding) for finding in apply_rules(recipe, world) if finding.severity == "error"]
 
 
 def numbers(*values: int) -> st.SearchStrategy[int]:

@@ -14,10 +14,10 @@ from typing import Any
 from titanlite.data.survey import survey
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.plan import timetable
-from titanlite.plan.describe import describe, model_in_words, stages_of
+from titanlite.plan.describe import describe, describe_model, stages_of
 from titanlite.plan.launch import launched_or_alone
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
-from titanlite.plan.rules import check, kernels
+from titanlite.plan.rules import apply_rules, kernels
 from titanlite.plan.sharding_table import shape_text, sharding_table, sharding_text
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
@@ -32,25 +32,25 @@ DRY_RUN = Registry(
 """A rank's program run on fake tensors, as text and as plain values; needs torch, and is imported when asked for."""
 
 
-def checked(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
+def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
     """The warnings about a loaded recipe, with file and line. Raises `RecipeError` with all errors if there are any."""
-    findings = loaded.locate(check(loaded.recipe, world))
+    findings = loaded.locate(apply_rules(loaded.recipe, world))
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         raise RecipeError(errors)
     return findings
 
 
-def _checked_with_data(loaded: LoadedRecipe, world: int) -> tuple[list[Finding], dict[str, Any]]:
-    """As `checked`, and what is wrong with the data: only a warning, for the run may be on another machine; and what
+def _check_with_data(loaded: LoadedRecipe, world: int) -> tuple[list[Finding], dict[str, Any]]:
+    """As `check_recipe`, and what is wrong with the data: a warning, for the run may be on another machine; and what
     `survey` says of it.
     """
-    warnings = checked(loaded, world)
+    warnings = check_recipe(loaded, world)
     data, missing = survey(loaded.recipe.data)
     return [*warnings, *loaded.locate(missing)], data
 
 
-def report(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
+def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
     """`describe` for people."""
     run = describe(recipe, world)
     rows = [
@@ -72,7 +72,7 @@ Rows = Iterator[tuple[str, str]]
 
 def _model_rows(run: dict[str, Any]) -> Rows:
     looked_up = f"({format_count(run['embedding_parameters'])} only looked up)"
-    yield "model", f"{model_in_words(run)}: {format_count(run['parameters'])} parameters {looked_up}"
+    yield "model", f"{describe_model(run)}: {format_count(run['parameters'])} parameters {looked_up}"
     sizes = f"{run['layers']} layers, dim {run['dim']}, {run['heads']} heads ({run['kv_heads']} of keys and values)"
     yield "", f"{sizes}, ffn_dim {run['ffn_dim']}, vocabulary {run['vocab_size']}"
     scaling = run["rope_scaling"]
@@ -155,7 +155,7 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     yield "disk", f"{format_bytes(run['checkpoint_bytes'])} a checkpoint, of which {kept} are kept"
     operations = f"{format_count(run['flops_per_token'])} operations a token, {run['flops']:.3g} in all"
     yield "compute", f"{recipe.precision.compute}; {operations}"
-    yield "kernels", kernels.in_words(recipe)
+    yield "kernels", kernels.describe_kernels(recipe)
     if (float8 := run["float8"]) is not None:
         yield "float8", float8["summary"]
         for name, factors in float8["settings"].items():
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         return _print_json(arguments, overrides)
     loaded = load_recipe(arguments.recipe, overrides)
-    warnings, data = _checked_with_data(loaded, arguments.world)
+    warnings, data = _check_with_data(loaded, arguments.world)
     print(_text(loaded.recipe, arguments, data))
     for finding in warnings:
         print(f"\nwarning: {finding}")
@@ -222,7 +222,7 @@ def _text(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -
         return timetable.drawing(_timetable(recipe, active))
     if arguments.dry_run:
         return str(DRY_RUN.get("report")(recipe, active, arguments.rank))
-    return report(recipe, arguments.world, data)
+    return format_description(recipe, arguments.world, data)
 
 
 def _values(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _print_json(arguments: argparse.Namespace, overrides: list[str]) -> int:
     run: dict[str, Any] = {}
     try:
         loaded = load_recipe(arguments.recipe, overrides)
-        findings, data = _checked_with_data(loaded, arguments.world)
+        findings, data = _check_with_data(loaded, arguments.world)
         run = _values(loaded.recipe, arguments, data)
     except RecipeError as error:
         findings = error.findings

@@ -53,7 +53,7 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
     if under is None:
         return code
     if isinstance(error, StoppedEarly):
-        left_alone = error.signalled and not error.heard and under.agents > 1
+        left_alone = error.signalled and not error.received and under.agents > 1
         if left_alone:
             # An agent that is about to restart its processes signals them; one whose processes end before that takes
             # the job for done.

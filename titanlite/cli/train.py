@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from titanlite.cli.check import checked
+from titanlite.cli.check import check_recipe
 from titanlite.errors import EXIT_DONE, CommandLineError, TitanliteError
 from titanlite.observe.run_folder import Mode, Start
 from titanlite.plan.launch import launched, torchrun
 from titanlite.plan.layout import active_ranks
-from titanlite.recipe.explain import all_keys, meant
+from titanlite.recipe.explain import all_keys, suggest_key
 from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             "--force does nothing without --fresh: with it, it deletes the run that the folder holds."
         )
     loaded = load_recipe(arguments.recipe, overrides)
-    warnings = checked(loaded, launched().size)
+    warnings = check_recipe(loaded, launched().size)
     if launched().is_first:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
@@ -73,5 +73,5 @@ def _require_keys(patterns: Sequence[str]) -> None:
     """Raise `CommandLineError` if one of `--allow-change` is no key of a recipe, nor a pattern of some."""
     for pattern in patterns:
         if not fnmatch.filter(all_keys(), pattern):
-            hint = meant(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
+            hint = suggest_key(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
             raise CommandLineError(f"--allow-change {pattern}: there is no such recipe key; {hint}")

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from titanlite.cli.check import checked
+from titanlite.cli.check import check_recipe
 from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
 from titanlite.plan.describe import describe
 from titanlite.plan.launch import launched
 from titanlite.plan.layout import active_ranks
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_count
@@ -47,11 +47,11 @@ def main(argv: list[str]) -> int:
         )
     place = launched()
     loaded = load_recipe(arguments.recipe, overrides)
-    checked(loaded, place.size)
+    check_recipe(loaded, place.size)
     if (active := active_ranks(loaded.recipe, place.size)) < place.size:
         raise CommandLineError(f"the layout has places for {active} ranks; start so many, since none stands by here.")
     small = shrink(loaded.recipe, place.size, arguments.steps)
-    errors = [finding for finding in check(small, place.size) if finding.severity == "error"]
+    errors = [finding for finding in apply_rules(small, place.size) if finding.severity == "error"]
     assert not errors, f"shrinking made a legal recipe illegal: {errors}"
     notes = [_NO_FLOAT8] if loaded.recipe.precision.float8.enabled else []
     if notes and place.is_first:

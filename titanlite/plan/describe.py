@@ -280,7 +280,7 @@ def _config(recipe: Recipe) -> Any:
     return _spec(recipe).configure(recipe.model)
 
 
-def model_in_words(run: dict[str, Any]) -> str:
+def describe_model(run: dict[str, Any]) -> str:
     """The preset, and which keys make another model of it; what names none is called custom."""
     changed = ", ".join(run["changed"])
     return f"{run['preset']} with another {changed}" if changed and run["preset"] != "custom" else str(run["preset"])

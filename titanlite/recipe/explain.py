@@ -206,7 +206,7 @@ def _named() -> dict[str, list[str]]:
     return named
 
 
-def meant(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
+def suggest_key(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
     """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing.
 
     In this order: the same name in another section, another project's word for it, the nearest spelling.
@@ -228,7 +228,7 @@ def find_key(key: str) -> tuple[tuple[str, ...], Schema]:
     for name in key.split("."):
         path = (*path, "0", name) if is_tables(table) and not name.isdigit() else (*path, name)
         if (schema := key_schema(path)) is None:
-            hint = meant(name, list(table.get("properties", {})), path[:-1]) or did_you_mean(key, all_keys())
+            hint = suggest_key(name, list(table.get("properties", {})), path[:-1]) or did_you_mean(key, all_keys())
             raise UsageError(f"a recipe has no key '{key}'; {hint or 'see docs/recipe.md'}")
         table = schema
     return path, table

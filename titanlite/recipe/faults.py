@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titanlite.errors import Finding
-from titanlite.recipe.explain import holds_keys, key_schema, meant, type_in_words
+from titanlite.recipe.explain import holds_keys, key_schema, suggest_key, type_in_words
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean
@@ -76,7 +76,7 @@ def _unknown(path: tuple[str, ...], value: Any) -> tuple[str, str]:
     *table, name = path
     known = list((key_schema(tuple(table)) or {})["properties"])
     what = "unknown section" if not table and isinstance(value, dict) else "unknown key"
-    hint = meant(name, known, table)
+    hint = suggest_key(name, known, table)
     if hint:
         return f"{what};", hint
     where = f"[{'.'.join(table)}] has" if table else "a recipe has"

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
-from titanlite.recipe.explain import all_keys, key_schema, meant
+from titanlite.recipe.explain import all_keys, key_schema, suggest_key
 from titanlite.recipe.faults import findings_of
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
@@ -131,7 +131,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
     for word in unknown:
         option = word.partition("=")[0]
         key = option.lstrip("-")
-        hint = f"write --{key}=VALUE" if key in all_keys() else meant(key) or f"see {parser.prog} --help"
+        hint = f"write --{key}=VALUE" if key in all_keys() else suggest_key(key) or f"see {parser.prog} --help"
         raise CommandLineError(f"{parser.prog} does not know '{option}'; {hint}")
     return arguments, overrides
 

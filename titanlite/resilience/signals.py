@@ -87,7 +87,7 @@ class StopRequests:
         os.close(self._ear)
         os.close(self._mouth)
         if isinstance(error, StoppedEarly):
-            error.signalled, error.heard = self._signalled, self._signal is not None
+            error.signalled, error.received = self._signalled, self._signal is not None
         # The last exchange must end before the process group does. After an error that only this rank may have met,
         # the others may never join it: then the process ends as it is, and its launcher ends theirs.
         alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)

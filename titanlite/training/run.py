@@ -25,7 +25,7 @@ from titanlite.errors import (
 )
 from titanlite.files import cause
 from titanlite.observe.run_folder import GO_ON, RunFolder, Start
-from titanlite.plan.describe import checkpoint_bytes, describe, model_in_words
+from titanlite.plan.describe import checkpoint_bytes, describe, describe_model
 from titanlite.plan.launch import launched, torchrun
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout, sample_schedule, total_steps
 from titanlite.recipe.load import LoadedRecipe
@@ -320,7 +320,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
     folder.settle(trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
     journal.say(
-        f"{folder.path}: {model_in_words(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
+        f"{folder.path}: {describe_model(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
         f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "
         f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(trainer.data.train.tokens)} "
         f"tokens, {trainer.data.train.windows} sequences an epoch"

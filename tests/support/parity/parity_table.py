@@ -17,7 +17,7 @@ from support.parity.compare import RELATIVE, curve_difference, reference, run, w
 from support.parity.lattice import Point, points
 from support.parity.parity_runs import small_recipe, write_corpus
 from support.pool import Pool
-from titanlite.plan.rules import check
+from titanlite.plan.rules import apply_rules
 
 _HEAD = """# Parity
 
@@ -36,7 +36,7 @@ and 3 heads of keys and values, unless the line says otherwise.
 def line(pool: Pool, corpus: str, point: Point) -> tuple[str, bool]:
     """A point's line of the table, and whether it is as it should be."""
     recipe = small_recipe(corpus, **point.sections)
-    refused = [f for f in check(recipe, point.ranks) if f.severity == "error"]
+    refused = [f for f in apply_rules(recipe, point.ranks) if f.severity == "error"]
     if refused:
         return f"| {point.name} | refused | {refused[0].key}: {refused[0].problem} {refused[0].fix} |", True
     expected = reference(corpus, **point.sections)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from titanlite.errors import Finding
 from titanlite.plan.layout import active_ranks
-from titanlite.plan.rules import data, float8, idle, kernels, layout, pipeline, run
+from titanlite.plan.rules import data, float8, kernels, layout, pipeline, run, unused
 from titanlite.recipe.sections import Recipe
 
 Rule = Callable[[Recipe, int], Iterator[Finding]]
@@ -54,15 +54,15 @@ RULES: tuple[Rule, ...] = (
     run.never_reached,
     run.rollback,
     run.rerun,
-    idle.without_effect,
-    idle.memory_budget,
+    unused.unused_keys,
+    unused.memory_budget,
     run.watching,
     run.checkpoints,
     run.looking_inside,
 )
 
 
-def check(recipe: Recipe, world: int = 1) -> list[Finding]:
+def apply_rules(recipe: Recipe, world: int = 1) -> list[Finding]:
     """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
     active = active_ranks(recipe, world)
     findings = [finding for rule in RULES for finding in rule(recipe, active)]

@@ -52,7 +52,7 @@ def _choice(recipe: Recipe, name: str, device: str) -> Choice:
     return Choice(True, "without the compiler nothing else fuses it")
 
 
-def in_words(recipe: Recipe) -> str:
+def describe_kernels(recipe: Recipe) -> str:
     """One line on what runs on a GPU; on a CPU all operations are PyTorch's own."""
     found = choices(recipe)
     parts = []

@@ -13,11 +13,11 @@ from titanlite.plan.rules.lookup import warning
 from titanlite.plan.stages import fixes_stages
 from titanlite.recipe.sections import Float8, Pipeline, Recipe
 
-Idle = tuple[str, bool, str]
+UnusedKey = tuple[str, bool, str]
 """(key, whether it does nothing here, why)"""
 
 
-def without_effect(recipe: Recipe, world: int) -> Iterator[Finding]:
+def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Keys that were changed from their defaults and do nothing beside the others."""
     defaults = Recipe()
     for key, does_nothing, reason in (*_of_the_run(recipe), *_of_the_layout(recipe, world)):
@@ -29,7 +29,7 @@ def _value(recipe: Recipe, key: str) -> Any:
     return reduce(getattr, key.split("."), recipe)
 
 
-def _of_the_run(recipe: Recipe) -> list[Idle]:
+def _of_the_run(recipe: Recipe) -> list[UnusedKey]:
     name, optimizer, guards = recipe.schedule.name, recipe.optimizer.name, recipe.resilience
     actions = (guards.on_nonfinite, guards.on_spike)
     return [
@@ -56,7 +56,7 @@ def _of_the_run(recipe: Recipe) -> list[Idle]:
     ]
 
 
-def _of_the_layout(recipe: Recipe, world: int) -> list[Idle]:
+def _of_the_layout(recipe: Recipe, world: int) -> list[UnusedKey]:
     parallel, layout = recipe.parallel, layout_of(recipe.parallel, world)
     stage, pipeline = parallel.zero_stage, parallel.pipeline
     uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
