@@ -59,22 +59,22 @@ def torch_of_the_check(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make the n-th step from now on have a gradient that is not a number."""
-    from titanlite.parallel.program import Program
+    from titanlite.parallel.model import ParallelModel
 
-    forward_backward = Program.forward_backward
+    forward_backward = ParallelModel.forward_backward
 
     def at(step: int) -> None:
         steps = iter(range(1, 10**6))
 
-        def poisoned(self: Program, batch: object) -> torch.Tensor:
+        def poisoned(self: ParallelModel, batch: object) -> torch.Tensor:
             loss = forward_backward(self, batch)  # type: ignore[arg-type]
             if next(steps) == step:
-                gradient = next(self.model.parameters()).grad
+                gradient = next(self.module.parameters()).grad
                 assert gradient is not None
                 gradient[0] = float("nan")
             return loss
 
-        monkeypatch.setattr(Program, "forward_backward", poisoned)
+        monkeypatch.setattr(ParallelModel, "forward_backward", poisoned)
 
     return at
 

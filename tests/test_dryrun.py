@@ -306,12 +306,12 @@ def test_memory_for_activations_is_what_autograd_saves(microbatches: int) -> Non
     made = recipe(precision={"compute": "float32"}, training={"global_batch": 4, "microbatch": 4 // microbatches})
     run = dry_run(made, 1, 0)
     spec = spec_of("debug")
-    program = build(spec, spec.configure(made.model), made, World(0, 1, torch.device("cpu")))
-    for parameter in program.model.parameters():
+    model = build(spec, spec.configure(made.model), made, World(0, 1, torch.device("cpu")))
+    for parameter in model.module.parameters():
         torch.nn.init.normal_(parameter)
     tokens = torch.randint(0, 256, (microbatches, 4 // microbatches, LENGTH))
     batch = Batch(tokens, tokens, None, None, (), 4, tokens.numel())
-    apart = {tensor.untyped_storage().data_ptr() for tensor in (tokens, *program.model.parameters())}
+    apart = {tensor.untyped_storage().data_ptr() for tensor in (tokens, *model.module.parameters())}
     saved: dict[int, int] = {}
     kept = []
 
@@ -323,7 +323,7 @@ def test_memory_for_activations_is_what_autograd_saves(microbatches: int) -> Non
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = program.model(batch.tokens[0], batch.labels[0])
+        loss = model.module(batch.tokens[0], batch.labels[0])
     del loss
     beside = run.memory.most["activations"] - sum(saved.values())
     assert 0 <= beside <= 24, "but the loss itself and what it is divided by"

@@ -18,7 +18,7 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.build import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
-from titanlite.parallel.program import PlainLoop, Program
+from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan
@@ -40,11 +40,12 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     if compiled:
         compile_units(model, SPEC)
     optimizer = build_optimizer(Optimizer(name=optimizer_name, lr=3e-3), SPEC, Weights.of(model), dtype)
-    program = Program(model, World(0, 1, torch.device(device)), Shards.of(model), PlainLoop(model))
+    passes = GradientAccumulation(model, Sync())
+    parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards.of(model), passes)
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     curve = []
     for batch in train_loader(open_data(Data(), 128, 0).train, plan, 0, steps):
-        loss = program.forward_backward(batch.to(torch.device(device)))
+        loss = parallel.forward_backward(batch.to(torch.device(device)))
         norm = clip_gradients(list(model.parameters()), 1.0)
         optimizer.step(1.0, torch.isfinite(norm))
         model.zero_grad(set_to_none=True)

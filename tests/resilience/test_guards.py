@@ -24,7 +24,7 @@ from titanlite.cli.train import main
 from titanlite.data.loader import train_loader
 from titanlite.errors import GuardStop
 from titanlite.models.shard import may_be_nonfinite
-from titanlite.parallel.program import Evaluation, Program
+from titanlite.parallel.model import Evaluation, ParallelModel
 from titanlite.recipe.sections import Resilience
 from titanlite.resilience.guards import Guards, RollBack, nonfinite_names
 from titanlite.training import trainer
@@ -177,27 +177,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def scramble(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], None]:
     """Give the batches that begin with certain samples labels that no text has."""
-    compute = Program.compute
+    compute = ParallelModel.compute
 
     def where(spoiled: Callable[[int], bool]) -> None:
-        def scrambled(self: Program, batch: Any) -> torch.Tensor:
+        def scrambled(self: ParallelModel, batch: Any) -> torch.Tensor:
             if spoiled(batch.samples[0]):
                 batch = dataclasses.replace(batch, labels=(batch.labels * 7 + 91) % 256)
             return compute(self, batch)
 
-        monkeypatch.setattr(Program, "compute", scrambled)
+        monkeypatch.setattr(ParallelModel, "compute", scrambled)
 
     return where
 
 
 @pytest.fixture
-def unsound(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Program, Any], bool]], None]:
+def unsound(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[ParallelModel, Any], bool]], None]:
     """Give the batches for which this holds a loss that is not a number; weights are sound."""
-    compute = Program.compute
+    compute = ParallelModel.compute
 
-    def where(bad: Callable[[Program, Any], bool]) -> None:
+    def where(bad: Callable[[ParallelModel, Any], bool]) -> None:
         monkeypatch.setattr(
-            Program, "compute", lambda self, batch: compute(self, batch) * (NAN if bad(self, batch) else 1)
+            ParallelModel, "compute", lambda self, batch: compute(self, batch) * (NAN if bad(self, batch) else 1)
         )
 
     return where
@@ -502,16 +502,16 @@ VALIDATED = ("--validation.every_steps=10", "--validation.sequences=4", "--metri
 @pytest.fixture
 def unsound_validation(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """The n-th validation from now on has a loss that is not a number; weights are sound."""
-    evaluate = Program.evaluate
+    evaluate = ParallelModel.evaluate
 
     def at(number: int) -> None:
         count = iter(range(1, 10**6))
 
-        def evaluated(self: Program, batches: Any) -> Evaluation:
+        def evaluated(self: ParallelModel, batches: Any) -> Evaluation:
             result = evaluate(self, batches)
             return Evaluation(NAN, INF) if next(count) == number else result
 
-        monkeypatch.setattr(Program, "evaluate", evaluated)
+        monkeypatch.setattr(ParallelModel, "evaluate", evaluated)
 
     return at
 

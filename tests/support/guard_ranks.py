@@ -16,7 +16,7 @@ from titanlite.data.splits import open_data
 from titanlite.errors import TitanliteError
 from titanlite.observe.journal import Journal
 from titanlite.observe.rows import Row
-from titanlite.parallel.program import Program
+from titanlite.parallel.model import ParallelModel
 from titanlite.parallel.world import World
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.load import to_toml
@@ -70,11 +70,11 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
 
 def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
     whole_step, forward_backward, compute, add = (
-        TrainState.step, Program.forward_backward, Program.compute, Program.sum
+        TrainState.step, ParallelModel.forward_backward, ParallelModel.compute, ParallelModel.sum
     )  # fmt: skip
     calls = {"steps": 0, "passes": 0}
 
-    def nan_in_a_gradient(self: Program, batch: Any) -> torch.Tensor:
+    def nan_in_a_gradient(self: ParallelModel, batch: Any) -> torch.Tensor:
         loss = forward_backward(self, batch)
         calls["steps"] += 1
         if calls["steps"] == step:
@@ -100,11 +100,11 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
             [tensor for tensor in self.weights.values() if tensor.numel()][-1].detach().view(-1)[0] = float("inf")
         return result
 
-    def another_loss(self: Program, batch: Any) -> torch.Tensor:
+    def another_loss(self: ParallelModel, batch: Any) -> torch.Tensor:
         calls["passes"] += 1
         return compute(self, batch) * (1 + 1e-15 * (calls["passes"] == step))
 
-    def another_gradient(self: Program, own: torch.Tensor) -> torch.Tensor:
+    def another_gradient(self: ParallelModel, own: torch.Tensor) -> torch.Tensor:
         loss = add(self, own)
         calls["passes"] += 1
         if calls["passes"] == step:
@@ -114,11 +114,11 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
         return loss
 
     owner, name, broken = {
-        "nan": (Program, "forward_backward", nan_in_a_gradient),
+        "nan": (ParallelModel, "forward_backward", nan_in_a_gradient),
         "ruined": (TrainState, "step", ruined),
         "weight": (TrainState, "step", flipped(lambda self: self.weights["norm.weight"].detach())),
         "moment": (TrainState, "step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
-        "loss twice": (Program, "compute", another_loss),
-        "gradient twice": (Program, "sum", another_gradient),
+        "loss twice": (ParallelModel, "compute", another_loss),
+        "gradient twice": (ParallelModel, "sum", another_gradient),
     }[kind]
     patch.setattr(owner, name, broken)

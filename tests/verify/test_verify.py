@@ -16,7 +16,7 @@ from support.pool import Pool
 from support.ports import free_port
 
 from titanlite.cli.main import main
-from titanlite.parallel.program import PlainLoop
+from titanlite.parallel.model import GradientAccumulation
 from titanlite.recipe.sections import Recipe
 from titanlite.verify import compare
 from titanlite.verify.verdict import Pass, first_difference
@@ -113,12 +113,12 @@ def test_alone(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_alone_with_a_mistake(recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    token_losses = PlainLoop._token_losses
+    token_losses = GradientAccumulation._token_losses
 
-    def dropped(self: PlainLoop, batch: Any, index: int) -> Any:
+    def dropped(self: GradientAccumulation, batch: Any, index: int) -> Any:
         return token_losses(self, batch, index) * (index != 1)
 
-    monkeypatch.setattr(PlainLoop, "_token_losses", dropped)
+    monkeypatch.setattr(GradientAccumulation, "_token_losses", dropped)
     assert main(["verify", recipe, "--json"]) == 3
     printed = capsys.readouterr()
     found = json.loads(printed.out)

@@ -63,7 +63,7 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         # The groups are formed for real: what they are is looked up in tensors.
         with _weights_are_fake(fakes):
             learner = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
-        stack.enter_context(trace.watch_modules(learner.program.model))
+        stack.enter_context(trace.watch_modules(learner.model.module))
         _tell_phases(learner, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
         batch = _batch(recipe, batch_plan(recipe, layout, layout.coordinates(rank).data))
@@ -127,7 +127,7 @@ def _eager(recipe: Recipe) -> Recipe:
 
 def _tell_phases(learner: TrainState, trace: MemoryTrace, offload: bool) -> None:
     """Have the learner's step tell the trace what it is at, and which tensors hold what."""
-    passes, update = learner.program.forward_backward, learner.optimizer.step
+    passes, update = learner.model.forward_backward, learner.optimizer.step
     for tensor in learner.weights.values():
         trace.mark(tensor, "weights", offload)
     for tensor in learner.optimizer.state().values():
@@ -146,7 +146,7 @@ def _tell_phases(learner: TrainState, trace: MemoryTrace, offload: bool) -> None
         trace.phase = "optimizer"
         update(factor, taken)
 
-    learner.program.forward_backward = forward_backward  # type: ignore[method-assign]
+    learner.model.forward_backward = forward_backward  # type: ignore[method-assign]
     learner.optimizer.step = step  # type: ignore[method-assign]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelSpec
 from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
-from titanlite.parallel.program import PlainLoop, Program, Sync
+from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync
 from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from titanlite.plan.slicing import Placement
 
 
-def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program:
+def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
     if layout.size > 1:
@@ -44,7 +44,7 @@ def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> Program
     model.to_empty(device=world.device)
     _tie(model, spec.tied(config))
     _recompute_and_compile(model, spec, recipe)
-    return Program(model, world, Shards.of(model), PlainLoop(model), refresh=kept.refresh)
+    return ParallelModel(model, world, Shards.of(model), GradientAccumulation(model, Sync()), refresh=kept.refresh)
 
 
 def _model(spec: ModelSpec, config: Any, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -90,7 +90,7 @@ def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) ->
         compile_units(model, spec)
 
 
-def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: Layout) -> Program:
+def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: Layout) -> ParallelModel:
     """A model that several ranks share: one module of it on this rank or, in a pipeline, each of its stages here."""
     # Imported here: FSDP costs half a second that a run on one device need not pay.
     from titanlite.parallel.context import SequencePart
@@ -102,12 +102,14 @@ def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: 
     sequence = SequencePart(layout.cp, meshes.coordinates.cp) if layout.cp > 1 else None
     if layout.pp > 1:
         model, shards, passes, refresh = _pipeline(spec, config, recipe, world, meshes)
-        return Program(model, world, shards, passes, meshes.coordinates, sequence, refresh)
+        return ParallelModel(model, world, shards, passes, meshes.coordinates, sequence, refresh)
     with torch.device("meta"):
         model = _model(spec, config, recipe, world.device)
     part = _apply(model, spec, config, recipe, world, meshes)
     shards = Shards(dict(model.named_parameters()), meshes, part.placements)
-    return Program(model, world, shards, PlainLoop(model, part.sync), meshes.coordinates, sequence, part.kept.refresh)
+    return ParallelModel(
+        model, world, shards, GradientAccumulation(model, part.sync), meshes.coordinates, sequence, part.kept.refresh
+    )
 
 
 def _pipeline(

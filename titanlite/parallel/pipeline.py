@@ -25,7 +25,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from titanlite.models.spec import Piece
-from titanlite.parallel.program import Sync
+from titanlite.parallel.model import Sync
 from titanlite.plan.stages import Stage, rank_of_stage, splits_backward
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Pipeline:
         self._schedule = kind(stages, plan.microbatches, loss_fn=_share_of_loss, scale_grads=False)
 
     def train(self, batch: Batch, valid: Tensor) -> Tensor:
-        """See `Passes`. Every microbatch of `batch` goes forward and backward as the schedule says."""
+        """See `ForwardBackward`. Every microbatch of `batch` goes forward and backward as the schedule says."""
         first = [batch.tokens.flatten(0, 1)] if self._stages[0].is_first else []
         ends = self._stages[-1].is_last
         losses: list[Tensor] = []
@@ -104,7 +104,7 @@ class Pipeline:
         return torch.cat(losses).detach().sum() if ends else self._zero()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """See `Passes`. One microbatch after the other; ranks that have sent theirs on go to the next."""
+        """See `ForwardBackward`. One microbatch after the other; ranks that have sent theirs on go to the next."""
         total = self._zero()
         beside = self._beside(batch)
         for index in range(batch.tokens.shape[0]):
@@ -114,7 +114,7 @@ class Pipeline:
         return total
 
     def after_evaluation(self) -> None:
-        """See `Passes`."""
+        """See `ForwardBackward`."""
         for sync in self._syncs:
             sync.after_evaluation()
 

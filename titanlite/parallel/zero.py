@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from titanlite.models.spec import ModelSpec, is_named_by
 from titanlite.parallel.float8_gather import gather_in_float8
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.program import NoSync, Sync
+from titanlite.parallel.model import Sync
 from titanlite.plan.float8 import SETTINGS
 from titanlite.precision.casting import compute_dtype, reduce_dtype
 from titanlite.recipe.sections import Parallel, Precision
@@ -32,7 +32,7 @@ def shard_model(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Par
     """
     copies, cut, stage = meshes.copies.size(), meshes.cut.size(), parallel.zero_stage
     if copies * cut == 1 and not parallel.offload:
-        return NoSync()
+        return Sync()
     mesh = meshes.parameters if copies > 1 else meshes.parameters["cut"]
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(precision), reduce_dtype=reduce_dtype(precision), cast_forward_inputs=False
@@ -77,7 +77,7 @@ def _prefetch(units: Sequence[FSDPModule], depth: int) -> None:
             unit.set_modules_to_backward_prefetch(earlier or [unit])
 
 
-class MicrobatchSync:
+class MicrobatchSync(Sync):
     """Tells a sharded model, before each microbatch's backward, what to communicate and what to keep."""
 
     def __init__(self, model: FSDPModule, stage: int) -> None:

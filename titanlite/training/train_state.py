@@ -26,8 +26,8 @@ class TrainState:
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.spec = spec_of(recipe.model.preset)
         self.config = self.spec.configure(recipe.model)
-        self.program = build(self.spec, self.config, recipe, world)
-        self.shards = self.program.shards
+        self.model = build(self.spec, self.config, recipe, world)
+        self.shards = self.model.shards
         self.weights = self.shards.local()
         """Parameter name -> what this rank holds of it."""
         weights = Weights(self.weights, self.shards.exchange(), world.device)
@@ -52,7 +52,7 @@ class TrainState:
         """
         every = self._recipe.resilience.rerun_every
         twice = every > 0 and number % every == 0
-        loss = self._computed_twice(number, batch) if twice else self.program.forward_backward(batch)
+        loss = self._computed_twice(number, batch) if twice else self.model.forward_backward(batch)
         norm = clip_gradients(
             self.weights.values(), self._recipe.optimizer.clip_norm, ranks=self._ranks, parts=self._shares
         )
@@ -63,7 +63,7 @@ class TrainState:
         return loss, norm
 
     def _computed_twice(self, number: int, batch: Batch) -> Tensor:
-        """`Program.forward_backward` whose result is proved to have the same bits as that of a first try."""
+        """`ParallelModel.forward_backward` whose result is proved to have the same bits as that of a first try."""
         _, first = self._with_checksums(batch)
         self.shards.drop_gradients()
         loss, second = self._with_checksums(batch)
@@ -73,7 +73,7 @@ class TrainState:
 
     def _with_checksums(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of the global batch, and the checksums of this rank's part of it and of the gradients held here."""
-        own = self.program.compute(batch)
-        loss = self.program.sum(own)
+        own = self.model.compute(batch)
+        loss = self.model.sum(own)
         gradients = [weight.grad for weight in self.weights.values()]
         return loss, checksums([own, *gradients])  # type: ignore[list-item]

@@ -1,6 +1,6 @@
 """The run: everything is built once, then one loop takes it from step to step.
 
-A step in six files: here, `data/loader.py`, `training/train_state.py`, `parallel/program.py`, `models/llama.py`,
+A step in six files: here, `data/loader.py`, `training/train_state.py`, `parallel/model.py`, `models/llama.py`,
 `models/layers.py`. Nothing calls back into the trainer; each room is handed values and returns values.
 """
 
@@ -90,7 +90,7 @@ class Trainer:
         self.plan = batch_plan(recipe, layout, layout.coordinates(world.rank).data)
 
         self.learner = learner = TrainState(recipe, world)
-        self.program, self.shards, self.guards = learner.program, learner.shards, learner.guards
+        self.model, self.shards, self.guards = learner.model, learner.shards, learner.guards
         self._start = start
         self._environment = environment(world.device)
         self.snapshots = self._usable(snapshots)
@@ -101,8 +101,8 @@ class Trainer:
         self.saving = Saving(
             checkpoints, self.snapshots, journal, self.read_log, watchdog, every, heeded=world.is_first
         )
-        self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.program, journal)
-        self.finder = NonfiniteFinder(self.program.model) if recipe.debug.find_nonfinite else None
+        self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.model, journal)
+        self.finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
             total_steps=self.total_steps,
@@ -402,7 +402,7 @@ class Trainer:
         self._ahead = self._reading(batches)
         with ExitStack() as first_step:
             if self.recipe.debug.trace_shapes:
-                first_step.enter_context(traced_shapes(self.program.model, self.journal.say))
+                first_step.enter_context(traced_shapes(self.model.module, self.journal.say))
             while True:
                 before = time.perf_counter()
                 try:

@@ -11,7 +11,7 @@ from titanlite.data.splits import compression_baselines
 from titanlite.errors import DataError
 from titanlite.observe.journal import Journal
 from titanlite.observe.rows import validation_row
-from titanlite.parallel.program import Program
+from titanlite.parallel.model import ParallelModel
 from titanlite.plan.layout import BatchPlan
 
 
@@ -19,7 +19,7 @@ class Validation:
     """The validation sets of one run on one rank."""
 
     def __init__(
-        self, sets: Sequence[Source], sequences: int, plan: BatchPlan, program: Program, journal: Journal
+        self, sets: Sequence[Source], sequences: int, plan: BatchPlan, model: ParallelModel, journal: Journal
     ) -> None:
         """Of each set, so many sequences are read."""
         self.failure: DataError | None = None
@@ -27,7 +27,7 @@ class Validation:
         self._sets = sets
         self._sequences = sequences
         self._plan = plan
-        self._program = program
+        self._model = model
         self._journal = journal
 
     def loss_after(self, step: int, last: bool) -> float | None:
@@ -45,7 +45,7 @@ class Validation:
                 self._plan.data_rank,
                 failures,
             )
-            result = self._program.evaluate(batches)
+            result = self._model.evaluate(batches)
             if failures:
                 said = f"validation after step {step}: the set {text.name} cannot be read: {failures[0]}"
                 self.failure = DataError(said)
@@ -54,7 +54,7 @@ class Validation:
             losses.append(result.loss)
             named = text.name if len(self._sets) > 1 else None
             self._journal.write(validation_row(step, result.loss, result.bits_per_byte, named))
-            if last and self._program.world.is_first:
+            if last and self._model.world.is_first:
                 self._compress(text, step, named)
         return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
 

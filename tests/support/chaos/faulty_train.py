@@ -302,12 +302,12 @@ def _slow_disk(seconds: float, *_: object) -> None:
 
 def gradient_is_nan(step: int) -> None:
     """Once, whether or not the step is taken again."""
-    from titanlite.parallel.program import Program
+    from titanlite.parallel.model import ParallelModel
 
     follow()
-    forward_backward, spoiled = Program.forward_backward, []
+    forward_backward, spoiled = ParallelModel.forward_backward, []
 
-    def spoil(self: Program, batch: Any) -> Any:
+    def spoil(self: ParallelModel, batch: Any) -> Any:
         loss = forward_backward(self, batch)
         if _step == step and not spoiled:
             spoiled.append(step)
@@ -315,7 +315,7 @@ def gradient_is_nan(step: int) -> None:
             held.grad.view(-1)[0] = float("nan")
         return loss
 
-    Program.forward_backward = spoil
+    ParallelModel.forward_backward = spoil
 
 
 def update_ruins(step: int) -> None:
@@ -336,44 +336,44 @@ def update_ruins(step: int) -> None:
 
 def losses_are_nan(first: int) -> None:
     """Of all steps from `first` on, with sound weights."""
-    from titanlite.parallel.program import Program
+    from titanlite.parallel.model import ParallelModel
 
     follow()
-    forward_backward = Program.forward_backward
+    forward_backward = ParallelModel.forward_backward
 
-    def spoil(self: Program, batch: Any) -> Any:
+    def spoil(self: ParallelModel, batch: Any) -> Any:
         return forward_backward(self, batch) * (float("nan") if _step >= first else 1.0)
 
-    Program.forward_backward = spoil
+    ParallelModel.forward_backward = spoil
 
 
 def validation_is_nan(number: int) -> None:
     """The loss of the n-th validation, with sound weights."""
-    from titanlite.parallel.program import Evaluation, Program
+    from titanlite.parallel.model import Evaluation, ParallelModel
 
-    evaluate, count = Program.evaluate, itertools.count(1)
+    evaluate, count = ParallelModel.evaluate, itertools.count(1)
 
-    def spoil(self: Program, batches: Any) -> Evaluation:
+    def spoil(self: ParallelModel, batches: Any) -> Evaluation:
         result = evaluate(self, batches)
         return Evaluation(float("nan"), float("nan")) if next(count) == number else result
 
-    Program.evaluate = spoil
+    ParallelModel.evaluate = spoil
 
 
 def labels_spoiled(step: int) -> None:
     """The samples that belong to this step, whenever they are read, are followed by the same token for ever."""
     import dataclasses
 
-    from titanlite.parallel.program import Program
+    from titanlite.parallel.model import ParallelModel
 
-    compute = Program.compute
+    compute = ParallelModel.compute
 
-    def spoil(self: Program, batch: Any) -> Any:
+    def spoil(self: ParallelModel, batch: Any) -> Any:
         if set(batch.samples) & set(range(4 * (step - 1), 4 * step)):
             batch = dataclasses.replace(batch, labels=batch.labels.clamp(max=0))
         return compute(self, batch)
 
-    Program.compute = spoil
+    ParallelModel.compute = spoil
 
 
 def bit_flipped(step: int) -> None:

@@ -15,7 +15,7 @@ from support.parity.parity_runs import Curve, Part
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.optim.clip import clip_gradients
-from titanlite.parallel import context, pipeline, program, shards, tensor
+from titanlite.parallel import context, model, pipeline, shards, tensor
 from titanlite.training import train_state as learner
 
 Patch = pytest.MonkeyPatch
@@ -27,12 +27,12 @@ def gradients_are_means(patch: Patch) -> None:
 
 
 def a_microbatch_is_dropped(patch: Patch) -> None:
-    token_losses = program.PlainLoop._token_losses
+    token_losses = model.GradientAccumulation._token_losses
 
-    def dropped(self: program.PlainLoop, batch: Any, index: int) -> torch.Tensor:
+    def dropped(self: model.GradientAccumulation, batch: Any, index: int) -> torch.Tensor:
         return token_losses(self, batch, index) * (0.0 if index == 1 else 1.0)
 
-    patch.setattr(program.PlainLoop, "_token_losses", dropped)
+    patch.setattr(model.GradientAccumulation, "_token_losses", dropped)
 
 
 def a_rank_begins_with_other_rows(patch: Patch) -> None:
@@ -61,7 +61,7 @@ def a_vocabulary_slice_begins_one_token_late(patch: Patch) -> None:
 
 
 def every_tensor_parallel_rank_reports_the_loss(patch: Patch) -> None:
-    patch.setattr(program.Program, "_reports", True)
+    patch.setattr(model.ParallelModel, "reports_loss", True)
 
 
 def a_sequence_is_not_balanced_where_it_is_gathered(patch: Patch) -> None:

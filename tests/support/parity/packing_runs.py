@@ -39,7 +39,7 @@ def packed(rank: int, world: int, recipe_json: str) -> Numbers:
     layout = require_layout(recipe.parallel, world)
     plan = batch_plan(recipe, layout, layout.coordinates(rank).data)
     (source,) = data.validation
-    held_out = learner.program.evaluate(
+    held_out = learner.model.evaluate(
         validation_batches(source, source.windows, plan.microbatch, plan.data_ranks, plan.data_rank)
     )
     loss, norm = learner.step(1, next(train_loader(data.train, plan, 0, 1)), 1.0)
@@ -49,7 +49,7 @@ def packed(rank: int, world: int, recipe_json: str) -> Numbers:
 def alone(recipe_json: str) -> Numbers:
     """Each document in a sequence of its own, without a mask or padding, its first token predicted from a separator."""
     _, data, learner = _begin(0, 1, recipe_json)
-    model = learner.program.model
+    model = learner.model.module
 
     def loss_of(source: Source) -> tuple[torch.Tensor, int]:
         total, tokens = torch.zeros((), dtype=torch.float64), source.beginning(source.tokens).tolist()

@@ -33,8 +33,8 @@ class Evaluation:
     """The same per byte of text, in bits: comparable across tokenizers and with compressors."""
 
 
-class Passes(Protocol):
-    """How a batch goes through the model: microbatch after microbatch, or as a pipeline's schedule says."""
+class ForwardBackward(Protocol):
+    """Takes a batch through the model: microbatch after microbatch, or by a pipeline's schedule."""
 
     def train(self, batch: Batch, valid: Tensor) -> Tensor:
         """Forward and backward over all microbatches, each loss divided by `valid`; the sum of these losses.
@@ -49,8 +49,8 @@ class Passes(Protocol):
         """Called once the last batch was evaluated."""
 
 
-class Sync(Protocol):
-    """What a layout does around the microbatches; `NoSync` does nothing."""
+class Sync:
+    """What a layout communicates around microbatches: nothing, for a model that is whole on its rank."""
 
     def before(self, last: bool) -> None:
         """Called before each microbatch; `last`: whether it is the step's last."""
@@ -59,22 +59,12 @@ class Sync(Protocol):
         """Called after forward passes without gradients."""
 
 
-class NoSync:
-    """A model that is whole on its rank has nothing to communicate between microbatches."""
+class GradientAccumulation:
+    """One microbatch after the other through a module that holds all layers."""
 
-    def before(self, last: bool) -> None:
-        pass
-
-    def after_evaluation(self) -> None:
-        pass
-
-
-class PlainLoop:
-    """One microbatch after the other through a model that is all on this rank, or shared in ways it does not notice."""
-
-    def __init__(self, model: nn.Module, sync: Sync | None = None) -> None:
-        self._model = model
-        self._sync = sync if sync is not None else NoSync()
+    def __init__(self, module: nn.Module, sync: Sync) -> None:
+        self._module = module
+        self._sync = sync
 
     def train(self, batch: Batch, valid: Tensor) -> Tensor:
         losses = []
@@ -97,28 +87,28 @@ class PlainLoop:
     def _token_losses(self, batch: Batch, index: int) -> Tensor:
         positions = None if batch.positions is None else batch.positions[index]
         documents = None if batch.documents is None else batch.documents[index]
-        loss: Tensor = self._model(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
+        loss: Tensor = self._module(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
         return loss
 
 
-class Program:
+class ParallelModel:
     """The model as it runs on this rank."""
 
     def __init__(
         self,
-        model: nn.Module,
+        module: nn.Module,
         world: World,
         shards: Shards,
-        passes: Passes,
+        passes: ForwardBackward,
         coordinates: Coordinates = ORIGIN,
         sequence: SequencePart | None = None,
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        """`model`: what of it is on this rank. `sequence`: this rank's part of each sequence, if not all.
+        """`module`: what of the model is on this rank. `sequence`: this rank's part of each sequence, if not all.
 
         `refresh` is called before the first pass with weights that may be new.
         """
-        self.model = model
+        self.module = module
         self.world = world
         self.shards = shards
         self._passes = passes
@@ -144,7 +134,7 @@ class Program:
 
     def sum(self, own: Tensor) -> Tensor:
         """The second half: adds up what each rank still has a part of; returns the loss of the global batch."""
-        total = own * self._reports
+        total = own * self.reports_loss
         self.world.reduce(total, "sum")
         self.shards.take_gradients()
         return total
@@ -158,7 +148,7 @@ class Program:
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         self._refresh()
         for batch, label_bytes in batches:
-            sums[0] += self._passes.evaluate(self._mine(batch.to(self.world.device))) * self._reports
+            sums[0] += self._passes.evaluate(self._mine(batch.to(self.world.device))) * self.reports_loss
             sums[1] += batch.valid_tokens * self._coordinates.is_batch_leader
             sums[2] += label_bytes * self._coordinates.is_batch_leader
         self._passes.after_evaluation()
@@ -170,7 +160,7 @@ class Program:
         return Evaluation(total / tokens if tokens else math.nan, bits_per_byte)
 
     @property
-    def _reports(self) -> bool:
+    def reports_loss(self) -> bool:
         """Of the ranks of a tp group, which all have the same loss, one reports it."""
         return self._coordinates.tp == 0
 
