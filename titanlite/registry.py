@@ -1,14 +1,14 @@
 """Names that recipes use, mapped to code that is imported when it is first asked for.
 
-This is what keeps `titanlite --help` and `titanlite check` free of torch, and what makes a new model,
-optimizer or corpus reader one file and one line.
+This is what keeps `titanlite --help` and `titanlite check` free of torch, and what makes a new model, optimizer or
+corpus reader one file and one line: a line here, or in a module of the user's own that `[plugins] modules` names.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from titanlite.errors import UsageError
@@ -34,8 +34,8 @@ class Registry:
         return name in self._entries
 
     def add(self, name: str, target: str) -> None:
-        """Register `target` ("module:attribute") under `name`; a taken name is refused with `ValueError`."""
-        if name in self._entries:
+        """Register `target` ("module:attribute") under `name`. Raises `ValueError` if the name has another target."""
+        if self._entries.get(name, target) != target:
             raise ValueError(f"{self.kind} '{name}' is registered already ({self._entries[name]})")
         self._entries[name] = target
 
@@ -46,3 +46,30 @@ class Registry:
             raise UsageError(f"unknown {self.kind} '{name}'; {hint}")
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+PLUGINS: dict[str, None] = {}
+"""Names of the plugin modules that this process has imported, in order."""
+
+
+def import_plugin(module: str) -> None:
+    """Import a module that registers what it offers. Raises `UsageError` if that fails, whatever the cause."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        cause = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"plugin '{module}' cannot be imported: {cause}") from error
+    PLUGINS[module] = None
+
+
+def require_plugins(modules: Iterable[str], where: str) -> None:
+    """Raise `UsageError` if a stored recipe, that of `where`, names a module which this process was not given.
+
+    What a stored recipe names is never imported on its word: whoever can write the file could run code.
+    """
+    if missing := [module for module in modules if module not in PLUGINS]:
+        names = ",".join(missing)
+        raise UsageError(
+            f"the recipe of {where} needs the plugin {names}, which is not imported from what is stored; "
+            f"if you trust it, add --plugins {names} (to train: [plugins] modules in the recipe)."
+        )

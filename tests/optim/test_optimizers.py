@@ -10,11 +10,11 @@ import torch
 
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
-from titanlite.optim.build import Weights, build_optimizer
+from titanlite.optim.base import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.optim.muon import Alone, Muon, orthogonalise
 from titanlite.parallel.shards import Shards
-from titanlite.recipe.sections import Optimizer
+from titanlite.recipe.sections import Optimizer, Recipe
 
 CONFIG = LlamaConfig(dim=24, layers=2, heads=2, kv_heads=1, ffn_dim=40, vocab_size=64)
 TAKEN, NOT_TAKEN = torch.tensor(True), torch.tensor(False)
@@ -35,7 +35,7 @@ def set_gradients(model: torch.nn.Module, seed: int) -> None:
 def test_adamw_is_torchs_plain_loop_with_decay_on_matrices_only() -> None:
     section = Optimizer(name="adamw", lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     ours, theirs = small_model(torch.float64), small_model(torch.float64)
-    optimizer = build_optimizer(section, SPEC, Weights.of(ours), torch.float64)
+    optimizer = build_optimizer(Recipe(optimizer=section), SPEC, Weights.of(ours), torch.float64)
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.3},
         {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -106,7 +106,9 @@ def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values() -> Non
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
-    optimizer = build_optimizer(Optimizer(name="muon"), SPEC, Weights.of(small_model()), torch.float32)
+    optimizer = build_optimizer(
+        Recipe(optimizer=Optimizer(name="muon")), SPEC, Weights.of(small_model()), torch.float32
+    )
     kinds: dict[str, set[str]] = {}
     for key in optimizer.state():
         name, kind = key.rsplit("/", 1)
@@ -120,7 +122,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_not_taken_changes_no_bit(name: str) -> None:
     model = small_model()
-    optimizer = build_optimizer(Optimizer(name=name), SPEC, Weights.of(model), torch.float32)
+    optimizer = build_optimizer(Recipe(optimizer=Optimizer(name=name)), SPEC, Weights.of(model), torch.float32)
     set_gradients(model, 0)
     optimizer.step(1.0, TAKEN)
     before = copy.deepcopy((dict(model.named_parameters()), optimizer.state()))
@@ -137,7 +139,9 @@ def test_a_step_not_taken_changes_no_bit(name: str) -> None:
 def test_state_copied_into_a_new_optimizer_goes_on_bitwise(name: str) -> None:
     first, second = small_model(), small_model()
     section = Optimizer(name=name)
-    a, b = (build_optimizer(section, SPEC, Weights.of(model), torch.float32) for model in (first, second))
+    a, b = (
+        build_optimizer(Recipe(optimizer=section), SPEC, Weights.of(model), torch.float32) for model in (first, second)
+    )
     set_gradients(first, 0)
     a.step(1.0, TAKEN)
     with torch.no_grad():

@@ -37,8 +37,10 @@ from titanlite.checkpoint.storage import (
 )
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.files import cause, read_json, replace_file
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe.load import plugin_modules
+from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
+from titanlite.registry import require_plugins
 
 BEGINS_WITH = ".begins-with.json"
 """Beside the checkpoints: which one of another run this run began with, and by what path that was asked for."""
@@ -150,7 +152,9 @@ def _writer(manifest: Manifest) -> dict[str, Any]:
 def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises `CheckpointError` if this titanlite cannot read it."""
     try:
-        return Recipe.model_validate(parse_toml(manifest.recipe).values)
+        values = parse_toml(manifest.recipe).values
+        require_plugins(plugin_modules(values), str(folder))
+        return recipe_class().model_validate(values)
     except TomlSyntaxError as error:
         raise CheckpointError(f"the recipe in {folder / MANIFEST} is not TOML: line {error.line}: {error}.") from None
     except ValidationError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from titanlite.data.survey import survey
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
+from titanlite.optim.base import optimizer_spec
 from titanlite.plan import timetable
 from titanlite.plan.describe import describe, describe_model, stages_of
 from titanlite.plan.launch import launched_or_alone
@@ -145,7 +146,7 @@ def _pipeline_rows(run: dict[str, Any]) -> Rows:
 def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     memory = {part: format_bytes(size) for part, size in run["state_bytes"].items()}
     optimizer, shape = recipe.optimizer, recipe.schedule
-    rates = f"lr {optimizer.lr:g}" + (f", muon_lr {optimizer.muon_lr:g}" if optimizer.name == "muon" else "")
+    rates = ", ".join(f"{key} {getattr(optimizer, key):g}" for key in optimizer_spec(optimizer.name).rates)
     yield "optimizer", f"{optimizer.name} ({rates}), {shape.name} schedule, {shape.warmup_steps} steps of warm-up"
     parts = ", ".join(f"{part} {size}" for part, size in memory.items() if part != "total")
     where = "; all but what is gathered in the host's" if recipe.parallel.offload else ""

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
     from titanlite.models.generate import Sampler, generate
 
-    recipe = load_recipe(_recipe_file(arguments.run)).recipe
+    recipe = load_recipe(_recipe_file(arguments.run), stored=True).recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, manifest = load_model(arguments.run, recipe, device)
     tokenizer = tokenizer_of_run(arguments.run, recipe.data)

@@ -5,6 +5,7 @@ Also the one place where an error becomes a paragraph and an exit code. Knows no
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -16,7 +17,7 @@ from errno import EACCES, ENAMETOOLONG
 from titanlite import __version__
 from titanlite.errors import EXIT_DONE, CommandLineError, RecipeError, StoppedEarly, TitanliteError, UsageError
 from titanlite.plan.launch import launched_or_alone, mark_printed, prints_for_all
-from titanlite.registry import Registry, did_you_mean
+from titanlite.registry import Registry, did_you_mean, import_plugin
 
 Command = Callable[[list[str]], int]
 
@@ -124,7 +125,20 @@ def dispatch(argv: list[str]) -> int:
     if name not in ON_ALL_RANKS and not launched_or_alone().is_first:
         return EXIT_DONE
     command: Command = COMMANDS.get(name)
-    return command(arguments)
+    return command(_import_plugins(arguments))
+
+
+def _import_plugins(arguments: list[str]) -> list[str]:
+    """Import what `--plugins MODULES` names; the arguments without it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plugins", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise CommandLineError(str(error)) from None
+    for module in (name for names in found.plugins for name in names.split(",") if name):
+        import_plugin(module)
+    return rest
 
 
 def _help() -> str:
@@ -140,6 +154,7 @@ def _help() -> str:
             "",
             "  titanlite COMMAND --help    the command's own arguments",
             "  titanlite --version",
+            "  --plugins MODULE,...        import modules of yours first (docs/extend.md)",
             "  --traceback                 show where an error was raised",
         ]
     )

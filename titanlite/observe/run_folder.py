@@ -307,7 +307,7 @@ def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> D
     stored = path / "recipe.toml"
     if not stored.is_file():
         raise UsageError(f"{path} holds what a run wrote, but no recipe.toml to resume by. {ways_out}")
-    old = load_recipe(stored).recipe
+    old = load_recipe(stored, stored=True).recipe
     if os.path.realpath(old.checkpoint.warm_start or stored) == os.path.realpath(path):
         raise UsageError(
             f"{path} holds imported weights and no run: start {stored}, whose run begins with them in a folder of its "

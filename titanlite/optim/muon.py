@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from titanlite.models.spec import ModelSpec
+from titanlite.optim import adamw
+from titanlite.optim.base import Exchange, Optimizer, OptimizerSpec, Weights
+from titanlite.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The quintic whose iteration drives singular values towards 1, steepest at 0 (Jordan's tuned values)."""
@@ -24,6 +30,8 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
     matrices [n, rows, columns]; singular values come out within about 0.7 … 1.2.
     """
+    import torch
+
     a, b, c = _COEFFICIENTS
     x = matrices.to(dtype)
     wide = x.shape[-2] <= x.shape[-1]
@@ -33,19 +41,6 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
-
-
-class Exchange(Protocol):
-    """How matrices that are cut over ranks come together, each whole on one of them."""
-
-    def cutting(self, name: str) -> Any:
-        """How a matrix is cut, with its whole `shape`; matrices cut alike are exchanged together."""
-
-    def collect(self, held: Tensor, cutting: Any) -> Tensor:
-        """[n, rows here, columns here] -> [this rank's share of n, rows, columns]."""
-
-    def give_back(self, whole: Tensor, cutting: Any, count: int) -> Tensor:
-        """The inverse: -> [count, rows here, columns here]."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,8 @@ class Muon:
         """`parameters` are what is held here; where ranks hold parts, `exchange` brings them together, and where they
         rest in the host's memory, `device` multiplies.
         """
+        import torch
+
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dtype = dtype
@@ -96,24 +93,43 @@ class Muon:
         self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for _, group in self._groups]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
-        """(`<parameter>/momentum`, view of its buffer): copying into these restores the optimizer."""
+        """`<parameter>/momentum`, a view of the buffer that parameters of one shape share."""
         for (_, group), momenta in zip(self._groups, self._momenta, strict=True):
             for name, momentum in zip(group, momenta.unbind(0), strict=True):
                 yield f"{name}/momentum", momentum
 
-    @torch.no_grad()
     def step(self, lr: float, taken: Tensor) -> None:
-        """One update at learning rate `lr` where `taken` (bool scalar on the device) is true; else nothing changes."""
-        for (cutting, group), momenta in zip(self._groups, self._momenta, strict=True):
-            parameters = list(group.values())
-            rows, columns = cutting.shape
-            gradients = torch.stack([p.grad for p in parameters])
-            moved = torch.lerp(gradients, momenta, self.momentum)
-            momenta.copy_(torch.where(taken, moved, momenta))
-            whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum).to(self.device), cutting)
-            update = self._exchange.give_back(orthogonalise(whole, self.dtype), cutting, len(parameters))
-            update = update.to(momenta.device)
-            update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
-            # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
-            torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))
-            torch._foreach_sub_(parameters, list(update.unbind(0)))
+        """See `UpdateRule.step`."""
+        import torch
+
+        with torch.no_grad():
+            for (cutting, group), momenta in zip(self._groups, self._momenta, strict=True):
+                parameters = list(group.values())
+                rows, columns = cutting.shape
+                gradients = torch.stack([p.grad for p in parameters])  # type: ignore[misc]
+                moved = torch.lerp(gradients, momenta, self.momentum)
+                momenta.copy_(torch.where(taken, moved, momenta))
+                whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum).to(self.device), cutting)
+                update = self._exchange.give_back(orthogonalise(whole, self.dtype), cutting, len(parameters))
+                update = update.to(momenta.device)
+                update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
+                # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
+                torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))
+                torch._foreach_sub_(parameters, list(update.unbind(0)))
+
+
+def build(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
+    """Muon for the blocks' matrices, AdamW for embedding, head and norms."""
+    section = recipe.optimizer
+    matrices = {name: held for name, held in weights.held.items() if model.is_block_matrix(name)}
+    rest = {name: held for name, held in weights.held.items() if name not in matrices}
+    muon = Muon(matrices, section.muon_momentum, section.weight_decay, compute, weights.exchange, weights.device)
+    return Optimizer((section.lr, adamw.AdamW(rest, section)), (section.muon_lr, muon))
+
+
+SPEC = OptimizerSpec(
+    build,
+    keys=(*adamw.KEYS, "muon_lr", "muon_momentum"),
+    rates=("lr", "muon_lr"),
+    states=lambda block_matrix: 1 if block_matrix else 2,
+)

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
+from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import SETTINGS, decisions, gathers, gathers_in_words, summary
 from titanlite.plan.layout import Layout, active_ranks, batch_plan, require_layout, total_steps
 from titanlite.plan.slicing import ALONE, GroupRank, Shape, find_placements, local_shape, pattern_of
@@ -161,16 +162,16 @@ def _count(shapes: Iterable[Shape]) -> int:
 def _state_bytes(recipe: Recipe, layout: Layout, rank: Sequence[Kept]) -> dict[str, int]:
     """Bytes on one rank of what lives from step to step, and of the weights gathered for a pass.
 
-    AdamW keeps two moments a parameter, Muon one for the blocks' matrices, all in the weights' own format. What the
-    ZeRO stage does not cut is there in whole: gradients below stage 2, gathered weights below stage 3. Schedules that
-    split the backward pass sum gradients once a step in any stage, and have them in whole until then.
+    The optimizer's states are as many as its spec says, in the weights' own format. What the ZeRO stage does not cut is
+    there in whole: gradients below stage 2, gathered weights below stage 3. Schedules that split the backward pass sum
+    gradients once a step in any stage, and have them in whole until then.
     """
     is_matrix = _spec(recipe).is_block_matrix
-    muon, stage = recipe.optimizer.name == "muon", recipe.parallel.zero_stage
+    states, stage = optimizer_spec(recipe.optimizer.name).states, recipe.parallel.zero_stage
     width = max(4, _WIDTHS[recipe.precision.compute])
     kept, used = _count(item.kept for item in rank), _count(item.used for item in rank)
     once_a_step = stage < 2 or (layout.pp > 1 and splits_backward(recipe.parallel.pipeline.schedule))
-    moments = sum(prod(item.kept) * (1 if muon and is_matrix(item.name) else 2) for item in rank)
+    moments = sum(prod(item.kept) * states(is_matrix(item.name)) for item in rank)
     parts = {
         "weights": width * kept,
         "gathered": _WIDTHS[recipe.precision.compute] * _gathered(recipe, layout, rank),

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from titanlite.errors import UsageError
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import format_value
 from titanlite.registry import did_you_mean
 
@@ -107,7 +107,7 @@ _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mo
 
 def json_schema() -> Schema:
     """JSON schema (draft 2020-12) of a recipe file, for editors that complete and check TOML."""
-    generated = _tidy(Recipe.model_json_schema())
+    generated = _tidy(recipe_class().model_json_schema())
     extends = {"type": "string", "minLength": 1, "description": "Recipe that this one changes; relative to this file."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -148,8 +148,12 @@ def _tidy(schema: Any) -> Any:
     return tidy
 
 
-@functools.cache
 def _schema() -> Schema:
+    return _schema_of(recipe_class())
+
+
+@functools.cache
+def _schema_of(recipe: type[Recipe]) -> Schema:
     return json_schema()
 
 
@@ -194,8 +198,12 @@ def all_keys() -> list[str]:
     return below(())
 
 
-@functools.cache
 def _named() -> dict[str, list[str]]:
+    return _named_by(recipe_class())
+
+
+@functools.cache
+def _named_by(recipe: type[Recipe]) -> dict[str, list[str]]:
     """Sections and keys by their last names; those of arrays of tables without a number."""
     named: dict[str, list[str]] = {}
     for key in all_keys():
@@ -314,7 +322,7 @@ def reference_markdown() -> str:
         'A recipe is a TOML file. `extends = "base.toml"` starts from another one, relative to the file that says so:',
         "tables merge key by key, and the nearer file wins; `--section.key=value` on the command line wins over files.",
     ]
-    for section in Recipe.model_fields:
+    for section in recipe_class().model_fields:
         lines += _section_markdown((section,))
     return "\n".join(lines) + "\n"
 

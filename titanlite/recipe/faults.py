@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from titanlite.errors import Finding
 from titanlite.recipe.explain import holds_keys, key_schema, suggest_key, type_in_words
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe.sections import recipe_class
 from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean
 
@@ -124,7 +124,7 @@ def _is_valid(path: tuple[str, ...], value: Any) -> bool:
     for name in reversed(path):
         value = {name: value}
     try:
-        Recipe.model_validate(value)
+        recipe_class().model_validate(value)
     except ValidationError:
         return False
     return True

@@ -22,9 +22,9 @@ from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
 from titanlite.recipe.explain import all_keys, key_schema, suggest_key
 from titanlite.recipe.faults import findings_of
 from titanlite.recipe.paths import expand
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import KeyPath, TomlSyntaxError, format_toml, parse_toml, parse_value
-from titanlite.registry import did_you_mean
+from titanlite.registry import did_you_mean, import_plugin, require_plugins
 
 COMMAND_LINE = "command line"
 
@@ -72,19 +72,20 @@ class _Layer:
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stored: bool = False) -> LoadedRecipe:
     """Read a recipe with all it extends, apply `--section.key=value` overrides, and check every value.
 
-    Raises `RecipeError` with all findings at once, each with its file and line.
+    Plugins that it names are imported first; those of a `stored` recipe are not, and must have been. Raises
+    `RecipeError` with all findings at once, each with its file and line.
     """
     try:
-        return _load(Path(path), overrides)
+        return _load(Path(path), overrides, stored)
     except RecursionError:
         problem, fix = "keys or values are nested too deeply;", "no key of a recipe has more than a few parts."
         raise RecipeError([Finding("", problem, fix, str(path))]) from None
 
 
-def _load(path: Path, overrides: Sequence[str]) -> LoadedRecipe:
+def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
     files, layers, findings = _read_chain(path)
     given, override_findings = _parse_overrides(overrides)
     findings += override_findings
@@ -92,15 +93,34 @@ def _load(path: Path, overrides: Sequence[str]) -> LoadedRecipe:
     for layer in [*reversed(layers), given]:
         _drop_alternatives(merged, layer)
         _overlay(merged, layer)
+    if failures := list(_plugin_failures(merged.values, stored, str(path))):
+        raise RecipeError(findings + [_located(failure, merged.origins, str(path)) for failure in failures])
     recipe = None
     try:
-        recipe = Recipe.model_validate(merged.values)
+        recipe = recipe_class().model_validate(merged.values)
     except ValidationError as error:
         faults = [_located(fault, merged.origins, str(path)) for fault in findings_of(error, merged.values)]
         findings += sorted(faults, key=lambda fault: ([*map(str, files), fault.file].index(fault.file), fault.line))
     if findings or recipe is None:
         raise RecipeError(findings)
     return LoadedRecipe(recipe, path, tuple(files), to_toml(recipe), merged.origins)
+
+
+def _plugin_failures(values: Mapping[str, Any], stored: bool, where: str) -> Iterator[Finding]:
+    """Why plugins that a recipe names cannot be used; without them its other keys cannot be checked."""
+    for module in plugin_modules(values):
+        try:
+            require_plugins([module], where) if stored else import_plugin(module)
+        except UsageError as error:
+            fix = "" if stored else "install it, or set PYTHONPATH to the folder that holds it."
+            yield Finding("plugins.modules", f"{error};" if fix else str(error), fix)
+
+
+def plugin_modules(values: Mapping[str, Any]) -> list[str]:
+    """The modules that a recipe's values name as plugins, as far as they are names."""
+    section = values.get("plugins")
+    modules = section.get("modules") if isinstance(section, dict) else None
+    return [name for name in modules if isinstance(name, str) and name] if isinstance(modules, list) else []
 
 
 class RecipeParser(argparse.ArgumentParser):

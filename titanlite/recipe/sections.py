@@ -6,9 +6,10 @@ JSON schema are made from it. Rules that need more than one key live in `titanli
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import functools
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.units import Count, fits_64_bits
@@ -462,6 +463,14 @@ class Debug(Section):
     """Train every step on the first step's samples: the loss must go to zero if the model can learn at all."""
 
 
+class Plugins(Section):
+    """Python modules of your own (docs/extend.md)."""
+
+    modules: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Modules that are imported before the recipe is checked, and register model families, optimizers, schedules,
+    corpus readers, metric sinks, kernels, or a section of the recipe. They run with your rights."""
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -480,4 +489,24 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     resilience: Resilience = Resilience()
     metrics: Metrics = Metrics()
+    plugins: Plugins = Plugins()
     debug: Debug = Debug()
+
+
+_PLUGIN_SECTIONS: dict[str, type[Section]] = {}
+
+
+def register_section(name: str, section: type[Section]) -> None:
+    """Give recipes a table `[name]`, a plugin's own: all keys have defaults. Raises `ValueError` for a taken name."""
+    if name in Recipe.model_fields or _PLUGIN_SECTIONS.get(name, section) is not section:
+        raise ValueError(f"recipes have a section [{name}] already")
+    section()  # a key without a default fails here
+    _PLUGIN_SECTIONS[name] = section
+    recipe_class.cache_clear()
+
+
+@functools.cache
+def recipe_class() -> type[Recipe]:
+    """`Recipe` with the sections of the plugins that were imported; an attribute each, by its name."""
+    fields: dict[str, Any] = {name: (section, section()) for name, section in _PLUGIN_SECTIONS.items()}
+    return create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **fields) if fields else Recipe

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titanlite.models.init import initialise
 from titanlite.models.spec import spec_of
-from titanlite.optim.build import Weights, build_optimizer
+from titanlite.optim.base import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.apply import build
 from titanlite.parallel.batch import Batch
@@ -31,7 +31,7 @@ class TrainState:
         self.weights = self.shards.local()
         """Parameter name -> what this rank holds of it."""
         weights = Weights(self.weights, self.shards.exchange(), world.device)
-        self.optimizer = build_optimizer(recipe.optimizer, self.spec, weights, compute_dtype(recipe.precision))
+        self.optimizer = build_optimizer(recipe, self.spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)
         self._recipe = recipe
         self._ranks = world.size

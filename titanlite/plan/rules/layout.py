@@ -11,6 +11,7 @@ from titanlite.checkpoint.format import MAX_CHUNKS
 from titanlite.checkpoint.plan import FILE_BYTES, piece_count
 from titanlite.errors import Finding
 from titanlite.models.spec import ModelSpec
+from titanlite.optim.base import OPTIMIZERS, optimizer_spec
 from titanlite.plan.layout import Layout, batch_plan, ceil_div, layout_of
 from titanlite.plan.rules.lookup import divisors, find_config, find_spec, warning
 from titanlite.plan.rules.run import heads
@@ -140,7 +141,7 @@ def overlap(recipe: Recipe, world: int) -> Iterator[Finding]:
 def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """A checkpoint's table of parts is not longer than what can be read back."""
     spec, layout = find_spec(recipe), layout_of(recipe.parallel, world)
-    if spec is None or layout is None or any(heads(recipe, world)):
+    if spec is None or layout is None or any(heads(recipe, world)) or recipe.optimizer.name not in OPTIMIZERS:
         return
     most, number = MAX_CHUNKS - _OTHER_PARTS, checkpoint_parts(recipe, spec, layout)
     if number > most:
@@ -157,7 +158,7 @@ def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
     """How many parts of weights and moments the ranks write: each box that some hold, cut as `plan.pieces` does."""
-    config, muon = spec.configure(recipe.model), recipe.optimizer.name == "muon"
+    config, states = spec.configure(recipe.model), optimizer_spec(recipe.optimizer.name).states
     copies, cut = layout.weights(recipe.parallel.zero_stage)
     width = 8 if recipe.precision.compute == "float64" else 4
     shapes = spec.shapes(config)
@@ -165,7 +166,7 @@ def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes
     alike: Counter[tuple[tuple[int, ...], Placement | None, int]] = Counter()
     for name, shape in shapes.items():
         holders = copies * (1 if name in cuts else layout.tp) * (2 if name in tied and layout.pp > 1 else 1)
-        alike[shape, cuts.get(name), holders] += 2 if muon and spec.is_block_matrix(name) else 3
+        alike[shape, cuts.get(name), holders] += 1 + states(spec.is_block_matrix(name))
     number = 0
     for (shape, placement, holders), tensors in alike.items():
         for rank in range(layout.tp if placement else 1):

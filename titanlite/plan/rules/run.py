@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from titanlite.corpus.tokenizers import separator_warning, tokenizer_of
 from titanlite.errors import Finding, UsageError
 from titanlite.models.spec import spec_of
-from titanlite.optim.names import OPTIMIZERS
-from titanlite.optim.schedules import SCHEDULES, lr_factor
+from titanlite.optim.base import OPTIMIZERS, optimizer_spec
+from titanlite.optim.schedules import SCHEDULES, lr_factor, schedule_named
 from titanlite.plan.layout import ceil_div, total_steps
 from titanlite.plan.rules.lookup import divisors, find_config, find_steps, warning
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
@@ -109,21 +109,22 @@ def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
 def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Warm-up and decay fit into the run. Only a warning, since a few steps of a long recipe are a usual trial."""
     steps, section = find_steps(recipe), recipe.schedule
-    if steps is None:
+    if steps is None or section.name not in SCHEDULES:
         return
     to_try = "to try the first steps of a longer run, use run.stop_after_step."
     room = steps - section.warmup_steps
+    keys = schedule_named(section.name).keys
     if section.warmup_steps and room <= 0:
         problem = f"a warm-up of {section.warmup_steps} steps leaves nothing of a run of {steps};"
         yield warning("schedule.warmup_steps", problem, f"choose fewer than {steps}; {to_try}")
-    elif (section.decay_steps or 0) > room and section.name in ("linear", "cosine", "wsd"):
+    elif (section.decay_steps or 0) > room and "decay_steps" in keys:
         problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
         yield warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
     elif section.name == "wsd" and section.decay_steps is None and steps // 5 > room:
         problem = f"wsd decays over the last {steps // 5} of {steps} steps, and warm-up leaves {room} of them: the rate"
         fix = f"write schedule.decay_steps = {room} at most; {to_try}"
         yield warning("schedule.warmup_steps", f"{problem} never comes to its peak;", fix)
-    if steps == 1 and section.name in SCHEDULES and lr_factor(1, section, 1) == 0:
+    if steps == 1 and lr_factor(1, section, 1) == 0:
         problem = f"the only step of this run is the last of {section.name}, at a rate of 0: nothing is trained;"
         yield warning("schedule.final_lr_ratio", problem, 'write more than 0, or name = "constant".')
 
@@ -141,7 +142,7 @@ def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
         elif 0 < value < least or value > most:
             problem = f"{value:g} becomes {'0' if value < 1 else 'infinite'} in {name}, which it is used in;"
             yield Finding(key, problem, f"write a number from {least:.3g} to {most:.3g}.")
-        elif key in ("optimizer.betas", "optimizer.muon_momentum") and 1 - value < unit:
+        elif key.startswith("optimizer.") and 0 < 1 - value < unit:
             yield Finding(
                 key, f"{value!r} becomes 1 in {name}: nothing new would count;", f"write {1 - unit!r} at most."
             )
@@ -167,10 +168,10 @@ def _floats(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Weight decay shrinks weights; it must not flip their sign."""
     optimizer = recipe.optimizer
-    rates = {"optimizer.lr": optimizer.lr}
-    if optimizer.name == "muon":
-        rates["optimizer.muon_lr"] = optimizer.muon_lr
-    for key, rate in rates.items():
+    if optimizer.name not in OPTIMIZERS:
+        return
+    for name in optimizer_spec(optimizer.name).rates:
+        key, rate = f"optimizer.{name}", getattr(optimizer, name)
         if rate * optimizer.weight_decay >= 1:
             problem = f"{rate:g} times the weight decay {optimizer.weight_decay:g} is 1 or more: a step would wipe out"
             yield Finding(key, f"{problem} or flip every weight;", "lower one of the two.")

@@ -7,7 +7,8 @@ from functools import reduce
 from typing import Any
 
 from titanlite.errors import Finding
-from titanlite.optim.schedules import SCHEDULES
+from titanlite.optim.base import OPTIMIZERS, optimizer_spec
+from titanlite.optim.schedules import SCHEDULES, schedule_named
 from titanlite.plan.layout import layout_of
 from titanlite.plan.rules.lookup import warning
 from titanlite.plan.stages import fixes_stages
@@ -30,14 +31,10 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def _of_the_run(recipe: Recipe) -> list[UnusedKey]:
-    name, optimizer, guards = recipe.schedule.name, recipe.optimizer.name, recipe.resilience
+    guards = recipe.resilience
     actions = (guards.on_nonfinite, guards.on_spike)
     return [
-        ("schedule.decay_steps", name in ("constant", "sqrt"), f"the {name} schedule has no decay phase"),
-        ("schedule.decay_shape", name in SCHEDULES and name != "wsd", "only wsd has a decay of a chosen shape"),
-        ("schedule.final_lr_ratio", name == "constant", "the constant schedule stays at the peak"),
-        ("optimizer.muon_lr", optimizer == "adamw", "the optimizer is adamw"),
-        ("optimizer.muon_momentum", optimizer == "adamw", "the optimizer is adamw"),
+        *_of_the_updates(recipe),
         ("resilience.max_skips", "skip" not in actions, "neither on_nonfinite nor on_spike skips"),
         ("resilience.max_rollbacks", "rollback" not in actions, "neither on_nonfinite nor on_spike goes back"),
         *((f"resilience.spike_{key}", guards.on_spike == "off", 'on_spike is "off"') for key in ("zscore", "window")),
@@ -54,6 +51,19 @@ def _of_the_run(recipe: Recipe) -> list[UnusedKey]:
         ("kernels.float8_quantise", not recipe.precision.float8.enabled, "precision.float8.enabled is false"),
         ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
     ]
+
+
+def _of_the_updates(recipe: Recipe) -> Iterator[UnusedKey]:
+    """Keys of `[optimizer]` and `[schedule]` that the chosen ones do not read, by their own account."""
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    if optimizer.name in OPTIMIZERS:
+        used: tuple[str, ...] = ("name", "clip_norm", *optimizer_spec(optimizer.name).keys)
+        unused = [key for key in type(optimizer).model_fields if key not in used]
+        yield from ((f"optimizer.{key}", True, f"the optimizer is {optimizer.name}") for key in unused)
+    if schedule.name in SCHEDULES:
+        used = ("name", "warmup_steps", *schedule_named(schedule.name).keys)
+        unused = [key for key in type(schedule).model_fields if key not in used]
+        yield from ((f"schedule.{key}", True, f"the schedule is {schedule.name}") for key in unused)
 
 
 def _of_the_layout(recipe: Recipe, world: int) -> list[UnusedKey]:

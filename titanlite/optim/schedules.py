@@ -1,0 +1,78 @@
+"""Learning-rate schedules: pure functions of the step, as a factor on each peak rate. No torch, no state.
+
+Steps count from 1, and the last one, `total`, has the final rate exactly. `decay_steps` always ends at the last step;
+what lies between warm-up and decay is flat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from titanlite.recipe.sections import Schedule as Section
+from titanlite.registry import Registry
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """One schedule."""
+
+    factor: Callable[[int, Section, int], float]
+    """(step, `[schedule]`, steps of the run) -> factor on the peak rates; called for steps past the warm-up only."""
+    keys: tuple[str, ...] = ()
+    """Keys of `[schedule]` that it reads, besides `name` and `warmup_steps`; `check` warns of others that are set."""
+
+
+def _linear(step: int, section: Section, total: int) -> float:
+    return _decay("linear", step, section.decay_steps or total - section.warmup_steps, section, total)
+
+
+def _cosine(step: int, section: Section, total: int) -> float:
+    return _decay("cosine", step, section.decay_steps or total - section.warmup_steps, section, total)
+
+
+def _wsd(step: int, section: Section, total: int) -> float:
+    return _decay(section.decay_shape, step, section.decay_steps or max(1, total // 5), section, total)
+
+
+def _sqrt(step: int, section: Section, total: int) -> float:
+    return max(math.sqrt(max(section.warmup_steps, 1) / step), section.final_lr_ratio)
+
+
+def _decay(shape: str, step: int, decay_steps: int, section: Section, total: int) -> float:
+    progress = min(max((step - (total - decay_steps)) / max(decay_steps, 1), 0.0), 1.0)
+    remaining = {
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "sqrt": 1.0 - math.sqrt(progress),
+    }[shape]
+    return section.final_lr_ratio + (1.0 - section.final_lr_ratio) * remaining
+
+
+CONSTANT = LrSchedule(lambda step, section, total: 1.0)
+LINEAR = LrSchedule(_linear, ("decay_steps", "final_lr_ratio"))
+COSINE = LrSchedule(_cosine, ("decay_steps", "final_lr_ratio"))
+"""Half a cosine (Loshchilov & Hutter 2017, without restarts)."""
+SQRT = LrSchedule(_sqrt, ("final_lr_ratio",))
+"""Inverse square root (Vaswani et al. 2017, section 5.3), never below the final ratio."""
+WSD = LrSchedule(_wsd, ("decay_steps", "decay_shape", "final_lr_ratio"))
+"""Warm-up, stable, decay (Hu et al. 2024, MiniCPM): flat, then `decay_shape` over `decay_steps`."""
+
+SCHEDULES = Registry(
+    "schedule",
+    {name: f"titanlite.optim.schedules:{name.upper()}" for name in ("constant", "linear", "cosine", "sqrt", "wsd")},
+)
+
+
+def schedule_named(name: str) -> LrSchedule:
+    """The schedule that `schedule.name` names. Raises `UsageError` with the nearest known name."""
+    schedule: LrSchedule = SCHEDULES.get(name)
+    return schedule
+
+
+def lr_factor(step: int, section: Section, total: int) -> float:
+    """Factor on the peak learning rate at `step` (1 … total): linear warm-up from 0, then the named schedule."""
+    if step < section.warmup_steps:
+        return step / section.warmup_steps
+    return schedule_named(section.name).factor(step, section, total)
