@@ -190,8 +190,8 @@ def test_a_step_that_hangs_again_and_again_ends_the_run(
 
     take_step, hangs, ended = TrainState.step, threading.Event(), threading.Event()
     monkeypatch.setattr(TrainState, "step", hang)
-    monkeypatch.setattr(watchdog._Silence, "after", lambda *_: math.inf if hangs.is_set() else 0.0)
-    monkeypatch.setattr(watchdog, "_LAST_WORDS_SECONDS", 600.0)
+    monkeypatch.setattr(watchdog, "silence", lambda *_: math.inf if hangs.is_set() else 0.0)
+    monkeypatch.setattr(watchdog, "_ENDING_SECONDS", 600.0)
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
     for _ in range(2):
         with pytest.raises(EndedError):

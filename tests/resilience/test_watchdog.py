@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -33,22 +34,22 @@ from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.plan.rules.run import watching
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
-from titanlite.resilience import board
-from titanlite.resilience.board import Verdict
+from titanlite.resilience import coordinator
+from titanlite.resilience.coordinator import HangCoordinator
 from titanlite.resilience.crashes import history
 from titanlite.resilience.progress import (
     LEFT,
-    Progress,
-    Shares,
-    accusation,
-    laggards,
-    stragglers,
-    table,
-    unheard,
-    wakers,
+    HangReport,
+    RankStatus,
+    find_stragglers,
+    format_report,
+    format_table,
+    lagging_ranks,
+    ranks_to_signal,
+    unresponsive_ranks,
 )
-from titanlite.resilience.sampling import Sampler, where
-from titanlite.resilience.watchdog import Beat, _Silence
+from titanlite.resilience.sampling import Location, locate, look_at, summarize
+from titanlite.resilience.watchdog import silence
 
 RANK = """
 import os, runpy, signal, sys, time
@@ -85,127 +86,142 @@ def on_and_on():
         if not Path("hang").exists():
             watchdog.beat(7)
 
-def words(hang):
-    Path("words").write_text(f"{hang.step} {hang.rank} {hang.stacks} {hang.verdict}")
+def write(hang):
+    Path("hung").write_text(f"{hang.step} {hang.rank} {hang.stacks} {hang.reason}")
 
-with Watchdog(float(sys.argv[1]), Path("."), last_words=words) as watchdog:
+with Watchdog(float(sys.argv[1]), Path("."), on_hang=write) as watchdog:
     watchdog.beat(7)
     print("watched", flush=True)
     on_and_on()
 """
 
 
-def rank(number: int, **fields: object) -> Progress:
-    return replace(Progress(number, "node", "node pids", 100 + number, 4, "training", waits=True), **fields)
+def rank(number: int, **fields: object) -> RankStatus:
+    return replace(RankStatus(number, "node", 100 + number, "node pids", 4, "training", waits=True), **fields)
 
 
-some_shares = some.none() | some.builds(Shares, some.floats(0, 1), some.text(max_size=5), some.floats(0, 1))
-some_progress = some.builds(
-    Progress,
-    some.integers(0, 99), some.text(max_size=5), some.sampled_from("ab"), some.integers(1, 2**22), some.integers(0, 9),
-    some.sampled_from(["training", "saving", LEFT]), some.floats(0, 1e6), some.booleans(), some.text(max_size=5),
-    some_shares, some.integers(0, 3),
-)  # fmt: skip
-some_ranks = some.lists(some_progress, min_size=1, max_size=6).map(
-    lambda ranks: [replace(one, rank=number, pid=100 + number) for number, one in enumerate(ranks)]
-)
+some_table = some.lists(
+    some.builds(
+        RankStatus,
+        rank=some.just(0),
+        host=some.text(max_size=5),
+        pid=some.just(0),
+        pid_namespace=some.sampled_from("ab"),
+        step=some.integers(0, 9),
+        phase=some.sampled_from(["training", "saving", LEFT]),
+        waits=some.booleans(),
+        waited=some.none() | some.floats(0, 1),
+    ),
+    min_size=1,
+    max_size=6,
+).map(lambda table: [replace(row, rank=number, pid=100 + number) for number, row in enumerate(table)])
 
 
-@given(some_progress)
-def test_progress_comes_back_from_json(progress: Progress) -> None:
-    assert Progress.from_json(progress.to_json()) == progress
+def test_lagging_are_those_that_do_not_run_then_those_that_do_not_wait_then_those_behind() -> None:
+    table = [rank(0), rank(1, waits=False, place="a.py:read"), rank(2, step=3), rank(3)]
+    assert list(lagging_ranks(table, {3})) == [3]
+    assert list(lagging_ranks(table, ())) == [1] and "a.py:read" in lagging_ranks(table, ())[1]
+    table[1] = rank(1)
+    assert list(lagging_ranks(table, ())) == [2] and "step 4" in lagging_ranks(table, ())[2]
+    table[2] = rank(2)
+    assert lagging_ranks(table, ()) == {} and "no rank stands out" in format_report(table, {})
+    table[2] = rank(2, phase=LEFT, waits=False)
+    assert list(lagging_ranks(table, ())) == [2] and "left" in lagging_ranks(table, ())[2]
 
 
-def test_laggards_are_those_that_do_not_run_then_those_that_do_not_wait_then_those_behind() -> None:
-    ranks = [rank(0), rank(1, waits=False, place="a.py:read"), rank(2, step=3), rank(3)]
-    assert list(laggards(ranks, {3})) == [3]
-    assert list(laggards(ranks, ())) == [1] and "a.py:read" in laggards(ranks, ())[1]
-    ranks[1] = rank(1)
-    assert list(laggards(ranks, ())) == [2] and "step 4" in laggards(ranks, ())[2]
-    ranks[2] = rank(2)
-    assert laggards(ranks, ()) == {} and "no rank stands out" in accusation(ranks, {})
-    ranks[2] = rank(2, doing=LEFT, waits=False)
-    assert laggards(ranks, ()) == {2: "it has left the run"}
-
-
-@given(some_ranks, some.data())
-def test_nobody_is_blamed_in_vain(ranks: list[Progress], data: some.DataObject) -> None:
-    silent = data.draw(some.sets(some.sampled_from(range(len(ranks)))))
-    named = laggards(ranks, silent)
-    if silent:
-        assert set(named) == silent
+@given(some_table, some.data())
+def test_the_report_names_the_lagging_ranks_and_no_other(table: list[RankStatus], data: some.DataObject) -> None:
+    unresponsive = data.draw(some.sets(some.sampled_from(range(len(table)))))
+    lagging = lagging_ranks(table, unresponsive)
+    if unresponsive:
+        assert set(lagging) == unresponsive
     else:
-        assert len(named) < len(ranks), "of ranks that all run, some wait for the others"
-        assert all(not ranks[number].waits or ranks[number].step < max(one.step for one in ranks) for number in named)
-    said = accusation(ranks, named)
-    assert all((one.name in said) == (one.rank in named) for one in ranks)
-    assert all(one.name in table(ranks) for one in ranks)
+        assert len(lagging) < len(table), "of ranks that all run, some wait for the others"
+        assert all(not table[one].waits or table[one].step < max(row.step for row in table) for one in lagging)
+    report = format_report(table, lagging)
+    assert all((row.name in report) == (row.rank in lagging) for row in table)
+    assert all(row.name in format_table(table) for row in table)
 
 
-@given(some_ranks, some.data())
-def test_who_does_not_run_is_woken_by_one_neighbour(ranks: list[Progress], data: some.DataObject) -> None:
-    silent = data.draw(some.sets(some.sampled_from(range(len(ranks)))))
+@given(some_table, some.data())
+def test_one_neighbour_signals_a_process_that_does_not_run(table: list[RankStatus], data: some.DataObject) -> None:
+    unresponsive = data.draw(some.sets(some.sampled_from(range(len(table)))))
     expected = set()
-    for number in silent:
-        neighbours = [one.rank for one in ranks if one.rank not in silent and one.pids == ranks[number].pids]
-        expected |= {(min(neighbours), 100 + number)} if neighbours else set()
-    assert len(wakers(ranks, silent)) == len(expected) and set(wakers(ranks, silent)) == expected
+    for one in unresponsive:
+        beside = [
+            row.rank for row in table if row.rank not in unresponsive and row.pid_namespace == table[one].pid_namespace
+        ]
+        expected |= {(min(beside), 100 + one)} if beside else set()
+    found = ranks_to_signal(table, unresponsive)
+    assert len(found) == len(expected) and set(found) == expected
 
 
-def test_a_verdict_says_which_rank_is_to_blame_and_where_it_is() -> None:
+def test_a_report_says_who_is_to_blame_who_is_signalled_and_how_many_write_their_stacks() -> None:
     before = [rank(0), rank(1, waits=False, host="elsewhere"), rank(2)]
-    after = [replace(one, count=1) for one in before]
-    assert Verdict.of(before, after).blamed == [(1, "elsewhere")]
-    assert Verdict.of(before[::2], after[::2]).blamed == []
+    after = [replace(row, updates=1) for row in before]
+    assert HangReport.of(before, after).blamed == [(1, "elsewhere")]
+    assert HangReport.of(before[::2], after[::2]).blamed == []
+    before = [rank(0, updates=1), rank(1, updates=1), rank(2, updates=1, pid_namespace="dead"), rank(3, phase=LEFT)]
+    report = HangReport.of(before, [replace(before[0], updates=2), *before[1:]])
+    assert (report.to_signal, report.dumping) == ([(0, 101)], 2)
 
 
-def test_who_tells_nothing_new_does_not_run() -> None:
-    before = [rank(0, count=3), rank(1, count=5), rank(2, count=7)]
-    after = [rank(0, count=4), rank(1, count=5), rank(2, count=7, doing=LEFT), rank(3, count=1)]
-    assert unheard(before, after) == {1}
+def test_a_rank_without_updates_does_not_run() -> None:
+    before = [rank(0, updates=3), rank(1, updates=5), rank(2, updates=7)]
+    after = [rank(0, updates=4), rank(1, updates=5), rank(2, updates=7, phase=LEFT), rank(3, updates=1)]
+    assert unresponsive_ranks(before, after) == {1}
 
 
-@given(some_ranks)
-def test_stragglers_wait_a_fifth_less_than_most(ranks: list[Progress]) -> None:
-    named = stragglers(ranks)
-    waiting = {one.rank: one.shares.waiting for one in ranks if one.shares is not None}
-    for number, share in waiting.items():
-        others = [other for rank, other in waiting.items() if rank != number]
-        assert (number in named) == (bool(others) and median(others) >= share + 0.2), (others, share)
-    assert set(named) <= set(waiting) and set(stragglers(ranks[::-1])) == set(named)
+@given(some_table)
+def test_stragglers_wait_a_fifth_less_than_most(table: list[RankStatus]) -> None:
+    found = find_stragglers(table)
+    waited = {row.rank: row.waited for row in table if row.waited is not None}
+    for number, share in waited.items():
+        others = [other for rank, other in waited.items() if rank != number]
+        assert (number in found) == (bool(others) and median(others) - share >= 0.2), (others, share)
+    assert set(found) <= set(waited) and set(find_stragglers(table[::-1])) == set(found)
 
 
-def test_a_straggler_is_described() -> None:
-    fast, slow = Shares(0.64, "a.py:step", 0.3), Shares(0.02, "loader.py:read", 0.71)
-    named = stragglers([rank(number, shares=slow if number == 2 else fast) for number in range(4)])
-    assert list(named) == [2]
-    assert all(part in named[2] for part in ("rank 2 (node, process 102)", "2%", "64%", "71% in loader.py:read"))
+def test_a_straggler_is_described_by_where_it_was() -> None:
+    def window(*looks: tuple[Location, int]) -> dict[str, object]:
+        return dict(zip(("waited", "busiest"), summarize(Counter(dict(looks))), strict=True))
+
+    read, compute = Location(False, "data/loader.py:read"), Location(False, "a.py:step")
+    fast = window((Location(True, "a.py:step"), 64), (compute, 36))
+    slow = window((read, 71), (compute, 27), (Location(True, "a.py:step"), 2))
+    found = find_stragglers([rank(number, **(slow if number == 2 else fast)) for number in range(4)])
+    assert list(found) == [2]
+    assert all(part in found[2] for part in ("rank 2 (node, process 102)", "2%", "64%", "71% in data/loader.py:read"))
+    assert summarize(Counter({Location(True, "x"): 3})) == (1.0, "0% in ?")
 
 
 def test_a_process_that_was_stopped_was_not_silent_meanwhile() -> None:
-    beat = Beat(3, "training")
-    silence, start = _Silence(beat), time.monotonic()
-    assert silence.after(beat, start + 0.5) == pytest.approx(0.5, abs=0.1)
-    assert silence.after(beat, start + 1000) == pytest.approx(1.5, abs=0.1)
-    assert silence.after(Beat(3, "training"), start + 1001) == 0, "an equal beat is a new one all the same"
-    assert silence.after(beat, start + 1001) == 0
+    assert silence(0.0, 0.5) == 0.5
+    assert silence(0.5, 1000.0) == 1.5
 
 
 def test_where_a_thread_is() -> None:
-    class Waits:
+    class Work:
         def wait(self) -> None:
-            seen.append(where(sys._getframe(1)))
+            seen.append(locate(sys._getframe(1)))
 
-    def elsewhere() -> None:
-        seen.append(where(sys._getframe()))
+    def waits() -> None:
+        Work().wait()
 
-    seen: list[tuple[bool, str]] = []
-    Waits().wait()
-    elsewhere()
-    sorted([1], key=lambda _: elsewhere())
-    json.loads("1", parse_int=lambda _: seen.append(where(sys._getframe(1))))
-    name = "test_watchdog.py:test_where_a_thread_is"
-    assert seen == [(True, name), *2 * [(False, "test_watchdog.py:elsewhere")], (False, name)]
+    def busy() -> None:
+        seen.append(locate(sys._getframe()))
+
+    def parses() -> None:
+        json.loads("1", parse_int=lambda _: seen.append(locate(sys._getframe(1))))
+
+    seen: list[Location] = []
+    waits()
+    busy()
+    sorted([1], key=lambda _: busy())
+    parses()
+    file = "resilience/test_watchdog.py"
+    expected = [(True, "waits"), (False, "busy"), (False, "busy"), (False, "parses")]
+    assert seen == [(waiting, f"{file}:{name}") for waiting, name in expected]
 
 
 def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
@@ -229,8 +245,8 @@ def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
     trainer.start()
     try:
         assert begun.wait(timeout=60) and trainer.ident is not None
-        sampler, until, expected = Sampler(trainer.ident), time.monotonic() + 20, "test_watchdog.py:hung_disk"
-        while (seen := sampler.look().place) != expected and time.monotonic() < until:
+        until, expected = time.monotonic() + 20, "resilience/test_watchdog.py:hung_disk"
+        while (seen := look_at(trainer.ident).place) != expected and time.monotonic() < until:
             time.sleep(0.01)  # until it has come to wait
     finally:
         go.set()
@@ -242,7 +258,7 @@ def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
 def test_a_rank_that_waits_is_told_from_one_that_is_held_up(pool: Pool, tmp_path: Path, way: str) -> None:
     waiting, busy = pool.run(waiting_ranks.seen, 2, way, str(tmp_path / "seen"))
     assert waiting[0] and not busy[0]
-    assert busy[1] == "waiting_ranks.py:held_up"
+    assert busy[1].endswith("waiting_ranks.py:held_up")
 
 
 def test_a_watchdog_slower_than_the_process_group_is_warned_of() -> None:
@@ -254,52 +270,48 @@ def test_a_watchdog_slower_than_the_process_group_is_warned_of() -> None:
     assert not warned(120, 600) and not warned(0, 600) and not warned(900, 600, world=1)
 
 
-def boards(monkeypatch: pytest.MonkeyPatch, count: int) -> list[board.Board]:
-    """Those of so many ranks, at work."""
+def coordinators(monkeypatch: pytest.MonkeyPatch, count: int) -> list[HangCoordinator]:
+    """Those of so many ranks, at work, of which one finds a hang."""
     store = HashStore()
-    monkeypatch.setattr(board, "_get_default_store", lambda: store)
-    made = [board.Board(rank(number), count, 0.02) for number in range(count)]
+    monkeypatch.setattr(coordinator, "_get_default_store", lambda: store)
+    made = [HangCoordinator(rank(number), count, 0.02) for number in range(count)]
+    made[-1].hang = True
     for one in made:
-        threading.Thread(target=one.run, daemon=True).start()
+        one.start()
     return made
 
 
-def test_no_rank_ends_before_all_have_left_their_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "_PARTING_SECONDS", 120.0)
-    ranks, events = boards(monkeypatch, 3), list[str]()
-    ranks[1].ending = True
+def test_ranks_agree_on_a_report_and_none_ends_before_all_have_written_their_stacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinator, "_DUMPING_SECONDS", 120.0)
+    ranks, events = coordinators(monkeypatch, 3), list[str]()
 
-    def end(number: int) -> None:
-        assert ranks[number].heard() is not None
-        events.append("evidence")
-        ranks[number].part()
+    def end(one: HangCoordinator) -> None:
+        report = one.wait_for_report()
+        assert report is not None
+        events.append("stacks")
+        one.wait_for_dumps(report)
         events.append("end")
 
-    ending = [threading.Thread(target=end, args=(number,)) for number in range(3)]
-    for number in (0, 1):
-        ending[number].start()
-    while ranks[0]._store.add("ready", 0) < 2:
+    ending = [threading.Thread(target=end, args=(one,)) for one in ranks]
+    for thread in ending[:2]:
+        thread.start()
+    while ranks[0]._store.add("dumped", 0) < 2:
         time.sleep(0.01)
-    ending[2].start()  # a process that was stopped, and is woken
+    ending[2].start()  # a process that was stopped, and is signalled
     for thread in ending:
         thread.join()
-    assert events == ["evidence"] * 3 + ["end"] * 3
+    assert events == ["stacks"] * 3 + ["end"] * 3
+    assert [one.is_reporter for one in ranks].count(True) == 1 and len({str(one.report) for one in ranks}) == 1
 
 
-def test_a_rank_that_leaves_no_evidence_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "_PARTING_SECONDS", 0.1)
-    ranks = boards(monkeypatch, 2)
-    ranks[0].ending = True
-    assert ranks[0].heard() is not None
-    ranks[0].part()
-    ranks[1].stop()
-
-
-def test_evidence_is_expected_of_ranks_that_run_or_are_woken() -> None:
-    before = [rank(0, count=1), rank(1, count=1), rank(2, count=1, pids="dead"), rank(3, doing=LEFT)]
-    after = [replace(before[0], count=2), *before[1:]]
-    verdict = board.Verdict.of(before, after)
-    assert (verdict.wakers, verdict.parting) == ([[0, 101]], 2)
+def test_a_rank_that_writes_no_stacks_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "_DUMPING_SECONDS", 0.1)
+    first, _ = coordinators(monkeypatch, 2)
+    report = first.wait_for_report()
+    assert report is not None
+    first.wait_for_dumps(report)
 
 
 def environment() -> dict[str, str]:
@@ -329,7 +341,7 @@ def test_a_process_writes_its_stacks_when_asked_and_ends_when_it_hangs(tmp_path:
     assert "in on_and_on" in asked and "in on_and_on" in hung and f"process {one.pid}" in hung
     report = (tmp_path / "watchdog.log").read_text()
     assert report == errors.decode() and "after step 7, training" in report and "<string>:on_and_on" in report
-    assert (tmp_path / "words").read_text() == "7 0 rank-00000.log " + report.partition(" ")[2].rstrip("\n")
+    assert (tmp_path / "hung").read_text() == "7 0 rank-00000.log " + report.partition(" ")[2].rstrip("\n")
 
 
 def test_a_fatal_signal_leaves_stacks(tmp_path: Path) -> None:
@@ -398,7 +410,7 @@ def test_a_look_keeps_nothing_alive() -> None:
 
     def looked_at() -> weakref.ref[Activations]:
         held = Activations()
-        looker = threading.Thread(target=Sampler(threading.get_ident()).look)
+        looker = threading.Thread(target=look_at, args=(threading.get_ident(),))
         looker.start()
         looker.join()
         return weakref.ref(held)

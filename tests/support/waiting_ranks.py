@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from titanlite.parallel.ring import _arrived, _pass_on
 from titanlite.parallel.tensor import gather_sequence
-from titanlite.resilience.sampling import Sampler, Where
+from titanlite.resilience.sampling import Location, look_at
 
 _ENOUGH = 5
 """Looks in a row with the same answer."""
@@ -59,8 +59,8 @@ def _receiving() -> None:
         dist.send(torch.ones(4), 0)
 
 
-def _in_a_thread() -> None:
-    saving = threading.Thread(target=_all_reduce)
+def _in_a_saving_thread() -> None:
+    saving = threading.Thread(target=_all_reduce, name="checkpoint")
     saving.start()
     saving.join()
 
@@ -72,27 +72,27 @@ WAYS: dict[str, Callable[[], None]] = {
     "ring": _ring,
     "sharded": _sharded,
     "receiving": _receiving,
-    "in a thread": _in_a_thread,
+    "in a saving thread": _in_a_saving_thread,
 }
 
 
-def seen(rank: int, world: int, way: str, file: str) -> Where:
+def seen(rank: int, world: int, way: str, file: str) -> Location:
     """What each of two ranks is seen to do when the second one comes late: only once the first was seen to wait."""
-    answer: list[Where] = []
+    answer: list[Location] = []
 
     def look() -> None:
-        last: list[Where] = []
+        last: list[Location] = []
         until = time.monotonic() + 200
         while time.monotonic() < until and len(last) < _ENOUGH:
             time.sleep(0.02)
-            now = sampler.look()
+            now = look_at(trainer)
             wanted = now.waits == (rank == 0) and not now.place.endswith(":seen")
             last = [*last, now] if wanted and last[:1] in ([], [now]) else []
         answer.append(now)
         if rank == 0:
             os.close(os.open(file, os.O_CREAT))
 
-    sampler = Sampler(threading.get_ident())
+    trainer = threading.get_ident()
     looking = threading.Thread(target=look)
     looking.start()
     if rank == 1:

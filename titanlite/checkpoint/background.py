@@ -35,7 +35,8 @@ class Writing:
         self._write = write
         self._began = began
         self._error: Exception | None = None
-        # A daemon: after an error that only this rank met, the save would wait for ranks that are gone.
+        # A daemon: after an error that only this rank met, the save would wait for ranks that are gone. The watchdog
+        # finds the thread by its name.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if background else None
         if self._thread is None:
             self._run()

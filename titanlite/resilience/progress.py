@@ -1,55 +1,45 @@
-"""What ranks tell each other of their progress, and what follows from it: who holds up a run, and who slows it down.
+"""The table of a run's ranks: which step and phase each is in, who holds up the run, and who slows it down.
 
-Pure functions of what was told. Telling is `board.py`, looking is `sampling.py`. No torch.
+Pure functions of the table. Ranks share it through the store (`coordinator.py`). No torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 
-_NAMED_FROM = 0.2
-"""Share of the time that a straggler waits less than the others do: so much of theirs is lost to it."""
+_STRAGGLES_FROM = 0.2
+"""Share of its time that a straggler waits less than the others do: so much of theirs is lost to it."""
 
 LEFT = "left"
-"""What a rank is `doing` once it needs no watching any more."""
+"""Phase of a rank that needs no watching any more."""
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Where a rank's main thread spent the training time of one window."""
-
-    waiting: float
-    """Share of the time in which it waited for other ranks."""
-    place: str
-    """`file:function` in which it was most often while it did not."""
-    place_share: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One rank as its watchdog tells of it."""
+class RankStatus:
+    """One rank's row of the table."""
 
     rank: int
     host: str
-    pids: str
-    """Names the space in which `pid` has a meaning: equal for processes that can signal each other by it."""
     pid: int
-    step: int
+    pid_namespace: str
+    """Equal for processes that can signal each other by `pid`."""
+    step: int = 0
     """The last step that it finished."""
-    doing: str
+    phase: str = "starting"
     silent_seconds: float = 0.0
-    """How long its trainer has given no sign of life."""
+    """Time since the last beat of its trainer."""
     waits: bool = False
-    """Whether its main thread waits for other ranks right now."""
+    """Whether its trainer waits for other ranks right now."""
     place: str = "?"
-    """`file:function` of titanlite or the user in which its main thread is."""
-    shares: Shares | None = None
-    """Of the last full window; None before the first has ended."""
-    count: int = 0
-    """Goes up with every telling: who tells nothing new does not run."""
+    """`file:function` of titanlite or the user in which its trainer is."""
+    waited: float | None = None
+    """Share of the last full window of training in which it waited for other ranks; None before the first has ended."""
+    busiest: str = ""
+    """Where it was most often in that window while it did not wait, and for which share of the time."""
+    updates: int = 0
+    """Goes up with every update of the row: a process that does not run makes none."""
 
     @property
     def name(self) -> str:
@@ -58,87 +48,99 @@ class Progress:
     @property
     def stage(self) -> str:
         """How far it has come."""
-        return f"after step {self.step}, {self.doing}"
+        return f"after step {self.step}, {self.phase}"
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+
+@dataclass(frozen=True)
+class HangReport:
+    """Why the run stands still; the same on all ranks."""
+
+    reason: str
+    table: str
+    to_signal: list[tuple[int, int]]
+    """(rank, pid): the rank signals the process, so that its stacks are written too."""
+    blamed: list[tuple[int, str]]
+    """(rank, host) of those that hold up the run; empty if all wait for each other."""
+    dumping: int
+    """How many ranks write their stacks: those that run, and those that are signalled."""
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Progress:
-        fields = json.loads(text)
-        shares = fields.pop("shares")
-        return cls(**fields, shares=None if shares is None else Shares(**shares))
+    def of(cls, before: Sequence[RankStatus], after: Sequence[RankStatus]) -> HangReport:
+        """What follows from two readings of the table."""
+        unresponsive = unresponsive_ranks(before, after)
+        lagging = lagging_ranks(after, unresponsive)
+        to_signal = ranks_to_signal(after, unresponsive)
+        running = sum(row.phase != LEFT and row.rank not in unresponsive for row in after)
+        return cls(
+            format_report(after, lagging),
+            format_table(after),
+            to_signal,
+            [(row.rank, row.host) for row in after if row.rank in lagging],
+            running + len(to_signal),
+        )
 
 
-def unheard(before: Sequence[Progress], after: Sequence[Progress]) -> set[int]:
-    """Ranks that told nothing new from one reading to the next, other than those that left: they do not run."""
-    counts = {rank.rank: rank.count for rank in before}
-    return {rank.rank for rank in after if rank.doing != LEFT and counts.get(rank.rank) == rank.count}
+def unresponsive_ranks(before: Sequence[RankStatus], after: Sequence[RankStatus]) -> set[int]:
+    """Ranks that made no update from one reading to the next, other than those that left: they do not run."""
+    updates = {row.rank: row.updates for row in before}
+    return {row.rank for row in after if row.phase != LEFT and updates.get(row.rank) == row.updates}
 
 
-def laggards(ranks: Sequence[Progress], silent: Collection[int]) -> dict[int, str]:
+def lagging_ranks(table: Sequence[RankStatus], unresponsive: Collection[int]) -> dict[int, str]:
     """The ranks that the others wait for, each with the reason to think so; none where all wait for each other.
 
-    `silent`: those that do not run (see `unheard`). Short of these it is whoever waits for nobody while others wait,
-    and short of them whoever has finished fewer steps.
+    These are the `unresponsive`, or else those that do not wait while others do, or else those with fewer steps.
     """
-    if silent:
-        return {rank.rank: f"{_DEAD}; last heard of {rank.stage}" for rank in ranks if rank.rank in silent}
-    busy = [rank for rank in ranks if not rank.waits]
-    if 0 < len(busy) < len(ranks):
-        return {rank.rank: _busy_with(rank) for rank in busy}
-    foremost = max((rank.step for rank in ranks), default=0)
-    return {
-        rank.rank: f"it waits {rank.stage}, and others have finished step {foremost}"
-        for rank in ranks
-        if rank.step < foremost
-    }
+    if unresponsive:
+        why = "it does not run at all (stopped, dead, or in a call that lets no other thread of the process run)"
+        return {row.rank: f"{why}; last seen {row.stage}" for row in table if row.rank in unresponsive}
+    busy = [row for row in table if not row.waits]
+    if 0 < len(busy) < len(table):
+        return {
+            row.rank: "it has left the run"
+            if row.phase == LEFT
+            else f"it waits for no other rank, and is in {row.place} {row.stage} for {row.silent_seconds:.0f} s"
+            for row in busy
+        }
+    first = max((row.step for row in table), default=0)
+    return {row.rank: f"it waits {row.stage}; others finished step {first}" for row in table if row.step < first}
 
 
-_DEAD = "it does not run at all (stopped, dead, or in a call that lets no other thread of the process run)"
-
-
-def _busy_with(rank: Progress) -> str:
-    if rank.doing == LEFT:
-        return "it has left the run"
-    return f"it waits for no other rank, and is in {rank.place} {rank.stage} for {rank.silent_seconds:.0f} s"
-
-
-def accusation(ranks: Sequence[Progress], named: dict[int, str]) -> str:
-    """For people: who holds up the run and why, a line each; `named` as `laggards` gives it."""
-    lines = [f"{rank.name} holds up the run: {named[rank.rank]}" for rank in ranks if rank.rank in named]
+def format_report(table: Sequence[RankStatus], lagging: dict[int, str]) -> str:
+    """Which rank holds up the run and why, a line each."""
+    lines = [f"{row.name} holds up the run: {lagging[row.rank]}" for row in table if row.rank in lagging]
     return "\n".join(lines or ["no rank stands out: all wait for each other (a lost message, or unlike collectives)"])
 
 
-def table(ranks: Sequence[Progress]) -> str:
+def format_table(table: Sequence[RankStatus]) -> str:
     """Every rank on a line."""
     return "\n".join(
-        f"  {rank.name} {rank.stage} for {rank.silent_seconds:.0f} s, "
-        f"{'waits for others in' if rank.waits else 'is in'} {rank.place}"
-        for rank in ranks
+        f"  {row.name} {row.stage} for {row.silent_seconds:.0f} s, "
+        f"{'waits for others in' if row.waits else 'is in'} {row.place}"
+        for row in table
     )
 
 
-def wakers(ranks: Sequence[Progress], silent: Collection[int]) -> list[tuple[int, int]]:
-    """(rank, pid): which rank is to wake which process, for those that do not run where another rank does."""
-    able = {rank.pids: rank.rank for rank in reversed(ranks) if rank.rank not in silent}
-    return [(able[rank.pids], rank.pid) for rank in ranks if rank.rank in silent and rank.pids in able]
+def ranks_to_signal(table: Sequence[RankStatus], unresponsive: Collection[int]) -> list[tuple[int, int]]:
+    """(rank, pid): the first rank that runs beside an unresponsive process, and that process."""
+    runs = {row.pid_namespace: row.rank for row in reversed(table) if row.rank not in unresponsive}
+    return [
+        (runs[row.pid_namespace], row.pid) for row in table if row.rank in unresponsive and row.pid_namespace in runs
+    ]
 
 
-def stragglers(ranks: Sequence[Progress]) -> dict[int, str]:
+def find_stragglers(table: Sequence[RankStatus]) -> dict[int, str]:
     """The ranks that others waited for in their last windows, each with a sentence for the log.
 
-    A straggler waits for others less than these wait: by at least a fifth of the time, compared with their median.
+    A straggler waits less than the others' median, by at least a fifth of the time.
     """
-    shares = {rank.rank: rank.shares for rank in ranks if rank.shares is not None}
-    sentences = {}
-    for rank in ranks:
-        others = [other.waiting for number, other in shares.items() if number != rank.rank]
-        own = shares.get(rank.rank)
-        if own is None or not others or median(others) - own.waiting < _NAMED_FROM:
-            continue
-        sentences[rank.rank] = (
-            f"{rank.name} slows the others down: it waited {own.waiting:.0%} of the time, they {median(others):.0%}; "
-            f"it spent {own.place_share:.0%} in {own.place}"
-        )
-    return sentences
+    waited = {row.rank: row.waited for row in table if row.waited is not None}
+    found = {}
+    for row in table:
+        others = [share for rank, share in waited.items() if rank != row.rank]
+        if row.waited is not None and others and median(others) - row.waited >= _STRAGGLES_FROM:
+            found[row.rank] = (
+                f"{row.name} slows the others down: it waited {row.waited:.0%} of the time, they {median(others):.0%}; "
+                f"it spent {row.busiest}"
+            )
+    return found

@@ -1,118 +1,72 @@
 """Where a thread is, seen from another one: whether it waits for other ranks, and in whose function. No torch.
 
-A thread that joins another is where that one is: it is held up by whatever holds up the other. A look costs some
-microseconds, of which the thread looked at notices next to nothing. It sees the host's side alone: work that was queued
-on a GPU goes on unseen, and what a compiled region waits for counts as work.
+A look costs some microseconds. It sees the host's side alone: work queued on a GPU goes unseen, and what a compiled
+region waits for counts as work.
 """
 
 from __future__ import annotations
 
-import dis
 import sys
 import sysconfig
+import threading
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
-from threading import Thread, get_ident
-from types import CodeType, FrameType
+from types import FrameType
 from typing import NamedTuple
 
-from titanlite.resilience.progress import Shares
-
 _PACKAGE = str(Path(__file__).parents[1])
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_PASSES_ON = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_library/", "/torch/distributed/tensor/")
+_LIBRARIES = ("<frozen", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_DISPATCH = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_library/", "/torch/distributed/tensor/")
 """Files of torch whose frames say nothing: what they do, they do for the caller."""
-_WAITS = ("wait", "wait_tensor")
+_SAVING_THREAD = "checkpoint"
+"""Name of the thread in which `checkpoint/background.py` saves."""
 
 
-class Where(NamedTuple):
+class Location(NamedTuple):
     """Where a thread is."""
 
     waits: bool
     """For other ranks."""
     place: str
-    """Innermost `file:function` of titanlite or the user."""
+    """Innermost `folder/file:function` of titanlite or the user."""
 
 
-def where(frame: FrameType | None) -> Where:
-    """What a thread does whose innermost frame is `frame`."""
-    while frame is not None and _is_any(frame.f_code.co_filename, _PASSES_ON):
+def locate(frame: FrameType | None) -> Location:
+    """Where a thread with this innermost frame is. It waits inside of torch.distributed, and in functions that call a
+    `wait` or `wait_tensor`: those of ours do little else.
+    """
+    while frame is not None and any(part in frame.f_code.co_filename for part in _DISPATCH):
         frame = frame.f_back
-    waits = frame is not None and _waits(frame)
+    waits = frame is not None and (
+        "/torch/distributed/" in frame.f_code.co_filename
+        or not {"wait", "wait_tensor"}.isdisjoint(frame.f_code.co_names)
+    )
     while frame is not None and not _is_own(frame.f_code.co_filename):
         frame = frame.f_back
-    return Where(waits, "?" if frame is None else _place(frame.f_code))
-
-
-def _joined(frame: FrameType | None) -> Thread | None:
-    """The thread that one with this innermost frame waits to see end; older Pythons wait in a function below `join`."""
-    for caller in (frame, frame.f_back) if frame is not None else ():
-        if caller is not None and caller.f_code is Thread.join.__code__:
-            joined: Thread = caller.f_locals["self"]
-            return joined
-    return None
-
-
-def _waits(frame: FrameType) -> bool:
-    """Inside of torch.distributed, or on a line that calls something's `wait`."""
-    return "/torch/distributed/" in frame.f_code.co_filename or frame.f_lineno in _waiting_lines(frame.f_code)
-
-
-@lru_cache(maxsize=4096)
-def _waiting_lines(code: CodeType) -> frozenset[int]:
-    """From the bytecode: reading the source might block on the very disk that holds the run up."""
-    calls = [step.offset for step in dis.get_instructions(code) if step.argval in _WAITS]
-    return frozenset(
-        line for start, end, line in code.co_lines() if line is not None and any(start <= at < end for at in calls)
-    )
-
-
-def _is_any(file: str, parts: tuple[str, ...]) -> bool:
-    return any(part in file for part in parts)
+    if frame is None:
+        return Location(waits, "?")
+    return Location(waits, f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_code.co_name}")
 
 
 def _is_own(file: str) -> bool:
-    """Whether a file is titanlite's or the user's, and not one of Python's, torch's or another library's."""
-    return file.startswith(_PACKAGE) or not file.startswith((*_INSTALLED, "<frozen"))
+    """Whether it is titanlite's or the user's, and not one of Python's, torch's or another library's."""
+    return file.startswith(_PACKAGE) or not file.startswith(_LIBRARIES)
 
 
-@lru_cache(maxsize=4096)
-def _place(code: CodeType) -> str:
-    path = Path(code.co_filename)
-    name = path.relative_to(Path(_PACKAGE).parent) if path.is_relative_to(_PACKAGE) else path.name
-    return f"{name}:{code.co_name}"
+def look_at(thread: int) -> Location:
+    """Where the thread with this identifier is now; while it waits for a save to end, where that is."""
+    frames = sys._current_frames()
+    # This function's own, which holds the others: a cycle that would keep all that they hold, activations too.
+    frames.pop(threading.get_ident(), None)
+    frame = frames.get(thread)
+    if frame is not None and frame.f_code.co_filename == threading.__file__:
+        saving = (each.ident for each in threading.enumerate() if each.name == _SAVING_THREAD)
+        frame = next((frames[ident] for ident in saving if ident in frames), frame)
+    return locate(frame)
 
 
-class Sampler:
-    """Looks at one thread now and then, and counts where it was."""
-
-    def __init__(self, thread: int) -> None:
-        """`thread`: its identifier."""
-        self._thread = thread
-        self._places: Counter[Where] = Counter()
-        self.looks = 0
-        """Counted in the window so far."""
-
-    def look(self) -> Where:
-        """Where the thread is now, or the one that it waits to see end, such as that of a save."""
-        frames = sys._current_frames()
-        # This function's own, which holds the others: a cycle that would keep all that they hold, activations too.
-        frames.pop(get_ident(), None)
-        frame = frames.get(self._thread)
-        while (joined := _joined(frame)) is not None and (inner := frames.pop(joined.ident or 0, None)) is not None:
-            frame = inner
-        return where(frame)
-
-    def count(self, seen: Where) -> None:
-        """Add to the window."""
-        self._places[seen] += 1
-        self.looks += 1
-
-    def window(self) -> Shares:
-        """The shares of what was counted in the window, which ends here."""
-        total, self.looks = self.looks, 0
-        busy = Counter({seen.place: times for seen, times in self._places.items() if not seen.waits})
-        self._places.clear()
-        place, times = busy.most_common(1)[0] if busy else ("?", 0)
-        return Shares(1 - sum(busy.values()) / total, place, times / total)
+def summarize(looks: Counter[Location]) -> tuple[float, str]:
+    """The share of `looks` at a thread that saw it wait, and where it was most often in the others."""
+    busy = [(count / looks.total(), seen.place) for seen, count in looks.most_common() if not seen.waits]
+    share, place = busy[0] if busy else (0.0, "?")
+    return 1 - sum(share for share, _ in busy), f"{share:.0%} in {place}"

@@ -120,8 +120,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
 
         crash = partial(_crash, attempt, world, loaded, under_way)
-        last_words = partial(_hung, journal, folder, records, crash)
-        watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, last_words)
+        on_hang = partial(_record_hang, journal, folder, records, crash)
+        watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, on_hang)
         with _failures_recorded(records, crash), watchdog, full_memory_explained():
             own = replace(start, mode=mode, step=step, restarted=restarted)
             if start.mode != "auto" and (mode, step) != (start.mode, start.step):
@@ -339,7 +339,7 @@ def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[st
         journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
 
 
-def _hung(
+def _record_hang(
     journal: Journal,
     folder: RunFolder | None,
     records: Path,
@@ -348,9 +348,9 @@ def _hung(
 ) -> None:
     """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
     if folder is not None:
-        folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.verdict)
-        journal.event(hang.step, "hung", hang.verdict)
-    ended = crash("Hang", hang.verdict, f"the stacks of all threads are in {hang.stacks}")
+        folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.reason)
+        journal.event(hang.step, "hung", hang.reason)
+    ended = crash("Hang", hang.reason, f"the stacks of all threads are in {hang.stacks}")
     _record(records, replace(ended, rank=hang.rank, host=hang.host))
 
 
