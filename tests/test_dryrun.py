@@ -80,11 +80,11 @@ def test_bytes_of_a_zero_stage_are_those_of_the_paper(stage: int, microbatches: 
     gathered = PARAMETERS if stage < 3 else microbatches * (PARAMETERS + LAYERS * BLOCK)
     reduced = PARAMETERS if stage < 2 else microbatches * PARAMETERS
     if stage == 0:
-        assert elements(run, "copies") == {"all-reduce": PARAMETERS}
-        assert elements(run, "cut") == {}
+        assert elements(run, "dp_replicate") == {"all-reduce": PARAMETERS}
+        assert elements(run, "dp_shard") == {}
     else:
-        assert elements(run, "cut") == {"all-gather": gathered, "reduce-scatter": reduced}
-        assert elements(run, "copies") == {}
+        assert elements(run, "dp_shard") == {"all-gather": gathered, "reduce-scatter": reduced}
+        assert elements(run, "dp_replicate") == {}
     sent = sum(each.sent_bytes for each in run.collectives if each.dimension != "world")
     assert sent == 4 * (gathered + reduced) * (ranks - 1) // ranks
     if microbatches == 1:
@@ -94,7 +94,7 @@ def test_bytes_of_a_zero_stage_are_those_of_the_paper(stage: int, microbatches: 
 def test_weights_travel_in_the_compute_dtype_and_gradients_in_the_reduce_dtype() -> None:
     for reduce, width in (("float32", 4), ("bfloat16", 2)):
         run = dry_run(recipe(parallel={"zero_stage": 2}, precision={"compute": "bfloat16", "reduce": reduce}), 4, 0)
-        rows = {row.operation: row for row in traffic(run.collectives) if row.dimension == "cut"}
+        rows = {row.operation: row for row in traffic(run.collectives) if row.dimension == "dp_shard"}
         assert (rows["all-gather"].dtype, rows["all-gather"].message_bytes) == ("bfloat16", 2 * PARAMETERS)
         assert (rows["reduce-scatter"].dtype, rows["reduce-scatter"].message_bytes) == (reduce, width * PARAMETERS)
 
@@ -104,8 +104,8 @@ def test_copies_of_a_sharded_model_sum_their_part_of_the_gradients_once_a_step(s
     """HSDP over 2 copies x 4 ranks: an all-reduce of Psi / 4, however many microbatches there are."""
     parallel = {"zero_stage": stage, "dp_replicate": 2, "dp_shard": 4}
     run = dry_run(recipe(parallel=parallel, training={"global_batch": 16, "microbatch": 1}), 8, 5)
-    assert elements(run, "copies") == {"all-reduce": PARAMETERS // 4}
-    assert elements(run, "cut")["reduce-scatter"] == PARAMETERS * (2 if stage >= 2 else 1)
+    assert elements(run, "dp_replicate") == {"all-reduce": PARAMETERS // 4}
+    assert elements(run, "dp_shard")["reduce-scatter"] == PARAMETERS * (2 if stage >= 2 else 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -168,7 +168,7 @@ def test_tensor_parallelism_divides_what_zero_communicates() -> None:
     norms = LAYERS * 2 * DIM
     here = (LAYERS * BLOCK - norms) // 2 + norms
     rest = VOCABULARY * DIM + DIM
-    assert elements(run, "cut") == {"all-gather": 2 * here + rest, "reduce-scatter": here + rest}
+    assert elements(run, "dp_shard") == {"all-gather": 2 * here + rest, "reduce-scatter": here + rest}
 
 
 def test_context_parallelism_gathers_keys_and_values() -> None:
@@ -182,7 +182,7 @@ def test_context_parallelism_gathers_keys_and_values() -> None:
         "all-gather": LAYERS * keys_and_values,
         "reduce-scatter": LAYERS * keys_and_values,
     }
-    assert elements(run, "cut") == {"all-gather": PARAMETERS, "reduce-scatter": PARAMETERS}
+    assert elements(run, "dp_shard_cp") == {"all-gather": PARAMETERS, "reduce-scatter": PARAMETERS}
     ring = dry_run(recipe(parallel={"cp": 2, "cp_method": "ring"}), 2, 1)
     passed = [each for each in ring.collectives if each.dimension == "cp"]
     assert passed and all(each.sent_bytes == each.message_bytes for each in passed)
@@ -384,7 +384,7 @@ def test_the_recipes_of_llama_3_run_dry(name: str, world: int) -> None:
     parameters = spec.parameter_count(spec.configure(made.model))
     for rank in (0, world - 1):
         run = dry_run(made, world, rank)
-        assert {each.dimension for each in run.collectives} >= {"cut", "world"}
+        assert {each.dimension for each in run.collectives} >= {"dp_shard", "world"}
         share = run.memory.most["weights"] / (4 * parameters / world)
         # Stages are cut between blocks.
         assert 0.8 < share < 1.2

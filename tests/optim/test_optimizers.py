@@ -81,13 +81,13 @@ def test_muon_multiplies_on_the_device_what_rests_on_the_host() -> None:
     places = []
 
     class Elsewhere(Alone):
-        def collect(self, held: torch.Tensor, cutting: Any) -> torch.Tensor:
+        def collect(self, held: torch.Tensor, placement: Any) -> torch.Tensor:
             places.append(held.device.type)
             return held
 
-        def give_back(self, whole: torch.Tensor, cutting: Any, count: int) -> torch.Tensor:
+        def give_back(self, whole: torch.Tensor, placement: Any, count: int) -> torch.Tensor:
             places.append(whole.device.type)
-            return torch.ones(count, *cutting.shape)
+            return torch.ones(count, *placement.shape)
 
     held = torch.nn.Parameter(torch.zeros(4, 6))
     held.grad = torch.ones(4, 6)

@@ -24,6 +24,7 @@ from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
 from titanlite.models.layers import cpu_stands_for
 from titanlite.parallel.batch import Batch
+from titanlite.parallel.meshes import mesh_dimensions
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
 from titanlite.recipe.sections import Recipe
@@ -81,8 +82,7 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
 
 def spanning(layout: Layout, zero_stage: int) -> str | None:
     """The dimension of the weights' mesh that all ranks are in, if there is one."""
-    copies, cut = layout.weights(zero_stage)
-    degrees = {"pp": layout.pp, "copies": copies, "cut": cut, "tp": layout.tp}
+    degrees = mesh_dimensions(layout, zero_stage)
     return next((name for name, degree in degrees.items() if degree == layout.size), None)
 
 

@@ -51,13 +51,13 @@ class Optimizer:
 class Exchange(Protocol):
     """How matrices that are cut over ranks come together, each whole on one of them."""
 
-    def cutting(self, name: str) -> Any:
+    def placement(self, name: str) -> Any:
         """How a matrix is cut, with its whole `shape`; matrices cut alike are exchanged together."""
 
-    def collect(self, held: Tensor, cutting: Any) -> Tensor:
+    def collect(self, held: Tensor, placement: Any) -> Tensor:
         """[n, rows here, columns here] -> [this rank's share of n, rows, columns]."""
 
-    def give_back(self, whole: Tensor, cutting: Any, count: int) -> Tensor:
+    def give_back(self, whole: Tensor, placement: Any, count: int) -> Tensor:
         """The inverse: -> [count, rows here, columns here]."""
 
 

@@ -54,13 +54,13 @@ class Alone:
     def __init__(self, matrices: Mapping[str, Tensor]) -> None:
         self._matrices = matrices
 
-    def cutting(self, name: str) -> _Uncut:
+    def placement(self, name: str) -> _Uncut:
         return _Uncut(tuple(self._matrices[name].shape))
 
-    def collect(self, held: Tensor, cutting: Any) -> Tensor:
+    def collect(self, held: Tensor, placement: Any) -> Tensor:
         return held
 
-    def give_back(self, whole: Tensor, cutting: Any, count: int) -> Tensor:
+    def give_back(self, whole: Tensor, placement: Any, count: int) -> Tensor:
         return whole
 
 
@@ -86,10 +86,10 @@ class Muon:
         self.dtype = dtype
         self.device = device
         self._exchange = exchange or Alone(parameters)
-        cut_alike: dict[Any, dict[str, Tensor]] = defaultdict(dict)
+        alike: dict[Any, dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in parameters.items():
-            cut_alike[self._exchange.cutting(name)][name] = parameter
-        self._groups = list(cut_alike.items())
+            alike[self._exchange.placement(name)][name] = parameter
+        self._groups = list(alike.items())
         self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for _, group in self._groups]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
@@ -103,14 +103,14 @@ class Muon:
         import torch
 
         with torch.no_grad():
-            for (cutting, group), momenta in zip(self._groups, self._momenta, strict=True):
+            for (placement, group), momenta in zip(self._groups, self._momenta, strict=True):
                 parameters = list(group.values())
-                rows, columns = cutting.shape
+                rows, columns = placement.shape
                 gradients = torch.stack([p.grad for p in parameters])  # type: ignore[misc]
                 moved = torch.lerp(gradients, momenta, self.momentum)
                 momenta.copy_(torch.where(taken, moved, momenta))
-                whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum).to(self.device), cutting)
-                update = self._exchange.give_back(orthogonalise(whole, self.dtype), cutting, len(parameters))
+                whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum).to(self.device), placement)
+                update = self._exchange.give_back(orthogonalise(whole, self.dtype), placement, len(parameters))
                 update = update.to(momenta.device)
                 update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
                 # In the weights' dtype: a bool times a number would be float32, whatever the weights are.

@@ -166,8 +166,8 @@ class _Part:
 def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes) -> _Part:
     """Share `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
     from titanlite.parallel.context import share_sequences
+    from titanlite.parallel.fsdp import apply_fsdp
     from titanlite.parallel.tensor import Sent, cut_tensors
-    from titanlite.parallel.zero import shard_model
 
     layout, parallel, plan = meshes.layout, recipe.parallel, spec.sharding(config)
     rests_on = torch.device("cpu") if parallel.offload else world.device
@@ -183,10 +183,10 @@ def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, worl
         share_sequences(module, plan, meshes.cp, parallel.cp_method)
     if parallel.async_tp and layout.tp > 1:
         overlap_tensor_parallel(meshes.tp, world.device)
-    whole = meshes.cut.size() == 1 and not parallel.offload
+    whole = meshes.dp_shard.size() == 1 and not parallel.offload
     kept = _to_float8(module, spec, config, recipe, world, whole)
     _recompute_and_compile(module, spec, recipe)
-    sync = shard_model(module, spec, meshes, parallel, recipe.precision)
+    sync = apply_fsdp(module, spec, meshes, parallel, recipe.precision)
     if not tied:
         module.to_empty(device=rests_on)
     return _Part(sync, placements, kept)

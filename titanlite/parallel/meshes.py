@@ -15,16 +15,26 @@ from titanlite.plan.layout import Coordinates, Layout
 from titanlite.recipe.sections import Parallel
 
 
+def mesh_dimensions(layout: Layout, zero_stage: int) -> dict[str, int]:
+    """Name -> degree of the weights' mesh, outer to inner; cp ranks share in sharding the weights."""
+    replicas, shards = layout.weights(zero_stage)
+    shard = "dp_shard" if layout.cp == 1 else "dp_shard_cp"
+    return {"pp": layout.pp, "dp_replicate": replicas, shard: shards, "tp": layout.tp}
+
+
 @dataclass(frozen=True)
 class Meshes:
-    """One rank's groups. Every rank makes them in the same order."""
+    """One rank's groups. Every rank forms them in the same order."""
 
     layout: Layout
     rank: int
     coordinates: Coordinates
-    parameters: DeviceMesh
-    """Dimensions (copies, cut): the ranks that hold the same weights of their stage and tensor parallel slice, and
-    those that each of these is cut over."""
+    fsdp: DeviceMesh
+    """What FSDP shards over: dimension dp_shard, with dp_replicate before it where weights have replicas."""
+    dp_replicate: dist.ProcessGroup
+    """Ranks that hold the same part of the same weights."""
+    dp_shard: dist.ProcessGroup
+    """Ranks that the weights of a stage and tensor parallel part are sharded over."""
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup | None
     """None where no sequence is shared."""
@@ -32,49 +42,39 @@ class Meshes:
     ends: dist.ProcessGroup | None
     """The first and the last stage of this rank's pipeline, if it is one of them and they share a weight."""
     matrix: dist.ProcessGroup
-    """The ranks that hold parts of the same matrices once: cut x tp, tp the faster."""
-
-    @property
-    def copies(self) -> dist.ProcessGroup:
-        return self.parameters.get_group("copies")
-
-    @property
-    def cut(self) -> dist.ProcessGroup:
-        return self.parameters.get_group("cut")
+    """The ranks that hold parts of the same matrices once: dp_shard x tp, tp the faster."""
 
     @staticmethod
     def of(
         layout: Layout, rank: int, parallel: Parallel, device: torch.device, ends_share_a_weight: bool = False
     ) -> Meshes:
         """Form the groups of `layout`; collective over all ranks of the default process group."""
-        copies, cut = layout.weights(parallel.zero_stage)
-        waits = timedelta(seconds=parallel.timeout_seconds)
-        pp, cp, tp = layout.pp, layout.cp, layout.tp
-        mesh = init_device_mesh(device.type, (pp, copies, cut, tp), mesh_dim_names=("pp", "copies", "cut", "tp"))
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        degrees = mesh_dimensions(layout, parallel.zero_stage)
+        _, replicate, shard, _ = degrees
+        mesh = init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
         # Torch's would wait for its own default time, not for the recipe's.
         for group in mesh.get_all_groups():
-            _set_pg_timeout(waits, group)
-        ranks = mesh.mesh  # [pp, copies, cut, tp]
-        sequences = ranks.reshape(-1, cp, tp).transpose(1, 2).flatten(0, 1)
-        matrices = ranks.reshape(-1, cut * tp)
+            _set_pg_timeout(timeout, group)
+        ranks = mesh.mesh  # [pp, dp_replicate, dp_shard, tp]
+        sequences = ranks.reshape(-1, layout.cp, layout.tp).transpose(1, 2).flatten(0, 1)
+        ends, matrices = ranks.flatten(1).T[:, [0, -1]], ranks.flatten(2).flatten(0, 1)
         return Meshes(
             layout=layout,
             rank=rank,
             coordinates=layout.coordinates(rank),
-            parameters=mesh["copies", "cut"],
+            fsdp=mesh[replicate, shard] if degrees[replicate] > 1 else mesh[shard],
+            dp_replicate=mesh.get_group(replicate),
+            dp_shard=mesh.get_group(shard),
             tp=mesh.get_group("tp"),
-            cp=_group_of(rank, sequences, "cp", waits) if cp > 1 else None,
+            cp=_group_of(rank, sequences, "cp", timeout) if layout.cp > 1 else None,
             pp=mesh.get_group("pp"),
-            ends=_group_of(rank, ranks.flatten(1).T[:, [0, -1]], "ends", waits) if ends_share_a_weight else None,
-            matrix=_group_of(rank, matrices, "matrix", waits) if tp > 1 else mesh.get_group("cut"),
+            ends=_group_of(rank, ends, "ends", timeout) if ends_share_a_weight else None,
+            matrix=(_group_of(rank, matrices, "matrix", timeout) if layout.tp > 1 else None) or mesh.get_group(shard),
         )
 
 
-def _group_of(rank: int, groups: Tensor, name: str, waits: timedelta) -> dist.ProcessGroup | None:
+def _group_of(rank: int, groups: Tensor, name: str, timeout: timedelta) -> dist.ProcessGroup | None:
     """Form a group of each row; this rank's, if it is in one."""
-    mine = None
-    for ranks in groups.tolist():
-        group = dist.new_group(ranks, timeout=waits, group_desc=name)
-        if rank in ranks:
-            mine = group
-    return mine
+    formed = [(ranks, dist.new_group(ranks, timeout=timeout, group_desc=name)) for ranks in groups.tolist()]
+    return next((group for ranks, group in formed if rank in ranks), None)

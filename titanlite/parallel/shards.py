@@ -1,4 +1,4 @@
-"""Which part of each parameter this rank holds, where its gradient comes from, and how cut matrices come together.
+"""Which part of each parameter this rank holds, where its gradient comes from, and how sharded matrices come together.
 
 A parameter is cut up to three times: by pipeline stage (a rank has it or not), by tensor parallelism (one dimension),
 and by FSDP2 (whole leading rows of what is left: ceil(rows / ranks) each, the last ranks fewer or none). Optimizers,
@@ -8,11 +8,12 @@ clipping, initialisation and checkpoints see plain tensors, each with its place 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from titanlite.models.shard import Shard
 from titanlite.parallel.meshes import Meshes
@@ -38,9 +39,13 @@ class Shards:
         self._placements = dict(placements or {})
         self._parameters = dict(parameters)
         self.table = {name: self._shard(name, parameter, name in tied) for name, parameter in parameters.items()}
-        self._tied = [self.table[name].tensor for name in self.table if name in tied]
-        tp = meshes.layout.tp if meshes is not None else 1
-        self._summed_over_tp = [s.tensor for name, s in self.table.items() if tp > 1 and name not in self._placements]
+        self._summands: list[tuple[list[Tensor], dist.ProcessGroup]] = []
+        """Tensors whose gradient is a sum over the ranks of a group."""
+        if meshes is not None and meshes.layout.tp > 1:
+            whole = [shard.tensor for name, shard in self.table.items() if name not in self._placements]
+            self._summands.append((whole, meshes.tp))
+        if meshes is not None and meshes.ends is not None:
+            self._summands.append(([shard.tensor for name, shard in self.table.items() if name in tied], meshes.ends))
 
     @staticmethod
     def of(model: nn.Module) -> Shards:
@@ -52,23 +57,23 @@ class Shards:
             return Shard.whole(parameter)
         meshes, shape = self._meshes, list(parameter.shape)
         placement = self._placements.get(name)
-        copies, copy = meshes.copies.size(), meshes.copies.rank()
+        copies, copy = meshes.dp_replicate.size(), meshes.dp_replicate.rank()
         if placement is not None:
             shape[placement.dimension] = placement.size
         else:
             copies, copy = copies * meshes.tp.size(), copy * meshes.tp.size() + meshes.tp.rank()
         if tied:
             copies, copy = 2 * copies, 2 * copy + (meshes.coordinates.pp > 0)
-        held = parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
-        offset, size = self._box(name, tuple(shape), meshes.cut.rank(), meshes.tp.rank())
+        held = parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter
+        offset, size = self._local_slices(name, tuple(shape), meshes.dp_shard.rank(), meshes.tp.rank())
         assert tuple(held.shape) == size, f"{name}: {tuple(held.shape)} is held where {size} was expected"
         return Shard(held, offset, tuple(shape), copies, copy)
 
-    def _box(self, name: str, shape: tuple[int, ...], cut_rank: int, tp_rank: int) -> Slices:
+    def _local_slices(self, name: str, shape: tuple[int, ...], shard: int, tp: int) -> Slices:
         """What the rank with these coordinates holds of the parameter."""
         assert self._meshes is not None
-        tp, cut = GroupRank(tp_rank, self._meshes.tp.size()), GroupRank(cut_rank, self._meshes.cut.size())
-        return local_slices(shape, self._placements.get(name), tp, cut)
+        ranks = GroupRank(tp, self._meshes.tp.size()), GroupRank(shard, self._meshes.dp_shard.size())
+        return local_slices(shape, self._placements.get(name), *ranks)
 
     def local(self) -> dict[str, Tensor]:
         """Parameter name -> what is held here; after `take_gradients` each carries its gradient in `.grad`."""
@@ -87,10 +92,8 @@ class Shards:
             held = self.table[name].tensor
             if held is not parameter:
                 held.grad = parameter.grad.to_local()  # type: ignore[union-attr]
-        if self._meshes is not None:
-            _sum_together(self._summed_over_tp, self._meshes.tp)
-            if self._tied:
-                _sum_together(self._tied, self._meshes.ends)
+        for tensors, group in self._summands:
+            _all_reduce_gradients(tensors, group)
 
     def drop_gradients(self) -> None:
         """Free all gradients."""
@@ -98,120 +101,114 @@ class Shards:
             parameter.grad = None
             self.table[name].tensor.grad = None
 
-    def windows(self, held: Mapping[str, Tensor]) -> dict[str, Shard]:
+    def shards_of(self, held: Mapping[str, Tensor]) -> dict[str, Shard]:
         """Which part of which whole tensor each of `held` is.
 
-        The name of a tensor that is cut is a parameter's, or has it before its last slash, as optimizer state does
+        The name of a tensor that is sharded is a parameter's, or has it before its last slash, as optimizer state does
         (`norm.weight/average`); tensors of any other name are the same on every rank.
         """
-        return {name: self._like(name, tensor) for name, tensor in held.items()}
-
-    def _like(self, name: str, tensor: Tensor) -> Shard:
-        shard = self.table.get(name) or self.table.get(name.rpartition("/")[0])
-        if shard is not None:
-            return shard.of(tensor)
-        ranks = self._meshes.layout.size if self._meshes is not None else 1
-        rank = self._meshes.rank if self._meshes is not None else 0
-        return Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, rank)
+        rank, ranks = (self._meshes.rank, self._meshes.layout.size) if self._meshes is not None else (0, 1)
+        found = {}
+        for name, tensor in held.items():
+            like = self.table.get(name) or self.table.get(name.rpartition("/")[0])
+            whole = Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, rank)
+            found[name] = whole if like is None else like.of(tensor)
+        return found
 
     def exchange(self) -> MatrixExchange | None:
-        """How cut matrices come together whole, and copies share the work; None where a rank is alone with its part."""
-        if self._meshes is None or self._meshes.matrix.size() * self._meshes.copies.size() == 1:
+        """How sharded matrices come together whole, and replicas divide the work; None where a rank is alone with its
+        part.
+        """
+        if self._meshes is None or self._meshes.matrix.size() * self._meshes.dp_replicate.size() == 1:
             return None
-        cuttings = {name: self._cutting(name) for name in self.table}
-        return MatrixExchange(self._meshes.matrix, self._meshes.copies, cuttings)
+        tp, ranks = self._meshes.tp.size(), range(self._meshes.matrix.size())
+        placements = {
+            name: MatrixPlacement(
+                shard.shape, tuple(self._local_slices(name, shard.shape, *divmod(rank, tp)) for rank in ranks)
+            )
+            for name, shard in self.table.items()
+        }
+        return MatrixExchange(self._meshes.matrix, self._meshes.dp_replicate, placements)
 
-    def _cutting(self, name: str) -> Cutting:
-        assert self._meshes is not None
-        shape, tp = self.table[name].shape, self._meshes.tp.size()
-        ranks = range(self._meshes.matrix.size())
-        return Cutting(shape, tuple(self._box(name, shape, *divmod(rank, tp)) for rank in ranks))
 
-
-def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+def _all_reduce_gradients(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Sum the gradients of `tensors` over the group, in one message."""
     gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-@dataclass(frozen=True)
-class Cutting:
-    """How a matrix is cut: the box of each rank of the matrix group. Equal ones are exchanged together."""
+class MatrixPlacement(NamedTuple):
+    """What each rank of the matrix group holds of a matrix. Equal ones are exchanged together."""
 
     shape: tuple[int, ...]
-    boxes: tuple[Slices, ...]
+    slices: tuple[Slices, ...]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The most rows and the most columns that a rank holds."""
+        sizes = [size for _, size in self.slices]
+        return max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
 
 
 class MatrixExchange:
-    """Cut matrices to whole ones and back, each whole on one rank, the matrices shared out evenly.
+    """Sharded matrices to whole ones and back, each whole on one rank, the matrices divided evenly.
 
-    Two all-to-alls a step move what an all-gather would move once, and no rank repeats another's work: of several
-    copies each takes a share of the matrices, and gathers what the others made of theirs.
+    Two all-to-alls a step move what an all-gather would move once, and no rank repeats another's work: each replica
+    takes a part of the matrices, and gathers what the others made of theirs.
     """
 
-    def __init__(self, group: dist.ProcessGroup, copies: dist.ProcessGroup, cuttings: Mapping[str, Cutting]) -> None:
-        """`group`: the ranks that hold parts of one copy; `copies`: those that hold the same parts."""
+    def __init__(
+        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup, placements: Mapping[str, MatrixPlacement]
+    ) -> None:
+        """`group`: the ranks that hold parts of one replica; `replicas`: those that hold the same parts."""
         self._group = group
-        self._copies = copies
-        self._cuttings = cuttings
+        self._replicas = replicas
+        self._placements = placements
 
-    def cutting(self, name: str) -> Cutting:
-        return self._cuttings[name]
+    def placement(self, name: str) -> MatrixPlacement:
+        return self._placements[name]
 
-    def collect(self, held: Tensor, cutting: Cutting) -> Tensor:
+    def collect(self, held: Tensor, placement: MatrixPlacement) -> Tensor:
         """[n, rows here, columns here] of n matrices -> [share, rows, columns]: those that are this rank's to work on,
-        ceil(ceil(n / copies) / ranks) of them.
+        ceil(ceil(n / replicas) / ranks) of them.
         """
-        share = ceil_div(len(held), self._copies.size())
-        held = held[self._copies.rank() * share :][:share]  # the last copies may have fewer, or none
+        share = ceil_div(len(held), self._replicas.size())
+        held = held[self._replicas.rank() * share :][:share]  # the last replicas may have fewer, or none
         count, rows, columns = held.shape
-        ranks, height, width = self._padded(cutting)
-        share = ceil_div(share, ranks)
-        sent = held.new_zeros(ranks * share, height, width)
+        ranks, share = self._group.size(), ceil_div(share, self._group.size())
+        sent = held.new_zeros(ranks * share, *placement.largest)
         sent[:count, :rows, :columns] = held
-        received = self._exchanged(sent)
-        whole = held.new_empty(share, *cutting.shape)
-        for piece, (offset, size) in zip(received.view(ranks, share, height, width), cutting.boxes, strict=True):
-            _part(whole, offset, size).copy_(_part(piece, (0, 0), size))
+        received = self._all_to_all(sent).unflatten(0, (ranks, share))
+        whole = held.new_empty(share, *placement.shape)
+        for part, (offset, size) in zip(received, placement.slices, strict=True):
+            _slice(whole, offset, size).copy_(_slice(part, (0, 0), size))
         return whole
 
-    def give_back(self, whole: Tensor, cutting: Cutting, count: int) -> Tensor:
+    def give_back(self, whole: Tensor, placement: MatrixPlacement, count: int) -> Tensor:
         """The inverse of `collect`: -> [count, rows here, columns here]."""
-        ranks, height, width = self._padded(cutting)
-        share = whole.shape[0]
-        sent = whole.new_zeros(ranks, share, height, width)
-        for piece, (offset, size) in zip(sent, cutting.boxes, strict=True):
-            _part(piece, (0, 0), size).copy_(_part(whole, offset, size))
-        received = self._exchanged(sent)
-        rows, columns = cutting.boxes[self._group.rank()][1]
-        own = received.view(ranks * share, height, width)[: ceil_div(count, self._copies.size()), :rows, :columns]
-        return self._of_all_copies(own)[:count]
+        sent = whole.new_zeros(self._group.size(), len(whole), *placement.largest)
+        for part, (offset, size) in zip(sent, placement.slices, strict=True):
+            _slice(part, (0, 0), size).copy_(_slice(whole, offset, size))
+        rows, columns = placement.slices[self._group.rank()][1]
+        own = self._all_to_all(sent).flatten(0, 1)[: ceil_div(count, self._replicas.size()), :rows, :columns]
+        if self._replicas.size() > 1:
+            own = all_gather(own.contiguous(), self._replicas)
+        return own[:count]
 
-    def _exchanged(self, sent: Tensor) -> Tensor:
-        """One piece to each rank, and one from each."""
+    def _all_to_all(self, sent: Tensor) -> Tensor:
+        """An equal part of the leading rows to each rank, and one from each."""
         if self._group.size() == 1:
             return sent
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._group)
         return received
 
-    def _of_all_copies(self, own: Tensor) -> Tensor:
-        """[share, rows here, columns here] -> [copies * share, rows here, columns here]."""
-        if self._copies.size() == 1:
-            return own
-        return all_gather(own.contiguous(), self._copies)
 
-    def _padded(self, cutting: Cutting) -> tuple[int, int, int]:
-        """Ranks, and the rows and columns of the largest box."""
-        sizes = [size for _, size in cutting.boxes]
-        return len(sizes), max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
-
-
-def _part(matrices: Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """The box of each of [n, rows, columns]."""
+def _slice(matrices: Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """These rows and columns of each of [n, rows, columns]."""
     return matrices[:, offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]

@@ -456,7 +456,7 @@ class Trainer:
         return {
             f"{room}.{name}": shard
             for room, tensors in rooms.items()
-            for name, shard in self.shards.windows(tensors).items()
+            for name, shard in self.shards.shards_of(tensors).items()
         }
 
 

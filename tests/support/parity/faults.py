@@ -48,7 +48,7 @@ def each_rank_clips_by_its_own_norm(patch: Patch) -> None:
 
 
 def parts_of_a_gradient_are_not_summed(patch: Patch) -> None:
-    patch.setattr(shards, "_sum_together", lambda tensors, group: None)
+    patch.setattr(shards, "_all_reduce_gradients", lambda tensors, group: None)
 
 
 def a_vocabulary_slice_begins_one_token_late(patch: Patch) -> None:

@@ -9,7 +9,6 @@ microbatch, and keeps the weights gathered from forward to backward. Stage 3 gat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -23,38 +22,36 @@ from titanlite.precision.casting import compute_dtype, reduce_dtype
 from titanlite.recipe.sections import Parallel, Precision
 
 
-def shard_model(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Parallel, precision: Precision) -> Sync:
+def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Parallel, precision: Precision) -> Sync:
     """Cut the parameters of `model`, in place, over the ranks that compute with the same ones; returns what these do
     around microbatches.
 
     Weights travel in the compute dtype or in float8, gradients in the reduce dtype. Gradients are sums over all ranks,
     never means. With `parallel.offload`, what is cut rests in the host's memory.
     """
-    copies, cut, stage = meshes.copies.size(), meshes.cut.size(), parallel.zero_stage
-    if copies * cut == 1 and not parallel.offload:
+    mesh, shards, stage = meshes.fsdp, meshes.dp_shard.size(), parallel.zero_stage
+    if mesh.size() == 1 and not parallel.offload:
         return Sync()
-    mesh = meshes.parameters if copies > 1 else meshes.parameters["cut"]
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(precision), reduce_dtype=reduce_dtype(precision), cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.offload else OffloadPolicy()
-    units = _units(model, spec)
+    modules = _units(model, spec)
     # Backward begins where forward ended, but in a pipeline: the last unit's weights would be gathered again at once.
-    kept = (model, units[-1]) if meshes.layout.pp == 1 else (model,)
-    for module in (*units, model):
+    kept = (model, modules[-1]) if meshes.layout.pp == 1 else (model,)
+    for module in (*modules, model):
         again = stage == 3 and module not in kept
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
+        sharded.set_gradient_divide_factor(1.0)
+        # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
+        sharded.set_force_sum_reduction_for_comms(True)
+    units: list[FSDPModule] = [module for module in modules if isinstance(module, FSDPModule)]
     for unit in units:
         # The gradient of a table does not depend on its values.
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_gradient_divide_factor(1.0)
-        # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
-        module.set_force_sum_reduction_for_comms(True)
     _prefetch(units, parallel.prefetch)
-    if precision.float8.all_gather and cut > 1 and SETTINGS[precision.float8.recipe].sent_weights is not None:
-        gather_in_float8(units, cut)
+    if precision.float8.all_gather and shards > 1 and SETTINGS[precision.float8.recipe].sent_weights is not None:
+        gather_in_float8(modules, shards)
     assert isinstance(model, FSDPModule)
     return MicrobatchSync(model, stage)
 
@@ -66,7 +63,7 @@ def _units(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
     return [unit for unit in units if all(owners[parameter] == 1 for parameter in unit.parameters())]
 
 
-def _prefetch(units: Sequence[FSDPModule], depth: int) -> None:
+def _prefetch(units: list[FSDPModule], depth: int) -> None:
     """Have each unit ask for the weights of the next `depth` ones before it runs, in the order of either pass."""
     for index, unit in enumerate(units):
         if depth:
