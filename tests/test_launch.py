@@ -32,14 +32,16 @@ def test_alone() -> None:
 
 
 def test_torchrun_comes_first() -> None:
-    place = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "99"}
-    assert launched({**STEP, **place}) == Launch(rank=3, size=8, local_rank=1)
+    place = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    place |= {"MASTER_ADDR": "head", "MASTER_PORT": "99"}
+    assert launched({**STEP, **place}) == Launch(rank=3, size=8, local_rank=1, local_size=4)
 
 
 def test_slurm() -> None:
     assert launched(STEP) == Launch(
         rank=13, size=16, local_rank=5, address="gpu007", port=10_000 + 31 * 1234567 % 20_000
     )
+    assert launched({**STEP, "SLURM_STEP_TASKS_PER_NODE": "5(x2),6"}).local_size == 6
     told = launched({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "99"})
     assert (told.address, told.port) == ("head", 99)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from titanlite.errors import DataError
+from titanlite.plan.launch import launched_or_alone
 from titanlite.text import format_bytes
 
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -28,9 +28,8 @@ def within_memory(what: str) -> Iterator[None]:
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    share = os.environ.get("LOCAL_WORLD_SIZE", "")
-    free //= max(1, int(share)) if share.isdecimal() else 1
-    limit = _kilobytes(Path("/proc/self/status"), "VmData:") * 1024 + free
+    free //= max(1, launched_or_alone().local_size)
+    limit = 1024 * _number_after("VmData:", Path("/proc/self/status")) + free
     allowed = [each for each in before if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *allowed]), before[1]))
     try:
@@ -49,18 +48,16 @@ def _free_bytes() -> int | None:
     """What the system, or this container, can give without taking it from others; None if it does not say."""
     free = None
     with suppress(OSError, ValueError):
-        names = ("MemAvailable:", "SwapFree:")
-        free = 1024 * sum(_kilobytes(Path("/proc/meminfo"), name) for name in names)
+        free = 1024 * sum(_number_after(name, Path("/proc/meminfo")) for name in ("MemAvailable:", "SwapFree:"))
     for names in _CGROUPS:
         with suppress(OSError, ValueError):  # "max": no limit
             limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names)
-            cached = Path("/sys/fs/cgroup", names[0]).with_name("memory.stat").read_text().split()
-            used -= int(cached[cached.index("inactive_file") + 1])
-            free = min(free or limit, max(0, limit - used))
+            statistics = Path("/sys/fs/cgroup", names[0]).with_name("memory.stat")
+            free = min(free or limit, max(0, limit - used + _number_after("inactive_file", statistics)))
     return free
 
 
-def _kilobytes(path: Path, name: str) -> int:
-    """The number of a line that begins with `name`. Raises `OSError`, or `ValueError` without one."""
+def _number_after(name: str, path: Path) -> int:
+    """The number that follows `name`. Raises `OSError`, or `ValueError` without one."""
     words = path.read_text().split()
     return int(words[words.index(name) + 1])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import glob
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -90,9 +91,10 @@ class Source:
         stream, number = self._locate(index)
         tokens = self._packed[stream].window(self.streams[stream].tokens, number)
         if tokens.max() >= self.tokenizer.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
-            place, first = getattr(self.streams[stream], "prefix", "its texts"), self._packed[stream].first(number)
+            where, first = self.locate(index)
             raise DataError(
-                f"source {self.name}, {place}: ids {tokens.min()} to {tokens.max()} from token {first:,} on, and the "
+                f"source {self.name}, {getattr(where, 'prefix', 'its texts')}: ids {tokens.min()} to {tokens.max()} "
+                f"from token {first:,} on, and the "
                 f"tokenizer's are 0 to {self.tokenizer.vocab_size - 1:,}; the file is damaged, or of another tokenizer."
             )
         return tokens
@@ -126,14 +128,6 @@ class Source:
         return np.concatenate(parts)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What a source is made of, on both sides; either may hold nothing."""
-
-    training: tuple[Stream, ...]
-    validation: tuple[Stream, ...]
-
-
 def open_streams(
     paths: Sequence[str],
     key: str,
@@ -142,9 +136,9 @@ def open_streams(
     *,
     hold_out: bool = True,
     texts_folder: Path | None = None,
-) -> Opened:
-    """The texts and token files that `paths` names; `key` is the recipe's for them. With `hold_out`, a part of each is
-    kept for validation; else all of them is of the first side.
+) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]:
+    """The texts and token files that `paths` names: what is trained on, and with `hold_out` what is kept for
+    validation; either may hold nothing. `key` is the recipe's for the paths.
 
     Of texts, documents are held out by a hash of their names, so the seed, the order of the files and the other files
     there do not matter. Where one side would get none (a single text file, say) each document is cut instead: its last
@@ -172,26 +166,26 @@ def open_streams(
             training.append(file)
             held_out = prefix.with_name(prefix.name + HELD_OUT)
             if hold_out and paths_of(held_out).idx.exists():
-                kept_apart = open_token_file(held_out, section, tokenizer)
-                _require_one_prepare(file, kept_apart)
-                validation.append(kept_apart)
+                validation.append(_open_held_out(held_out, file, section, tokenizer))
     if texts:
         percent = section.validation_percent if hold_out else 0.0
         files = texts_folder and tokenised(texts, section, tokenizer, percent, texts_folder)
         kept, *held = files or _read(texts, key, section, tokenizer, percent)
         training.append(kept)
         validation += held
-    return Opened(*(tuple(each for each in side if len(each.tokens)) for side in (training, validation)))
+    return tuple(each for each in training if len(each.tokens)), tuple(each for each in validation if len(each.tokens))
 
 
-def _require_one_prepare(file: TokenFile, held_out: TokenFile) -> None:
+def _open_held_out(prefix: Path, file: TokenFile, section: Data, tokenizer: Tokenizer) -> TokenFile:
     """What was held out of other texts, or in another share, may be among those that are trained on."""
-    made = [each.info.made_from if each.info else None for each in (file, held_out)]
-    if made[0] != made[1]:
+    held_out = open_token_file(prefix, section, tokenizer)
+    one, other = (each.info.made_from if each.info else None for each in (file, held_out))
+    if one != other:
         raise DataError(
             f"{held_out.prefix}: belongs to another prepare than {file.prefix}, so what it holds may be trained on; "
             "prepare both again with --held-out, or delete it."
         )
+    return held_out
 
 
 def token_files(path: str) -> list[Path]:
@@ -223,15 +217,11 @@ def _with_fewer_special_tokens(fingerprint: str, section: Data, tokenizer: Token
     these, so ids are the same.
     """
     for count in range(len(section.special_tokens)):
-        try:
+        with suppress(DataError):  # the separator is one of those to come
             fewer = open_tokenizer(section.tokenizer, section.separator, section.special_tokens[:count])
-        except DataError:  # the separator is one of those to come
-            continue
-        same = (
-            fewer.separator == tokenizer.separator and fewer.special_tokens.items() <= tokenizer.special_tokens.items()
-        )
-        if same and fewer.fingerprint == fingerprint:
-            return True
+            kept = fewer.special_tokens.items() <= tokenizer.special_tokens.items()
+            if kept and (fewer.separator, fewer.fingerprint) == (tokenizer.separator, fingerprint):
+                return True
     return False
 
 
@@ -239,27 +229,18 @@ def _read(paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, p
     """Both sides of texts, of which `percent` are held out."""
     kept: list[Ids] = []
     held: list[Ids] = []
-    for name, ids in _tokenised(paths, section, tokenizer):
-        (held if is_held_out(name, percent) else kept).append(ids)
-    if not kept and not held:
-        raise DataError(f"{key} = {list(paths)!r} holds no text at all; give one with text in it.")
-    if percent and not (kept and held):
-        kept, held = _cut_each(kept or held, percent)
-    dtype = token_dtype(tokenizer.vocab_size)
-    separator = tokenizer.separator
-    return Texts(pack(kept, separator, dtype), separator), Texts(pack(held, separator, dtype), separator)
-
-
-def _tokenised(paths: Sequence[str], section: Data, tokenizer: Tokenizer) -> Iterator[tuple[str, Ids]]:
     for document in read_corpus(paths, section):
         try:
-            yield document.name, tokenizer.encode(document.content)
+            ids = tokenizer.encode(document.content)
         except DataError as error:
             raise DataError(f"{document.name}: {error}") from None
-
-
-def _cut_each(documents: Sequence[Ids], percent: float) -> tuple[list[Ids], list[Ids]]:
-    """The beginnings and the last `percent` of the tokens of each document; empty pieces left out."""
-    cuts = [len(document) - round(len(document) * percent / 100) for document in documents]
-    pairs = list(zip(documents, cuts, strict=True))
-    return [d[:cut] for d, cut in pairs if cut], [d[cut:] for d, cut in pairs if cut < len(d)]
+        (held if is_held_out(document.name, percent) else kept).append(ids)
+    if not kept and not held:
+        raise DataError(f"{key} = {list(paths)!r} holds no text at all; give one with text in it.")
+    if percent and not (kept and held):  # of each document, the beginning and the last `percent`
+        whole = kept or held
+        cuts = [len(ids) - round(len(ids) * percent / 100) for ids in whole]
+        kept = [ids[:cut] for ids, cut in zip(whole, cuts, strict=True) if cut]
+        held = [ids[cut:] for ids, cut in zip(whole, cuts, strict=True) if cut < len(ids)]
+    dtype, separator = token_dtype(tokenizer.vocab_size), tokenizer.separator
+    return Texts(pack(kept, separator, dtype), separator), Texts(pack(held, separator, dtype), separator)

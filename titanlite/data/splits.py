@@ -5,8 +5,8 @@ No torch here, and no batches: those are the loader's.
 
 from __future__ import annotations
 
+import gzip
 import lzma
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,11 +77,6 @@ class Split:
         source = self.sources[chosen]
         return source, sample_position(turn, source.windows, self.seed, source.name)
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How many times each source is read by the first `samples` samples."""
-        counts = self.schedule.counts(samples)
-        return {each.name: count / each.windows for each, count in zip(self.sources, counts, strict=True)}
-
 
 @dataclass(frozen=True)
 class DataSplits:
@@ -134,38 +129,37 @@ def open_data(
     Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
     """
     tokenizer = tokenizer_of(section)
+
+    def source(name: str, streams: tuple[Stream, ...], what: str, fix: str = "") -> Source:
+        opened = Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
+        if opened.windows == 0:
+            raise DataError(
+                f"{what} has {opened.tokens:,} tokens, and one sequence takes {sequence_length + 1:,} "
+                f"(training.sequence_length and one to predict); give more text, or shorter sequences{fix}."
+            )
+        return opened
+
     sources: list[Source] = []
-    held_out: list[Source] = []
-
-    def source(name: str, streams: tuple[Stream, ...]) -> Source:
-        return Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
-
+    sets: list[Source] = []
     for name, paths, key in named_sources(section):
-        with within_memory(f"{key} = {paths!r}"):
-            opened = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
-            training = opened.training
+        with within_memory(what := f"{key} = {paths!r}"):
+            training, held_out = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
             if section.fim_rate:
                 training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
-            sources.append(source(name, training))
-            _require_a_window(sources[-1], f"{key} = {paths!r}: its training part", _LOWER)
-            if validated and not section.validation:
-                held_out.append(source(name, opened.validation))
-                if opened.validation:
-                    _require_a_window(held_out[-1], f"{key} = {paths!r}: its validation part", _HIGHER)
-    if validated:
-        for index, named in enumerate(section.validation):
-            key, paths = f"data.validation.{index}.path", as_list(named.path)
-            with within_memory(f"{key} = {paths!r}"):
-                opened = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
-                held_out.append(source(named.name, opened.training))
-                _require_a_window(held_out[-1], f"{key} = {paths!r}: it", "")
-    sets = tuple(each for each in held_out if each.streams)
+            fix = ", or a {} data.validation_percent"
+            sources.append(source(name, training, f"{what}: its training part", fix.format("lower")))
+            if validated and not section.validation and held_out:
+                sets.append(source(name, held_out, f"{what}: its validation part", fix.format("higher")))
+    for name, paths, key in named_sets(section) if validated else ():
+        with within_memory(what := f"{key} = {paths!r}"):
+            streams, _ = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
+            sets.append(source(name, streams, f"{what}: it"))
     if validated and not sets:
         raise DataError(
             "validation.every_steps: there is nothing to validate on: no source has a held-out part. Name a set by "
             "[[data.validation]], prepare token files with --held-out, or set validation.every_steps = 0."
         )
-    return DataSplits(Split(tuple(sources), _schedule(section, sources), seed), sets, tokenizer)
+    return DataSplits(Split(tuple(sources), _schedule(section, sources), seed), tuple(sets), tokenizer)
 
 
 def require_samples(split: Split, samples: int) -> list[str]:
@@ -180,12 +174,13 @@ def require_samples(split: Split, samples: int) -> list[str]:
             f"{format_count(samples * length)}; train on fewer (training.tokens), raise or remove the sources' epochs "
             "and tokens, or add a source."
         )
-    packed = [report for source in split.sources if (report := source.packing_report())]
-    return packed + [
-        f"source {name} ({format_count(source.tokens)} tokens) will be read {times:,.{2 if times < 10 else 0}f} times"
-        for source, (name, times) in zip(split.sources, split.epochs(samples).items(), strict=True)
-        if len(split.sources) > 1 or times > 1
-    ]
+    said = [report for source in split.sources if (report := source.packing_report())]
+    for source, count in zip(split.sources, split.schedule.counts(samples), strict=True):
+        times = count / source.windows
+        if len(split.sources) > 1 or times > 1:
+            size = format_count(source.tokens)
+            said.append(f"source {source.name} ({size} tokens) will be read {times:,.{2 if times < 10 else 0}f} times")
+    return said
 
 
 def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[str, float]:
@@ -195,24 +190,23 @@ def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[
     whole: xz takes about half a second a MiB. Nothing, of no text.
     """
     text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
-    if not text:
-        return {}
-    gzip = zlib.compressobj(9, wbits=31)  # 31: with gzip's own header and checksum
-    sizes = {
-        "gzip -9": len(gzip.compress(text)) + len(gzip.flush()),
-        "xz -9": len(lzma.compress(text, preset=9)),
-    }
-    return {name: 8 * size / len(text) for name, size in sizes.items()}
+    compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)} if text else {}
+    return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
 
 
 def named_sources(section: Data) -> list[tuple[str, list[str], str]]:
     """Each source's name, its paths, and their key in the recipe."""
     if not section.sources:
-        return [(ONLY_SOURCE, as_list(section.corpus or "python-stdlib"), "data.corpus")]
-    return [(each.name, as_list(each.path), f"data.sources.{i}.path") for i, each in enumerate(section.sources)]
+        return [(ONLY_SOURCE, _as_list(section.corpus or "python-stdlib"), "data.corpus")]
+    return [(each.name, _as_list(each.path), f"data.sources.{i}.path") for i, each in enumerate(section.sources)]
 
 
-def as_list(path: str | list[str]) -> list[str]:
+def named_sets(section: Data) -> list[tuple[str, list[str], str]]:
+    """The same of the validation sets that are named."""
+    return [(each.name, _as_list(each.path), f"data.validation.{i}.path") for i, each in enumerate(section.validation)]
+
+
+def _as_list(path: str | list[str]) -> list[str]:
     return [path] if isinstance(path, str) else path
 
 
@@ -246,14 +240,3 @@ def _limit(named: DataSource, source: Source) -> int | None:
             f"({source.windows} are there); raise them, or leave the source out."
         )
     return min(limits, default=None)
-
-
-_LOWER, _HIGHER = (f", or a {how} data.validation_percent" for how in ("lower", "higher"))
-
-
-def _require_a_window(source: Source, what: str, also: str) -> None:
-    if source.windows == 0:
-        raise DataError(
-            f"{what} has {source.tokens:,} tokens, and one sequence takes {source.sequence_length + 1:,} "
-            f"(training.sequence_length and one to predict); give more text, or shorter sequences{also}."
-        )

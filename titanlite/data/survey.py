@@ -13,7 +13,7 @@ from titanlite.corpus.corpora.files import Asked, FileReader
 from titanlite.corpus.token_file import paths_of
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, tokenizer_of
 from titanlite.data.sources import open_token_file, token_files
-from titanlite.data.splits import as_list, named_sources
+from titanlite.data.splits import named_sets, named_sources
 from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
 
@@ -26,13 +26,10 @@ def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
     missing, or cannot be read, on this machine.
     """
     tokenizer, findings = tokenizer_of(section), list[Finding]()
-    sources = [_look(name, paths, key, section, tokenizer, findings) for name, paths, key in named_sources(section)]
+    sources = [_look(*each, section, tokenizer, findings) for each in named_sources(section)]
     for named, source in zip(section.sources, sources, strict=False):
         source["weight"] = named.weight
-    sets = [
-        _look(each.name, each.path, f"data.validation.{index}.path", section, tokenizer, findings)
-        for index, each in enumerate(section.validation)
-    ]
+    sets = [_look(*each, section, tokenizer, findings) for each in named_sets(section)]
     found = {
         "tokenizer": section.tokenizer,
         "tokenizer_tokens": tokenizer.vocab_size,
@@ -51,16 +48,16 @@ def shared_texts(section: Data) -> list[Finding]:
     """Warnings of a file that several sources or validation sets read, by whichever names and links, and of texts that
     are held out though other sets are named. What cannot be read is left to those who read it.
     """
-    sources = [(key, paths) for _, paths, key in named_sources(section)]
-    sets = [(f"data.validation.{index}.path", as_list(each.path)) for index, each in enumerate(section.validation)]
+    sources, sets = named_sources(section), named_sets(section)
     if len(sources) + len(sets) == 1:
         return []
     seen: dict[Any, str] = {}
     shared: dict[tuple[str, str], list[str]] = {}
     texts = False
-    for key, paths in (*sources, *sets):
+    for source in (*sources, *sets):
+        _, paths, key = source
         for path, is_text in _files(paths, key, section):
-            texts = texts or (is_text and not key.startswith("data.validation"))
+            texts = texts or (is_text and source in sources)
             with suppress(OSError):
                 status = None if path in CORPORA else os.stat(path)
                 other = seen.setdefault((status.st_dev, status.st_ino) if status else path, key)
@@ -95,10 +92,9 @@ def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str,
 
 
 def _look(
-    name: str, path: str | list[str], key: str, section: Data, tokenizer: Tokenizer, findings: list[Finding]
+    name: str, paths: list[str], key: str, section: Data, tokenizer: Tokenizer, findings: list[Finding]
 ) -> dict[str, Any]:
     """`tokens` are those of token files; of text, only the bytes are known, as they lie on the disk."""
-    paths = as_list(path)
     files = size = tokens = 0
     more, reader = False, FileReader(section.text_key, Asked(entries=key))
     for entry in paths:

@@ -44,6 +44,8 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     """Number among those of its machine: which GPU is its own."""
+    local_size: int = 1
+    """How many there are on its machine (at most, where Slurm has put more on some than on others)."""
     address: str | None = None
     """Where the ranks meet: set if the launcher did not tell torch itself."""
     port: int | None = None
@@ -61,7 +63,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     """
     number = partial(_number, environment)
     if "RANK" in environment:
-        place = Launch(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", "0"))
+        place = Launch(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", "0"), number("LOCAL_WORLD_SIZE", "1"))
         names = ("RANK", "WORLD_SIZE")
         if place.size > 1:
             _require(environment, "MASTER_ADDR")
@@ -69,10 +71,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     # Only a step has these: in the batch script around it there is one process, whatever the job's size.
     elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "8(x2),4"
         place = Launch(
             rank=number(names[0]),
             size=number(names[1]),
             local_rank=number("SLURM_LOCALID", "0"),
+            local_size=max(map(int, re.findall(r"(?:^|,)(\d+)", tasks)), default=1),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
             port=number("MASTER_PORT") if environment.get("MASTER_PORT") else _port(environment),
         )
