@@ -13,7 +13,7 @@ from support.tiny import write_tiny
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main
 from titanlite.errors import UsageError
-from titanlite.plan.launch import Launch, Torchrun, first_host, launched, torchrun
+from titanlite.plan.launch import Launch, Torchrun, first_host, launch_environment, torchrun_environment
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -26,23 +26,23 @@ STEP = {
 
 
 def test_alone() -> None:
-    assert launched({}) == Launch(rank=0, size=1, local_rank=0)
+    assert launch_environment({}) == Launch(rank=0, size=1, local_rank=0)
     batch_script = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
-    assert launched(batch_script).size == 1, "the script around the steps is one process"
+    assert launch_environment(batch_script).size == 1, "the script around the steps is one process"
 
 
 def test_torchrun_comes_first() -> None:
     place = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     place |= {"MASTER_ADDR": "head", "MASTER_PORT": "99"}
-    assert launched({**STEP, **place}) == Launch(rank=3, size=8, local_rank=1, local_size=4)
+    assert launch_environment({**STEP, **place}) == Launch(rank=3, size=8, local_rank=1, local_size=4)
 
 
 def test_slurm() -> None:
-    assert launched(STEP) == Launch(
+    assert launch_environment(STEP) == Launch(
         rank=13, size=16, local_rank=5, address="gpu007", port=10_000 + 31 * 1234567 % 20_000
     )
-    assert launched({**STEP, "SLURM_STEP_TASKS_PER_NODE": "5(x2),6"}).local_size == 6
-    told = launched({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "99"})
+    assert launch_environment({**STEP, "SLURM_STEP_TASKS_PER_NODE": "5(x2),6"}).local_size == 6
+    told = launch_environment({**STEP, "MASTER_ADDR": "head", "MASTER_PORT": "99"})
     assert (told.address, told.port) == ("head", 99)
 
 
@@ -70,7 +70,7 @@ MEETING = {"MASTER_ADDR": "head", "MASTER_PORT": "99"}
 )
 def test_variables_that_are_set_in_part(environment: dict[str, str], said: str) -> None:
     with pytest.raises(UsageError, match=f"^{said}.*torchrun or srun"):
-        launched(environment)
+        launch_environment(environment)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_first_host(nodes: str, first: str) -> None:
 
 
 def test_what_torchrun_tells() -> None:
-    assert torchrun({"RANK": "0", "WORLD_SIZE": "2"}) is None
+    assert torchrun_environment({"RANK": "0", "WORLD_SIZE": "2"}) is None
     told = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "5"}
-    assert torchrun(told) == Torchrun(restarts=2, restarts_left=3, agents=1, names=(), elastic=False)
+    assert torchrun_environment(told) == Torchrun(restarts=2, restarts_left=3, agents=1, names=(), elastic=False)
     for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"):
         for odd in ("", "x", "-1", "1.5", "\N{SUPERSCRIPT TWO}", "9" * 5000):
             with pytest.raises(UsageError, match=f"^{name} is"):
-                torchrun({**told, name: odd})
-    elastic = torchrun({**told, "GROUP_WORLD_SIZE": "4", "TITANLITE_ELASTIC": "1"})
+                torchrun_environment({**told, name: odd})
+    elastic = torchrun_environment({**told, "GROUP_WORLD_SIZE": "4", "TITANLITE_ELASTIC": "1"})
     assert elastic is not None and elastic.elastic and elastic.agents == 4
 
 
@@ -194,5 +194,5 @@ def test_what_torchrun_tells() -> None:
 def test_what_all_starts_of_a_job_have_in_common(job: str, elastic: str, file: str, names: tuple[str, ...]) -> None:
     """torchrun calls every job without an id "none"."""
     told = {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_ERROR_FILE": file, "TITANLITE_ELASTIC": elastic}
-    under = torchrun(told)
+    under = torchrun_environment(told)
     assert under is not None and under.names == names

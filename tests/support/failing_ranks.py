@@ -73,13 +73,13 @@ def failing(fault: str, step: int, rank: int) -> None:
     """Have the fault happen in that step of that rank."""
     import torch
 
-    from titanlite.plan.launch import launched
+    from titanlite.plan.launch import launch_environment
     from titanlite.training.train_state import TrainState
 
     take_step = TrainState.step
 
     def failing_step(self: TrainState, number: int, *rest: Any) -> Any:
-        if number == step and launched().rank == rank:
+        if number == step and launch_environment().rank == rank:
             if fault == "raise":
                 raise ValueError("the sample is poisoned")
             if fault == "memory":

@@ -16,7 +16,7 @@ from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, Usage
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan import timetable
 from titanlite.plan.describe import describe, describe_model, stages_of
-from titanlite.plan.launch import launched_or_alone
+from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
 from titanlite.plan.rules import apply_rules, kernels
 from titanlite.plan.sharding_table import shape_text, sharding_table, sharding_text
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", nargs="?", help="recipe file (TOML)")
-    started = launched_or_alone().size
+    started = launch_environment_or_default().size
     parser.add_argument(
         "--world", type=int, default=started, metavar="N", help="ranks (devices) the run would have; as many as started"
     )

@@ -16,7 +16,7 @@ from errno import EACCES, ENAMETOOLONG
 
 from titanlite import __version__
 from titanlite.errors import EXIT_DONE, CommandLineError, RecipeError, StoppedEarly, TitanliteError, UsageError
-from titanlite.plan.launch import launched_or_alone, mark_printed, prints_for_all
+from titanlite.plan.launch import launch_environment_or_default, mark_printed, prints_for_all
 from titanlite.registry import Registry, did_you_mean, import_plugin
 
 Command = Callable[[list[str]], int]
@@ -122,7 +122,7 @@ def dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, list(COMMANDS)) or f"the commands are {', '.join(COMMANDS)}."
         raise CommandLineError(f"titanlite has no command '{name}'; {hint}")
-    if name not in ON_ALL_RANKS and not launched_or_alone().is_first:
+    if name not in ON_ALL_RANKS and not launch_environment_or_default().is_first:
         return EXIT_DONE
     command: Command = COMMANDS.get(name)
     return command(_import_plugins(arguments))

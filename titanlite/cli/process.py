@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from titanlite.cli.main import Command, run_command
 from titanlite.errors import EXIT_DONE, EXIT_GUARD, EXIT_RECIPE, StoppedEarly, TitanliteError
-from titanlite.plan.launch import end_process, launched_or_alone, torchrun_or_none
+from titanlite.plan.launch import end_process, launch_environment_or_default, torchrun_environment_or_none
 
 _AGENT_SECONDS = 3.0
 """Well above the interval at which torchrun's agents look for new ones (`--monitor-interval`, 0.1 s)."""
@@ -25,7 +25,7 @@ def _run_and_capture(argv: list[str], command: Command) -> tuple[int, Exception 
     """Run the command; its exit code, and what ended it if that was an error."""
     met: list[Exception] = []
     told = os.environ.get("TITANLITE_EXIT_CODE_FILE")
-    if told and torchrun_or_none() and launched_or_alone().local_rank == 0:
+    if told and torchrun_environment_or_none() and launch_environment_or_default().local_rank == 0:
         open(told, "w").close()  # what an earlier start left there is not how the run ended
 
     def noted(arguments: list[str]) -> int:
@@ -49,7 +49,7 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
     if told:
         with open(told, "a") as file:  # one short line of each rank, in the order they end: see scripts/train.sh
             file.write(f"{code}\n")
-    under = torchrun_or_none()
+    under = torchrun_environment_or_none()
     if under is None:
         return code
     if isinstance(error, StoppedEarly):
@@ -61,7 +61,7 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
         return code if left_alone and under.elastic else EXIT_DONE
     alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
     if code in (EXIT_RECIPE, EXIT_GUARD) and alike and (told or under.restarts_left > 0):
-        if launched_or_alone().is_first and under.restarts_left > 0:
+        if launch_environment_or_default().is_first and under.restarts_left > 0:
             print(
                 f"exit code {code}: a restart would not mend this, so torchrun makes none.",
                 file=sys.stderr,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from titanlite.cli.check import check_recipe
 from titanlite.errors import EXIT_DONE, CommandLineError, TitanliteError
 from titanlite.observe.run_folder import Mode, Start
-from titanlite.plan.launch import launched, torchrun
+from titanlite.plan.launch import launch_environment, torchrun_environment
 from titanlite.plan.layout import active_ranks
 from titanlite.recipe.explain import all_keys, suggest_key
 from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parse_with_overrides(parser, argv)
     resumes = arguments.resume or arguments.from_step is not None
     mode: Mode = "resume" if resumes else "fresh" if arguments.fresh else "auto"
-    under = torchrun()
+    under = torchrun_environment()
     start = Start(
         mode,
         arguments.force,
@@ -52,11 +52,11 @@ def main(argv: list[str]) -> int:
             "--force does nothing without --fresh: with it, it deletes the run that the folder holds."
         )
     loaded = load_recipe(arguments.recipe, overrides)
-    warnings = check_recipe(loaded, launched().size)
-    if launched().is_first:
+    warnings = check_recipe(loaded, launch_environment().size)
+    if launch_environment().is_first:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    if launched().rank >= active_ranks(loaded.recipe, launched().size):
+    if launch_environment().rank >= active_ranks(loaded.recipe, launch_environment().size):
         from titanlite.parallel.world import stand_by
         from titanlite.training.run import open_run_data
 

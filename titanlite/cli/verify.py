@@ -11,7 +11,7 @@ from typing import Any
 from titanlite.cli.check import check_recipe
 from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
 from titanlite.plan.describe import describe
-from titanlite.plan.launch import launched
+from titanlite.plan.launch import launch_environment
 from titanlite.plan.layout import active_ranks
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         raise CommandLineError(
             f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows within a few."
         )
-    place = launched()
+    place = launch_environment()
     loaded = load_recipe(arguments.recipe, overrides)
     check_recipe(loaded, place.size)
     if (active := active_ranks(loaded.recipe, place.size)) < place.size:

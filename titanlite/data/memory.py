@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from titanlite.errors import DataError
-from titanlite.plan.launch import launched_or_alone
+from titanlite.plan.launch import launch_environment_or_default
 from titanlite.text import format_bytes
 
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -28,7 +28,7 @@ def within_memory(what: str) -> Iterator[None]:
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    free //= max(1, launched_or_alone().local_size)
+    free //= max(1, launch_environment_or_default().local_size)
     limit = 1024 * _number_after("VmData:", Path("/proc/self/status")) + free
     allowed = [each for each in before if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *allowed]), before[1]))

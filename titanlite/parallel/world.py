@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, StoppedEarly, TitanliteError, UsageError
 from titanlite.parallel.host import keep_freed_memory
-from titanlite.plan.launch import STOP_SIGNALS, Launch, launched
+from titanlite.plan.launch import STOP_SIGNALS, Launch, launch_environment
 
 _ENDED = "ended"
 """Key under which those that stand by hear how the run ended."""
@@ -97,7 +97,7 @@ def joined_world(deterministic: bool, timeout_seconds: float, size: int | None =
     `deterministic` refuses, by an error of torch, every operation that may give other bits when it is repeated.
     Raises `UsageError` if the ranks cannot meet.
     """
-    place = launched()
+    place = launch_environment()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
@@ -151,7 +151,7 @@ def stand_by(timeout_seconds: float) -> int:
     A stop signal ends this process alone. Raises `StoppedEarly` as the others do, `OtherRankFailed` if the first rank
     is gone without having said how the run ended, and `UsageError` if the ranks cannot meet.
     """
-    place = launched()
+    place = launch_environment()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(EXIT_DONE))
     store = meet(place, timeout_seconds)

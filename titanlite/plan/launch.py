@@ -16,24 +16,20 @@ from typing import NoReturn
 
 from titanlite.errors import UsageError
 
-MAX_STARTS = 2**31
-"""A start of a run has a number below this; a file that says otherwise is damaged."""
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What schedulers, launchers and users send to have a job end."""
 
-_WAYS = (
+MAX_STARTS = 2**31
+"""A number of a start from here on is none: the file that says so is damaged."""
+
+_FIX = (
     "Start the run by torchrun or srun, which set all that the ranks need; or, alone, without RANK, WORLD_SIZE and "
     "Slurm's variables."
 )
-
 _PRINTING_SECONDS = 60.0
 """Within these the first rank comes to where another one failed, or never."""
 _SRUN_SECONDS = 3.0
 """For which others wait, so that it has printed its error."""
-
-_NO_ID = "none"
-"""torchrun's id of every job that was given none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Launch:
         return self.rank == 0
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+def launch_environment(environment: Mapping[str, str] = os.environ) -> Launch:
     """This process's place: `RANK` and its kin (torchrun), else a Slurm step's variables (srun), else alone.
 
     A Slurm job's first machine is where its ranks meet, on a port that follows from the job's number. Raises
@@ -78,63 +74,22 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
             local_rank=number("SLURM_LOCALID", "0"),
             local_size=max(map(int, re.findall(r"(?:^|,)(\d+)", tasks)), default=1),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
-            port=number("MASTER_PORT") if environment.get("MASTER_PORT") else _port(environment),
+            port=number("MASTER_PORT") if environment.get("MASTER_PORT") else _slurm_port(environment),
         )
     elif number("WORLD_SIZE", "1") > 1:
-        raise UsageError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, and RANK is not set: {_WAYS}")
+        raise UsageError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, and RANK is not set: {_FIX}")
     else:
         return Launch()
     if place.rank >= place.size:
-        raise UsageError(f"{names[0]} is {place.rank}, and {names[1]} {place.size}: ranks count from 0. {_WAYS}")
+        raise UsageError(f"{names[0]} is {place.rank}, and {names[1]} {place.size}: ranks count from 0. {_FIX}")
     return place
 
 
-def launched_or_alone() -> Launch:
-    """`launched`, for what comes after the error about variables that make no sense."""
-    try:
-        return launched()
-    except UsageError:
-        return Launch()
-
-
-def torchrun_or_none() -> Torchrun | None:
-    """`torchrun`, likewise."""
-    try:
-        return torchrun()
-    except UsageError:
-        return None
-
-
-def prints_for_all() -> bool:
-    """Whether this rank prints the error that all ranks end with: the first one, or of each torchrun's the first.
-
-    torchrun kills its other ranks when the first of them ends: so those wait here until theirs has printed it
-    (`mark_printed`), and print it themselves if it does not come to that.
-    """
-    place, mark = launched_or_alone(), _mark()
-    if mark is None or place.local_rank == 0:
-        if mark is None and not place.is_first and "SLURM_STEP_ID" in os.environ:
-            time.sleep(_SRUN_SECONDS)  # srun may end all ranks when one has, and has no folder where to mark anything
-        return place.is_first or mark is not None
-    until = time.monotonic() + _PRINTING_SECONDS
-    while not mark.exists():
-        if time.monotonic() >= until:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def mark_printed() -> None:
-    """Have the ranks that wait in `prints_for_all` end."""
-    if (mark := _mark()) is not None:
-        with suppress(OSError):  # then they wait their time
-            mark.touch()
-
-
-def _mark(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """In the folder that torchrun makes for each start of its ranks; None under another launcher, or none."""
-    path = Path(environment.get("TORCHELASTIC_ERROR_FILE", ""))  # FOLDER/attempt_0/0/error.json
-    return path.parents[1] / "printed" if len(path.parts) > 3 else None
+def launch_environment_or_default() -> Launch:
+    """Like `launch_environment`, but a single process if the variables are invalid."""
+    with suppress(UsageError):
+        return launch_environment()
+    return Launch()
 
 
 @dataclass(frozen=True)
@@ -153,29 +108,66 @@ class Torchrun:
     """Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so."""
 
 
-def torchrun(environment: Mapping[str, str] = os.environ) -> Torchrun | None:
-    """torchrun's word; None under another launcher, or none. Raises `UsageError` for what is not torchrun's."""
+def torchrun_environment(environment: Mapping[str, str] = os.environ) -> Torchrun | None:
+    """None under another launcher, or none. Raises `UsageError` for variables that are not torchrun's."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
-    number = partial(_number, environment, default="0")
-    restarts = number("TORCHELASTIC_RESTART_COUNT")
+    number = partial(_number, environment)
+    restarts = number("TORCHELASTIC_RESTART_COUNT", "0")
     elastic = environment.get("TITANLITE_ELASTIC") == "1"
     job = environment["TORCHELASTIC_RUN_ID"]
     folder = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parts[-4:-3]  # FOLDER/attempt_0/0/error.json
     return Torchrun(
         restarts=restarts,
-        restarts_left=number("TORCHELASTIC_MAX_RESTARTS") - restarts,
-        agents=_number(environment, "GROUP_WORLD_SIZE", "1"),
-        names=(*folder, job) if elastic and job != _NO_ID else folder,
+        restarts_left=number("TORCHELASTIC_MAX_RESTARTS", "0") - restarts,
+        agents=number("GROUP_WORLD_SIZE", "1"),
+        names=(*folder, job) if elastic and job != "none" else folder,  # the id of every job that was given none
         elastic=elastic,
     )
+
+
+def torchrun_environment_or_none() -> Torchrun | None:
+    """Like `torchrun_environment`, but None if the variables are invalid."""
+    with suppress(UsageError):
+        return torchrun_environment()
+    return None
+
+
+def prints_for_all() -> bool:
+    """Whether this rank prints the error that all ranks end with: the first one, or of each torchrun's the first.
+
+    torchrun kills its other ranks when the first of them ends: so those wait here until theirs has printed it
+    (`mark_printed`), and print it themselves if it does not come to that.
+    """
+    place, mark = launch_environment_or_default(), _printed_mark()
+    if mark is None:
+        if not place.is_first and "SLURM_STEP_ID" in os.environ:
+            time.sleep(_SRUN_SECONDS)  # srun may end all ranks when one has, and has no folder where to mark anything
+        return place.is_first
+    until = time.monotonic() + (_PRINTING_SECONDS if place.local_rank else 0.0)
+    while not (printed := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not printed
+
+
+def mark_printed() -> None:
+    """Have the ranks that wait in `prints_for_all` end."""
+    with suppress(OSError):  # then they wait their time
+        if (mark := _printed_mark()) is not None:
+            mark.touch()
+
+
+def _printed_mark() -> Path | None:
+    """In the folder that torchrun makes for each start of its ranks; None under another launcher, or none."""
+    path = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # FOLDER/attempt_0/0/error.json
+    return path.parents[1] / "printed" if len(path.parts) > 3 else None
 
 
 def end_process(code: int) -> NoReturn:
     """End with `code`. With other ranks: at once, since threads of a process group that something still refers to
     abort the interpreter when it is taken down.
     """
-    if launched_or_alone().size > 1:
+    if launch_environment_or_default().size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -186,18 +178,18 @@ def _number(environment: Mapping[str, str], name: str, default: str | None = Non
     """A variable that holds a number from 0 on. Raises `UsageError`."""
     text = environment.get(name, default) if default is not None else _require(environment, name)
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise UsageError(f"{name} is '{text[:40]}', and should be a number from 0 on. {_WAYS}")
+        raise UsageError(f"{name} is '{text[:40]}', and should be a number from 0 on. {_FIX}")
     return int(text)
 
 
 def _require(environment: Mapping[str, str], name: str) -> str:
     """Raises `UsageError` if the variable is not set."""
     if not environment.get(name):
-        raise UsageError(f"{name} is not set, though this process is one of a job's. {_WAYS}")
+        raise UsageError(f"{name} is not set, though this process is one of a job's. {_FIX}")
     return environment[name]
 
 
-def _port(environment: Mapping[str, str]) -> int:
+def _slurm_port(environment: Mapping[str, str]) -> int:
     """One for each step of each job, below those that Linux gives to outgoing connections."""
     step = environment["SLURM_STEP_ID"]  # `batch`, or another word, in a job script
     return 10_000 + (31 * _number(environment, "SLURM_JOB_ID", "0") + (int(step) if step.isdecimal() else 0)) % 20_000
@@ -206,5 +198,4 @@ def _port(environment: Mapping[str, str]) -> int:
 def first_host(nodes: str) -> str:
     """The first machine of Slurm's short form: `gpu[003-007,012],login1` -> `gpu003`."""
     match = re.match(r"[^,\[]*(?:\[([^\]]*)\][^,\[]*)*", nodes)
-    first = match[0] if match else nodes
-    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first)
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", match[0] if match else nodes)

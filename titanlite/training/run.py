@@ -26,7 +26,7 @@ from titanlite.errors import (
 from titanlite.files import cause
 from titanlite.observe.run_folder import GO_ON, RunFolder, Start
 from titanlite.plan.describe import checkpoint_bytes, describe, describe_model
-from titanlite.plan.launch import launched, torchrun
+from titanlite.plan.launch import launch_environment, torchrun_environment
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout, sample_schedule, total_steps
 from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
@@ -60,7 +60,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     records = path / "logs" / "crashes"
     opened_data = _open_data_or_error(recipe)
     with ExitStack() as stack:
-        active = active_ranks(recipe, launched().size)
+        active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
         ranks = Ranks(world.rank, world.size)
         data, reading = _agreed(ranks, opened_data)
@@ -202,7 +202,7 @@ def open_run_data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
         texts_folder=texts_folder(recipe.run),
     )
     reading = require_samples(data.train, sample_schedule(recipe).end_sample(total_steps(recipe.training)))
-    if launched().is_first:
+    if launch_environment().is_first:
         reading += [f"warning: {finding}" for finding in shared_texts(recipe.data)]
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
 
@@ -256,7 +256,7 @@ def _crash(
     traceback: str,
 ) -> crashes.Crash:
     """What fails on this rank; `under_way`: the step to put it down to, and its first sample if it had begun."""
-    (step, first), under = under_way(), torchrun()
+    (step, first), under = under_way(), torchrun_environment()
     return crashes.Crash(
         attempt=attempt,
         restart=under.restarts if under else 0,
@@ -356,10 +356,10 @@ def _record_hang(
 
 def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
     """Which start of the run this is, on what, after what."""
-    under, machines = torchrun(), sorted(set(hosts))
+    under, machines = torchrun_environment(), sorted(set(hosts))
     restart = f" (restart {under.restarts} by torchrun)" if under else ""
     ranks = f"{pluralize(len(hosts), 'rank')} on {', '.join(machines[:8])}{' …' if len(machines) > 8 else ''}"
-    standby = launched().size - len(hosts)
+    standby = launch_environment().size - len(hosts)
     waiting = f", {standby} standing by" if standby else ""
     last = folder.last_end()
     return f"start {folder.attempt} of this run{restart}, {ranks}{waiting}" + (
