@@ -179,22 +179,23 @@ class Lock:
         os.close(self._descriptor)
 
 
-def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]) -> Lock:
+def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None], must_wait: bool = False) -> Lock:
     """Take the folder of `path`, a lock file, for this process until it ends, however it ends.
 
     A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
     trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
-    while: a holder on another machine is waited for. Raises `UsageError` that says `what` is in use, by whom, and the
-    `other_way` than to wait; or `OSError`.
+    while: a holder on another machine is waited for. With `must_wait`, any holder is, for as long as it takes, and a
+    file system without locks is refused. Raises `UsageError` that says `what` is in use, by whom, and the `other_way`
+    than to wait; or `OSError`.
     """
     descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
     until = None
-    while not _taken(descriptor, path, warn):
+    while not _lock_file(descriptor, path, None if must_wait else warn):
         holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
         if until is None:
             elsewhere = holder and not holder.endswith(f" on {platform.node()}")
-            until = time.monotonic() + (_LEASE_SECONDS if elsewhere else 0)
-            if elsewhere:
+            until = time.monotonic() + (float("inf") if must_wait else _LEASE_SECONDS if elsewhere else 0)
+            if elsewhere or must_wait:
                 warn(f"{path.parent} is in use by {holder}; waiting for it to end, or for the lock of a lost machine.")
         if time.monotonic() >= until:
             os.close(descriptor)
@@ -203,20 +204,24 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
     lock = Lock(path, descriptor, is_new=os.fstat(descriptor).st_size == 0)
     if not lock.is_in_place():  # who held it removed it after it was opened here: another process may lock a new one
         lock.close()
-        return take_lock(path, what, other_way, warn)
+        return take_lock(path, what, other_way, warn, must_wait)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     return lock
 
 
-def _taken(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
-    """Whether this process has the folder now, or cannot know: not every file system has locks."""
+def _lock_file(descriptor: int, path: Path, warn: Callable[[str], None] | None) -> bool:
+    """Whether this process holds the lock now, or cannot know: not every file system has locks, of which `warn` is
+    told. Without it, raises `OSError` there.
+    """
     import fcntl  # not on Windows, where the rest of this can be used
 
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
+        if warn is None:
+            raise
         warn(f"{path.parent} cannot be locked ({error.strerror}); see to it that no second process uses it.")
     return True

@@ -28,7 +28,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.corpus.corpora import Document, formats, python_stdlib, read_corpus
+from titanlite.corpus.corpora import Document, formats, json_lines, python_stdlib, read_corpus
 from titanlite.corpus.corpora.files import match_files
 from titanlite.errors import EXIT_RECIPE, DataError
 from titanlite.recipe.sections import Data
@@ -231,9 +231,9 @@ def test_parts_of_lines_are_the_whole(tmp_path_factory: pytest.TempPathFactory, 
         found = []
         for part in formats.divide(path, "lines", len(content), size) or [None]:
             if part is not None:
-                part = part._replace(before=formats.count_newlines(path, 0, part.first))
-            found += formats.documents("x", path, "lines", "text", part=part)
-        assert found == list(formats.documents("x", path, "lines", "text"))
+                part = part._replace(before=json_lines.count_newlines(path, 0, part.first))
+            found += formats.read_documents("x", path, "lines", "text", part)
+        assert found == list(formats.read_documents("x", path, "lines", "text"))
         assert len(found) == sum(len(row) > 1 for row in rows)
 
 
@@ -263,10 +263,10 @@ def test_dangling_link_in_a_folder(folder: Path) -> None:
 
 
 def test_unreadable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:  # root may read anything, so the refusal is acted
+    def refuse(path: Path, *_: object, **__: object) -> None:  # root may read anything, so the refusal is acted
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     message = refusal(folder / "b.txt")
     assert "b.txt: cannot be read (Permission denied)" in message
     assert "permissions" in message

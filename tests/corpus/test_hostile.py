@@ -23,13 +23,13 @@ import pyarrow.parquet
 import pytest
 from support import bpe
 
-from titanlite.corpus.corpora import Document
-from titanlite.corpus.corpora.files import FileReader
-from titanlite.corpus.corpora.formats import divide, documents
+from titanlite.corpus.corpora import Document, read_corpus
+from titanlite.corpus.corpora.formats import divide, read_documents
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import Source
 from titanlite.errors import DataError
+from titanlite.recipe.sections import Data
 
 SECRET = b"a secret of another file"
 TEXTS = [f"document {number} of {'many words ' * (number % 5)}" for number in range(40)]
@@ -109,7 +109,7 @@ def read_table(form: Any, make: Callable[[int], bytes], number: int) -> None:
     found: list[Document] = []
     try:
         for part in divide(path, form, len(data), 1) or [None]:
-            found += documents("x", path, form, "text", part=part)
+            found += read_documents("x", path, form, "text", part)
     finally:
         assert number % 5 == 0 or all(text in data for _, text in found), "foreign bytes"
 
@@ -124,7 +124,7 @@ def read_state(number: int) -> None:
     (folder / "dataset_info.json").write_text("{}")
     state = {"_data_files": [{"filename": "data.arrow"}], "_indices_data_files": None, "_split": "train"}
     (folder / "state.json").write_bytes(mutated_json(state, random.Random(number)))
-    found = {text for _, text in FileReader("text").read("dataset")}
+    found = {text for _, text in read_corpus(["dataset"], Data())}
     assert found <= {text.encode() for text in TEXTS}, "foreign bytes"
 
 

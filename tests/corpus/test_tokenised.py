@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from titanlite.corpus import tokenised
-from titanlite.corpus.corpora.files import FileReader
+from titanlite.corpus.prepare import find_inputs
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.units import Settings
 from titanlite.data.splits import DataSplits, open_data
@@ -73,7 +73,7 @@ def test_refusals_name_keys_of_the_recipe(texts: Path) -> None:
     with pytest.raises(DataError, match=r"many\.jsonl.*301.*data\.text_key"):
         opened()
     Path("shut").write_text("")
-    with pytest.raises(DataError, match=r"shut, where texts .* cannot be written or locked.*run\.output_dir"):
+    with pytest.raises(DataError, match=r"cannot write or lock .*shut.*run\.output_dir"):
         opened(folder=Path("shut"))
 
 
@@ -84,7 +84,7 @@ def test_without_locks_nothing_is_written(texts: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "lockf", unlockable)
-    with pytest.raises(DataError, match=r"cannot be written or locked: Function not implemented.*prepare them"):
+    with pytest.raises(DataError, match=r"cannot write or lock .*Function not implemented.*run\.output_dir"):
         opened()
     assert not list(Path("cache").glob("*.bin"))
 
@@ -110,14 +110,15 @@ def test_texts_that_change_meanwhile_are_not_kept(texts: Path, monkeypatch: pyte
 
 
 def test_of_other_settings_or_times_they_are_others(texts: Path) -> None:
-    files = list(FileReader("text").files("in"))
+    files = find_inputs(["in"], "text")
     settings = Settings("bytes", None, (), "0", "text", False, 4.0)
     others = [
         replace(settings, fingerprint="1"),
         replace(settings, text_key="t"),
         replace(settings, held_out_percent=5),
     ]
-    later = [files[0]._replace(modified_ns=files[0].modified_ns + 1), *files[1:]]
+    newer = files[0].file._replace(modified_ns=files[0].file.modified_ns + 1)
+    later = [files[0]._replace(file=newer), *files[1:]]
     versions = [tokenised._version_of(files, each) for each in (settings, *others)]
     assert len({*versions, tokenised._version_of(later, settings)}) == 5
 

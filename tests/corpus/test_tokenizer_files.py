@@ -19,7 +19,7 @@ from support import bpe
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
-from titanlite.corpus.prepare import Request, prepare
+from titanlite.corpus.prepare import Request, find_inputs, prepare
 from titanlite.corpus.progress import Progress
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
 from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine
@@ -364,8 +364,9 @@ def test_what_a_library_raises_names_the_tokenizer_and_the_document(tmp_path: Pa
         open_streams([str(tmp_path / "texts.jsonl")], "data.corpus", section, tokenizer)
     settings = Settings(path, separator, (), tokenizer.fingerprint, "text", False, 0.0)
     request = Request((str(tmp_path / "texts.jsonl"),), tmp_path / "out", settings)
+    files = find_inputs(request.inputs, "text")
     with Progress(io.StringIO()) as progress, pytest.raises(DataError, match=f"^texts.jsonl:2: {said}"):
-        prepare(request, tokenizer, progress)
+        prepare(request, files, tokenizer, progress)
 
 
 DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

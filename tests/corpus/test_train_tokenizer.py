@@ -27,7 +27,7 @@ def corpus(tmp_path: Path) -> str:
 
 
 def train(*words: str) -> int:
-    return cli.main(["data", "train-tokenizer", *words])
+    return cli(["data", "train-tokenizer", *words])
 
 
 def test_what_is_asked_for(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

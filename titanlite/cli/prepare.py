@@ -48,7 +48,7 @@ def add_prepare_commands(commands: Any) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from titanlite.corpus.prepare import Request, prepare
+    from titanlite.corpus.prepare import Request, find_inputs, prepare
     from titanlite.corpus.progress import Progress
     from titanlite.corpus.token_file import paths_of
     from titanlite.corpus.tokenizers import describe_separator, open_tokenizer, separator_warning
@@ -83,7 +83,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         force=arguments.force,
     )
     with Progress(sys.stderr) as progress:
-        made = prepare(request, tokenizer, progress)
+        made = prepare(request, find_inputs(request.inputs, settings.text_key), tokenizer, progress)
     if arguments.json:
         print(json.dumps({str(prefix): info.model_dump() for prefix, info in made.items()}, indent=1))
         return

@@ -11,16 +11,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.corpora import CORPORA
-from titanlite.corpus.corpora.files import Asked, FileReader, FoundFile
-from titanlite.corpus.corpora.formats import Part, divide
+from titanlite.corpus.corpora import CORPORA, Part
+from titanlite.corpus.corpora.files import FileFinder, FoundFile
+from titanlite.corpus.corpora.formats import divide
+from titanlite.corpus.corpora.json_lines import count_newlines
 from titanlite.corpus.file_array import FileArray, OpenFile
 from titanlite.corpus.progress import Progress
 from titanlite.corpus.token_file import (
@@ -37,14 +37,22 @@ from titanlite.corpus.token_file import (
 )
 from titanlite.corpus.tokenizers import Tokenizer
 from titanlite.corpus.units import EXAMPLES, PartFile, Piece, Settings, Unit, key_of, part_at
-from titanlite.corpus.workers import Workers, count_task, unit_task
+from titanlite.corpus.workers import WorkerPool, write_unit
 from titanlite.errors import DataError, UsageError
-from titanlite.files import cause, take_lock
+from titanlite.files import Lock, cause, take_lock
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024
 """About so many are made of inputs that are neither small nor huge: enough for any number of processes."""
 UNIT_FILES = 4_096
+
+
+class Input(NamedTuple):
+    """A file that is to be prepared."""
+
+    source: int
+    """Which of the inputs names it."""
+    file: FoundFile
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class Request:
     workers: int = 1
     force: bool = False
     """Whether token files of other inputs or settings, that are there, are to go."""
+    shared: bool = False
+    """Whether other processes may be making the same: the first does, the others wait for it and take what it made."""
 
     @property
     def outputs(self) -> list[Path]:
@@ -68,24 +78,28 @@ class Request:
         return [*held, self.out]
 
 
-def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[Path, TokenInfo]:
+def find_inputs(inputs: Sequence[str], text_key: str) -> list[Input]:
+    """All files that the command's inputs name, in order. Raises `DataError`, and `UsageError` for a corpus' name."""
+    named = next((entry for entry in inputs if entry in CORPORA and not Path(entry).exists()), None)
+    if named is not None:
+        raise UsageError(f"'{named}' is for recipes, which read it as it is; give files, folders or globs.")
+    finder = FileFinder(text_key, "INPUT", ())
+    return [Input(source, file) for source, entry in enumerate(inputs) for file in finder.find(entry)]
+
+
+def prepare(
+    request: Request, files: Sequence[Input], tokenizer: Tokenizer, progress: Progress
+) -> dict[Path, TokenInfo]:
     """Make the token files, or go on where an earlier start of the same request stopped; their sidecars by prefix.
 
-    `tokenizer` is that of the settings. Raises `DataError` for texts that cannot be read and for a disk that takes no
-    more, `UsageError` for what is in the way; parts that are done stay, and serve the next start.
+    `files` are those of the inputs, and `tokenizer` is that of the settings. Raises `DataError` for texts that cannot
+    be read and for a disk that takes no more, `UsageError` for what is in the way; parts that are done stay, and serve
+    the next start.
     """
-    files = _find(request.inputs, request.settings.text_key)
-    # What was made of JSON lines when they were known by the name .jsonl alone, and else one text, is not the same.
-    by_content = [file.form == "lines" and ".jsonl" not in file.name.lower() for _, file in files]
-    texts = [
-        (source, file.name, file.size, *(["lines"] if lines else []))
-        for (source, file), lines in zip(files, by_content, strict=True)
-    ]
-    made_from = key_of([request.settings.decisive, request.drop_duplicates, texts])
+    made_from = _hash_request(request, files)
     parts = paths_of(request.out).parts
-    with _refusals_explained(request.out):
-        parts.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(parts / ".lock", f"the prefix {request.out}", "give another --out", progress.message)
+    with _wrap_os_errors(request.out):
+        lock = _lock(request, parts, progress)
         began_before = any(parts.glob("*.json"))
         try:
             done = _finished(request, made_from, files, began_before)
@@ -107,17 +121,28 @@ def prepare(request: Request, tokenizer: Tokenizer, progress: Progress) -> dict[
     return done
 
 
-def _find(inputs: Sequence[str], text_key: str) -> list[tuple[int, FoundFile]]:
-    """All files in order, each with the number of the input that names it."""
-    reader = FileReader(text_key, Asked("INPUT", "--text-key", ()))
-    named = next((entry for entry in inputs if entry in CORPORA and not Path(entry).exists()), None)
-    if named is not None:
-        raise UsageError(f"'{named}' is for recipes, which read it as it is; give files, folders or globs.")
-    return [(source, file) for source, entry in enumerate(inputs) for file in reader.files(entry)]
+def _hash_request(request: Request, files: Sequence[Input]) -> str:
+    texts: list[tuple[Any, ...]] = []
+    for source, file in files:
+        # Lines of JSON were once known by the name .jsonl alone, and what was made of others as one text is not this.
+        by_content = file.format == "lines" and ".jsonl" not in file.name.lower()
+        texts.append((source, file.name, file.size, *(["lines"] if by_content else [])))
+    return key_of([request.settings.decisive, request.drop_duplicates, texts])
+
+
+def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
+    while True:
+        parts.mkdir(parents=True, exist_ok=True)
+        try:
+            return take_lock(
+                parts / ".lock", f"the prefix {request.out}", "give another --out", progress.message, request.shared
+            )
+        except FileNotFoundError:  # who held it is done, and has removed the folder
+            continue
 
 
 def _finished(
-    request: Request, made_from: str, files: Sequence[tuple[int, FoundFile]], began_before: bool
+    request: Request, made_from: str, files: Sequence[Input], began_before: bool
 ) -> dict[Path, TokenInfo] | None:
     """The sidecars, if an earlier start has made the very same; None if there is something to do.
 
@@ -128,7 +153,7 @@ def _finished(
         there = [path for path in (paths.bin, paths.idx, paths.sidecar) if path.exists()]
         if not there or (began_before and paths.idx not in there):
             continue
-        reason = _difference(paths, prefix, made_from, files)
+        reason = "" if request.shared else _difference(paths, prefix, made_from, files)
         if reason and not request.force:
             way_out = "Give another --out, or add --force to overwrite it."
             raise UsageError(f"{there[0]} is there already, and {reason}. {way_out}")
@@ -138,7 +163,7 @@ def _finished(
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 
 
-def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[tuple[int, FoundFile]]) -> str:
+def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[Input]) -> str:
     """Why a token file that is there is not what is asked for; empty if it is."""
     try:
         info = TokenFile.open(prefix).info
@@ -154,17 +179,18 @@ def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[tupl
 
 
 def _write_parts(
-    request: Request, files: Sequence[tuple[int, FoundFile]], folder: Path, progress: Progress
+    request: Request, files: Sequence[Input], folder: Path, progress: Progress
 ) -> tuple[list[Unit], list[PartFile]]:
     """All units and their parts, in order; those that are not there yet are written."""
-    with Workers(request.workers, request.settings, folder) as workers:
+    with WorkerPool(request.workers) as workers:
         units = _units(files, workers)
         keys = [unit.key(request.settings) for unit in units]
         there = [part_at(folder, key) for key in keys]
         missing = [index for index, part in enumerate(there) if part is None]
         total = sum(unit.bytes for unit in units)
-        progress.begin("tokenising", total, total - sum(units[index].bytes for index in missing))
-        for number, _ in workers.run([unit_task(units[index]) for index in missing]):
+        progress.begin("tokenizing", total, total - sum(units[index].bytes for index in missing))
+        tasks = [(units[index], request.settings, folder) for index in missing]
+        for number, _ in workers.run(write_unit, tasks):
             index = missing[number]
             there[index] = part_at(folder, keys[index])
             progress.advance(units[index].bytes)
@@ -178,51 +204,45 @@ def unit_bytes(total: int) -> int:
     return min(max(SMALLEST_UNIT_BYTES, 1 << (max(total, 1) // UNITS).bit_length()), LARGEST_UNIT_BYTES)
 
 
-def _units(files: Sequence[tuple[int, FoundFile]], workers: Workers) -> list[Unit]:
+def _units(files: Sequence[Input], workers: WorkerPool) -> list[Unit]:
     """The inputs, cut and grouped, in order."""
     limit = unit_bytes(sum(file.size for _, file in files))
-    parts = [divide(file.path, file.form, file.size, limit) for _, file in files]
-    parts = _counted(files, parts, workers)
+    parts = [divide(file.path, file.format, file.size, limit) or [] for _, file in files]
+    _count_lines_before(files, parts, workers)
     units: list[Unit] = []
-    group: list[tuple[int, FoundFile]] = []
+    group: list[Input] = []
     grouped = 0
     for (source, file), cut in zip(files, parts, strict=True):
-        if group and (cut is not None or grouped + file.size > limit or len(group) == UNIT_FILES):
-            units.append(_unit(group))
+        if group and (cut or grouped + file.size > limit or len(group) == UNIT_FILES):
+            units.append(_group_unit(group))
             group, grouped = [], 0
-        if cut is None:
-            group.append((source, file))
+        units += [Unit((Piece(0, file, part),), source, file.size // len(cut)) for part in cut]
+        if not cut:
+            group.append(Input(source, file))
             grouped += file.size
-        else:
-            units += [_unit([(source, file)], part, file.size // len(cut)) for part in cut]
-    return [*units, _unit(group)] if group else units
+    return [*units, _group_unit(group)] if group else units
 
 
-def _unit(files: Sequence[tuple[int, FoundFile]], part: Part | None = None, size: int | None = None) -> Unit:
-    first = files[0][0]
-    pieces = tuple(
-        Piece(source - first, f.name, str(f.path), f.form, f.size, f.modified_ns, part) for source, f in files
+def _group_unit(group: Sequence[Input]) -> Unit:
+    first = group[0].source
+    return Unit(
+        tuple(Piece(source - first, file) for source, file in group), first, sum(file.size for _, file in group)
     )
-    return Unit(pieces, first, sum(file.size for _, file in files) if size is None else size)
 
 
-def _counted(
-    files: Sequence[tuple[int, FoundFile]], parts: Sequence[list[Part] | None], workers: Workers
-) -> list[list[Part] | None]:
-    """The same parts, those of lines knowing how many lines are before them."""
-    lines = [
-        (index, part) for index, (_, file) in enumerate(files) if file.form == "lines" for part in parts[index] or ()
-    ]
-    counts = dict(workers.run([count_task(files[index][1].path, part) for index, part in lines]))
-    newlines: dict[int, list[int]] = {}
-    for number, (index, _) in enumerate(lines):
-        newlines.setdefault(index, [0]).append(counts[number])
-    return [
-        [part._replace(before=before) for part, before in zip(cut or (), accumulate(newlines[index]), strict=False)]
-        if index in newlines
-        else cut
-        for index, cut in enumerate(parts)
-    ]
+def _count_lines_before(files: Sequence[Input], parts: Sequence[list[Part]], workers: WorkerPool) -> None:
+    """Set `before` of parts of lines."""
+    of_lines = [cut for (_, file), cut in zip(files, parts, strict=True) if file.format == "lines"]
+    paths = [file.path for _, file in files if file.format == "lines"]
+    tasks = [(path, part.first, part.stop) for path, cut in zip(paths, of_lines, strict=True) for part in cut]
+    counts = dict(workers.run(count_newlines, tasks))
+    number = 0
+    for cut in of_lines:
+        before = 0
+        for place, part in enumerate(cut):
+            cut[place] = part._replace(before=before)
+            before += counts[number]
+            number += 1
 
 
 def _join(
@@ -231,7 +251,7 @@ def _join(
     units: Sequence[Unit],
     parts: Sequence[PartFile],
     made_from: str,
-    files: Sequence[tuple[int, FoundFile]],
+    files: Sequence[Input],
     progress: Progress,
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
@@ -304,29 +324,27 @@ def _require_documents(request: Request, documents: dict[Path, int]) -> None:
         if not count:
             which = "all" if prefix == request.out else "none"
             raise DataError(
-                f"{which} of the {total:,} documents are held out by --held-out {percent:g}, which goes by a hash of "
-                "their names; give more documents, another percentage, or no --held-out."
+                f"{which} of the {total:,} documents are held out by --held-out (data.validation_percent) {percent:g}, "
+                "which goes by a hash of their names; give more documents, or another percentage."
             )
 
 
 def _sources(
-    inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[tuple[int, FoundFile]]
+    inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[Input]
 ) -> tuple[SourceInfo, ...]:
-    documents, hashes = [0] * len(inputs), [0] * len(inputs)
+    documents, hashes, counts, sizes = ([0] * len(inputs) for _ in range(4))
     for unit, part in zip(units, parts, strict=True):
         for source, count, total in part.summary["sources"]:
             documents[unit.source + source] += count
             hashes[unit.source + source] += int(total, 16)
-    sizes: list[list[int]] = [[] for _ in inputs]
     for source, file in files:
-        sizes[source].append(file.size)
+        counts[source] += 1
+        sizes[source] += file.size
+    names = [entry.encode("utf-8", "backslashreplace").decode() for entry in inputs]
     return tuple(
-        SourceInfo(
-            path=entry.encode("utf-8", "backslashreplace").decode(), files=len(sizes[source]), bytes=sum(sizes[source]),
-            documents=documents[source], texts_xxh3_128=f"{hashes[source] % 2**128:032x}",
-        )
-        for source, entry in enumerate(inputs)
-    )  # fmt: skip
+        SourceInfo(path=name, files=files, bytes=size, documents=count, texts_xxh3_128=f"{total % 2**128:032x}")
+        for name, files, size, count, total in zip(names, counts, sizes, documents, hashes, strict=True)
+    )
 
 
 def _remove(parts: Path, progress: Progress) -> None:
@@ -337,11 +355,11 @@ def _remove(parts: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def _refusals_explained(out: Path) -> Iterator[None]:
+def _wrap_os_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"cannot write {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, and the "
-            "same command goes on."
+            f"cannot write or lock {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, "
+            "and the same command goes on; or choose another folder (--out, or run.output_dir of a recipe)."
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.corpus.corpora import Document, is_held_out
-from titanlite.corpus.corpora.formats import Form, Part, documents, refuse
+from titanlite.corpus.corpora import Document, Part, is_held_out
+from titanlite.corpus.corpora.files import FoundFile
+from titanlite.corpus.corpora.formats import read_documents, stop_at
 from titanlite.corpus.token_file import BLOCK, write_all
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, token_dtype
 from titanlite.errors import DataError
@@ -62,12 +62,8 @@ class Piece(NamedTuple):
 
     source: int
     """Which of the inputs names it, counted from the one that names the unit's first piece."""
-    name: str
-    path: str
-    form: Form
-    size: int
-    modified_ns: int
-    part: Part | None
+    file: FoundFile
+    part: Part | None = None
 
 
 class Unit(NamedTuple):
@@ -79,9 +75,14 @@ class Unit(NamedTuple):
     bytes: int
     """Of the files; for the progress line."""
 
+    def __str__(self) -> str:
+        first, last = self.pieces[0].file.path, self.pieces[-1].file.path
+        return f"{first}" if first == last else f"{first} to {last}"
+
     def key(self, settings: Settings) -> str:
         """Name of its part: a hash of all that decides what is in it."""
-        return key_of([PART_VERSION, settings.decisive, self.pieces])
+        pieces = [(source, file.name, str(file.path), *file[2:], part) for source, file, part in self.pieces]
+        return key_of([PART_VERSION, settings.decisive, pieces])
 
 
 def key_of(value: Any) -> str:
@@ -119,25 +120,31 @@ def part_at(folder: Path, key: str) -> PartFile | None:
 
 
 def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Path) -> None:
-    """Read and tokenise a unit; its part is then in `folder`.
+    """Read and tokenize a unit; its part is then in `folder`.
 
     Raises `DataError` for texts that cannot be read, and `OSError` if the part cannot be written.
     """
-    key = unit.key(settings)
-    tokens, records, about = _paths(folder, key)
-    bad, found = _BadLines(settings.skip_bad_lines), _Records(settings.held_out_percent)
-    dtype = token_dtype(tokenizer.vocab_size)
-    with _appearing(tokens) as file:
+    tokens, records, about = _paths(folder, unit.key(settings))
+    bad, dtype = _BadLines(settings.skip_bad_lines), token_dtype(tokenizer.vocab_size)
+    documents = 0
+    sources: dict[int, tuple[int, int]] = {}  # documents, and the sum of their hashes
+    with _create(tokens) as token_file, _create(records) as record_file:
         for source, batch in _batches(unit, settings, bad):
-            texts, ids = _encoded(batch, tokenizer, bad)
-            found.add(source, texts, ids)
-            for block in _packed(ids, tokenizer.separator, dtype):
-                write_all(file, block.data)
-        token_bytes = file.tell()
-    with _appearing(records) as file:
-        write_all(file, found.table().data)
-    summary = {"documents": found.documents, "token_bytes": token_bytes, "bad": bad.count, "examples": bad.examples}
-    replace_file(about, json.dumps({**summary, "sources": found.sources()}).encode())
+            texts, ids = _encode(batch, tokenizer, bad)
+            for block in _pack_blocks(ids, tokenizer.separator, dtype):
+                write_all(token_file, block.data)
+            table = _records_of(texts, ids, settings.held_out_percent)
+            write_all(record_file, table.view(np.uint8).data)
+            count, total = sources.get(source, (0, 0))
+            total += (sum(table["high"].tolist()) << 64) + sum(table["low"].tolist())
+            sources[source] = count + len(texts), total % 2**128
+            documents += len(texts)
+        token_bytes = token_file.tell()
+    summary = {
+        "documents": documents, "token_bytes": token_bytes, "bad": bad.count, "examples": bad.examples,
+        "sources": [[source, count, f"{total:032x}"] for source, (count, total) in sources.items()],
+    }  # fmt: skip
+    replace_file(about, json.dumps(summary).encode())
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:
@@ -145,8 +152,8 @@ def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, that appears when it is whole and on the disk."""
+def _create(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, under its name once it is whole and on the disk."""
     writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         with open(writing, "wb", buffering=0) as file:
@@ -168,79 +175,51 @@ class _BadLines:
 
     def __call__(self, error: DataError) -> None:
         if not self._skip:
-            refuse(error)
+            stop_at(error)
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(str(error).encode("utf-8", "backslashreplace").decode())
 
 
-class _Records:
-    """Collects what is kept of each document."""
-
-    def __init__(self, held_out_percent: float) -> None:
-        self._held_out_percent = held_out_percent
-        self._tokens, self._bytes = array("q"), array("q")
-        self._hashes, self._held = bytearray(), bytearray()
-        self._sources: dict[int, list[int]] = {}  # of each source: documents, and the sum of their hashes
-
-    @property
-    def documents(self) -> int:
-        return len(self._held)
-
-    def add(self, source: int, texts: Sequence[Document], ids: Sequence[Ids]) -> None:
-        """The next documents, all of one source."""
-        percent = self._held_out_percent
-        hashes = [xxhash.xxh3_128_digest(text.content) for text in texts]
-        self._tokens.extend(len(numbers) + 1 for numbers in ids)
-        self._bytes.extend(len(text.content) for text in texts)
-        self._hashes += b"".join(hashes)
-        self._held += bytes(is_held_out(text.name, percent) for text in texts) if percent else bytes(len(texts))
-        seen = self._sources.setdefault(source, [0, 0])
-        seen[0] += len(texts)
-        seen[1] = (seen[1] + sum(int.from_bytes(digest, "big") for digest in hashes)) % 2**128
-
-    def table(self) -> npt.NDArray[np.uint8]:
-        """A `RECORD` for each document, as bytes."""
-        table = np.empty(self.documents, RECORD)
-        hashes = np.frombuffer(self._hashes, ">u8").reshape(-1, 2)
-        table["tokens"], table["bytes"] = self._tokens, self._bytes
-        table["high"], table["low"] = hashes[:, 0], hashes[:, 1]
-        table["held"] = np.frombuffer(self._held, np.bool_)
-        return table.view(np.uint8)
-
-    def sources(self) -> list[list[Any]]:
-        return [[source, documents, f"{total:032x}"] for source, (documents, total) in self._sources.items()]
+def _records_of(texts: Sequence[Document], ids: Sequence[Ids], held_out_percent: float) -> npt.NDArray[np.void]:
+    table = np.zeros(len(texts), RECORD)
+    table["tokens"] = [len(numbers) + 1 for numbers in ids]
+    table["bytes"] = [len(text.content) for text in texts]
+    hashes = np.frombuffer(b"".join(xxhash.xxh3_128_digest(text.content) for text in texts), ">u8").reshape(-1, 2)
+    table["high"], table["low"] = hashes[:, 0], hashes[:, 1]
+    if held_out_percent:
+        table["held"] = [is_held_out(text.name, held_out_percent) for text in texts]
+    return table
 
 
 def _batches(unit: Unit, settings: Settings, bad: _BadLines) -> Iterator[tuple[int, list[Document]]]:
     """The unit's documents, some at a time and each time of one source."""
     batch: list[Document] = []
     held = 0
-    for index, piece in enumerate(unit.pieces):
-        path = Path(piece.path)
-        for document in documents(piece.name, path, piece.form, settings.text_key, "--text-key", piece.part, bad):
+    for index, (source, file, part) in enumerate(unit.pieces):
+        for document in read_documents(file.name, file.path, file.format, settings.text_key, part, bad):
             batch.append(document)
             held += len(document.content)
             if held >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-                yield piece.source, batch
+                yield source, batch
                 batch, held = [], 0
-        _require_unchanged(piece, path)
-        if batch and (index + 1 == len(unit.pieces) or unit.pieces[index + 1].source != piece.source):
-            yield piece.source, batch
+        _require_unchanged(file)
+        if batch and (index + 1 == len(unit.pieces) or unit.pieces[index + 1].source != source):
+            yield source, batch
             batch, held = [], 0
 
 
-def _require_unchanged(piece: Piece, path: Path) -> None:
+def _require_unchanged(file: FoundFile) -> None:
     """Raises `DataError` if a file is another one than when the units were made."""
     try:
-        status = path.stat()
+        status = file.path.stat()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}) any more.") from error
-    if (status.st_size, status.st_mtime_ns) != (piece.size, piece.modified_ns):
-        raise DataError(f"{path}: changed while it was read; start again when nothing writes to it.")
+        raise DataError(f"{file.path}: cannot be read ({error.strerror}) any more.") from error
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
+        raise DataError(f"{file.path}: changed while it was read; start again when nothing writes to it.")
 
 
-def _encoded(batch: list[Document], tokenizer: Tokenizer, bad: _BadLines) -> tuple[list[Document], list[Ids]]:
+def _encode(batch: list[Document], tokenizer: Tokenizer, bad: _BadLines) -> tuple[list[Document], list[Ids]]:
     """The texts that have ids, and these; those that the tokenizer refuses are bad lines."""
     try:
         return batch, tokenizer.encode_batch([document.content for document in batch])
@@ -255,7 +234,7 @@ def _encoded(batch: list[Document], tokenizer: Tokenizer, bad: _BadLines) -> tup
         return texts, ids
 
 
-def _packed(ids: Sequence[Ids], separator: int, dtype: npt.DTypeLike) -> Iterator[Ids]:
+def _pack_blocks(ids: Sequence[Ids], separator: int, dtype: npt.DTypeLike) -> Iterator[Ids]:
     """The documents' tokens with their separators, in blocks; of a long document no second copy is made."""
     if sum(map(len, ids)) <= BLOCK * 4:
         yield pack(ids, separator, dtype)

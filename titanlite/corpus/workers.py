@@ -1,33 +1,26 @@
-"""Processes that do the work of `titanlite data prepare`, one task at a time each, and never outlive it.
-
-Parent and worker talk in lines of JSON, and a worker whose parent's end of the line is gone, however that came about,
-ends at once. The worker is a program of its own: nothing of the parent's threads or files is inherited.
-"""
+"""Processes that do the work of `titanlite data prepare`, each with one core, and none of which outlives it."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
-import selectors
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from itertools import islice
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import titanlite
-from titanlite.corpus.corpora.formats import Part, count_newlines
 from titanlite.corpus.tokenizers import Tokenizer, open_tokenizer
-from titanlite.corpus.units import Piece, Settings, Unit, write_part
-from titanlite.errors import DataError, TitanliteError
+from titanlite.corpus.units import Settings, Unit, write_part
+from titanlite.errors import DataError
 from titanlite.files import cause
 
-Task = dict[str, Any]
-"""`{"count": [path, first byte, stop]}`, or `{"unit": Unit}`; with `about`, what a reader knows it by."""
+_ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Numpy alone starts a thread for each core when it is imported."""
 
 
 def cores() -> int:
@@ -35,173 +28,96 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_task(path: Path, part: Part) -> Task:
-    """Count newlines; the answer is their number."""
-    return {"count": [str(path), part.first, part.stop], "about": str(path)}
+class WorkerPool:
+    """At most `count` processes, spawned as they are needed. Used by `with`, which ends them."""
 
-
-def unit_task(unit: Unit) -> Task:
-    """Write the unit's part; the answer is None."""
-    first, last = unit.pieces[0], unit.pieces[-1]
-    return {"unit": unit, "about": first.path if first is last else f"{first.path} to {last.path}"}
-
-
-@dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    task: int | None = None
-    """Number of the task it is at."""
-
-
-class Workers:
-    """A pool. Close it, by `with`, to end its processes."""
-
-    def __init__(self, count: int, settings: Settings, folder: Path) -> None:
-        """Parts are written into `folder`."""
-        self._opening = {"settings": asdict(settings), "folder": str(folder)}
+    def __init__(self, count: int) -> None:
         self._count = count
-        self._workers: list[_Worker] = []
+        self._executor = ProcessPoolExecutor(count, get_context("spawn"), _begin)
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
+        self._others = active_children()
+        self._environment = dict(os.environ)
+        os.environ.update(_ONE_THREAD)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
-            for pipe in (worker.process.stdin, worker.process.stdout):
-                assert pipe is not None
-                try:
-                    pipe.close()
-                except OSError:  # what was not yet sent has nobody to go to
-                    continue
+        os.environ.clear()
+        os.environ.update(self._environment)
+        for process in active_children():  # a unit may take a minute, for which nobody who interrupts it waits
+            if process not in self._others:
+                process.kill()
+        self._executor.shutdown(cancel_futures=True)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
-        """Number and answer of each task, in the order in which they are done.
+    def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Call `function` with the arguments of each task; yields number and result in the order they are done.
 
-        At a failure no further task is begun, and those that are under way are waited for: which error is raised, the
+        After a failure no further task begins, and those under way are waited for: which error is raised, the
         `DataError` of the earliest task that has one, does not depend on the number of workers.
         """
-        while len(self._workers) < min(self._count, len(tasks)):
-            self._workers.append(_Worker(self._started()))
-        waiting = iter(range(len(tasks)))
-        failures: dict[int, str] = {}
-        with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
-                assert worker.process.stdout is not None
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-                self._give(worker, tasks, waiting)
-            while any(worker.task is not None for worker in self._workers):
-                for event, _ in selector.select():
-                    worker, number = event.data, event.data.task
-                    answer = _answer(worker, tasks)
-                    worker.task = None
-                    if "error" in answer:
-                        failures[number] = answer["error"]
-                    else:
-                        yield number, answer["result"]
-                    if not failures:
-                        self._give(worker, tasks, waiting)
-        if failures:
-            raise DataError(failures[min(failures)])
-
-    def _give(self, worker: _Worker, tasks: Sequence[Task], waiting: Iterator[int]) -> None:
-        worker.task = next(waiting, None)
-        if worker.task is not None:
-            assert worker.process.stdin is not None
-            try:
-                worker.process.stdin.write(json.dumps(tasks[worker.task]).encode() + b"\n")
-                worker.process.stdin.flush()
-            except BrokenPipeError:  # it has ended; why, is seen when its answer is read
-                return
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        root = str(Path(titanlite.__file__).parents[1])  # which need not be installed, nor be the current folder
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            # Each process is to keep one core busy, not to start threads for all of them.
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(self._opening).encode() + b"\n")
-        return process
-
-
-def _answer(worker: _Worker, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What the worker says of its task. Raises `DataError` if it has ended instead."""
-    assert worker.process.stdout is not None
-    if line := worker.process.stdout.readline():
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-    code = worker.process.wait()
-    about = "before it was given anything" if worker.task is None else f"at {tasks[worker.task]['about']}"
-    if code == -signal.SIGKILL:
-        raise DataError(
-            f"a worker process was killed {about}; the machine may have run out of memory: take fewer --workers, or "
-            "split very long documents. What is done stays done: the same command goes on."
-        )
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-    raise DataError(f"a worker process ended {about} {how}; what it said is above.")
-
-
-def main() -> int:
-    """The worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, whose end is ours
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(sys.stdin.buffer, lines), daemon=True).start()
-    opening = json.loads(lines.get())
-    settings = Settings(**{**opening["settings"], "special_tokens": tuple(opening["settings"]["special_tokens"])})
-    folder = Path(opening["folder"])
-    tokenizer: Tokenizer | None = None
-    while True:
-        task = json.loads(lines.get())
+        waiting = iter(enumerate(tasks))
+        running: dict[Future[Any], int] = {}
+        failures: dict[int, DataError] = {}
+        free = self._count
         try:
-            result: int | None = None
-            if "count" in task:
-                path, first, stop = task["count"]
-                result = count_newlines(Path(path), first, stop)
-            else:
-                tokenizer = tokenizer or _opened(settings)
-                write_part(_unit(task["unit"]), settings, tokenizer, folder)
-            answer: dict[str, Any] = {"result": result}
-        except TitanliteError as error:
-            answer = {"error": str(error)}
-        except MemoryError:
-            answer = {"error": f"{task['about']}: does not fit into memory; take fewer --workers, or split it."}
-        except OSError as error:
-            answer = {
-                "error": f"cannot write to {folder}: {cause(error, folder)}. What is done stays done: make room, and "
-                "the same command goes on."
-            }
-        print(json.dumps(answer), file=answers, flush=True)
+            while True:
+                if not failures:
+                    for number, task in islice(waiting, free):
+                        running[self._executor.submit(function, *task)] = number
+                if not running:
+                    break
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                free = len(done)
+                for future in done:
+                    number = running[future]
+                    try:
+                        result = future.result()
+                    except DataError as error:
+                        failures[number] = error
+                    else:
+                        yield number, result
+                    del running[future]
+        except BrokenProcessPool as error:
+            begun = ", ".join(str(tasks[number][0]) for number in sorted(running.values()))
+            raise DataError(
+                f"a worker process was killed at {begun}; the machine may have run out of memory: split very long "
+                "documents, or prepare them with fewer --workers. What is done stays done: the same command goes on."
+            ) from error
+        if failures:
+            raise failures[min(failures)]
 
 
-def _listen(lines: IO[bytes], into: queue.SimpleQueue[bytes]) -> None:
-    for line in lines:
-        into.put(line)
-    os._exit(1)  # the parent is gone
+def write_unit(unit: Unit, settings: Settings, folder: Path) -> None:
+    """A task: write the unit's part into `folder`. Raises `DataError`."""
+    try:
+        write_part(unit, settings, _open_tokenizer(settings), folder)
+    except MemoryError:
+        raise DataError(f"{unit}: does not fit into memory; take fewer --workers, or split it.") from None
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {folder}: {cause(error, folder)}. What is done stays done: make room, and the same "
+            "command goes on."
+        ) from error
 
 
-def _opened(settings: Settings) -> Tokenizer:
+@lru_cache(maxsize=1)
+def _open_tokenizer(settings: Settings) -> Tokenizer:
     tokenizer = open_tokenizer(settings.tokenizer, settings.separator, settings.special_tokens)
     if tokenizer.fingerprint != settings.fingerprint:
         raise DataError(f"the tokenizer '{settings.tokenizer}' changed while it was used; start again.")
     return tokenizer
 
 
-def _unit(fields: list[Any]) -> Unit:
-    pieces, source, size = fields
-    return Unit(tuple(Piece._make([*rest, part and Part._make(part)]) for *rest, part in pieces), source, size)
+def _begin() -> None:
+    """What each process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too
+    os.dup2(2, 1)  # whatever a library prints is not the command's output
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _end_with_parent() -> None:
+    """The executor's own workers wait for tasks for ever if their parent is killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -21,7 +21,7 @@ import xxhash
 from titanlite.corpus.corpora import is_held_out, read_corpus
 from titanlite.corpus.corpora.files import match_files
 from titanlite.corpus.token_file import HELD_OUT, TokenFile, paths_of
-from titanlite.corpus.tokenised import tokenised
+from titanlite.corpus.tokenised import open_tokenized
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.corpus.units import pack
 from titanlite.data.best_fit import BestFit, best_fit
@@ -169,7 +169,7 @@ def open_streams(
                 validation.append(_open_held_out(held_out, file, section, tokenizer))
     if texts:
         percent = section.validation_percent if hold_out else 0.0
-        files = texts_folder and tokenised(texts, section, tokenizer, percent, texts_folder)
+        files = texts_folder and open_tokenized(texts, section, tokenizer, percent, texts_folder)
         kept, *held = files or _read(texts, key, section, tokenizer, percent)
         training.append(kept)
         validation += held

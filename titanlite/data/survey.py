@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from titanlite.corpus.corpora import CORPORA
-from titanlite.corpus.corpora.files import Asked, FileReader
+from titanlite.corpus.corpora.files import FileFinder
 from titanlite.corpus.token_file import paths_of
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, tokenizer_of
 from titanlite.data.sources import open_token_file, token_files
@@ -80,7 +80,7 @@ def shared_texts(section: Data) -> list[Finding]:
 
 def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str, bool]]:
     """All files that are read, and whether they are texts; of token files the ids."""
-    reader = FileReader(section.text_key, Asked(entries=key))
+    finder = FileFinder(section.text_key, key)
     for entry in paths:
         with suppress(UsageError):
             prefixes = token_files(entry)
@@ -88,7 +88,7 @@ def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str,
             if not prefixes and entry in CORPORA:
                 yield entry, True
             elif not prefixes:
-                yield from ((str(file.path), True) for file in reader.files(entry))
+                yield from ((str(file.path), True) for file in finder.find(entry))
 
 
 def _look(
@@ -96,14 +96,14 @@ def _look(
 ) -> dict[str, Any]:
     """`tokens` are those of token files; of text, only the bytes are known, as they lie on the disk."""
     files = size = tokens = 0
-    more, reader = False, FileReader(section.text_key, Asked(entries=key))
+    more, finder = False, FileFinder(section.text_key, key)
     for entry in paths:
         try:
             for prefix in (prefixes := token_files(entry)):
                 file = open_token_file(prefix, section, tokenizer)
                 files, tokens, size = files + 1, tokens + len(file.tokens), size + file.tokens.file.size
             if not prefixes and entry not in CORPORA:
-                texts = list(islice(reader.files(entry), MOST_FILES + 1))
+                texts = list(islice(finder.find(entry), MOST_FILES + 1))
                 more = more or len(texts) > MOST_FILES
                 files, size = files + len(texts[:MOST_FILES]), size + sum(text.size for text in texts[:MOST_FILES])
         except UsageError as error:

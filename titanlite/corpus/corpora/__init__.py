@@ -1,14 +1,17 @@
 """Where text comes from. A reader yields documents in a fixed order; it knows no tokens and no splits.
 
-A corpus of one's own is a function `reader(section: Data) -> Iterator[Document]` and a line in `CORPORA`.
+A corpus of one's own is a function `read(section: Data) -> Iterator[Document]` and a line in `CORPORA`; a file format
+is a `Reader` and a line in `READERS`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from titanlite.errors import DataError
 from titanlite.registry import Registry
 
 if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
@@ -23,7 +26,38 @@ class Document(NamedTuple):
     content: bytes
 
 
+class Part(NamedTuple):
+    """Of a JSONL file the lines that begin in a range of its bytes; of a Parquet file a range of its row groups."""
+
+    first: int
+    stop: int
+    before: int
+    """Newlines, or rows, of the file before it: from them its documents have their numbers."""
+
+
+class Reader(NamedTuple):
+    """How the files of one format are read."""
+
+    read: Callable[[Path, str, Part | None], Iterator[tuple[int, bytes | DataError]]]
+    """Of a file, or a part of it, and `data.text_key`: number (of the line or row, from 1; 0 for a file that is one
+    document) and text of each document, or what is wrong with that one. Raises `DataError` for a file that cannot be
+    read."""
+    divide: Callable[[Path, int, int], list[Part]] | None = None
+    """Of a file, its size and how much a part is to have, in bytes: parts that together yield what the whole does; None
+    for a format that cannot be read so."""
+
+
 CORPORA = Registry("corpus", {"python-stdlib": "titanlite.corpus.corpora.python_stdlib:read_stdlib"})
+READERS = Registry(
+    "corpus reader",
+    {
+        "text": "titanlite.corpus.corpora.formats:TEXT",
+        "lines": "titanlite.corpus.corpora.json_lines:JSON_LINES",
+        "parquet": "titanlite.corpus.corpora.tables:PARQUET",
+        "arrow": "titanlite.corpus.corpora.tables:ARROW",
+    },
+)
+"""By format. One whose name is a suffix, such as `.csv`, is that of all files with this suffix."""
 
 
 def read_corpus(entries: Sequence[str], section: Data) -> Iterator[Document]:
@@ -31,11 +65,16 @@ def read_corpus(entries: Sequence[str], section: Data) -> Iterator[Document]:
 
     Raises `DataError` at whatever cannot be read, naming the file, the line and the way out.
     """
-    from titanlite.corpus.corpora.files import FileReader
+    from titanlite.corpus.corpora.files import FileFinder
+    from titanlite.corpus.corpora.formats import read_documents
 
-    files = FileReader(section.text_key)
+    finder = FileFinder(section.text_key)
     for entry in entries:
-        yield from CORPORA.get(entry)(section) if entry in CORPORA else files.read(entry)
+        if entry in CORPORA:
+            yield from CORPORA.get(entry)(section)
+        else:
+            for file in finder.find(entry):
+                yield from read_documents(file.name, file.path, file.format, section.text_key)
 
 
 def is_held_out(name: str, percent: float) -> bool:

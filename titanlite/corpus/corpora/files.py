@@ -10,25 +10,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from errno import EACCES, EPERM
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from titanlite.corpus.corpora import CORPORA, Document
-from titanlite.corpus.corpora.formats import (
-    FOLDER_SUFFIXES,
-    MAYBE_LINES,
-    PACKED,
-    TEXT_SUFFIXES,
-    Form,
-    documents,
-    form_of,
-    holds_documents,
-)
+from titanlite.corpus.corpora import CORPORA
+from titanlite.corpus.corpora.formats import PACKED, TEXT_SUFFIXES, format_of, is_folder_text
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.registry import did_you_mean
@@ -40,86 +29,76 @@ class FoundFile(NamedTuple):
     name: str
     """Relative to what the entry fixes, so that it stays the same when the corpus moves."""
     path: Path
-    form: Form
+    format: str
     size: int
     """Bytes."""
     modified_ns: int
 
 
-_ABOUT = "dataset_info.json"  # beside a dataset's state
+class FileFinder:
+    """Finds the files of entries such as those of `data.corpus`, each once."""
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user calls the things that a refusal asks to be mended."""
-
-    entries: str = "data.corpus"
-    text_key: str = "data.text_key"
-    corpora: tuple[str, ...] = tuple(CORPORA)
-    """What an entry can be, beside a path."""
-
-
-class FileReader:
-    """Reads entries such as those of `data.corpus`; remembers what it has read, so that no file is read twice."""
-
-    def __init__(self, text_key: str, asked: Asked = Asked()) -> None:
+    def __init__(self, text_key: str, key: str = "data.corpus", corpora: Sequence[str] = tuple(CORPORA)) -> None:
+        """`key` is what the user calls the entries, and `corpora` what they can be beside paths."""
         self._text_key = text_key
-        self._asked = asked
-        self._read: dict[str, str] = {}  # real path -> the entry that named it
+        self._key = key
+        self._corpora = corpora
+        self._found: dict[str, str] = {}  # real path -> the entry that named it
 
-    def read(self, entry: str) -> Iterator[Document]:
-        """Documents of one entry, files in the order of their paths; empty ones are passed over. Raises `DataError`."""
-        for file in self.files(entry):
-            yield from documents(file.name, file.path, file.form, self._text_key, self._asked.text_key)
-
-    def files(self, entry: str) -> Iterator[FoundFile]:
+    def find(self, entry: str) -> Iterator[FoundFile]:
         """The files of an entry in the order of their names, each checked when it is come to.
 
         Names are relative to what the entry fixes (the folder; the folder before a glob's first wildcard; for a
         file, its own name). Raises `DataError` for what cannot be text, and for an empty file that the entry names
         itself.
         """
-        for name, path in _find(entry, self._asked, self._text_key):
-            self._claim(path, entry)
-            with _statting(path, self._asked.entries):
+        for name, path in self._paths(entry):
+            place = _real(path)
+            if place in self._found:
+                raise DataError(
+                    f"{path}: {self._key} names it twice, by '{self._found[place]}' and by '{entry}', and would read "
+                    "it twice; take one of them out."
+                )
+            self._found[place] = entry
+            try:
                 status = path.stat()
+            except OSError as error:
+                raise self._unreadable(path, error) from error
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{path}: not a regular file, and data must stay to be read again; leave it out.")
             if status.st_size == 0 and path == expand(entry):
                 raise DataError(f"{path}: the file is empty; give a file with text in it, or leave it out.")
-            form = form_of(path, self._text_key)
-            yield FoundFile(name, path, form, status.st_size, status.st_mtime_ns)
+            yield FoundFile(name, path, format_of(path, self._text_key), status.st_size, status.st_mtime_ns)
 
-    def _claim(self, path: Path, entry: str) -> None:
-        place = _real(path)
-        if place in self._read:
+    def _paths(self, entry: str) -> list[tuple[str, Path]]:
+        """The files of an entry as (name, path), in the order of their names."""
+        path = expand(entry)
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            if glob.has_magic(entry):
+                return _match(str(path), entry, self._key)
+            if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+                raise self._unreadable(path, error) from error
+            others = "".join(f", or '{name}'" for name in self._corpora)
+            hint = did_you_mean(entry, list(self._corpora)) or f"give a path, a glob, a list of them{others}."
             raise DataError(
-                f"{path}: {self._asked.entries} names it twice, by '{self._read[place]}' and by '{entry}', "
-                "and would read it twice; take one of them out."
-            )
-        self._read[place] = entry
+                f"{path}: {self._key} names no file or folder (looked for {os.path.abspath(path)}); {hint}"
+            ) from error
+        return _in_folder(path, entry, self._text_key) if is_folder else [(path.name, path)]
+
+    def _unreadable(self, path: Path, error: OSError) -> DataError:
+        mend = "mend its permissions" if error.errno in (EACCES, EPERM) else "mend it"
+        return DataError(f"{path}: cannot be read ({error.strerror}); {mend}, or leave it out of {self._key}.")
 
 
-def _find(entry: str, asked: Asked, text_key: str) -> list[tuple[str, Path]]:
-    """The files of an entry as (name, path), in the order of their names."""
-    path = expand(entry)
-    try:
-        is_folder = stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if glob.has_magic(entry):
-            return _match(str(path), entry, asked.entries)
-        if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
-            raise DataError(f"{path}: cannot be read ({error.strerror}); {_mend(error)} or {asked.entries}.") from error
-        others = "".join(f", or '{name}'" for name in asked.corpora)
-        hint = did_you_mean(entry, list(asked.corpora)) or f"give a path, a glob, a list of them{others}."
-        raise DataError(
-            f"{path}: {asked.entries} names no file or folder (looked for {os.path.abspath(path)}); {hint}"
-        ) from error
-    if not is_folder:
-        return [(path.name, path)]
-    if (path / "dataset_dict.json").exists() or all((path / name).exists() for name in ("state.json", _ABOUT)):
+def _in_folder(path: Path, entry: str, text_key: str) -> list[tuple[str, Path]]:
+    if (path / "dataset_dict.json").exists() or all(
+        (path / name).exists() for name in ("state.json", "dataset_info.json")
+    ):
         return _shards(path)
-    found = _once((file.relative_to(path).as_posix(), file) for file in _files_below(path, text_key))
+    files = (Path(parent, name) for parent, names in _walk(path) for name in names)
+    found = _once((file.relative_to(path).as_posix(), file) for file in files if is_folder_text(file, text_key))
     if not found:
         raise DataError(
             f"{path}: the folder has no text; of folders, files ending in {', '.join(TEXT_SUFFIXES)} (also with "
@@ -183,26 +162,13 @@ def match_files(pattern: str) -> Iterator[str]:
             yield from match_files(os.path.join(glob.escape(folder), *(rest or "*")))
 
 
-def _files_below(folder: Path, text_key: str) -> Iterator[Path]:
-    """Files with a suffix that folders are searched for; links are followed, each folder is entered once. JSON that is
-    not lines is a program's, not text.
-    """
-    for parent, files in _walk(folder):
-        for name in files:
-            path = Path(parent, name)
-            if not name.lower().endswith(FOLDER_SUFFIXES) or name.startswith("."):
-                continue
-            if MAYBE_LINES not in map(str.lower, path.suffixes[-2:]) or holds_documents(path, text_key):
-                yield path
-
-
 def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
     """The folder and those below it but hidden ones, with the names of their files; each real folder once. Raises
     `DataError` for one that cannot be read.
     """
 
     def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {_mend(error)}.") from error
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions.") from error
 
     entered: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
@@ -234,17 +200,3 @@ def _real(path: Path) -> str:
 
 
 _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
-
-
-def _mend(error: OSError) -> str:
-    return "mend its permissions" if error.errno in (EACCES, EPERM) else "mend it"
-
-
-@contextmanager
-def _statting(path: Path, entries: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); {_mend(error)}, or leave it out of {entries}."
-        ) from error
