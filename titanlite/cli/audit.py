@@ -34,7 +34,7 @@ def recipe_of_run(run: Path) -> Recipe:
     """The resolved recipe of a run. Raises `UsageError`."""
     if not (run / "recipe.toml").is_file():
         raise UsageError(f"{run} is no run folder: it holds no recipe.toml.")
-    return load_recipe(run / "recipe.toml", stored=True).recipe
+    return load_recipe(run / "recipe.toml").recipe
 
 
 def newest_manifest(run: Path) -> Manifest | None:
@@ -56,42 +56,24 @@ def _audit(arguments: argparse.Namespace) -> None:
     elsewhere = (run / "checkpoints" / BEGINS_WITH).exists()
     found = audit(records, step, end, elsewhere, reordered_steps(manifest.values if manifest else {}))
     whole = history(records)
-    later = len({int(each) for each in whole["step"][whole["kind"] == READ] if each > step})
+    unsaved = len(set(whole["step"][(whole["kind"] == READ) & (whole["step"] > step)].tolist()))
     if arguments.json:
-        print(json.dumps(_for_machines(found, later), indent=1))
+        sizes = {name: _size(getattr(found, name)) for name in ("lost", "repeated", "unrecorded")}
+        spans = {"lost_samples": found.lost, "repeated_samples": found.repeated, "unrecorded_steps": found.unrecorded}
+        print(json.dumps({**asdict(found), **sizes, **spans, "unsaved_steps": unsaved}, indent=1))
     else:
-        print("\n".join([f"{run}: {_verdict(found)}", *_report(found, later)]))
+        verdict = f"{'' if found.whole else 'NOT '}every sample was read in its turn, and once"
+        print(f"{run}: {verdict if found.steps else 'no step is saved yet'}", *_report(found, unsaved), sep="\n")
     if not found.whole:
         why = " (debug.overfit_one_batch repeats the first samples on purpose)" * recipe.debug.overfit_one_batch
         raise SamplesLost(f"{run}: not every sample was read in its turn, and once{why}.")
 
 
-def _for_machines(found: Audit, later: int) -> dict[str, Any]:
-    return {
-        **asdict(found),
-        "lost": _size(found.lost),
-        "lost_samples": found.lost,
-        "repeated": _size(found.repeated),
-        "repeated_samples": found.repeated,
-        "unrecorded": _size(found.unrecorded),
-        "unrecorded_steps": found.unrecorded,
-        "unsaved_steps": later,
-    }
-
-
-def _verdict(found: Audit) -> str:
-    if not found.steps:
-        return "no step is saved yet"
-    if found.whole:
-        return "every sample was read in its turn, and once"
-    return "NOT every sample was read in its turn, and once"
-
-
-def _report(found: Audit, later: int) -> list[str]:
-    unsaved = f"; {pluralize(later, 'step')} after the newest checkpoint do not count" if later else ""
+def _report(found: Audit, unsaved: int) -> list[str]:
+    others = f"; {pluralize(unsaved, 'step')} after the newest checkpoint do not count" if unsaved else ""
     layouts = ", ".join(f"{each['data_ranks']} (steps {_span(each['steps'])})" for each in found.layouts)
     lines = [
-        f"steps       {found.steps}{unsaved}",
+        f"steps       {found.steps}{others}",
         f"samples     {found.samples}",
         f"lost        {_spans(found.lost)}",
         f"repeated    {_spans(found.repeated)}",
@@ -120,7 +102,5 @@ def _span(span: Span) -> str:
 
 
 def _spans(spans: Sequence[Span]) -> str:
-    if not spans:
-        return "none"
     shown = ", ".join(map(_span, spans[:10])) + ", …" * (len(spans) > 10)
-    return f"{_size(spans)}: {shown}"
+    return f"{_size(spans)}: {shown}" if spans else "none"

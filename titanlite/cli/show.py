@@ -7,7 +7,6 @@ import json
 import sys
 import unicodedata
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,6 @@ from titanlite.recipe.sections import Recipe
 from titanlite.text import pluralize
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A sample of a step."""
-
-    sample: int
-    """Its number in the run."""
-    source: str
-    window: int
-    """Which of the source's windows it is."""
-    file: str
-    """Token file that the window lies in; empty where texts were tokenised as they were read."""
-    token: int
-    """The first of its tokens there."""
-    document: int | None
-    """The token file's document in which it begins."""
-    text: str
-    """All of its tokens: inputs, and the last label."""
-
-
 def add_show_command(commands: Any) -> None:
     """Add it to the parsers of `titanlite data`."""
     line = "print the very text of a step's samples, of a run that was or of one to come"
@@ -64,38 +44,34 @@ def add_show_command(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    path: Path = arguments.recipe
-    if arguments.step < 1 or arguments.limit < 0:
+    path, step, rank, ranks = arguments.recipe, arguments.step, arguments.rank, arguments.data_ranks
+    if step < 1 or arguments.limit < 0:
         raise UsageError("--step must be at least 1, and --limit at least 0.")
-    if path.is_dir():
+    if is_run := path.is_dir():
         recipe = recipe_of_run(path)
-        if arguments.data_ranks is not None:
+        if ranks is not None:
             raise UsageError("--data-ranks is for recipes: a run has written down how many there were.")
-        numbers = _recorded(path, arguments.step, arguments.rank)
+        numbers = _recorded(path, step, rank)
     else:
         recipe = load_recipe(path).recipe
-        numbers = _planned(recipe, arguments.step, arguments.rank, arguments.data_ranks)
+        numbers = _planned(recipe, step, rank, ranks)
     folder = texts_folder(recipe.run)
-    split = open_data(
+    data = open_data(
         recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False, texts_folder=folder
     )
-    if path.is_dir():
-        _require_same_order(path, split.train, arguments.step)
-    shown = [_sample(split.train, split.tokenizer, number) for number in numbers]
-    if arguments.limit:
-        shown = [_shortened(each, arguments.limit) for each in shown]
+    if is_run:
+        _require_same_order(path, data.train, step)
+    samples = [_describe(data.train, data.tokenizer, number, arguments.limit) for number in numbers]
     batch = min(numbers, default=0) // recipe.training.global_batch + 1
     if arguments.json:
-        print(
-            json.dumps({"step": arguments.step, "batch": batch, "samples": [asdict(each) for each in shown]}, indent=1)
-        )
+        print(json.dumps({"step": step, "batch": batch, "samples": samples}, indent=1))
         return
-    print(f"step {arguments.step}: {pluralize(len(shown), 'sample')} of batch {batch} (as data.skip_steps counts)")
-    for each in shown:
-        document = f", document {each.document}" if each.document is not None else ""
-        place = f"{each.file or 'texts'}, from token {each.token}{document}"
-        print(f"\nsample {each.sample}: {each.source}, window {each.window} ({place})")
-        print("\n".join(f"  | {line}" for line in each.text.split("\n")))
+    print(f"step {step}: {pluralize(len(samples), 'sample')} of batch {batch} (as data.skip_steps counts)")
+    for each in samples:
+        document = f", document {each['document']}" if each["document"] is not None else ""
+        place = f"{each['file'] or 'texts'}, from token {each['token']}{document}"
+        print(f"\nsample {each['sample']}: {each['source']}, window {each['window']} ({place})")
+        print("\n".join(f"  | {line}" for line in each["text"].split("\n")))
 
 
 def _recorded(run: Path, step: int, rank: int | None) -> list[int]:
@@ -104,8 +80,8 @@ def _recorded(run: Path, step: int, rank: int | None) -> list[int]:
     reads = reads[reads["kind"] == READ]
     of_step = reads[reads["step"] == step]
     if not of_step.size:
-        raise UsageError(f"{run} has no record of step {step}; it has some of steps {reads['step'].min()} to "
-                         f"{reads['step'].max()}.")  # fmt: skip
+        recorded = f"it has some of steps {reads['step'].min()} to {reads['step'].max()}"
+        raise UsageError(f"{run} has no record of step {step}; {recorded}.")
     _require_rank(rank, int(of_step["ranks"][0]))
     return [int(number) for number in samples_of(of_step if rank is None else of_step[of_step["rank"] == rank])]
 
@@ -128,55 +104,43 @@ def _require_rank(rank: int | None, ranks: int) -> None:
 def _require_same_order(run: Path, split: Split, step: int) -> None:
     """The numbers that a step wrote down must stand for the same texts still."""
     manifest = newest_manifest(run)
-    if (change := max(reordered_steps(manifest.values if manifest else {}), default=0)) > step:
+    values, last = (manifest.values, manifest.step) if manifest else ({}, 0)
+    if (change := max(reordered_steps(values), default=0)) > step:
         raise DataError(f"{run} went on in another order from step {change} on: the recipe of step {step} is not kept.")
-    if manifest is None or step > manifest.step:
-        said = f"no checkpoint has step {step}, so whether its texts have changed since is not known"
-        print(f"warning: {said}", file=sys.stderr)
-    past = {} if manifest is None else split.past(manifest.samples)
-    if manifest is not None and any(manifest.values.get(key, value) != value for key, value in past.items()):
+    if step > last:
+        unknown = "whether its texts have changed since is not known"
+        print(f"warning: no checkpoint has step {step}, so {unknown}", file=sys.stderr)
+    past = split.past(manifest.samples) if manifest else {}
+    if any(values.get(key, value) != value for key, value in past.items()):
         raise DataError(
             f"the samples are not what {run} was trained on: a file of its text has changed since, or what its "
             "recipe.toml says of the data."
         )
 
 
-def _sample(split: Split, tokenizer: Tokenizer, number: int) -> Shown:
+def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> dict[str, Any]:
+    """A sample: where it lies, and at most `limit` characters of its text, inputs and the last label; 0: all.
+
+    `file` is empty where texts were tokenised as they were read; then there is no document either.
+    """
     source, window = split.place(number)
     stream, token = source.locate(window)
-    file = stream if isinstance(stream, TokenFile) else None
-    return Shown(
-        sample=number,
-        source=source.name,
-        window=window,
-        file=str(file.prefix) if file else "",
-        token=token,
-        document=_document(file, token) if file else None,
-        text=_readable(source.window(window), tokenizer),
-    )
-
-
-def _document(file: TokenFile, token: int) -> int:
-    starts = file.starts
-    return bisect_right(range(len(starts)), token, key=lambda document: int(starts[document])) - 1
+    file, document = "", None
+    if isinstance(stream, TokenFile):
+        starts = stream.starts
+        file = str(stream.prefix)
+        document = bisect_right(range(len(starts)), token, key=lambda each: int(starts[each])) - 1
+    text = _readable(source.window(window), tokenizer)
+    if limit and (more := len(text) - limit) > 0:
+        text = f"{text[:limit]} … and {more} characters more"
+    return {"sample": number, "source": source.name, "window": window, "file": file, "token": token,
+            "document": document, "text": text}  # fmt: skip
 
 
 def _readable(tokens: Tokens, tokenizer: Tokenizer) -> str:
     """The text of tokens, its lines as lines; whatever else does not show, or is no UTF-8, as an escape."""
-    cuts = np.flatnonzero(tokens == tokenizer.separator)
-    pieces = [tokenizer.decode(part[part != tokenizer.separator]) for part in np.split(tokens, cuts)]
-    return "⟨document ends⟩".join(_escaped(piece.decode("utf-8", "backslashreplace")) for piece in pieces)
-
-
-def _escaped(text: str) -> str:
-    return "".join(
-        sign if sign == "\n" or unicodedata.category(sign)[0] != "C" else sign.encode("unicode_escape").decode()
-        for sign in text
-    )
-
-
-def _shortened(shown: Shown, limit: int) -> Shown:
-    more = len(shown.text) - limit
-    if more <= 0:
-        return shown
-    return Shown(**{**asdict(shown), "text": f"{shown.text[:limit]} … and {more} characters more"})
+    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.separator))
+    decoded = (tokenizer.decode(piece[piece != tokenizer.separator]) for piece in pieces)
+    text = "⟨document ends⟩".join(piece.decode("utf-8", "backslashreplace") for piece in decoded)
+    shows = (sign == "\n" or unicodedata.category(sign)[0] != "C" for sign in text)
+    return "".join(sign if so else sign.encode("unicode_escape").decode() for sign, so in zip(text, shows, strict=True))
