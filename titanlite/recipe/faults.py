@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titanlite.errors import Finding
-from titanlite.recipe.explain import holds_keys, key_schema, suggest_key, type_in_words
+from titanlite.recipe.explain import describe_type, holds_keys, key_schema, suggest_key
 from titanlite.recipe.sections import recipe_class
 from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean
@@ -62,7 +62,7 @@ def _finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
             key, f"{_shown(value)} is not UTF-8;", "rename what it names, or name its folder, or use a glob."
         )
     schema = key_schema(path) or {}
-    return Finding(key, f"must be {type_in_words(schema)}, not {_shown(value)};", _fix(path, value, schema))
+    return Finding(key, f"must be {describe_type(schema)}, not {_shown(value)};", _fix(path, value, schema))
 
 
 def _shown(value: Any) -> str:

@@ -52,9 +52,9 @@ class Run(Section):
     """Seed of the initial weights and of the data order."""
     deterministic: bool = False
     """Use only deterministic algorithms: a second run on the same machine gives the same bits. Slower on GPUs."""
-    stop_after_step: Positive | None = None
+    stop_after_step: Positive | None = Field(None, examples=[1000])
     """Save and stop (exit code 75) once this step is done; the schedule is that of the whole run."""
-    stop_after_minutes: Seconds | None = None
+    stop_after_minutes: Seconds | None = Field(None, examples=[55.0])
     """Save and stop (exit code 75) once this process has trained for so many minutes."""
 
 
@@ -77,27 +77,27 @@ class Model(Section):
     preset: Text = "custom"
     """Named architecture: debug, 30m, 125m, 350m, llama3.2-1b, llama3.2-3b, llama3-8b, llama3-70b, llama3.1-405b; or
     custom, a plain Llama of the sizes below."""
-    dim: Positive | None = None
+    dim: Positive | None = Field(None, examples=[768])
     """Width of the residual stream; custom: 128."""
-    layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    layers: Annotated[int, Field(ge=1, le=10_000)] | None = Field(None, examples=[12])
     """Number of transformer blocks; custom: 4."""
-    heads: Positive | None = None
+    heads: Positive | None = Field(None, examples=[12])
     """Number of query heads; `dim / heads` is the head size, and must be even; custom: 4."""
-    kv_heads: Positive | None = None
+    kv_heads: Positive | None = Field(None, examples=[4])
     """Number of key and value heads; must divide `heads` (grouped-query attention); custom: as many as `heads`."""
-    ffn_dim: Positive | None = None
+    ffn_dim: Positive | None = Field(None, examples=[2048])
     """Inner width of the SwiGLU feed-forward network; custom: 8/3 of `dim`, rounded up to a multiple of 128."""
-    vocab_size: Positive | None = None
+    vocab_size: Positive | None = Field(None, examples=[512])
     """Rows of the embedding; at least the tokenizer's vocabulary, and may be padded above it; custom: 272."""
-    rope_theta: PositiveFloat | None = None
+    rope_theta: PositiveFloat | None = Field(None, examples=[500_000.0])
     """Base of the rotary frequencies; custom: 500,000."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None = Field(None, examples=[{"factor": 8.0, "original_context": 8192}])
     """Llama 3.1's frequency scaling; absent: the preset's, or none."""
-    norm_eps: Epsilon | None = None
+    norm_eps: Epsilon | None = Field(None, examples=[1e-5])
     """Epsilon inside every RMSNorm, at most 1; custom: 1e-5."""
-    tie_embeddings: bool | None = None
+    tie_embeddings: bool | None = Field(None, examples=[True])
     """Share one matrix between the embedding and the output head; custom: false."""
-    qk_norm: bool | None = None
+    qk_norm: bool | None = Field(None, examples=[True])
     """RMSNorm over each query and key head before the rotation, as in Qwen 3; custom: false."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial matrices and embeddings."""
@@ -145,24 +145,30 @@ class ValidationSet(Section):
 class Data(Section):
     """What is read, in which order, and how it becomes sequences."""
 
-    corpus: Paths | None = None
+    corpus: Paths | None = Field(None, examples=[["texts/*.txt", "more/pages.jsonl"]])
     """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them, relative
     to where the command is started: text files (one document each), files of JSON lines (one document a line), Parquet
     files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
     `python-stdlib`."""
-    sources: Annotated[list[DataSource], Field(max_length=999)] = []
+    sources: list[DataSource] = Field(
+        [],
+        max_length=999,
+        examples=[[{"name": "web", "path": "data/web", "weight": 0.7}, {"name": "wiki", "path": "wiki", "weight": 1}]],
+    )
     """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by their weights in any thousand samples.
     """
-    stages: list[DataStage] = []
+    stages: list[DataStage] = Field(
+        [], examples=[[{"until": "50B", "weights": {"web": 0.9, "wiki": 0.1}}, {"weights": {"wiki": 1.0}}]]
+    )
     """Weights that change during the run, each a `[[data.stages]]`, instead of the sources' own."""
-    validation: list[ValidationSet] = []
+    validation: list[ValidationSet] = Field([], examples=[[{"name": "news", "path": "news.jsonl"}]])
     """Validation sets, each a `[[data.validation]]`; absent: the held-out part of each source."""
-    tokenizer: PathText = "bytes"
+    tokenizer: PathText = Field("bytes", examples=["path/to/tokenizer.json"])
     """`bytes` (the 256 byte values, and 256 between documents), or a path: a `tokenizer.json` of Hugging Face's
     `tokenizers`, a rank file such as Llama 3's `tokenizer.model`, or a folder that holds one."""
-    separator: Text | None = None
+    separator: Text | None = Field(None, examples=["<|end_of_text|>"])
     """Special token that stands between documents; absent: the one that the tokenizer's files say ends a text."""
-    special_tokens: list[Text] = []
+    special_tokens: list[Text] = Field([], examples=[["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]])
     """Special tokens that get ids after the tokenizer's own; after a rank file's ranks, instead of Llama 3's."""
     text_key: Text = "text"
     """Field of a JSONL line that holds its text."""
@@ -183,7 +189,7 @@ class Data(Section):
     """Special tokens of the tokenizer (see `special_tokens`) that stand before prefix, suffix and middle."""
     document_mask: bool = False
     """Keep attention inside documents, and count positions from each document's start."""
-    skip_steps: list[Positive] = []
+    skip_steps: list[Positive] = Field([], examples=[[1200, 1201]])
     """Batches to pass over, by the steps that would read them: step n of a run that passes over none and never goes
     back reads batch n. The next one is taken instead. May be changed when a run is resumed."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -195,15 +201,15 @@ class Data(Section):
 class Training(Section):
     """How much is trained, in what portions."""
 
-    steps: Positive | None = None
+    steps: Positive | None = Field(None, examples=[1000])
     """Optimizer steps of the run; give this or `tokens`."""
-    tokens: Count | None = None
+    tokens: Count | None = Field(None, examples=["100B"])
     """Tokens of the run, such as 2_000_000 or "100B", rounded up to whole steps; give this or `steps`."""
     sequence_length: Positive = 256
     """Tokens in one sequence."""
     global_batch: Positive = 32
     """Sequences in one optimizer step, over all devices; never changes with the layout."""
-    microbatch: Positive | None = None
+    microbatch: Positive | None = Field(None, examples=[8])
     """Sequences in one forward pass on one device; absent: a device's whole share in one pass."""
 
 
@@ -244,7 +250,7 @@ class Schedule(Section):
     """`constant`, `linear`, `cosine`, `sqrt` (inverse square root) or `wsd` (warm-up, stable, decay)."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from 0."""
-    decay_steps: Positive | None = None
+    decay_steps: Positive | None = Field(None, examples=[200])
     """Steps of decay at the end (linear, cosine: from the end of warm-up if absent; wsd: the last 20 % if absent)."""
     decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of wsd's decay; `sqrt` is one minus the square root of the progress (Hägele et al. 2024)."""
@@ -260,11 +266,13 @@ class Pipeline(Section):
     ] = "1F1B"
     """Order of forward and backward passes. The first two have one stage a rank, ZBVZeroBubble and DualPipeV two, the
     others `stages_per_rank`."""
-    microbatches: Positive | None = None
+    microbatches: Positive | None = Field(None, examples=[16])
     """Passes that a rank's share of the batch is cut into; absent: by `training.microbatch`, or one sequence each."""
     stages_per_rank: Annotated[int, Field(ge=2)] = 2
     """Stages on each rank in the interleaved schedules; more of them idle less and communicate more."""
-    blocks_per_stage: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
+    blocks_per_stage: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = Field(
+        None, examples=[[7, 8, 8, 9]]
+    )
     """Transformer blocks of each stage, first to last; absent: balanced by operations, the head's counted too."""
 
 
@@ -335,7 +343,7 @@ class Recompute(Section):
     """`full`: a block keeps only its input; `selective`: it also keeps the results of its products and attention."""
     every: Positive = 1
     """Recompute every so many-th block and leave the others alone."""
-    budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    budget: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, examples=[0.5])
     """Part of the activations' memory that the compiler may keep, choosing what is cheapest to recompute; instead of
     a `mode`, and with `compile`."""
 
@@ -346,13 +354,13 @@ class Kernels(Section):
     backend: Literal["auto", "triton", "torch"] = "auto"
     """`triton`: one Triton kernel an operation, forward and backward; `torch`: PyTorch's operations; `auto`: Triton on
     a GPU, but for what `compile` fuses by itself."""
-    rms_norm: Literal["auto", "triton", "torch"] | None = None
+    rms_norm: Literal["auto", "triton", "torch"] | None = Field(None, examples=["triton"])
     """The same for RMSNorm alone."""
-    rope: Literal["auto", "triton", "torch"] | None = None
+    rope: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
     """The same for the rotation of queries and keys."""
-    swiglu: Literal["auto", "triton", "torch"] | None = None
+    swiglu: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
     """The same for silu(gate) x up."""
-    float8_quantise: Literal["auto", "triton", "torch"] | None = None
+    float8_quantise: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
     """The same for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
     """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
@@ -386,10 +394,10 @@ class Checkpoint(Section):
     validation sets, the first one's)."""
     max_failures: NonNegative = 3
     """Saves that may fail in a row (a full disk, say) before the run ends; each is tried again, a while later."""
-    warm_start: PathText | None = None
+    warm_start: PathText | None = Field(None, examples=["runs/base"])
     """Weights that a new run begins with: a run folder, or one of its checkpoints (`runs/base/500`), of any layout and
     number format. Step, data, schedule and optimizer begin anew."""
-    resume_from: PathText | None = None
+    resume_from: PathText | None = Field(None, examples=["runs/base/500"])
     """As `warm_start`, but the whole state: the new run goes on from that step, by a recipe that may differ as little
     as that of a resumed run."""
 
