@@ -32,11 +32,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from single_device import FOREIGN_LIMIT, busy_core_seconds, quartiles, tell
 
-from titanlite.checkpoint.headers import placed_chunks
+from titanlite.checkpoint.headers import chunks_by_file
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.manager import CheckpointManager, Saved
+from titanlite.checkpoint.manager import CheckpointManager, SaveResult
 from titanlite.checkpoint.read import read_parts
-from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 
@@ -156,7 +156,7 @@ class Arena:
         manifest = read_manifest(self.saved)
 
         def read() -> None:
-            for file, chunks in placed_chunks(manifest.tensors).items():
+            for file, chunks in chunks_by_file(manifest.tensors).items():
                 read_parts(self.saved / file, manifest.tensors, chunks, self._into())
 
         return self._timed(read)
@@ -223,10 +223,10 @@ class Arena:
             torch.cuda.synchronize()
 
 
-def save(manager: CheckpointManager, state: State) -> Saved:
+def save(manager: CheckpointManager, state: State) -> SaveResult:
     """A committed checkpoint."""
     shards = {name: Shard.whole(tensor) for name, tensor in state.items()}
-    manager.begin(shards, Facts(1))
+    manager.begin(shards, CheckpointMetadata(1))
     saved = manager.wait()
     assert saved is not None
     return saved

@@ -19,7 +19,7 @@ from support.tiny import write_tiny
 
 from titanlite.checkpoint import manager, requests
 from titanlite.checkpoint.examine import newest_at_first
-from titanlite.checkpoint.format import MANIFEST, Manifest, encode, folder_name
+from titanlite.checkpoint.format import MANIFEST, encode, folder_name, manifest_from
 from titanlite.checkpoint.storage import describe_file
 from titanlite.cli.main import main as cli
 from titanlite.cli.main import run_command
@@ -175,8 +175,8 @@ def spoil(folder: Path, name: str) -> None:
     values = load_file(folder / file)
     values[name].view(-1)[-1] = math.nan
     save_file(values, folder / file)
-    fields["files"][file] = describe_file(folder / file).model_dump()
-    (folder / MANIFEST).write_bytes(encode(Manifest.model_validate_json(json.dumps(fields))))
+    fields["files"][file] = describe_file(folder / file)._asdict()
+    (folder / MANIFEST).write_bytes(encode(manifest_from(fields)))
 
 
 def test_a_run_that_goes_on_needs_no_warm_start_any_more(folder: Path) -> None:

@@ -10,15 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.checkpoint import plan
-from titanlite.checkpoint.plan import pieces
+from titanlite.checkpoint.plan import boxes_to_write
 from titanlite.cli.check import check_recipe, format_description
 from titanlite.errors import Finding, RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
 from titanlite.plan.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
 from titanlite.plan.layout import Layout, batch_plan, layout_of
-from titanlite.plan.rules import RULES, apply_rules
+from titanlite.plan.rules import RULES, apply_rules, parts
 from titanlite.plan.rules.layout import checkpoint_parts
 from titanlite.plan.sharding_table import sharding_table, sharding_text
 from titanlite.plan.slicing import GroupRank, find_placements, local_slices, pattern_of
@@ -543,7 +542,7 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
     copies, cut = layout.weights(parallel.zero_stage)
     ranks = list(itertools.product(range(layout.tp), range(cut), range(copies), range(2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SHARED_BYTES", shared_bytes)
+        patch.setattr(parts, "SHARED_BYTES", shared_bytes)
         number = 0
         for name, shape in spec.shapes(config).items():
             for tp, row, copy, end in ranks:
@@ -555,7 +554,7 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
                     held, holder = held * layout.tp, holder * layout.tp + tp
                 part = local_slices(shape, cuts.get(name), GroupRank(tp, layout.tp), GroupRank(row, cut))
                 nbytes = 4 * prod(part[1])
-                written = pieces(name, part, nbytes, held, holder, file_bytes)
+                written = boxes_to_write(name, part, nbytes, held, holder, file_bytes)
                 number += len(written) * (
                     2 if any_recipe.optimizer.name == "muon" and spec.is_block_matrix(name) else 3
                 )

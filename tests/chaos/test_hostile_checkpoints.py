@@ -52,7 +52,7 @@ def change(folder: Path, edit: Callable[[Fields], object] = lambda fields: None)
     fields.pop("checksum")
     for name in fields["files"]:
         if (folder / name).is_file():
-            fields["files"][name] = describe_file(folder / name).model_dump()
+            fields["files"][name] = describe_file(folder / name)._asdict()
     edit(fields)
     (folder / MANIFEST).write_text(json.dumps({"checksum": _checksum(fields), **fields}))
 

@@ -16,9 +16,10 @@ from support import background_ranks
 from support.pool import Pool
 
 from titanlite.checkpoint import manager, requests, storage
-from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Keep
+from titanlite.checkpoint.background import BackgroundSaver
+from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Retention
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.save import Facts, Staging, portion_of
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.data.read_log import NO_LOG
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
@@ -28,7 +29,7 @@ from titanlite.training.saving import Saving
 
 
 def begin(checkpoints: CheckpointManager, step: int, weights: torch.Tensor, **values: Any) -> None:
-    checkpoints.begin({"w": Shard.whole(weights)}, Facts(step, values=values))
+    checkpoints.begin({"w": Shard.whole(weights)}, CheckpointMetadata(step, values=values))
 
 
 def loaded(folder: Path) -> tuple[int, torch.Tensor]:
@@ -56,27 +57,21 @@ def test_what_is_saved_is_the_state_from_when_the_save_began(tmp_path: Path, hel
     before = weights.clone()
     begin(checkpoints, 5, weights)
     weights.add_(1)
-    assert checkpoints.ended() is None and checkpoints.current is None and checkpoints.steps() == []
+    assert checkpoints.result() is None and checkpoints.current is None and checkpoints.steps() == []
     held.set()
     saved = checkpoints.wait()
     assert saved is not None and (saved.step, saved.error) == (5, None) and 0 <= saved.blocked_seconds <= saved.seconds
-    assert checkpoints.current == 5 and checkpoints.ended() is None and checkpoints.wait() is None
+    assert checkpoints.current == 5 and checkpoints.result() is None and checkpoints.wait() is None
     assert loaded(tmp_path)[0] == 5 and torch.equal(loaded(tmp_path)[1], before)
 
 
-def test_a_staging_is_filled_anew_by_each_copy() -> None:
-    staging, weights = Staging(), torch.randn(6, 4)
+def test_each_save_is_of_a_copy_as_the_tensor_is() -> None:
+    saver, matrix, saved = BackgroundSaver(pytest.fail, background=True), torch.arange(6.0).reshape(2, 3).t(), []
     for _ in range(2):
-        weights.mul_(2)
-        (piece,) = staging.copy(portion_of({"w": Shard.whole(weights)})).pieces.values()
-        assert torch.equal(piece.values, weights)
-        assert piece.values.data_ptr() != weights.data_ptr()
-
-
-def test_strided_tensors_are_staged_as_they_are() -> None:
-    matrix = torch.arange(6.0).reshape(2, 3).t()
-    (piece,) = Staging().copy(portion_of({"w": Shard.whole(matrix)})).pieces.values()
-    assert torch.equal(piece.values, matrix)
+        matrix.mul_(2)
+        saver.begin(1, {"w": Shard.whole(matrix)}, lambda plan, warn: saved.append(plan.items["w"].values))
+        saver.wait()
+        assert torch.equal(saved[-1], matrix) and saved[-1].data_ptr() != matrix.data_ptr()
 
 
 def fail_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
@@ -123,14 +118,14 @@ def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, backgrou
         raise RunFolderLost("taken")
 
     checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=99, require_own=refuse)
-    saving = Saving(checkpoints, None, Journal(), NO_LOG, OFF, 0.0, heeded=False)
+    saving = Saving(checkpoints, None, Journal(), NO_LOG, OFF, 0.0, is_rank0=False)
     state = {"w": Shard.whole(torch.zeros(3))}
-    saving.begin(state, Facts(1))
+    saving.begin(state, CheckpointMetadata(1))
     checkpoints.close()
     saving.look()
     assert saving.due() and saving.due(), "so that all ranks save, and end there"
     with pytest.raises(RunFolderLost, match="taken"):
-        saving.begin(state, Facts(2))
+        saving.begin(state, CheckpointMetadata(2))
     assert checkpoints.steps() == []
 
 
@@ -176,7 +171,7 @@ def test_a_failed_save_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_best_by_validation_stay_beside_the_newest(tmp_path: Path) -> None:
     losses = {1: 4.0, 2: 2.0, 3: 3.0, 4: None, 5: 2.5, 6: 9.0, 7: 8.0}
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Keep(last=1, best=2))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Retention(last=1, best=2))
     for step, loss in losses.items():
         begin(checkpoints, step, torch.zeros(2), **({VALIDATION_LOSS: loss} if loss is not None else {}))
         checkpoints.wait()
@@ -246,7 +241,7 @@ def test_no_file_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Keep(last=1, best=1))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Retention(last=1, best=1))
     read, unreadable = storage.read_manifest, [True]
 
     def sometimes(folder: Path) -> Any:
@@ -265,7 +260,7 @@ def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monk
 
 
 def test_a_step_that_is_saved_anew_has_its_new_loss(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Keep(last=2, best=1))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Retention(last=2, best=1))
     for step, loss in ((1, 5.0), (2, 1.0), (2, 9.0), (3, 8.0)):
         begin(checkpoints, step, torch.zeros(2), **{VALIDATION_LOSS: loss})
         checkpoints.wait()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from titanlite.checkpoint import examine
+from titanlite.checkpoint import read
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import Facts, environment, portion_of, save_state
+from titanlite.checkpoint.save import CheckpointMetadata, environment, plan_local_save, save_state
 from titanlite.cli.main import main
 from titanlite.models.shard import Shard
 
@@ -42,8 +42,8 @@ def write(run: Path, step: int, values: dict[str, torch.Tensor] | None = None, f
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {name: Shard.whole(tensor) for name, tensor in (values or tensors(float(step))).items()}
-    facts = Facts(step, step * 10, step * 1000, RECIPE, {"corpus": "ab"}, environment(torch.device("cpu")))
-    save_state(folder, portion_of(state, file_bytes), facts)
+    facts = CheckpointMetadata(step, step * 10, step * 1000, RECIPE, {"corpus": "ab"}, environment(torch.device("cpu")))
+    save_state(folder, plan_local_save(state, file_bytes), facts)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_inspect_shows_the_newest(checkpoint: Run, tmp_path: Path, place: str) -
 
 def test_a_recipe_that_is_none_says_nothing_of_the_layout(checkpoint: Run, tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
-    save_state(folder, portion_of({}), Facts(1, recipe="["))
+    save_state(folder, plan_local_save({}), CheckpointMetadata(1, recipe="["))
     code, out, _ = checkpoint("inspect", folder)
     assert code == 0 and "layout       unknown" in out
 
@@ -134,7 +134,7 @@ def test_numbers_that_are_not_finite_are_found_by_their_tensors(
     checkpoint: Run, tmp_path: Path, dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue 14, item 18: in any format and block, of weights and moments alone."""
-    monkeypatch.setattr(examine, "HASH_BLOCK_BYTES", 16)
+    monkeypatch.setattr(read, "BLOCK_BYTES", 16)
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     every = bits.view(dtype) if dtype.itemsize == 2 else torch.linspace(-400, 400, 999).to(dtype)
     sound = every[every.double().isfinite()]
@@ -212,12 +212,12 @@ def test_prune_refuses_what_it_cannot_mean(checkpoint: Run, tmp_path: Path) -> N
     assert steps(tmp_path) == [1]
 
 
-def test_only_comparing_needs_torch(tmp_path: Path) -> None:
+def test_only_reading_values_needs_torch(tmp_path: Path) -> None:
     write(tmp_path, 1)
     script = """
 import sys
 from titanlite.cli.main import main
-for words in (["inspect"], ["verify", "--deep"], ["prune", "--keep-last=1"]):
+for words in (["inspect"], ["verify"], ["prune", "--keep-last=1"]):
     assert main(["checkpoint", *words, sys.argv[1]]) == 0
 assert "torch" not in sys.modules
 """
@@ -227,8 +227,8 @@ assert "torch" not in sys.modules
 def test_what_a_stranger_wrote_does_not_reach_the_terminal_raw(checkpoint: Run, tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
     escape = '[run]\nname = "\\u001b[2J"\n[parallel]\ntp = "\\u001b[2J"\n'
-    nothing = portion_of({})
+    nothing = plan_local_save({})
     values = {"a": "\x1b[2J"}
-    save_state(folder, nothing, Facts(1, recipe=escape, values=values))
+    save_state(folder, nothing, CheckpointMetadata(1, recipe=escape, values=values))
     code, out, _ = checkpoint("inspect", folder)
     assert code == 0 and "\x1b" not in out and out.count("[2J") == 3

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from titanlite.checkpoint import huggingface, stream
-from titanlite.checkpoint.examine import damages, newest_at, recipe_of
-from titanlite.checkpoint.format import MANIFEST
+from titanlite.checkpoint.examine import find_corruption, newest_at, recipe_of
+from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
-from titanlite.checkpoint.save import Facts, manifest_text, portion_of, save_state, write_portion
+from titanlite.checkpoint.save import CheckpointMetadata, merge_tables, plan_local_save, save_state, write_items
 from titanlite.checkpoint.storage import pending, read_manifest
 from titanlite.cli.main import main as cli
 from titanlite.data.splits import open_data
@@ -76,7 +76,7 @@ def saved(folder: Path, section: Model = PLAIN, model: torch.nn.Module | None = 
     tensors = {f"model.{name}": Shard.whole(parameter) for name, parameter in model.named_parameters()}
     tensors["optimizer.norm.weight.moment"] = Shard.whole(torch.ones(32))
     final = folder / "checkpoints" / "step-00000003"
-    save_state(final, portion_of(tensors), Facts(3, 9, 9, to_toml(recipe(section))))
+    save_state(final, plan_local_save(tensors), CheckpointMetadata(3, 9, 9, to_toml(recipe(section))))
     return final
 
 
@@ -145,8 +145,8 @@ def test_what_several_ranks_wrote_in_parts_is_put_together(tmp_path: Path, monke
             cut[rank + 2 * (number % 2)][f"model.{name}"] = Shard(part, offset, tuple(whole.shape))
     folder = tmp_path / "step-00000003"
     folder.mkdir()
-    tables = [write_portion(folder, portion_of(shards, 3000), rank) for rank, shards in enumerate(cut)]
-    (folder / MANIFEST).write_bytes(manifest_text(tables, Facts(3, recipe=to_toml(recipe(PLAIN)))))
+    tables = [write_items(folder, plan_local_save(shards, 3000), rank) for rank, shards in enumerate(cut)]
+    (folder / MANIFEST).write_bytes(encode(merge_tables(tables, CheckpointMetadata(3, recipe=to_toml(recipe(PLAIN))))))
     monkeypatch.setattr(stream, "BLOCK_BYTES", 700)
     export_huggingface(folder, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -252,9 +252,9 @@ def test_generate_reads_what_was_imported(tmp_path: Path, capsys: pytest.Capture
     export_huggingface(saved(tmp_path, section), tmp_path / "hf")
     config = tmp_path / "hf" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 2**45}))
-    assert cli.main(["checkpoint", "import-hf", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
-    assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "3"]) == 0
-    assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "0"]) == 2
+    assert cli(["checkpoint", "import-hf", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    assert cli(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "3"]) == 0
+    assert cli(["generate", str(tmp_path / "run"), "--prompt", "a", "--tokens", "0"]) == 2
     assert "error" in capsys.readouterr().err
 
 
@@ -267,13 +267,13 @@ def test_the_imported_recipe_trains_on_from_the_weights_wherever_it_is_started(
     section = Model(**{**SIZES, "vocab_size": 272})
     export_huggingface(saved(tmp_path, section), tmp_path / "hf")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["checkpoint", "import-hf", "hf", "model"]) == 0
+    assert cli(["checkpoint", "import-hf", "hf", "model"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("train on: titanlite train model/recipe.toml ")
     assert load_recipe("model/recipe.toml").recipe.model.preset == "custom"
     monkeypatch.chdir(tmp_path / "elsewhere")
     words = ["--training.steps=1", "--training.global_batch=2", "--data.corpus=corpus.txt", "--optimizer.lr=1e-30"]
     words += ["--data.validation_percent=0.0"]
-    assert cli.main(["train", "../model/recipe.toml", *words]) == 0
+    assert cli(["train", "../model/recipe.toml", *words]) == 0
     rows = map(json.loads, Path("runs/model-trained/metrics.jsonl").read_text().splitlines())
     first = next(row["loss"] for row in rows if "loss" in row)
     data = open_data(load_recipe("runs/model-trained/recipe.toml").recipe.data, 48, 0, validated=False).train
@@ -282,7 +282,7 @@ def test_the_imported_recipe_trains_on_from_the_weights_wherever_it_is_started(
     assert first == pytest.approx(twin(samples, labels=samples).loss.item(), rel=1e-4)
     into = ["--run.output_dir=..", "--run.name=model"]
     capsys.readouterr()
-    assert cli.main(["train", "../model/recipe.toml", *words, *into]) == 2
+    assert cli(["train", "../model/recipe.toml", *words, *into]) == 2
     said = capsys.readouterr().err
     assert "imported weights" in said and "run.name" in said
 
@@ -467,7 +467,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         changed_tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()})),
         "lm_head.weight is [32, 67], and by config.json [67, 32]",
     ),
-    "integers": (changed_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})), "is I32"),
+    "integers": (changed_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})), "int32"),
     "not finite": (
         changed_tensors(lambda t: t["model.norm.weight"].fill_(math.inf)),
         "model.norm.weight holds numbers",
@@ -587,14 +587,14 @@ def test_a_folder_that_no_recipe_can_name_is_refused(tmp_path: Path, name: str) 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path)
     command = ["checkpoint", "export-hf", f"{tmp_path}/3", f"{tmp_path}/out"]
-    assert cli.main([*command, "--dtype", "int8"]) == 2 and "float32 or bfloat16" in capsys.readouterr().err
-    assert cli.main([*command, "--dtype", "bfloat16"]) == 0
+    assert cli([*command, "--dtype", "int8"]) == 2 and "float32 or bfloat16" in capsys.readouterr().err
+    assert cli([*command, "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "in 1 file" in said and "the byte tokenizer has no files" in said
-    assert cli.main(["checkpoint", "export-hf", f"{tmp_path}/4", f"{tmp_path}/other"]) == 2
+    assert cli(["checkpoint", "export-hf", f"{tmp_path}/4", f"{tmp_path}/other"]) == 2
     assert "step-00000004" in capsys.readouterr().err
-    assert cli.main(["checkpoint", "import-hf", f"{tmp_path}/out", f"{tmp_path}/run"]) == 0
+    assert cli(["checkpoint", "import-hf", f"{tmp_path}/out", f"{tmp_path}/run"]) == 0
     assert f"{len(SPEC.shapes(SPEC.configure(PLAIN)))} tensors" in capsys.readouterr().out
-    assert list(damages(newest_at(tmp_path / "run"), deep=True)) == []
-    assert cli.main(["checkpoint", "inspect", f"{tmp_path}/out"]) == 2
+    assert list(find_corruption(newest_at(tmp_path / "run"), deep=True)) == []
+    assert cli(["checkpoint", "inspect", f"{tmp_path}/out"]) == 2
     assert "titanlite checkpoint import-hf" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titanlite.checkpoint import read
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest
-from titanlite.checkpoint.headers import placed_chunks
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode
+from titanlite.checkpoint.headers import chunks_by_file
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.read import read_parts, runs, without_short_runs
-from titanlite.checkpoint.save import Facts, manifest_text, portion_of, write_portion
+from titanlite.checkpoint.read import read_chunks, runs, without_short_runs
+from titanlite.checkpoint.save import CheckpointMetadata, merge_tables, plan_local_save, write_items
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 
@@ -34,17 +36,17 @@ def write_rows(folder: Path, whole: torch.Tensor, ranks: int) -> Manifest:
     tables = []
     for rank, part in enumerate(whole.split(rows)):
         shard = Shard(part, (rank * rows, *[0] * (whole.dim() - 1)), tuple(whole.shape))
-        tables.append(write_portion(folder, portion_of({"w": shard}), rank))
-    (folder / MANIFEST).write_bytes(manifest_text(tables, Facts(1)))
+        tables.append(write_items(folder, plan_local_save({"w": shard}), rank))
+    (folder / MANIFEST).write_bytes(encode(merge_tables(tables, CheckpointMetadata(1))))
     return read_manifest(folder)
 
 
 def read_box(folder: Path, manifest: Manifest, into: Shard) -> None:
     """As a rank that verifies none of the files."""
-    for file, chunks in placed_chunks(manifest.tensors).items():
+    for file, chunks in chunks_by_file(manifest.tensors).items():
         wanted = [(name, chunk) for name, chunk in chunks if read.overlap((chunk.offset, chunk.shape), into.box)]
         if wanted:
-            read_parts(folder / file, manifest.tensors, wanted, {"w": into})
+            read_chunks(folder / file, manifest.tensors, wanted, {"w": into})
 
 
 @pytest.fixture
@@ -58,13 +60,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(count or 0)
             return count
 
-    open_plain = read.open_plain
+        def read(self, size: int | None = -1) -> bytes | None:
+            data = super().read(size)
+            sizes.append(len(data or b""))
+            return data
 
-    def opened(path: Path) -> FileIO:
-        with open_plain(path) as file:
-            return Counting(os.dup(file.fileno()))
+    open_regular = read.open_regular
 
-    monkeypatch.setattr(read, "open_plain", opened)
+    @contextmanager
+    def opened(*arguments: Any) -> Iterator[FileIO]:
+        with open_regular(*arguments) as file, Counting(os.dup(file.fileno())) as counting:
+            yield counting
+
+    monkeypatch.setattr(read, "open_regular", opened)
     return sizes
 
 
@@ -218,13 +226,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_damage(tmp_path: Path, monkeypa
     folder = tmp_path / "step-00000001"
     write_rows(folder, torch.ones(1000, 1000), 1)
     path = folder / "tensors-00000-000.safetensors"
-    check_header = read.check_header
+    check_table = read.check_table
 
     def cut_after(*arguments: Any) -> None:
-        check_header(*arguments)
+        check_table(*arguments)
         monkeypatch.setattr(read, "row_blocks", lambda *of: (os.truncate(path, 2_000_000), *blocks(*of))[1:])
 
     blocks = read.row_blocks
-    monkeypatch.setattr(read, "check_header", cut_after)
-    with pytest.raises(DamagedCheckpointError, match="was cut while it was read"):
+    monkeypatch.setattr(read, "check_table", cut_after)
+    with pytest.raises(DamagedCheckpointError, match="is damaged"):
         load_state(folder, {"w": Shard.whole(torch.zeros(1000, 1000))})

@@ -104,9 +104,9 @@ def test_a_file_that_cannot_be_deleted_asks_once(tmp_path: Path, clock: Callable
     assert [str(file) in text for text in warnings] == [True]
 
 
-def test_a_rank_that_is_not_heeded_looks_at_nothing(tmp_path: Path, clock: Callable[[float], None]) -> None:
+def test_other_ranks_than_the_first_look_at_nothing(tmp_path: Path, clock: Callable[[float], None]) -> None:
     (tmp_path / SAVE_NOW).touch()
-    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=1, warn=pytest.fail, heeded=False)
+    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=1, warn=pytest.fail, is_rank0=False)
     clock(1000.0)
     assert not asks.due()
     asks.begun()

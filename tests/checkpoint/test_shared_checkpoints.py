@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from support import checkpoint_ranks
 from support.pool import Pool
 
-from titanlite.checkpoint import plan
-from titanlite.checkpoint.format import MANIFEST, Manifest
+from titanlite.checkpoint.format import MANIFEST, Manifest, encode
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.plan import overlap, pieces, shared_out
-from titanlite.checkpoint.save import Facts, manifest_text, portion_of, write_portion
+from titanlite.checkpoint.plan import assign_files, boxes_to_write, overlap
+from titanlite.checkpoint.save import CheckpointMetadata, merge_tables, plan_local_save, write_items
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
+from titanlite.plan.rules import parts
 
 Cutting = list[dict[str, Shard]]
 """Each rank's shards of the same tensors."""
@@ -29,8 +29,8 @@ Cutting = list[dict[str, Shard]]
 
 def written(folder: Path, cutting: Cutting, file_bytes: int = 10**9) -> Manifest:
     """What the ranks write, one after the other, and the manifest of all."""
-    tables = [write_portion(folder, portion_of(shards, file_bytes), rank) for rank, shards in enumerate(cutting)]
-    (folder / MANIFEST).write_bytes(manifest_text(tables, Facts(1)))
+    tables = [write_items(folder, plan_local_save(shards, file_bytes), rank) for rank, shards in enumerate(cutting)]
+    (folder / MANIFEST).write_bytes(encode(merge_tables(tables, CheckpointMetadata(1))))
     return read_manifest(folder)
 
 
@@ -74,7 +74,7 @@ def test_saved_under_any_cutting_and_loaded_under_any_other(data, tmp_path_facto
     folder = tmp_path_factory.mktemp("cut") / "step-00000001"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SHARED_BYTES", data.draw(st.sampled_from([1, 16, 2**24])))
+        patch.setattr(parts, "SHARED_BYTES", data.draw(st.sampled_from([1, 16, 2**24])))
         manifest = written(folder, saved, data.draw(st.sampled_from([1, 32, 10**9])))
     assert {file for file in os.listdir(folder) if file != MANIFEST} == set(manifest.files)
     for shards in loaded:
@@ -117,8 +117,8 @@ def test_the_copies_of_a_box_write_each_of_its_cells_once(size, copies, file_byt
     counted = np.zeros([n + 10 for n in size], int)
     nbytes = 4 * int(np.prod(size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SHARED_BYTES", shared_bytes)
-        cut = [pieces("w", (offset, tuple(size)), nbytes, copies, copy, file_bytes) for copy in range(copies)]
+        patch.setattr(parts, "SHARED_BYTES", shared_bytes)
+        cut = [boxes_to_write("w", (offset, tuple(size)), nbytes, copies, copy, file_bytes) for copy in range(copies)]
     for place, extent in itertools.chain(*cut):
         assert 0 not in extent
         assert not size or extent[0] == 1 or 4 * np.prod(extent) <= 2 * file_bytes
@@ -128,10 +128,11 @@ def test_the_copies_of_a_box_write_each_of_its_cells_once(size, copies, file_byt
 
 
 def test_copies_share_large_boxes_and_take_turns_with_small_ones():
-    rows = [pieces("w", ((0, 0), (1001, 2**18)), 1001 * 2**20, 8, copy, 2**40) for copy in range(8)]
+    rows = [boxes_to_write("w", ((0, 0), (1001, 2**18)), 1001 * 2**20, 8, copy, 2**40) for copy in range(8)]
     assert {extent[0] for copy in rows for _, extent in copy} == {125, 126} and all(len(copy) == 1 for copy in rows)
     small = [
-        sum(bool(pieces(f"norm.{n}", ((0,), (64,)), 256, 8, copy, 2**32)) for n in range(800)) for copy in range(8)
+        sum(bool(boxes_to_write(f"norm.{n}", ((0,), (64,)), 256, 8, copy, 2**32)) for n in range(800))
+        for copy in range(8)
     ]
     assert sum(small) == 800 and min(small) > 60
 
@@ -158,13 +159,13 @@ def test_files_to_verify_are_dealt_out_evenly_and_to_who_wants_them(data):
     ranks = data.draw(st.integers(1, 8))
     files = {f"f{index}": size for index, size in enumerate(data.draw(st.lists(st.integers(1, 1000), max_size=30)))}
     wanted = [{file: data.draw(st.integers(0, size)) for file, size in files.items()} for _ in range(ranks)]
-    shares = shared_out(files, wanted)
+    shares = assign_files(files, wanted)
     assert sorted(itertools.chain(*shares)) == sorted(files)
     loads = [sum(files[file] for file in share) for share in shares]
     assert max(loads) - min(loads) <= 2 * max(files.values(), default=0)
     # Where each wants a file of its own, as all do that wrote them, it reads that one.
     wanted = [{file: size} for file, size in files.items()]
-    assert shared_out(files, wanted) == [[file] for file in files]
+    assert assign_files(files, wanted) == [[file] for file in files]
 
 
 # --- real ranks

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def test_a_resumed_run_judges_as_one_that_never_stopped(folder: Path, scramble: 
 
 def at_another_place(folder: str, step: int, samples: int) -> None:
     """Have a checkpoint say that so many samples were read."""
-    manifest = manifest_of(folder, step).model_copy(update={"samples": samples})
+    manifest = replace(manifest_of(folder, step), samples=samples)
     Path("runs", folder, "checkpoints", f"step-{step:08d}", MANIFEST).write_bytes(encode(manifest))
 
 

@@ -29,7 +29,7 @@ from torch.distributed import HashStore
 from titanlite.checkpoint import save
 from titanlite.checkpoint.format import FileEntry
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.plan.rules.run import watching
@@ -240,7 +240,7 @@ def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
 
     monkeypatch.setattr(save, "write_tensors", hung_disk)
     checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True)
-    checkpoints.begin({"w": Shard.whole(torch.zeros(3))}, Facts(1, 0, 0, ""))
+    checkpoints.begin({"w": Shard.whole(torch.zeros(3))}, CheckpointMetadata(1, 0, 0, ""))
     trainer = threading.Thread(target=wait)
     trainer.start()
     try:

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import joined_ranks
-from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.ranks import new_ranks
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.models.shard import Shard
 
 
 def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[int]:
     """Steps of messages among all ranks, each with a save of its state beside it; the steps that were committed."""
-    ranks = joined_ranks(rank, world, timeout_seconds=200)
+    ranks = new_ranks(rank, world, timeout_seconds=200)
     checkpoints = CheckpointManager(Path(folder), print, ranks, background=True)
     held, committed = torch.zeros(3), []
     for step in range(1, steps + 1):
@@ -28,7 +28,7 @@ def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[i
         if saved is not None:
             committed.append(saved.step)
         state = {"w": Shard(held, (3 * rank,), (3 * world,))}
-        checkpoints.begin(state, Facts(step))
+        checkpoints.begin(state, CheckpointMetadata(step))
         held.fill_(-1)
     saved = checkpoints.wait()
     assert saved is not None

@@ -9,7 +9,7 @@ import torch
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.models.shard import Shard
 from titanlite.resilience.signals import StopRequests
 
@@ -17,7 +17,7 @@ from titanlite.resilience.signals import StopRequests
 def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> list[int]:
     """Steps after which this rank saved, in a run whose first rank meets the file after `step`."""
     checkpoints = CheckpointManager(Path(folder) / "checkpoints", print, Ranks(rank, world))
-    asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print, heeded=rank == 0)
+    asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print, is_rank0=rank == 0)
     saved = []
     with StopRequests(world, speaks=False) as requests:
         for now in range(1, steps + 1):
@@ -25,7 +25,7 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
                 (Path(folder) / SAVE_NOW).touch()
             if requests.agreed(None, now >= step and asks.due()).save:
                 state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
-                checkpoints.begin(state, Facts(now))
+                checkpoints.begin(state, CheckpointMetadata(now))
                 checkpoints.wait()
                 asks.begun()
                 asks.saved()

@@ -14,15 +14,15 @@ import torch
 
 from support.checkpoint_ranks import Ended, part
 from titanlite.checkpoint import snapshots
-from titanlite.checkpoint.ranks import Ranks, joined_ranks
-from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.ranks import Ranks, new_ranks
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.snapshots import Snapshots
 
 
 def kept(rank: int, folder: str, machines: Sequence[int], warnings: list[str], background: bool = False) -> Snapshots:
     memory = Path(folder) / f"machine-{machines[rank]}"
     memory.mkdir(exist_ok=True)
-    ranks = joined_ranks(rank, len(machines), 200) if background else Ranks(rank, len(machines))
+    ranks = new_ranks(rank, len(machines), 200) if background else Ranks(rank, len(machines))
     one = Snapshots(memory, Path(folder) / "checkpoints", warnings.append, ranks, background)
     one.prepare()
     return one
@@ -31,16 +31,16 @@ def kept(rank: int, folder: str, machines: Sequence[int], warnings: list[str], b
 def take(rank: int, world: int, folder: str, machines: list[int], steps: list[int], background: bool = False) -> None:
     """Snapshots of the state of each step, one after the other."""
     one, held = kept(rank, folder, machines, [], background), part(rank, world, 0)
-    one.begin_line()
+    one.begin_generation()
     for step in steps:
         for shard in held.values():
             shard.tensor.fill_(step)
-        saved = one.wait()
+        saved = one.saves.wait()
         assert saved is None or saved.error is None
-        one.begin(held, Facts(step, samples=10 * step))
+        one.begin(held, CheckpointMetadata(step, samples=10 * step))
         for shard in held.values():
             shard.tensor.fill_(-1)
-    saved = one.wait()
+    saved = one.saves.wait()
     assert saved is not None and saved.error is None and saved.step == steps[-1]
 
 
@@ -77,31 +77,31 @@ def take_with_fault(rank: int, world: int, folder: str, machines: list[int], fau
     take(rank, world, folder, machines, [1])
     one = kept(rank, folder, machines, [])
     one.load_latest(part(rank, world, -1), 0)
-    one.begin_line()
+    one.begin_generation()
     with pytest.MonkeyPatch.context() as patch:
         if rank == faulty:
             _break(patch, fault)
-        one.begin(part(rank, world, 2), Facts(2, samples=20))
-        saved = one.wait()
+        one.begin(part(rank, world, 2), CheckpointMetadata(2, samples=20))
+        saved = one.saves.wait()
     assert saved is not None and saved.error is not None
     return type(saved.error).__name__, str(saved.error)
 
 
 def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
-    write, real = snapshots.write_portion, open
+    write, real = snapshots.write_items, open
 
     def full(path: Path, mode: str, **names: Any) -> Any:
         if mode == "wb":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, mode, **names)
 
-    def lost(folder: Path, *rest: Any) -> bytes:
+    def lost(folder: Path, *rest: Any) -> Any:
         table = write(folder, *rest)
         for file in folder.glob("tensors-*"):
             file.unlink()
         return table
 
-    def cut(folder: Path, *rest: Any) -> bytes:
+    def cut(folder: Path, *rest: Any) -> Any:
         table = write(folder, *rest)
         for file in folder.glob(f"tensors-{rest[1]:05d}*"):
             os.truncate(file, 20)
@@ -110,7 +110,7 @@ def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
     if fault == "no memory for a copy":
         patch.setattr(snapshots, "open", full, raising=False)
     else:
-        patch.setattr(snapshots, "write_portion", lost if fault == "a file is lost" else cut)
+        patch.setattr(snapshots, "write_items", lost if fault == "a file is lost" else cut)
 
 
 def come_back(rank: int, world: int, folder: str, machines: list[int], away: int) -> int | None:
@@ -119,9 +119,9 @@ def come_back(rank: int, world: int, folder: str, machines: list[int], away: int
     one = kept(rank, folder, machines, [])
     memory, aside = Path(folder) / f"machine-{away}", Path(folder) / "away"
     ranks = Ranks(rank, world)
-    ranks.first(lambda: os.fsencode(shutil.copytree(memory, aside)))
-    one.begin_line()
+    ranks.run_on_rank0(lambda: str(shutil.copytree(memory, aside)))
+    one.begin_generation()
     assert load(rank, world, folder, machines)[0] is None
-    ranks.each(lambda: None)
-    ranks.first(lambda: os.fsencode(shutil.copytree(aside, memory, dirs_exist_ok=True)))
+    ranks.run_on_all_ranks(lambda: None)
+    ranks.run_on_rank0(lambda: str(shutil.copytree(aside, memory, dirs_exist_ok=True)))
     return load(rank, world, folder, machines)[0]

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
 from pydantic import ValidationError
 
-from titanlite.checkpoint.format import (
-    LEARNED,
-    MANIFEST,
-    Chunk,
-    DamagedCheckpointError,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    folder_name,
-)
-from titanlite.checkpoint.headers import check_header, parse_table, placed_chunks
-from titanlite.checkpoint.storage import (
-    HASH_BLOCK_BYTES,
-    checkpoint_steps,
-    open_plain,
-    other_content,
-    read_manifest,
-    require_size,
-    verify_file,
-)
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
+from titanlite.checkpoint.headers import check_table, chunks_by_file, parse_table, read_header
+from titanlite.checkpoint.storage import checkpoint_steps, open_regular, read_manifest, verify_file
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.files import cause, read_json, replace_file
 from titanlite.recipe.load import plugin_modules
@@ -98,7 +78,7 @@ def newest_at_first(path: Path, record: Path) -> Path:
 
 
 @contextmanager
-def deletion_told(folder: Path) -> Iterator[None]:
+def raise_if_deleted(folder: Path) -> Iterator[None]:
     """Raise `CheckpointError` where what is missing is the whole checkpoint, which was there a moment ago."""
     try:
         yield
@@ -109,7 +89,7 @@ def deletion_told(folder: Path) -> Iterator[None]:
 
 def summary(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds and what wrote it, in plain values. Raises `CheckpointError` without a valid manifest."""
-    with deletion_told(folder):
+    with raise_if_deleted(folder):
         manifest = read_manifest(folder)
     tensors = [
         {
@@ -163,7 +143,7 @@ def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
         raise CheckpointError(f"the recipe in {folder / MANIFEST} cannot be used: {key}: {item['msg']}.") from None
 
 
-def damages(folder: Path, deep: bool = False) -> Iterator[str]:
+def find_corruption(folder: Path, deep: bool = False) -> Iterator[str]:
     """Everything wrong with a checkpoint, one sentence a file; `deep` also reads every file, to compare its hash and to
     look for numbers that are not finite.
 
@@ -176,80 +156,34 @@ def damages(folder: Path, deep: bool = False) -> Iterator[str]:
         _refuse_deleted(folder)
         yield str(damage)
         return
-    placed = placed_chunks(manifest.tensors)
+    placed = chunks_by_file(manifest.tensors)
     for name, entry in manifest.files.items():
-        path = folder / name
+        path, chunks = folder / name, placed.get(name, [])
         try:
-            if deep and name in placed:
-                _verify_numbers(path, entry, manifest.tensors, placed[name])
+            if deep and chunks:
+                from titanlite.checkpoint.read import find_nonfinite  # which needs torch
+
+                if nonfinite := find_nonfinite(path, manifest.tensors, chunks, entry):
+                    names = ", ".join(nonfinite)
+                    raise DamagedCheckpointError(f"{path} is of no use: numbers that are not finite are in {names}.")
             elif deep:
                 verify_file(path, entry)
             else:
-                _check_size(path, entry.bytes)
-                if name in placed:
-                    check_header(path, manifest.tensors, placed[name])
+                with open_regular(path, entry) as file:
+                    if chunks:
+                        check_table(
+                            path, parse_table(path, read_header(path, file), entry.bytes), manifest.tensors, chunks
+                        )
         except DamagedCheckpointError as damage:
             _refuse_deleted(folder)
             yield str(damage)
 
 
-_EXPONENTS = {
-    **{"float64": ("u8", 0x7FF << 52), "float32": ("u4", 0xFF << 23), "float16": ("u2", 0x1F << 10)},
-    **{"bfloat16": ("u2", 0xFF << 7), "float8_e5m2": ("u1", 0x1F << 2), "float8_e4m3fn": ("u1", 0x7F)},
-}
-"""The bits that are all set in numbers that are not finite, and in no others."""
-
-
-def _verify_numbers(
-    path: Path, expected: FileEntry, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]
-) -> None:
-    """Read a file of tensors once: its hash is to be the manifest's, and weights and moments finite. Raises
-    `DamagedCheckpointError`.
-    """
-    try:
-        check_header(path, stored, chunks)
-    except DamagedCheckpointError:
-        verify_file(path, expected)  # if it is not the file that was written, that is what to say
-        raise
-    learned = {chunk.key: name for name, chunk in chunks if name.startswith(LEARNED)}
-    digest, found = xxhash.xxh3_128(), dict[str, None]()
-    try:
-        with open_plain(path) as opened, io.BufferedReader(opened) as file:
-            require_size(path, opened, expected)
-            length = file.read(8)
-            text = file.read(int.from_bytes(length, "little"))
-            digest.update(length + text)
-            for key, _, left in parse_table(path, text, expected.bytes):
-                name = learned.get(key)
-                kind, exponent = _EXPONENTS.get(stored[name].dtype, ("", 0)) if name else ("", 0)
-                while left:
-                    block = file.read(size := min(left, HASH_BLOCK_BYTES))
-                    if len(block) < size:
-                        raise DamagedCheckpointError(f"{path} is damaged: it was cut while it was read.")
-                    digest.update(block)
-                    left -= size
-                    if name and kind and (np.frombuffer(block, f"<{kind}") & exponent).max(initial=0) == exponent:
-                        found[name] = None
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    if digest.hexdigest() != expected.xxh3_128:
-        raise other_content(path)
-    if found:
-        raise DamagedCheckpointError(f"{path} is of no use: numbers that are not finite are in {', '.join(found)}.")
-
-
-def strangers(folder: Path) -> list[str]:
+def unlisted_files(folder: Path) -> list[str]:
     """Names in a checkpoint folder that its manifest does not list; loading ignores them."""
-    with deletion_told(folder):
+    with raise_if_deleted(folder):
         listed = {MANIFEST, *read_manifest(folder).files}
         return sorted(path.name for path in folder.iterdir() if path.name not in listed)
-
-
-def _check_size(path: Path, expected: int) -> None:
-    with open_plain(path):
-        size = path.stat().st_size
-    if size != expected:
-        raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected}.")
 
 
 def _refuse_deleted(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""The manifest: what a checkpoint holds, and the strict reading of one that may come from anybody.
+"""The manifest: what a checkpoint holds, and the strict reading of one from an untrusted source.
 
 Pure data and its rules: tensors are tables of chunks, chunks lie in files, files have sizes and hashes. Nothing
-here opens a file or knows torch.
+here opens a file or knows torch. Checked by hand: a large run has millions of chunks, for each of which pydantic takes
+twenty times as long and three times the memory.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from typing import Annotated, Any, Final, Literal, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, NoReturn
 
 import xxhash
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from titanlite.errors import CheckpointError
+from titanlite.plan.rules.parts import MAX_CHUNKS
 
 FORMAT: Final = "titanlite-checkpoint"
 VERSION: Final = 1
@@ -24,9 +27,6 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**31
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
-MAX_CHUNKS = 2**23
-"""At about 150 bytes each. 405B on 16,384 ranks (tp 8 x pp 16 x 128) make 2.8 million with AdamW's moments; 70B that
-4,096 ranks cut make 7.4 million. The rule `layout.parts` refuses a run that would make more."""
 MAX_DIMENSIONS = 4
 """The work for a chunk doubles with each (see `tiles`)."""
 
@@ -47,6 +47,11 @@ DTYPES: dict[str, tuple[int, str]] = {
 """torch's name of each dtype that can be stored: bytes of one element, and safetensors' name."""
 LEARNED = ("model.", "optimizer.")
 """What the names of weights and moments begin with: numbers that are not finite make them useless."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""A plain name inside the checkpoint's own folder: no separator, no leading dot, so no way out of it."""
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+Extents = tuple[int, ...]
+Scalar = bool | int | float | str | None
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -68,105 +73,143 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and folder_name(int(match[1])) == name else None
 
 
-def _printable(name: str) -> str:
-    if not name.isprintable():
-        raise ValueError("has characters that cannot be printed")
-    return name
-
-
-def _not_the_manifest(name: str) -> str:
-    if name == MANIFEST:
-        raise ValueError("the manifest does not list itself")
-    return name
-
-
-Size = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**62)]
-"""With room for what a run adds to it."""
-Extents = Annotated[tuple[Size, ...], Field(max_length=MAX_DIMENSIONS)]
-Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"), AfterValidator(_not_the_manifest)]
-"""A plain name inside the checkpoint's own folder: no separator, no leading dot, so no way out of it."""
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Scalar = bool | int | float | str | None
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Chunk(_Table):
+class Chunk(NamedTuple):
     """A box of a tensor and where its values lie: under `key` in the safetensors file `file`."""
 
     offset: Extents
     shape: Extents
-    file: FileName
-    key: Name
+    file: str
+    key: str
 
 
-class TensorEntry(_Table):
+class TensorEntry(NamedTuple):
     """One tensor by its global shape. Its chunks tile it exactly: no gap, no overlap. An empty tensor has none."""
 
-    dtype: Literal[
-        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-        "int64", "int32", "int16", "int8", "uint8", "bool",
-    ]  # fmt: skip
+    dtype: str
     shape: Extents
     chunks: tuple[Chunk, ...]
-
-    @model_validator(mode="after")
-    def _tiled(self) -> TensorEntry:
-        if not tiles(self.shape, [(chunk.offset, chunk.shape) for chunk in self.chunks]):
-            raise ValueError(f"its chunks do not cover the shape {list(self.shape)} exactly once")
-        return self
 
     def chunk_bytes(self, chunk: Chunk) -> int:
         return math.prod(chunk.shape) * DTYPES[self.dtype][0]
 
 
-class FileEntry(_Table):
+class FileEntry(NamedTuple):
     """Size and content hash of one file."""
 
-    bytes: Size
-    xxh3_128: Digest
+    bytes: int
+    xxh3_128: str
 
 
-class Manifest(_Table):
+@dataclass(frozen=True)
+class Manifest:
     """Everything that a checkpoint holds, and what made it."""
 
-    format: Literal["titanlite-checkpoint"] = FORMAT
-    version: Literal[1] = VERSION
-    step: Annotated[int, Field(ge=0, lt=2**32)]
+    step: int
     """Optimizer steps done."""
-    samples: Count
+    samples: int
     """Samples consumed, which is the whole state of the data."""
-    tokens: Count
+    tokens: int
     """Tokens trained on."""
-    tensors: Annotated[dict[Name, TensorEntry], Field(max_length=MAX_TENSORS)]
-    files: Annotated[dict[FileName, FileEntry], Field(max_length=MAX_FILES)]
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry]
     recipe: str
     """The resolved recipe, as TOML."""
-    environment: dict[str, str]
+    environment: Mapping[str, str]
     """What wrote it: versions, platform, device. For the reader's eye; loading does not depend on it."""
-    values: dict[str, Scalar]
+    values: Mapping[str, Scalar]
     """Small values beside the tensors, such as counters."""
 
-    @model_validator(mode="after")
-    def _placed(self) -> Manifest:
-        places: set[tuple[str, str]] = set()
-        held: dict[str, int] = defaultdict(int)
-        for name, entry in self.tensors.items():
-            for chunk in entry.chunks:
-                if chunk.file not in self.files:
-                    raise ValueError(f"tensor '{name}' lies in {chunk.file}, which is not among the files")
-                if (chunk.file, chunk.key) in places:
-                    raise ValueError(f"two chunks lie under '{chunk.key}' in {chunk.file}")
-                places.add((chunk.file, chunk.key))
-                held[chunk.file] += entry.chunk_bytes(chunk)
-        for file, size in held.items():
-            if size > self.files[file].bytes:
-                raise ValueError(f"{file} has {self.files[file].bytes} bytes, too few for its {size} bytes of tensors")
-        return self
+
+_FIELDS = set(Manifest.__dataclass_fields__)
+
+
+def manifest_from(fields: Mapping[str, Any]) -> Manifest:
+    """The manifest of JSON fields (without format, version and checksum).
+
+    Raises `ValueError` that names the place unless every value is of its type and within its limits, the chunks of
+    each tensor tile it, and lie in listed files that are large enough.
+    """
+    _require(set(fields) == _FIELDS, "manifest", f"the keys {sorted(_FIELDS)} and no others, not {sorted(fields)}")
+    for key, limit in (("step", 2**32), ("samples", 2**62), ("tokens", 2**62)):  # with room for what a run adds to them
+        _require(_is_size(fields[key], limit), key, f"a whole number from 0 to {limit - 1}")
+    for key in ("tensors", "files", "environment", "values"):
+        _require(isinstance(fields[key], dict), key, "an object")
+    environment, values, recipe = fields["environment"], fields["values"], fields["recipe"]
+    _require(isinstance(recipe, str), "recipe", "text")
+    _require(all(isinstance(value, str) for value in environment.values()), "environment", "texts")
+    _require(all(map(_is_scalar, values.values())), "values", "numbers, texts, true, false or null")
+    json.dumps([recipe, environment, values], ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    files = {name: _file(name, entry) for name, entry in fields["files"].items()}
+    tensors = {name: _tensor(name, entry) for name, entry in fields["tensors"].items()}
+    _require_room(tensors, files)
+    return Manifest(**{**fields, "files": files, "tensors": tensors})
+
+
+def _require(valid: bool, place: str, what: str) -> None:
+    if not valid:
+        raise ValueError(f"{place}: must be {what}")
+
+
+def _is_size(value: Any, limit: int = 2**63) -> bool:
+    return type(value) is int and 0 <= value < limit
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and 0 < len(value) <= 1000 and value.isprintable()
+
+
+def _is_extents(value: Any) -> bool:
+    return type(value) is list and len(value) <= MAX_DIMENSIONS and all(map(_is_size, value))
+
+
+def _file(name: str, entry: Any) -> FileEntry:
+    valid = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
+    _require(valid, "files", "named by plain names, none the manifest's")
+    valid = isinstance(entry, dict) and entry.keys() == {*FileEntry._fields} and _is_size(entry["bytes"])
+    valid = valid and type(entry["xxh3_128"]) is str and _DIGEST.fullmatch(entry["xxh3_128"]) is not None
+    _require(valid, f"files.{name}", "bytes, a size, and xxh3_128, 32 hex digits")
+    return FileEntry(**entry)
+
+
+def _tensor(name: str, entry: Any) -> TensorEntry:
+    _require(_is_name(name), "tensors", "named by 1 to 1000 characters that can be printed")
+    valid = isinstance(entry, dict) and entry.keys() == {*TensorEntry._fields} and isinstance(entry["chunks"], list)
+    valid = valid and _is_extents(entry["shape"]) and type(entry["dtype"]) is str and entry["dtype"] in DTYPES
+    what = f"a known dtype, a shape of at most {MAX_DIMENSIONS} sizes, and a list of chunks"
+    _require(valid, f"tensors.{name}", what)
+    chunks = tuple(_chunk(name, fields) for fields in entry["chunks"])
+    if not tiles(tuple(entry["shape"]), [(chunk.offset, chunk.shape) for chunk in chunks]):
+        raise ValueError(f"tensors.{name}: its chunks do not cover the shape {entry['shape']} exactly once")
+    return TensorEntry(entry["dtype"], tuple(entry["shape"]), chunks)
+
+
+def _chunk(tensor: str, fields: Any) -> Chunk:
+    if isinstance(fields, dict) and fields.keys() == {*Chunk._fields}:
+        offset, shape, file, key = fields["offset"], fields["shape"], fields["file"], fields["key"]
+        if _is_extents(offset) and _is_extents(shape) and type(file) is str and _is_name(key):
+            return Chunk(tuple(offset), tuple(shape), file, key)
+    raise ValueError(f"tensors.{tensor}: a chunk must be offset and shape (sizes), file and key (names)")
+
+
+def _require_room(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEntry]) -> None:
+    """Every chunk lies in a listed file, at a place of its own, and no file is too small for its chunks."""
+    places: set[tuple[str, str]] = set()
+    held: dict[str, int] = defaultdict(int)
+    for name, entry in tensors.items():
+        for chunk in entry.chunks:
+            if chunk.file not in files:
+                raise ValueError(f"tensor '{name}' lies in a file {chunk.file}, which is not among the files")
+            if (chunk.file, chunk.key) in places:
+                raise ValueError(f"two chunks lie under '{chunk.key}' in {chunk.file}")
+            places.add((chunk.file, chunk.key))
+            held[chunk.file] += entry.chunk_bytes(chunk)
+    for file, size in held.items():
+        if size > files[file].bytes:
+            raise ValueError(f"{file} has {files[file].bytes} bytes, too few for its {size} bytes of tensors")
 
 
 def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
@@ -194,7 +237,12 @@ def encode(manifest: Manifest) -> bytes:
 
     Raises `CheckpointError` rather than give what `decode` would not take.
     """
-    fields = manifest.model_dump(mode="json")
+    tensors = {
+        name: {**entry._asdict(), "chunks": [chunk._asdict() for chunk in entry.chunks]}
+        for name, entry in manifest.tensors.items()
+    }
+    files = {name: entry._asdict() for name, entry in manifest.files.items()}
+    fields = {"format": FORMAT, "version": VERSION, **vars(manifest), "tensors": tensors, "files": files}
     text = json.dumps({"checksum": _checksum(fields), **fields}, separators=(",", ":"), allow_nan=False).encode()
     chunks = sum(len(entry.chunks) for entry in manifest.tensors.values())
     if chunks > MAX_CHUNKS or len(text) > MAX_MANIFEST_BYTES:
@@ -203,56 +251,49 @@ def encode(manifest: Manifest) -> bytes:
     return text
 
 
-def decode(data: bytes, source: str) -> Manifest:
+def decode(data: bytes | str, source: str) -> Manifest:
     """Read a manifest's text; `source` names it in errors.
 
     Raises `NewerFormatError` if a later titanlite is needed, and `DamagedCheckpointError` for everything else that
     is not a whole, consistent manifest.
     """
     try:
-        fields = json.loads(data, parse_constant=_no_constant)
+        fields = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{source} is damaged: it is not JSON ({error}).") from None
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise DamagedCheckpointError(f"{source} is not the manifest of a titanlite checkpoint.")
-    version = fields.get("version")
+    version = fields.pop("version", None)
     if isinstance(version, int) and version > VERSION:
         raise NewerFormatError(
             f"{source} needs titanlite format {version}, and this titanlite reads format {VERSION}. "
             "Use the titanlite that wrote it, or move that checkpoint away to go on from an earlier one."
         )
-    for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES)):  # before each of them is looked at
-        if isinstance(fields.get(key), dict) and len(fields[key]) > limit:
+    for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES), ("chunks", MAX_CHUNKS)):
+        if _count(fields, key) > limit:  # before each of them is looked at
             raise DamagedCheckpointError(f"{source} is not valid: it lists more than {limit} {key}.")
-    chunks = 0
-    for entry in fields["tensors"].values() if isinstance(fields.get("tensors"), dict) else ():
-        chunks += len(entry["chunks"]) if isinstance(entry, dict) and isinstance(entry.get("chunks"), list) else 0
-    if chunks > MAX_CHUNKS:
-        raise DamagedCheckpointError(f"{source} is not valid: it lists more than {MAX_CHUNKS} chunks.")
-    checksum = fields.pop("checksum", None)
-    if checksum != _checksum(fields):
+    if fields.pop("checksum", None) != _checksum({"format": FORMAT, "version": version, **fields}):
         raise DamagedCheckpointError(f"{source} is damaged: its content does not match its checksum.")
     try:
-        return Manifest.model_validate_json(json.dumps(fields))
-    except ValidationError as error:
-        raise DamagedCheckpointError(f"{source} is not valid: {_first_errors(error)}.") from None
+        _require(type(version) is int and version == VERSION, "version", str(VERSION))
+        return manifest_from(fields)
+    except ValueError as error:
+        text = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in str(error)[:300])
+        raise DamagedCheckpointError(f"{source} is not valid: {text}.") from None  # the text goes to a terminal
 
 
-def _checksum(fields: dict[str, Any]) -> str:
+def _count(fields: Mapping[str, Any], key: str) -> int:
+    table = fields.get("tensors" if key == "chunks" else key)
+    if key != "chunks" or not isinstance(table, dict):
+        return len(table) if isinstance(table, dict) else 0
+    lists = [entry.get("chunks") for entry in table.values() if isinstance(entry, dict)]
+    return sum(len(listed) for listed in lists if isinstance(listed, list))
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
     """xxh3-128 of the content, whatever its layout on the page."""
     return xxhash.xxh3_128(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _no_constant(text: str) -> NoReturn:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
-
-
-def _first_errors(error: ValidationError, limit: int = 5) -> str:
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [f"{'.'.join(str(part) for part in item['loc']) or 'manifest'}: {item['msg']}" for item in errors[:limit]]
-    text = "; ".join(line[:300] for line in lines) + (
-        f"; and {len(errors) - limit} more" if len(errors) > limit else ""
-    )
-    return "".join(
-        sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text
-    )  # it goes to a terminal

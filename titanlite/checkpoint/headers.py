@@ -1,77 +1,93 @@
-"""Opening safetensors files, and the table at the head of one compared with what a manifest says of the file."""
+"""The table at the head of a safetensors file, read strictly and compared with what a manifest says. No torch.
+
+Read here rather than by the library, which maps files into memory: one that is cut while it is read would be a fatal
+signal there, and is an error here.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from errno import ENOENT
+from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
+from typing import NamedTuple
 
 from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, TensorEntry
-from titanlite.checkpoint.storage import open_plain
 
-Placed = dict[str, list[tuple[str, Chunk]]]
+ChunksByFile = dict[str, list[tuple[str, Chunk]]]
 """File -> (tensor, chunk) of what lies in it."""
+MAX_HEADER_BYTES = 10**8
+"""The library's own limit."""
+_NAMES = {code: name for name, (_, code) in DTYPES.items()}
 
 
-def placed_chunks(tensors: Mapping[str, TensorEntry]) -> Placed:
+class StoredTensor(NamedTuple):
+    """One tensor of a file."""
+
+    dtype: str
+    """torch's name, or safetensors' code of a dtype that no checkpoint holds."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte in the file."""
+    nbytes: int
+
+
+def chunks_by_file(tensors: Mapping[str, TensorEntry]) -> ChunksByFile:
     """Which chunks lie in which file."""
-    placed: Placed = {}
+    placed: ChunksByFile = {}
     for name, entry in tensors.items():
         for chunk in entry.chunks:
             placed.setdefault(chunk.file, []).append((name, chunk))
     return placed
 
 
-@contextmanager
-def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """The library's handle of a file. Raises `SafetensorError`, and `OSError` also where torch calls it otherwise."""
-    try:
-        handle = safe_open(path, framework=framework)
-    except RuntimeError as error:  # of torch's memory map: the library looks for the file first, and then torch
-        if path.exists():
-            raise
-        raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path)) from error
-    with handle:
-        yield handle
+def read_header(path: Path, file: FileIO) -> bytes:
+    """The bytes before the values: the length of the table, and the table.
+
+    Raises `DamagedCheckpointError` and `OSError`.
+    """
+    length = file.read(8) or b""
+    count = int.from_bytes(length, "little")
+    if count > min(os.fstat(file.fileno()).st_size, MAX_HEADER_BYTES):
+        raise DamagedCheckpointError(f"{path} is not a readable safetensors file: its table is too large.")
+    return length + (file.read(count) or b"")
 
 
-def check_header(path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]) -> None:
-    """The file's own table must say what the manifest says. Raises `DamagedCheckpointError`."""
-    open_plain(path).close()  # the library waits for whoever may write into a pipe
-    try:
-        with open_tensors(path, framework="numpy") as file:  # no values are read, so torch need not be there
-            present = set(file.keys())
-            for name, chunk in chunks:
-                if chunk.key not in present:
-                    raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
-                values = file.get_slice(chunk.key)
-                dtype = DTYPES[stored[name].dtype][1]
-                if tuple(values.get_shape()) != chunk.shape or values.get_dtype() != dtype:
-                    raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+def parse_table(path: Path, header: bytes, file_bytes: int) -> dict[str, StoredTensor]:
+    """The tensors of a file of `file_bytes` bytes by key, in order of place: they fill it without a gap.
 
-
-def parse_table(path: Path, text: bytes | bytearray, size: int) -> list[tuple[str, int, int]]:
-    """(key, first byte, bytes) of each tensor, in order of place, from a header's JSON in a file of `size` bytes.
-
-    Raises `DamagedCheckpointError` if it is none, or leaves gaps.
+    Raises `DamagedCheckpointError`.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(header[8:])
         fields.pop("__metadata__", None)
-        spans = {key: entry["data_offsets"] for key, entry in fields.items()}
-        ordered = sorted(spans, key=lambda key: tuple(spans[key]))
-        edges, origin = [0, *(spans[key][1] for key in ordered)], 8 + len(text)
-        whole = all(type(edge) is int for edge in edges) and edges == sorted(edges) and origin + edges[-1] == size
-        if not whole or [spans[key][0] for key in ordered] != edges[:-1]:
-            raise ValueError("its table has gaps")
+        table, end = {}, len(header)
+        for key, entry in sorted(fields.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+            first, last = entry["data_offsets"]
+            dtype, shape = _NAMES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+            if not all(type(size) is int and size >= 0 for size in (first, last, *shape)):
+                raise ValueError("its sizes are no sizes")
+            nbytes = last - first
+            if len(header) + first != end or (dtype in DTYPES and nbytes != math.prod(shape) * DTYPES[dtype][0]):
+                raise ValueError("its table has gaps, or tensors of another size than their shape's")
+            table[key] = StoredTensor(dtype, shape, end, nbytes)
+            end += nbytes
+        if end != file_bytes:
+            raise ValueError("its table is not of all its bytes")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error!r}.") from None
-    return [(key, origin + begin, spans[key][1] - begin) for key, begin in zip(ordered, edges[:-1], strict=True)]
+    return table
+
+
+def check_table(
+    path: Path, table: Mapping[str, StoredTensor], stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]
+) -> None:
+    """A file must hold the chunks of `stored` that its manifest puts there. Raises `DamagedCheckpointError`."""
+    for name, chunk in chunks:
+        found = table.get(chunk.key)
+        if found is None:
+            raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
+        if (found.dtype, found.shape) != (stored[name].dtype, chunk.shape):
+            raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")

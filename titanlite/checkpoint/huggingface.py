@@ -15,35 +15,32 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from titanlite.checkpoint.examine import recipe_of
-from titanlite.checkpoint.format import (
-    DTYPES,
-    MANIFEST,
-    Chunk,
-    DamagedCheckpointError,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    encode,
-    folder_name,
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode, folder_name
+from titanlite.checkpoint.headers import StoredTensor, chunks_by_file
+from titanlite.checkpoint.plan import Box, group_by_size, row_blocks
+from titanlite.checkpoint.read import open_tensors, read_box
+from titanlite.checkpoint.save import (
+    CheckpointMetadata,
+    LocalSavePlan,
+    WriteItem,
+    environment,
+    merge_tables,
+    write_items,
 )
-from titanlite.checkpoint.headers import open_tensors
-from titanlite.checkpoint.load import verify_files
-from titanlite.checkpoint.plan import FILE_BYTES, Box, group_by_size, overlap, within
-from titanlite.checkpoint.save import environment
-from titanlite.checkpoint.storage import begin, describe_file, open_plain, pending, read_manifest, verify_file
-from titanlite.checkpoint.stream import BLOCK_BYTES, Source, row_blocks, write_tensors
+from titanlite.checkpoint.storage import begin, describe_file, open_regular, pending, read_manifest, verify_file
+from titanlite.checkpoint.stream import BLOCK_BYTES, Source, write_tensors
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import cause, sync_path
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
+from titanlite.plan.rules.parts import FILE_BYTES
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
@@ -65,7 +62,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAX_JSON_BYTES = 2**26
 _CONTEXT = "max_position_embeddings"
 _DEFAULT_CONTEXT = 2048
-_READABLE = {code: name for name, (_, code) in DTYPES.items() if name in ("float64", "float32", "float16", "bfloat16")}
+_READABLE = ("float64", "float32", "float16", "bfloat16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -101,24 +98,18 @@ def export_huggingface(
     recipe = recipe_of(manifest, checkpoint)
     spec = spec_of(recipe.model.preset)
     config = spec.configure(recipe.model)
-    stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
     shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
+    stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
     _require_shapes(checkpoint, shapes, {name: entry.shape for name, entry in stored.items()})
-    verify_files(checkpoint, manifest, stored)
+    for file in chunks_by_file(stored):
+        verify_file(checkpoint / file, manifest.files[file])
     sources = {
-        spec.to_huggingface(name.removeprefix(PREFIX)): Source(
-            dtype or stored[name].dtype,
-            shape,
-            partial(
-                _finite,
-                CheckpointError,
-                f"{checkpoint}: {name}",
-                dtype or stored[name].dtype,
-                partial(_read_checkpoint, checkpoint, stored[name]),
-            ),
+        spec.to_huggingface(name.removeprefix(PREFIX)): _finite_source(
+            CheckpointError, f"{checkpoint}: {name}", dtype or stored[name].dtype, shape,
+            partial(read_box, checkpoint, stored[name]),
         )
         for name, shape in shapes.items()
-    }
+    }  # fmt: skip
     kept = [name for name in TOKENIZER_FILES if name in manifest.files]
     tokenizer = None if kept else _tokenizer(checkpoint, manifest, recipe)
     exported = {} if tokenizer is None else tokenizer.export()
@@ -137,8 +128,7 @@ def export_huggingface(
             "torch_dtype": next(iter(sources.values())).dtype,
         }
         _write_json(folder / CONFIG, fields)
-    nbytes = sum(source.nbytes for source in sources.values())
-    return Written(out, len(sources), nbytes, tuple(files), (*kept, *exported))
+    return Written(out, len(sources), _nbytes(sources), tuple(files), (*kept, *exported))
 
 
 def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
@@ -163,65 +153,61 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         ) from None
     fields = _read_json(folder, CONFIG)
     spec, section = _family(folder, fields)
-    config = spec.configure(section)
-    found = _tables(folder)
-    wanted = {spec.to_huggingface(name): (name, shape) for name, shape in spec.shapes(config).items()}
-    for name, other in spec.tied(config).items():
-        _require_tied(found, spec.to_huggingface(name), spec.to_huggingface(other))
-    ignored = [*spec.huggingface_derived, *map(spec.to_huggingface, spec.tied(config))]
-    found = {name: table for name, table in found.items() if not any(fnmatchcase(name, known) for known in ignored)}
-    _require_found(folder, {name: shape for name, (_, shape) in wanted.items()}, found)
-    widths = {found[name].dtype for name in wanted}
-    master = "float64" if "float64" in widths else "float32"
+    found = _find_weights(folder, spec, section)
+    dtypes = {weight.tensor.dtype for weight in found.values()}
+    master = "float64" if "float64" in dtypes else "float32"
     sources = {
-        PREFIX + name: Source(
-            master,
-            shape,
-            partial(
-                _finite, UsageError, f"{found[theirs].path}: {theirs}", master, partial(_read_slice, found[theirs])
-            ),
+        PREFIX + name: _finite_source(
+            UsageError, f"{weight.path}: {weight.key}", master, weight.tensor.shape, partial(_read_weight, weight)
         )
-        for theirs, (name, shape) in wanted.items()
+        for name, weight in found.items()
     }
-    compute = next(iter(widths)) if widths <= {"bfloat16"} else master
     kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
     generation = _generation_config(folder, fields)
     tokenizer, problem = _found_tokenizer(folder, kept, generation)
-    own = [*tokenizer.files] if tokenizer else []
     recipe = Recipe(
         run=Run(name=name),
         model=section,
-        data=Data(tokenizer=str(home / FOLDER)) if own else Data(),
+        data=Data(tokenizer=str(home / FOLDER)) if tokenizer and tokenizer.files else Data(),
         training=Training(sequence_length=_context(folder, fields)),
-        precision=Precision.model_validate({"compute": compute}),
+        precision=Precision.model_validate({"compute": "bfloat16" if dtypes == {"bfloat16"} else master}),
         checkpoint=Checkpoint(warm_start=str(home)),
     )
-    fingerprint = tokenizer.fingerprint if tokenizer else UNKNOWN
     with _new_folder(out) as run:
         checkpoint = run / "checkpoints" / folder_name(0)
         checkpoint.mkdir(parents=True)
         for name in kept:
             _copy(_inside(folder, name), checkpoint / name)
-        for name in own:
+        for name in tokenizer.files if tokenizer else ():
             (run / FOLDER).mkdir(exist_ok=True)
             _copy(checkpoint / name, run / FOLDER / name)
             sync_path(run / FOLDER)
         if generation:
             _write_bytes(checkpoint / GENERATION_CONFIG, generation)
+        fingerprint = tokenizer.fingerprint if tokenizer else UNKNOWN
         files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe), fingerprint)
         _write_bytes(run / "recipe.toml", to_toml(recipe).encode())
         sync_path(checkpoint)
         sync_path(checkpoint.parent)
-    nbytes = sum(source.nbytes for source in sources.values())
-    return Written(out, len(sources), nbytes, tuple(files), tuple(kept), problem)
+    return Written(out, len(sources), _nbytes(sources), tuple(files), tuple(kept), problem)
 
 
-def _finite(kind: type[TitanliteError], name: str, dtype: str, read: Callable[[Box], Tensor], box: Box) -> Tensor:
-    """A box as it is written, also where it is written narrower. Raises the `kind` of error for what is no number."""
-    block = read(box).to(getattr(torch, dtype))
-    if not is_finite(block):
-        raise kind(f"{name} holds numbers that are not finite in {dtype}; nothing was written.")
-    return block
+def _finite_source(
+    kind: type[TitanliteError], name: str, dtype: str, shape: tuple[int, ...], read: Callable[[Box], Tensor]
+) -> Source:
+    """A tensor as it is written. Reading it raises the `kind` of error for what is not finite in that dtype."""
+
+    def read_finite(box: Box) -> Tensor:
+        block = read(box).to(getattr(torch, dtype))
+        if not is_finite(block):
+            raise kind(f"{name} holds numbers that are not finite in {dtype}; nothing was written.")
+        return block
+
+    return Source(dtype, shape, read_finite)
+
+
+def _nbytes(sources: Mapping[str, Source]) -> int:
+    return sum(source.nbytes for source in sources.values())
 
 
 # --- from a checkpoint
@@ -234,29 +220,6 @@ def _require_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], stored:
                 "missing" if shape is None else str(list(shape)) for shape in (stored.get(name), wanted.get(name))
             )
             raise CheckpointError(f"{folder} is not its recipe's model: {name} is {here} in it, {there} in the model.")
-
-
-def _read_checkpoint(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
-    """One box of a tensor, put together from the chunks that it meets. Raises `DamagedCheckpointError`."""
-    block = torch.empty(box[1], dtype=getattr(torch, entry.dtype))
-    met: dict[str, list[tuple[Chunk, Box]]] = {}
-    for chunk in entry.chunks:
-        part = overlap((chunk.offset, chunk.shape), box)
-        if part is not None:
-            met.setdefault(chunk.file, []).append((chunk, part))
-    for name, chunks in met.items():
-        try:
-            with open_tensors(folder / name) as file:
-                for chunk, part in chunks:
-                    block[within(part, box)] = _cut(file, chunk.key, within(part, (chunk.offset, chunk.shape)))
-        except (SafetensorError, OSError) as error:
-            raise DamagedCheckpointError(f"{folder / name} cannot be read: {error}.") from error
-    return block
-
-
-def _cut(file: Any, key: str, slices: tuple[slice, ...]) -> Tensor:
-    values: Tensor = file.get_slice(key)[slices] if slices else file.get_tensor(key)
-    return values
 
 
 def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer | None:
@@ -288,8 +251,7 @@ def _write_shards(folder: Path, sources: Mapping[str, Source], shard_bytes: int)
     if len(groups) > 1:
         files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        total = sum(source.nbytes for source in sources.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        _write_json(folder / INDEX, {"metadata": {"total_size": _nbytes(sources)}, "weight_map": places})
     for file, names in zip(files, groups, strict=True):
         write_tensors(folder / file, {name: sources[name] for name in names})
     return files
@@ -298,14 +260,12 @@ def _write_shards(folder: Path, sources: Mapping[str, Source], shard_bytes: int)
 # --- from a Hugging Face folder
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Where a tensor lies in a Hugging Face folder."""
+class _Weight(NamedTuple):
+    """A tensor of a Hugging Face folder, and where it lies."""
 
     path: Path
     key: str
-    dtype: str
-    shape: tuple[int, ...]
+    tensor: StoredTensor
 
 
 def _family(folder: Path, fields: Mapping[str, Any]) -> tuple[ModelSpec, Model]:
@@ -328,7 +288,36 @@ def _context(folder: Path, fields: Mapping[str, Any]) -> int:
     return length
 
 
-def _tables(folder: Path) -> dict[str, _Table]:
+def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _Weight]:
+    """The model's weights, by our names.
+
+    Raises `UsageError` for the first that is missing, of another shape, not a float, not expected, or not the same as
+    the one that it is tied to.
+    """
+    config = spec.configure(section)
+    found, weights = _tables(folder), {}
+    for name, other in spec.tied(config).items():
+        _require_tied(found, spec.to_huggingface(name), spec.to_huggingface(other))
+    ignored = [*spec.huggingface_derived, *map(spec.to_huggingface, spec.tied(config))]
+    found = {name: weight for name, weight in found.items() if not any(fnmatchcase(name, known) for known in ignored)}
+    wanted = {spec.to_huggingface(name): (name, shape) for name, shape in spec.shapes(config).items()}
+    for theirs, (name, shape) in wanted.items():
+        if theirs not in found:
+            missing = len(wanted.keys() - found.keys())
+            others = f" (and {missing - 1} more)" if missing > 1 else ""
+            raise UsageError(f"{folder} does not hold {theirs}{others}, which its {CONFIG} asks for.")
+        weights[name] = weight = found[theirs]
+        if weight.tensor.shape != shape:
+            raise UsageError(f"{weight.path}: {theirs} is {list(weight.tensor.shape)}, and by {CONFIG} {list(shape)}.")
+        if weight.tensor.dtype not in _READABLE:
+            dtype, readable = _short(weight.tensor.dtype), ", ".join(_READABLE)
+            raise UsageError(f"{weight.path}: {theirs} is {dtype}; only {readable} can be imported.")
+    for name in found.keys() - wanted.keys():
+        raise UsageError(f"{found[name].path} holds {_short(name)}, which the model of its {CONFIG} has not.")
+    return weights
+
+
+def _tables(folder: Path) -> dict[str, _Weight]:
     """Every tensor of the folder's weights. Raises `UsageError`."""
     if os.path.lexists(folder / SINGLE):
         return _table(_inside(folder, SINGLE))
@@ -343,7 +332,7 @@ def _tables(folder: Path) -> dict[str, _Table]:
     places = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UsageError(f"{folder / INDEX} has no weight_map.")
-    tables: dict[str, dict[str, _Table]] = {}
+    tables: dict[str, dict[str, _Weight]] = {}
     for name, file in places.items():
         if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors", file):
             raise UsageError(f"{folder / INDEX} names {_short(file)}, which is not a safetensors file beside it.")
@@ -354,56 +343,40 @@ def _tables(folder: Path) -> dict[str, _Table]:
     return {name: tables[file][name] for name, file in places.items()}
 
 
-def _table(path: Path) -> dict[str, _Table]:
+def _table(path: Path) -> dict[str, _Weight]:
+    with _usage_errors(), open_tensors(path) as file:
+        return {name: _Weight(path, name, tensor) for name, tensor in file.table.items()}
+
+
+def _read_weight(weight: _Weight, box: Box) -> Tensor:
+    values = torch.empty(box[1], dtype=getattr(torch, weight.tensor.dtype))
+    with _usage_errors(), open_tensors(weight.path) as file:
+        file.copy(weight.tensor, ((0,) * len(box[1]), weight.tensor.shape), box, values, box)
+    return values
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """A file of a Hugging Face folder that cannot be read is the user's to mend."""
     try:
-        with open_tensors(path) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {
-                name: _Table(path, name, values.get_dtype(), tuple(values.get_shape()))
-                for name, values in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}.") from None
+        yield
+    except DamagedCheckpointError as damage:
+        raise UsageError(str(damage)) from None
 
 
-def _require_found(folder: Path, wanted: Mapping[str, tuple[int, ...]], found: dict[str, _Table]) -> None:
-    """Raises `UsageError` for the first tensor that is missing, of another shape, not a float, or unexpected."""
-    for name, shape in wanted.items():
-        if name not in found:
-            missing = sum(name not in found for name in wanted)
-            others = f" (and {missing - 1} more)" if missing > 1 else ""
-            raise UsageError(f"{folder} does not hold {name}{others}, which its {CONFIG} asks for.")
-        table = found[name]
-        if table.shape != shape:
-            raise UsageError(f"{table.path}: {name} is {list(table.shape)}, and by {CONFIG} {list(shape)}.")
-        if table.dtype not in _READABLE:
-            raise UsageError(f"{table.path}: {name} is {table.dtype}; only {', '.join(_READABLE)} can be imported.")
-        found[name] = _Table(table.path, table.key, _READABLE[table.dtype], table.shape)
-    for name in found:
-        if name not in wanted:
-            raise UsageError(f"{found[name].path} holds {_short(name)}, which the model of its {CONFIG} has not.")
-
-
-def _read_slice(table: _Table, box: Box) -> Tensor:
-    try:
-        with open_tensors(table.path) as file:
-            return _cut(file, table.key, within(box, ((0,) * len(table.shape), table.shape)))
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{table.path} cannot be read: {error}.") from None
-
-
-def _require_tied(found: Mapping[str, _Table], name: str, other: str) -> None:
+def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
     """A tensor that the config says is another one must be that, where it is there. Raises `UsageError`."""
-    table, same = found.get(name), found.get(other)
-    if table is None or same is None:  # a missing one is reported with all that are
+    weight, same = found.get(name), found.get(other)
+    if weight is None or same is None:  # a missing one is reported with all that are
         return
-    equal = table.shape == same.shape and {table.dtype, same.dtype} <= _READABLE.keys()
-    blocks = row_blocks(table.shape, 8, BLOCK_BYTES) if equal else ()
+    shape = weight.tensor.shape
+    equal = shape == same.tensor.shape and {weight.tensor.dtype, same.tensor.dtype} <= set(_READABLE)
+    blocks = row_blocks(((0,) * len(shape), shape), 8, BLOCK_BYTES) if equal else ()
     if not equal or not all(
-        torch.equal(_read_slice(table, box).double(), _read_slice(same, box).double()) for box in blocks
+        torch.equal(_read_weight(weight, box).double(), _read_weight(same, box).double()) for box in blocks
     ):
         raise UsageError(
-            f"{table.path}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
+            f"{weight.path}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
             f"model was trained with both, set tie_word_embeddings to false; if not, leave {name} out."
         )
 
@@ -433,29 +406,19 @@ def _write_checkpoint(
     folder: Path, sources: Mapping[str, Source], file_bytes: int, recipe: str, tokenizer: str
 ) -> list[str]:
     """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
-    tensors: dict[str, TensorEntry] = {}
-    files: list[str] = []
-    for number, names in enumerate(group_by_size({key: one.nbytes for key, one in sources.items()}, file_bytes)):
-        files.append(f"tensors-00000-{number:03d}.safetensors")
-        write_tensors(folder / files[-1], {name: sources[name] for name in names})
-        for name in names:
-            shape = sources[name].shape
-            chunk = Chunk(offset=(0,) * len(shape), shape=shape, file=files[-1], key=name)
-            entry = {"dtype": sources[name].dtype, "shape": shape, "chunks": (chunk,)}
-            tensors[name] = TensorEntry.model_validate(entry)
-    listed: dict[str, FileEntry] = {name: describe_file(folder / name) for name in sorted(os.listdir(folder))}
-    manifest = Manifest(
-        step=0,
-        samples=0,
-        tokens=0,
-        tensors=tensors,
-        files=listed,
-        recipe=recipe,
-        environment=environment(torch.device("cpu")),
-        values={"tokenizer": tokenizer},
+    plan = LocalSavePlan(
+        {name: {"dtype": source.dtype, "shape": list(source.shape)} for name, source in sources.items()},
+        {name: WriteItem(name, (0,) * len(source.shape), source) for name, source in sources.items()},
+        file_bytes,
     )
+    others = {name: describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
+    table = write_items(folder, plan)
+    metadata = CheckpointMetadata(
+        0, recipe=recipe, values={"tokenizer": tokenizer}, environment=environment(torch.device("cpu"))
+    )
+    manifest = merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)
     _write_bytes(folder / MANIFEST, encode(manifest))
-    return files
+    return list(table["files"])
 
 
 # --- files
@@ -529,9 +492,9 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _copy(source: Path, path: Path) -> None:
-    with open_plain(source) as read, open(path, "xb") as file:
-        shutil.copyfileobj(read, file)
-    sync_path(path)
+    with open_regular(source) as file:
+        data = file.readall()
+    _write_bytes(path, data)
 
 
 def _short(value: object) -> str:

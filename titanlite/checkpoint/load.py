@@ -1,25 +1,26 @@
 """Reading a checkpoint's values into parts of tensors that are already there, whatever parts they were written in.
 
-Names, shapes and dtypes are compared before the first value is overwritten; no pickle is ever opened.
+Names, shapes and dtypes are compared before the first value is overwritten.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from titanlite.checkpoint.format import DTYPES, LEARNED, Chunk, DamagedCheckpointError, Manifest, TensorEntry
-from titanlite.checkpoint.headers import Placed, check_header, placed_chunks
-from titanlite.checkpoint.plan import Box, overlap, shared_out
+from titanlite.checkpoint.format import DTYPES, LEARNED, DamagedCheckpointError, Manifest, TensorEntry
+from titanlite.checkpoint.headers import ChunksByFile, chunks_by_file
+from titanlite.checkpoint.plan import assign_files, overlap
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.read import read_parts, read_verified
+from titanlite.checkpoint.read import read_chunks
 from titanlite.checkpoint.save import dtype_name
-from titanlite.checkpoint.storage import decode_manifest, manifest_bytes, verify_file
+from titanlite.checkpoint.storage import decode_manifest, manifest_text
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
+from titanlite.text import pluralize
 
 READERS = 4
 """Files that a rank reads at once, each hashed by a thread of its own."""
@@ -45,34 +46,45 @@ def load_state(
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
     manifest says, or a weight or a moment is not finite: then `into` holds anything, and needs other values.
     """
-    manifest = decode_manifest(folder, ranks.first(lambda: manifest_bytes(folder)))
+    manifest = decode_manifest(folder, ranks.run_on_rank0(lambda: manifest_text(folder)))
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
-    placed = placed_chunks(stored)
-    found = ranks.each(lambda: _compared(stored, placed, into, convert))
-    shares = json.loads(ranks.first(lambda: _agreed(folder, manifest, list(placed), found)))
-    verified = shares[ranks.rank] if shared else wanted_files(manifest, into)
-    ranks.each(lambda: _read(folder, manifest, placed, into, verified))
-    ranks.each(lambda: _require_finite(folder, into))
+    placed = chunks_by_file(stored)
+
+    def compare() -> list[Any]:
+        """What this rank finds wrong, the tensors it has no part of, and the bytes that it wants of each file."""
+        problems = find_mismatches(stored, into, convert)
+        wanted = {} if problems else _wanted_bytes(stored, placed, into)
+        return [problems, [name for name in stored if name not in into], wanted]
+
+    def share(found: list[list[Any]]) -> list[list[str]]:
+        problems, unwanted, wanted = zip(*found, strict=True)
+        _require_fit(folder, problems, unwanted)
+        return assign_files({file: manifest.files[file].bytes for file in placed}, wanted)
+
+    shares = ranks.run_on_all_ranks(compare, share)
+    verified = set(shares[ranks.rank] if shared else _wanted_bytes(stored, placed, into))
+
+    def fill(file: str) -> None:
+        read_chunks(
+            folder / file, manifest.tensors, placed[file], into, manifest.files[file] if file in verified else None
+        )
+
+    def read() -> None:
+        wanted = _wanted_bytes(stored, placed, into)
+        with ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(fill, [file for file in placed if file in wanted or file in verified]))
+
+    ranks.run_on_all_ranks(read)
+    ranks.run_on_all_ranks(lambda: _require_finite(folder, into))
     return manifest
-
-
-def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
-    """Weights and moments that are no numbers train nothing and say nothing, however whole their files are."""
-    learned = {name: each.tensor for name, each in into.items() if name.startswith(LEARNED)}
-    if not may_be_nonfinite(learned.values()):
-        return
-    for name, tensor in learned.items():
-        if not is_finite(tensor):
-            raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
 
 
 def wanted_files(manifest: Manifest, into: Mapping[str, Shard]) -> list[str]:
     """The files that hold a part of `into`."""
-    placed = placed_chunks(manifest.tensors)
-    return [file for file, chunks in placed.items() if _wanted_bytes(manifest.tensors, chunks, into)]
+    return list(_wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), into))
 
 
-def mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:
+def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:
     """One line for each tensor of `into` that is not as it is stored, or not near enough to `convert`."""
     problems = [f"{name}: missing in the checkpoint" for name in into if name not in stored]
     for name, entry in stored.items():
@@ -87,61 +99,32 @@ def mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], con
     return problems
 
 
-def verify_files(folder: Path, manifest: Manifest, stored: Mapping[str, TensorEntry]) -> None:
-    """Compare the files that hold `stored` with the manifest. Raises `DamagedCheckpointError`."""
-    for file, chunks in placed_chunks(stored).items():
-        verify_file(folder / file, manifest.files[file])
-        check_header(folder / file, stored, chunks)
-
-
-def _compared(stored: Mapping[str, TensorEntry], placed: Placed, into: Mapping[str, Shard], convert: bool) -> bytes:
-    """What this rank finds wrong, which tensors it has no part of (those of other pipeline stages, say), and how much
-    it wants of each file.
-    """
-    problems, unwanted = mismatches(stored, into, convert), [name for name in stored if name not in into]
-    wanted = {} if problems else {file: _wanted_bytes(stored, chunks, into) for file, chunks in placed.items()}
-    return json.dumps([problems, unwanted, {file: size for file, size in wanted.items() if size}]).encode()
-
-
-def _agreed(folder: Path, manifest: Manifest, files: list[str], found: list[bytes]) -> bytes:
-    """The files that fall to each rank, as JSON. Raises `CheckpointError` if a rank found something wrong, or no rank
-    wants a tensor that is stored.
-    """
-    problems, unwanted, wanted = zip(*map(json.loads, found), strict=True)
+def _require_fit(folder: Path, problems: tuple[list[str], ...], unwanted: tuple[list[str], ...]) -> None:
+    """Raises `CheckpointError` if a rank found something wrong, or no rank wants a tensor that is stored."""
     lines = dict.fromkeys(line for of_rank in problems for line in of_rank)
     nowhere = set(unwanted[0]).intersection(*unwanted[1:])
     lines |= {f"{name}: in the checkpoint, but not in this model": None for name in unwanted[0] if name in nowhere}
     if lines:
-        raise CheckpointError(
-            f"the checkpoint {folder} does not fit this model ({len(lines)} "
-            f"{'difference' if len(lines) == 1 else 'differences'}):\n  " + "\n  ".join(lines)
-        )
-    return json.dumps(shared_out({file: manifest.files[file].bytes for file in files}, wanted)).encode()
+        count = pluralize(len(lines), "difference")
+        raise CheckpointError(f"the checkpoint {folder} does not fit this model ({count}):\n  " + "\n  ".join(lines))
 
 
-def _wanted_bytes(stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], into: Mapping[str, Shard]) -> int:
-    """Bytes of these chunks of a file that `into` has a part of."""
-    parts = [(stored[name], _part(chunk, into.get(name))) for name, chunk in chunks]
-    return sum(DTYPES[entry.dtype][0] * math.prod(part[1]) for entry, part in parts if part is not None)
+def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
+    """Raises `DamagedCheckpointError` for weights and moments that are not finite, however whole their files are."""
+    learned = {name: each.tensor for name, each in into.items() if name.startswith(LEARNED)}
+    if not may_be_nonfinite(learned.values()):
+        return
+    for name, tensor in learned.items():
+        if not is_finite(tensor):
+            raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
 
 
-def _part(chunk: Chunk, shard: Shard | None) -> Box | None:
-    """What a chunk and a shard of the same tensor have in common."""
-    return None if shard is None else overlap((chunk.offset, chunk.shape), shard.box)
-
-
-def _read(folder: Path, manifest: Manifest, placed: Placed, into: Mapping[str, Shard], verified: Sequence[str]) -> None:
-    """Fill this rank's parts, and read all of the files that are its to verify. Raises `DamagedCheckpointError`."""
-
-    def fill(file: str) -> None:
-        path, chunks = folder / file, placed[file]
-        try:
-            if file in verified:
-                read_verified(path, manifest.files[file], manifest.tensors, chunks, into)
-            elif own := [(name, chunk) for name, chunk in chunks if _part(chunk, into.get(name)) is not None]:
-                read_parts(path, manifest.tensors, own, into)
-        except OSError as error:
-            raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-
-    with ThreadPoolExecutor(READERS) as readers:
-        list(readers.map(fill, placed))
+def _wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: Mapping[str, Shard]) -> dict[str, int]:
+    """Bytes that `into` has a part of, of each file that holds any."""
+    wanted: dict[str, int] = {}
+    for file, chunks in placed.items():
+        for name, chunk in chunks:
+            part = overlap((chunk.offset, chunk.shape), into[name].box) if name in into else None
+            if part is not None:
+                wanted[file] = wanted.get(file, 0) + DTYPES[stored[name].dtype][0] * math.prod(part[1])
+    return wanted

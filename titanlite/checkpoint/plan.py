@@ -1,23 +1,21 @@
-"""Who writes what and where boxes meet: pure arithmetic on parts of tensors, without torch.
+"""Which rank writes and verifies what, and where boxes meet: pure arithmetic on parts of tensors, without torch.
 
 A box is a part of a whole tensor: its offset and its shape. Every process that asks gets the same answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
+from titanlite.plan.rules.parts import part_count
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
-SHARED_BYTES = 2**24
-"""A box is cut so that the processes that have it share its writing, but not into pieces smaller than this."""
-FILE_BYTES = 2**29
-"""A new file begins when the one before would grow past this. Files are what is read at once, and by whom."""
 
-
-def pieces(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes: int) -> list[Box]:
+def boxes_to_write(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes: int) -> list[Box]:
     """What number `copy` of the `copies` processes that hold this box of tensor `name` writes of it.
 
     The box is cut along its rows, into equal runs; they are dealt out in turn, beginning at a copy that the name and
@@ -27,18 +25,13 @@ def pieces(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes:
     if 0 in size:
         return []
     rows = size[0] if size else 1
-    count = piece_count(rows, nbytes, copies, file_bytes)
+    count = part_count(rows, nbytes, copies, file_bytes)
     first = xxhash.xxh3_64_intdigest(f"{name} {offset}".encode())
     mine = [number for number in range(count) if (first + number) % copies == copy]
     if not size:
         return [box for _ in mine]
     edges = [rows * number // count for number in range(count + 1)]
     return [((offset[0] + edges[n], *offset[1:]), (edges[n + 1] - edges[n], *size[1:])) for n in mine]
-
-
-def piece_count(rows: int, nbytes: int, copies: int, file_bytes: int) -> int:
-    """Into how many pieces the `copies` processes that hold a box of so many rows and bytes cut it."""
-    return min(rows, max(1, -(-nbytes // file_bytes), min(copies, nbytes // SHARED_BYTES)))
 
 
 def overlap(one: Box, other: Box) -> Box | None:
@@ -54,6 +47,19 @@ def within(part: Box, box: Box) -> tuple[slice, ...]:
     return tuple(slice(a - b, a - b + n) for a, n, b in zip(*part, box[0], strict=True))
 
 
+def row_blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
+    """Boxes of whole rows that make up `box` in order, each of at most `limit` bytes if a row is."""
+    offset, size = box
+    if 0 in size:
+        return
+    if not size:
+        yield box
+        return
+    step = max(1, limit // (itemsize * math.prod(size[1:])))
+    for first in range(0, size[0], step):
+        yield (offset[0] + first, *offset[1:]), (min(step, size[0] - first), *size[1:])
+
+
 def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in their order, cut into groups of at most `limit` in sum; one that is larger stands alone."""
     groups: list[list[str]] = []
@@ -67,7 +73,7 @@ def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def shared_out(sizes: Mapping[str, int], wanted: Sequence[Mapping[str, int]]) -> list[list[str]]:
+def assign_files(sizes: Mapping[str, int], wanted: Sequence[Mapping[str, int]]) -> list[list[str]]:
     """The files that each rank reads whole, from how many bytes of each every rank wants.
 
     From the largest on, each goes where it adds least: to a rank that has few by then, or that wants most of it anyway.

@@ -1,7 +1,7 @@
-"""From a checkpoint's files into parts of tensors, block by block; files that are to be verified are hashed on the way.
+"""Values from safetensors files into tensors, block by block; a file that is to be verified is hashed on the way.
 
-Beside the targets, one block is held. Nothing is mapped into memory: a file that is cut while it is read is an error
-here, where it would be a fatal signal there.
+The one reader of checkpoints and of Hugging Face folders. Beside the targets, one block is held. Nothing is mapped into
+memory, and no pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -18,139 +18,172 @@ import torch
 import xxhash
 from torch import Tensor
 
-from titanlite.checkpoint.format import DTYPES, Chunk, DamagedCheckpointError, FileEntry, TensorEntry
-from titanlite.checkpoint.headers import check_header, parse_table
-from titanlite.checkpoint.plan import Box, overlap, within
-from titanlite.checkpoint.storage import open_plain, other_content, require_size, verify_file
-from titanlite.checkpoint.stream import row_blocks
-from titanlite.models.shard import Shard
+from titanlite.checkpoint.format import DTYPES, LEARNED, Chunk, DamagedCheckpointError, FileEntry, TensorEntry
+from titanlite.checkpoint.headers import StoredTensor, check_table, parse_table, read_header
+from titanlite.checkpoint.plan import Box, overlap, row_blocks, within
+from titanlite.checkpoint.storage import open_regular, require_hash, verify_file
+from titanlite.models.shard import Shard, is_finite
 
 BLOCK_BYTES = 2**22
 """What is read at once: whole rows of about this size (one row, if that is larger). So small that it is still in the
 processor's cache when it is hashed and copied."""
 RUN_BYTES = 2**12
 """Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway."""
-MAX_TABLE_BYTES = 10**8
-"""The library's own limit."""
 
 
-def read_verified(
+def read_chunks(
     path: Path,
-    expected: FileEntry,
     stored: Mapping[str, TensorEntry],
     chunks: list[tuple[str, Chunk]],
     into: Mapping[str, Shard],
+    expected: FileEntry | None = None,
 ) -> None:
-    """Read all of a file once: compare it with the manifest, and copy what `into` has a part of.
+    """Copy the parts that `into` has of a file's `chunks` of `stored`, and read no others; with `expected`, which needs
+    all chunks of the file, read every byte once, and compare with that.
 
-    `chunks` are those of `stored` that lie in it. Raises `DamagedCheckpointError` and `OSError`; what `into` then holds
-    is undefined.
+    Raises `DamagedCheckpointError`; what `into` then holds is undefined.
     """
-    with open_plain(path) as file:
-        require_size(path, file, expected)
-        try:
-            check_header(path, stored, chunks)
-        except DamagedCheckpointError:
-            verify_file(path, expected)  # if it is not the file that was written, that is what to say
-            raise
-        reader, known = _Reader(path, file, xxhash.xxh3_128()), {chunk.key: (name, chunk) for name, chunk in chunks}
-        for key, begin, size in reader.table():
+    with _open_checked(path, stored, chunks, expected) as file:
+        known = {chunk.key: (name, chunk) for name, chunk in chunks}
+        for key, tensor in file.table.items():
             name, chunk = known.get(key, ("", None))
-            if chunk is not None and name in into:
-                reader.take(begin, chunk, stored[name].dtype, (chunk.offset, chunk.shape), into[name])
-            else:
-                reader.skip(begin, size)
-        if reader.hexdigest() != expected.xxh3_128:
-            raise other_content(path)
+            shard, origin = into.get(name), _box(chunk) if chunk else None
+            part = overlap(origin, shard.box) if shard is not None and origin is not None else None
+            if part is not None and shard is not None and origin is not None:
+                file.copy(tensor, origin, part if expected is None else origin, shard.tensor.detach(), shard.box)
+            elif expected is not None:
+                file.skip(tensor)
 
 
-def read_parts(
-    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], into: Mapping[str, Shard]
-) -> None:
-    """Copy the parts that `into` has of these chunks of a file and read no others: another rank verifies it.
+def find_nonfinite(
+    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry
+) -> list[str]:
+    """Read every byte of a file, compare with `expected`, and return the weights and moments in it that are not finite.
 
-    Raises `DamagedCheckpointError` and `OSError`.
+    Raises `DamagedCheckpointError`.
     """
-    with open_plain(path) as file:
-        reader = _Reader(path, file, None)
-        places = {key: (begin, size) for key, begin, size in reader.table()}
-        for name, chunk in chunks:
-            begin, size = places.get(chunk.key, (0, -1))
-            if size != stored[name].chunk_bytes(chunk):
-                raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")
-            part = overlap((chunk.offset, chunk.shape), into[name].box)
-            assert part is not None
-            reader.take(begin, chunk, stored[name].dtype, part, into[name])
-
-
-class _Reader:
-    """A safetensors file, opened; hashes what it reads if it is given a digest."""
-
-    def __init__(self, path: Path, file: FileIO, digest: xxhash.xxh3_128 | None) -> None:
-        self._path = path
-        self._file = file
-        self._digest = digest
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    def table(self) -> list[tuple[str, int, int]]:
-        """(key, first byte, bytes) of each tensor, in the file's order, which leaves no gap."""
-        length = bytearray(8)
-        self._read(0, memoryview(length))
-        (count,) = struct.unpack("<Q", length)
-        size = os.fstat(self._file.fileno()).st_size
-        if count > min(size, MAX_TABLE_BYTES):
-            raise DamagedCheckpointError(f"{self._path} is not a readable safetensors file: its table is too large.")
-        text = bytearray(count)
-        self._read(8, memoryview(text))
-        return parse_table(self._path, text, size)
-
-    def skip(self, begin: int, size: int) -> None:
-        """Read bytes that nobody here wants."""
-        block = self._block(min(size, BLOCK_BYTES)).numpy().data
-        for first in range(0, size, BLOCK_BYTES):
-            self._read(begin + first, block[: size - first])
-
-    def take(self, begin: int, chunk: Chunk, dtype: str, box: Box, shard: Shard) -> None:
-        """Read a box of a chunk, whose values begin at byte `begin`, and copy what the shard has of it."""
-        origin, values_dtype, itemsize = (chunk.offset, chunk.shape), getattr(torch, dtype), DTYPES[dtype][0]
-        offset, size = without_short_runs(origin, box, RUN_BYTES // itemsize)
-        for place, extent in row_blocks(size, itemsize, BLOCK_BYTES):
-            block = tuple(a + b for a, b in zip(offset, place, strict=True)), extent
-            part = overlap(block, shard.box)
-            target = None if part is None else shard.tensor.detach()[within(part, shard.box)]
-            if target is not None and part == block and _takes_bytes(target, values_dtype):
-                self._read_runs(begin, origin, block, target)
+    found: dict[str, None] = {}
+    with _open_checked(path, stored, chunks, expected) as file:
+        learned = {chunk.key: name for name, chunk in chunks if name.startswith(LEARNED)}
+        for key, tensor in file.table.items():
+            if key not in learned:
+                file.skip(tensor)
                 continue
-            values = self._block(itemsize * math.prod(extent)).view(values_dtype).view(extent)
-            self._read_runs(begin, origin, block, values)
-            if part is not None and target is not None:
-                target.copy_(values[within(part, block)])
+            origin = (0,) * len(tensor.shape), tensor.shape
+            for block in row_blocks(origin, DTYPES[tensor.dtype][0], BLOCK_BYTES):
+                values = file.block(tensor, origin, block)
+                if not is_finite(values.float() if values.element_size() == 1 else values):
+                    found[learned[key]] = None
+    return list(found)
+
+
+def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
+    """A box of a checkpoint's tensor, assembled from the chunks that it meets. Raises `DamagedCheckpointError`."""
+    values = torch.empty(box[1], dtype=getattr(torch, entry.dtype))
+    for chunk in entry.chunks:
+        part = overlap(_box(chunk), box)
+        if part is not None:
+            with open_tensors(folder / chunk.file) as file:
+                tensor = file.table.get(chunk.key)
+                if tensor is None or (tensor.dtype, tensor.shape) != (entry.dtype, chunk.shape):
+                    raise DamagedCheckpointError(f"{file.path} holds '{chunk.key}' otherwise than its manifest says.")
+                file.copy(tensor, _box(chunk), part, values, box)
+    return values
+
+
+@contextmanager
+def open_tensors(path: Path, expected: FileEntry | None = None) -> Iterator[TensorFile]:
+    """A file, and its table; what is read in the block must be all of it if it is to have the hash that is `expected`.
+
+    Raises `DamagedCheckpointError`.
+    """
+    with open_regular(path, expected) as file:
+        tensors = TensorFile(path, file, hashed=expected is not None)
+        yield tensors
+        if expected is not None:
+            require_hash(path, tensors.hexdigest(), expected)
+
+
+@contextmanager
+def _open_checked(
+    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry | None
+) -> Iterator[TensorFile]:
+    """`open_tensors` of a file that must hold these chunks."""
+    try:
+        with open_tensors(path, expected) as file:
+            check_table(path, file.table, stored, chunks)
+            yield file
+    except DamagedCheckpointError:
+        if expected is not None:
+            verify_file(path, expected)  # if it is not the file that was written, that is what to say
+        raise
+
+
+class TensorFile:
+    """A safetensors file, opened; with `hashed`, a digest of what is read, which must then be all, in its order."""
+
+    def __init__(self, path: Path, file: FileIO, hashed: bool) -> None:
+        self.path = path
+        self._file = file
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        header = read_header(path, file)
+        self.table = parse_table(path, header, os.fstat(file.fileno()).st_size)
+        self._digest = xxhash.xxh3_128(header) if hashed else None
 
     def hexdigest(self) -> str:
         assert self._digest is not None
         return self._digest.hexdigest()
 
-    def _block(self, size: int) -> Tensor:
+    def skip(self, tensor: StoredTensor) -> None:
+        """Read the bytes of a tensor, for the digest alone."""
+        block = self._memory(min(tensor.nbytes, BLOCK_BYTES)).numpy().data
+        for first in range(0, tensor.nbytes, BLOCK_BYTES):
+            self._fill(tensor.begin + first, block[: tensor.nbytes - first])
+
+    def copy(self, tensor: StoredTensor, origin: Box, box: Box, target: Tensor, target_box: Box) -> None:
+        """Read `box` of a tensor that is the box `origin` of a whole, and copy what `target`, the box `target_box` of
+        the same whole, has of it. The numbers are rounded to the target's dtype.
+        """
+        dtype, itemsize = getattr(torch, tensor.dtype), DTYPES[tensor.dtype][0]
+        direct = target.device.type == "cpu" and target.dtype == dtype
+        for block in row_blocks(without_short_runs(origin, box, RUN_BYTES // itemsize), itemsize, BLOCK_BYTES):
+            part = overlap(block, target_box)
+            place = None if part is None else target[within(part, target_box)]
+            if direct and place is not None and part == block and place.is_contiguous():
+                self._read_runs(tensor, origin, block, place)
+                continue
+            values = self.block(tensor, origin, block)
+            if part is not None and place is not None:
+                place.copy_(values[within(part, block)])
+
+    def block(self, tensor: StoredTensor, origin: Box, block: Box) -> Tensor:
+        """The values of a box, in memory that the next call overwrites."""
+        dtype, itemsize = getattr(torch, tensor.dtype), DTYPES[tensor.dtype][0]
+        values = self._memory(itemsize * math.prod(block[1])).view(dtype).view(block[1])
+        self._read_runs(tensor, origin, block, values)
+        return values
+
+    def _memory(self, size: int) -> Tensor:
         """Bytes to read into, the same ones each time: the allocator would take some time and more memory than that."""
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch[:size]
 
-    def _read_runs(self, begin: int, origin: Box, block: Box, values: Tensor) -> None:
+    def _read_runs(self, tensor: StoredTensor, origin: Box, block: Box, values: Tensor) -> None:
         memory, done = values.view(-1).view(torch.uint8).numpy().data, 0
         itemsize = values.element_size()
         for first, count in runs(origin, block):
-            self._read(begin + first * itemsize, memory[done : done + count * itemsize])
+            self._fill(tensor.begin + first * itemsize, memory[done : done + count * itemsize])
             done += count * itemsize
 
-    def _read(self, offset: int, memory: memoryview) -> None:
+    def _fill(self, offset: int, memory: memoryview) -> None:
         """Fill `memory` from byte `offset` on."""
-        self._file.seek(offset)
         done = 0
+        self._file.seek(offset)
         while done < len(memory):
             count = self._file.readinto(memory[done:])
             if not count:
-                raise DamagedCheckpointError(f"{self._path} is damaged: it was cut while it was read.")
+                raise DamagedCheckpointError(f"{self.path} is damaged: it was cut while it was read.")
             done += count
         if self._digest is not None:
             self._digest.update(memory)
@@ -182,6 +215,5 @@ def without_short_runs(whole: Box, box: Box, elements: int) -> Box:
     return tuple(offset), tuple(size)
 
 
-def _takes_bytes(target: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a file's bytes can be read into the tensor's own memory."""
-    return target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+def _box(chunk: Chunk) -> Box:
+    return chunk.offset, chunk.shape

@@ -1,4 +1,4 @@
-"""When a run saves beside its every so many steps: after so many minutes, and when somebody asks for it by a file.
+"""When a run saves beside its every so many steps: after so many minutes, and when a file asks for it.
 
 Only says when: what is saved is the trainer's, and `resilience.signals` sees to it that all ranks do it after one step.
 """
@@ -24,16 +24,14 @@ _RETRY_SECONDS = 30.0
 
 
 class SaveRequests:
-    """Asks once for each save that is due, and not again before it is known how it went. Of all ranks only one is
-    `heeded`.
-    """
+    """Asks once for each save that is due, and not again before it is known how it ended; on rank 0 alone."""
 
-    def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None], heeded: bool = True) -> None:
+    def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None], is_rank0: bool = True) -> None:
         """`file` asks for a save by being there; `every_minutes` 0: the clock asks for none."""
-        self._file: Path | None = file if heeded else None
-        self._limit_seconds = 60 * every_minutes if heeded and every_minutes else math.inf
+        self._file: Path | None = file if is_rank0 else None
+        self._limit_seconds = 60 * every_minutes if is_rank0 and every_minutes else math.inf
         self._warn = warn
-        self._heeded = heeded
+        self._is_rank0 = is_rank0
         self._saved_at = time.monotonic()
         self._retry_at = math.inf
         self._looked_at = -math.inf
@@ -61,7 +59,7 @@ class SaveRequests:
     def failed(self) -> None:
         """A save came to nothing: ask for another one in a while."""
         self._asked = self._saves_for_file = False
-        self._retry_at = time.monotonic() + _RETRY_SECONDS if self._heeded else math.inf
+        self._retry_at = time.monotonic() + _RETRY_SECONDS if self._is_rank0 else math.inf
 
     def saved(self) -> None:
         """The save that was begun last is committed: the file that had asked for it before goes."""

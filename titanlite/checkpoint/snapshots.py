@@ -1,8 +1,8 @@
 """Snapshots of a run in the memory of its machines: what a restart goes on from without reading a disk.
 
-Each machine keeps what its ranks hold, and a copy of what those of the machine before it do, so that any one may be
+Each machine keeps what its ranks hold, and a copy of what those of the machine before it hold, so that any one may be
 lost; in a folder on a file system in memory, which outlives the processes. That folder is a checkpoint some files of
-which lie on other machines. What is kept on disks is the manager's matter.
+which lie on other machines. Machines go by the number of their first rank.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from torch import Tensor
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.background import Saved, Warn, Writings
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
+from titanlite.checkpoint.background import BackgroundSaver, Warn
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode, folder_name
 from titanlite.checkpoint.load import load_state, wanted_files
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.save import Facts, Staging, manifest_text, portion_of, write_portion, writer_of
+from titanlite.checkpoint.save import (
+    CheckpointMetadata,
+    LocalSavePlan,
+    merge_tables,
+    plan_local_save,
+    write_items,
+    writer_of,
+)
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.files import cause, read_file, read_json, replace_file
 from titanlite.models.shard import Shard
@@ -38,17 +43,17 @@ from titanlite.text import format_bytes
 
 BLOCK_BYTES = 2**24
 """What is sent from machine to machine at once."""
-LINE = ".snapshots"
-"""File beside the run's checkpoints. Each start of a run begins a line of snapshots, which this file names, with the
-digest of the one that the start went on from, if any. No others count: those that machines which are away still hold
-may be of steps that the run has taken otherwise since."""
+GENERATION = ".snapshots"
+"""File beside the run's checkpoints. Each start of a run begins a generation of snapshots, which this file names, with
+the digest of the one that the start went on from, if any. No others count: those that machines which are away still
+hold may be of steps that the run has taken otherwise since."""
 RUN_NAME = ".run"
 """File in the run's folder with a name that was drawn for it: containers that share the memory may have runs of one
 path. `--fresh` leaves it, and so finds what is to be cleared."""
-_OF_LINE = "snapshots"
-"""The value in a snapshot's manifest that says of which line it is."""
+_OF_GENERATION = "snapshots"
+"""The value in a snapshot's manifest that says of which generation it is."""
 _LAST_SECONDS = 10.0
-"""For which the end of a run waits for a snapshot that nobody will read any more."""
+"""For which the end of a run waits for a snapshot that is no longer needed."""
 _MARK = "machine"
 """File by which ranks see that they are on one machine."""
 
@@ -62,9 +67,8 @@ class Move(NamedTuple):
     target: int
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A snapshot all files of which are somewhere; machines go by the number of their first rank."""
+class Snapshot(NamedTuple):
+    """A snapshot, by what all machines hold of it."""
 
     step: int
     digest: str
@@ -75,20 +79,19 @@ class Whole:
     """The machines that hold each of these."""
 
 
-class Line(NamedTuple):
+class Generation(NamedTuple):
     """The snapshots that count."""
 
     name: str
     origin: str = ""
-    """Digest of the manifest of one more, of an earlier line: what this one begins with."""
+    """Digest of the manifest of one more, of an earlier generation: what this one begins with."""
 
 
 class Snapshots:
     """The last snapshot of one run. Every rank has one; what is called is called by all and ends alike on all.
 
-    A snapshot that fails leaves the one before. With `background`, training stops only while this rank's portion is
-    copied to other memory of the host. `warn` gets, on the first rank, a sentence for whatever went wrong without
-    ending the run.
+    A snapshot that fails leaves the one before. With `background`, training stops only while this rank's part is copied
+    to other memory of the host. `warn` gets, on rank 0, a sentence for whatever went wrong without ending the run.
     """
 
     def __init__(
@@ -104,112 +107,81 @@ class Snapshots:
 
         `require_own`: as the `CheckpointManager`'s.
         """
-        self._file = checkpoints / LINE
+        self._file = checkpoints / GENERATION
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
-        self._staging = Staging() if background else None
-        self._writings = Writings(self._warn, background)
+        self.saves = BackgroundSaver(self._warn, background)
         self._loaded = ""
-        """Digest of the manifest of the one that was loaded, until a line begins."""
+        """Digest of the manifest of the one that was loaded, until a generation begins."""
         self._require_own = require_own
         self._folder = memory  # one in it, once `prepare` knows the run
-        self._line = Line("")
+        self._generation = Generation("")
         self._machines = [0] * ranks.size
         """By rank, its machine: the first rank that sees the same folder."""
 
     def prepare(self) -> None:
         """Make or find this machine's folder, and clear what a killed process left there. Raises `UsageError`."""
         checkpoints = self._file.parent
-        name = self._ranks.first(lambda: _run_name(checkpoints.with_name(RUN_NAME)))
-        run = hashlib.sha256(os.fsencode(checkpoints.resolve()) + b"\0" + name).hexdigest()[:16]
+        name: str = self._ranks.run_on_rank0(lambda: _run_name(checkpoints.with_name(RUN_NAME)))
+        run = hashlib.sha256(os.fsencode(checkpoints.resolve()) + b"\0" + name.encode()).hexdigest()[:16]
         self._folder /= f"titanlite-{os.getuid()}-{run}"
-        marks = self._ranks.each(lambda: _marked(self._folder))
-        told = self._ranks.first(lambda: json.dumps([marks.index(mark) for mark in marks]).encode())
-        self._machines = json.loads(told)
-        line = self._ranks.first(lambda: json.dumps(_read_line(self._file)).encode())
-        self._line = Line(*json.loads(line))
-        self._on_each_machine(lambda: _clear(self._folder, self._line))
+        self._machines = self._ranks.run_on_all_ranks(
+            lambda: _machine_mark(self._folder), lambda marks: [marks.index(mark) for mark in marks]
+        )
+        self._generation = Generation(*self._ranks.run_on_rank0(lambda: _read_generation(self._file)))
+        self._on_each_machine(lambda: _clear(self._folder, self._generation))
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
-        told = self._ranks.each(lambda: str(portion_of(tensors).nbytes).encode())
-        sizes = json.loads(self._ranks.first(lambda: json.dumps([int(size) for size in told]).encode()))
-        kept = Counter[int]()
-        for rank, keeper in enumerate(keepers(self._machines)):
-            for place in {self._machines[rank], self._machines[keeper]}:
-                kept[place] += 2 * sizes[rank]
-        self._on_each_machine(lambda: _require_free(self._folder, kept[self._machines[self._ranks.rank]]))
+        sizes = self._ranks.run_on_all_ranks(lambda: plan_local_save(tensors).nbytes, lambda sizes: sizes)
+        needed = Counter[int]()
+        for rank, replica in enumerate(replica_ranks(self._machines)):
+            for machine in {self._machines[rank], self._machines[replica]}:
+                needed[machine] += 2 * sizes[rank]
+        self._on_each_machine(lambda: _require_free(self._folder, needed[self._ranks.rank]))
 
-    def begin(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
-        """Begin a snapshot of a state, which may change once this returns; `ended` and `wait` tell how it went.
+    def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
+        """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended.
 
-        A line must have begun, and the snapshot that was begun before must have ended.
+        A generation must have begun, and the snapshot that was begun before must have ended.
         """
-        began = time.monotonic()
-        assert self._line.name, "snapshots begin with a line"
-        self._writings.require_none()
-        facts = replace(facts, values={**facts.values, _OF_LINE: self._line.name})
-        portion = portion_of(tensors)
-        if self._staging is not None:
-            portion = self._staging.copy(portion)
-
-        def write(warn: Warn) -> None:
-            final, ranks = self._folder / folder_name(facts.step), self._ranks
-            pending, explained = storage.pending(final), storage.refusals_explained(final, portion.nbytes, "snapshot")
-            text = b""
-            ranks.first(self._require_own)
-            try:
-                self._on_each_machine(explained(lambda: storage.begin(final)))
-                tables = ranks.each(explained(lambda: write_portion(pending, portion, ranks.rank)))
-                text = ranks.first(lambda: manifest_text(tables, facts))
-                sizes = {file: entry["bytes"] for file, entry in json.loads(text)["files"].items()}
-                ranks.each(explained(lambda: carry(copies(sizes, self._machines), pending, ranks)))
-                self._on_each_machine(explained(lambda: storage.commit(final, text).encode()))
-            except Exception:
-                self._on_each_machine(lambda: _undo(final, text))
-                raise
-            self._on_each_machine(lambda: _remove_others(final, warn))
-
-        self._writings.begin(facts.step, write, began)
-
-    def ended(self) -> Saved | None:
-        """How the snapshot went that was begun last; None if there is none, or it goes on. Told once."""
-        return self._writings.ended()
-
-    def wait(self) -> Saved | None:
-        """As `ended`, once it has ended."""
-        return self._writings.wait()
+        assert self._generation.name, "snapshots begin with a generation"
+        values = {**metadata.values, _OF_GENERATION: self._generation.name}
+        self.saves.begin(
+            metadata.step, tensors, lambda plan, warn: self._write(plan, replace(metadata, values=values), warn)
+        )
 
     def load_latest(self, tensors: Mapping[str, Shard], newer_than: int) -> Manifest | None:
         """Load the newest whole snapshot of a step after `newer_than`; None if there is none.
 
-        Raises `CheckpointError` if it does not fit the model. Call `begin_line` once the state is what the run goes on
-        from, this or another.
+        Raises `CheckpointError` if it does not fit the model. Call `begin_generation` once the state is what the run
+        goes on from, this or another.
         """
-        for whole in self._whole():
-            if whole.step <= newer_than:
+        reports: list[Any] = self._on_each_machine(lambda: _list_held(self._folder), assemble)
+        for snapshot in (Snapshot(*fields) for fields in reports):
+            if snapshot.step <= newer_than:
                 break
             try:
-                manifest = self._load(whole, tensors)
-                self._warn(f"going on from the snapshot of step {whole.step} in memory.")
+                manifest = self._load(snapshot, tensors)
+                self._warn(f"going on from the snapshot of step {snapshot.step} in memory.")
                 return manifest
             except DamagedCheckpointError as damage:
-                self._warn(f"{damage} The snapshot of step {whole.step} is passed over.")
+                self._warn(f"{damage} The snapshot of step {snapshot.step} is passed over.")
         return None
 
-    def begin_line(self) -> None:
+    def begin_generation(self) -> None:
         """Of the snapshots so far, here or on machines that are away, none but the one just loaded counts any more.
 
         Raises `UsageError` if that cannot be written down.
         """
-        self.wait()
-        line = self._ranks.first(lambda: json.dumps(_new_line(self._file, self._loaded)).encode())
-        self._line, self._loaded = Line(*json.loads(line)), ""
-        self._on_each_machine(lambda: _clear(self._folder, self._line))
+        self.saves.wait()
+        fields = self._ranks.run_on_rank0(lambda: _new_generation(self._file, self._loaded))
+        self._generation, self._loaded = Generation(*fields), ""
+        self._on_each_machine(lambda: _clear(self._folder, self._generation))
 
     def close(self) -> None:
         """Free the memory: the state is on a disk by now. One that is on its way is not waited for long."""
-        self._writings.join(_LAST_SECONDS)
+        self.saves.join(_LAST_SECONDS)
         if self._leads:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._ranks.is_first:
@@ -221,45 +193,63 @@ class Snapshots:
         """Whether this rank is the first of its machine."""
         return self._machines[self._ranks.rank] == self._ranks.rank
 
-    def _on_each_machine(self, action: Callable[[], bytes | None]) -> list[bytes]:
-        """One rank of each machine does `action`; as `Ranks.each`."""
-        return self._ranks.each(lambda: action() if self._leads else b"")
+    def _on_each_machine(
+        self, action: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda results: None
+    ) -> Any:
+        """The first rank of each machine runs `action`; as `Ranks.run_on_all_ranks`, with None of the other ranks."""
+        return self._ranks.run_on_all_ranks(lambda: action() if self._leads else None, decide)
 
-    def _whole(self) -> list[Whole]:
-        """The snapshots that are whole if all machines put together what they have, the newest first."""
-        reports = self._on_each_machine(lambda: json.dumps(_held(self._folder)).encode())
-        told = self._ranks.first(lambda: json.dumps([vars(whole) for whole in put_together(reports)]).encode())
-        return [Whole(**fields) for fields in json.loads(told)]
+    def _write(self, plan: LocalSavePlan, metadata: CheckpointMetadata, warn: Warn) -> None:
+        final, ranks, text = self._folder / folder_name(metadata.step), self._ranks, ""
+        pending, wrapped = storage.pending(final), storage.wrap_os_errors(final, plan.nbytes, "snapshot")
+        ranks.run_on_rank0(self._require_own)
+        try:
+            self._on_each_machine(wrapped(lambda: storage.begin(final)))
+            text = ranks.run_on_all_ranks(
+                wrapped(lambda: write_items(pending, plan, ranks.rank)),
+                lambda tables: encode(merge_tables(tables, metadata)).decode(),
+            )
+            sizes = {file: entry["bytes"] for file, entry in json.loads(text)["files"].items()}
+            ranks.run_on_all_ranks(wrapped(lambda: transfer(plan_copies(sizes, self._machines), pending, ranks)))
+            self._on_each_machine(wrapped(lambda: storage.commit(final, text.encode())))
+        except Exception:
+            self._on_each_machine(lambda: _undo(final, text.encode()))
+            raise
+        self._on_each_machine(lambda: _remove_others(final, warn))
 
-    def _load(self, whole: Whole, tensors: Mapping[str, Shard]) -> Manifest:
-        folder = self._folder / folder_name(whole.step)
-        self._on_each_machine(lambda: _make_way(folder, whole.digest))
+    def _load(self, snapshot: Snapshot, tensors: Mapping[str, Shard]) -> Manifest:
+        folder = self._folder / folder_name(snapshot.step)
+        self._on_each_machine(lambda: _make_way(folder, snapshot.digest))
         fetched: list[str] = []
         try:
-            self._fetch(whole, folder, [MANIFEST])
-            manifest = storage.decode_manifest(folder, self._ranks.first(lambda: storage.manifest_bytes(folder)))
-            fetched = self._fetch(whole, folder, wanted_files(manifest, tensors))
+            self._fetch(snapshot, folder, [MANIFEST])
+            manifest = storage.decode_manifest(folder, self._ranks.run_on_rank0(lambda: storage.manifest_text(folder)))
+            fetched = self._fetch(snapshot, folder, wanted_files(manifest, tensors))
             manifest = load_state(folder, tensors, ranks=self._ranks, shared=False)
         finally:  # a machine keeps no more than it did
-            _forget_files(folder, fetched)
-        self._loaded = whole.digest
+            _delete_files(folder, fetched)
+        self._loaded = snapshot.digest
         return manifest
 
-    def _fetch(self, whole: Whole, folder: Path, wanted: Sequence[str]) -> list[str]:
+    def _fetch(self, snapshot: Snapshot, folder: Path, wanted: Sequence[str]) -> list[str]:
         """Have each machine get the files that its ranks want and it lacks; those that came to this rank.
 
         Raises `DamagedCheckpointError`.
         """
-        told = self._ranks.each(lambda: json.dumps(wanted).encode())
-        plan = self._ranks.first(
-            lambda: json.dumps(fetches(whole, self._machines, list(map(json.loads, told)))).encode()
-        )
-        moves = [Move(*fields) for fields in json.loads(plan)]
+        plan = self._ranks.run_on_all_ranks(lambda: wanted, lambda lists: plan_fetch(snapshot, self._machines, lists))
+        moves = [Move(*fields) for fields in plan]
         mine = [move.file for move in moves if move.target == self._ranks.rank]
+
+        def fetch() -> None:
+            try:
+                transfer(moves, folder, self._ranks)
+            except OSError as error:
+                raise DamagedCheckpointError(f"{folder} cannot be assembled: {cause(error, folder)}.") from error
+
         try:
-            self._ranks.each(lambda: _carried(moves, folder, self._ranks))
+            self._ranks.run_on_all_ranks(fetch)
         except Exception:
-            _forget_files(folder, mine)  # they may hold anything
+            _delete_files(folder, mine)  # they may hold anything
             raise
         return mine
 
@@ -267,46 +257,46 @@ class Snapshots:
 def forget(checkpoints: Path) -> None:
     """No snapshot of the run with these checkpoints counts any more: it takes none. Raises `UsageError`."""
     try:
-        (checkpoints / LINE).unlink(missing_ok=True)
+        (checkpoints / GENERATION).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot delete {checkpoints / LINE}: {cause(error, checkpoints)}.") from error
+        raise UsageError(f"cannot delete {checkpoints / GENERATION}: {cause(error, checkpoints)}.") from error
 
 
-def keepers(machines: Sequence[int]) -> list[int]:
+# --- who keeps, sends and gets what: the same on all ranks
+
+
+def replica_ranks(machines: Sequence[int]) -> list[int]:
     """By rank, the one that keeps copies of its files: on the next machine, at the same place among its ranks.
 
-    On a single machine that is the rank itself: there is nobody to send a copy to.
+    On a single machine that is the rank itself: there is no other to send a copy to.
     """
     ranks: dict[int, list[int]] = defaultdict(list)
     for rank, machine in enumerate(machines):
         ranks[machine].append(rank)
     order = sorted(ranks)
     after = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-    keepers = []
-    for rank, machine in enumerate(machines):
-        others = ranks[after[machine]]
-        keepers.append(others[ranks[machine].index(rank) % len(others)])
-    return keepers
+    others = [ranks[after[machine]] for machine in machines]
+    return [others[rank][ranks[machine].index(rank) % len(others[rank])] for rank, machine in enumerate(machines)]
 
 
-def copies(sizes: Mapping[str, int], machines: Sequence[int]) -> list[Move]:
-    """The moves by which each file gets to the keeper of the rank that wrote it.
+def plan_copies(sizes: Mapping[str, int], machines: Sequence[int]) -> list[Move]:
+    """The moves by which each file gets to the replica of the rank that wrote it.
 
     All ranks follow the list in its order. It goes by turns, in each of which a machine sends or receives, so that no
     chain of machines forms each of which waits for the one before.
     """
-    order, keeper = sorted(set(machines)), keepers(machines)
+    order, replicas = sorted(set(machines)), replica_ranks(machines)
     odd_one_out = len(order) - 1 if len(order) % 2 else -1
 
     def turn(move: Move) -> int:
         place = order.index(machines[move.source])
         return 2 if place == odd_one_out else place % 2
 
-    moves = [Move(file, size, writer_of(file), keeper[writer_of(file)]) for file, size in sizes.items()]
+    moves = [Move(file, size, writer_of(file), replicas[writer_of(file)]) for file, size in sizes.items()]
     return sorted((move for move in moves if move.source != move.target), key=turn)
 
 
-def fetches(whole: Whole, machines: Sequence[int], wanted: Sequence[Sequence[str]]) -> list[Move]:
+def plan_fetch(snapshot: Snapshot, machines: Sequence[int], wanted: Sequence[Sequence[str]]) -> list[Move]:
     """The moves by which each machine gets what its ranks want (files, by rank) and it does not hold.
 
     Files that several machines hold come from the one that sends least.
@@ -317,46 +307,66 @@ def fetches(whole: Whole, machines: Sequence[int], wanted: Sequence[Sequence[str
         for file in files:
             seekers.setdefault((file, machines[rank]), rank)
     for (file, machine), rank in sorted(seekers.items()):
-        if machine not in whole.holders[file]:
-            source = min(whole.holders[file], key=lambda holder: (sent[holder], holder))
-            sent[source] += whole.sizes[file]
-            moves.append(Move(file, whole.sizes[file], source, rank))
+        if machine not in snapshot.holders[file]:
+            source = min(snapshot.holders[file], key=lambda holder: (sent[holder], holder))
+            sent[source] += snapshot.sizes[file]
+            moves.append(Move(file, snapshot.sizes[file], source, rank))
     return moves
 
 
-def carry(moves: Sequence[Move], folder: Path, ranks: Ranks) -> None:
-    """Send and receive files of `folder`, by moves that are the same on all ranks.
-
-    Raises `OSError` for what failed on this rank, after the last move: nobody is left waiting.
-    """
-    failures = [
-        _sent(move, folder, ranks) if move.source == ranks.rank else _received(move, folder, ranks)
-        for move in moves
-        if ranks.rank in (move.source, move.target)
-    ]
-    for failure in failures:
-        if failure is not None:
-            raise failure
-
-
-def put_together(reports: Sequence[bytes]) -> list[Whole]:
-    """What is whole of what the machines hold (`_held` of each, empty for ranks that are not their machine's first),
-    newest first.
-    """
+def assemble(reports: Sequence[Any]) -> list[Snapshot]:
+    """What is whole of what the machines hold (`_list_held` of each, None of other ranks), newest first."""
     sizes: dict[tuple[int, str], dict[str, int]] = defaultdict(dict)
     lacking: dict[tuple[int, str], set[str]] = defaultdict(set)
     holders: dict[tuple[int, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for machine, report in enumerate(reports):
-        for step, digest, here, missing in json.loads(report or b"[]"):
+        for step, digest, here, missing in report or ():
             sizes[step, digest] |= here
             lacking[step, digest].update(missing)
             for file in here:
                 holders[step, digest][file].append(machine)
     whole = [key for key in sizes if lacking[key] <= sizes[key].keys()]
-    return [Whole(*key, sizes[key], holders[key]) for key in sorted(whole, reverse=True)]
+    return [Snapshot(*key, sizes[key], holders[key]) for key in sorted(whole, reverse=True)]
 
 
-def _held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]:
+# --- files
+
+
+def transfer(moves: Sequence[Move], folder: Path, ranks: Ranks) -> None:
+    """Send and receive files of `folder`, by moves that are the same on all ranks.
+
+    Raises `OSError` for what failed on this rank, after the last move: no rank is left waiting.
+    """
+    failures = [_transfer(move, folder, ranks) for move in moves if ranks.rank in (move.source, move.target)]
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def _transfer(move: Move, folder: Path, ranks: Ranks) -> OSError | None:
+    """Send or receive one file, all of its bytes, whatever fails here: the other rank waits for them. What failed."""
+    path, sends, failure = folder / move.file, move.source == ranks.rank, None
+    memory = torch.zeros(min(move.size, BLOCK_BYTES), dtype=torch.uint8)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb" if sends else "wb", buffering=0))
+        except OSError as error:
+            failure = error
+        for first in range(0, move.size, BLOCK_BYTES):
+            block = memory[: move.size - first]
+            if not sends:
+                ranks.receive(block, move.source)
+            try:
+                if failure is None and (file.readinto if sends else file.write)(block.numpy().data) != len(block):
+                    raise OSError(errno.EIO, "it was cut while it was copied", str(path))
+            except OSError as error:
+                failure = error
+            if sends:
+                ranks.send(block, move.target)
+    return failure
+
+
+def _list_held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]:
     """This machine's snapshots: step, digest of the manifest, files with their sizes, and those that it lacks."""
     held = []
     for step in storage.checkpoint_steps(folder):
@@ -378,46 +388,46 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _run_name(path: Path) -> bytes:
+def _run_name(path: Path) -> str:
     """What the file says, which is made if it is not there. Raises `UsageError`."""
     try:
         if not path.exists():
             replace_file(path, os.urandom(8).hex().encode())
-        return read_file(path)
+        return read_file(path).decode(errors="replace")
     except OSError as error:
         raise UsageError(f"cannot use {path}, without which no snapshots are kept: {cause(error, path)}.") from error
 
 
-def _read_line(path: Path) -> Line:
-    """The run's line of snapshots; a nameless one, of which there are none, if the file is not there or damaged."""
+def _read_generation(path: Path) -> Generation:
+    """The run's generation; a nameless one, of no snapshots, if the file is not there or damaged."""
     try:
-        return Line(*(str(word) for word in read_json(path)))
+        return Generation(*(str(word) for word in read_json(path)))
     except (OSError, ValueError, TypeError):
-        return Line("")
+        return Generation("")
 
 
-def _new_line(path: Path, origin: str) -> Line:
-    line = Line(os.urandom(8).hex(), origin)
+def _new_generation(path: Path, origin: str) -> Generation:
+    generation = Generation(os.urandom(8).hex(), origin)
     try:
-        replace_file(path, json.dumps(line).encode())
+        replace_file(path, json.dumps(generation).encode())
     except OSError as error:
         raise UsageError(f"cannot write {path}, without which no snapshots are kept: {cause(error, path)}.") from error
-    return line
+    return generation
 
 
-def _marked(folder: Path) -> bytes:
-    """What tells the machine of this folder from others: the mark that whoever came first left there."""
+def _machine_mark(folder: Path) -> str:
+    """What tells the machine of this folder from others: the mark that whichever rank came first left there."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise UsageError(f"{folder} was made by somebody else; it is not used. Delete it.")
+            raise UsageError(f"{folder} was made by another user; it is not used. Delete it.")
         mine = folder / f".mark-{os.urandom(8).hex()}"
-        mine.write_bytes(mine.name.encode())
+        mine.write_text(mine.name)
         with suppress(FileExistsError):
             os.link(mine, folder / _MARK)
         mine.unlink()
-        return read_file(folder / _MARK)
+        return read_file(folder / _MARK).decode(errors="replace")
     except OSError as error:
         raise UsageError(
             f"cannot keep snapshots in {folder}: {cause(error, folder)}. Set resilience.snapshot_dir to a folder of a "
@@ -425,17 +435,18 @@ def _marked(folder: Path) -> bytes:
         ) from error
 
 
-def _clear(folder: Path, line: Line) -> None:
+def _clear(folder: Path, generation: Generation) -> None:
     """Remove what a killed process left, what cannot be read, and what does not count. Raises `UsageError`."""
     try:
         storage.clear_leftovers(folder)
         for step in storage.checkpoint_steps(folder):
             place = folder / folder_name(step)
             try:
-                counts = bool(line.name) and storage.read_manifest(place).values.get(_OF_LINE) == line.name
+                found = storage.read_manifest(place).values.get(_OF_GENERATION)
+                counts = bool(generation.name) and found == generation.name
             except CheckpointError:
                 counts = False
-            if not counts and (not line.origin or _digest(place) != line.origin):
+            if not counts and (not generation.origin or _digest(place) != generation.origin):
                 storage.remove(place)
     except OSError as error:
         raise UsageError(f"cannot clear {folder}: {cause(error, folder)}.") from error
@@ -479,56 +490,6 @@ def _make_way(folder: Path, digest: str) -> None:
         raise DamagedCheckpointError(f"{folder} cannot be used: {cause(error, folder)}.") from error
 
 
-def _forget_files(folder: Path, files: Sequence[str]) -> None:
+def _delete_files(folder: Path, files: Sequence[str]) -> None:
     for file in files:
         (folder / file).unlink(missing_ok=True)
-
-
-def _carried(moves: Sequence[Move], folder: Path, ranks: Ranks) -> None:
-    try:
-        carry(moves, folder, ranks)
-    except OSError as error:
-        raise DamagedCheckpointError(f"{folder} cannot be put together: {cause(error, folder)}.") from error
-
-
-def _sent(move: Move, folder: Path, ranks: Ranks) -> OSError | None:
-    """Send a file; as many bytes as the other rank waits for, whatever happens here. What happened."""
-    block, failure = torch.zeros(min(move.size, BLOCK_BYTES), dtype=torch.uint8), None
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(folder / move.file, "rb", buffering=0))
-        except OSError as error:
-            failure = error
-        for part in _parts(block, move.size):
-            try:
-                if failure is None and file.readinto(part.numpy().data) != len(part):
-                    raise OSError(errno.EIO, "it was cut while it was read", str(folder / move.file))
-            except OSError as error:
-                failure = error
-            ranks.send(part, move.target)
-    return failure
-
-
-def _received(move: Move, folder: Path, ranks: Ranks) -> OSError | None:
-    """Receive a file, all of it, whether it can be written or not. What happened."""
-    block, failure = torch.zeros(min(move.size, BLOCK_BYTES), dtype=torch.uint8), None
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(folder / move.file, "wb", buffering=0))
-        except OSError as error:
-            failure = error
-        for part in _parts(block, move.size):
-            ranks.receive(part, move.source)
-            try:
-                rest = part.numpy().data if failure is None else memoryview(b"")
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError as error:
-                failure = error
-    return failure
-
-
-def _parts(block: Tensor, size: int) -> Iterator[Tensor]:
-    """The block, again and again until it has been `size` bytes."""
-    for first in range(0, size, BLOCK_BYTES):
-        yield block[: size - first]

@@ -104,7 +104,7 @@ def abandon(final: Path) -> None:
 
 
 @contextmanager
-def refusals_explained(final: Path, needed_bytes: int, what: str = "checkpoint") -> Iterator[None]:
+def wrap_os_errors(final: Path, needed_bytes: int, what: str = "checkpoint") -> Iterator[None]:
     """Turn an `OSError` met while writing `final` into a `CheckpointError` with path, reason, and this rank's need."""
     try:
         yield
@@ -156,76 +156,69 @@ def set_aside(final: Path) -> Path:
 
 def read_manifest(folder: Path) -> Manifest:
     """The validated manifest of a checkpoint folder. Raises `DamagedCheckpointError` or `NewerFormatError`."""
-    return decode_manifest(folder, manifest_bytes(folder))
+    return decode_manifest(folder, manifest_text(folder))
 
 
-def manifest_bytes(folder: Path) -> bytes:
+def manifest_text(folder: Path) -> str:
     """The manifest's text as it lies on the disk. Raises `DamagedCheckpointError`."""
     path = folder / MANIFEST
-    with open_plain(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_MANIFEST_BYTES:
             raise DamagedCheckpointError(f"{path} is too large to be a manifest ({size} bytes).")
-        return _read(file, path, size)
+        return (file.read(size) or b"").decode(errors="replace")  # what is no text does not have the checksum either
 
 
-def decode_manifest(folder: Path, data: bytes) -> Manifest:
+def decode_manifest(folder: Path, text: str) -> Manifest:
     """The manifest of a folder from its text. Raises `DamagedCheckpointError` or `NewerFormatError`."""
     path = folder / MANIFEST
-    manifest = decode(data, str(path))
+    manifest = decode(text, str(path))
     step = step_of(folder.name)
     if step is not None and step != manifest.step:
         raise DamagedCheckpointError(f"{path} is of step {manifest.step}, not of the step its folder is named after.")
     return manifest
 
 
-def verify_file(path: Path, expected: FileEntry) -> None:
-    """Compare size and content with the manifest's. Raises `DamagedCheckpointError` naming the file."""
-    with open_plain(path) as file:
-        require_size(path, file, expected)
-        try:
-            found = _hash(file)
-        except OSError as error:
-            raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    if found != expected.xxh3_128:
-        raise other_content(path)
+@contextmanager
+def open_regular(path: Path, expected: FileEntry | None = None) -> Iterator[FileIO]:
+    """A regular file for reading, of the expected size if one is; links, pipes and devices are refused.
 
-
-def require_size(path: Path, file: FileIO, expected: FileEntry) -> None:
-    """Raises `DamagedCheckpointError` if an opened file is not of the size that the manifest says."""
-    size = os.fstat(file.fileno()).st_size
-    if size != expected.bytes:
-        raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected.bytes}.")
-
-
-def other_content(path: Path) -> DamagedCheckpointError:
-    """For a file whose hash is not the manifest's."""
-    return DamagedCheckpointError(f"{path} is damaged: its content does not match its hash in {MANIFEST}.")
-
-
-def describe_file(path: Path) -> FileEntry:
-    """Size and hash of a file that was just written, for the manifest. Raises `OSError`."""
-    with open(path, "rb", buffering=0) as file:
-        return FileEntry(bytes=os.fstat(file.fileno()).st_size, xxh3_128=_hash(file))
-
-
-def open_plain(path: Path) -> FileIO:
-    """Open a regular file for reading; links, pipes and devices are refused. Raises `DamagedCheckpointError`."""
+    Raises `DamagedCheckpointError`, also for an `OSError` in the block.
+    """
     try:
-        return open(open_file(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0)
+        descriptor = open_file(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is missing.") from None
     except OSError as error:
         if path.is_symlink():
             raise DamagedCheckpointError(f"{path} is a link, which no checkpoint holds.") from None
         raise DamagedCheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+    with open(descriptor, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if expected is not None and size != expected.bytes:
+            raise DamagedCheckpointError(f"{path} is damaged: it has {size} bytes, not {expected.bytes}.")
+        try:
+            yield file
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _read(file: FileIO, path: Path, size: int) -> bytes:
-    try:
-        return file.read(size) or b""
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+def verify_file(path: Path, expected: FileEntry) -> None:
+    """Compare size and content with the manifest's. Raises `DamagedCheckpointError` naming the file."""
+    with open_regular(path, expected) as file:
+        require_hash(path, _hash(file), expected)
+
+
+def require_hash(path: Path, found: str, expected: FileEntry) -> None:
+    """Raises `DamagedCheckpointError` unless a file has the hash that the manifest says."""
+    if found != expected.xxh3_128:
+        raise DamagedCheckpointError(f"{path} is damaged: its content does not match its hash in {MANIFEST}.")
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file that was just written, for the manifest. Raises `OSError`."""
+    with open(path, "rb", buffering=0) as file:
+        return FileEntry(os.fstat(file.fileno()).st_size, _hash(file))
 
 
 def _hash(file: FileIO) -> str:

@@ -1,6 +1,6 @@
 """Safetensors files written block by block, so that a file may be larger than the memory there is.
 
-The library's own `save_file` wants all tensors of a file at once. Reading stays with the library.
+The library's own `save_file` wants all tensors of a file at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from titanlite.checkpoint.format import DTYPES, FileEntry
-from titanlite.checkpoint.plan import Box
+from titanlite.checkpoint.plan import Box, row_blocks
 from titanlite.files import sync
 
 BLOCK_BYTES = 2**26
@@ -36,7 +36,7 @@ class Source:
     dtype: str
     """torch's name of the dtype that it is written in."""
     shape: tuple[int, ...]
-    block: Callable[[Box], Tensor]
+    read: Callable[[Box], Tensor]
     """Reads a box of it, in any dtype."""
 
     @property
@@ -62,32 +62,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:
 
-        def accompany(batch: list[Data]) -> None:
+        def hash_and_sync(batch: list[Data]) -> None:
             for data in batch:
                 digest.update(data)
             if size:
                 sync(file.fileno(), path)  # what was written before, so that the disk has work all the time
 
-        for batch in _batches(itertools.chain([struct.pack("<Q", len(text)) + text], _bytes(tensors, order))):
-            meanwhile = beside.submit(accompany, batch)
+        for batch in _batches(itertools.chain([struct.pack("<Q", len(text)) + text], _blocks(tensors, order))):
+            meanwhile = beside.submit(hash_and_sync, batch)
             file.writelines(batch)
             meanwhile.result()
             size += sum(map(len, batch))
         file.flush()
         sync(file.fileno(), path)
-    return FileEntry(bytes=size, xxh3_128=digest.hexdigest())
-
-
-def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int) -> Iterator[Box]:
-    """Boxes of whole rows that make up the tensor in order, each of at most `limit` bytes if a row is."""
-    if 0 in shape:
-        return
-    if not shape:
-        yield (), ()
-        return
-    step = max(1, limit // (itemsize * math.prod(shape[1:])))
-    for first in range(0, shape[0], step):
-        yield (first, *[0] * (len(shape) - 1)), (min(step, shape[0] - first), *shape[1:])
+    return FileEntry(size, digest.hexdigest())
 
 
 def _batches(blocks: Iterable[Data]) -> Iterator[list[Data]]:
@@ -104,8 +92,9 @@ def _batches(blocks: Iterable[Data]) -> Iterator[list[Data]]:
         yield batch
 
 
-def _bytes(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[Data]:
+def _blocks(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[Data]:
     for source in map(tensors.__getitem__, order):
-        for box in row_blocks(source.shape, DTYPES[source.dtype][0], BLOCK_BYTES):
-            block = source.block(box).to(getattr(torch, source.dtype)).contiguous()
+        origin = (0,) * len(source.shape), source.shape
+        for box in row_blocks(origin, DTYPES[source.dtype][0], BLOCK_BYTES):
+            block = source.read(box).to(getattr(torch, source.dtype)).contiguous()
             yield block.flatten().view(torch.uint8).numpy().data

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.examine import checkpoints_at, damages, deletion_told, newest_at, strangers, summary
+from titanlite.checkpoint.examine import (
+    checkpoints_at,
+    find_corruption,
+    newest_at,
+    raise_if_deleted,
+    summary,
+    unlisted_files,
+)
 from titanlite.checkpoint.format import step_of
 from titanlite.cli.huggingface import add_huggingface_commands
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
@@ -87,8 +94,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     reports: list[dict[str, Any]] = []
     for folder in checkpoints_at(arguments.path):
-        found = list(damages(folder, arguments.deep))
-        extra = [] if found else strangers(folder)
+        found = list(find_corruption(folder, arguments.deep))
+        extra = [] if found else unlisted_files(folder)
         reports.append({"path": str(folder), "whole": not found, "damages": found, "not_listed": extra})
         if not arguments.json:
             checked = "sizes, headers, hashes and finite numbers" if arguments.deep else "sizes and headers"
@@ -108,7 +115,7 @@ def _diff(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.compare import differences
 
     a, b = newest_at(arguments.a), newest_at(arguments.b)
-    with deletion_told(a), deletion_told(b):
+    with raise_if_deleted(a), raise_if_deleted(b):
         found = list(differences(a, b, arguments.prefix))
     apart = [difference for difference in found if not difference.is_none]
     if arguments.json:
@@ -133,7 +140,9 @@ def _prune(arguments: argparse.Namespace) -> None:
     if folders == [arguments.path]:
         raise UsageError(f"{arguments.path} is one checkpoint; give the run folder that it belongs to.")
     found = {step: folder for folder in folders if (step := step_of(folder.name)) is not None}
-    damaged = {step: first for step, folder in found.items() if (first := next(damages(folder), None)) is not None}
+    damaged = {
+        step: first for step, folder in found.items() if (first := next(find_corruption(folder), None)) is not None
+    }
     whole = [step for step in found if step not in damaged]
     if not whole:
         raise CheckpointError(f"no checkpoint in {arguments.path} is whole, so none is deleted.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from titanlite.checkpoint.examine import deletion_told, newest_at
+from titanlite.checkpoint.examine import newest_at, raise_if_deleted
 from titanlite.recipe.paths import path_argument
 from titanlite.text import format_bytes
 
@@ -34,7 +34,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.huggingface import export_huggingface
 
     checkpoint = newest_at(arguments.checkpoint)
-    with deletion_told(checkpoint):
+    with raise_if_deleted(checkpoint):
         written = export_huggingface(checkpoint, arguments.out, arguments.dtype)
     print(f"{checkpoint} -> {_summary(written)}")
     if not written.tokenizer_files:

@@ -7,6 +7,7 @@ recipe, than the checkpoint's run had.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def restore(
         _require_same_past(manifest, data, start)
         _tell_other_validation(manifest, data, say)
     if snapshots is not None:
-        snapshots.begin_line()  # before later checkpoints go: a later snapshot must not come back in their place
+        snapshots.begin_generation()  # before later checkpoints go: a later snapshot must not come back in their place
     if start.step is not None:
         checkpoints.set_aside_after(start.step)
     if manifest is not None:
@@ -137,7 +138,7 @@ def _loaded(
     folder = checkpoints.begins_with(expand(recipe.checkpoint.resume_from))
     require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
     loaded = checkpoints.load_from(folder, state)
-    return loaded.model_copy(update={"values": {**loaded.values, BACK_TO: -1}})  # the steps there are not this run's
+    return replace(loaded, values={**loaded.values, BACK_TO: -1})  # the steps there are not this run's
 
 
 def reordered_steps(manifest: Manifest | None, data: DataSplits, say: Callable[[str], None]) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shlex
 import sys
@@ -14,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from titanlite.errors import (
     EXIT_DONE,
@@ -46,8 +44,8 @@ if TYPE_CHECKING:
 
 def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     """Run a checked recipe to its end. Raises `TitanliteError` of the type that says how else it ended."""
-    from titanlite.checkpoint.manager import CheckpointManager, Keep
-    from titanlite.checkpoint.ranks import Ranks, joined_ranks
+    from titanlite.checkpoint.manager import CheckpointManager, Retention
+    from titanlite.checkpoint.ranks import Ranks, new_ranks
     from titanlite.checkpoint.snapshots import Snapshots, forget
     from titanlite.data.read_log import ReadLog, last_start, log_path
     from titanlite.observe.journal import Journal
@@ -75,8 +73,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         checkpoints = CheckpointManager(
             path / "checkpoints",
             journal.say,
-            joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
-            Keep(section.keep_last, section.keep_every, section.keep_best),
+            new_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
+            Retention(section.keep_last, section.keep_every, section.keep_best),
             background=section.mode == "async",
             max_failures=section.max_failures,
             require_own=require_own,
@@ -87,7 +85,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 expand(recipe.resilience.snapshot_dir),
                 checkpoints.folder,
                 journal.say,
-                joined_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
+                new_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
                 background=section.mode == "async",
                 require_own=require_own,
             )
@@ -97,11 +95,10 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         trainer: Trainer | None = None
         folder: RunFolder | None = None
 
-        launchers = ranks.each(lambda: json.dumps(start.job).encode())
+        job = ranks.run_on_all_ranks(lambda: start.job, lambda jobs: sorted({name for names in jobs for name in names}))
 
-        def opened() -> bytes:
+        def opened() -> list[Any]:
             nonlocal folder
-            job = sorted({name for names in launchers for name in json.loads(names)})
             asked = replace(start, job=tuple(job))
             folder = _opened(stack, loaded, path, asked, journal, lambda: 0 if trainer is None else trainer.step)
             folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0), 1 + last_start(path))
@@ -110,11 +107,11 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 forget(checkpoints.folder)
             crashes.refuse_loop(records, recipe.resilience.max_crashes, checkpoints.latest() or 0, loaded.text)
             begun = folder.start
-            return json.dumps([folder.attempt, begun.mode, begun.step, begun.restarted]).encode()
+            return [folder.attempt, begun.mode, begun.step, begun.restarted]
 
         # Nobody looks for checkpoints before the first rank has locked and cleared the folder. It also says what is to
         # be done: a machine that has just come does not know what the job's earlier starts did.
-        attempt, mode, step, restarted = json.loads(ranks.first(opened))
+        attempt, mode, step, restarted = ranks.run_on_rank0(opened)
 
         def under_way() -> tuple[int, int | None]:
             return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
@@ -136,8 +133,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log,
                 _verification(stack, data, path, ranks, journal),
             )  # fmt: skip
-            hosts = ranks.each(lambda: os.fsencode(platform.node()))
-            _run(journal, folder, trainer, [os.fsdecode(host) for host in hosts], reading)
+            hosts = ranks.run_on_all_ranks(platform.node, lambda hosts: hosts)
+            _run(journal, folder, trainer, hosts, reading)
 
 
 def _run(journal: Journal, folder: RunFolder | None, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
@@ -182,7 +179,7 @@ def _agreed(ranks: Ranks, opened: tuple[DataSplits, list[str]] | TitanliteError)
         if isinstance(opened, TitanliteError):
             raise opened
 
-    ranks.each(require)
+    ranks.run_on_all_ranks(require)
     assert not isinstance(opened, TitanliteError)
     return opened
 
@@ -219,7 +216,7 @@ def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, 
             names = list_some([str(file.prefix) for file in left])
             journal.say(f"ended before token files were verified ({names}); titanlite data verify does it")
 
-    ranks.each(verification.begin)
+    ranks.run_on_all_ranks(verification.begin)
     stack.callback(end)
     return verification
 

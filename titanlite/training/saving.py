@@ -1,4 +1,4 @@
-"""What a run keeps of itself: its checkpoints and snapshots, when they are asked for, and what is said of them.
+"""What a run keeps of itself: its checkpoints and snapshots, when they are asked for, and what is logged of them.
 
 The trainer says which state after which step; when a save is due on all ranks it learns from `resilience.signals`.
 """
@@ -6,13 +6,13 @@ The trainer says which state after which step; when a save is due on all ranks i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from titanlite.checkpoint.background import Saved
+from titanlite.checkpoint.background import SaveResult
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.save import Facts
+from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.read_log import ReadLog
 from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly
@@ -23,11 +23,11 @@ from titanlite.resilience.watchdog import Watchdog
 _LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts to save what a run ends with."""
 _SHORT_SECONDS = 1.0
-"""A wait that nobody needs to hear of."""
+"""Shorter waits are not logged."""
 
 
 class Saving:
-    """Saves of one run, and the words about them. What it does, all ranks do after the same step."""
+    """Saves of one run, and their log. What it does, all ranks do after the same step."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class Saving:
         read_log: ReadLog,
         watchdog: Watchdog,
         every_minutes: float,
-        heeded: bool,
+        is_rank0: bool,
     ) -> None:
-        """`heeded`: of all ranks' clocks and files that ask for a save, whether this one's count."""
+        """`is_rank0`: it alone reads the clock and looks for the file that asks for a save."""
         self._checkpoints = checkpoints
         self._snapshots = snapshots
         self._journal = journal
         self._read_log = read_log
         self._watchdog = watchdog
-        self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, heeded=heeded)
+        self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, is_rank0)
         self._lost = False
         """Whether a save has found that the run folder may be another process's."""
         self._snapshots_fail: bool | None = None
@@ -59,56 +59,56 @@ class Saving:
 
     def covers(self, step: int) -> bool:
         """Whether there is a checkpoint of `step`, or one is being written: another would be none the better."""
-        return self._checkpoints.saves(step)
+        return self._checkpoints.covers(step)
 
-    def begin(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+    def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a checkpoint, once the one before has ended. Raises `CheckpointError` if too many have failed."""
         self._requests.begun()
-        if self.covers(facts.step):
+        if self.covers(metadata.step):
             return
         with self._watchdog.during("saving"):
-            self._note(self._awaited(self._checkpoints, "checkpoint", facts.step))
+            self._note(self._wait_logged(self._checkpoints.wait, "checkpoint", metadata.step))
             self._sync()
-            self._checkpoints.begin(tensors, facts)
+            self._checkpoints.begin(tensors, metadata)
         self.look()
 
-    def commit(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+    def commit(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Return once there is a checkpoint of this state. Raises `CheckpointError` when that has failed too often."""
         pause = 1.0
-        while self._checkpoints.current != facts.step:
+        while self._checkpoints.current != metadata.step:
             with self._watchdog.during("saving"):
-                self.begin(tensors, facts)
+                self.begin(tensors, metadata)
                 self._note(self._checkpoints.wait())
-                if self._checkpoints.current != facts.step:
+                if self._checkpoints.current != metadata.step:
                     time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def commit_instead(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+    def commit_instead(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """As `commit`, in place of the checkpoint that there may be of the same step, and of all snapshots."""
         self._checkpoints.forget_current()
-        self.commit(tensors, facts)
+        self.commit(tensors, metadata)
         if self._snapshots is not None:
-            self._snapshots.begin_line()
+            self._snapshots.begin_generation()
 
-    def take_snapshot(self, tensors: Mapping[str, Shard], facts: Facts) -> None:
+    def take_snapshot(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a snapshot, once the one before has ended."""
         assert self._snapshots is not None, "the recipe asks for none"
         with self._watchdog.during("saving"):
-            self._note_snapshot(self._awaited(self._snapshots, "snapshot", facts.step))
+            self._note_snapshot(self._wait_logged(self._snapshots.saves.wait, "snapshot", metadata.step))
             self._sync()
-            self._snapshots.begin(tensors, facts)
+            self._snapshots.begin(tensors, metadata)
 
     def look(self) -> None:
-        """Write down what has ended."""
-        self._note(self._checkpoints.ended())
+        """Log what has ended."""
+        self._note(self._checkpoints.result())
         if self._snapshots is not None:
-            self._note_snapshot(self._snapshots.ended())
+            self._note_snapshot(self._snapshots.saves.result())
 
     def settle(self) -> None:
         """Return once nothing is being written. Raises `CheckpointError` if too many saves have failed."""
         self._note(self._checkpoints.wait())
         if self._snapshots is not None:
-            self._note_snapshot(self._snapshots.wait())
+            self._note_snapshot(self._snapshots.saves.wait())
 
     @contextmanager
     def finished(self, alone: bool) -> Iterator[None]:
@@ -124,11 +124,11 @@ class Saving:
         except Exception as error:
             if alone or type(error) is GuardStop:
                 self._checkpoints.close()
-                self._note(self._checkpoints.ended())
+                self._note(self._checkpoints.result())
             raise
         self._free_memory()
 
-    def lost(self, step: int) -> str:
+    def describe_loss(self, step: int) -> str:
         """What would be lost if the process ended now, after `step`; empty for nothing."""
         current = self._checkpoints.current
         if current == step:
@@ -136,28 +136,28 @@ class Saving:
         kept = f"up to step {current}" if current is not None else "nothing of this start"
         return f"{kept} is saved; what came after, up to step {step}, is lost and will be trained again"
 
+    def _wait_logged(self, wait: Callable[[], SaveResult | None], what: str, step: int) -> SaveResult | None:
+        """What `wait()` returns; if training stands still for that, a row says so."""
+        before = time.monotonic()
+        saved = wait()
+        seconds = time.monotonic() - before
+        if seconds > _SHORT_SECONDS:
+            text = f"training stood still for {seconds:.1f} s until the {what} before was complete"
+            self._journal.event(step, "waited", text)
+        return saved
+
     def _sync(self) -> None:
         """No row of a step that is kept, nor what it read, may be lost with the machine's power."""
         self._journal.sync()
         self._read_log.sync()
-
-    def _awaited(self, kept: CheckpointManager | Snapshots, what: str, step: int) -> Saved | None:
-        """What `kept.wait()` returns; if training stands still for that, it is said."""
-        before = time.monotonic()
-        saved = kept.wait()
-        seconds = time.monotonic() - before
-        if seconds > _SHORT_SECONDS:
-            said = f"training stood still for {seconds:.1f} s until the {what} before was complete"
-            self._journal.event(step, "waited", said)
-        return saved
 
     def _free_memory(self) -> None:
         """The run has ended with its state on a disk."""
         if self._snapshots is not None:
             self._snapshots.close()
 
-    def _note(self, saved: Saved | None) -> None:
-        """Write down how a save went, if one has ended."""
+    def _note(self, saved: SaveResult | None) -> None:
+        """Log how a save ended, if one has."""
         if saved is None:
             return
         if saved.error is not None:
@@ -165,18 +165,18 @@ class Saving:
             self._journal.event(saved.step, "save_failed", str(saved.error))
             self._requests.failed()
             return
-        self._journal.event(saved.step, "checkpoint", f"{self._checkpoints.path(saved.step)}; {_spent(saved)}")
+        self._journal.event(saved.step, "checkpoint", f"{self._checkpoints.path(saved.step)}; {_describe_time(saved)}")
         self._requests.saved()
 
-    def _note_snapshot(self, saved: Saved | None) -> None:
-        """Write down a snapshot that went otherwise than the one before; there may be one every few seconds."""
+    def _note_snapshot(self, saved: SaveResult | None) -> None:
+        """Log a snapshot that ended otherwise than the one before; there may be one every few seconds."""
         if saved is None or self._snapshots_fail is (saved.error is not None):
             return
         self._snapshots_fail = saved.error is not None
         self._lost = self._lost or isinstance(saved.error, RunFolderLost)
-        said = f"kept in memory; {_spent(saved)}; only what goes otherwise is told of from now on"
-        self._journal.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or said))
+        text = f"kept in memory; {_describe_time(saved)}; from now on only a change of this is logged"
+        self._journal.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or text))
 
 
-def _spent(saved: Saved) -> str:
+def _describe_time(saved: SaveResult) -> str:
     return f"training stood still for {saved.blocked_seconds:.3f} s of {saved.seconds:.3f} s"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titanlite.checkpoint.format import Scalar
 from titanlite.checkpoint.manager import BACK_TO, VALIDATION_LOSS, CheckpointManager
-from titanlite.checkpoint.save import Facts, environment
+from titanlite.checkpoint.save import CheckpointMetadata, environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.corpus.verification import Verification
 from titanlite.data.audit import REORDERED
@@ -98,9 +98,7 @@ class Trainer:
         self._begin_course()
         self._ahead = self._reading(iter(()))
         every = recipe.checkpoint.every_minutes
-        self.saving = Saving(
-            checkpoints, self.snapshots, journal, self.read_log, watchdog, every, heeded=world.is_first
-        )
+        self.saving = Saving(checkpoints, self.snapshots, journal, self.read_log, watchdog, every, world.is_first)
         self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.model, journal)
         self.finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -164,7 +162,7 @@ class Trainer:
             self.world.size,
             self.world.is_first,
             self.recipe.resilience.grace_seconds,
-            lambda: self.saving.lost(self.step),
+            lambda: self.saving.describe_loss(self.step),
         )
         with stop_requests, _collecting_garbage_seldom(), self.saving.finished(self.world.size == 1):
             while True:
@@ -273,7 +271,7 @@ class Trainer:
         if self.snapshots is not None and self.step % every == 0 and not last:
             with self.metrics.paused():
                 self._examine()
-                self.saving.take_snapshot(self._state(), self._facts())
+                self.saving.take_snapshot(self._state(), self._metadata())
 
     def _validate(self, last: bool) -> None:
         loss = self.validation.loss_after(self.step, last)
@@ -292,14 +290,14 @@ class Trainer:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._examine()
         self._back_to, self._gone_back = self.step, False
-        self.saving.begin(self._state(), self._facts())
+        self.saving.begin(self._state(), self._metadata())
 
     def _save_at_end(self) -> None:
         """Return once this step is committed."""
         self._examine()
         if self.step == self.total_steps or not self.recipe.checkpoint.every_steps:
             self._back_to, self._gone_back = self.step, False
-        self.saving.commit(self._state(), self._facts())
+        self.saving.commit(self._state(), self._metadata())
 
     def _examine(self) -> None:
         """What is to be saved must be good."""
@@ -315,7 +313,7 @@ class Trainer:
         """Weights and moments, by the names that they have in a checkpoint."""
         return {name: shard.tensor for name, shard in self._state().items() if not name.startswith("guards.")}
 
-    def _facts(self) -> Facts:
+    def _metadata(self) -> CheckpointMetadata:
         """What a checkpoint of this step says beside the tensors."""
         values: dict[str, Scalar] = {
             **self.data.train.past(self.samples),
@@ -333,7 +331,7 @@ class Trainer:
         first, last = self.guards.skips_in_a_row
         if first <= last == self.step:
             values[_SKIPPED_SINCE] = first
-        return Facts(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)
+        return CheckpointMetadata(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)
 
     def _review(self, suspect: Tensor | None = None) -> None:
         """Write down what went bad since the last review; `suspect`: whether the state may hold inf or NaN.
@@ -366,7 +364,7 @@ class Trainer:
         with self.watchdog.during("going back"):
             self.saving.settle()
             last = self._back_to - again
-            oldest = min(self.checkpoints.agreed_steps(), default=-1)  # that again, if there is none further back
+            oldest = min(self.checkpoints.agree_on_steps(), default=-1)  # that again, if there is none further back
             self._restore(self._start.again, last=max(last, oldest) if last >= 0 else last)
         self._back_to, self._gone_back = self.step, True
         self.guards.rolled_back(*counts)
@@ -379,7 +377,7 @@ class Trainer:
             f"({self.guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
         )
         self.journal.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
-        self.saving.commit_instead(self._state(), self._facts())  # what it was loaded from says that less was read
+        self.saving.commit_instead(self._state(), self._metadata())  # what it was loaded from says that less was read
         self.metrics.start(tokens=self.tokens)
 
     def _compare_replicas(self) -> None:

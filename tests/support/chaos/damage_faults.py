@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def not_finite(folder: Path) -> str:
     tensors["model.norm.weight"][3] = np.nan
     save_file(tensors, path)
     files = {**manifest.files, path.name: describe_file(path)}
-    (folder / MANIFEST).write_bytes(encode(manifest.model_copy(update={"files": files})))
+    (folder / MANIFEST).write_bytes(encode(replace(manifest, files=files)))
     return path.name
 
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import lcm, prod
 
-from titanlite.checkpoint.format import MAX_CHUNKS
-from titanlite.checkpoint.plan import FILE_BYTES, piece_count
 from titanlite.errors import Finding
 from titanlite.models.spec import ModelSpec
 from titanlite.optim.base import OPTIMIZERS, optimizer_spec
 from titanlite.plan.layout import Layout, batch_plan, ceil_div, layout_of
 from titanlite.plan.rules.lookup import divisors, find_config, find_spec, warning
+from titanlite.plan.rules.parts import FILE_BYTES, MAX_CHUNKS, part_count
 from titanlite.plan.rules.run import heads
 from titanlite.plan.slicing import GroupRank, Placement, find_placements, local_shape, pattern_of
 from titanlite.plan.stages import splits_backward
@@ -157,7 +156,7 @@ def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
-    """How many parts of weights and moments the ranks write: each box that some hold, cut as `plan.pieces` does."""
+    """How many parts of weights and moments the ranks write: each box that some hold, cut as when saving."""
     config, states = spec.configure(recipe.model), optimizer_spec(recipe.optimizer.name).states
     copies, cut = layout.weights(recipe.parallel.zero_stage)
     width = 8 if recipe.precision.compute == "float64" else 4
@@ -174,7 +173,7 @@ def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes
             rows = max(1, ceil_div(size[0], cut))
             for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
                 nbytes = width * height * prod(size[1:])
-                number += tensors * boxes * piece_count(height, nbytes, holders, file_bytes)
+                number += tensors * boxes * part_count(height, nbytes, holders, file_bytes)
     return number
 
 
