@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The one test command: ./scripts/test.sh [--all] [pytest arguments …]
+# The one test command: ./scripts/test.sh [--quick | --all] [pytest arguments …]
 #
-# Sets up what is missing, then lints, checks types and runs the tests; --all adds the long suites. Without pytest
-# arguments the parity suite runs beside the others, with the tests of float8 and of kernels.
+# Sets up what is missing, then lints, checks types and runs the tests; --all adds the long suites, --quick keeps the
+# pure functions, a few layouts' parity and one kill (two minutes on two cores). Without pytest arguments the parity
+# suite runs beside the others, with the tests of float8 and of kernels.
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 source "$root/scripts/environment.sh"
@@ -10,10 +11,10 @@ ensure_environment test
 cd "$root"
 
 selection=(-m "not slow")
-if [[ ${1:-} == --all ]]; then
-  selection=()
-  shift
-fi
+case ${1:-} in
+  --all) selection=() && shift ;;
+  --quick) selection=(-m "quick and not slow") && shift ;;
+esac
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 if (($#)); then

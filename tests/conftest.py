@@ -14,6 +14,10 @@ import pytest
 import torch
 from support.pool import Pool
 
+QUICK = {"recipe", "plan", "corpus", "models", "parallel", "optim", "data", "observe"}
+"""Folders whose tests `./scripts/test.sh --quick` runs, unless they start other processes by one of these fixtures."""
+_NOT_QUICK = {"pool", "run_on_device"}
+
 torch.set_num_threads(1)
 # The compiler's cache does not tell apart programs for other vectors, which here would corrupt memory or not build.
 CACHE = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
@@ -86,5 +90,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 13):
         reasons["splits"] = "schedules that split the backward pass need torch 2.13"
     for item in items:
+        if item.path.parent.name in QUICK and not _NOT_QUICK.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("quick")
         for marker in reasons.keys() & item.keywords:
             item.add_marker(pytest.mark.skip(reason=reasons[marker]))

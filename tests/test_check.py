@@ -24,6 +24,8 @@ from titanlite.plan.slicing import GroupRank, find_placements, local_slices, pat
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 
+pytestmark = pytest.mark.quick
+
 
 def recipe(**keys: Any) -> Recipe:
     """A valid recipe of 100 steps of the debug model with `section__key=value` laid over it."""

@@ -13,6 +13,8 @@ import pytest
 
 from titanlite.recipe.toml import parse_toml
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "titanlite"
 

@@ -16,6 +16,8 @@ from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import parse_toml
 
+pytestmark = pytest.mark.quick
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.toml"))
 

@@ -115,6 +115,30 @@ def test_what_the_documents_read_and_write_is_in_no_commit_and_no_image() -> Non
     assert ignored == paths
 
 
+@pytest.mark.parametrize(
+    ("words", "selection"),
+    [
+        (["-k", "some"], ["-m", "not slow"]),
+        (["--quick", "-x"], ["-m", "quick and not slow"]),
+        (["--all", "tests/gpu"], []),
+        (["--quick"], ["-m", "quick and not slow"]),
+    ],
+)
+def test_which_tests_are_asked_for(root: Path, words: list[str], selection: list[str]) -> None:
+    """All of the tests, in two halves that run beside each other, where pytest gets no arguments."""
+    calls = root / "calls"
+    (root / ".venv/installed-").rename(root / ".venv/installed-test")
+    write_program(root / ".venv/bin/python", f'printf "%s\\n" "$*" >>"{calls}"')
+    subprocess.run([root / "scripts/test.sh", *words], check=True, capture_output=True)
+    lint, layout, *others = calls.read_text().splitlines()
+    assert (lint, layout) == ("-m ruff check .", "-m ruff format --check .")
+    rest = [word for word in words if word not in ("--quick", "--all")]
+    halves = [["tests/parity", "tests/precision", "tests/kernels"]]
+    halves.append([f"--ignore={folder}" for folder in halves[0]])
+    runs = [" ".join(["-m pytest", *selection, *words]) for words in ([rest] if rest else halves)]
+    assert sorted(others) == sorted(["-m mypy", *runs])
+
+
 def lines(name: str) -> list[str]:
     return [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
 

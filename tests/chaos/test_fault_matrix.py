@@ -7,10 +7,14 @@ from support.chaos.fault import Fault
 from support.chaos.fault_matrix import MATRIX
 from support.chaos.sandbox import Sandbox
 
+QUICK = "1: SIGKILL of one rank of three"
+"""What `./scripts/test.sh --quick` has of it."""
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(fault, marks=[pytest.mark.slow] if fault.slow else [], id=fault.name) for fault in MATRIX],
-)
+
+def _marks(fault: Fault) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.quick] * (fault.name == QUICK) + [pytest.mark.slow] * fault.slow
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name, marks=_marks(fault)) for fault in MATRIX])
 def test_what_is_promised_holds(fault: Fault, box: Sandbox) -> None:
     fault.run(box)

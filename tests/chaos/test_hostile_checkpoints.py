@@ -283,7 +283,7 @@ def try_mutations(count: int) -> None:
             said = io.StringIO()
             with redirect_stdout(said), redirect_stderr(said):
                 try:
-                    code = cli.main(words)
+                    code = cli(words)
                 except BaseException:
                     code = -1
                     traceback.print_exc()

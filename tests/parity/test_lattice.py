@@ -24,12 +24,15 @@ def refusals(recipe: Recipe, ranks: int) -> list[str]:
 
 
 LEGAL = [point for point in points() if not refusals(small_recipe("corpus.txt", **point.sections), point.ranks)]
+QUICK = {"2 ranks: zero 3; training.microbatch 2", "2 ranks: tp 2", "2 ranks: cp 2, cp_method ring", "3 ranks: pp 3"}
+"""Points that `./scripts/test.sh --quick` has too."""
 
 
-@pytest.mark.parametrize(
-    "point",
-    [pytest.param(point, id=point.name, marks=() if point.default else pytest.mark.slow) for point in LEGAL],
-)
+def _marks(point: Point) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.quick] * (point.name in QUICK) + [pytest.mark.slow] * (not point.default)
+
+
+@pytest.mark.parametrize("point", [pytest.param(point, id=point.name, marks=_marks(point)) for point in LEGAL])
 def test_the_curve_and_the_weights_are_those_of_one_process(pool: Pool, corpus: str, point: Point) -> None:
     recipe = small_recipe(corpus, **point.sections)
     expected = reference(corpus, **point.sections)
