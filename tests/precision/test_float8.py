@@ -22,11 +22,11 @@ from titanlite.precision import float8
 from titanlite.precision.float8 import (
     FORMATS,
     Float8Linear,
-    KeptWeights,
     convert,
     in_tiles,
     multiplies_blocks,
     quantise,
+    refresh_casts,
 )
 from titanlite.recipe.sections import Float8, Recipe
 
@@ -214,11 +214,11 @@ def test_kept_weights_give_the_same_bits(recipe: str) -> None:
     linear.weight = torch.nn.Parameter(torch.randn(64, 32))
     model = torch.nn.ModuleDict({"linear": linear})
     found = [float8.Decision("linear", (64, 32), None)]
-    kept = convert(model, found, SETTINGS[recipe], torch.bfloat16, keep=True)
+    kept = convert(model, found, SETTINGS[recipe], cache=True)
     for _ in range(2):
         with torch.no_grad():
             linear.weight.mul_(-3)
-        kept.refresh()
+        refresh_casts(kept, torch.bfloat16)
         arguments = torch.randn(16, 32).bfloat16(), linear.weight, torch.randn(16, 64).bfloat16()
         anew = gradients(Float8Linear(SETTINGS[recipe]), *arguments)
         assert all(map(torch.equal, gradients(linear.multiply, *arguments), anew))
@@ -233,8 +233,7 @@ def test_kept_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> N
         torch.nn.ModuleDict({"linear": linear}),
         [float8.Decision("linear", (48, 32), None)],
         SETTINGS["tensorwise"],
-        torch.float32,
-        keep=True,
+        cache=True,
     )
     cast: list[tuple[int, ...]] = []
     for name in ("quantise_reference", "quantise_both_reference"):
@@ -244,7 +243,7 @@ def test_kept_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> N
             name,
             lambda matrix, *how, operation=operation: (cast.append(tuple(matrix.shape)), operation(matrix, *how))[1],
         )
-    kept.refresh()
+    refresh_casts(kept, torch.float32)
     assert cast == [(48, 32)]
     cast.clear()
     gradients(linear.multiply, torch.randn(16, 32), linear.weight, torch.randn(16, 48))
@@ -310,11 +309,11 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
     found = decisions(SPEC, PRESETS[preset], Float8(enabled=True, min_size=0))
     assert {each.name: each.shape for each in found} == {name: tuple(m.weight.shape) for name, m in linears.items()}
     before = list(model.state_dict())
-    kept = convert(model, found, SETTINGS["tensorwise"], torch.bfloat16, keep=True)
+    kept = convert(model, found, SETTINGS["tensorwise"], cache=True)
     assert list(model.state_dict()) == before
     converted = [name for name, module in linears.items() if isinstance(module.multiply, Float8Linear)]
     assert converted == [name for name in linears if name != "head"]
-    assert isinstance(kept, KeptWeights) and len(kept.modules) == len(converted)
+    assert len(kept) == len(converted)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from torch import nn
 
 from titanlite.models.layers import Linear
 from titanlite.models.llama_spec import PRESETS, SPEC
-from titanlite.parallel.float8_gather import Float8Gather, _shares
-from titanlite.parallel.float8_message import packed
+from titanlite.parallel.float8_gather import Float8Gather, _local_parameters
 from titanlite.plan.float8 import SETTINGS, Cast, Gather, gathers, gathers_in_words
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.recipe.sections import Float8
@@ -21,12 +20,12 @@ def test_a_message_is_read_as_it_was_written() -> None:
     """Linears come out as float8 has them, all else bit for bit; a message has half the bytes."""
     unit = nn.ModuleDict({"norm": nn.LayerNorm(19), "wide": Linear(128, 33), "plain": Linear(3, 5)})
     unit["wide"].multiply = Float8Linear(SETTINGS["tensorwise"])
-    gather = Float8Gather(list(_shares(unit, 2)))
+    gather = Float8Gather(list(_local_parameters(unit, 2)))
     norm, wide, plain = torch.randn(2, 10), torch.randn(17, 128), torch.randn(3, 3)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         sent = [part.to(dtype).flatten() for part in (norm, wide, plain)]
         flat = torch.cat(sent)
-        message = packed(gather._message(flat))
+        message = gather._message(flat)
         assert message.dtype == torch.uint8
         assert message.numel() - (17 * 128 + 17 * 4 + 29 * dtype.itemsize) in range(4 * 8)
         read = torch.empty_like(flat)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from titanlite.parallel.collectives import gather_sequence
 from titanlite.parallel.ring import _arrived, _pass_on
-from titanlite.parallel.tensor import gather_sequence
 from titanlite.resilience.sampling import Location, look_at
 
 _ENOUGH = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ class Sampler:
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module, prompt: list[int], count: int, context: int, vocab_size: int, sampler: Sampler
+    model: Any, prompt: list[int], count: int, context: int, vocab_size: int, sampler: Sampler
 ) -> Iterator[int]:
-    """Up to `count` tokens after `prompt`, each attending to at most `context` tokens before it.
+    """Up to `count` tokens after `prompt`, each attending to at most `context` tokens before it, by a module that makes
+    `new_caches`.
 
     Only the first `vocab_size` logits take part: the rest are the embedding's padding. When the context is full, its
     later half is read again and generation goes on from there.

@@ -10,31 +10,14 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from titanlite.errors import UsageError
-from titanlite.models.spec import ModelSpec, Piece, ShardingRule, spec_of
+from titanlite.models.spec import ModelConfig, ModelFamily, Piece, ShardingRule
 from titanlite.recipe.sections import Model, RopeScaling
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of one model; the meaning of each is in the recipe's `[model]`."""
-
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn_dim: int
-    vocab_size: int
-    rope_theta: float = 500_000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qk_norm: bool = False
+class LlamaConfig(ModelConfig):
     init_std: float = 0.02
     depth_scaled_init: bool = True
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
 
 
 _LLAMA3_VOCAB = 128_256
@@ -65,8 +48,8 @@ _SWITCHES = ("tie_embeddings", "qk_norm")
 
 
 def model_config(section: Model) -> LlamaConfig:
-    """The preset with the recipe's own keys laid over it. Raises `UsageError` for an unknown preset."""
-    preset: LlamaConfig = spec_of(section.preset).presets[section.preset]
+    """The preset, which is one of this family's, with the recipe's own keys laid over it."""
+    preset = PRESETS[section.preset]
     given = {name: getattr(section, name) for name in _SIZES + _SWITCHES if getattr(section, name) is not None}
     if section.preset == _CUSTOM:  # these two follow from the others
         dim, heads = given.get("dim", preset.dim), given.get("heads", preset.heads)
@@ -331,7 +314,7 @@ def _refuse(key: str, value: object, problem: str) -> NoReturn:
     raise UsageError(f"its {key} is {str(value)[:80]!r}: {problem}")
 
 
-SPEC = ModelSpec(
+SPEC = ModelFamily(
     family="llama",
     presets=PRESETS,
     configure=model_config,

@@ -29,18 +29,18 @@ class TokenLoss(nn.Module):
     chunks. A module, so that it can be exchanged for one whose logits lie on several devices.
     """
 
-    def __init__(self, way: Literal["auto", "torch", "off"] = "auto", recompute: bool = False) -> None:
-        """`way`: `kernels.linear_cross_entropy` of the recipe. `recompute`: chunks keep a number per token until the
-        backward pass, and then form their logits anew; else the weight's gradient is held until then.
+    def __init__(self, implementation: Literal["auto", "torch", "off"] = "auto", recompute: bool = False) -> None:
+        """`implementation`: `kernels.linear_cross_entropy` of the recipe. `recompute`: chunks keep a number per token
+        until the backward pass, and then form their logits anew; else the weight's gradient is held until then.
         """
         super().__init__()
-        self.way = way
+        self.implementation = implementation
         self.recompute = recompute
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """hidden [batch, seq, dim], weight [vocab, dim], labels [batch, seq] -> scalar."""
         large = 4 * labels.numel() * weight.shape[0] > LARGE_LOGITS
-        if self.way == "off" or (self.way == "auto" and not large):
+        if self.implementation == "off" or (self.implementation == "auto" and not large):
             return self.of_logits(multiply(hidden, weight), labels)
         # Imported here: Triton takes a second that small runs need not pay.
         from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, tokens_at_a_time
@@ -52,7 +52,7 @@ class TokenLoss(nn.Module):
             ignore_index=IGNORED,
             recompute=self.recompute,
             chunk=tokens_at_a_time(device_kind(hidden)),
-            backend="torch" if self.way == "torch" else "auto",
+            backend="torch" if self.implementation == "torch" else "auto",
             wide_products=by_float32_units(hidden),
             **self.part(),
         )

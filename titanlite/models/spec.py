@@ -10,11 +10,15 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from titanlite.errors import UsageError
-from titanlite.recipe.sections import Model
+from titanlite.recipe.sections import Model, RopeScaling
 from titanlite.registry import Registry, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Style = Literal["vocab", "gather", "column", "row", "loss", "attention", "mask"]
 """What becomes of a module when several ranks share it; all others are the same on each of them.
@@ -55,19 +59,43 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """One model family. `Config` below is the family's own frozen dataclass of sizes."""
+class ModelConfig:
+    """Sizes of one model; the meaning of each is in the recipe's `[model]`. Families may add their own."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+@dataclass(frozen=True)
+class ModelFamily(Generic[Config]):
+    """What a model family offers."""
 
     family: str
-    presets: Mapping[str, Any]
+    presets: Mapping[str, Config]
     """Preset name -> Config."""
-    configure: Callable[[Model], Any]
+    configure: Callable[[Model], Config]
     """The recipe's `[model]` -> Config: the preset with the recipe's own keys laid over it."""
-    parameter_count: Callable[[Any], int]
+    parameter_count: Callable[[Config], int]
     """All parameters, tied ones once."""
-    shapes: Callable[[Any], Mapping[str, tuple[int, ...]]]
+    shapes: Callable[[Config], Mapping[str, tuple[int, ...]]]
     """Config -> the shape of every parameter by name, in the module's own order; tied ones once."""
-    embedding_parameters: Callable[[Any], int]
+    embedding_parameters: Callable[[Config], int]
     """Parameters that are only looked up, never multiplied (0 where the head shares them)."""
     flops_per_token: Callable[[Any, int], int]
     """(Config, sequence length) -> floating-point operations of a training step per token, forward and backward."""
@@ -81,15 +109,15 @@ class ModelSpec:
     """Name patterns of the submodules that are gathered and released one by one when weights are sharded."""
     recompute_units: tuple[str, ...]
     """Name patterns of the submodules that may be run a second time in the backward pass."""
-    sharding: Callable[[Any], tuple[ShardingRule, ...]]
+    sharding: Callable[[Config], tuple[ShardingRule, ...]]
     """Config -> the sharding plan."""
-    hidden_size: Callable[[Any], int]
+    hidden_size: Callable[[Config], int]
     """Config -> width of what one piece hands to the next."""
-    cut_limit: Callable[[Any], int]
+    cut_limit: Callable[[Config], int]
     """Config -> the most ranks that can share a matrix (tp)."""
     pieces: Callable[[Any, int], tuple[Piece, ...]]
     """(Config, sequence length) -> what a pipeline cuts between, in the order of computation."""
-    tied: Callable[[Any], Mapping[str, str]]
+    tied: Callable[[Config], Mapping[str, str]]
     """Config -> parameters that are another one: {its name: the other's, which it is known by}."""
     is_block_matrix: Callable[[str], bool]
     """Whether a parameter is one of the blocks' matrices, by its name."""
@@ -97,7 +125,7 @@ class ModelSpec:
     """Our parameter's name -> its name in the Hugging Face checkpoint of the same architecture (same layout)."""
     huggingface_classes: tuple[str, ...]
     """Classes of Hugging Face's transformers that compute what this family does, with the right config."""
-    to_huggingface_config: Callable[[Any], Mapping[str, Any]]
+    to_huggingface_config: Callable[[Config], Mapping[str, Any]]
     """Config -> what `config.json` says of the architecture; the context length is the caller's to add."""
     from_huggingface_config: Callable[[Mapping[str, Any]], Model]
     """A `config.json` of one of these classes -> the recipe's `[model]`. Raises `UsageError` naming a key that asks for
@@ -105,10 +133,15 @@ class ModelSpec:
     huggingface_derived: tuple[str, ...]
     """Name patterns of tensors in Hugging Face files that follow from the config, and are not read."""
 
-    def build(self, config: Any, compute_dtype: Any) -> Any:
+    def build(self, config: Config, compute_dtype: torch.dtype) -> nn.Module:
         """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""
         module, _, attribute = self.module.partition(":")
-        return getattr(importlib.import_module(module), attribute)(config, compute_dtype)
+        built: nn.Module = getattr(importlib.import_module(module), attribute)(config, compute_dtype)
+        return built
+
+
+ModelSpec = ModelFamily[ModelConfig]
+"""A family as the rooms see it that know none by name."""
 
 
 def is_named_by(patterns: tuple[str, ...], name: str) -> bool:

@@ -1,195 +1,195 @@
-"""From a model spec and a recipe to the program that runs on this rank.
+"""From a model spec and a recipe to the model that runs on this rank.
 
 In this order: pipeline stages, tensor parallelism, context parallelism, float8, recomputation, compilation, FSDP2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from titanlite.models.loss import TokenLoss
-from titanlite.models.spec import ModelSpec
+from titanlite.models.spec import ModelConfig, ModelSpec
 from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
-from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync
+from titanlite.parallel.model import ForwardBackward, GradientAccumulation, ParallelModel, Sync
 from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decisions, gathers
-from titanlite.plan.layout import Layout, batch_plan, require_layout
+from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
 from titanlite.plan.rules.kernels import QUANTISE, fused
 from titanlite.plan.stages import keeps_all_microbatches, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
-from titanlite.precision.float8 import KeptWeights, convert, multiplies_blocks, require_float8
+from titanlite.precision.float8 import convert, multiplies_blocks, refresh_casts, require_float8
 from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
-    from titanlite.parallel.pipeline import Pipeline
     from titanlite.plan.slicing import Placement
 
 
-def build(spec: ModelSpec, config: Any, recipe: Recipe, world: World) -> ParallelModel:
+def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
+    meshes, coordinates, sequence = None, ORIGIN, None
     if layout.size > 1:
-        return _shared(spec, config, recipe, world, layout)
-    with torch.device("meta"):
-        model = _model(spec, config, recipe, world.device)
-    kept = _to_float8(model, spec, config, recipe, world, whole=True)
-    model.to_empty(device=world.device)
-    _tie(model, spec.tied(config))
-    _recompute_and_compile(model, spec, recipe)
-    return ParallelModel(model, world, Shards.of(model), GradientAccumulation(model, Sync()), refresh=kept.refresh)
+        # Imported here: FSDP costs half a second that a run on one device need not pay.
+        from titanlite.parallel.context import SequencePart
+        from titanlite.parallel.meshes import Meshes
+
+        ends_share_a_weight = layout.pp > 1 and bool(spec.tied(config))
+        meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight)
+        coordinates = meshes.coordinates
+        sequence = SequencePart(layout.cp, coordinates.cp) if layout.cp > 1 else None
+    builder = _Builder(spec, config, recipe, world, meshes)
+    module, shards, passes, cached = builder.pipeline(meshes) if meshes and layout.pp > 1 else builder.whole()
+    refresh = partial(refresh_casts, cached, compute_dtype(recipe.precision))
+    return ParallelModel(module, world, shards, passes, coordinates, sequence, refresh)
 
 
-def _model(spec: ModelSpec, config: Any, recipe: Recipe, device: torch.device) -> nn.Module:
-    model: nn.Module = spec.build(config, compute_dtype(recipe.precision)).to(master_dtype(recipe.precision))
-    if operations := fused(recipe, device.type):
-        # Imported here: it knows Triton, which a run without kernels need not load.
-        from titanlite.models.fused import use_kernels
-
-        use_kernels(model, operations)
-    pipeline = recipe.parallel.pipeline
-    for module in model.modules():
-        if isinstance(module, TokenLoss):
-            module.way = recipe.kernels.linear_cross_entropy
-            module.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(pipeline.schedule)
-    return model
+class _Built(NamedTuple):
+    module: nn.Module
+    shards: Shards
+    passes: ForwardBackward
+    cached: Sequence[nn.Module]
+    """Linears whose casts need to be refreshed: see `convert`."""
 
 
-def _to_float8(
-    model: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, whole: bool
-) -> KeptWeights:
-    """Have linears multiply in float8, in place. `whole`: whether weights rest where they are used, and uncut.
-
-    These are cast once a step, and outside of compiled code, which would not round them to the compute dtype first as
-    they are where they travel in it. Raises `UsageError` on a device that has no float8.
-    """
-    section = recipe.precision.float8
-    found = decisions(spec, config, section)
-    if found:
-        require_float8(world.device)
-    native, dtype = multiplies_blocks(world.device), compute_dtype(recipe.precision)
-    by_kernel = _casts_by_kernel(recipe, world)
-    return convert(model, found, SETTINGS[section.recipe], dtype, whole, native, by_kernel)
-
-
-def _casts_by_kernel(recipe: Recipe, world: World) -> bool:
-    return QUANTISE in fused(recipe, world.device.type)
-
-
-def _recompute_and_compile(model: nn.Module, spec: ModelSpec, recipe: Recipe) -> None:
-    recompute_units(model, spec, recipe.recompute)
-    if recipe.compile.enabled:
-        set_memory_budget(recipe.recompute.budget)
-        compile_units(model, spec)
-
-
-def _shared(spec: ModelSpec, config: Any, recipe: Recipe, world: World, layout: Layout) -> ParallelModel:
-    """A model that several ranks share: one module of it on this rank or, in a pipeline, each of its stages here."""
-    # Imported here: FSDP costs half a second that a run on one device need not pay.
-    from titanlite.parallel.context import SequencePart
-    from titanlite.parallel.meshes import Meshes
-
-    meshes = Meshes.of(
-        layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=layout.pp > 1 and bool(spec.tied(config))
-    )
-    sequence = SequencePart(layout.cp, meshes.coordinates.cp) if layout.cp > 1 else None
-    if layout.pp > 1:
-        model, shards, passes, refresh = _pipeline(spec, config, recipe, world, meshes)
-        return ParallelModel(model, world, shards, passes, meshes.coordinates, sequence, refresh)
-    with torch.device("meta"):
-        model = _model(spec, config, recipe, world.device)
-    part = _apply(model, spec, config, recipe, world, meshes)
-    shards = Shards(dict(model.named_parameters()), meshes, part.placements)
-    return ParallelModel(
-        model, world, shards, GradientAccumulation(model, part.sync), meshes.coordinates, sequence, part.kept.refresh
-    )
-
-
-def _pipeline(
-    spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes
-) -> tuple[nn.Module, Shards, Pipeline, Callable[[], None]]:
-    """The stages of a model that are on this rank; called before each batch, the last brings them up to date."""
-    from titanlite.parallel.pipeline import Held, Pipeline, Plan, keep_pieces
-
-    layout, training = meshes.layout, recipe.training
-    pieces, tied = spec.pieces(config, training.sequence_length), spec.tied(config)
-    stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
-    held, parameters, placements, kept = [], {}, {}, []
-    for stage in stages:
-        if stage.rank != meshes.coordinates.pp:
-            continue
-        with torch.device("meta"):
-            module = keep_pieces(_model(spec, config, recipe, world.device), pieces, stage.modules)
-        part = _apply(module, spec, config, recipe, world, meshes)
-        held.append(Held(stage, module, part.sync))
-        kept.append(part.kept)
-        parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
-        placements.update({tied.get(name, name): placement for name, placement in part.placements.items()})
-    batches = batch_plan(recipe, layout, meshes.coordinates.data)
-    positions = training.sequence_length // layout.cp
-    plan = Plan(
-        schedule=recipe.parallel.pipeline.schedule,
-        stages=len(stages),
-        microbatches=batches.microbatches,
-        hidden=(batches.microbatch, positions // layout.tp, spec.hidden_size(config)),
-        dtype=compute_dtype(recipe.precision),
-        sequence_length=positions,
-    )
-    model = (
-        held[0].module if len(held) == 1 else nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
-    )
-    shards = Shards(parameters, meshes, placements, tied=frozenset(tied.values()))
-
-    def refresh() -> None:
-        for weights in kept:
-            weights.refresh()
-
-    return model, shards, Pipeline(held, plan, meshes.pp, world.device), refresh
-
-
-@dataclass(frozen=True)
-class _Part:
+class _Applied(NamedTuple):
     """What was done to a module."""
 
     sync: Sync
     placements: Mapping[str, Placement]
-    kept: KeptWeights
+    cached: Sequence[nn.Module]
 
 
-def _apply(module: nn.Module, spec: ModelSpec, config: Any, recipe: Recipe, world: World, meshes: Meshes) -> _Part:
-    """Share `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
-    from titanlite.parallel.context import share_sequences
-    from titanlite.parallel.fsdp import apply_fsdp
-    from titanlite.parallel.tensor import Sent, cut_tensors
+@dataclass(frozen=True)
+class _Builder:
+    spec: ModelSpec
+    config: ModelConfig
+    recipe: Recipe
+    world: World
+    meshes: Meshes | None
+    """None on one rank."""
 
-    layout, parallel, plan = meshes.layout, recipe.parallel, spec.sharding(config)
-    rests_on = torch.device("cpu") if parallel.offload else world.device
-    tied = {name: other for name, other in spec.tied(config).items() if _has(module, other) and _has(module, name)}
-    by_kernel, found = _casts_by_kernel(recipe, world), gathers(spec, config, recipe.precision.float8)
-    sent = {each.module: Sent(each.cast, by_kernel) for each in found if each.cast is not None}
-    placements = cut_tensors(module, plan, meshes.tp, sent) if layout.tp > 1 else {}
-    if tied:
-        # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so now.
-        module.to_empty(device=rests_on)
-        _tie(module, tied)
-    if layout.cp > 1:
-        share_sequences(module, plan, meshes.cp, parallel.cp_method)
-    if parallel.async_tp and layout.tp > 1:
-        overlap_tensor_parallel(meshes.tp, world.device)
-    whole = meshes.dp_shard.size() == 1 and not parallel.offload
-    kept = _to_float8(module, spec, config, recipe, world, whole)
-    _recompute_and_compile(module, spec, recipe)
-    sync = apply_fsdp(module, spec, meshes, parallel, recipe.precision)
-    if not tied:
-        module.to_empty(device=rests_on)
-    return _Part(sync, placements, kept)
+    def whole(self) -> _Built:
+        """The model with all its layers on this rank."""
+        module = self._new_module()
+        applied = self._apply(module)
+        shards = Shards(dict(module.named_parameters()), self.meshes, applied.placements)
+        return _Built(module, shards, GradientAccumulation(module, applied.sync), applied.cached)
+
+    def pipeline(self, meshes: Meshes) -> _Built:
+        """The stages of the model that are on this rank."""
+        from titanlite.parallel.pipeline import Pipeline, PipelineConfig, StageModule, keep_pieces
+
+        spec, config, recipe, layout = self.spec, self.config, self.recipe, meshes.layout
+        pieces, tied = spec.pieces(config, recipe.training.sequence_length), spec.tied(config)
+        stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
+        held, parameters, placements = [], {}, {}
+        cached: list[nn.Module] = []
+        for stage in stages:
+            if stage.rank != meshes.coordinates.pp:
+                continue
+            module = keep_pieces(self._new_module(), pieces, stage.modules)
+            applied = self._apply(module)
+            held.append(StageModule(stage, module, applied.sync))
+            parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
+            placements.update({tied.get(name, name): placement for name, placement in applied.placements.items()})
+            cached += applied.cached
+        batches = batch_plan(recipe, layout, meshes.coordinates.data)
+        positions = recipe.training.sequence_length // layout.cp
+        settings = PipelineConfig(
+            schedule=recipe.parallel.pipeline.schedule,
+            stages=len(stages),
+            microbatches=batches.microbatches,
+            hidden=(batches.microbatch, positions // layout.tp, spec.hidden_size(config)),
+            dtype=compute_dtype(recipe.precision),
+            sequence_length=positions,
+        )
+        module = nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
+        shards = Shards(parameters, meshes, placements, tied=frozenset(tied.values()))
+        passes = Pipeline(held, settings, meshes.pp, self.world.device)
+        return _Built(held[0].module if len(held) == 1 else module, shards, passes, cached)
+
+    def _new_module(self) -> nn.Module:
+        """The whole model on the meta device."""
+        recipe = self.recipe
+        with torch.device("meta"):
+            module: nn.Module = self.spec.build(self.config, compute_dtype(recipe.precision))
+            module.to(master_dtype(recipe.precision))
+        if operations := fused(recipe, self.world.device.type):
+            # Imported here: it knows Triton, which a run without kernels need not load.
+            from titanlite.models.fused import use_kernels
+
+            use_kernels(module, operations)
+        for each in module.modules():
+            if isinstance(each, TokenLoss):
+                each.implementation = recipe.kernels.linear_cross_entropy
+                each.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(recipe.parallel.pipeline.schedule)
+        return module
+
+    def _apply(self, module: nn.Module) -> _Applied:
+        """Parallelise `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
+        spec, recipe, meshes = self.spec, self.recipe, self.meshes
+        offload = recipe.parallel.offload and meshes is not None
+        rests_on = torch.device("cpu") if offload else self.world.device
+        placements = self._tensor_parallel(module, meshes) if meshes and meshes.layout.tp > 1 else {}
+        tied = {a: b for a, b in spec.tied(self.config).items() if _has(module, a) and _has(module, b)}
+        if tied:
+            # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so
+            # before they are sharded.
+            module.to_empty(device=rests_on)
+            _tie(module, tied)
+        if meshes and meshes.cp is not None:
+            from titanlite.parallel.context import share_sequences
+
+            share_sequences(module, spec.sharding(self.config), meshes.cp, recipe.parallel.cp_method)
+        cached = self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
+        recompute_units(module, spec, recipe.recompute)
+        if recipe.compile.enabled:
+            set_memory_budget(recipe.recompute.budget)
+            compile_units(module, spec)
+        sync = Sync()
+        if meshes:
+            from titanlite.parallel.fsdp import apply_fsdp
+
+            sync = apply_fsdp(module, spec, meshes, recipe.parallel, recipe.precision)
+        if not tied:
+            module.to_empty(device=rests_on)
+        return _Applied(sync, placements, cached)
+
+    def _tensor_parallel(self, module: nn.Module, meshes: Meshes) -> Mapping[str, Placement]:
+        from titanlite.parallel.tensor import Float8Cast, apply_tensor_parallel
+
+        if self.recipe.parallel.async_tp:
+            overlap_tensor_parallel(meshes.tp, self.world.device)
+        found = gathers(self.spec, self.config, self.recipe.precision.float8)
+        casts = {each.module: Float8Cast(each.cast, self._casts_by_kernel) for each in found if each.cast is not None}
+        return apply_tensor_parallel(module, self.spec.sharding(self.config), meshes.tp, casts)
+
+    def _to_float8(self, module: nn.Module, cache: bool) -> Sequence[nn.Module]:
+        """Have linears multiply in float8, in place; returns those whose casts need to be refreshed each step.
+
+        `cache`: whether weights rest where they are used, and unsharded. These are cast once a step, and outside of
+        compiled code, which would not round them to the compute dtype first as they are where they travel in it.
+        Raises `UsageError` on a device that has no float8.
+        """
+        section, device = self.recipe.precision.float8, self.world.device
+        found = decisions(self.spec, self.config, section)
+        if found:
+            require_float8(device)
+        native = multiplies_blocks(device)
+        return convert(module, found, SETTINGS[section.recipe], cache, native, self._casts_by_kernel)
+
+    @property
+    def _casts_by_kernel(self) -> bool:
+        return QUANTISE in fused(self.recipe, self.world.device.type)
 
 
 def _has(model: nn.Module, parameter: str) -> bool:

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from titanlite.models.layers import CausalAttention, causal_attention
 from titanlite.models.spec import ShardingRule
+from titanlite.parallel.collectives import SEQUENCE, all_gather, gather_sequence, reduce_scatter
 from titanlite.parallel.ring import RingAttention, RingDocuments, takes_flash
-from titanlite.parallel.tensor import all_gather, gather_sequence, replace_module, ruled
+from titanlite.parallel.tensor import modules_by_rule, replace_module
 
 if TYPE_CHECKING:
     from titanlite.parallel.batch import Batch
-
-_SEQUENCE = 1
-"""Dimension of queries, keys and values, [batch, seq, heads, head_dim], that is cut."""
 
 
 def chunks_of(ranks: int, rank: int) -> tuple[int, int]:
@@ -74,7 +72,7 @@ def share_sequences(
     Place r in the group has the r-th `SequencePart`. Parameters stay what they are.
     """
     attention, mask = (RingAttention, RingDocuments) if method == "ring" else (GatheredAttention, GatheredMask)
-    for rule, name, _ in ruled(model, plan):
+    for rule, name, _ in modules_by_rule(model, plan):
         if rule.style == "attention":
             replace_module(model, name, attention(group))
         elif rule.style == "mask":
@@ -109,7 +107,7 @@ class GatheredAttention(CausalAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """As in `causal_attention`, with this rank's part of each sequence; mask: as `GatheredMask` builds it."""
-        chunk = q.shape[_SEQUENCE] // 2
+        chunk = q.shape[SEQUENCE] // 2
         if mask is not None:
             k, v = _GatherKeys.apply(k, v, self.group, (2 * self.group.size(),))
             return super().forward(q, k, v, mask, False)
@@ -117,19 +115,19 @@ class GatheredAttention(CausalAttention):
         seen = tuple(index + 1 for index in chunks_of(self.group.size(), self.group.rank()))
         front_k, front_v, back_k, back_v = _GatherKeys.apply(k, v, self.group, seen)
         front = _attend_to_the_last(q[:, :chunk], front_k, front_v)
-        return torch.cat((front, _attend_to_the_last(q[:, chunk:], back_k, back_v)), dim=_SEQUENCE)
+        return torch.cat((front, _attend_to_the_last(q[:, chunk:], back_k, back_v)), dim=SEQUENCE)
 
 
 def _attend_to_the_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention where the last query's place is that of the last key; shapes as in `causal_attention`."""
-    queries, keys = q.shape[_SEQUENCE], k.shape[_SEQUENCE]
+    queries, keys = q.shape[SEQUENCE], k.shape[SEQUENCE]
     if queries == keys:
         return causal_attention(q, k, v, None, True)
     q_heads, k_heads, v_heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if takes_flash(q_heads):
         # The kernel aligns its causal mask to the last key. The public function would align it to the first.
         out = torch.ops.aten._scaled_dot_product_flash_attention(q_heads, k_heads, v_heads, 0.0, True)[0]
-        return out.transpose(1, 2)  # type: ignore[no-any-return]
+        return out.transpose(1, 2)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return causal_attention(q, k, v, mask, False)
 
@@ -152,7 +150,7 @@ class _GatherKeys(torch.autograd.Function):
         return tuple(x[:, : count * chunk] for count in seen for x in (keys, values))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         ranks, chunk = ctx.group.size(), ctx.chunk
         batch, _, *heads = grads[0].shape
         # In at least float32, as one device's kernel sums what all queries want of a key.
@@ -162,8 +160,7 @@ class _GatherKeys(torch.autograd.Function):
             whole[index % 2, :, : grad.shape[1]] += grad
         fronts, backs = whole.unflatten(2, (2, ranks, chunk)).movedim(3, 0).unbind(3)
         dealt = torch.stack((fronts, backs.flip(0)), dim=1)  # [rank, front and back, k and v, batch, chunk, …]
-        own = torch.ops._c10d_functional.reduce_scatter_tensor(dealt.flatten(0, 1), "sum", ranks, ctx.group.group_name)
-        front, back = torch.ops._c10d_functional.wait_tensor(own)
+        front, back = reduce_scatter(dealt.flatten(0, 1), ctx.group)
         k_grad, v_grad = torch.cat((front, back), dim=2).to(grads[0].dtype)
         return k_grad, v_grad, None, None
 

@@ -51,7 +51,7 @@ def keep_pieces(model: nn.Module, pieces: Sequence[Piece], kept: Sequence[str]) 
 
 
 @dataclass(frozen=True)
-class Held:
+class StageModule:
     """A stage on this rank: its place, its module, and what FSDP does around its microbatches."""
 
     stage: Stage
@@ -60,7 +60,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelineConfig:
     """What all stages of a pipeline agree on."""
 
     schedule: str
@@ -77,67 +77,62 @@ class Plan:
 class Pipeline:
     """The passes of a batch through the stages that this rank holds."""
 
-    def __init__(self, held: Sequence[Held], plan: Plan, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, held: Sequence[StageModule], config: PipelineConfig, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
         """`held`: in the order of computation. `group`: the ranks of this pipeline, by coordinate."""
-        positions = torch.arange(plan.sequence_length, device=device)
-        self._plan = plan
-        self._stages = [_Stage(each, plan, group, device, positions) for each in held]
-        self._syncs = [each.sync for each in held]
+        positions = torch.arange(config.sequence_length, device=device)
+        self._config = config
+        self._stages = [_ScheduledStage(each, config, group, device, positions) for each in held]
         self._device = device
-        kind = get_schedule_class(plan.schedule)
+        kind = get_schedule_class(config.schedule)
         stages = self._stages[0] if issubclass(kind, PipelineScheduleSingle) else self._stages
-        self._schedule = kind(stages, plan.microbatches, loss_fn=_share_of_loss, scale_grads=False)
+        self._schedule = kind(stages, config.microbatches, loss_fn=_share_of_loss, scale_grads=False)
 
     def train(self, batch: Batch, valid: Tensor) -> Tensor:
         """See `ForwardBackward`. Every microbatch of `batch` goes forward and backward as the schedule says."""
         first = [batch.tokens.flatten(0, 1)] if self._stages[0].is_first else []
-        ends = self._stages[-1].is_last
+        last = self._stages[-1].is_last
         losses: list[Tensor] = []
-        with _errors_as_they_were():
+        with _unwrap_errors():
             self._schedule.step(
                 *first,
-                target=valid.expand(self._plan.microbatches) if ends else None,
+                target=valid.expand(self._config.microbatches) if last else None,
                 losses=losses,
                 return_outputs=False,
-                **{name: tensor.flatten(0, 1) for name, tensor in self._beside(batch).items()},
+                **{name: tensor.flatten(0, 1) for name, tensor in self._keywords(batch).items()},
             )
-        return torch.cat(losses).detach().sum() if ends else self._zero()
+        return torch.cat(losses).detach().sum() if last else self._zero()
 
     def evaluate(self, batch: Batch) -> Tensor:
         """See `ForwardBackward`. One microbatch after the other; ranks that have sent theirs on go to the next."""
         total = self._zero()
-        beside = self._beside(batch)
+        keywords = self._keywords(batch)
         for index in range(batch.tokens.shape[0]):
-            loss = self._forward(batch.tokens[index], {name: tensor[index] for name, tensor in beside.items()})
+            loss = self._forward(batch.tokens[index], {name: tensor[index] for name, tensor in keywords.items()})
             if loss is not None:
                 total += loss
         return total
 
     def after_evaluation(self) -> None:
         """See `ForwardBackward`."""
-        for sync in self._syncs:
-            sync.after_evaluation()
-
-    def _forward(self, tokens: Tensor, beside: dict[str, Tensor]) -> Tensor | None:
-        """One microbatch through this rank's stages; the sum of its token losses from the last stage."""
-        result = None
         for stage in self._stages:
-            if stage.is_first:
-                inputs = tokens
-            elif stage.source == stage.group_rank:
-                assert result is not None, "the stage before this one was just run"
-                inputs = result
-            else:
-                inputs = torch.empty(
-                    tokens.shape[0], *self._plan.hidden[1:], dtype=self._plan.dtype, device=self._device
-                )
-                dist.recv(inputs, group=stage.group, group_src=stage.source)
-            result = stage.forward_maybe_with_nosync(inputs, **beside)
+            stage.sync.after_evaluation()
+
+    def _forward(self, tokens: Tensor, keywords: dict[str, Tensor]) -> Tensor | None:
+        """One microbatch through this rank's stages; the sum of its token losses from the last stage."""
+        result = tokens
+        for stage in self._stages:
+            if not stage.is_first and stage.source != stage.group_rank:
+                shape = tokens.shape[0], *self._config.hidden[1:]
+                result = torch.empty(shape, dtype=self._config.dtype, device=self._device)
+                dist.recv(result, group=stage.group, group_src=stage.source)
+            result = stage.forward_maybe_with_nosync(result, **keywords)
             if not stage.is_last and stage.destination != stage.group_rank:
                 dist.send(result.contiguous(), group=stage.group, group_dst=stage.destination)
         return result if self._stages[-1].is_last else None
 
-    def _beside(self, batch: Batch) -> dict[str, Tensor]:
+    def _keywords(self, batch: Batch) -> dict[str, Tensor]:
         """What stages are given beside their inputs, each [microbatches, microbatch, seq]."""
         tensors = {"positions": batch.positions, "documents": batch.documents}
         if self._stages[-1].is_last:
@@ -145,11 +140,11 @@ class Pipeline:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.promote_types(self._plan.dtype, torch.float32), device=self._device)
+        return torch.zeros((), dtype=torch.promote_types(self._config.dtype, torch.float32), device=self._device)
 
 
 @contextmanager
-def _errors_as_they_were() -> Iterator[None]:
+def _unwrap_errors() -> Iterator[None]:
     """Torch's stages put a `RuntimeError` of their own around every other: raise what was inside, as it was."""
     try:
         yield
@@ -173,41 +168,47 @@ def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:
     return token_losses / valid.to(token_losses.dtype)
 
 
-class _Stage(PipelineStage):
+class _ScheduledStage(PipelineStage):
     """One stage as torch's schedules drive it."""
 
     def __init__(
-        self, held: Held, plan: Plan, group: dist.ProcessGroup, device: torch.device, positions: Tensor
+        self,
+        held: StageModule,
+        config: PipelineConfig,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        positions: Tensor,
     ) -> None:
-        index, last = held.stage.index, plan.stages - 1
-        hidden = torch.empty(plan.hidden, dtype=plan.dtype, device="meta", requires_grad=True)
-        tokens = torch.empty(plan.hidden[0], plan.sequence_length, dtype=torch.int64, device="meta")
-        loss = torch.empty((), dtype=torch.promote_types(plan.dtype, torch.float32), device="meta", requires_grad=True)
-        self._splits = splits_backward(plan.schedule)
+        index, last = held.stage.index, config.stages - 1
+        hidden = torch.empty(config.hidden, dtype=config.dtype, device="meta", requires_grad=True)
+        tokens = torch.empty(config.hidden[0], config.sequence_length, dtype=torch.int64, device="meta")
+        wide = torch.promote_types(config.dtype, torch.float32)
+        loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
+        self._splits = splits_backward(config.schedule)
         super().__init__(
-            held.module if self._splits else _Unseen(held.module),
+            held.module if self._splits else HiddenFromSchedule(held.module),
             index,
-            plan.stages,
+            config.stages,
             device,
             input_args=tokens if index == 0 else hidden,
             output_args=loss if index == last else hidden,
             group=group,
         )
-        self._sync = held.sync
+        self.sync = held.sync
         self._positions = positions
-        self.source = rank_of_stage(plan.schedule, index - 1, self.group_size) if index > 0 else None
-        self.destination = rank_of_stage(plan.schedule, index + 1, self.group_size) if index < last else None
+        self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
+        self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
 
-    def forward_maybe_with_nosync(self, *inputs: Tensor, **beside: Tensor) -> Any:
+    def forward_maybe_with_nosync(self, *inputs: Tensor, **keywords: Tensor) -> Any:
         """The module's result. Positions are given to every stage: hidden states may be a part of the sequence."""
-        return self.submod(*inputs, **{"positions": self._positions, **beside})
+        return self.submod(*inputs, **{"positions": self._positions, **keywords})
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """One microbatch backward, after FSDP was told whether it is the step's last of this stage."""
+        """One microbatch backward, after FSDP is set for the step's last of this stage, or not."""
         if not self._splits:
-            self._sync.before(last_backward)
+            self.sync.before(last_backward)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
@@ -227,7 +228,7 @@ class _Stage(PipelineStage):
         return torch.tensor([1], dtype=torch.int32)
 
 
-class _Unseen(nn.Module):
+class HiddenFromSchedule(nn.Module):
     """Keeps torch's schedules from seeing that a module is FSDP's: they would then gather all of it at once, in
     stage 3 too, and reduce gradients once a step in any stage.
     """
@@ -236,5 +237,5 @@ class _Unseen(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Tensor, **beside: Tensor) -> Any:
-        return self.module(*inputs, **beside)
+    def forward(self, *inputs: Tensor, **keywords: Tensor) -> Any:
+        return self.module(*inputs, **keywords)

@@ -30,28 +30,30 @@ _OPERATIONS = (
 
 
 def recompute_units(model: nn.Module, spec: ModelSpec, section: Recompute) -> None:
-    """Have every `section.every`-th of the submodules that the spec names forget its activations, in place."""
+    """Have every `section.every`-th of the submodules that the spec names drop its activations, in place."""
     if section.mode == "none":
         return
     units = [module for name, module in model.named_modules() if is_named_by(spec.recompute_units, name)]
     for module in units[:: section.every]:
-        module.forward = _forgetting(module.forward, selective=section.mode == "selective")  # type: ignore[method-assign]
+        module.forward = _checkpointed(module.forward, selective=section.mode == "selective")
 
 
 def set_memory_budget(budget: float | None) -> None:
     """Have the compiler keep only this part of the activations' memory, in every graph of this process."""
     if budget is not None:
-        torch._functorch.config.activation_memory_budget = budget  # type: ignore[attr-defined]
+        torch._functorch.config.activation_memory_budget = budget
 
 
-def _forgetting(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    kept = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+def _checkpointed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    # Training draws no random numbers, so there is no state of generators to keep for the second time.
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if selective:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
-    def forgetting(*arguments: Any, **named: Any) -> Any:
-        # Training draws no random numbers, so there is no state of generators to keep for the second time.
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **kept, **named)
+    def run(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, **settings, **named)
 
-    return forgetting
+    return run
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32, by_float32_units, device_kind
-from titanlite.parallel.tensor import gather_sequence
+from titanlite.parallel.collectives import gather_sequence
 
 
 class RingDocuments(nn.Module):
@@ -44,7 +44,7 @@ class RingAttention(nn.Module):
         if by_float32_units(q):
             q, k, v = q.float(), k.float(), v.float()
         out = _Ring.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.group)
-        return out.transpose(1, 2).to(dtype)  # type: ignore[no-any-return]
+        return out.transpose(1, 2).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, documents, out, lse = ctx.saved_tensors
         passing = _passing(k, v, ctx.group)
         block, keys, values = next(passing)
@@ -144,11 +144,11 @@ def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     # Of all collectives the one that the compiler knows and that moves nothing but this. Its splits are rows.
     sent, received = [0] * ranks, [0] * ranks
     sent[(rank + 1) % ranks] = received[(rank - 1) % ranks] = x.shape[0]
-    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.group_name)  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.group_name)
 
 
 def _arrived(coming: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(coming)  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.wait_tensor(coming)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -177,7 +177,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -
     if not _has_kernel(q, mask):
         return _attend_by_products(q, k, v, _and_causal(mask, q) if causal else mask)
     if device_kind(q) == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)  # type: ignore[no-any-return]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     # Not the operation above this one: selective recomputation keeps that, and a ring's parts are much in all.
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -193,9 +193,7 @@ def attend_backward(
     if not _has_kernel(q, mask):
         return _attend_by_products_backward(grad, q, k, v, out, lse, _and_causal(mask, q) if causal else mask)
     if device_kind(q) == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, out, lse, 0.0, causal
-        )
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
     grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # random state of the dropout that there is not
     grads = torch.ops.aten._flash_attention_backward(
@@ -258,4 +256,4 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, first: int) -> Tensor:
 
 def _rows(x: Tensor, k: Tensor, first: int) -> Tensor:
     """[batch, heads, seq, …] -> [batch, kv_heads, heads of each, _ROWS, …], in at least float32."""
-    return at_least_float32(x[:, :, first : first + _ROWS].unflatten(1, (k.shape[1], -1)))  # type: ignore[no-untyped-call]
+    return at_least_float32(x[:, :, first : first + _ROWS].unflatten(1, (k.shape[1], -1)))

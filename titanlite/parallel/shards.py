@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titanlite.models.shard import Shard
+from titanlite.parallel.collectives import all_gather
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.tensor import all_gather
 from titanlite.plan.layout import ceil_div
 from titanlite.plan.slicing import GroupRank, Placement, Slices, local_slices
 
@@ -64,7 +63,7 @@ class Shards:
             copies, copy = copies * meshes.tp.size(), copy * meshes.tp.size() + meshes.tp.rank()
         if tied:
             copies, copy = 2 * copies, 2 * copy + (meshes.coordinates.pp > 0)
-        held = parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter
+        held = parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
         offset, size = self._local_slices(name, tuple(shape), meshes.dp_shard.rank(), meshes.tp.rank())
         assert tuple(held.shape) == size, f"{name}: {tuple(held.shape)} is held where {size} was expected"
         return Shard(held, offset, tuple(shape), copies, copy)

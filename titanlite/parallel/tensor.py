@@ -18,16 +18,21 @@ from torch import Tensor, nn
 from titanlite.models.layers import at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, is_named_by
-from titanlite.parallel.float8_message import Parts, packed
+from titanlite.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    gather_sequence,
+    pack,
+    rows_in_float8,
+    scatter_sequence,
+    unpack,
+)
 from titanlite.plan.float8 import Cast
 from titanlite.plan.slicing import SHARD_DIMENSION, GroupRank, Placement
 from titanlite.precision.float8 import quantise
 
-_SEQUENCE = 1
-"""Dimension of activations [batch, seq, …] that is cut between matrices."""
 
-
-class Sent(NamedTuple):
+class Float8Cast(NamedTuple):
     """How numbers become float8 to travel."""
 
     cast: Cast
@@ -35,35 +40,36 @@ class Sent(NamedTuple):
     """By a fused kernel."""
 
 
-def cut_tensors(
-    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, sent: Mapping[str, Sent]
+def apply_tensor_parallel(
+    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, casts: Mapping[str, Float8Cast]
 ) -> dict[str, Placement]:
-    """Cut `model`, in place, as the tp rules of `plan` say; returns how, by parameter name.
+    """Shard `model`, in place, as the tp rules of `plan` say; returns how, by parameter name.
 
     Parameters in none of them are whole on every rank, and each rank's gradient of one is only a part of its sum.
-    The model must be on the meta device or its values of no use. `sent` has the modules whose gathered inputs, or
-    gradients of outputs, travel in float8: `float8_plan.gathers`.
+    The model must be on the meta device or its values of no use. `casts` has the modules whose gathered inputs, or
+    gradients of outputs, travel in float8: `plan.float8.gathers`.
     """
-    slices: dict[str, Placement] = {}
+    placements: dict[str, Placement] = {}
     group_rank = GroupRank(group.rank(), group.size())
-    for rule, name, module in ruled(model, plan):
+    for rule, name, module in modules_by_rule(model, plan):
         if rule.style == "loss":
-            head = slices[f"{name.rpartition('.')[0]}.weight"]
+            head = placements[f"{name.rpartition('.')[0]}.weight"]
             assert isinstance(module, TokenLoss)
             replace_module(model, name, VocabularyLoss(group, head.local_range(group_rank)[0], module))
             continue
-        dimension = SHARD_DIMENSION.get(rule.style)
-        first = 0
+        dimension, first = SHARD_DIMENSION.get(rule.style), 0
         if dimension is not None:
-            slices[f"{name}.weight"] = placement = Placement(dimension, module.weight.shape[dimension], rule.unit)  # type: ignore[union-attr, index]
-            first = _keep(module, placement, group_rank)
+            weight = module.get_parameter("weight")
+            placements[f"{name}.weight"] = placement = Placement(dimension, weight.shape[dimension], rule.unit)
+            first, size = placement.local_range(group_rank)
+            module.weight = nn.Parameter(torch.empty_like(weight.narrow(dimension, 0, size).contiguous()))
         wrap = _WRAPPERS.get(rule.style)
         if wrap is not None:
-            module.forward = wrap(module, group, first, sent.get(name))
-    return slices
+            module.forward = wrap(module, group, first, casts.get(name))
+    return placements
 
 
-def ruled(model: nn.Module, plan: Sequence[ShardingRule]) -> Iterator[tuple[ShardingRule, str, nn.Module]]:
+def modules_by_rule(model: nn.Module, plan: Sequence[ShardingRule]) -> Iterator[tuple[ShardingRule, str, nn.Module]]:
     """Each rule of the plan with each submodule that it names, in the plan's order."""
     modules = list(model.named_modules())
     for rule in plan:
@@ -76,44 +82,35 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _keep(module: nn.Module, placement: Placement, group: GroupRank) -> int:
-    """Give `module` a weight of this rank's share; returns where that begins."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    first, size = placement.local_range(group)
-    module.weight = nn.Parameter(torch.empty_like(weight.narrow(placement.dimension, 0, size).contiguous()))
-    return first
-
-
 Forward = Callable[..., Any]
 
 
-def _gathering(module: nn.Module, group: dist.ProcessGroup, first: int, sent: Sent | None) -> Forward:
+def _gathering(module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None) -> Forward:
     forward = module.forward
 
     def with_whole_sequence(x: Tensor, *arguments: Any, **named: Any) -> Any:
-        return forward(_Gather.apply(x, group, sent), *arguments, **named)
+        return forward(_Gather.apply(x, group, cast), *arguments, **named)
 
     return with_whole_sequence
 
 
-def _scattering(module: nn.Module, group: dist.ProcessGroup, first: int, sent: Sent | None) -> Forward:
+def _scattering(module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None) -> Forward:
     forward = module.forward
 
     def to_part_of_sequence(x: Tensor) -> Tensor:
-        return _Scatter.apply(forward(x), group, sent)  # type: ignore[no-any-return]
+        return _Scatter.apply(forward(x), group, cast)
 
     return to_part_of_sequence
 
 
-def _looking_up(module: nn.Module, group: dist.ProcessGroup, first: int, sent: Sent | None) -> Forward:
-    forward = module.forward
+def _looking_up(module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None) -> Forward:
+    forward, count = module.forward, module.get_parameter("weight").shape[0]
 
     def in_own_rows(tokens: Tensor) -> Tensor:
         rows = tokens - first
-        elsewhere = (rows < 0) | (rows >= module.weight.shape[0])  # type: ignore[operator, union-attr]
+        elsewhere = (rows < 0) | (rows >= count)
         found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
-        return _Scatter.apply(found, group, sent)  # type: ignore[no-any-return]
+        return _Scatter.apply(found, group, cast)
 
     return in_own_rows
 
@@ -125,69 +122,48 @@ class _Gather(torch.autograd.Function):
     """Parts of the sequence to all of it; gradients, each rank's a summand, back to the part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
         ctx.group = group
-        return _gather(x, group, sent)
+        return _gather(x, group, cast)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _scatter_sequence(grad, ctx.group), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return scatter_sequence(grad, ctx.group), None, None
 
 
 class _Scatter(torch.autograd.Function):
     """Summands over all of the sequence to this rank's part of the sum; the opposite of `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
-        ctx.group, ctx.sent = group, sent
-        return _scatter_sequence(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
+        ctx.group, ctx.cast = group, cast
+        return scatter_sequence(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _gather(grad, ctx.group, ctx.sent), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.group, ctx.cast), None, None
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup, sent: Sent | None) -> Tensor:
+def _gather(x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
     """`gather_sequence`, of numbers that travel as they are or in float8."""
-    return gather_sequence(x, group) if sent is None else _gather_in_float8(x, group, sent)
+    return gather_sequence(x, group) if cast is None else _gather_in_float8(x, group, cast)
 
 
-def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[batch, seq / ranks, …] of each rank -> [batch, seq, …] on all."""
-    return torch.cat(all_gather(x.contiguous(), group).chunk(group.size()), dim=_SEQUENCE)
-
-
-def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, sent: Sent) -> Tensor:
+def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, cast: Float8Cast) -> Tensor:
     """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all, rounded to float8 with a scale a token.
 
     Values and scales are one message. What arrives has x's dtype, in which float8 times a power of two is exact: a cast
     to the same format with any such scale then rounds nothing but what is close to nothing.
     """
     batch, length, width = x.shape
-    message = packed(quantise(x.flatten(0, 1), sent.cast, sent.fused))
+    message = pack(quantise(x.flatten(0, 1), cast.cast, cast.fused))
     messages = all_gather(message, group).unflatten(0, (group.size(), -1))
     rounded, scales = (
         # Put in order while they are bytes.
         part.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)
-        for part in Parts(messages).next_rows(batch * length, width, sent.cast)
+        for part in unpack(messages, rows_in_float8(batch * length, width, cast.cast))
     )
     return rounded.to(x.dtype) * scales.to(x.dtype)
-
-
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[rows, …] of each rank -> [ranks x rows, …]."""
-    # Functional collectives, waited for at once: the form that the compiler knows how to split and overlap. (The plain
-    # call has another name from one version of torch to the next.)
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
-    return torch.ops._c10d_functional.wait_tensor(gathered)  # type: ignore[no-any-return]
-
-
-def _scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[batch, seq, …] of each rank -> the sum over ranks of this rank's part, [batch, seq / ranks, …]."""
-    ranks = group.size()
-    stacked = torch.cat(x.chunk(ranks, dim=_SEQUENCE))
-    summed = torch.ops._c10d_functional.reduce_scatter_tensor(stacked, "sum", ranks, group.group_name)
-    return torch.ops._c10d_functional.wait_tensor(summed)  # type: ignore[no-any-return]
 
 
 class VocabularyLoss(TokenLoss):
@@ -198,14 +174,14 @@ class VocabularyLoss(TokenLoss):
 
     def __init__(self, group: dist.ProcessGroup, first: int, whole: TokenLoss) -> None:
         """`first`: token that this rank's part begins with. `whole`: the loss that this one takes the place of."""
-        super().__init__(whole.way, whole.recompute)
+        super().__init__(whole.implementation, whole.recompute)
         self.group = group
         self.first = first
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [batch, seq, this rank's part], labels [batch, seq] -> scalar."""
         wide = at_least_float32(logits).flatten(0, -2)
-        return _VocabularyLoss.apply(wide, labels.flatten(), self.first, self.group)  # type: ignore[no-any-return]
+        return _VocabularyLoss.apply(wide, labels.flatten(), self.first, self.group)
 
     def part(self) -> dict[str, Any]:
         """See `TokenLoss`. Each rank's gradient of the hidden states is a summand; `_Gather`'s backward adds them."""
@@ -218,21 +194,16 @@ class _VocabularyLoss(torch.autograd.Function):
         columns = labels - first
         here = (columns >= 0) & (columns < logits.shape[1])
         columns = columns.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-        shifted = logits - _all_reduce(logits.amax(1), "max", group).unsqueeze(1)
+        shifted = logits - all_reduce(logits.amax(1), "max", group).unsqueeze(1)
         target = shifted.gather(1, columns).squeeze(1).masked_fill(~here, 0)
         exponentials = shifted.exp()
-        total, target = _all_reduce(torch.stack((exponentials.sum(1), target)), "sum", group).unbind()
+        total, target = all_reduce(torch.stack((exponentials.sum(1), target)), "sum", group).unbind()
         counted = labels != IGNORED
         ctx.save_for_backward(exponentials / total.unsqueeze(1), columns, here, counted)
         return (total.log() - target).masked_fill(~counted, 0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, columns, here, counted = ctx.saved_tensors
         grads = probabilities.scatter_add(1, columns, -here.to(probabilities.dtype).unsqueeze(1))
         return grads * (grad * counted).unsqueeze(1), None, None, None
-
-
-def _all_reduce(x: Tensor, how: str, group: dist.ProcessGroup) -> Tensor:
-    reduced = torch.ops._c10d_functional.all_reduce(x, how, group.group_name)
-    return torch.ops._c10d_functional.wait_tensor(reduced)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from titanlite.models.spec import ModelSpec, is_named_by, spec_of
+from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by, spec_of
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import SETTINGS, decisions, gathers, gathers_in_words, summary
 from titanlite.plan.layout import Layout, active_ranks, batch_plan, require_layout, total_steps
@@ -277,7 +277,7 @@ def _spec(recipe: Recipe) -> ModelSpec:
     return spec_of(recipe.model.preset)
 
 
-def _config(recipe: Recipe) -> Any:
+def _config(recipe: Recipe) -> ModelConfig:
     return _spec(recipe).configure(recipe.model)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from titanlite.models.spec import ModelSpec, ShardingRule, Style, is_named_by
+from titanlite.models.spec import ModelConfig, ModelSpec, ShardingRule, Style, is_named_by
 from titanlite.plan.slicing import Shape, pattern_of
 from titanlite.recipe.sections import Float8
 
@@ -113,7 +113,7 @@ class Decision:
     """Why it stays as it is; None: it is converted."""
 
 
-def decisions(spec: ModelSpec, config: Any, section: Float8) -> tuple[Decision, ...]:
+def decisions(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Decision, ...]:
     """One for each linear of the model; none where float8 is not enabled.
 
     They do not depend on the layout, as the numbers must not: whole sizes count.
@@ -172,7 +172,7 @@ class Gather:
     """Why it is not sent in float8."""
 
 
-def gathers(spec: ModelSpec, config: Any, section: Float8) -> tuple[Gather, ...]:
+def gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gather, ...]:
     """All of a model's, in the order of its linears; none where `all_gather` is not on.
 
     Inputs are sent in float8 where every linear that takes them is converted.

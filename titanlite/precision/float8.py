@@ -8,8 +8,7 @@ values so small that they lose bits: the numbers do not depend on how a batch or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -202,46 +201,38 @@ class Float8Linear(nn.Module):
         return result.view(*x.shape[:-1], result.shape[-1])
 
 
-@dataclass(frozen=True)
-class KeptWeights:
-    """Weights that are cast once a step instead of in every microbatch, twice: those that rest whole on their rank."""
-
-    modules: Sequence[nn.Module]
-    """Converted linears."""
-    dtype: torch.dtype
-    """That activations have: weights are rounded to it first, as where they travel in it."""
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """To be called whenever the weights have changed."""
-        for module in self.modules:
-            weight: Any = module.weight
-            held = weight.to_local() if hasattr(weight, "to_local") else weight
-            module.multiply.refresh(held.to(self.dtype))  # type: ignore[operator, union-attr]
+@torch.no_grad()
+def refresh_casts(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Cast the weights of converted linears anew, whenever they have changed; rounded first to the `dtype` of
+    activations, in which weights travel elsewhere.
+    """
+    for module in modules:
+        assert isinstance(module.multiply, Float8Linear)
+        weight: Any = module.weight
+        held = weight.to_local() if hasattr(weight, "to_local") else weight
+        module.multiply.refresh(held.to(dtype))
 
 
 def convert(
     model: nn.Module,
     found: Sequence[Decision],
     settings: Settings,
-    dtype: torch.dtype,
-    keep: bool,
+    cache: bool,
     native_blocks: bool = False,
     fused: bool = False,
-) -> KeptWeights:
-    """Convert those of the linears in `found` that are in `model`, in place; `dtype` is that of activations.
-    `native_blocks`, `fused`: see `Float8Linear`.
+) -> list[nn.Module]:
+    """Convert those of the linears in `found` that are in `model`, in place; `native_blocks`, `fused`: see
+    `Float8Linear`.
 
-    With `keep`, for weights that rest whole where the model runs, casts are kept over a step; the returned ones need to
-    be refreshed before each.
+    With `cache`, for weights that rest whole where the model runs, a weight is cast once a step, instead of in every
+    microbatch, twice: the returned ones need `refresh_casts` before each.
     """
     names = {each.name for each in found if each.skipped is None}
     modules = [module for name, module in model.named_modules() if name in names]
     for module in modules:
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        module.multiply = Float8Linear(settings, weight if keep else None, native_blocks, fused)
-    return KeptWeights(modules if keep else (), dtype)
+        weight = module.get_parameter("weight") if cache else None
+        module.multiply = Float8Linear(settings, weight, native_blocks, fused)
+    return modules if cache else []
 
 
 def multiplies_blocks(device: torch.device) -> bool:
