@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,12 +68,9 @@ def reordered_steps(values: Mapping[str, Any]) -> list[int]:
 
 def history(records: Records, last_step: int | None = None) -> Records:
     """The records that count in the history that leads to `last_step` (None: to the last that was taken), by steps."""
-    names, at, inverse = np.unique(_stretches(records), return_index=True, return_inverse=True)
-    limit = np.iinfo(np.int64).max if last_step is None else last_step
-    limits = np.empty(len(names), np.int64)
-    for number in reversed(range(len(names))):
-        limits[number] = limit
-        limit = min(limit, int(records["begun"][at[number]]))
+    _, first, inverse = np.unique(_stretches(records), return_index=True, return_inverse=True)
+    later = np.append(records["begun"][first[1:]], np.iinfo(np.uint32).max if last_step is None else last_step)
+    limits = np.minimum.accumulate(later[::-1])[::-1]  # [stretches]: no later one went on from an earlier step
     kept = records[records["step"] <= limits[inverse.reshape(-1)]]
     return kept[np.lexsort((kept["first"], kept["step"]))]
 
@@ -115,32 +111,31 @@ def audit(
     kept = history(records, last_step)
     digest = hashlib.blake2b(digest_size=16)
     spans: list[Span] = []
-    order: list[Span] = []
     layouts: list[dict[str, Any]] = []
     steps: list[int] = []
-    count = 0
+    count, last, in_order = 0, -1, True
     for step, part in steps_read(kept):
         samples = samples_of(part)
         digest.update(samples.data)
         count += len(samples)
         spans += _runs(samples)
-        order.append((int(samples[0]), int(samples[-1])))
+        in_order = in_order and int(samples[0]) > last
+        last = int(samples[-1])
         steps.append(step)
         ranks = int(part["ranks"][0])
-        if layouts and layouts[-1]["data_ranks"] == ranks:
-            layouts[-1]["steps"] = (layouts[-1]["steps"][0], step)
-        else:
+        if not layouts or layouts[-1]["data_ranks"] != ranks:
             layouts.append({"steps": (step, step), "data_ranks": ranks})
+        layouts[-1]["steps"] = (layouts[-1]["steps"][0], step)
     begun = (steps[0] - 1 if steps else last_step) if begins_elsewhere else 0
     first = min(spans, default=(end, end))[0] if begins_elsewhere else 0
     gaps, repeated = _gaps_and_repeats(spans, first, end)
-    skipped, lost = _accounted_for(gaps, kept[kept["kind"] != READ])
+    skipped, lost = _explain_gaps(gaps, kept[kept["kind"] != READ])
     return Audit(
         steps=len(steps),
         samples=count,
         lost=tuple(lost),
         repeated=tuple(repeated),
-        in_order=all(one[1] < other[0] for one, other in pairwise(order)),
+        in_order=in_order,
         unrecorded=tuple(_gaps_and_repeats([(step, step) for step in steps], begun + 1, last_step + 1)[0]),
         skipped=tuple(skipped),
         reordered=tuple(reordered),
@@ -177,21 +172,20 @@ def _gaps_and_repeats(spans: Sequence[Span], first: int, end: int) -> tuple[list
     return gaps, repeated
 
 
-def _accounted_for(gaps: Sequence[Span], passed: Records) -> tuple[list[dict[str, Any]], list[Span]]:
-    """What of the gaps was passed over on purpose, and what was not. Every rank says the same of what was passed."""
-    words = {(int(each["first"]), int(each["count"]), int(each["step"]), int(each["kind"])) for each in passed}
+def _explain_gaps(gaps: Sequence[Span], passed: Records) -> tuple[list[dict[str, Any]], list[Span]]:
+    """What of the gaps was passed over on purpose, and what was not. All ranks have the same records of the first."""
     skipped: list[dict[str, Any]] = []
     lost = list(gaps)
-    for first, count, step, kind in sorted(words):
-        last, left = first + count - 1, []
+    fields = ("first", "count", "step", "kind")
+    for first, count, step, kind in sorted({tuple(int(each[name]) for name in fields) for each in passed}):
+        last, left = first + count - 1, list[Span]()
+        by = "data.skip_steps" if kind == SKIPPED else "rollback"
         for low, high in lost:
-            inside = (max(low, first), min(high, last))
-            if inside[0] > inside[1]:
+            inside = max(low, first), min(high, last)
+            if inside[0] <= inside[1]:
+                skipped.append({"step": step, "by": by, "samples": inside})
+                left += [span for span in ((low, first - 1), (last + 1, high)) if span[0] <= span[1]]
+            else:
                 left.append((low, high))
-                continue
-            skipped.append(
-                {"step": step, "by": "data.skip_steps" if kind == SKIPPED else "rollback", "samples": inside}
-            )
-            left += [span for span in ((low, first - 1), (last + 1, high)) if span[0] <= span[1]]
         lost = left
     return skipped, lost
