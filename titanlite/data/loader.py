@@ -20,9 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
@@ -100,12 +98,14 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
             ended = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
             if not ended:
                 raise
-            said = ", ".join(f"{process} ({_end(code)})" for process, code in ended.items())
-            if set(ended.values()) <= _KILLED:
-                fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
-                raise WorkerKilled(f"a data worker ended, process {said}; {fix}") from error
+            names = {-number: number.name for number in signal.Signals}
+            causes = ", ".join(f"{pid} ({names.get(code, f'exit code {code}')})" for pid, code in ended.items())
+            killed = set(ended.values()) <= _KILLED
             fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
-            raise DataError(f"a data worker ended, process {said}; {fix}") from error
+            if killed:
+                fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
+            kind = WorkerKilled if killed else DataError
+            raise kind(f"a data worker ended, process {causes}; {fix}") from error
         if isinstance(read, Exception):
             raise read
         yield read
@@ -117,18 +117,12 @@ _KILLED = {-signal.SIGKILL, -signal.SIGTERM}
 """Exit codes of a worker that something outside has ended; any other end is its own, and may come again."""
 
 
-def _end(code: int) -> str:
-    return signal.Signals(-code).name if -code in list(signal.Signals) else f"exit code {code}"
-
-
 class ReadAhead:
-    """Batches that are read `count` of them before they are asked for.
-
-    A batch that cannot be read is known of while there are steps left in which the ranks can agree to save and stop.
+    """Reads the batches of a `schedule`, `count` of them before they are asked for: one that cannot be read is known of
+    while there are steps left in which the ranks can agree to save and stop.
     """
 
     def __init__(self, batches: Iterator[Batch], count: int, schedule: SampleSchedule) -> None:
-        """The `batches` are those of the steps on the `schedule`."""
         self.failure: Exception | None = None
         """What the batch met that comes after those that were read; raised once these are used up."""
         self.step = schedule.step + 1
@@ -138,32 +132,30 @@ class ReadAhead:
         self._schedule = schedule
         self._next = self.step
         self._read: deque[Batch] = deque()
-        self._has_more = True
-
-    def __iter__(self) -> ReadAhead:
-        return self
+        self._end: Exception | None = None
+        """Why there are no more to read."""
 
     def __next__(self) -> Batch:
         self.step = self._next
-        while self._has_more and len(self._read) <= self._count:
+        while self._end is None and len(self._read) <= self._count:
             try:
                 self._read.append(next(self._batches))
-            except StopIteration:
-                self._has_more = False
+            except StopIteration as error:
+                self._end = error
             except UNREADABLE as error:
-                self.failure, self._has_more = error, False
+                self._end = self.failure = error
         if not self._read:
-            raise self.failure or StopIteration
+            raise self._end or StopIteration
         self._next += 1
         return self._read.popleft()
 
     def unreadable(self, saved: str) -> DataError:
-        """What to say of the batch that could not be read, and of what is saved; it is the one under way from now."""
+        """The error of the batch that could not be read, with what is saved; its step is the one under way from now."""
         self.step = self._next + len(self._read)
         first, end = self._schedule.first_sample(self.step), self._schedule.end_sample(self.step)
-        said = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
+        what = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
         kind = WorkerKilled if isinstance(self.failure, WorkerKilled) else DataError
-        return kind(f"{said}: {str(self.failure).removesuffix('.')}.{saved}")
+        return kind(f"{what}: {str(self.failure).removesuffix('.')}.{saved}")
 
 
 def validation_batches(
@@ -227,25 +219,18 @@ def _assemble(
     that nothing which counts sees it; and as each separator opens a document, padding does not see the text either,
     where attention is kept inside documents.
     """
-    length = like.sequence_length
-    tokens, labels = (np.empty((len(numbers), length), np.int64) for _ in range(2))
-    for row in range(len(numbers)):
-        count = max(0, len(windows[row]) - 1) if row < len(windows) else 0
-        if count:
-            tokens[row, :count] = windows[row][:-1]
-            labels[row, :count] = windows[row][1:]
-        tokens[row, count:] = like.tokenizer.separator
-        labels[row, count:] = IGNORED
-
-    def tensor(array: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).view(*shape, length)
-
-    layout = document_layout(tokens, like.tokenizer.separator) if like.document_mask else None
+    tokens = np.full((len(numbers), like.sequence_length), like.tokenizer.separator, np.int64)
+    labels = np.full_like(tokens, IGNORED)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window) - 1] = window[:-1]
+        labels[row, : len(window) - 1] = window[1:]
+    layout = document_layout(tokens, like.tokenizer.separator) if like.document_mask else ()
+    shaped = [torch.from_numpy(array).view(*shape, like.sequence_length) for array in (tokens, labels, *layout)]
     return Batch(
-        tokens=tensor(tokens),
-        labels=tensor(labels),
-        positions=tensor(layout[0]) if layout else None,
-        documents=tensor(layout[1]) if layout else None,
+        tokens=shaped[0],
+        labels=shaped[1],
+        positions=shaped[2] if layout else None,
+        documents=shaped[3] if layout else None,
         samples=tuple(number for number in numbers if number is not None),
         sequences=sequences,
         valid_tokens=sum(len(window) - 1 for window in windows),
@@ -258,7 +243,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     Ctrl-C and a scheduler's SIGTERM reach every process. The trainer answers them by finishing its step and saving,
     for which it still needs its workers; only a SIGTERM that it sends itself (it is tearing them down) ends them.
     """
-    signal.set_wakeup_fd(-1)  # inherited: what this process is sent would be heard by the trainer
+    signal.set_wakeup_fd(-1)  # inherited: what this process is sent would be received by the trainer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where a SIGTERM still ends a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
