@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titanlite.corpus.tokenizers import Tokenizer, Tokens
+from titanlite.data.order import mix64
 from titanlite.data.packing import Stream
 from titanlite.errors import DataError
 
@@ -35,7 +36,7 @@ class FillIn:
 
     def draws(self, documents: Int64, which: int) -> npt.NDArray[np.float64]:
         """A number in [0, 1) for each document; another one for each `which`, of 0, 1 and 2."""
-        hashes = _mixed(np.uint64(self.key) + documents.astype(np.uint64) * np.uint64(3) + np.uint64(which))
+        hashes = mix64(np.uint64(self.key) + documents.astype(np.uint64) * np.uint64(3) + np.uint64(which))
         drawn: npt.NDArray[np.float64] = (hashes >> np.uint64(11)) * 2.0**-53  # all bits that a float64 has: never 1
         return drawn
 
@@ -120,11 +121,3 @@ class FilledIn:
 def _starts(ends: Int64, documents: Int64) -> Int64:
     """Where documents begin, given where each ends."""
     return np.where(documents > 0, ends[documents - 1], 0)
-
-
-def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A hash of integers: two rounds of multiply and xor-shift (constants of Stafford's variant 13)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x

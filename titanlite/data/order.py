@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
+from typing import Any
 
 _ROUNDS = 8
 _MASK = 2**64 - 1
@@ -38,7 +39,7 @@ class Permutation:
         while True:
             here, there = divmod(index, columns)
             for key in self.keys:
-                here, there = there, (here + _mix(there + key)) % rows
+                here, there = there, (here + mix64(there + key)) % rows
                 rows, columns = columns, rows
             index = here * columns + there
             if index < self.n:
@@ -65,8 +66,10 @@ def sample_position(sample: int, n: int, seed: int, source: str) -> int:
     return permutation(n, seed, source, epoch)(index)
 
 
-def _mix(x: int) -> int:
-    """A 64-bit hash of an integer: two rounds of multiply and xor-shift (constants of Stafford's variant 13)."""
+def mix64(x: Any) -> Any:
+    """A 64-bit hash of an integer, or of each in an array of uint64: two rounds of multiply and xor-shift (constants of
+    Stafford's variant 13).
+    """
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
