@@ -1,17 +1,16 @@
 """From a recipe file to a `Recipe`: its `extends` chain, the command line's overrides, and every error at once.
 
 Also the way back: a recipe as TOML, complete, so that a run can be repeated from what it wrote. Rules that look at
-several sections together are not here but in `titanlite/rules`.
+several sections together are not here but in `titanlite/plan/rules`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,16 +19,13 @@ from pydantic import BaseModel, ValidationError
 
 from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
 from titanlite.recipe.explain import all_keys, key_schema, suggest_key
-from titanlite.recipe.faults import findings_of
+from titanlite.recipe.faults import nest, to_findings
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe, recipe_class
-from titanlite.recipe.toml import KeyPath, TomlSyntaxError, find_lines, format_toml, parse_toml, parse_value
+from titanlite.recipe.toml import KeyPath, TomlSyntaxError, find_lines, find_paths, format_toml, parse_toml, parse_value
 from titanlite.registry import did_you_mean, import_plugin, require_plugins
 
 COMMAND_LINE = "command line"
-
-ALTERNATIVES = (("training.steps", "training.tokens"),)
-"""Keys of which a recipe gives one: where a nearer file or the command line gives one, an inherited other one goes."""
 
 _SYNTAX_FIXES = {
     "invalid value": "text needs quotes, and booleans are true and false.",
@@ -40,11 +36,12 @@ _SYNTAX_FIXES = {
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a key was last set: a file and its line (from 1), or `COMMAND_LINE` and line 0."""
+class _Layer:
+    """Values as one file, or the command line, gives them, and the line of each key there (command line: 0)."""
 
     file: str
-    line: int
+    values: dict[str, Any]
+    lines: Mapping[KeyPath, int]
 
 
 @dataclass(frozen=True)
@@ -53,23 +50,14 @@ class LoadedRecipe:
 
     recipe: Recipe
     path: Path
-    files: tuple[Path, ...]
-    """The file and what it extends, nearest first."""
     text: str
     """The resolved recipe as TOML: every key that has a value."""
-    origins: Mapping[KeyPath, Origin] = field(repr=False)
+    layers: Sequence[_Layer] = field(repr=False)
+    """What gave its keys: the command line, the file, and what that extends."""
 
-    def locate(self, findings: Sequence[Finding]) -> list[Finding]:
+    def locate(self, findings: Iterable[Finding]) -> list[Finding]:
         """The same findings, each with the file and line where its key was set."""
-        return [_located(finding, self.origins, str(self.path)) for finding in findings]
-
-
-@dataclass
-class _Layer:
-    """Values as one file, or one override, gives them, and where each stands."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+        return [_locate(finding, self.layers, str(self.path)) for finding in findings]
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stored: bool = False) -> LoadedRecipe:
@@ -86,24 +74,25 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stored: bool
 
 
 def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
-    files, layers, findings = _read_chain(path)
+    files, findings = _read_chain(path)
     given, override_findings = _parse_overrides(overrides)
     findings += override_findings
-    merged = _Layer()
-    for layer in [*reversed(layers), given]:
-        _drop_alternatives(merged, layer)
-        _overlay(merged, layer)
-    if failures := list(_plugin_failures(merged.values, stored, str(path))):
-        raise RecipeError(findings + [_located(failure, merged.origins, str(path)) for failure in failures])
+    layers = [given, *files]
+    values: dict[str, Any] = {}
+    for layer in reversed(layers):
+        values = _merge(_drop_other_amount(values, layer.values), layer.values)
+    if failures := list(_plugin_failures(values, stored, str(path))):
+        raise RecipeError(findings + [_locate(failure, layers, str(path)) for failure in failures])
     recipe = None
     try:
-        recipe = recipe_class().model_validate(merged.values)
+        recipe = recipe_class().model_validate(values)
     except ValidationError as error:
-        faults = [_located(fault, merged.origins, str(path)) for fault in findings_of(error, merged.values)]
-        findings += sorted(faults, key=lambda fault: ([*map(str, files), fault.file].index(fault.file), fault.line))
+        faults = [_locate(fault, layers, str(path)) for fault in to_findings(error, values)]
+        order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
+        findings += sorted(faults, key=lambda fault: (order.index(fault.file), fault.line))
     if findings or recipe is None:
         raise RecipeError(findings)
-    return LoadedRecipe(recipe, path, tuple(files), to_toml(recipe), merged.origins)
+    return LoadedRecipe(recipe, path, to_toml(recipe), layers)
 
 
 def _plugin_failures(values: Mapping[str, Any], stored: bool, where: str) -> Iterator[Finding]:
@@ -140,13 +129,12 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
     remaining = deque(argv)
     while remaining:
         word = remaining.popleft()
-        flag, equals, _ = word.partition("=")
-        if not (flag.startswith("--") and "." in flag):
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
             own.append(word)
             continue
+        if "=" not in word and remaining and not remaining[0].startswith("--"):
+            word = f"{word}={remaining.popleft()}"
         overrides.append(word)
-        if not equals and remaining and not remaining[0].startswith("--"):
-            overrides.append(remaining.popleft())
     arguments, unknown = parser.parse_known_args(own)
     for word in unknown:
         option = word.partition("=")[0]
@@ -177,85 +165,75 @@ def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _read_chain(path: Path) -> tuple[list[Path], list[_Layer], list[Finding]]:
+def _read_chain(path: Path) -> tuple[list[_Layer], list[Finding]]:
     """The file and what it extends, nearest first. A link that cannot be followed ends the chain with a finding."""
-    files: list[Path] = []
     layers: list[_Layer] = []
-    named_by = Finding("", "")  # of the file that `extends` this one: how a failure to read it is reported
+    named_by = Finding("", "")  # the `extends` that led to this file
     while True:
-        layer, finding = _read_file(path, named_by)
-        if finding is not None:
-            return files, layers, [finding]
-        files.append(path)
-        layers.append(layer)
-        if "extends" not in layer.values:
-            return files, layers, []
-        named_by = Finding("extends", "", file=str(path), line=layer.origins[("extends",)].line)
-        base = layer.values.pop("extends")
-        if not isinstance(base, str) or not base or "\0" in base:
-            problem = 'must be the path of one recipe, relative to this file, such as "base.toml"'
-            return files, layers, [dataclasses.replace(named_by, problem=problem)]
         try:
-            path = path.parent / expand(base)
+            layer = _read_file(path)
+            layers.append(layer)
+            if "extends" not in layer.values:
+                return layers, []
+            named_by = Finding("extends", "", file=layer.file, line=layer.lines[("extends",)])
+            path = _find_base(path, layer.values.pop("extends"), [layer.file for layer in layers])
         except UsageError as error:
-            return files, layers, [dataclasses.replace(named_by, problem=str(error))]
-        if os.path.realpath(path) in map(os.path.realpath, files):
-            chain = " -> ".join([*map(str, files), str(path)])
-            problem, fix = f"recipes extend each other in a circle: {chain};", "remove one of the links."
-            return files, layers, [dataclasses.replace(named_by, problem=problem, fix=fix)]
+            return layers, [dataclasses.replace(named_by, problem=str(error))]
+        except RecipeError as error:
+            return layers, error.findings
 
 
-def _read_file(path: Path, named_by: Finding) -> tuple[_Layer, Finding | None]:
+def _find_base(path: Path, base: Any, chain: Sequence[str]) -> Path:
+    """The file that `path` extends; `chain` are those before it, and itself. Raises `UsageError`."""
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise UsageError('must be the path of one recipe, relative to this file, such as "base.toml"')
+    found = path.parent / expand(base)
+    if os.path.realpath(found) in map(os.path.realpath, chain):
+        names = " -> ".join([*chain, str(found)])
+        raise UsageError(f"recipes extend each other in a circle: {names}; remove one of the links.")
+    return found
+
+
+def _read_file(path: Path) -> _Layer:
+    """Raises `UsageError` if it is not there or cannot be read, and `RecipeError` if it is not TOML."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob("*.toml")]
-        fix = did_you_mean(path.name, siblings) or "check the path (`extends` is relative to the file that says it)."
-        return _Layer(), dataclasses.replace(named_by, problem=f"there is no recipe '{path}';", fix=fix)
+        fix = did_you_mean(path.name, siblings) or "check the path (`extends` is relative to the file that has it)."
+        raise UsageError(f"there is no recipe '{path}'; {fix}") from None
     except OSError as error:
-        problem = f"the recipe '{path}' cannot be read: {error.strerror}"
-        return _Layer(), dataclasses.replace(named_by, problem=problem)
+        raise UsageError(f"the recipe '{path}' cannot be read: {error.strerror}") from None
     try:
         text = content.decode("utf-8-sig")
-        values = parse_toml(text)
+        return _Layer(str(path), parse_toml(text), find_lines(text))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         problem = f"byte 0x{content[error.start]:02x} is not UTF-8, which TOML files must be;"
-        return _Layer(), Finding("", problem, "save the file as UTF-8.", str(path), line)
+        raise RecipeError([Finding("", problem, "save the file as UTF-8.", str(path), line)]) from None
     except TomlSyntaxError as error:
         fix = next((fix for complaint, fix in _SYNTAX_FIXES.items() if str(error).startswith(complaint)), "")
-        problem = f"not TOML: {error}"
-        return _Layer(), Finding("", f"{problem};" if fix else problem, fix, str(path), error.line)
-    origins = {key: Origin(str(path), line) for key, line in find_lines(text).items()}
-    return _Layer(values, origins), None
+        raise RecipeError([Finding("", f"not TOML: {error}{';' * bool(fix)}", fix, str(path), error.line)]) from None
 
 
 def _parse_overrides(words: Sequence[str]) -> tuple[_Layer, list[Finding]]:
-    """`--section.key=value`, or the two as separate words, as one layer."""
-    layer = _Layer()
+    """What `--section.key=value` words give."""
+    values: dict[str, Any] = {}
+    lines: dict[KeyPath, int] = {}
     findings: list[Finding] = []
-    remaining = deque(words)
-    while remaining:
-        word = remaining.popleft()
+    for word in words:
         flag, equals, text = word.partition("=")
-        key = flag[2:]
-        if not flag.startswith("--") or not all(key.split(".")):
+        path = tuple(flag[2:].split("."))
+        if not flag.startswith("--") or not all(path):
             problem, fix = f"'{word}' is not understood;", "overrides are written --section.key=value."
             findings.append(Finding("", problem, fix, COMMAND_LINE))
-        elif equals:
-            _overlay(layer, _override(tuple(key.split(".")), text))
-        elif remaining and not remaining[0].startswith("--"):
-            _overlay(layer, _override(tuple(key.split(".")), remaining.popleft()))
+        elif not equals:
+            findings.append(Finding(flag[2:], "has no value;", f"write {flag}=VALUE.", COMMAND_LINE))
         else:
-            findings.append(Finding(key, "has no value;", f"write {flag}=VALUE.", COMMAND_LINE))
-    return layer, findings
-
-
-def _override(path: tuple[str, ...], text: str) -> _Layer:
-    value: Any = _override_value(path, text)
-    for name in reversed(path):
-        value = {name: value}
-    return _Layer(value, {path[:length]: Origin(COMMAND_LINE, 0) for length in range(1, len(path) + 1)})
+            override = nest(path, _override_value(path, text))
+            values = _merge(values, override)
+            lines |= dict.fromkeys(find_paths(override), 0)
+    return _Layer(COMMAND_LINE, values, lines), findings
 
 
 def _override_value(path: tuple[str, ...], text: str) -> Any:
@@ -269,51 +247,33 @@ def _override_value(path: tuple[str, ...], text: str) -> Any:
     return text if takes_text and not isinstance(value, str) else value
 
 
-def _overlay(below: _Layer, above: _Layer) -> None:
-    """Lay `above` over `below`: tables merge key by key, anything else replaces what was there."""
-
-    def merge(values: dict[str, Any], nearer: dict[str, Any], path: KeyPath) -> None:
-        for key, value in nearer.items():
-            if isinstance(value, dict) and isinstance(values.get(key), dict):
-                merge(values[key], value, (*path, key))
-            else:
-                _forget(below, (*path, key))
-                values[key] = copy.deepcopy(value)
-
-    merge(below.values, above.values, ())
-    below.origins.update(above.origins)
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merge key by key, anything else replaces what was there."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
-def _forget(layer: _Layer, path: KeyPath) -> None:
-    for origin in [origin for origin in layer.origins if origin[: len(path)] == path]:
-        del layer.origins[origin]
+def _drop_other_amount(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` without its training.steps where `above` gives training.tokens instead, or the other way round."""
+    inherited, nearer = below.get("training"), above.get("training")
+    if isinstance(inherited, dict) and isinstance(nearer, dict) and ("steps" in nearer) != ("tokens" in nearer):
+        kept = {key: value for key, value in inherited.items() if key not in ("steps", "tokens")}
+        return {**below, "training": kept}
+    return below
 
 
-def _drop_alternatives(below: _Layer, above: _Layer) -> None:
-    """Where `above` gives one of two alternative keys, take the other one out of `below`."""
-    for pair in ALTERNATIVES:
-        paths = [tuple(key.split(".")) for key in pair]
-        given = [path for path in paths if _holds(above.values, path)]
-        if len(given) == 1:
-            for section, name in paths:
-                if (section, name) not in given and _holds(below.values, (section, name)):
-                    del below.values[section][name]
-                    _forget(below, (section, name))
-
-
-def _holds(values: Any, path: tuple[str, ...]) -> bool:
-    for name in path:
-        if not isinstance(values, dict) or name not in values:
-            return False
-        values = values[name]
-    return True
-
-
-def _located(finding: Finding, origins: Mapping[KeyPath, Origin], default_file: str) -> Finding:
+def _locate(finding: Finding, layers: Sequence[_Layer], default_file: str) -> Finding:
     """`finding` with the place of its key; of the nearest table around it where the key itself is nowhere set."""
     path: KeyPath = tuple(int(name) if name.isdigit() else name for name in finding.key.split("."))
-    while path and path not in origins:
-        path = path[:-1]
-    origin = origins.get(path, Origin(default_file, 0))
-    heir = default_file if origin.file not in (default_file, COMMAND_LINE) else ""
-    return dataclasses.replace(finding, file=origin.file, line=origin.line, extended_by=heir)
+    places = (
+        (layer.file, layer.lines[path[:length]])
+        for length in range(len(path), 0, -1)
+        for layer in layers
+        if path[:length] in layer.lines
+    )
+    file, line = next(places, (default_file, 0))
+    extended_by = default_file if file not in (default_file, COMMAND_LINE) else ""
+    return dataclasses.replace(finding, file=file, line=line, extended_by=extended_by)

@@ -46,31 +46,25 @@ def expand(path: str | Path) -> Path:
 
 def path_argument(text: str) -> Path:
     """A path of the command line, which may have any characters, expanded; for `argparse`."""
-    try:
-        _require_something(text)
-        check_path("".join(sign for sign in text if sign.isprintable()))
-        return expand(text)
-    except (UsageError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return expand(input_argument(text))
 
 
 def input_argument(text: str) -> str:
     """As `path_argument`, but as it was written: it may be a glob."""
-    path_argument(text)
-    return text
+    return _check_argument(text, "".join(sign for sign in text if sign.isprintable()))
 
 
 def text_argument(text: str) -> str:
     """A path of the command line that is kept in files of text; for `argparse`."""
+    return _check_argument(text, text)
+
+
+def _check_argument(text: str, checked: str) -> str:
     try:
-        _require_something(text)
-        expand(check_path(text))
+        if not text:  # what a variable that is not set leaves: it would be the current folder
+            raise ValueError("the path is empty; give one, or '.' for the current folder.")
+        expand(text)
+        check_path(checked)
     except (UsageError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-def _require_something(text: str) -> None:
-    """Raises `ValueError` for what a variable that is not set leaves: as a path it would be the current folder."""
-    if not text:
-        raise ValueError("the path is empty; give one, or '.' for the current folder.")

@@ -70,7 +70,7 @@ def find_lines(text: str) -> dict[KeyPath, int]:
         found = _load_or_none(f"{statement}]") if whole is None else whole
         if found is None:
             continue
-        below = list(_paths(found))
+        below = list(find_paths(found))
         if array:
             paths = [(*array, elements + int(index), *rest) for _, index, *rest in below[1:]]
         elif chunk.lstrip().startswith("["):
@@ -95,12 +95,12 @@ def _load_or_none(text: str) -> dict[str, Any] | None:
         return None
 
 
-def _paths(value: Any) -> Iterator[KeyPath]:
-    """Where everything within a value stands, from the top."""
+def find_paths(value: Any) -> Iterator[KeyPath]:
+    """Where everything within a value stands, tables before what is in them."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in items:
         yield (name,)
-        yield from ((name, *path) for path in _paths(inner))
+        yield from ((name, *path) for path in find_paths(inner))
 
 
 def _find_table(header: KeyPath, newest: dict[KeyPath, int]) -> KeyPath:
