@@ -43,7 +43,7 @@ def recipe(folder: Path, tokenizer: str, rows: int = 416, **data: Any) -> None:
 
 
 def titanlite(*words: str) -> int:
-    return cli.main([*words])
+    return cli([*words])
 
 
 def with_json(folder: Path) -> None:

@@ -23,6 +23,7 @@ import pyarrow.parquet
 import pytest
 from support import bpe
 
+from titanlite.cli.prepare import describe_token_info
 from titanlite.corpus.corpora import Document, read_corpus
 from titanlite.corpus.corpora.formats import divide, read_documents
 from titanlite.corpus.token_file import TokenFile
@@ -163,7 +164,7 @@ def read_token_file(number: int) -> None:
             at = source.locate(index)[1] * file.tokens.dtype.itemsize
             assert packing == "best_fit" or data[at : at + window.nbytes] == window.tobytes(), "foreign bytes"
     if file.info is not None:
-        file.info.report()
+        describe_token_info(file.info)
     file.verify(tokenizer.vocab_size, tokenizer.separator)
 
 

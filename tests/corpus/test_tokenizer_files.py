@@ -22,7 +22,7 @@ from tokenizers import models
 from titanlite.corpus.prepare import Request, find_inputs, prepare
 from titanlite.corpus.progress import Progress
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
-from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine
+from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN, json_of_ranks, rank_engine
 from titanlite.corpus.units import Settings
 from titanlite.data.sources import open_streams
 from titanlite.errors import DataError, UsageError
@@ -97,7 +97,7 @@ def test_both_libraries_cut_at_every_character_alike() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     for before in b"a1!":
         ranks.update({bytes([before, lead]): len(ranks) + lead - 0xC2 for lead in range(0xC2, 0xF5)})
-    library = Library.from_str(json.dumps(byte_level_json(ranks, {})))
+    library = Library.from_str(json_of_ranks(ranks, []))
     engine = rank_engine("all", ranks, LLAMA3_PATTERN)
     characters = [*range(0x80, 0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0x20000), *range(0xE0000, 0xE0200)]
     characters += [*range(0x3400, 0xA000, 8), *range(0xAC00, 0xD800, 8), *range(0x20000, 0x34000, 8)]  # large scripts
@@ -350,7 +350,7 @@ TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 @pytest.mark.parametrize("name", FAILING)
 def test_what_a_library_raises_names_the_tokenizer_and_the_document(tmp_path: Path, name: str) -> None:
-    """Issue 14, item 16: also a panic, which is no `Exception`; where a process of its own tokenises, too."""
+    """Issue 14, item 16: also a panic, which is no `Exception`; where a process of its own tokenizes, too."""
     path = changed(FAILING[name][0](), tmp_path, FAILING[name][1])
     separator = "[SEP]" if name == "WordPiece" else None
     bad = "日" + "a" * 40 + "!"

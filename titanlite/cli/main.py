@@ -28,7 +28,7 @@ HELP = {
     "train": "train a recipe (RECIPE [--section.key=value ...])",
     "check": "say what a run will be, and what is wrong with its recipe; explain a key",
     "verify": "prove that a layout computes what one process does, on your machines",
-    "data": "tokenise texts into token files, and look after these",
+    "data": "tokenize texts into token files, and look after these",
     "checkpoint": "inspect, verify, compare, prune checkpoints; to and from Hugging Face",
     "generate": "continue a prompt with a trained model",
     "schema": "print the JSON schema of recipes, for editors",

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titanlite.errors import UsageError
 from titanlite.recipe.paths import input_argument, path_argument, text_argument
 from titanlite.text import format_bytes, format_count
 
+if TYPE_CHECKING:
+    from titanlite.corpus.token_file import TokenInfo
+
 
 def add_prepare_commands(commands: Any) -> None:
     """Add them to the parsers of `titanlite data`."""
-    line = "tokenise texts into PREFIX.bin, .idx and .json; started again after a kill, it goes on"
+    line = "tokenize texts into PREFIX.bin, .idx and .json; started again after a kill, it goes on"
     command = commands.add_parser("prepare", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_prepare)
     command.add_argument("inputs", nargs="+", type=input_argument, metavar="INPUT",
@@ -89,7 +92,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         return
     for prefix, info in made.items():
         print(f"{prefix}: {format_count(info.tokens)} tokens, {format_bytes(info.bin_bytes + info.idx_bytes)}")
-        print("\n".join(f"  {line}" for line in info.report()))
+        print("\n".join(f"  {line}" for line in describe_token_info(info)))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -101,3 +104,21 @@ def _verify(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{prefix}.json: missing; without it nothing is known that could be verified.")
         file.verify(file.info.tokenizer.vocab_size, file.info.tokenizer.separator)
         print(f"{prefix}: whole: {file.documents:,} documents, {len(file.tokens):,} tokens")
+
+
+def describe_token_info(info: TokenInfo) -> list[str]:
+    """The statistics, for people."""
+    shares = ", ".join(f"{name} {count:,}" for name, count in info.lengths.items())
+    lines = [
+        f"documents        {info.documents:,}",
+        f"tokens           {info.tokens:,} as {info.dtype}, separators among them",
+        f"bytes per token  {info.text_bytes / info.tokens:.3f}",
+        f"lengths          {shares}",
+    ]
+    if info.duplicates:
+        lines.append(f"duplicates       {info.duplicates:,} dropped")
+    if info.bad_lines:
+        lines += [f"bad lines        {info.bad_lines:,} skipped", *(f"  {line}" for line in info.bad_line_examples)]
+        if info.bad_lines > len(info.bad_line_examples):
+            lines.append(f"  and {info.bad_lines - len(info.bad_line_examples):,} more")
+    return lines

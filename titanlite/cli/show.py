@@ -14,7 +14,7 @@ import numpy as np
 
 from titanlite.cli.audit import newest_manifest, recipe_of_run
 from titanlite.corpus.token_file import TokenFile
-from titanlite.corpus.tokenised import texts_folder
+from titanlite.corpus.tokenized import texts_folder
 from titanlite.corpus.tokenizers import Tokenizer, Tokens
 from titanlite.data.audit import history, reordered_steps, samples_of
 from titanlite.data.read_log import READ, read_records
@@ -121,7 +121,7 @@ def _require_same_order(run: Path, split: Split, step: int) -> None:
 def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> dict[str, Any]:
     """A sample: where it lies, and at most `limit` characters of its text, inputs and the last label; 0: all.
 
-    `file` is empty where texts were tokenised as they were read; then there is no document either.
+    `file` is empty where texts were tokenized as they were read; then there is no document either.
     """
     source, window = split.place(number)
     stream, token = source.locate(window)

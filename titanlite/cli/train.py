@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         from titanlite.training.run import open_run_data
 
         with suppress(TitanliteError):  # the ranks that train fail with it, and end this one
-            open_run_data(loaded.recipe)  # texts that one process tokenises: all wait for them before they form a group
+            open_run_data(loaded.recipe)  # texts that one process tokenizes: all wait for them before they form a group
         return stand_by(loaded.recipe.parallel.timeout_seconds)
     from titanlite.training.run import train
 

@@ -97,23 +97,6 @@ class TokenInfo(_Section):
     idx_bytes: int
     idx_xxh3_64: str
 
-    def report(self) -> list[str]:
-        """The statistics, for people."""
-        shares = ", ".join(f"{name} {count:,}" for name, count in self.lengths.items())
-        lines = [
-            f"documents        {self.documents:,}",
-            f"tokens           {self.tokens:,} as {self.dtype}, separators among them",
-            f"bytes per token  {self.text_bytes / self.tokens:.3f}",
-            f"lengths          {shares}",
-        ]
-        if self.duplicates:
-            lines.append(f"duplicates       {self.duplicates:,} dropped")
-        if self.bad_lines:
-            lines += [f"bad lines        {self.bad_lines:,} skipped", *(f"  {line}" for line in self.bad_line_examples)]
-            if self.bad_lines > len(self.bad_line_examples):
-                lines.append(f"  and {self.bad_lines - len(self.bad_line_examples):,} more")
-        return lines
-
 
 class Paths(NamedTuple):
     """The files of one prefix."""
@@ -177,12 +160,13 @@ class TokenFile:
             prefix = prefix.with_suffix("")
         paths = paths_of(prefix)
         with _reading(paths):
-            lengths, pointers, sequences, dtype = _open_index(paths.idx)
+            index = _open_index(paths.idx)
             file = OpenFile(paths.bin)
-            _require_ends(paths, file.size, lengths, pointers, sequences, dtype.itemsize)
-            tokens = FileArray(file, 0, dtype, file.size // dtype.itemsize)
-            info = _read_sidecar(paths, len(tokens), dtype, lengths.file.size) if paths.sidecar.exists() else None
-        return cls(prefix, tokens, Starts(pointers, sequences, dtype.itemsize, len(tokens)), lengths, info)
+            _require_ends(paths, file.size, index)
+            tokens = FileArray(file, 0, index.dtype, file.size // index.dtype.itemsize)
+            info = _read_sidecar(paths, tokens, index.lengths.file.size) if paths.sidecar.exists() else None
+        starts = Starts(index.pointers, index.sequences, index.dtype.itemsize, len(tokens))
+        return cls(prefix, tokens, starts, index.lengths, info)
 
     def __reduce__(self) -> Any:
         """Another process opens it anew."""
@@ -331,14 +315,13 @@ class TokenWriter:
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._paths = paths_of(prefix)
         self.dtype = token_dtype(vocab_size)
+        self.documents = 0
         self._hash = xxhash.xxh3_64()
-        self._lengths: list[Int64] = []
+        self._lengths: list[Int64] = []  # of sequences, of one document or of a part of one
+        self._sequences: list[Int64] = []  # how many each document takes
+        self._histogram = np.zeros(64, np.int64)
         self._tokens = self._counted = 0
         self._bin = open(_hidden(self._paths.bin), "wb", buffering=0)  # noqa: SIM115 - see `commit` and `abandon`
-
-    @property
-    def documents(self) -> int:
-        return sum(map(len, self._lengths))
 
     def extend(self, tokens: npt.ArrayLike) -> None:
         """The next tokens, flat."""
@@ -350,9 +333,17 @@ class TokenWriter:
         self._tokens += len(flat)
 
     def end_documents(self, lengths: npt.ArrayLike) -> None:
-        """Say how many tokens each of the next documents has, its separator among them."""
-        self._lengths.append(np.asarray(lengths, np.int64).reshape(-1))
-        self._counted += int(self._lengths[-1].sum())
+        """The next documents have so many tokens each, separators among them."""
+        counts = np.asarray(lengths, np.int64).reshape(-1)
+        pieces = -(-counts // LONGEST_SEQUENCE)
+        ends = np.cumsum(pieces)
+        sequences = np.full(int(pieces.sum()), LONGEST_SEQUENCE, np.int64)
+        sequences[ends - 1] = counts - (pieces - 1) * LONGEST_SEQUENCE
+        self._lengths.append(sequences)
+        self._sequences.append(pieces)
+        self._histogram += np.bincount(np.frexp(counts)[1] - 1, minlength=64)
+        self.documents += len(counts)
+        self._counted += int(counts.sum())
 
     def commit(self, **info: Any) -> TokenInfo:
         """Finish, and let the file appear; `info` has the sidecar's fields that only the caller knows.
@@ -364,7 +355,9 @@ class TokenWriter:
         self._bin.close()
         idx_hash, idx_bytes = self._write_index()
         sidecar = TokenInfo(
-            format=FORMAT, version=VERSION, **info, **self._statistics(),
+            format=FORMAT, version=VERSION, **info, dtype=self.dtype.name, documents=self.documents,
+            tokens=self._tokens,
+            lengths={f"2^{power}": int(count) for power, count in enumerate(self._histogram) if count},
             bin_bytes=self._tokens * self.dtype.itemsize, bin_xxh3_64=self._hash.hexdigest(),
             idx_bytes=idx_bytes, idx_xxh3_64=idx_hash,
         )  # fmt: skip
@@ -381,39 +374,26 @@ class TokenWriter:
         for path in (self._paths.bin, self._paths.idx):
             _hidden(path).unlink(missing_ok=True)
 
-    def _statistics(self) -> dict[str, Any]:
-        counts = np.zeros(64, np.int64)
-        for lengths in self._lengths:
-            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
-        return {
-            "dtype": self.dtype.name,
-            "documents": self.documents,
-            "tokens": self._tokens,
-            "lengths": {f"2^{power}": int(count) for power, count in enumerate(counts) if count},
-        }
-
     def _write_index(self) -> tuple[str, int]:
         """The index under its hidden name; its hash and size."""
-        pieces = [-(-lengths // LONGEST_SEQUENCE) for lengths in self._lengths]  # sequences that each document takes
-        cut = [_cut(*pair) for pair in zip(self._lengths, pieces, strict=True)]
         digest, size = xxhash.xxh3_64(), 0
         with open(_hidden(self._paths.idx), "wb") as file:
 
-            def put(data: bytes | memoryview) -> None:
+            def put(data: bytes) -> None:
                 nonlocal size
                 digest.update(data)
                 size += file.write(data)
 
             code = next(code for code, name in TYPES.items() if name == self.dtype.name)
-            documents = sum(map(len, pieces))
-            put(HEADER.pack(MAGIC, VERSION, code, sum(map(len, cut)), documents + 1))
-            for lengths in cut:
+            sequences = sum(map(len, self._lengths))
+            put(HEADER.pack(MAGIC, VERSION, code, sequences, self.documents + 1))
+            for lengths in self._lengths:
                 put(lengths.astype("<i4").tobytes())
-            for begins in _running(cut):
+            for begins in _running(self._lengths):
                 put((begins * self.dtype.itemsize).astype("<i8").tobytes())
-            for begins in _running(pieces):
+            for begins in _running(self._sequences):
                 put(begins.astype("<i8").tobytes())
-            put(struct.pack("<q", sum(map(len, cut))))
+            put(struct.pack("<q", sequences))
             file.flush()
             sync(file.fileno(), self._paths.idx)
         return digest.hexdigest(), size
@@ -433,16 +413,6 @@ def _running(counts: list[Int64]) -> Iterator[Int64]:
         ends = np.cumsum(block) + total
         yield ends - block
         total = int(ends[-1]) if len(ends) else total
-
-
-def _cut(lengths: Int64, pieces: Int64) -> Int64:
-    """Lengths of the sequences: those of the documents, but for documents that are too long to be one."""
-    if (pieces == 1).all():
-        return lengths
-    last = lengths - (pieces - 1) * LONGEST_SEQUENCE
-    sequences = np.full(int(pieces.sum()), LONGEST_SEQUENCE, np.int64)
-    sequences[np.cumsum(pieces) - 1] = last
-    return sequences
 
 
 @contextmanager
@@ -465,10 +435,17 @@ def _reading(paths: Paths) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read ({error.strerror}); mend its permissions or the disk.") from error
 
 
-def _open_index(
-    path: Path,
-) -> tuple[FileArray[np.int32], FileArray[np.int64], FileArray[np.int64], np.dtype[np.integer[Any]]]:
-    """Lengths, positions, first sequences of documents, and the type of the ids."""
+class _Index(NamedTuple):
+    """An opened `.idx`."""
+
+    lengths: FileArray[np.int32]
+    pointers: FileArray[np.int64]
+    sequences: FileArray[np.int64]
+    dtype: np.dtype[np.integer[Any]]
+    """Of the ids."""
+
+
+def _open_index(path: Path) -> _Index:
     file = OpenFile(path)
     size = file.size
     if size < HEADER.size:
@@ -489,32 +466,25 @@ def _open_index(
         )
     if not count or entries < 2:
         raise DataError(f"{path}: holds no documents ({count:,} sequences, {entries:,} document entries).")
-    at = HEADER.size
-    return (
-        FileArray(file, at, np.dtype("<i4"), count),
-        FileArray(file, at + 4 * count, np.dtype("<i8"), count),
-        FileArray(file, at + 12 * count, np.dtype("<i8"), entries),
+    return _Index(
+        FileArray(file, HEADER.size, np.dtype("<i4"), count),
+        FileArray(file, HEADER.size + 4 * count, np.dtype("<i8"), count),
+        FileArray(file, HEADER.size + 12 * count, np.dtype("<i8"), entries),
         np.dtype(TYPES[code]).newbyteorder("<"),
     )
 
 
-def _require_ends(
-    paths: Paths,
-    size: int,
-    lengths: FileArray[np.int32],
-    pointers: FileArray[np.int64],
-    sequences: FileArray[np.int64],
-    itemsize: int,
-) -> None:
-    """The ends of the index fit each other and the `.bin`."""
+def _require_ends(paths: Paths, size: int, index: _Index) -> None:
+    """The ends of the index fit each other and the `.bin` of `size` bytes."""
+    lengths, pointers, sequences, dtype = index
     at, count = HEADER.size + 12 * len(lengths), len(lengths)
     if (sequences[0], sequences[-1]) != (0, count):
         raise DataError(
             f"{paths.idx}: damaged: documents begin with sequence {sequences[0]:,} and end with {sequences[-1]:,} "
             f"(bytes {at:,} and {at + 8 * (len(sequences) - 1):,}), not with 0 and {count:,}; {RESTORE}"
         )
-    end = int(pointers[-1]) + int(lengths[-1]) * itemsize
-    if pointers[0] != 0 or lengths[-1] < 0 or end % itemsize:
+    end = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
+    if pointers[0] != 0 or lengths[-1] < 0 or end % dtype.itemsize:
         raise DataError(
             f"{paths.idx}: damaged: sequences begin at byte {pointers[0]:,} and end at {end:,} of the .bin (read at "
             f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {RESTORE}"
@@ -528,7 +498,7 @@ def _require_ends(
         raise DataError(f"{paths.bin}: holds no tokens.")
 
 
-def _read_sidecar(paths: Paths, tokens: int, dtype: np.dtype[Any], idx_bytes: int) -> TokenInfo:
+def _read_sidecar(paths: Paths, tokens: FileArray[Any], idx_bytes: int) -> TokenInfo:
     path = paths.sidecar
     try:
         info = TokenInfo.model_validate_json(path.read_bytes())
@@ -540,10 +510,10 @@ def _read_sidecar(paths: Paths, tokens: int, dtype: np.dtype[Any], idx_bytes: in
             "damaged, prepare the file again; if it is another program's, give the token file another name."
         ) from error
     for what, found, expected in (
-        (f"bytes of {paths.bin.name}", tokens * dtype.itemsize, info.bin_bytes),
+        (f"bytes of {paths.bin.name}", tokens.file.size, info.bin_bytes),
         (f"bytes of {paths.idx.name}", idx_bytes, info.idx_bytes),
-        ("tokens", tokens, info.tokens),
-        ("type of ids", dtype.name, info.dtype),
+        ("tokens", len(tokens), info.tokens),
+        ("type of ids", tokens.dtype.name, info.dtype),
     ):
         if found != expected:
             raise DataError(f"{path}: belongs to other files: {what}: {expected} there, {found} here; {RESTORE}")

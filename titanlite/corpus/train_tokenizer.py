@@ -24,11 +24,11 @@ SEPARATOR = "<|end_of_text|>"
 MIN_FREQUENCY = 2
 """Pairs that occur less often are not merged: a token that is seen once teaches nothing."""
 _BYTES = 256
-_TOLD_SECONDS = 15.0
+_PROGRESS_SECONDS = 15.0
 
 
 @dataclass
-class Read:
+class Count:
     """What has been read so far."""
 
     documents: int = 0
@@ -64,15 +64,11 @@ def train_bpe(
     text would encode to one of these.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN
+    from titanlite.corpus.tokenizers.byte_pairs import byte_level_tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(special),
         min_frequency=MIN_FREQUENCY,
@@ -102,7 +98,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     file = arguments.out / "tokenizer.json"
     if file.exists() and not arguments.force:
         raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
-    read = Read()
+    read = Count()
     texts = _texts(arguments.inputs, Data(text_key=arguments.text_key), arguments.held_out, read)
     content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())
     if not read.documents:
@@ -118,18 +114,18 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         print(f"fewer than --vocab-size {arguments.vocab_size}: no other pair of tokens occurs twice in the corpus.")
 
 
-def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Read) -> Iterator[str]:
+def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Count) -> Iterator[str]:
     """What is UTF-8 of all documents that are not held out; counted in `read`."""
     from titanlite.corpus.corpora import is_held_out, read_corpus
-    from titanlite.corpus.tokenizers.pieces import utf8_parts
+    from titanlite.corpus.tokenizers.pieces import split_utf8
 
-    told = time.monotonic()
+    printed = time.monotonic()
     for document in read_corpus(inputs, section):
         if is_held_out(document.name, held_out_percent):
             continue
         read.documents += 1
         read.nbytes += len(document.content)
-        yield from utf8_parts(document.content)[::2]
-        if time.monotonic() - told >= _TOLD_SECONDS:
-            told = time.monotonic()
+        yield from split_utf8(document.content)[::2]
+        if time.monotonic() - printed >= _PROGRESS_SECONDS:
+            printed = time.monotonic()
             print(f"read {format_count(read.documents)} documents, {format_bytes(read.nbytes)}", file=sys.stderr)

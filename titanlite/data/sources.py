@@ -1,4 +1,4 @@
-"""One source of tokens, cut into windows: texts tokenised here and now, or files of `titanlite data prepare`.
+"""One source of tokens, cut into windows: texts tokenized here and now, or files of `titanlite data prepare`.
 
 A source knows its own windows by number. In which order they come, and among which others, is the split's business.
 """
@@ -21,7 +21,7 @@ import xxhash
 from titanlite.corpus.corpora import is_held_out, read_corpus
 from titanlite.corpus.corpora.files import match_files
 from titanlite.corpus.token_file import HELD_OUT, TokenFile, paths_of
-from titanlite.corpus.tokenised import open_tokenized
+from titanlite.corpus.tokenized import open_tokenized
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.corpus.units import pack
 from titanlite.data.best_fit import BestFit, best_fit
@@ -145,7 +145,7 @@ def open_streams(
     `validation_percent` is held out. Of a token file, the held-out part is the file beside it that
     `titanlite data prepare --held-out` made.
 
-    Texts that are too many for every rank's memory are tokenised into files in `texts_folder`, if one is given.
+    Texts that are too many for every rank's memory are tokenized into files in `texts_folder`, if one is given.
 
     Raises `DataError` naming what cannot be read.
     """

@@ -186,7 +186,7 @@ def _agreed(ranks: Ranks, opened: tuple[DataSplits, list[str]] | TitanliteError)
 
 def open_run_data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
     """The run's data, and what is to be said of it. Raises `DataError`, also where it does not suffice."""
-    from titanlite.corpus.tokenised import texts_folder
+    from titanlite.corpus.tokenized import texts_folder
     from titanlite.corpus.tokenizers import describe_separator
     from titanlite.data.splits import open_data, require_samples
     from titanlite.data.survey import shared_texts

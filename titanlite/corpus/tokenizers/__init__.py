@@ -7,9 +7,10 @@ is read when it is opened; the library that applies it is imported when the firs
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,47 +31,47 @@ _NARROW_LIMIT = 65_500
 """Megatron's: vocabularies from here on are kept in 4 bytes an id."""
 
 
-class Tokenizer(Protocol):
-    """What the rest of the data room, validation, export and `titanlite generate` ask of a tokenizer."""
+class Tokenizer(ABC):
+    """What the rest of titanlite asks of a tokenizer."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Ids are in [0, vocab_size); the model's embedding has at least so many rows."""
-
-    @property
-    def separator(self) -> int:
-        """The id that stands between documents; no text encodes to it."""
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Ids that no text encodes to (but for one that stands for what is unknown), by name. The byte tokenizer's
-        separator has none."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that decides ids, 32 hexadecimal digits."""
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """The files that it was opened from, by the names under which a folder of them opens as the same tokenizer."""
+    vocab_size: int
+    """Ids are in [0, vocab_size); the model's embedding has at least so many rows."""
+    separator: int
+    """The id that stands between documents; no text encodes to it."""
+    special_tokens: Mapping[str, int]
+    """Ids that no text encodes to (but for one that stands for what is unknown), by name. The byte tokenizer's
+    separator has none."""
+    fingerprint: str
+    """Hash of all that decides ids, 32 hexadecimal digits."""
+    files: Mapping[str, Path]
+    """The files that it was opened from, by the names under which a folder of them opens as the same tokenizer."""
 
     def encode(self, text: bytes) -> Ids:
         """Ids of `text`, without a separator, as a flat array that may be read-only. Raises `DataError`."""
+        return self.encode_batch([text])[0]
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
         """`encode` of each; faster where the texts are short."""
 
+    @abstractmethod
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """The bytes that `ids` stand for, one id after the other; special tokens stand for none.
 
         Raises `ValueError` for an id outside the vocabulary.
         """
 
+    @abstractmethod
     def bytes_of(self, ids: npt.ArrayLike) -> int:
         """How many bytes `ids` stand for: `len(decode(ids))`."""
 
+    @abstractmethod
     def export(self) -> dict[str, bytes]:
         """Names and contents of the files by which Hugging Face's transformers give the same ids; may be none."""
+
+    def name_of(self, special: int) -> str | None:
+        """Of a special token."""
+        return next((name for name, number in self.special_tokens.items() if number == special), None)
 
 
 TOKENIZERS = Registry(
@@ -122,7 +123,7 @@ def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequ
 
 def describe_separator(tokenizer: Tokenizer) -> str:
     """The separator's name, if it has one, and id."""
-    name = _name_of(tokenizer.separator, tokenizer)
+    name = tokenizer.name_of(tokenizer.separator)
     return f"id {tokenizer.separator}" if name is None else f"'{name}' (id {tokenizer.separator})"
 
 
@@ -131,17 +132,13 @@ def separator_warning(tokenizer: Tokenizer, chosen: str | None) -> Finding | Non
     where the tokenizer has a token that is known to end a text.
     """
     ends = [name for name in END_OF_TEXT if name in tokenizer.special_tokens]
-    name = _name_of(tokenizer.separator, tokenizer)
+    name = tokenizer.name_of(tokenizer.separator)
     if chosen is not None or name is None or name in END_OF_TEXT or not ends:
         return None
     file = list(tokenizer.files.values())[-1]
     problem = f"{file} makes '{name}' the separator of documents, and '{ends[0]}' is there too, known to end a text;"
     fix = f'write separator = "{ends[0]}", or "{name}" if it is what you want.'
     return Finding("data.separator", problem, fix, severity="warning")
-
-
-def _name_of(number: int, tokenizer: Tokenizer) -> str | None:
-    return next((name for name, special in tokenizer.special_tokens.items() if special == number), None)
 
 
 UNKNOWN = "unknown"

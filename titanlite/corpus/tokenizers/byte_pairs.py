@@ -6,7 +6,7 @@ token together, several times as fast. `ranks_of_json` finds out whether that co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,8 +26,6 @@ _SHORT = 2**18
 _OTHERWISE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 """Settings of a BPE that ranks cannot express."""
 
-Fields = Mapping[str, Any]
-
 
 def rank_engine(name: str, ranks: Mapping[bytes, int], pattern: str) -> Any:
     """tiktoken's `Encoding`, with no special tokens; the pattern is one of the two here."""
@@ -44,41 +42,32 @@ def ranks_in(engine: Any, text: str) -> npt.NDArray[np.integer[Any]]:
     return ranks
 
 
-# --- ranks to JSON
+def byte_level_tokenizer(model: Any, special: Iterable[str] = ()) -> Any:
+    """The `tokenizers` library's tokenizer of a BPE `model` of bytes, which cuts by `LLAMA3_PATTERN`."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
 
 
-def byte_level_json(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> dict[str, Any]:
-    """The JSON of ranks that are cut by `LLAMA3_PATTERN`, and special tokens."""
-    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-    to_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": name, **flags} for name, number in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_characters]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,  # a cut piece that is a token needs no merges
-            "vocab": {characters_of_bytes(token): number for token, number in ranks.items()},
-            "merges": [" ".join(map(characters_of_bytes, pair)) for pair in _all_merges(ranks)],
-        },
-    }
+def json_of_ranks(ranks: Mapping[bytes, int], special: Iterable[str]) -> str:
+    """The JSON of ranks that are cut by `LLAMA3_PATTERN`, and special tokens that follow them."""
+    from tokenizers import models
 
-
-def _all_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs of tokens that are a token together, by its rank."""
-    for token in sorted(ranks, key=ranks.__getitem__):
-        for cut in range(1, len(token)):
-            if token[:cut] in ranks and token[cut:] in ranks:
-                yield token[:cut], token[cut:]
-
-
-# --- JSON to ranks
+    merges = [  # pairs of tokens that are a token together, by its rank
+        (characters_of_bytes(token[:cut]), characters_of_bytes(token[cut:]))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {characters_of_bytes(token): rank for token, rank in ranks.items()}
+    model = models.BPE(vocabulary, merges, ignore_merges=True)  # a cut piece that is a token needs no merges
+    return str(byte_level_tokenizer(model, special).to_str(pretty=True))
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class Ranked:
     pattern: str
 
 
-def ranks_of_json(fields: Fields, special: Iterable[str]) -> Ranked | None:
+def ranks_of_json(fields: Mapping[str, Any], special: Iterable[str]) -> Ranked | None:
     """Ranks and the pattern by which tiktoken cuts every text as `tokenizers` does by these fields, or None.
 
     Certain if each token's parts have lower ranks than it, and merges of lower ranks turn the token's own bytes into
@@ -105,45 +94,45 @@ def ranks_of_json(fields: Fields, special: Iterable[str]) -> Ranked | None:
     try:
         pattern = _pattern(fields.get("pre_tokenizer"))
         ids = {bytes_of_characters(token): model["vocab"][token] for token in model["vocab"].keys() - set(special)}
-        pairs = [tuple(map(bytes_of_characters, _pair(merge))) for merge in model["merges"]]
-    except (AttributeError, KeyError, TypeError):  # the library will say what is wrong
+        merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        pairs = [tuple(map(bytes_of_characters, merge)) for merge in merges]
+    except (AttributeError, KeyError, TypeError, ValueError):  # the library will say what is wrong
         return None
     if pattern is None:
         return None
     ranks = {bytes([byte]): byte for byte in range(256)}
-    listed: set[tuple[bytes, ...]] = set()
     for pair in pairs:
         token = b"".join(pair)
         if not all(part in ranks for part in pair) or ranks.get(token, len(ranks) - 1) != len(ranks) - 1:
             return None
         ranks.setdefault(token, len(ranks))
-        listed.add(pair)
-    if ids.keys() != ranks.keys() or not all(_parts(token, ranks) in listed for token in ranks if len(token) > 1):
+    listed = set(pairs)
+    if ids.keys() != ranks.keys() or not all(_merge_below(token, ranks) in listed for token in ranks if len(token) > 1):
         return None
     return Ranked(ranks, tuple(ids[token] for token in ranks), pattern)
 
 
 def _pattern(step: Any) -> str | None:
     """What a pre-tokenizer cuts by, if it is a pattern and then bytes as characters."""
-    parts = step.get("pretokenizers", [step]) if isinstance(step, dict) else []
-    *cuts, level = parts or [{}]
-    if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
+    *cuts, level = step.get("pretokenizers", [step])
+    if level["type"] != "ByteLevel" or level.get("add_prefix_space", True) or len(cuts) > 1:
         return None
     if not cuts:
         return GPT2_PATTERN if level.get("use_regex", True) else None
-    (cut, *more), regex = cuts, cuts[0].get("pattern")
-    told = (cut.get("type"), cut.get("behavior"), cut.get("invert"), level.get("use_regex", True), more)
-    if told != ("Split", "Isolated", False, False, []) or not isinstance(regex, dict):
+    cut = cuts[0]
+    if (cut["type"], cut["behavior"], cut["invert"], level.get("use_regex", True)) != (
+        "Split",
+        "Isolated",
+        False,
+        False,
+    ):
         return None
-    return next((pattern for pattern in (LLAMA3_PATTERN, GPT2_PATTERN) if pattern == regex.get("Regex")), None)
+    regex = cut["pattern"].get("Regex")
+    return regex if regex in (LLAMA3_PATTERN, GPT2_PATTERN) else None
 
 
-def _pair(merge: str | Sequence[str]) -> Sequence[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _parts(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
-    """The token's bytes, merged as far as lower ranks go."""
+def _merge_below(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
+    """The token's bytes, merged as far as ranks lower than its own go."""
     limit, parts = ranks[token], [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 2:
         found = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
@@ -155,17 +144,10 @@ def _parts(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-# --- GPT-2's characters for bytes
-
-
-def _byte_characters() -> dict[int, str]:
-    """A character that can be printed for each byte: itself where it can, else one from 256 on."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {**{byte: chr(byte) for byte in printed}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
-
-
-_CHARACTERS = _byte_characters()
+# GPT-2's characters for bytes: each byte that can be printed is itself, the others are characters from 256 on.
+_PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_CHARACTERS = {byte: chr(byte) for byte in _PRINTED} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
 _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 

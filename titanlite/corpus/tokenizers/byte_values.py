@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.tokenizers import Ids
+from titanlite.corpus.tokenizers import Ids, Tokenizer
 from titanlite.corpus.tokenizers.pieces import fingerprint_of, flat_ids, require_distinct
 from titanlite.errors import DataError
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """The 256 byte values as they are, 256 between documents, and the special tokens from 257 on."""
 
     separator = 256
@@ -27,11 +27,8 @@ class ByteTokenizer:
         self.vocab_size = self.separator + 1 + len(special)
         self.fingerprint = fingerprint_of("bytes", b"", self.special_tokens, self.separator)
 
-    def encode(self, text: bytes) -> Ids:
-        return np.frombuffer(text, np.uint8)  # the text itself, not a copy
-
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
-        return [self.encode(text) for text in texts]
+        return [np.frombuffer(text, np.uint8) for text in texts]  # the texts themselves, not copies
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         flat = flat_ids(ids, self.vocab_size)

@@ -23,9 +23,9 @@ from titanlite.corpus.tokenizers.byte_pairs import bytes_of_characters, rank_eng
 from titanlite.corpus.tokenizers.pieces import (
     PieceTokenizer,
     choose_separator,
-    library_failures,
     read_file,
     require_distinct,
+    wrap_library_errors,
 )
 from titanlite.errors import DataError
 
@@ -37,6 +37,8 @@ not in the vocabulary either, the library raises instead.
 _MAX_GROWTH = 1000
 """Times that normalizer, cuts or decoder may make a text longer; known ones stay under 30."""
 
+Fields = Mapping[str, Any]
+
 
 class HuggingFaceTokenizer(PieceTokenizer):
     """What a `tokenizer.json` says; `special` are special tokens beside its own, after its last id."""
@@ -47,29 +49,32 @@ class HuggingFaceTokenizer(PieceTokenizer):
         """Raises `DataError`."""
         require_distinct(special)
         content = self._content = read_file(path)
-        fields = _object(path, content)
+        fields = _read_object(path, content)
         vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
         _require_little_growth(path, fields)
         if fields["model"].get("dropout"):  # by which a text has other ids at each call
             fields["model"]["dropout"] = None
             self._content = json.dumps(fields).encode()
-        self._added = tuple(name for name in special if not added.get(name, (0, False))[1])
+        self._special = tuple(name for name in special if not added.get(name, (0, False))[1])
         names = {name: number for name, (number, is_special) in added.items() if is_special}
-        following = _following(path, vocabulary, added)
-        for name in self._added:
+        following = _next_id(path, vocabulary, added)
+        for name in self._special:
             known = added[name][0] if name in added else vocabulary.get(name)
             names[name] = following if known is None else known
             following += known is None
-        self._literal = frozenset(added)
-        self._config = _config(path.with_name(CONFIG))
-        chosen = choose_separator(path, names, separator, _declared_end(self._config))
+        self._added = frozenset(added)
+        config = path.with_name(CONFIG)
+        self._config = _read_object(config, read_file(config)) if config.is_file() else {}
+        declared = self._config.get("eos_token")
+        declared = declared.get("content") if isinstance(declared, dict) else declared
+        chosen = choose_separator(path, names, separator, declared if isinstance(declared, str) else None)
         size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
         super().__init__(path, content, names, chosen, size)
-        self.unknown = _unknown(fields["model"])
-        self.files = {"tokenizer.json": path, **({CONFIG: path.with_name(CONFIG)} if self._config else {})}
+        self.unknown = _unknown_token(fields["model"])
+        self.files = {"tokenizer.json": path, **({CONFIG: config} if self._config else {})}
         decoders = [step.get("type") for step in _steps(fields, "decoder")]
-        self._lost_blank = _lost_blank(fields, vocabulary) if "ByteFallback" in decoders else None
         self._is_byte_level, self._falls_back_to_bytes = "ByteLevel" in decoders, "ByteFallback" in decoders
+        self._lost_blank = _lost_blank(fields, vocabulary) if self._falls_back_to_bytes else None
         cuts = [step for step in _steps(fields, "pre_tokenizer") if step.get("type") == "ByteLevel"]
         self.takes_any_bytes = self._is_byte_level and not any(step.get("add_prefix_space", True) for step in cuts)
 
@@ -99,15 +104,16 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     def piece_table(self) -> Mapping[int, bytes]:
         vocabulary: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
-        if self._is_byte_level:
-            return {
-                number: token.encode() if token in self._literal else _bytes_of(token)
-                for token, number in vocabulary.items()
-            }
-        return self._decoded_alone(vocabulary)
+        if not self._is_byte_level:
+            return self._decode_each(vocabulary)
+        table = {number: token.encode() for token, number in vocabulary.items()}
+        for token in vocabulary.keys() - self._added:
+            with suppress(KeyError):  # as the library has it, a token with other characters stands for itself
+                table[vocabulary[token]] = bytes_of_characters(token)
+        return table
 
     def export(self) -> dict[str, bytes]:
-        content = self._load_engine().to_str(pretty=True).encode() if self._added else self._content
+        content = self._load_engine().to_str(pretty=True).encode() if self._special else self._content
         return {"tokenizer.json": content, CONFIG: config_json(self._config, self.separator_name)}
 
     @cached_property
@@ -130,15 +136,15 @@ class HuggingFaceTokenizer(PieceTokenizer):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
 
-        with library_failures(self.path, self.library):
+        with wrap_library_errors(self.path, self.library):
             engine = Tokenizer.from_str(self._content.decode())
-            engine.add_special_tokens(list(self._added))
+            engine.add_special_tokens(list(self._special))
             engine.encode_special_tokens = True  # as text, that is: their names in a corpus are no special tokens
             engine.no_truncation()
             engine.no_padding()
         return engine
 
-    def _decoded_alone(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    def _decode_each(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
         """What each id adds to the text when it follows another one.
 
         At the beginning of a text, decoders drop what they would put between words.
@@ -150,20 +156,18 @@ class HuggingFaceTokenizer(PieceTokenizer):
         texts = self._engine.decode_batch([[*before, number] for number in numbers], skip_special_tokens=False)
         table = {number: text.removeprefix(start).encode() for number, text in zip(numbers, texts, strict=True)}
         if self._falls_back_to_bytes:  # one alone decodes to a replacement character
-            table.update({vocabulary[name]: bytes([byte]) for byte, name in _byte_names() if name in vocabulary})
+            names = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+            table |= {vocabulary[name]: content for name, content in names.items() if name in vocabulary}
         return table
 
 
-def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
+def config_json(fields: Fields, separator: str) -> bytes:
     """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
 
 
-# --- what the file says
-
-
-def _object(path: Path, content: bytes) -> dict[str, Any]:
+def _read_object(path: Path, content: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -173,7 +177,7 @@ def _object(path: Path, content: bytes) -> dict[str, Any]:
     return fields
 
 
-def _vocabulary(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
+def _vocabulary(path: Path, fields: Fields) -> dict[str, int]:
     model = fields.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict) and all(type(number) is int and number >= 0 for number in vocabulary.values()):
@@ -183,20 +187,16 @@ def _vocabulary(path: Path, fields: Mapping[str, Any]) -> dict[str, int]:
     raise DataError(f"{path} is not a tokenizer of the library 'tokenizers': it has no model with a vocab.")
 
 
-def _added_tokens(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+def _added_tokens(path: Path, fields: Fields) -> dict[str, tuple[int, bool]]:
     """id and whether it is special, by name."""
-    tokens = fields.get("added_tokens") or []
-    try:
-        found = {token["content"]: (token["id"], token["special"]) for token in tokens}
-        known = all(type(name) is str and type(number) is int and number >= 0 for name, (number, _) in found.items())
-    except (TypeError, KeyError):
-        known = False
-    if not known:
-        raise DataError(f"{path}: added_tokens is not a list of tokens with content, id and special.")
-    return found
+    with suppress(TypeError, KeyError):
+        found = {token["content"]: (token["id"], token["special"]) for token in fields.get("added_tokens") or []}
+        if all(type(name) is str and type(number) is int and number >= 0 for name, (number, _) in found.items()):
+            return found
+    raise DataError(f"{path}: added_tokens is not a list of tokens with content, id and special.")
 
 
-def _following(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tuple[int, bool]]) -> int:
+def _next_id(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tuple[int, bool]]) -> int:
     """The next id that the library gives out, which does so itself for the added tokens that the vocabulary lacks.
 
     It begins after the vocabulary's length, holes or not. Raises `DataError` where the file says otherwise.
@@ -210,24 +210,14 @@ def _following(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tu
     return following
 
 
-def _unknown(model: Mapping[str, Any]) -> str | None:
+def _unknown_token(model: Fields) -> str | None:
     number, vocabulary, token = model.get("unk_id"), model["vocab"], model.get("unk_token")
     if isinstance(vocabulary, list):  # Unigram's
         return str(vocabulary[number][0]) if type(number) is int and 0 <= number < len(vocabulary) else None
     return token if isinstance(token, str) else None
 
 
-def _config(path: Path) -> dict[str, Any]:
-    return _object(path, read_file(path)) if path.is_file() else {}
-
-
-def _declared_end(config: Mapping[str, Any]) -> str | None:
-    token = config.get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+def _steps(fields: Fields, name: str) -> Iterator[Fields]:
     """The normalizer, pre-tokenizer or decoder, and the parts of sequences of them."""
     steps = [fields.get(name)]
     for step in steps:  # which become more on the way
@@ -237,7 +227,7 @@ def _steps(fields: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
             steps += parts if isinstance(parts, list) else []
 
 
-def _require_little_growth(path: Path, fields: Mapping[str, Any]) -> None:
+def _require_little_growth(path: Path, fields: Fields) -> None:
     """Raises `DataError` for steps that together make a text so long that the library's want of memory ends the
     process.
     """
@@ -251,12 +241,12 @@ def _require_little_growth(path: Path, fields: Mapping[str, Any]) -> None:
             elif step.get("type") == "ByteLevel":
                 growth *= 2
             elif step.get("type") == "Precompiled":
-                growth *= _longest_of(step.get("precompiled_charsmap"))
+                growth *= _longest_replacement(step.get("precompiled_charsmap"))
             if growth > _MAX_GROWTH:
                 raise DataError(f"{path}: its {name} may make a text {growth:,.0f} times as long; mend or replace it.")
 
 
-def _longest_of(charsmap: Any) -> int:
+def _longest_replacement(charsmap: Any) -> int:
     """Bytes of the longest text that one of SentencePiece's maps of characters puts for another one."""
     try:
         content = base64.b64decode(charsmap)
@@ -265,7 +255,7 @@ def _longest_of(charsmap: Any) -> int:
     return max(1, *map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")))
 
 
-def _lost_blank(fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bytes | None:
+def _lost_blank(fields: Fields, vocabulary: Mapping[str, int]) -> bytes | None:
     """What the tokenizer puts for a blank, if the vocabulary lacks it and it becomes the tokens of its bytes."""
     for step in _steps(fields, "decoder"):
         pattern = step.get("pattern")
@@ -274,15 +264,3 @@ def _lost_blank(fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> byt
         if isinstance(mark, str) and mark and mark not in vocabulary:
             return mark.encode()
     return None
-
-
-def _bytes_of(token: str) -> bytes:
-    """As the library has it: a token with other characters than those of bytes stands for itself."""
-    try:
-        return bytes_of_characters(token)
-    except KeyError:
-        return token.encode()
-
-
-def _byte_names() -> Iterator[tuple[int, str]]:
-    return ((byte, f"<0x{byte:02X}>") for byte in range(256))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.corpus.tokenizers import END_OF_TEXT, Ids, token_dtype
+from titanlite.corpus.tokenizers import END_OF_TEXT, Ids, Tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 
@@ -29,7 +29,7 @@ _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
 
 @contextmanager
-def library_failures(path: Path, library: str) -> Iterator[None]:
+def wrap_library_errors(path: Path, library: str) -> Iterator[None]:
     """Raise as `DataError` what a library raises; a panic of one in Rust is no `Exception`."""
     try:
         yield
@@ -41,11 +41,10 @@ def library_failures(path: Path, library: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be used by the library '{library}': {error}.") from error
 
 
-class PieceTokenizer(ABC):
+class PieceTokenizer(Tokenizer):
     """A vocabulary of pieces, and a library's way of cutting text into them."""
 
     library: str
-    files: Mapping[str, Path]
     unknown: str | None = None
     """The special token that stands for text without any other."""
     takes_any_bytes: bool
@@ -69,34 +68,25 @@ class PieceTokenizer(ABC):
     def piece_table(self) -> Mapping[int, bytes]:
         """What ids stand for; those that are missing, and special tokens, stand for nothing."""
 
-    @abstractmethod
-    def export(self) -> dict[str, bytes]:
-        """See `Tokenizer`."""
-
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """What each id stands for, [vocab_size]."""
-        with library_failures(self.path, self.library):
+        with wrap_library_errors(self.path, self.library):
             table, special = self.piece_table(), set(self.special_tokens.values())
         return tuple(b"" if number in special else table.get(number, b"") for number in range(self.vocab_size))
 
     @property
     def separator_name(self) -> str:
-        return self._name(self.separator)
-
-    def encode(self, text: bytes) -> Ids:
-        return self.encode_batch([text])[0]
+        return self.name_of(self.separator) or ""
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
-        with library_failures(self.path, self.library):
+        with wrap_library_errors(self.path, self.library):
             try:
-                strings = [text.decode() for text in texts]
+                found = self.encode_strings([text.decode() for text in texts])
             except UnicodeDecodeError:
                 found = [self._encode_any_bytes(text) for text in texts]
-            else:
-                found = self.encode_strings(strings)
             special = [ids[self._never_text[ids]] for ids in found]
-        if name := next((self._name(ids[0]) for ids in special if len(ids)), None):
+        if name := next((self.name_of(ids[0]) for ids in special if len(ids)), None):
             raise DataError(
                 f"{self.path} turns text that reads '{name}' into the special token of that name; choose one that "
                 "is not also a word of its vocabulary as data.separator, or in data.special_tokens."
@@ -124,14 +114,14 @@ class PieceTokenizer(ABC):
         never[[number for name, number in self.special_tokens.items() if name != self.unknown]] = True
         return never
 
-    def _name(self, special: int) -> str:
-        return next(name for name, number in self.special_tokens.items() if number == special)
-
     def _encode_any_bytes(self, text: bytes) -> Ids:
         """The parts that are UTF-8 as texts of their own, each byte between them as its own id."""
-        parts = utf8_parts(text)
+        parts = split_utf8(text)
         if len(parts) > 1 and not self.takes_any_bytes:
-            self._refuse_bytes(text)
+            raise DataError(
+                f"not UTF-8: byte {ord(parts[1][0]) - 0xDC00:#04x} at position {len(parts[0].encode()) + 1} of the "
+                f"text, and {self.path} is not byte-level: it takes UTF-8 alone. Convert the text, or leave it out."
+            )
         found: list[Ids] = [np.empty(0, self.dtype)] * len(parts)
         found[::2] = self.encode_strings(parts[::2])
         found[1::2] = map(self._ids_of_bytes, parts[1::2])
@@ -147,17 +137,8 @@ class PieceTokenizer(ABC):
             )
         return np.fromiter(map(self._byte_ids.__getitem__, data), self.dtype, len(data))
 
-    def _refuse_bytes(self, text: bytes) -> None:
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"not UTF-8: byte {text[error.start]:#04x} at position {error.start + 1} of the text, and {self.path} "
-                "is not byte-level: it takes UTF-8 alone. Convert the text, or leave it out."
-            ) from None
 
-
-def utf8_parts(text: bytes) -> list[str]:
+def split_utf8(text: bytes) -> list[str]:
     """What is UTF-8 in `text`, perhaps empty, and what is not (as `surrogateescape` has it), in turns."""
     return _NOT_UTF8.split(text.decode("utf-8", "surrogateescape"))
 
@@ -179,45 +160,42 @@ def fingerprint_of(kind: str, content: bytes, special: Mapping[str, int], separa
 def read_file(path: Path) -> bytes:
     """The whole of a tokenizer's file. Raises `DataError` if it cannot be read, is empty or far too large."""
     try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or data.tokenizer.") from error
-    if size > MAX_FILE_BYTES:
-        raise DataError(f"{path} has {size:,} bytes, far too many for a tokenizer; mend data.tokenizer.")
+    if len(content) > MAX_FILE_BYTES:
+        raise DataError(f"{path} has over {MAX_FILE_BYTES:,} bytes, too many for a tokenizer; mend data.tokenizer.")
     if not content.strip():
         raise DataError(f"{path} is empty; give a tokenizer's file.")
     return content
 
 
-def require_distinct(names: Iterable[str], who: str = "data.special_tokens") -> None:
-    """Raise `DataError` if `who` names one twice."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise DataError(f"{who} names '{name}' twice; take one of them out.")
-        seen.add(name)
+def require_distinct(names: Sequence[str], key: str = "data.special_tokens") -> None:
+    """Raise `DataError` if `key` names one twice."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{key} names '{twice}' twice; take one of them out.")
 
 
 def choose_separator(path: Path, special: Mapping[str, int], wanted: str | None, declared: str | None = None) -> int:
     """The id that stands between documents: of the special token that the recipe wants, of the one that the file
     declares to end a text, or of the one that is known to. Raises `DataError` if there is none or more than one.
     """
-    who = "eos_token of tokenizer_config.json beside it" if wanted is None else "data.separator"
     name = declared if wanted is None else wanted
     if name is not None:
         if name not in special:
-            hint = did_you_mean(name, list(special)) or f"it has {_named(special)}."
-            raise DataError(f"{path} has no special token '{name}' ({who}); {hint}")
+            key = "eos_token of tokenizer_config.json beside it" if wanted is None else "data.separator"
+            hint = did_you_mean(name, list(special)) or f"it has {_list(special)}."
+            raise DataError(f"{path} has no special token '{name}' ({key}); {hint}")
         return special[name]
     known = [name for name in END_OF_TEXT if name in special]
     if len(known) == 1:
         return special[known[0]]
-    found = f"several special tokens that may end a document: {_named(known)}" if known else ""
-    found = found or f"no special token that is known to end a document; it has {_named(special)}"
+    found = f"several special tokens that may end a document: {_list(known)}" if known else ""
+    found = found or f"no special token that is known to end a document; it has {_list(special)}"
     raise DataError(f"{path} has {found}. Name the one to put between documents as data.separator.")
 
 
-def _named(names: Iterable[str]) -> str:
+def _list(names: Iterable[str]) -> str:
     shown = [repr(name) for name in names]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") or "none"

@@ -6,7 +6,6 @@ A token's rank is its id, and which neighbours merge first. Special tokens are n
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,14 +15,9 @@ from typing import Any
 import numpy as np
 
 from titanlite.corpus.tokenizers import Ids
-from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN, byte_level_json, rank_engine, ranks_in
-from titanlite.corpus.tokenizers.hugging_face import config_json
-from titanlite.corpus.tokenizers.pieces import (
-    PieceTokenizer,
-    choose_separator,
-    read_file,
-    require_distinct,
-)
+from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN, json_of_ranks, rank_engine, ranks_in
+from titanlite.corpus.tokenizers.hugging_face import CONFIG, config_json
+from titanlite.corpus.tokenizers.pieces import PieceTokenizer, choose_separator, read_file, require_distinct
 from titanlite.errors import DataError
 
 LLAMA3_SPECIAL_TOKENS = (
@@ -65,9 +59,8 @@ class RankTokenizer(PieceTokenizer):
         return {rank: token for token, rank in self.ranks.items()}
 
     def export(self) -> dict[str, bytes]:
-        fields = byte_level_json(self.ranks, self.special_tokens)
-        text = json.dumps(fields, ensure_ascii=False, indent=2)
-        return {"tokenizer.json": text.encode(), "tokenizer_config.json": config_json({}, self.separator_name)}
+        content = json_of_ranks(self.ranks, self.special_tokens).encode()
+        return {"tokenizer.json": content, CONFIG: config_json({}, self.separator_name)}
 
     def _encode_string(self, text: str) -> Ids:
         try:
