@@ -15,8 +15,8 @@ from titanlite.checkpoint.ranks import Ranks
 from titanlite.corpus.tokenizers import Tokens
 from titanlite.data.splits import Split, open_data
 from titanlite.models.spec import spec_of
-from titanlite.observe.journal import Journal
-from titanlite.observe.sinks import JsonlSink
+from titanlite.observe.jsonl import JsonlSink
+from titanlite.observe.logger import RunLogger
 from titanlite.parallel.world import joined_world
 from titanlite.recipe.load import load_recipe
 from titanlite.training.trainer import Trainer
@@ -46,10 +46,10 @@ def main() -> None:
     gate = Gate(spec.parameter_count(spec.configure(recipe.model)))
     gated = GatedSplit(**vars(data.train), gate=gate, global_batch=recipe.training.global_batch)
     with joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
-        journal = Journal()
-        journal.add(JsonlSink(folder / "metrics.jsonl", 0, journal.say))
-        checkpoints = CheckpointManager(folder / "checkpoints", journal.say, Ranks(world.rank, world.size))
-        Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, journal).run()
+        logger = RunLogger()
+        logger.add_sink("jsonl", JsonlSink(folder / "metrics.jsonl", 0, logger.info))
+        checkpoints = CheckpointManager(folder / "checkpoints", logger.info, Ranks(world.rank, world.size))
+        Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, logger).run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.data.read_log import NO_LOG
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
-from titanlite.observe.journal import Journal
+from titanlite.observe.logger import RunLogger
 from titanlite.resilience.watchdog import OFF
 from titanlite.training.saving import Saving
 
@@ -118,7 +118,7 @@ def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, backgrou
         raise RunFolderLost("taken")
 
     checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=99, require_own=refuse)
-    saving = Saving(checkpoints, None, Journal(), NO_LOG, OFF, 0.0, is_rank0=False)
+    saving = Saving(checkpoints, None, RunLogger(), NO_LOG, OFF, 0.0, is_rank0=False)
     state = {"w": Shard.whole(torch.zeros(3))}
     saving.begin(state, CheckpointMetadata(1))
     checkpoints.close()

@@ -354,7 +354,7 @@ def test_a_restart_goes_on_without_snapshots_where_they_do_not_fit(tmp_path: Pat
     said: list[str] = []
     for restarted in (False, True):
         stand_in = SimpleNamespace(
-            _start=Start(restarted=restarted), _state=dict, journal=SimpleNamespace(say=said.append)
+            _start=Start(restarted=restarted), _state=dict, logger=SimpleNamespace(say=said.append)
         )
         none = Snapshots(tmp_path / "nowhere", tmp_path, pytest.fail)
         if restarted:

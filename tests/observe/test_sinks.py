@@ -15,8 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.errors import UsageError
+from titanlite.observe.jsonl import JsonlSink, rewind
+from titanlite.observe.logger import RunLogger
 from titanlite.observe.rows import event_row, validation_row
-from titanlite.observe.sinks import JsonlSink, TensorBoardSink, frame_record, rewind
+from titanlite.observe.tensorboard import TensorBoardSink, frame_record
+from titanlite.plan.rules import apply_rules
+from titanlite.plan.sinks import SINKS
+from titanlite.recipe.sections import Recipe
 
 
 def rows_of(path):
@@ -237,11 +242,78 @@ def test_records_are_framed_as_tensorboard_frames_them(data):
 def test_sinks_cost_nothing_before_the_first_row():
     script = (
         "import sys, tempfile, pathlib\n"
-        "from titanlite.observe.sinks import JsonlSink, TensorBoardSink\n"
+        "from titanlite.observe.jsonl import JsonlSink\n"
+        "from titanlite.observe.tensorboard import TensorBoardSink\n"
         "folder = pathlib.Path(tempfile.mkdtemp())\n"
         "JsonlSink(folder / 'm', 0, print); sink = TensorBoardSink(folder, 0, print)\n"
         "assert 'torch' not in sys.modules and 'google.protobuf' not in sys.modules\n"
         "sink.write({'step': 1, 'loss': 1.0})\n"
-        "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules and 'numpy' not in sys.modules\n"
+        "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+class Flaky:
+    """A sink whose server goes away at one of the calls."""
+
+    def __init__(self, fails_at):
+        self.fails_at, self.rows = fails_at, []
+        self._call("open")
+
+    def _call(self, name):
+        if name == self.fails_at:
+            raise ConnectionError("no route to host")
+
+    def write(self, row):
+        self._call("write")
+        self.rows.append(row)
+
+    def rewind(self, after_step):
+        self._call("rewind")
+
+    def sync(self):
+        self._call("sync")
+
+    def close(self):
+        self._call("close")
+
+
+def open_flaky(recipe, folder, after_step, warn):
+    return Flaky((folder / "fails_at").read_text())
+
+
+def with_sinks(*names, **keys):
+    return Recipe.model_validate({"training": {"steps": 1}, "metrics": {"sinks": list(names), **keys}})
+
+
+@pytest.mark.parametrize("fails_at", ["open", "write", "rewind", "sync", "close"])
+def test_a_sink_that_raises_is_reported_once_and_the_run_goes_on(tmp_path, monkeypatch, fails_at):
+    monkeypatch.setattr(SINKS, "_entries", {**SINKS._entries, "flaky": "observe.test_sinks:open_flaky"})
+    monkeypatch.setitem(sys.modules, "observe.test_sinks", sys.modules[__name__])
+    (tmp_path / "fails_at").write_text(fails_at)
+    logger = RunLogger()
+    logger.open_sinks(with_sinks("flaky", tensorboard=False), tmp_path, 0)
+    for step in (1, 2):
+        logger.write(metric(step))
+        logger.sync()
+    logger.rewind(1)
+    logger.write(metric(2))
+    logger.close()
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    (failed,) = [row for row in rows if row.get("event") == "sink_failed"]
+    assert "'flaky'" in failed["detail"] and "ConnectionError: no route to host" in failed["detail"]
+    assert os.listdir(tmp_path).count("tensorboard") == 0
+
+
+def test_what_the_record_raises_ends_the_run(tmp_path):
+    logger = RunLogger()
+    logger.open_sinks(with_sinks(), tmp_path, 0)
+    with pytest.raises(TypeError):
+        logger.write({"step": 1, "loss": object()})
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_a_sink_that_nothing_registers_is_refused_by_name():
+    (finding,) = (one for one in apply_rules(with_sinks("tensorbord"), 1) if one.key == "metrics.sinks")
+    assert finding.severity == "error" and "tensorbord" in finding.problem and "tensorboard" in finding.fix

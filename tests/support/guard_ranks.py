@@ -14,7 +14,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.data.splits import open_data
 from titanlite.errors import TitanliteError
-from titanlite.observe.journal import Journal
+from titanlite.observe.logger import RunLogger
 from titanlite.observe.rows import Row
 from titanlite.parallel.model import ParallelModel
 from titanlite.parallel.world import World
@@ -53,13 +53,13 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
     recipe = Recipe.model_validate_json(recipe_json)
     assert not [finding for finding in apply_rules(recipe, world) if finding.severity == "error"]
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
-    journal, kept, said = Journal(), Kept(), ""
-    journal.add(kept)
+    logger, kept, said = RunLogger(), Kept(), ""
+    logger.add_sink("kept", kept)
     with pytest.MonkeyPatch.context() as patch:
         if fault is not None and fault[1] == rank:
             _inject(patch, fault[0], fault[2])
         checkpoints = CheckpointManager(Path(folder), print, Ranks(rank, world))
-        trainer = Trainer(recipe, to_toml(recipe), World(rank, world, torch.device("cpu")), data, checkpoints, journal)
+        trainer = Trainer(recipe, to_toml(recipe), World(rank, world, torch.device("cpu")), data, checkpoints, logger)
         try:
             trainer.run()
         except TitanliteError as error:

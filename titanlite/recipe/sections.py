@@ -458,6 +458,8 @@ class Metrics(Section):
     """Steps between two rows; the first and the last step always have one."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder."""
+    sinks: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Further places that rows go to, by the names under which plugins have registered them (`plugins.modules`)."""
 
 
 class Debug(Section):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from titanlite.checkpoint.ranks import Ranks
     from titanlite.corpus.verification import Verification
     from titanlite.data.splits import DataSplits
-    from titanlite.observe.journal import Journal
+    from titanlite.observe.logger import RunLogger
     from titanlite.parallel.world import World
     from titanlite.resilience.watchdog import Hang
     from titanlite.training.trainer import Trainer
@@ -48,7 +48,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.checkpoint.ranks import Ranks, new_ranks
     from titanlite.checkpoint.snapshots import Snapshots, forget
     from titanlite.data.read_log import ReadLog, last_start, log_path
-    from titanlite.observe.journal import Journal
+    from titanlite.observe.logger import RunLogger
     from titanlite.parallel.world import full_memory_explained, joined_world
     from titanlite.resilience.watchdog import Watchdog
     from titanlite.training.trainer import Trainer
@@ -62,8 +62,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
         ranks = Ranks(world.rank, world.size)
         data, reading = _agreed(ranks, opened_data)
-        journal = Journal()
-        stack.callback(journal.close)
+        logger = RunLogger()
+        stack.callback(logger.close)
 
         def require_own() -> None:
             if folder is not None:
@@ -72,7 +72,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         section = recipe.checkpoint
         checkpoints = CheckpointManager(
             path / "checkpoints",
-            journal.say,
+            logger.info,
             new_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
             Retention(section.keep_last, section.keep_every, section.keep_best),
             background=section.mode == "async",
@@ -84,7 +84,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             Snapshots(
                 expand(recipe.resilience.snapshot_dir),
                 checkpoints.folder,
-                journal.say,
+                logger.info,
                 new_ranks(world.rank, world.size, recipe.parallel.timeout_seconds),
                 background=section.mode == "async",
                 require_own=require_own,
@@ -100,7 +100,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         def opened() -> list[Any]:
             nonlocal folder
             asked = replace(start, job=tuple(job))
-            folder = _opened(stack, loaded, path, asked, journal, lambda: 0 if trainer is None else trainer.step)
+            folder = _opened(stack, loaded, path, asked, logger, lambda: 0 if trainer is None else trainer.step)
             folder.attempt = max(folder.attempt, 1 + max(crashes.attempts(records), default=0), 1 + last_start(path))
             checkpoints.prepare()
             if snapshots is None:
@@ -117,34 +117,34 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             return trainer.under_way if trainer else ((checkpoints.latest() or 0) + 1, None)
 
         crash = partial(_crash, attempt, world, loaded, under_way)
-        on_hang = partial(_record_hang, journal, folder, records, crash)
+        on_hang = partial(_record_hang, logger, folder, records, crash)
         watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, on_hang)
         with _failures_recorded(records, crash), watchdog, full_memory_explained():
             own = replace(start, mode=mode, step=step, restarted=restarted)
             if start.mode != "auto" and (mode, step) != (start.mode, start.step):
-                journal.say("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
+                logger.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
             layout = require_layout(recipe.parallel, world.size)
             coordinates = layout.coordinates(world.rank)
             plan = batch_plan(recipe, layout, coordinates.data)
             own_log = log_path(path, plan.data_rank) if coordinates.is_batch_leader else None
-            read_log = ReadLog(own_log, plan, attempt, journal.say)
+            read_log = ReadLog(own_log, plan, attempt, logger.info)
             stack.callback(read_log.close)
             trainer = Trainer(
-                recipe, loaded.text, world, data, checkpoints, journal, own, watchdog, snapshots, read_log,
-                _verification(stack, data, path, ranks, journal),
+                recipe, loaded.text, world, data, checkpoints, logger, own, watchdog, snapshots, read_log,
+                _verification(stack, data, path, ranks, logger),
             )  # fmt: skip
             hosts = ranks.run_on_all_ranks(platform.node, lambda hosts: hosts)
-            _run(journal, folder, trainer, hosts, reading)
+            _run(logger, folder, trainer, hosts, reading)
 
 
-def _run(journal: Journal, folder: RunFolder | None, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
+def _run(logger: RunLogger, folder: RunFolder | None, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
     """Train to the end; the first rank, which has the `folder`, prints how it begins and how it has ended."""
     if folder is not None:
-        _begin(journal, folder, trainer, hosts, reading)
+        _begin(logger, folder, trainer, hosts, reading)
     begun_at = trainer.step
     trainer.run()
     if folder is not None:
-        journal.say(_end_in_words(folder.path, trainer, begun_at))
+        logger.info(_end_in_words(folder.path, trainer, begun_at))
 
 
 def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
@@ -204,7 +204,7 @@ def open_run_data(recipe: Recipe) -> tuple[DataSplits, list[str]]:
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
 
 
-def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, journal: Journal) -> Verification:
+def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, logger: RunLogger) -> Verification:
     """That of this rank's part of the token files, under way until `stack` ends."""
     from titanlite.corpus.verification import Verification
     from titanlite.resilience.corruption import list_some
@@ -214,7 +214,7 @@ def _verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, 
     def end() -> None:
         if (left := verification.end()) and verification.failure is None:
             names = list_some([str(file.prefix) for file in left])
-            journal.say(f"ended before token files were verified ({names}); titanlite data verify does it")
+            logger.info(f"ended before token files were verified ({names}); titanlite data verify does it")
 
     ranks.run_on_all_ranks(verification.begin)
     stack.callback(end)
@@ -226,7 +226,7 @@ def _opened(
     loaded: LoadedRecipe,
     path: Path,
     start: Start,
-    journal: Journal,
+    logger: RunLogger,
     step: Callable[[], int],
 ) -> RunFolder:
     """The run's folder, this process's until `stack` ends, with its console and its `status.json`."""
@@ -234,11 +234,11 @@ def _opened(
     from titanlite.observe.run_folder import open_run_folder
 
     recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
-    journal.add_console(open_console(sys.stdout, steps, recipe.run.name))
-    folder = open_run_folder(path, recipe, loaded.text, start, journal.say)
+    logger.add_console(open_console(sys.stdout, steps, recipe.run.name))
+    folder = open_run_folder(path, recipe, loaded.text, start, logger.info)
     stack.callback(folder.close)
     stack.enter_context(_status(folder, step))
-    journal.add_console(LogFile(folder.logs / "console.log", steps))
+    logger.add_console(LogFile(folder.logs / "console.log", steps))
     folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
     return folder
 
@@ -302,42 +302,39 @@ def _record(records: Path, crash: crashes.Crash) -> None:
         print(said, file=sys.stderr)
 
 
-def _begin(journal: Journal, folder: RunFolder, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
+def _begin(logger: RunLogger, folder: RunFolder, trainer: Trainer, hosts: list[str], reading: list[str]) -> None:
     """Open the files that rows go to, and say what starts; `hosts` are the ranks' machines, `reading` says how often
     the data is read.
     """
     from titanlite.corpus.tokenizers import FOLDER
-    from titanlite.observe.sinks import JsonlSink, TensorBoardSink
     from titanlite.text import format_count
 
-    journal.add(JsonlSink(folder.metrics, trainer.step, journal.say))
-    if trainer.recipe.metrics.tensorboard:
-        journal.add(TensorBoardSink(folder.tensorboard, trainer.step, journal.say))
+    logger.open_sinks(trainer.recipe, folder.path, trainer.step)
     folder.keep(FOLDER, trainer.data.tokenizer.files)
     folder.settle(trainer.step)
     run = describe(trainer.recipe, trainer.world.size)
-    journal.say(
+    logger.info(
         f"{folder.path}: {describe_model(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
         f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "
         f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(trainer.data.train.tokens)} "
         f"tokens, {trainer.data.train.windows} sequences an epoch"
     )
     for line in reading:
-        journal.say(line)
+        logger.info(line)
     if run["float8"] is not None:
-        journal.say(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
-    journal.event(trainer.step, "started", _start_in_words(folder, hosts))
+        logger.info(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
+    logger.event(trainer.step, "started", _start_in_words(folder, hosts))
     if folder.resumed:
         old, new = folder.changes.get("data.skip_steps", ((), ()))
         late = [batch for batch in new if batch not in old and batch <= trainer.samples // trainer.plan.global_batch]
         if late:
-            journal.say(f"data.skip_steps: no effect of {late}: the run is past them, at sample {trainer.samples}.")
+            logger.info(f"data.skip_steps: no effect of {late}: the run is past them, at sample {trainer.samples}.")
         changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())
-        journal.event(trainer.step, "resumed", f"from {folder.path}{changed}")
+        logger.event(trainer.step, "resumed", f"from {folder.path}{changed}")
 
 
 def _record_hang(
-    journal: Journal,
+    logger: RunLogger,
     folder: RunFolder | None,
     records: Path,
     crash: Callable[[str, str, str], crashes.Crash],
@@ -346,7 +343,7 @@ def _record_hang(
     """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
     if folder is not None:
         folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.reason)
-        journal.event(hang.step, "hung", hang.reason)
+        logger.event(hang.step, "hung", hang.reason)
     ended = crash("Hang", hang.reason, f"the stacks of all threads are in {hang.stacks}")
     _record(records, replace(ended, rank=hang.rank, host=hang.host))
 

@@ -17,7 +17,7 @@ from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.read_log import ReadLog
 from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly
 from titanlite.models.shard import Shard
-from titanlite.observe.journal import Journal
+from titanlite.observe.logger import RunLogger
 from titanlite.resilience.watchdog import Watchdog
 
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -33,7 +33,7 @@ class Saving:
         self,
         checkpoints: CheckpointManager,
         snapshots: Snapshots | None,
-        journal: Journal,
+        logger: RunLogger,
         read_log: ReadLog,
         watchdog: Watchdog,
         every_minutes: float,
@@ -42,10 +42,10 @@ class Saving:
         """`is_rank0`: it alone reads the clock and looks for the file that asks for a save."""
         self._checkpoints = checkpoints
         self._snapshots = snapshots
-        self._journal = journal
+        self._logger = logger
         self._read_log = read_log
         self._watchdog = watchdog
-        self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, journal.say, is_rank0)
+        self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, logger.info, is_rank0)
         self._lost = False
         """Whether a save has found that the run folder may be another process's."""
         self._snapshots_fail: bool | None = None
@@ -143,12 +143,12 @@ class Saving:
         seconds = time.monotonic() - before
         if seconds > _SHORT_SECONDS:
             text = f"training stood still for {seconds:.1f} s until the {what} before was complete"
-            self._journal.event(step, "waited", text)
+            self._logger.event(step, "waited", text)
         return saved
 
     def _sync(self) -> None:
         """No row of a step that is kept, nor what it read, may be lost with the machine's power."""
-        self._journal.sync()
+        self._logger.sync()
         self._read_log.sync()
 
     def _free_memory(self) -> None:
@@ -162,10 +162,10 @@ class Saving:
             return
         if saved.error is not None:
             self._lost = self._lost or isinstance(saved.error, RunFolderLost)
-            self._journal.event(saved.step, "save_failed", str(saved.error))
+            self._logger.event(saved.step, "save_failed", str(saved.error))
             self._requests.failed()
             return
-        self._journal.event(saved.step, "checkpoint", f"{self._checkpoints.path(saved.step)}; {_describe_time(saved)}")
+        self._logger.event(saved.step, "checkpoint", f"{self._checkpoints.path(saved.step)}; {_describe_time(saved)}")
         self._requests.saved()
 
     def _note_snapshot(self, saved: SaveResult | None) -> None:
@@ -175,7 +175,7 @@ class Saving:
         self._snapshots_fail = saved.error is not None
         self._lost = self._lost or isinstance(saved.error, RunFolderLost)
         text = f"kept in memory; {_describe_time(saved)}; from now on only a change of this is logged"
-        self._journal.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or text))
+        self._logger.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or text))
 
 
 def _describe_time(saved: SaveResult) -> str:

@@ -28,7 +28,7 @@ from titanlite.errors import DataError, StoppedEarly, UsageError
 from titanlite.models.shard import Shard, may_be_nonfinite
 from titanlite.observe.flops import peak_flops
 from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
-from titanlite.observe.journal import Journal
+from titanlite.observe.logger import RunLogger
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
@@ -66,7 +66,7 @@ class Trainer:
         world: World,
         data: DataSplits,
         checkpoints: CheckpointManager,
-        journal: Journal,
+        logger: RunLogger,
         start: Start = GO_ON,
         watchdog: Watchdog = OFF,
         snapshots: Snapshots | None = None,
@@ -81,7 +81,7 @@ class Trainer:
         self.world = world
         self.data = data
         self.checkpoints = checkpoints
-        self.journal = journal
+        self.logger = logger
         self.watchdog = watchdog
         self.read_log = read_log
         self._verification = verification
@@ -98,8 +98,8 @@ class Trainer:
         self._begin_course()
         self._ahead = self._reading(iter(()))
         every = recipe.checkpoint.every_minutes
-        self.saving = Saving(checkpoints, self.snapshots, journal, self.read_log, watchdog, every, world.is_first)
-        self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.model, journal)
+        self.saving = Saving(checkpoints, self.snapshots, logger, self.read_log, watchdog, every, world.is_first)
+        self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.model, logger)
         self.finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
@@ -121,7 +121,7 @@ class Trainer:
         except UsageError as error:
             if not self._start.restarted:
                 raise
-            self.journal.say(f"warning: no snapshots are taken: {error}")
+            self.logger.info(f"warning: no snapshots are taken: {error}")
             return None
         return snapshots
 
@@ -129,9 +129,9 @@ class Trainer:
         """Begin, or go on from a checkpoint (up to step `last`) or one of the `snapshots`, as `start` says."""
         manifest = restore(
             self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
-            self.data, start, self.journal.say, last,
+            self.data, start, self.logger.info, last,
         )  # fmt: skip
-        self._reordered = reordered_steps(manifest, self.data, self.journal.say)
+        self._reordered = reordered_steps(manifest, self.data, self.logger.info)
         self.step = manifest.step if manifest is not None else 0
         """Steps taken so far."""
         self.samples = manifest.samples if manifest is not None else 0
@@ -235,10 +235,10 @@ class Trainer:
         )
         if row is not None:
             self.read_log.flush()  # whoever sees the row can have the step's samples shown
-            self.journal.write(row)
+            self.logger.write(row)
             self._review()
             for sentence in self.watchdog.stragglers():
-                self.journal.event(self.step, "straggler", sentence)
+                self.logger.event(self.step, "straggler", sentence)
         self.watchdog.beat(self.step)
 
     def _take_samples(self, own: tuple[int, ...]) -> None:
@@ -246,7 +246,7 @@ class Trainer:
         first = self._sample_schedule.first_sample(self.step)
         if first > self.samples:
             said = f"samples {self.samples} to {first - 1} are passed over, as data.skip_steps says"
-            self.journal.event(self.step, "data_skipped", said, {"samples": [self.samples, first - 1]})
+            self.logger.event(self.step, "data_skipped", said, {"samples": [self.samples, first - 1]})
             self.read_log.passed_over(SKIPPED, self.step, self.samples, first)
         self.samples = first + self.plan.global_batch
         self.read_log.read(self.step, own)
@@ -348,7 +348,7 @@ class Trainer:
         skipped = bad.action == "skip" and bad.outcome == "not applied"
         of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * skipped
         said = f"{bad}; {bad.outcome}: {bad.action}{of}; samples {first} to {last}"
-        self.journal.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
+        self.logger.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
 
     def _roll_back(self, bad: BadStep) -> None:
         """Go back to the newest checkpoint, or to the beginning, and on from there with samples not yet read.
@@ -371,12 +371,12 @@ class Trainer:
         first, self.samples = self.samples, read
         self._begin_course()
         self.read_log.passed_over(WENT_BACK, self.step, first, read)
-        self.journal.rewind(self.step)
+        self.logger.rewind(self.step)
         said = (
             f"step {bad.step}: {bad}. From step {left} back to {self.step}, past samples {first} to {read - 1} "
             f"({self.guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
         )
-        self.journal.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
+        self.logger.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
         self.saving.commit_instead(self._state(), self._metadata())  # what it was loaded from says that less was read
         self.metrics.start(tokens=self.tokens)
 
@@ -400,7 +400,7 @@ class Trainer:
         self._ahead = self._reading(batches)
         with ExitStack() as first_step:
             if self.recipe.debug.trace_shapes:
-                first_step.enter_context(traced_shapes(self.model.module, self.journal.say))
+                first_step.enter_context(traced_shapes(self.model.module, self.logger.info))
             while True:
                 before = time.perf_counter()
                 try:

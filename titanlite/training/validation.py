@@ -9,7 +9,7 @@ from titanlite.data.loader import UNREADABLE, validation_batches
 from titanlite.data.sources import Source
 from titanlite.data.splits import compression_baselines
 from titanlite.errors import DataError
-from titanlite.observe.journal import Journal
+from titanlite.observe.logger import RunLogger
 from titanlite.observe.rows import validation_row
 from titanlite.parallel.model import ParallelModel
 from titanlite.plan.layout import BatchPlan
@@ -19,7 +19,7 @@ class Validation:
     """The validation sets of one run on one rank."""
 
     def __init__(
-        self, sets: Sequence[Source], sequences: int, plan: BatchPlan, model: ParallelModel, journal: Journal
+        self, sets: Sequence[Source], sequences: int, plan: BatchPlan, model: ParallelModel, logger: RunLogger
     ) -> None:
         """Of each set, so many sequences are read."""
         self.failure: DataError | None = None
@@ -28,7 +28,7 @@ class Validation:
         self._sequences = sequences
         self._plan = plan
         self._model = model
-        self._journal = journal
+        self._logger = logger
 
     def loss_after(self, step: int, last: bool) -> float | None:
         """The loss of the model after this step on the first set, or on another where it is not finite; None, on all
@@ -53,7 +53,7 @@ class Validation:
                 return None
             losses.append(result.loss)
             named = text.name if len(self._sets) > 1 else None
-            self._journal.write(validation_row(step, result.loss, result.bits_per_byte, named))
+            self._logger.write(validation_row(step, result.loss, result.bits_per_byte, named))
             if last and self._model.world.is_first:
                 self._compress(text, step, named)
         return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
@@ -62,10 +62,10 @@ class Validation:
         try:
             baselines = compression_baselines(text)
         except UNREADABLE as error:
-            self._journal.say(f"warning: no compressor was run on the set {text.name}: {error}")
+            self._logger.info(f"warning: no compressor was run on the set {text.name}: {error}")
             return
         if baselines:
             needed = ", ".join(f"{name} {bits:.4f}" for name, bits in baselines.items())
             of = f" ({named})" if named else ""
             said = f"on the same held-out text{of}, in bits per byte: {needed}"
-            self._journal.event(step, "compressors", said)
+            self._logger.event(step, "compressors", said)

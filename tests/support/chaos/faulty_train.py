@@ -35,7 +35,7 @@ MODULES = (
     "titanlite.cli.checkpoint", "titanlite.checkpoint.huggingface", "titanlite.checkpoint.compare",
     "titanlite.cli.generate", "titanlite.models.llama",
     "titanlite.optim.adamw", "titanlite.optim.muon", "titanlite.corpus.corpora.files", "titanlite.observe.console",
-    "titanlite.observe.sinks", "torch.utils._triton", "torch.distributed.fsdp", "torch.distributed.pipelining",
+    "titanlite.observe.jsonl", "torch.utils._triton", "torch.distributed.fsdp", "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
 )  # fmt: skip
 """What commands import when they are called."""

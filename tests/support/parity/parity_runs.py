@@ -19,7 +19,7 @@ from titanlite.errors import StoppedEarly
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
-from titanlite.observe.journal import Journal
+from titanlite.observe.logger import RunLogger
 from titanlite.observe.rows import Row
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.parallel.apply import build
@@ -124,8 +124,8 @@ def _trainer(
     """`memory`: where the two machines that the ranks are on have a folder each, which stays as if they had crashed."""
     recipe = Recipe.model_validate_json(recipe_json)
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed)
-    journal, kept = Journal(), _Kept()
-    journal.add(kept)
+    logger, kept = RunLogger(), _Kept()
+    logger.add_sink("kept", kept)
     with _shared_folder(world) as scratch:
         checkpoints = CheckpointManager(Path(folder or scratch), print, Ranks(rank, world))
         snapshots = None
@@ -137,7 +137,7 @@ def _trainer(
             snapshots.prepare()
             snapshots.close = lambda: None  # type: ignore[method-assign]
         place = World(rank, world, torch.device("cpu"))
-        yield Trainer(recipe, to_toml(recipe), place, data, checkpoints, journal, start, snapshots=snapshots), kept
+        yield Trainer(recipe, to_toml(recipe), place, data, checkpoints, logger, start, snapshots=snapshots), kept
 
 
 def _held(table: Mapping[str, Shard]) -> list[Part]:

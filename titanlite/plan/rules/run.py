@@ -15,6 +15,7 @@ from titanlite.optim.base import OPTIMIZERS, optimizer_spec
 from titanlite.optim.schedules import SCHEDULES, lr_factor, schedule_named
 from titanlite.plan.layout import ceil_div, total_steps
 from titanlite.plan.rules.lookup import divisors, find_config, find_steps, warning
+from titanlite.plan.sinks import SINKS
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
 from titanlite.registry import Registry, did_you_mean
 from titanlite.text import join_choices
@@ -40,10 +41,11 @@ def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def names(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Optimizer and schedule are registered."""
+    """Optimizer, schedule and metrics sinks are registered."""
     chosen: list[tuple[str, Registry, str]] = [
         ("optimizer.name", OPTIMIZERS, recipe.optimizer.name),
         ("schedule.name", SCHEDULES, recipe.schedule.name),
+        *(("metrics.sinks", SINKS, name) for name in recipe.metrics.sinks),
     ]
     for key, registry, name in chosen:
         if name not in registry:

@@ -1,0 +1,112 @@
+"""Everything that a run logs, in one place: rows to every sink and console, messages to the consoles.
+
+On ranks other than the first a logger has neither, and logs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from titanlite.errors import UsageError
+from titanlite.observe.console import PlainConsole, TerminalConsole
+from titanlite.observe.rows import Row, event_row
+from titanlite.plan.sinks import SINKS
+from titanlite.recipe.sections import Recipe
+
+_RECORD = "jsonl"
+"""The sink that a run does not go on without."""
+
+
+class Sink(Protocol):
+    """Takes rows, in the order of their steps. One that raises gets no more of them, and the run goes on."""
+
+    def write(self, row: Row) -> None: ...
+
+    def rewind(self, after_step: int) -> None:
+        """The run goes on from `after_step`: the rows of later steps will come again."""
+
+    def sync(self) -> None:
+        """Return once the rows so far are on stable storage."""
+
+    def close(self) -> None: ...
+
+
+class RunLogger:
+    """Passes rows and messages on; closes what it passes them to."""
+
+    def __init__(self) -> None:
+        self._consoles: list[PlainConsole | TerminalConsole] = []
+        self._sinks: dict[str, Sink] = {}
+        self._step = 0
+        """That of the last row."""
+
+    def add_console(self, console: PlainConsole | TerminalConsole) -> None:
+        """Rows and messages go to `console` too from now on."""
+        self._consoles.append(console)
+
+    def add_sink(self, name: str, sink: Sink) -> None:
+        """Rows go to `sink` too from now on."""
+        self._sinks[name] = sink
+
+    def open_sinks(self, recipe: Recipe, folder: Path, after_step: int) -> None:
+        """Open `metrics.jsonl` and the sinks of the recipe, for rows of steps after `after_step`.
+
+        Raises `UsageError` where a sink says by one that the user can mend it.
+        """
+        self._step = after_step
+        asked = (_RECORD, *(["tensorboard"] if recipe.metrics.tensorboard else []), *recipe.metrics.sinks)
+        for name in dict.fromkeys(asked):
+            try:
+                self.add_sink(name, SINKS.get(name)(recipe, folder, after_step, self.info))
+            except UsageError:
+                raise
+            except Exception as error:
+                self._drop(name, error)
+
+    def write(self, row: Row) -> None:
+        """A metrics, validation or event row."""
+        self._step = row["step"]
+        self._each_sink(lambda sink: sink.write(row))
+        for console in self._consoles:
+            console.write(row)
+
+    def event(self, step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> None:
+        """Something that happened after `step` steps and that should not have to be guessed later; see `event_row`."""
+        self.write(event_row(step, event, detail, values))
+
+    def rewind(self, after_step: int) -> None:
+        """The run went back to `after_step`: the sinks drop the rows of later steps, as when a run is resumed."""
+        self._each_sink(lambda sink: sink.rewind(after_step))
+
+    def info(self, text: str) -> None:
+        """A message for the reader, not for the metrics."""
+        for console in self._consoles:
+            console.message(text)
+
+    def sync(self) -> None:
+        """Return once the sinks' rows so far are on stable storage."""
+        self._each_sink(lambda sink: sink.sync())
+
+    def close(self) -> None:
+        """Close every sink, then the consoles, which may have something to show about that."""
+        self._each_sink(lambda sink: sink.close())
+        for console in self._consoles:
+            console.close()
+
+    def _each_sink(self, call: Callable[[Sink], None]) -> None:
+        for name in reversed([*self._sinks]):  # the record last, so that it has what became of the others
+            try:
+                if name in self._sinks:
+                    call(self._sinks[name])
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        """Report what a sink has raised, and use it no more: other people's servers end no run."""
+        if name == _RECORD:
+            raise error
+        self._sinks.pop(name, None)
+        said = f"the metrics sink '{name}' gets no more rows: {type(error).__name__}: {error}"
+        self.event(self._step, "sink_failed", said)
