@@ -17,32 +17,16 @@ import numpy.typing as npt
 
 from titanlite.corpus.tokenizers import Tokenizer, Tokens
 from titanlite.data.order import mix64
-from titanlite.data.packing import Stream
+from titanlite.data.packing import Int64, Stream
 from titanlite.errors import DataError
 
-Int64 = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class FillIn:
-    """What is done to the documents of a source."""
-
-    rate: float
-    """Share of documents that are rearranged; those without text never are."""
-    markers: tuple[int, int, int]
-    """Tokens before the prefix, the suffix and the middle."""
-    key: int
-    """64 bits; with a document's number they decide whether it is rearranged, and where it is cut."""
-
-    def draws(self, documents: Int64, which: int) -> npt.NDArray[np.float64]:
-        """A number in [0, 1) for each document; another one for each `which`, of 0, 1 and 2."""
-        hashes = mix64(np.uint64(self.key) + documents.astype(np.uint64) * np.uint64(3) + np.uint64(which))
-        drawn: npt.NDArray[np.float64] = (hashes >> np.uint64(11)) * 2.0**-53  # all bits that a float64 has: never 1
-        return drawn
-
-
-def fill_in(rate: float, names: Sequence[str], tokenizer: Tokenizer, seed: int, source: str) -> FillIn:
-    """For a source of this name. Raises `DataError` for a marker that is no special token of the tokenizer."""
+def fill_in(
+    streams: Sequence[Stream], rate: float, names: Sequence[str], tokenizer: Tokenizer, seed: int, source: str
+) -> tuple[FilledIn, ...]:
+    """All streams of a source of this name, whose documents are numbered through; `rate` of those that have text are
+    rearranged. Raises `DataError` for a marker that is no special token of the tokenizer.
+    """
     for index, name in enumerate(names):
         if name not in tokenizer.special_tokens:
             there = ", ".join(tokenizer.special_tokens) or "none"
@@ -50,18 +34,13 @@ def fill_in(rate: float, names: Sequence[str], tokenizer: Tokenizer, seed: int, 
                 f"data.fim_tokens.{index}: the tokenizer has no special token '{name}' (it has: {there}); add it to "
                 "data.special_tokens, or name others."
             )
-    prefix, suffix, middle = (tokenizer.special_tokens[name] for name in names)
-    if len({prefix, suffix, middle, tokenizer.separator}) < 4:
+    markers = tuple(tokenizer.special_tokens[name] for name in names)
+    if len({*markers, tokenizer.separator}) < 4:
         raise DataError("data.fim_tokens: give three different tokens, none of them the separator of documents.")
-    digest = hashlib.blake2b(f"fim/{seed}/{source}".encode(), digest_size=8).digest()
-    return FillIn(rate, (prefix, suffix, middle), int.from_bytes(digest, "little"))
-
-
-def filled_in(streams: Sequence[Stream], settings: FillIn) -> tuple[FilledIn, ...]:
-    """All streams of a source, whose documents are numbered through."""
+    key = int.from_bytes(hashlib.blake2b(f"fim/{seed}/{source}".encode(), digest_size=8).digest(), "little")
     ends = [each.document_ends() for each in streams]
     firsts = accumulate(map(len, ends[:-1]), initial=0)
-    return tuple(FilledIn(*each, settings) for each in zip(streams, ends, firsts, strict=True))
+    return tuple(FilledIn(*each, rate, markers, key) for each in zip(streams, ends, firsts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,11 @@ class FilledIn:
     """End of each document in the stream, past its separator."""
     first_document: int
     """Number in the source of the stream's first document."""
-    settings: FillIn
+    rate: float
+    markers: tuple[int, ...]
+    """Tokens before the prefix, the suffix and the middle."""
+    key: int
+    """64 bits; with a document's number they decide whether it is rearranged, and where it is cut."""
 
     @property
     def tokens(self) -> FilledIn:
@@ -86,9 +69,8 @@ class FilledIn:
 
     @cached_property
     def _ends(self) -> Int64:
-        numbers = np.arange(self.first_document, self.first_document + len(self.own_ends))
         text = np.diff(self.own_ends, prepend=0) > 1
-        chosen = text & (self.settings.draws(numbers, 0) < self.settings.rate)
+        chosen = text & (self._draw(np.arange(len(self.own_ends)), 0) < self.rate)
         ends: Int64 = self.own_ends + 3 * np.cumsum(chosen)
         return ends
 
@@ -102,22 +84,23 @@ class FilledIn:
     def __getitem__(self, key: slice | Int64) -> Tokens:
         at = np.arange(*key.indices(len(self))) if isinstance(key, slice) else key
         document = np.searchsorted(self._ends, at, side="right")
-        begin, start = _starts(self._ends, document), _starts(self.own_ends, document)
+        begin, start = (np.where(document > 0, ends[document - 1], 0) for ends in (self._ends, self.own_ends))
         place, size = at - begin, self.own_ends[document] - start
         # Before any of its tokens, or before the separator.
-        draws = (self.settings.draws(self.first_document + document, n) for n in (1, 2))
-        one, other = ((drawn * size).astype(np.int64) for drawn in draws)
+        one, other = ((self._draw(document, which) * size).astype(np.int64) for which in (1, 2))
         first, second = np.minimum(one, other), np.maximum(one, other)
         suffix, middle = first + 1, first + 1 + size - second  # places of their markers
         after = np.where(place < middle, second - first - 2, np.where(place < size + 2, second - size - 2, -3))
         shift = np.where(place < suffix, -1, after)
         rearranged = self._ends[document] - begin != size
         tokens = self.stream.tokens[np.maximum(start + place + shift * rearranged, 0)]  # for a marker, any token
-        for marker, where in zip(self.settings.markers, (0, suffix, middle), strict=True):
+        for marker, where in zip(self.markers, (0, suffix, middle), strict=True):
             tokens[rearranged & (place == where)] = marker
         return tokens
 
-
-def _starts(ends: Int64, documents: Int64) -> Int64:
-    """Where documents begin, given where each ends."""
-    return np.where(documents > 0, ends[documents - 1], 0)
+    def _draw(self, documents: Int64, which: int) -> npt.NDArray[np.float64]:
+        """A number in [0, 1) for each document of the stream; another one for each `which`, of 0, 1 and 2."""
+        numbers = (self.first_document + documents).astype(np.uint64)
+        hashes = mix64(np.uint64(self.key) + numbers * np.uint64(3) + np.uint64(which))
+        drawn: npt.NDArray[np.float64] = (hashes >> np.uint64(11)) * 2.0**-53  # all bits that a float64 has: never 1
+        return drawn

@@ -17,7 +17,7 @@ import xxhash
 
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import Tokenizer, Tokens, tokenizer_of
-from titanlite.data.fill_in import FilledIn, fill_in, filled_in
+from titanlite.data.fill_in import FilledIn, fill_in
 from titanlite.data.memory import within_memory
 from titanlite.data.order import sample_position
 from titanlite.data.packing import Stream
@@ -145,7 +145,7 @@ def open_data(
         with within_memory(what := f"{key} = {paths!r}"):
             training, held_out = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
             if section.fim_rate:
-                training = filled_in(training, fill_in(section.fim_rate, section.fim_tokens, tokenizer, seed, name))
+                training = fill_in(training, section.fim_rate, section.fim_tokens, tokenizer, seed, name)
             fix = ", or a {} data.validation_percent"
             sources.append(source(name, training, f"{what}: its training part", fix.format("lower")))
             if validated and not section.validation and held_out:
