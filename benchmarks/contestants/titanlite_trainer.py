@@ -17,7 +17,7 @@ from titanlite.data.splits import Split, open_data
 from titanlite.models.spec import spec_of
 from titanlite.observe.jsonl import JsonlSink
 from titanlite.observe.logger import RunLogger
-from titanlite.parallel.world import joined_world
+from titanlite.parallel.world import join_world
 from titanlite.recipe.load import load_recipe
 from titanlite.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def main() -> None:
     spec = spec_of(recipe.model.preset)
     gate = Gate(spec.parameter_count(spec.configure(recipe.model)))
     gated = GatedSplit(**vars(data.train), gate=gate, global_batch=recipe.training.global_batch)
-    with joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
+    with join_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
         logger = RunLogger()
         logger.add_sink("jsonl", JsonlSink(folder / "metrics.jsonl", 0, logger.info))
         checkpoints = CheckpointManager(folder / "checkpoints", logger.info, Ranks(world.rank, world.size))

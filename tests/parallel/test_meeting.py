@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
 from titanlite.errors import UsageError
-from titanlite.parallel.world import is_loss_of_another, meet
+from titanlite.parallel.world import is_peer_failure, open_store
 from titanlite.plan.launch import Launch
 
 
@@ -31,7 +31,7 @@ def met(size: int, value: str) -> list[str]:
     seen = [""] * size
 
     def rank(number: int) -> None:
-        store = meet(Launch(rank=number, size=size), 120)
+        store = open_store(Launch(rank=number, size=size), 120)
         if number == 0:
             store.set("address", value)
         store.wait(["address"], timedelta(seconds=120))
@@ -71,7 +71,7 @@ def test_ranks_that_cannot_meet_say_where_and_why(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("MASTER_ADDR", "localhost")
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UsageError) as failure:
-            meet(Launch(rank=rank, size=2), 1)
+            open_store(Launch(rank=rank, size=2), 1)
     said = str(failure.value)
     assert said.startswith(f"rank {rank} of 2 could not meet the others at localhost:{port} within 1 s"), said
     assert "parallel.timeout_seconds" in said and "MASTER_PORT" in said and "\n" not in said
@@ -79,9 +79,9 @@ def test_ranks_that_cannot_meet_say_where_and_why(monkeypatch: pytest.MonkeyPatc
 
 def test_whose_fault_an_error_is() -> None:
     gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1"
-    assert is_loss_of_another(RuntimeError(gloo)) and is_loss_of_another(DistNetworkError("the socket timed out"))
-    assert not is_loss_of_another(RuntimeError("mat1 and mat2 cannot be multiplied"))
-    assert not is_loss_of_another(ValueError(gloo))
+    assert is_peer_failure(RuntimeError(gloo)) and is_peer_failure(DistNetworkError("the socket timed out"))
+    assert not is_peer_failure(RuntimeError("mat1 and mat2 cannot be multiplied"))
+    assert not is_peer_failure(ValueError(gloo))
 
 
 @pytest.mark.parametrize(("innermost", "lost"), [(ValueError("its own"), False), (DistNetworkError("gone"), True)])
@@ -89,4 +89,4 @@ def test_causes_may_form_a_ring(innermost: Exception, lost: bool) -> None:
     """Issue 14, item 17."""
     outer, middle = RuntimeError("outer"), RuntimeError("middle")
     outer.__cause__, middle.__cause__, innermost.__cause__ = middle, innermost, outer
-    assert is_loss_of_another(outer) is lost and is_loss_of_another(innermost) is lost
+    assert is_peer_failure(outer) is lost and is_peer_failure(innermost) is lost

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from titanlite.parallel.messages import gathered
+from titanlite.parallel.world import all_gather_bytes, gather_bytes
 
 
-def said(rank: int, world: int, lengths: list[int]) -> tuple[list[bytes], list[bytes]]:
-    """What this rank hears if each says its number so many times: where all hear it, and where the first alone."""
+def exchange(rank: int, world: int, lengths: list[int]) -> tuple[list[bytes], list[bytes]]:
+    """What this rank receives if each sends its number, repeated: by all-gather, and by gather."""
     message = bytes([rank]) * lengths[rank]
-    return gathered(message, world), gathered(message, world, on_first_alone=True)
+    return all_gather_bytes(message, world), gather_bytes(message, world)

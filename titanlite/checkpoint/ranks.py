@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError
 from titanlite.errors import CheckpointError, GuardStop, RunFolderLost, TitanliteError, UsageError
-from titanlite.parallel.messages import as_tensor, gathered
+from titanlite.parallel.world import as_tensor, gather_bytes
 from titanlite.text import pluralize
 
 _KINDS: dict[str, type[TitanliteError]] = {
@@ -60,7 +60,7 @@ class Ranks:
         if self.size == 1:
             return decide([action()])
         own, error = _attempt(action)
-        messages = gathered(json.dumps(own).encode(), self.size, self.group, on_first_alone=True)
+        messages = gather_bytes(json.dumps(own).encode(), self.size, self.group)
         verdict: Message = {}
         if self.is_first:
             results = list(map(json.loads, messages))

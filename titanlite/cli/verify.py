@@ -70,12 +70,12 @@ def main(argv: list[str]) -> int:
 
 def verify(recipe: Recipe, report: bool) -> list[Pass]:
     """Compare a shrunken recipe's layout with one process on all ranks; `report`: print each part as it is done."""
-    from titanlite.parallel.world import full_memory_explained, joined_world
+    from titanlite.parallel.world import explain_full_memory, join_world
     from titanlite.verify.compare import passes
 
     found = []
     timeout = max(recipe.parallel.timeout_seconds, _LEAST_TIMEOUT_SECONDS)
-    with joined_world(recipe.run.deterministic, timeout) as world, full_memory_explained():
+    with join_world(recipe.run.deterministic, timeout) as world, explain_full_memory():
         if report:
             print("\n".join(_header(recipe, world.size, world.device.type)), flush=True)
         for each in passes(recipe, world):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from titanlite.errors import GuardStop
 from titanlite.models.shard import Shard
-from titanlite.parallel.messages import gathered
+from titanlite.parallel.world import all_gather_bytes
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
     copied = {_key(name, shard): (name, shard.tensor) for name, shard in held.items() if shard.copies > 1}
     sums = checksums(tensor for _, tensor in copied.values()).cpu()
     mine = torch.stack((torch.tensor(list(copied)), sums), dim=1)
-    table = _table(gathered(mine.numpy().tobytes(), ranks))
+    table = _table(all_gather_bytes(mine.numpy().tobytes(), ranks))
     different = _different(table)
     if not different:
         return
@@ -149,4 +149,4 @@ def list_some(names: Sequence[str]) -> str:
 
 def gather_json(value: object, ranks: int) -> list[Any]:
     """Every rank's value, by rank."""
-    return [json.loads(text) for text in gathered(json.dumps(value).encode(), ranks)]
+    return [json.loads(text) for text in all_gather_bytes(json.dumps(value).encode(), ranks)]

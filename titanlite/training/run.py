@@ -49,7 +49,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     from titanlite.checkpoint.snapshots import Snapshots, forget
     from titanlite.data.read_log import ReadLog, last_start, log_path
     from titanlite.observe.logger import RunLogger
-    from titanlite.parallel.world import full_memory_explained, joined_world
+    from titanlite.parallel.world import explain_full_memory, join_world
     from titanlite.resilience.watchdog import Watchdog
     from titanlite.training.trainer import Trainer
 
@@ -59,7 +59,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     opened_data = _open_data_or_error(recipe)
     with ExitStack() as stack:
         active = active_ranks(recipe, launch_environment().size)
-        world = stack.enter_context(joined_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
+        world = stack.enter_context(join_world(recipe.run.deterministic, recipe.parallel.timeout_seconds, active))
         ranks = Ranks(world.rank, world.size)
         data, reading = _agreed(ranks, opened_data)
         logger = RunLogger()
@@ -119,7 +119,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         crash = partial(_crash, attempt, world, loaded, under_way)
         on_hang = partial(_record_hang, logger, folder, records, crash)
         watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, on_hang)
-        with _failures_recorded(records, crash), watchdog, full_memory_explained():
+        with _failures_recorded(records, crash), watchdog, explain_full_memory():
             own = replace(start, mode=mode, step=step, restarted=restarted)
             if start.mode != "auto" and (mode, step) != (start.mode, start.step):
                 logger.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
@@ -276,7 +276,7 @@ def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.C
 
     Raises `OtherRankFailed` for the other's failure.
     """
-    from titanlite.parallel.world import is_loss_of_another
+    from titanlite.parallel.world import is_peer_failure
 
     try:
         yield
@@ -287,7 +287,7 @@ def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.C
             isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples)
         ):
             raise
-        if failed.ranks > 1 and is_loss_of_another(error):
+        if failed.ranks > 1 and is_peer_failure(error):
             raise OtherRankFailed(crashes.whom_it_follows(records, failed.attempt, failed.rank, error)) from error
         _record(records, failed)
         raise

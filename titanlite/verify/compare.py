@@ -54,7 +54,7 @@ def _exact(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, ...]]:
         no_float64 = _refusal(uncompiled(double), world)
         if not no_float64 and recipe.compile.enabled:
             no_compiler = _refusal(double, world)
-    refused = world.from_first(torch.tensor([bool(no_float64), bool(no_compiler)], device=world.device)).tolist()
+    refused = world.broadcast(torch.tensor([bool(no_float64), bool(no_compiler)], device=world.device)).tolist()
     if refused[0]:
         single = in_precision(recipe, compute="float32", reduce="float32")
         return single, (f"float32 in place of float64: {no_float64}",)
@@ -136,7 +136,7 @@ def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> Pass:
     for step, state in enumerate(_run(recipe, world)):
         expected = remembered[step] if remembered is not None else _blank(recipe, shapes, world.device)
         for tensor in (expected.weights, expected.numbers, expected.distances):
-            world.from_first(tensor)
+            world.broadcast(tensor)
         rows.append(_row(step, state, expected, shapes, tolerance, world))
     return Pass(precision.compute, tolerance, notes, tuple(rows))
 
@@ -169,7 +169,7 @@ def _row(step: int, state: _State, expected: _Snapshot, shapes: Shapes, toleranc
     numbers = torch.stack((state.loss.double(), state.grad_norm.double()))
     off = _relative((numbers - expected.numbers).abs(), expected.numbers.abs())
     world.reduce(off, "max")  # should another rank have got other numbers than the first, whose are shown
-    world.from_first(numbers)
+    world.broadcast(numbers)
     apart = _relative(_apart(state.shards, _parts(expected.weights, shapes), world), expected.distances)
     allowed = apart.new_tensor([tolerance.of_weight(math.prod(shape)) for shape in shapes.values()])
     worst = int((apart / allowed).argmax())
