@@ -596,7 +596,7 @@ def test_a_long_document_is_not_copied_whole(tmp_path: Path, monkeypatch: pytest
     status = (tmp_path / "a.txt").stat()
     settings = units.Settings("bytes", None, (), "", "text", False, 0.0)
     file = FoundFile("a.txt", tmp_path / "a.txt", "text", status.st_size, status.st_mtime_ns)
-    unit = units.Unit((units.Piece(0, file),), 0, status.st_size)
+    unit = units.Unit((units.Piece(0, file),), status.st_size)
     units.write_part(unit, settings, open_tokenizer("bytes"), tmp_path)
     part = units.part_at(tmp_path, unit.key(settings))
     assert part is not None

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from titanlite.corpus.corpora import CORPORA, Part
-from titanlite.corpus.corpora.files import FileFinder, FoundFile
+from titanlite.corpus.corpora.files import FileFinder
 from titanlite.corpus.corpora.formats import divide
 from titanlite.corpus.corpora.json_lines import count_newlines
 from titanlite.corpus.file_array import FileArray, OpenFile
@@ -47,14 +47,6 @@ UNITS = 1_024
 UNIT_FILES = 4_096
 
 
-class Input(NamedTuple):
-    """A file that is to be prepared."""
-
-    source: int
-    """Which of the inputs names it."""
-    file: FoundFile
-
-
 @dataclass(frozen=True)
 class Request:
     """What is to be prepared."""
@@ -78,17 +70,17 @@ class Request:
         return [*held, self.out]
 
 
-def find_inputs(inputs: Sequence[str], text_key: str) -> list[Input]:
+def find_inputs(inputs: Sequence[str], text_key: str) -> list[Piece]:
     """All files that the command's inputs name, in order. Raises `DataError`, and `UsageError` for a corpus' name."""
     named = next((entry for entry in inputs if entry in CORPORA and not Path(entry).exists()), None)
     if named is not None:
         raise UsageError(f"'{named}' is for recipes, which read it as it is; give files, folders or globs.")
     finder = FileFinder(text_key, "INPUT", ())
-    return [Input(source, file) for source, entry in enumerate(inputs) for file in finder.find(entry)]
+    return [Piece(source, file) for source, entry in enumerate(inputs) for file in finder.find(entry)]
 
 
 def prepare(
-    request: Request, files: Sequence[Input], tokenizer: Tokenizer, progress: Progress
+    request: Request, files: Sequence[Piece], tokenizer: Tokenizer, progress: Progress
 ) -> dict[Path, TokenInfo]:
     """Make the token files, or go on where an earlier start of the same request stopped; their sidecars by prefix.
 
@@ -96,9 +88,9 @@ def prepare(
     be read and for a disk that takes no more, `UsageError` for what is in the way; parts that are done stay, and serve
     the next start.
     """
-    made_from = _hash_request(request, files)
-    parts = paths_of(request.out).parts
-    with _wrap_os_errors(request.out):
+    made_from, out = _hash_request(request, files), request.out
+    parts = paths_of(out).parts
+    try:
         lock = _lock(request, parts, progress)
         began_before = any(parts.glob("*.json"))
         try:
@@ -109,8 +101,10 @@ def prepare(
                     raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
                 done = _join(request, tokenizer, units, found, made_from, files, progress)
             else:
-                progress.message(f"{request.out} is finished: nothing is left to do")
-            _remove(parts, progress)
+                progress.message(f"{out} is finished: nothing is left to do")
+            shutil.rmtree(parts, ignore_errors=True)
+            if parts.exists():
+                progress.message(f"cannot remove {parts}, which nothing needs any more")
         except BaseException:
             with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
                 if os.listdir(parts) == [".lock"]:
@@ -118,12 +112,17 @@ def prepare(
             raise
         finally:
             lock.close()
+    except OSError as error:
+        raise DataError(
+            f"cannot write or lock {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, "
+            "and the same command goes on; or choose another folder (--out, or run.output_dir of a recipe)."
+        ) from error
     return done
 
 
-def _hash_request(request: Request, files: Sequence[Input]) -> str:
+def _hash_request(request: Request, files: Sequence[Piece]) -> str:
     texts: list[tuple[Any, ...]] = []
-    for source, file in files:
+    for source, file, _ in files:
         # Lines of JSON were once known by the name .jsonl alone, and what was made of others as one text is not this.
         by_content = file.format == "lines" and ".jsonl" not in file.name.lower()
         texts.append((source, file.name, file.size, *(["lines"] if by_content else [])))
@@ -142,7 +141,7 @@ def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
 
 
 def _finished(
-    request: Request, made_from: str, files: Sequence[Input], began_before: bool
+    request: Request, made_from: str, files: Sequence[Piece], began_before: bool
 ) -> dict[Path, TokenInfo] | None:
     """The sidecars, if an earlier start has made the very same; None if there is something to do.
 
@@ -163,7 +162,7 @@ def _finished(
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 
 
-def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[Input]) -> str:
+def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[Piece]) -> str:
     """Why a token file that is there is not what is asked for; empty if it is."""
     try:
         info = TokenFile.open(prefix).info
@@ -174,12 +173,12 @@ def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[Inpu
     if info.made_from != made_from:
         return "it is of other inputs or settings"
     made_ns = paths.sidecar.stat().st_mtime_ns
-    newer = next((file.path for _, file in files if file.modified_ns > made_ns), None)
+    newer = next((file.path for _, file, _ in files if file.modified_ns > made_ns), None)
     return f"{newer} is newer" if newer else ""
 
 
 def _write_parts(
-    request: Request, files: Sequence[Input], folder: Path, progress: Progress
+    request: Request, files: Sequence[Piece], folder: Path, progress: Progress
 ) -> tuple[list[Unit], list[PartFile]]:
     """All units and their parts, in order; those that are not there yet are written."""
     with WorkerPool(request.workers) as workers:
@@ -204,45 +203,36 @@ def unit_bytes(total: int) -> int:
     return min(max(SMALLEST_UNIT_BYTES, 1 << (max(total, 1) // UNITS).bit_length()), LARGEST_UNIT_BYTES)
 
 
-def _units(files: Sequence[Input], workers: WorkerPool) -> list[Unit]:
+def _units(files: Sequence[Piece], workers: WorkerPool) -> list[Unit]:
     """The inputs, cut and grouped, in order."""
-    limit = unit_bytes(sum(file.size for _, file in files))
-    parts = [divide(file.path, file.format, file.size, limit) or [] for _, file in files]
+    limit = unit_bytes(sum(piece.file.size for piece in files))
+    parts = [divide(file.path, file.format, file.size, limit) or [] for _, file, _ in files]
     _count_lines_before(files, parts, workers)
     units: list[Unit] = []
-    group: list[Input] = []
+    group: list[Piece] = []
     grouped = 0
-    for (source, file), cut in zip(files, parts, strict=True):
-        if group and (cut or grouped + file.size > limit or len(group) == UNIT_FILES):
-            units.append(_group_unit(group))
+    for piece, cut in zip(files, parts, strict=True):
+        size = piece.file.size
+        if group and (cut or grouped + size > limit or len(group) == UNIT_FILES):
+            units.append(Unit(tuple(group), grouped))
             group, grouped = [], 0
-        units += [Unit((Piece(0, file, part),), source, file.size // len(cut)) for part in cut]
+        units += [Unit((piece._replace(part=part),), size // len(cut)) for part in cut]
         if not cut:
-            group.append(Input(source, file))
-            grouped += file.size
-    return [*units, _group_unit(group)] if group else units
+            group.append(piece)
+            grouped += size
+    return [*units, Unit(tuple(group), grouped)] if group else units
 
 
-def _group_unit(group: Sequence[Input]) -> Unit:
-    first = group[0].source
-    return Unit(
-        tuple(Piece(source - first, file) for source, file in group), first, sum(file.size for _, file in group)
-    )
-
-
-def _count_lines_before(files: Sequence[Input], parts: Sequence[list[Part]], workers: WorkerPool) -> None:
+def _count_lines_before(files: Sequence[Piece], parts: Sequence[list[Part]], workers: WorkerPool) -> None:
     """Set `before` of parts of lines."""
-    of_lines = [cut for (_, file), cut in zip(files, parts, strict=True) if file.format == "lines"]
-    paths = [file.path for _, file in files if file.format == "lines"]
-    tasks = [(path, part.first, part.stop) for path, cut in zip(paths, of_lines, strict=True) for part in cut]
-    counts = dict(workers.run(count_newlines, tasks))
-    number = 0
-    for cut in of_lines:
+    of_lines = [(file.path, cut) for (_, file, _), cut in zip(files, parts, strict=True) if file.format == "lines"]
+    counts = dict(workers.run(count_newlines, [(path, *part[:2]) for path, cut in of_lines for part in cut]))
+    numbers = iter(range(len(counts)))
+    for _, cut in of_lines:
         before = 0
         for place, part in enumerate(cut):
             cut[place] = part._replace(before=before)
-            before += counts[number]
-            number += 1
+            before += counts[next(numbers)]
 
 
 def _join(
@@ -251,7 +241,7 @@ def _join(
     units: Sequence[Unit],
     parts: Sequence[PartFile],
     made_from: str,
-    files: Sequence[Input],
+    files: Sequence[Piece],
     progress: Progress,
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
@@ -330,14 +320,14 @@ def _require_documents(request: Request, documents: dict[Path, int]) -> None:
 
 
 def _sources(
-    inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[Input]
+    inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[Piece]
 ) -> tuple[SourceInfo, ...]:
     documents, hashes, counts, sizes = ([0] * len(inputs) for _ in range(4))
     for unit, part in zip(units, parts, strict=True):
         for source, count, total in part.summary["sources"]:
             documents[unit.source + source] += count
             hashes[unit.source + source] += int(total, 16)
-    for source, file in files:
+    for source, file, _ in files:
         counts[source] += 1
         sizes[source] += file.size
     names = [entry.encode("utf-8", "backslashreplace").decode() for entry in inputs]
@@ -345,21 +335,3 @@ def _sources(
         SourceInfo(path=name, files=files, bytes=size, documents=count, texts_xxh3_128=f"{total % 2**128:032x}")
         for name, files, size, count, total in zip(names, counts, sizes, documents, hashes, strict=True)
     )
-
-
-def _remove(parts: Path, progress: Progress) -> None:
-    try:
-        shutil.rmtree(parts)
-    except OSError as error:
-        progress.message(f"cannot remove {parts}, which nothing needs any more: {cause(error, parts)}")
-
-
-@contextmanager
-def _wrap_os_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write or lock {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, "
-            "and the same command goes on; or choose another folder (--out, or run.output_dir of a recipe)."
-        ) from error

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from titanlite.corpus.corpora import CORPORA, is_held_out
 from titanlite.corpus.corpora.files import FileFinder
-from titanlite.corpus.prepare import Input, Request, prepare
+from titanlite.corpus.prepare import Request, prepare
 from titanlite.corpus.progress import Progress
 from titanlite.corpus.token_file import TokenFile, paths_of
 from titanlite.corpus.tokenizers import Tokenizer
-from titanlite.corpus.units import PART_VERSION, Settings, key_of
+from titanlite.corpus.units import PART_VERSION, Piece, Settings, key_of
 from titanlite.corpus.workers import cores
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Run
@@ -43,9 +43,9 @@ def open_tokenized(
     if any(entry in CORPORA for entry in paths):
         return None
     finder = FileFinder(section.text_key)
-    files = [Input(source, file) for source, entry in enumerate(paths) for file in finder.find(entry)]
-    size = sum(file.size for _, file in files)
-    texts = [is_held_out(file.name, percent) for _, file in files if file.format == "text"]
+    files = [Piece(source, file) for source, entry in enumerate(paths) for file in finder.find(entry)]
+    size = sum(file.size for _, file, _ in files)
+    texts = [is_held_out(file.name, percent) for _, file, _ in files if file.format == "text"]
     if size <= IN_MEMORY_BYTES or (percent and len(texts) == len(files) and len(set(texts)) < 2):
         return None
     settings = Settings(
@@ -67,7 +67,7 @@ def open_tokenized(
     return tuple(map(TokenFile.open, reversed(request.outputs)))
 
 
-def _version_of(files: Sequence[Input], settings: Settings) -> str:
+def _version_of(files: Sequence[Piece], settings: Settings) -> str:
     """Another one wherever the tokens may be others."""
-    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for _, file in files]
+    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for _, file, _ in files]
     return key_of([PART_VERSION, settings.decisive, texts])

@@ -58,10 +58,10 @@ class Settings:
 
 
 class Piece(NamedTuple):
-    """A file, or a part of it, of a unit."""
+    """A file, or a part of it."""
 
     source: int
-    """Which of the inputs names it, counted from the one that names the unit's first piece."""
+    """Which of the inputs names it."""
     file: FoundFile
     part: Part | None = None
 
@@ -70,8 +70,6 @@ class Unit(NamedTuple):
     """What is turned into one part file."""
 
     pieces: tuple[Piece, ...]
-    source: int
-    """Which of the inputs names its first piece."""
     bytes: int
     """Of the files; for the progress line."""
 
@@ -79,9 +77,16 @@ class Unit(NamedTuple):
         first, last = self.pieces[0].file.path, self.pieces[-1].file.path
         return f"{first}" if first == last else f"{first} to {last}"
 
+    @property
+    def source(self) -> int:
+        """Of its first piece: from it on the others' are counted, so that the part serves among other inputs too."""
+        return self.pieces[0].source
+
     def key(self, settings: Settings) -> str:
         """Name of its part: a hash of all that decides what is in it."""
-        pieces = [(source, file.name, str(file.path), *file[2:], part) for source, file, part in self.pieces]
+        pieces = [
+            (source - self.source, file.name, str(file.path), *file[2:], part) for source, file, part in self.pieces
+        ]
         return key_of([PART_VERSION, settings.decisive, pieces])
 
 
@@ -142,7 +147,7 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
         token_bytes = token_file.tell()
     summary = {
         "documents": documents, "token_bytes": token_bytes, "bad": bad.count, "examples": bad.examples,
-        "sources": [[source, count, f"{total:032x}"] for source, (count, total) in sources.items()],
+        "sources": [[source - unit.source, count, f"{total:032x}"] for source, (count, total) in sources.items()],
     }  # fmt: skip
     replace_file(about, json.dumps(summary).encode())
 
