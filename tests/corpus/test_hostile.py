@@ -165,7 +165,7 @@ def read_token_file(number: int) -> None:
             assert packing == "best_fit" or data[at : at + window.nbytes] == window.tobytes(), "foreign bytes"
     if file.info is not None:
         describe_token_info(file.info)
-    file.verify(tokenizer.vocab_size, tokenizer.separator)
+        file.verify_hashes()
 
 
 _FIELDS: dict[int, Any] = {}

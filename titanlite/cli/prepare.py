@@ -42,7 +42,7 @@ def add_prepare_commands(commands: Any) -> None:
                               "data.validation_percent chooses them")  # fmt: skip
     command.add_argument("--force", action="store_true", help="overwrite what PREFIX is now, once the new one is done")
     command.add_argument("--json", action="store_true", help="print the sidecars instead of a table")
-    line = "read token files from end to end, and name the first place that is wrong"
+    line = "read token files from end to end, and name those that are damaged"
     command = commands.add_parser("verify", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_verify)
     command.add_argument(
@@ -102,7 +102,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         file = TokenFile.open(prefix)
         if file.info is None:
             raise UsageError(f"{prefix}.json: missing; without it nothing is known that could be verified.")
-        file.verify(file.info.tokenizer.vocab_size, file.info.tokenizer.separator)
+        file.verify_hashes()
         print(f"{prefix}: whole: {file.documents:,} documents, {len(file.tokens):,} tokens")
 
 

@@ -21,7 +21,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titanlite.corpus.file_array import RESTORE, FileArray, OpenFile
-from titanlite.corpus.tokenizers import Tokenizer, Tokens, token_dtype
+from titanlite.corpus.tokenizers import Tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.files import replace_file, sync, sync_path
 from titanlite.recipe.paths import expand
@@ -220,19 +220,7 @@ class TokenFile:
             return
         for first in {0, max(0, self.documents - LOOKED_AT)}:
             last = min(first + LOOKED_AT, self.documents)
-            self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator, most=BLOCK)
-
-    def verify(self, vocab_size: int, separator: int) -> None:
-        """Read all of it. Raises `DataError` naming the first place that is wrong.
-
-        The index must be in order, each document end with the separator and ids be in the vocabulary; with a sidecar,
-        hashes must be its.
-        """
-        self._require_order(self.lengths.file.path)
-        for first in range(0, self.documents, BLOCK):
-            self._require_ids(first, min(first + BLOCK, self.documents), vocab_size, separator)
-        if self.info is not None:
-            self.verify_hashes()
+            self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator)
 
     def verify_hashes(self, hash_of: Callable[[OpenFile], str] = OpenFile.hash) -> None:
         """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of."""
@@ -242,68 +230,34 @@ class TokenFile:
                 sidecar = paths_of(self.prefix).sidecar
                 raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")
 
-    def _require_order(self, path: Path) -> None:
-        """Sequences follow each other without a gap, and so do documents."""
-        pointers, sequences = self.starts.pointers, self.starts.sequences
-        count = len(self.lengths)
-        for first in range(0, count, BLOCK):
-            last = min(first + BLOCK, count - 1)
-            ends = pointers[first:last] + self.lengths[first:last].astype(np.int64) * self.tokens.dtype.itemsize
-            wrong = np.flatnonzero((ends != pointers[first + 1 : last + 1]) | (self.lengths[first:last] < 0))
-            if wrong.size:
-                at = first + int(wrong[0])
-                raise DataError(
-                    f"{path}: damaged: sequence {at:,} (its length at byte {HEADER.size + 4 * at:,}) ends at byte "
-                    f"{ends[at - first]:,} of the .bin, and the next begins at {pointers[at + 1]:,}; {RESTORE}"
-                )
-        for first in range(0, len(sequences), BLOCK):
-            wrong = np.flatnonzero(np.diff(sequences[first : first + BLOCK + 1]) < 0)
-            if wrong.size:
-                at = first + int(wrong[0]) + 1
-                raise DataError(
-                    f"{path}: damaged: document {at:,} (byte {HEADER.size + 12 * count + 8 * at:,}) begins before the "
-                    f"one before it; {RESTORE}"
-                )
-
-    def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int, most: int | None = None) -> None:
-        """Documents `first` to `stop` hold ids of the vocabulary and end with the separator, if they hold anything; of
-        the ids, only the first `most` are looked at.
+    def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int) -> None:
+        """Documents `first` to `stop` end with the separator, if they hold anything, and the first `BLOCK` of their ids
+        are of the vocabulary.
         """
-        path = paths_of(self.prefix).bin
+        paths = paths_of(self.prefix)
         begins = np.asarray(self.starts[first:stop])
         end = int(self.starts[stop]) if stop < self.documents else len(self.tokens)
         ends = np.append(begins[1:], end)
         if begins[0] < 0 or (ends < begins).any() or end > len(self.tokens):
-            raise DataError(
-                f"{paths_of(self.prefix).idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; {RESTORE}"
-            )
+            raise DataError(f"{paths.idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; {RESTORE}")
         (held,) = np.nonzero(ends > begins)
-        lasts = ends[held] - 1
-
-        def require_ended(some: slice, found: Tokens) -> None:
-            unended = np.flatnonzero(found != separator)
-            if unended.size:
-                at = int(held[some][unended[0]])
-                raise DataError(
-                    f"{path}: document {first + at:,} (tokens {begins[at]:,} to {ends[at]:,}) does not end with the "
-                    f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
-                    "same tokenizer, or prepare the texts with `titanlite data prepare`."
-                )
-
-        if most is not None:
-            require_ended(slice(None), self.tokens[lasts])
-            end, lasts = min(end, int(begins[0]) + most), lasts[:0]
-        for start in range(int(begins[0]), end, BLOCK):
-            block = self.tokens[start : min(start + BLOCK, end)]
-            inside = slice(*np.searchsorted(lasts, (start, start + len(block))).tolist())
-            require_ended(inside, block[lasts[inside] - start])
-            beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
-            if beyond.size:
-                at = start + int(beyond[0])
-                raise DataError(
-                    f"{path}: token {at:,} (byte {at * self.tokens.dtype.itemsize:,}) is {self.tokens[at]}, and the "
-                    f"tokenizer's ids end at {vocab_size - 1:,}; the file is damaged, or of another tokenizer."
-                )
+        unended = held[self.tokens[ends[held] - 1] != separator]
+        if unended.size:
+            at = int(unended[0])
+            raise DataError(
+                f"{paths.bin}: document {first + at:,} (tokens {begins[at]:,} to {ends[at]:,}) does not end with the "
+                f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
+                "same tokenizer, or prepare the texts with `titanlite data prepare`."
+            )
+        start = int(begins[0])
+        block = self.tokens[start : min(start + BLOCK, end)]
+        beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
+        if beyond.size:
+            at = start + int(beyond[0])
+            raise DataError(
+                f"{paths.bin}: token {at:,} (byte {at * self.tokens.dtype.itemsize:,}) is {self.tokens[at]}, and the "
+                f"tokenizer's ids end at {vocab_size - 1:,}; the file is damaged, or of another tokenizer."
+            )
 
 
 class TokenWriter:
