@@ -15,8 +15,9 @@ from titanlite.cli.check import check_recipe, format_description
 from titanlite.errors import Finding, RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
-from titanlite.plan.describe import bubble_share, checkpoint_bytes, describe, kept_by_stages
+from titanlite.plan.describe import bubble_share, describe_run
 from titanlite.plan.layout import Layout, batch_plan, layout_of
+from titanlite.plan.memory import checkpoint_bytes, local_parameters
 from titanlite.plan.rules import RULES, apply_rules, parts
 from titanlite.plan.rules.layout import checkpoint_parts
 from titanlite.plan.sharding_table import sharding_table, sharding_text
@@ -72,7 +73,7 @@ def test_a_model_without_a_preset_is_plain_llama() -> None:
     """Issue 14, item 23: nothing of `debug` (QK-norm, rope_theta 10,000) shows through, and `check` names the model."""
     sizes = {"dim": 96, "layers": 2, "heads": 6, "vocab_size": 300}
     made = Recipe.model_validate({"model": sizes, "training": {"steps": 1}})
-    run = describe(made)
+    run = describe_run(made)
     assert {key: run[key] for key in sizes} == sizes
     assert (run["preset"], run["architecture"]) == ("custom", "LlamaForCausalLM")
     plain = {"kv_heads": 6, "ffn_dim": 256, "rope_theta": 500_000.0, "rope_scaling": None, "norm_eps": 1e-5}
@@ -80,7 +81,7 @@ def test_a_model_without_a_preset_is_plain_llama() -> None:
     assert {key: run[key] for key in plain} == plain
     for part in ("custom: ", "LlamaForCausalLM", "rope_theta 500000", "norm_eps 1e-05", "no qk_norm"):
         assert part in format_description(made)
-    assert describe(recipe(model__dim=256, model__qk_norm=False))["changed"] == ["dim", "qk_norm"]
+    assert describe_run(recipe(model__dim=256, model__qk_norm=False))["changed"] == ["dim", "qk_norm"]
     assert "Qwen3ForCausalLM" in format_description(recipe()) and "debug with another dim" in format_description(
         recipe(model__dim=256)
     )
@@ -480,7 +481,7 @@ def test_no_rule_ever_fails_and_sound_recipes_can_be_described(
     world = any_world or least * times
     findings = apply_rules(any_recipe, world)
     if all(finding.severity == "warning" for finding in findings):
-        assert describe(any_recipe, world)["steps"] >= 1
+        assert describe_run(any_recipe, world)["steps"] >= 1
         assert format_description(any_recipe, world)
         assert sharding_table(any_recipe)
 
@@ -523,11 +524,13 @@ def test_all_ranks_together_hold_the_model_as_often_as_there_are_copies(any_reci
     once = sum(p.numel() * (layout.tp if "norm" in name else 1) for name, p in model.named_parameters())
     twice = config.vocab_size * config.dim if config.tie_embeddings and layout.pp > 1 else 0
     held = [
-        kept_by_stages(any_recipe, layout, tp_rank, cut_rank) for tp_rank in range(layout.tp) for cut_rank in range(cut)
+        local_parameters(any_recipe, layout, tp_rank, cut_rank)
+        for tp_rank in range(layout.tp)
+        for cut_rank in range(cut)
     ]
     sizes = [[sum(prod(item.kept) for item in rank) for rank in ranks] for ranks in held]
     assert sum(map(sum, sizes)) * copies == (once + twice) * copies
-    assert describe(any_recipe, world)["parameters_kept"] == max(map(max, sizes))
+    assert describe_run(any_recipe, world)["parameters_kept"] == max(map(max, sizes))
 
 
 @settings(max_examples=40, deadline=None)
@@ -587,7 +590,7 @@ class TestDescribe:
         )
         matrices = 2 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6)
         parameters = matrices + 2 * 2 * 4 + 4 + 2 * 300 * 4
-        run = describe(small, world=2)
+        run = describe_run(small, world=2)
         assert (run["parameters"], run["embedding_parameters"]) == (parameters, 1200)
         assert (run["steps"], run["tokens"], run["tokens_per_step"]) == (21, 1050, 50)
         assert (run["world"], run["mesh"], run["microbatch"], run["microbatches"]) == (
@@ -610,12 +613,14 @@ class TestDescribe:
         assert run["flops"] == run["flops_per_token"] * 1050
 
     def test_muon_keeps_one_moment_of_matrices(self) -> None:
-        adamw, muon = (describe(recipe(optimizer__name=name))["state_bytes"] for name in ("adamw", "muon"))
+        adamw, muon = (describe_run(recipe(optimizer__name=name))["state_bytes"] for name in ("adamw", "muon"))
         kept = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384)
         assert adamw["optimizer"] - muon["optimizer"] == 4 * kept
 
     def test_float64_doubles(self) -> None:
-        single, double = (describe(recipe(precision__compute=name))["state_bytes"] for name in ("float32", "float64"))
+        single, double = (
+            describe_run(recipe(precision__compute=name))["state_bytes"] for name in ("float32", "float64")
+        )
         assert double["total"] == 2 * single["total"]
 
     @pytest.mark.parametrize(
@@ -628,14 +633,14 @@ class TestDescribe:
 
         Even where nothing is cut, what computes is a copy of the masters in the compute dtype.
         """
-        alone, together = (describe(recipe(parallel__zero_stage=stage), world)["state_bytes"] for world in (1, 4))
+        alone, together = (describe_run(recipe(parallel__zero_stage=stage), world)["state_bytes"] for world in (1, 4))
         for part in ("weights", "gradients", "optimizer"):
             assert together[part] == -(-alone[part] // 4 if part in cut else -alone[part])
         # In stage 3 two of the four blocks, the head and the last norm.
         block = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128 + 2 * 32
         resting = 2 * block + 272 * 128 if stage == 3 else 0
         assert alone["gathered"] == 0
-        assert together["gathered"] == 2 * (describe(recipe(), 4)["parameters"] - resting)
+        assert together["gathered"] == 2 * (describe_run(recipe(), 4)["parameters"] - resting)
 
     def test_a_rank_of_a_three_dimensional_mesh(self) -> None:
         """By hand: 5 blocks of dim 8, 4 heads (2 of keys and values), ffn 6, 300 rows; pp 2 x dp_shard 2 x tp 2."""
@@ -643,7 +648,7 @@ class TestDescribe:
         mesh = {"tp": 2, "pp": 2, "pipeline": {"blocks_per_stage": [3, 2]}}
         keys = {f"model__{name}": value for name, value in sizes.items()}
         keys |= {f"parallel__{name}": value for name, value in mesh.items()}
-        run = describe(recipe(**keys, training__global_batch=16), world=8)
+        run = describe_run(recipe(**keys, training__global_batch=16), world=8)
         # Each rank has half of the heads: wq and wo are [4, 8] and [8, 4], wk and wv [2, 8]; of the FFN 3 of 6 columns.
         block = 2 * 4 * 8 + 2 * 2 * 8 + 3 * 3 * 8 + 2 * 8
         first, last = 150 * 8 + 3 * block, 150 * 8 + 2 * block + 8
@@ -669,24 +674,24 @@ class TestDescribe:
         assert run["pipeline"]["bubble_share"] == pytest.approx(1 / 9)
 
     def test_split_backward_passes_have_gradients_in_whole(self) -> None:
-        run = {name: describe(recipe(**pipeline(name)), world=4) for name in ("1F1B", "InterleavedZeroBubble")}
+        run = {name: describe_run(recipe(**pipeline(name)), world=4) for name in ("1F1B", "InterleavedZeroBubble")}
         assert run["1F1B"]["state_bytes"]["gradients"] == 4 * run["1F1B"]["parameters_kept"]
         split = run["InterleavedZeroBubble"]
         assert split["state_bytes"]["gradients"] == 4 * split["parameters_used"]
 
     def test_context_parallel_ranks_cut_the_weights_too(self) -> None:
-        alone, shared = (describe(recipe(parallel__cp=cp), world=4) for cp in (1, 4))
+        alone, shared = (describe_run(recipe(parallel__cp=cp), world=4) for cp in (1, 4))
         assert alone["parameters_kept"] == shared["parameters_kept"]
         assert (alone["microbatch"], shared["microbatch"]) == (8, 32)
 
     def test_prefetched_blocks_are_there_beside_the_one_at_work(self) -> None:
         def gathered(prefetch: int) -> int:
-            run = describe(recipe(parallel__zero_stage=3, parallel__prefetch=prefetch), world=2)
+            run = describe_run(recipe(parallel__zero_stage=3, parallel__prefetch=prefetch), world=2)
             return int(run["state_bytes"]["gathered"])
 
         block = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128 + 2 * 32)
         assert [gathered(depth) - gathered(1) for depth in (0, 1, 2, 3)] == [0, 0, block, 2 * block]
-        everything = describe(recipe(), world=2)["state_bytes"]["gathered"]
+        everything = describe_run(recipe(), world=2)["state_bytes"]["gathered"]
         assert gathered(4) == gathered(9) == everything
 
     @pytest.mark.parametrize(
@@ -698,12 +703,12 @@ class TestDescribe:
         assert bubble_share("ZBVZeroBubble", 4, 2, 8) is None
 
     def test_a_checkpoint_holds_everything_whatever_the_layout(self) -> None:
-        parameters = describe(recipe())["parameters"]
+        parameters = describe_run(recipe())["parameters"]
         for keys in ({}, {"parallel__dp_replicate": 2}, {"parallel__dp_shard": 4, "parallel__zero_stage": 3}):
             assert checkpoint_bytes(recipe(**keys)) == 3 * 4 * parameters
 
     def test_published_sizes(self) -> None:
-        run = describe(recipe(model__preset="llama3-8b"), world=8)
+        run = describe_run(recipe(model__preset="llama3-8b"), world=8)
         assert run["parameters"] == 8_030_261_248
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from titanlite.models.spec import spec_of
 from titanlite.parallel.apply import build
 from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
+from titanlite.plan.layout import require_layout
+from titanlite.plan.memory import local_parameters, rank_state_bytes
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
@@ -276,6 +279,40 @@ def test_memory_for_weights_gradients_and_optimizer() -> None:
         assert update["optimizer"] == 8 * PARAMETERS // ranks + 4
         assert update["gathered"] == 0
         assert update["activations"] == 4, "the loss"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "sections"),
+    [
+        *((4, 1, {"parallel": {"zero_stage": stage}}) for stage in range(4)),
+        (4, 2, {"parallel": {"zero_stage": 2, "dp_replicate": 2}}),
+        (8, 7, {"parallel": {"tp": 2, "zero_stage": 3}, "optimizer": {"name": "muon"}}),
+        (6, 5, {"parallel": {"cp": 2, "tp": 3, "zero_stage": 3}, "model": {"heads": 6, "dim": 48, "kv_heads": 6},
+                "training": {"sequence_length": 24}}),
+        (4, 1, {"parallel": {"pp": 2, "zero_stage": 1}, "model": {"layers": 4}}),
+        (4, 3, {"parallel": {"pp": 2, "pipeline": {"schedule": "Interleaved1F1B"}},
+                "model": {"layers": 4, "tie_embeddings": True}}),
+        (4, 3, {"parallel": {"pp": 2, "pipeline": {"schedule": "ZBVZeroBubble"}}, "model": {"layers": 4}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_check_predicts_is_what_the_dry_run_measures(ranks: int, rank: int, sections: dict[str, Any]) -> None:
+    """Weights and states to the byte. Gathered weights and gradients lie besides in the buffers of collectives on their
+    way: of two FSDP units at most, gradients in both the compute dtype and the reduce dtype.
+    """
+    made = recipe(**{**sections, "training": {"microbatch": 1, **sections.get("training", {})}})
+    layout = require_layout(made.parallel, ranks)
+    coordinates = layout.coordinates(rank)
+    predicted, measured = rank_state_bytes(made, layout, coordinates), dry_run(made, ranks, rank).memory
+    units: Counter[str] = Counter()
+    for each in local_parameters(made, layout, coordinates.tp)[coordinates.pp]:
+        units[".".join(each.name.split(".")[:2]) if each.name.startswith("layers.") else ""] += prod(each.used)
+    on_the_way = 2 * max(units.values())
+    after = measured.by_phase["optimizer"].by_purpose
+    assert after["weights"] == after["gradients"] == predicted["weights"]
+    assert after["optimizer"] - predicted["optimizer"] in (0, 4), "AdamW's step count"
+    assert 0 <= measured.most["gathered"] - predicted["gathered"] <= 2 * on_the_way
+    assert 0 <= measured.most["gradients"] - predicted["gradients"] <= (2 + 4) * on_the_way
 
 
 def test_memory_of_gathered_weights() -> None:

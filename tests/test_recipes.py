@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from titanlite.cli.check import check_recipe
-from titanlite.plan.describe import describe
+from titanlite.plan.describe import describe_run
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.recipe.toml import parse_toml
@@ -56,7 +56,7 @@ def test_a_recipe_is_sound_at_its_sizes(name: str, world: int) -> None:
 )
 def test_layouts_are_the_published_ones(name: str, world: int, mesh: dict[str, int], batch: tuple[int, int]) -> None:
     """TorchTitan's tables 1 to 5: the mesh, and a rank's share of the batch as (microbatch, microbatches)."""
-    run = describe(load_recipe(CONFIGS / f"{name}.toml").recipe, world)
+    run = describe_run(load_recipe(CONFIGS / f"{name}.toml").recipe, world)
     assert run["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **mesh}
     assert (run["microbatch"], run["microbatches"]) == batch
     assert run["sequence_length"] == (131_072 if name == "llama3_8b_128k" else 8192)

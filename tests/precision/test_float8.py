@@ -15,8 +15,8 @@ from torch import Tensor
 
 from titanlite.cli.check import format_description
 from titanlite.models.llama_spec import PRESETS, SPEC
-from titanlite.plan.describe import describe
-from titanlite.plan.float8 import SETTINGS, Cast, Product, decisions, mean_size, summary
+from titanlite.plan.describe import describe_run
+from titanlite.plan.float8 import SETTINGS, Cast, Product, decide_linears, mean_size, summarize_linears
 from titanlite.plan.rules import apply_rules
 from titanlite.precision import float8
 from titanlite.precision.float8 import (
@@ -213,7 +213,7 @@ def test_kept_weights_give_the_same_bits(recipe: str) -> None:
     linear = torch.nn.Module()
     linear.weight = torch.nn.Parameter(torch.randn(64, 32))
     model = torch.nn.ModuleDict({"linear": linear})
-    found = [float8.Decision("linear", (64, 32), None)]
+    found = [float8.LinearDecision("linear", (64, 32), None)]
     kept = convert(model, found, SETTINGS[recipe], cache=True)
     for _ in range(2):
         with torch.no_grad():
@@ -231,7 +231,7 @@ def test_kept_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> N
     linear.weight = torch.nn.Parameter(torch.randn(48, 32))
     kept = convert(
         torch.nn.ModuleDict({"linear": linear}),
-        [float8.Decision("linear", (48, 32), None)],
+        [float8.LinearDecision("linear", (48, 32), None)],
         SETTINGS["tensorwise"],
         cache=True,
     )
@@ -278,16 +278,16 @@ def recipe(preset: str = "debug", world: dict[str, Any] | None = None, **keys: A
     ],
 )  # fmt: skip
 def test_what_is_converted(preset: str, keys: dict[str, Any], said: str) -> None:
-    assert summary(decisions(SPEC, PRESETS[preset], Float8(enabled=True, **keys))) == said
+    assert summarize_linears(decide_linears(SPEC, PRESETS[preset], Float8(enabled=True, **keys))) == said
 
 
 def test_nothing_is_decided_where_float8_is_off() -> None:
-    assert decisions(SPEC, PRESETS["llama3-8b"], Float8()) == ()
+    assert decide_linears(SPEC, PRESETS["llama3-8b"], Float8()) == ()
 
 
 def test_sizes_that_are_no_multiples_of_16_are_skipped() -> None:
     config = SPEC.configure(Recipe.model_validate({"model": {"ffn_dim": 392}}).model)
-    found = decisions(SPEC, config, Float8(enabled=True, min_size=0))
+    found = decide_linears(SPEC, config, Float8(enabled=True, min_size=0))
     assert {each.name.rpartition(".")[2] for each in found if each.skipped == "not in multiples of 16"} == {
         "gate", "up", "down",
     }  # fmt: skip
@@ -306,7 +306,7 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
     with torch.device("meta"):
         model = SPEC.build(PRESETS[preset], torch.bfloat16)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    found = decisions(SPEC, PRESETS[preset], Float8(enabled=True, min_size=0))
+    found = decide_linears(SPEC, PRESETS[preset], Float8(enabled=True, min_size=0))
     assert {each.name: each.shape for each in found} == {name: tuple(m.weight.shape) for name, m in linears.items()}
     before = list(model.state_dict())
     kept = convert(model, found, SETTINGS["tensorwise"], cache=True)
@@ -397,7 +397,7 @@ def test_compiled_casts_and_products_give_the_same_bits(recipe: str) -> None:
 def test_kept_weights_are_counted() -> None:
     """A byte for each of two products, of all matrices of the blocks; sharded ones are not kept."""
     matrices = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 384)
-    assert describe(recipe(min_size=0))["state_bytes"]["float8"] == 2 * matrices
-    assert describe(recipe(min_size=0, world={"zero_stage": 0}), 2)["state_bytes"]["float8"] == 2 * matrices
-    assert "float8" not in describe(recipe(min_size=0), 2)["state_bytes"]
-    assert "float8" not in describe(Recipe.model_validate({"training": {"steps": 1}}))["state_bytes"]
+    assert describe_run(recipe(min_size=0))["state_bytes"]["float8"] == 2 * matrices
+    assert describe_run(recipe(min_size=0, world={"zero_stage": 0}), 2)["state_bytes"]["float8"] == 2 * matrices
+    assert "float8" not in describe_run(recipe(min_size=0), 2)["state_bytes"]
+    assert "float8" not in describe_run(Recipe.model_validate({"training": {"steps": 1}}))["state_bytes"]

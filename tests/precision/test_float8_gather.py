@@ -11,7 +11,7 @@ from torch import nn
 from titanlite.models.layers import Linear
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.parallel.float8_gather import Float8Gather, _local_parameters
-from titanlite.plan.float8 import SETTINGS, Cast, Gather, gathers, gathers_in_words
+from titanlite.plan.float8 import SETTINGS, Cast, Gather, format_gathers, plan_gathers
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.recipe.sections import Float8
 
@@ -73,7 +73,7 @@ def test_what_travels_is_what_all_products_cast(
     """A factor that a product takes in full, in blocks or by columns is sent as it is."""
     of_weights = SETTINGS[recipe].sent_weights
     assert (of_weights.format if of_weights else None) == weights
-    found = gathers(SPEC, PRESETS["debug"], Float8(enabled=True, recipe=recipe, min_size=0, all_gather=True))  # type: ignore[arg-type]
+    found = plan_gathers(SPEC, PRESETS["debug"], Float8(enabled=True, recipe=recipe, min_size=0, all_gather=True))  # type: ignore[arg-type]
     names = [each.module for each in found if each.module.startswith(("layers.0", "head"))]
     assert names == ["layers.0.attention", "layers.0.attention.wo", "layers.0.ffn", "layers.0.ffn.down", "head"]
     for each in found:
@@ -84,15 +84,15 @@ def test_what_travels_is_what_all_products_cast(
 
 def test_all_that_take_an_input_are_converted_or_it_travels_as_it_is() -> None:
     section = Float8(enabled=True, min_size=0, all_gather=True, exclude=("layers.0.ffn.up", "layers.*.attention.wo"))
-    found = {each.module: each for each in gathers(SPEC, PRESETS["debug"], section)}
+    found = {each.module: each for each in plan_gathers(SPEC, PRESETS["debug"], section)}
     assert found["layers.0.ffn"] == Gather("layers.0.ffn", "inputs", None, "layers.0.ffn.up: excluded")
     assert found["layers.1.ffn"].cast == found["head"].cast == Cast("e4m3", "row")
     assert found["layers.0.ffn.down"].cast is not None and found["layers.0.attention.wo"].cast is None
-    assert gathers_in_words(list(found.values())) == [
+    assert format_gathers(list(found.values())) == [
         "inputs of layers.*.attention, layers.*.ffn, head: e4m3",
         "gradients of layers.*.attention.wo: as computed (layers.*.attention.wo: excluded)",
         "inputs of layers.*.ffn: as computed (layers.*.ffn.up: excluded)",
         "gradients of layers.*.ffn.down: e5m2",
     ]
-    assert not gathers(SPEC, PRESETS["debug"], Float8(enabled=True, min_size=0))
-    assert not gathers(SPEC, PRESETS["debug"], Float8(all_gather=True))
+    assert not plan_gathers(SPEC, PRESETS["debug"], Float8(enabled=True, min_size=0))
+    assert not plan_gathers(SPEC, PRESETS["debug"], Float8(all_gather=True))

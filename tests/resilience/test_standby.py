@@ -12,7 +12,7 @@ from support.failing_ranks import RUN, ended, started, write_recipe
 from titanlite.cli.check import format_description
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main
-from titanlite.plan.describe import describe
+from titanlite.plan.describe import describe_run
 from titanlite.plan.layout import active_ranks
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Recipe
@@ -47,7 +47,7 @@ def test_the_check_says_how_many_stand_by() -> None:
     recipe = Recipe.model_validate({"training": {"steps": 1}, "parallel": {"tp": 2}, "resilience": {"standby": True}})
     (finding,) = (finding for finding in apply_rules(recipe, 5) if finding.key == "resilience.standby")
     assert finding.severity == "warning" and "4 ranks: 1 of 5 stand by" in finding.problem
-    run = describe(recipe, 5)
+    run = describe_run(recipe, 5)
     assert (run["world"], run["standby"], run["mesh"]["tp"], run["mesh"]["dp_shard"]) == (4, 1, 2, 2)
     assert "1 rank standing by" in format_description(recipe, 5)
 

@@ -15,11 +15,12 @@ from titanlite.data.survey import survey
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan import timetable
-from titanlite.plan.describe import describe, describe_model, stages_of
+from titanlite.plan.describe import describe_model, describe_run
 from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
 from titanlite.plan.rules import apply_rules, kernels
 from titanlite.plan.sharding_table import shape_text, sharding_table, sharding_text
+from titanlite.plan.stages import stages_of
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
@@ -28,7 +29,7 @@ from titanlite.registry import Registry
 from titanlite.text import format_batch, format_bytes, format_count, pluralize
 
 DRY_RUN = Registry(
-    "dry run", {"report": "titanlite.dryrun.report:report", "described": "titanlite.dryrun.report:described"}
+    "dry run", {"report": "titanlite.dryrun.report:report", "described": "titanlite.dryrun.report:describe_dry_run"}
 )
 """A rank's program run on fake tensors, as text and as plain values; needs torch, and is imported when asked for."""
 
@@ -53,7 +54,7 @@ def _check_with_data(loaded: LoadedRecipe, world: int) -> tuple[list[Finding], d
 
 def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
     """`describe` for people."""
-    run = describe(recipe, world)
+    run = describe_run(recipe, world)
     rows = [
         *(
             *_model_rows(run),
@@ -234,7 +235,7 @@ def _values(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any])
         return {"schedule": timetable.as_values(_timetable(recipe, active))}
     if arguments.dry_run:
         return {"dry_run": DRY_RUN.get("described")(recipe, active, arguments.rank)}
-    return {**describe(recipe, arguments.world), "data": data}
+    return {**describe_run(recipe, arguments.world), "data": data}
 
 
 def _timetable(recipe: Recipe, world: int) -> timetable.Timetable:

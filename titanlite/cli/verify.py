@@ -10,7 +10,7 @@ from typing import Any
 
 from titanlite.cli.check import check_recipe
 from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
-from titanlite.plan.describe import describe
+from titanlite.plan.describe import describe_run
 from titanlite.plan.launch import launch_environment
 from titanlite.plan.layout import active_ranks
 from titanlite.plan.rules import apply_rules
@@ -88,7 +88,7 @@ def verify(recipe: Recipe, report: bool) -> list[Pass]:
 
 
 def _header(recipe: Recipe, world: int, device: str) -> Iterator[str]:
-    run, parallel = describe(recipe, world), recipe.parallel
+    run, parallel = describe_run(recipe, world), recipe.parallel
     mesh = [f"{dimension} {degree}" for dimension, degree in run["mesh"].items() if degree > 1]
     extras = [f"ZeRO stage {parallel.zero_stage}"] if world > 1 else []
     extras += [parallel.pipeline.schedule] if parallel.pp > 1 else []
@@ -145,6 +145,6 @@ def _object(recipe: Recipe, world: int, found: list[Pass]) -> dict[str, Any]:
     return {
         "same": difference is None,
         "first_difference": difference,
-        "run": describe(recipe, world),
+        "run": describe_run(recipe, world),
         "passes": [{**asdict(each), "same": each.first_difference() is None} for each in found],
     }

@@ -10,6 +10,8 @@ from typing import Any
 
 from titanlite.dryrun.collectives import in_order, traffic
 from titanlite.dryrun.step import DryRun, dry_run
+from titanlite.plan.layout import require_layout
+from titanlite.plan.memory import rank_state_bytes
 from titanlite.plan.sharding_table import shape_text
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_bytes, format_table
@@ -17,7 +19,7 @@ from titanlite.text import format_bytes, format_table
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
-def described(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
+def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
     """A dry run as rank `rank` of `size`, in plain values. Raises `UsageError` if there is no such rank."""
     run = dry_run(recipe, size, rank)
     return {
@@ -34,6 +36,7 @@ def described(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
             "most": dict(run.memory.most),
             "by_phase": {phase: asdict(moment) for phase, moment in run.memory.by_phase.items()},
             "host_bytes": run.memory.host_bytes,
+            "predicted": rank_state_bytes(recipe, require_layout(recipe.parallel, size), run.coordinates),
         },
         "parameters": [
             {"name": name, "shape": list(shape), "whole": list(whole), "blocks": blocks}
@@ -58,8 +61,8 @@ def left_out(recipe: Recipe) -> list[str]:
 
 
 def report(recipe: Recipe, size: int, rank: int) -> str:
-    """`described`, in tables."""
-    run = described(recipe, size, rank)
+    """`describe_dry_run`, in tables."""
+    run = describe_dry_run(recipe, size, rank)
     place = ", ".join(f"{dimension} {index}" for dimension, index in run["place"].items())
     return "\n".join(
         [
@@ -92,10 +95,14 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
     peak, most = memory["peak"], memory["most"]
     phases = (f"{phase} {format_bytes(moment['total'])}" for phase, moment in memory["by_phase"].items())
     yield f"  peak {format_bytes(peak['total'])}, in {peak['where']}; most in each phase: {', '.join(phases)}"
-    yield "  (with activations and temporaries, which the memory line of titanlite check leaves out)"
-    columns = ("memory for", "at the peak", "at most")
-    held = [(name, format_bytes(peak["by_purpose"][name]), format_bytes(most[name])) for name in most if most[name]]
-    yield from _table([columns, *held], right={1, 2})
+    columns = ("memory for", "at the peak", "at most", "by titanlite check")
+    predicted = {name: format_bytes(size) for name, size in memory["predicted"].items()}
+    held = [
+        (name, format_bytes(peak["by_purpose"][name]), format_bytes(most[name]), predicted.get(name, ""))
+        for name in most
+        if most[name]
+    ]
+    yield from _table([columns, *held], right={1, 2, 3})
     if memory["host_bytes"]:
         yield f"  beside it, {format_bytes(memory['host_bytes'])} in the host's memory"
 

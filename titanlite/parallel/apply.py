@@ -20,7 +20,7 @@ from titanlite.parallel.model import ForwardBackward, GradientAccumulation, Para
 from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
-from titanlite.plan.float8 import SETTINGS, decisions, gathers
+from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
 from titanlite.plan.rules.kernels import QUANTISE, fused
 from titanlite.plan.stages import keeps_all_microbatches, stage_split
@@ -169,7 +169,7 @@ class _Builder:
 
         if self.recipe.parallel.async_tp:
             overlap_tensor_parallel(meshes.tp, self.world.device)
-        found = gathers(self.spec, self.config, self.recipe.precision.float8)
+        found = plan_gathers(self.spec, self.config, self.recipe.precision.float8)
         casts = {each.module: Float8Cast(each.cast, self._casts_by_kernel) for each in found if each.cast is not None}
         return apply_tensor_parallel(module, self.spec.sharding(self.config), meshes.tp, casts)
 
@@ -181,7 +181,7 @@ class _Builder:
         Raises `UsageError` on a device that has no float8.
         """
         section, device = self.recipe.precision.float8, self.world.device
-        found = decisions(self.spec, self.config, section)
+        found = decide_linears(self.spec, self.config, section)
         if found:
             require_float8(device)
         native = multiplies_blocks(device)

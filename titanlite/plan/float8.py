@@ -40,7 +40,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Float8Settings:
     """The three products of a linear layer: x W^T, dy W and dy^T x. None: in the compute dtype."""
 
     output: Product
@@ -85,25 +85,25 @@ _FORWARD = Product(_ROW, _ROW, fast_accumulation=True)
 _BACKWARD = Product(_ROW, _ROW, fast_accumulation=False)
 _BLOCKS = Product(Cast("e4m3", "block"), Cast("e4m3", "block"), fast_accumulation=False)
 
-SETTINGS: dict[str, Settings] = {
-    "tensorwise": Settings(
+SETTINGS: dict[str, Float8Settings] = {
+    "tensorwise": Float8Settings(
         output=Product(_TENSOR, _TENSOR, fast_accumulation=True),
         grad_input=Product(_WIDE, _TENSOR, fast_accumulation=False),
         grad_weight=Product(_WIDE, _TENSOR, fast_accumulation=False),
     ),
-    "rowwise": Settings(_FORWARD, _BACKWARD, _BACKWARD),
+    "rowwise": Float8Settings(_FORWARD, _BACKWARD, _BACKWARD),
     # A weight has one scale in grad_input, so that it need not be read again along its columns.
-    "rowwise_with_hp_grad_weight": Settings(
+    "rowwise_with_hp_grad_weight": Float8Settings(
         output=_FORWARD, grad_input=Product(_ROW, _TENSOR, fast_accumulation=False), grad_weight=None
     ),
-    "mxfp8": Settings(_BLOCKS, _BLOCKS, _BLOCKS),
+    "mxfp8": Float8Settings(_BLOCKS, _BLOCKS, _BLOCKS),
 }
 """What the recipes of these names stand for: formats and scales of the first three are those of torchao's recipes of
 the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_of_2`."""
 
 
 @dataclass(frozen=True)
-class Decision:
+class LinearDecision:
     """What becomes of one linear."""
 
     name: str
@@ -113,7 +113,7 @@ class Decision:
     """Why it stays as it is; None: it is converted."""
 
 
-def decisions(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Decision, ...]:
+def decide_linears(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[LinearDecision, ...]:
     """One for each linear of the model; none where float8 is not enabled.
 
     They do not depend on the layout, as the numbers must not: whole sizes count.
@@ -128,7 +128,7 @@ def decisions(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[De
         name = parameter.removesuffix(".weight")
         if len(shape) == 2 and not is_named_by(tables, name):
             reason = "shares the embedding's weight" if parameter in tied else _reason(section, name, *shape)
-            found.append(Decision(name, shape, reason))
+            found.append(LinearDecision(name, shape, reason))
     return tuple(found)
 
 
@@ -172,7 +172,7 @@ class Gather:
     """Why it is not sent in float8."""
 
 
-def gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gather, ...]:
+def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gather, ...]:
     """All of a model's, in the order of its linears; none where `all_gather` is not on.
 
     Inputs are sent in float8 where every linear that takes them is converted.
@@ -180,8 +180,8 @@ def gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gath
     if not (section.enabled and section.all_gather):
         return ()
     rules, settings = spec.sharding(config), SETTINGS[section.recipe]
-    takers: dict[tuple[str, Literal["inputs", "gradients"]], list[Decision]] = {}
-    for each in decisions(spec, config, section):
+    takers: dict[tuple[str, Literal["inputs", "gradients"]], list[LinearDecision]] = {}
+    for each in decide_linears(spec, config, section):
         if is_named_by(_patterns(rules, "row"), each.name):
             takers.setdefault((each.name, "gradients"), []).append(each)
         elif is_named_by(_patterns(rules, "column"), each.name):
@@ -206,7 +206,7 @@ def _gathering(rules: Sequence[ShardingRule], linear: str) -> str:
     return next(module for module in around if is_named_by(patterns, module))
 
 
-def gathers_in_words(found: Sequence[Gather]) -> list[str]:
+def format_gathers(found: Sequence[Gather]) -> list[str]:
     """`inputs of layers.*.attention, layers.*.ffn: e4m3`, `inputs of head: as computed (head: excluded)`."""
     modules: dict[tuple[str, str], dict[str, None]] = {}
     for each in found:
@@ -215,7 +215,7 @@ def gathers_in_words(found: Sequence[Gather]) -> list[str]:
     return [f"{what} of {', '.join(names)}: {how}" for (what, how), names in modules.items()]
 
 
-def summary(found: Sequence[Decision]) -> str:
+def summarize_linears(found: Sequence[LinearDecision]) -> str:
     """`converted 224 of 225 linears; skipped: head (excluded)`."""
     reasons: dict[str, list[str]] = {}
     for each in found:

@@ -9,12 +9,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-from titanlite.recipe.sections import Pipeline
-
-if TYPE_CHECKING:
-    from titanlite.models.spec import Piece
+from titanlite.models.spec import Piece, spec_of
+from titanlite.plan.layout import Layout
+from titanlite.recipe.sections import Pipeline, Recipe
 
 _ONE_STAGE = ("GPipe", "1F1B")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -90,6 +88,13 @@ def stage_split(pieces: Sequence[Piece], pipeline: Pipeline, pp: int) -> tuple[S
         )
         for index, (first, last) in enumerate(zip([0, *ends], ends, strict=False))
     )
+
+
+def stages_of(recipe: Recipe, layout: Layout) -> tuple[Stage, ...]:
+    """The pipeline's stages, first to last; the whole model is one where there is no pipeline."""
+    spec = spec_of(recipe.model.preset)
+    pieces = spec.pieces(spec.configure(recipe.model), recipe.training.sequence_length)
+    return stage_split(pieces, recipe.parallel.pipeline if layout.pp > 1 else Pipeline(schedule="GPipe"), layout.pp)
 
 
 _Cuts = dict[int, tuple[int, int]]

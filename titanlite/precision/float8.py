@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titanlite.errors import UsageError
-from titanlite.plan.float8 import BLOCK, Cast, Decision, Settings
+from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _MANTISSA_BITS = 23
@@ -128,7 +128,7 @@ class _Float8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, settings: Settings, native: bool, fused: bool, *kept: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, settings: Float8Settings, native: bool, fused: bool, *kept: Tensor
     ) -> Tensor:
         """`kept`: the weight in float8 as both products with it take it, values and scale of each; or nothing."""
         ctx.settings, ctx.native, ctx.fused, ctx.weight_dtype = settings, native, fused, weight.dtype
@@ -168,7 +168,7 @@ class Float8Linear(nn.Module):
     """Takes the place of a linear's `multiply`; its weight stays where it is."""
 
     def __init__(
-        self, settings: Settings, weight: Tensor | None = None, native_blocks: bool = False, fused: bool = False
+        self, settings: Float8Settings, weight: Tensor | None = None, native_blocks: bool = False, fused: bool = False
     ) -> None:
         """With a `weight`, there is room to keep it in float8 (twice, for the two products that it is a factor of).
         `native_blocks`: see `multiplies_blocks`; `fused`: casts are Triton's where they can be.
@@ -215,8 +215,8 @@ def refresh_casts(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
 
 def convert(
     model: nn.Module,
-    found: Sequence[Decision],
-    settings: Settings,
+    found: Sequence[LinearDecision],
+    settings: Float8Settings,
     cache: bool,
     native_blocks: bool = False,
     fused: bool = False,

@@ -23,9 +23,10 @@ from titanlite.errors import (
 )
 from titanlite.files import cause
 from titanlite.observe.run_folder import GO_ON, RunFolder, Start
-from titanlite.plan.describe import checkpoint_bytes, describe, describe_model
+from titanlite.plan.describe import describe_model, describe_run
 from titanlite.plan.launch import launch_environment, torchrun_environment
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout, sample_schedule, total_steps
+from titanlite.plan.memory import checkpoint_bytes
 from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
@@ -312,7 +313,7 @@ def _begin(logger: RunLogger, folder: RunFolder, trainer: Trainer, hosts: list[s
     logger.open_sinks(trainer.recipe, folder.path, trainer.step)
     folder.keep(FOLDER, trainer.data.tokenizer.files)
     folder.settle(trainer.step)
-    run = describe(trainer.recipe, trainer.world.size)
+    run = describe_run(trainer.recipe, trainer.world.size)
     logger.info(
         f"{folder.path}: {describe_model(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
         f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "

@@ -8,13 +8,13 @@ from titanlite.errors import Finding
 from titanlite.models.spec import is_named_by
 from titanlite.plan.float8 import (
     SETTINGS,
-    Decision,
+    LinearDecision,
     aligned,
-    decisions,
-    gathers,
-    gathers_in_words,
+    decide_linears,
+    format_gathers,
     mean_size,
-    summary,
+    plan_gathers,
+    summarize_linears,
 )
 from titanlite.plan.layout import layout_of
 from titanlite.plan.rules.layout import cuts
@@ -30,7 +30,7 @@ def nothing_converted(recipe: Recipe, world: int) -> Iterator[Finding]:
     found = _decisions(recipe, world)
     if found and all(each.skipped is not None for each in found):
         fix = "lower min_size or shorten exclude, or write enabled = false."
-        yield warning("precision.float8.enabled", f"{summary(found)};", fix)
+        yield warning("precision.float8.enabled", f"{summarize_linears(found)};", fix)
 
 
 def exclusions(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -78,11 +78,11 @@ def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
     if cut and SETTINGS[section.recipe].sent_weights is None:
         problem = f"weights of {section.recipe} travel in the compute dtype: a cast of their rows would take bits;"
         yield warning(key, problem, "for float8, choose tensorwise or rowwise_with_hp_grad_weight.")
-    found = gathers(spec, find_config(recipe), section) if layout.tp > 1 else ()
+    found = plan_gathers(spec, find_config(recipe), section) if layout.tp > 1 else ()
     if found and all(each.cast is None for each in found):
         yield warning(
             key,
-            f"over tp nothing travels in float8: {'; '.join(gathers_in_words(found))};",
+            f"over tp nothing travels in float8: {'; '.join(format_gathers(found))};",
             "for that, choose tensorwise and have the linears that share an input converted together.",
         )
 
@@ -104,9 +104,9 @@ def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
         yield Finding("precision.float8.enabled", problem, "write false, or choose 1F1B or Interleaved1F1B.")
 
 
-def _decisions(recipe: Recipe, world: int) -> tuple[Decision, ...]:
+def _decisions(recipe: Recipe, world: int) -> tuple[LinearDecision, ...]:
     """None where the model's sizes do not fit together, which other rules report."""
     spec = find_spec(recipe)
     if spec is None or any(next(rule(recipe, world), None) for rule in (heads, cuts)):
         return ()
-    return decisions(spec, find_config(recipe), recipe.precision.float8)
+    return decide_linears(spec, find_config(recipe), recipe.precision.float8)

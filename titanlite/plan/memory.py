@@ -1,0 +1,141 @@
+"""What a rank holds from step to step, and of the weights gathered for a pass: the bytes by arithmetic, without torch.
+
+The one model of memory: `titanlite check` prints it, and a dry run shows what it measured beside it (docs/dry_run.md
+says how far apart they may be). Activations and buffers depend on the program's order: only a dry run knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from titanlite.models.spec import is_named_by, spec_of
+from titanlite.optim.base import optimizer_spec
+from titanlite.plan.float8 import decide_linears
+from titanlite.plan.layout import Coordinates, Layout
+from titanlite.plan.slicing import ALONE, GroupRank, Shape, find_placements, local_shape
+from titanlite.plan.stages import splits_backward, stages_of
+from titanlite.recipe.sections import Recipe
+
+_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """How much of a parameter one rank has to do with. Sizes are shapes, possibly with no rows."""
+
+    name: str
+    whole: Shape
+    used: Shape
+    """What it computes with: its tensor parallel part."""
+    kept: Shape
+    """What it keeps of that from step to step: its rows of it, in ZeRO stages 1 to 3."""
+
+
+def local_parameters(
+    recipe: Recipe, layout: Layout, tp_rank: int = 0, shard_rank: int = 0
+) -> list[list[LocalParameter]]:
+    """For each rank of a pipeline, the parameters that its stages compute with.
+
+    Ranks 0 of a tensor parallel group, and of those that weights are sharded over, keep the most.
+    """
+    spec = spec_of(recipe.model.preset)
+    config = spec.configure(recipe.model)
+    shapes = spec.shapes(config)
+    placements = find_placements(shapes, spec.sharding(config))
+    tp, shard = GroupRank(tp_rank, layout.tp), GroupRank(shard_rank, layout.weights(recipe.parallel.zero_stage)[1])
+    rank_of = {module: stage.rank for stage in stages_of(recipe, layout) for module in stage.modules}
+    ranks: list[dict[str, LocalParameter]] = [{} for _ in range(layout.pp)]
+    # Both ends of a pipeline have the weight that they share.
+    for name, other in [*zip(shapes, shapes, strict=True), *spec.tied(config).items()]:
+        used, kept = (local_shape(shapes[other], placements.get(other), tp, cut) for cut in (ALONE, shard))
+        ranks[rank_of[module_within(name, rank_of)]][other] = LocalParameter(other, shapes[other], used, kept)
+    return [list(rank.values()) for rank in ranks]
+
+
+def module_within(parameter: str, modules: Collection[str]) -> str:
+    """Which of `modules`, none of which is in another, a parameter is in; empty if in none."""
+    parts = parameter.split(".")
+    return next((name for end in range(1, len(parts)) if (name := ".".join(parts[:end])) in modules), "")
+
+
+def count_elements(shapes: Iterable[Shape]) -> int:
+    return sum(map(prod, shapes))
+
+
+def rank_state_bytes(recipe: Recipe, layout: Layout, at: Coordinates) -> dict[str, int]:
+    """`state_bytes` of the rank at these coordinates."""
+    shards = layout.weights(recipe.parallel.zero_stage)[1]
+    shard_rank = (at.data * layout.cp + at.cp) % shards
+    return state_bytes(recipe, layout, local_parameters(recipe, layout, at.tp, shard_rank)[at.pp])
+
+
+def state_bytes(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> dict[str, int]:
+    """Bytes on one rank of what lives from step to step, and of the weights gathered for a pass.
+
+    The optimizer's states are as many as its spec says, in the weights' own format. What the ZeRO stage does not cut is
+    there in whole: gradients below stage 2, gathered weights below stage 3. Schedules that split the backward pass sum
+    gradients once a step in any stage, and have them in whole until then.
+    """
+    is_matrix = spec_of(recipe.model.preset).is_block_matrix
+    states, stage = optimizer_spec(recipe.optimizer.name).states, recipe.parallel.zero_stage
+    width = max(4, _BYTES[recipe.precision.compute])
+    kept, used = (count_elements(getattr(each, part) for each in parameters) for part in ("kept", "used"))
+    once_a_step = stage < 2 or (layout.pp > 1 and splits_backward(recipe.parallel.pipeline.schedule))
+    parts = {
+        "weights": width * kept,
+        "gathered": _BYTES[recipe.precision.compute] * _gathered(recipe, layout, parameters),
+        "gradients": width * (used if once_a_step else kept),
+        "optimizer": width * sum(prod(each.kept) * states(is_matrix(each.name)) for each in parameters),
+    }
+    if copies := _float8_copies(recipe, layout, parameters):
+        parts["float8"] = copies
+    return {**parts, "total": sum(parts.values())}
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of a checkpoint's tensors: weights and optimizer states in whole, over however many ranks they lie."""
+    alone = Layout(dp_replicate=1, dp_shard=1)
+    states = state_bytes(recipe, alone, local_parameters(recipe, alone)[0])
+    return states["weights"] + states["optimizer"]
+
+
+def _float8_copies(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> int:
+    """Bytes of the weights that are cast once a step, which are those that rest whole; for each of two products."""
+    if layout.weights(recipe.parallel.zero_stage)[1] > 1 or recipe.parallel.offload:
+        return 0
+    spec = spec_of(recipe.model.preset)
+    linears = decide_linears(spec, spec.configure(recipe.model), recipe.precision.float8)
+    converted = {f"{each.name}.weight" for each in linears if each.skipped is None}
+    return 2 * count_elements(each.used for each in parameters if each.name in converted)
+
+
+def _gathered(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> int:
+    """Parameters that lie gathered, in the compute dtype, at the fullest moment of a pass.
+
+    Below stage 3 these are all. In stage 3 they are the ones outside the units, the unit at work, those asked for ahead
+    of it (one at least, in backward), and the last unit, which backward begins with, where no pipeline comes between.
+    """
+    parallel, spec = recipe.parallel, spec_of(recipe.model.preset)
+    if layout.data_ranks * layout.cp == 1 and not parallel.offload:
+        return 0
+    if parallel.zero_stage < 3:
+        return count_elements(each.used for each in parameters)
+    tied = set(spec.tied(spec.configure(recipe.model)).values())
+    units: dict[str, int] = {"": 0}
+    for each in parameters:
+        unit = "" if each.name in tied else _shard_unit(each.name, spec.shard_units)
+        units[unit] = units.get(unit, 0) + prod(each.used)
+    resting = units.pop("")
+    if units and layout.pp == 1:
+        resting += units.pop(next(reversed(units)))
+    sizes, together = list(units.values()), 1 + max(parallel.prefetch, 1)
+    return resting + max((sum(sizes[first : first + together]) for first in range(len(sizes))), default=0)
+
+
+def _shard_unit(parameter: str, patterns: tuple[str, ...]) -> str:
+    """The submodule that is gathered and released with this parameter; empty for the model itself."""
+    parts = parameter.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if is_named_by(patterns, prefix)), "")
