@@ -94,7 +94,8 @@ def _messages(rows: list[dict[str, Any]]) -> Iterator[str]:
 def _memory(memory: dict[str, Any]) -> Iterator[str]:
     peak, most = memory["peak"], memory["most"]
     phases = (f"{phase} {format_bytes(moment['total'])}" for phase, moment in memory["by_phase"].items())
-    yield f"  peak {format_bytes(peak['total'])}, in {peak['where']}; most in each phase: {', '.join(phases)}"
+    yield f"  peak {format_bytes(peak['total'])} with activations and temporaries, in {peak['where']}"
+    yield f"  most in each phase: {', '.join(phases)}"
     columns = ("memory for", "at the peak", "at most", "by titanlite check")
     predicted = {name: format_bytes(size) for name, size in memory["predicted"].items()}
     held = [
