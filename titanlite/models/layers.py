@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,15 +108,26 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.kernels: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] | None = None
+        """Fused ones, of the norm and of the norm of a sum: see `models.fused`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """`residual`: only for kernels, see `of_sum`."""
+        if self.kernels is not None:
+            norm, add_norm = self.kernels
+            if residual is None:
+                return norm(x, self.weight, self.eps)
+            return add_norm(x, residual, self.weight, self.eps)
         wide = at_least_float32(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # The weight is rounded like those of the matrices, as it is when it travels in the compute dtype.
         return (wide * scale * self.weight.to(x.dtype)).to(x.dtype)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(self(h), h) for h = x + residual: apart from `forward`, so that a kernel may do both at once."""
+        """(self(h), h) for h = x + residual: both at once, if there is a kernel."""
+        if self.kernels is not None:
+            normed, h = self(x, residual)  # as a call of the module: hooks see it
+            return normed, h
         h = x + residual
         return self(h), h
 
@@ -159,11 +171,9 @@ class Rotation:
         return (x * self.cos + turned * self.sin).to(x.dtype)
 
 
-class Rotate(nn.Module):
-    """A rotation of queries and keys, as a module, so that it can be exchanged for a fused one."""
-
-    def forward(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        return rotation(q), rotation(k)
+def rotate(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated."""
+    return rotation(q), rotation(k)
 
 
 class KVCache:
@@ -228,7 +238,8 @@ class Attention(nn.Module):
         self.wo = Linear(heads * self.head_dim, dim)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
-        self.rotate = Rotate()
+        # An attribute, so that it can be exchanged for a fused one.
+        self.rotate: Callable[[Tensor, Tensor, Rotation], tuple[Tensor, Tensor]] = rotate
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -246,11 +257,9 @@ class Attention(nn.Module):
         return self.wo(self.core(q, k, v, mask, causal).flatten(-2))
 
 
-class GatedProduct(nn.Module):
-    """silu(gate) * up, as a module, so that it can be exchanged for a fused one."""
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -260,7 +269,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate = Linear(dim, ffn_dim)
         self.up = Linear(dim, ffn_dim)
-        self.product = GatedProduct()
+        self.product: Callable[[Tensor, Tensor], Tensor] = gated_product  # exchanged for a fused one
         self.down = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
