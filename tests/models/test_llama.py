@@ -21,9 +21,7 @@ from titanlite.models.llama_spec import (
     LlamaConfig,
     flops_per_token,
     initial_std,
-    matrix_parameters,
     model_config,
-    parameter_count,
     to_huggingface,
 )
 from titanlite.parallel.shards import Shards
@@ -118,7 +116,7 @@ def test_published_presets_have_hugging_faces_parameter_counts(preset: str) -> N
     with torch.device("meta"):
         twin = LlamaForCausalLM(huggingface_config(PRESETS[preset]))
         ours = SPEC.build(PRESETS[preset], torch.bfloat16)
-    assert parameter_count(PRESETS[preset]) == twin.num_parameters() == sum(p.numel() for p in ours.parameters())
+    assert SPEC.parameter_count(PRESETS[preset]) == twin.num_parameters() == sum(p.numel() for p in ours.parameters())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -126,9 +124,9 @@ def test_counts_are_those_of_the_module(preset: str) -> None:
     config = PRESETS[preset]
     with torch.device("meta"):
         model = SPEC.build(config, torch.float32)
-    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if SPEC.is_block_matrix(name))
-    assert matrix_parameters(config) == matrices
+    assert SPEC.parameter_count(config) == sum(p.numel() for p in model.parameters())
+    blocks = model.layers.named_parameters()
+    assert all(SPEC.is_block_matrix(f"layers.{name}") == (parameter.dim() == 2) for name, parameter in blocks)
     named = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     assert list(SPEC.shapes(config).items()) == named
 
@@ -142,11 +140,9 @@ def test_flops_are_those_that_torch_counts() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
     ours = flops_per_token(config, 64) * tokens.numel()
-    norms = (
-        6 * tokens.numel() * (parameter_count(config) - matrix_parameters(config) - 2 * config.vocab_size * config.dim)
-    )
     # The formula counts vectors as if they were multiplied, by custom; torch counts matrix products alone.
-    assert counter.get_total_flops() == ours - norms
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    assert counter.get_total_flops() == ours - 6 * tokens.numel() * vectors
 
 
 def test_cached_generation_gives_the_logits_of_one_pass() -> None:

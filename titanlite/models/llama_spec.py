@@ -57,20 +57,6 @@ def model_config(section: Model) -> LlamaConfig:
     return replace(preset, **given, init_std=section.init_std, depth_scaled_init=section.depth_scaled_init)
 
 
-def matrix_parameters(config: LlamaConfig) -> int:
-    """Parameters in the blocks' seven matrices."""
-    kv_dim = config.kv_heads * config.head_dim
-    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
-    return config.layers * (attention + 3 * config.dim * config.ffn_dim)
-
-
-def parameter_count(config: LlamaConfig) -> int:
-    """All parameters; tied embeddings count once."""
-    norms = config.layers * (2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)) + config.dim
-    tables = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    return matrix_parameters(config) + norms + tables
-
-
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter; a matrix is [outputs, inputs]."""
     dim, kv_dim = config.dim, config.kv_heads * config.head_dim
@@ -98,7 +84,8 @@ def flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
     Two operations a multiply-add, times one forward and two backward products. Attention counts QK^T and AV over the
     whole square, as the PaLM paper (appendix B) and most trainers do; recomputation does not count.
     """
-    products = 6 * (parameter_count(config) - embedding_parameters(config))
+    parameters = sum(map(math.prod, shapes(config).values()))
+    products = 6 * (parameters - embedding_parameters(config))
     attention = 6 * config.layers * config.heads * 2 * config.head_dim * sequence_length
     return products + attention
 
@@ -318,7 +305,6 @@ SPEC = ModelFamily(
     family="llama",
     presets=PRESETS,
     configure=model_config,
-    parameter_count=parameter_count,
     shapes=shapes,
     embedding_parameters=embedding_parameters,
     flops_per_token=flops_per_token,
@@ -328,7 +314,6 @@ SPEC = ModelFamily(
     shard_units=("embed", "layers.*", "head"),
     recompute_units=("layers.*",),
     sharding=sharding,
-    hidden_size=lambda config: config.dim,
     cut_limit=cut_limit,
     pieces=pieces,
     tied=tied,

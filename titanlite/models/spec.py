@@ -7,6 +7,7 @@ family. A new family is one spec, one module, and one line in `MODELS`.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -91,8 +92,6 @@ class ModelFamily(Generic[Config]):
     """Preset name -> Config."""
     configure: Callable[[Model], Config]
     """The recipe's `[model]` -> Config: the preset with the recipe's own keys laid over it."""
-    parameter_count: Callable[[Config], int]
-    """All parameters, tied ones once."""
     shapes: Callable[[Config], Mapping[str, tuple[int, ...]]]
     """Config -> the shape of every parameter by name, in the module's own order; tied ones once."""
     embedding_parameters: Callable[[Config], int]
@@ -111,8 +110,6 @@ class ModelFamily(Generic[Config]):
     """Name patterns of the submodules that may be run a second time in the backward pass."""
     sharding: Callable[[Config], tuple[ShardingRule, ...]]
     """Config -> the sharding plan."""
-    hidden_size: Callable[[Config], int]
-    """Config -> width of what one piece hands to the next."""
     cut_limit: Callable[[Config], int]
     """Config -> the most ranks that can share a matrix (tp)."""
     pieces: Callable[[Any, int], tuple[Piece, ...]]
@@ -132,6 +129,10 @@ class ModelFamily(Generic[Config]):
     what this family does not compute."""
     huggingface_derived: tuple[str, ...]
     """Name patterns of tensors in Hugging Face files that follow from the config, and are not read."""
+
+    def parameter_count(self, config: Config) -> int:
+        """All parameters, tied ones once."""
+        return sum(map(math.prod, self.shapes(config).values()))
 
     def build(self, config: Config, compute_dtype: torch.dtype) -> nn.Module:
         """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""

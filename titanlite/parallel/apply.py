@@ -108,7 +108,7 @@ class _Builder:
             schedule=recipe.parallel.pipeline.schedule,
             stages=len(stages),
             microbatches=batches.microbatches,
-            hidden=(batches.microbatch, positions // layout.tp, spec.hidden_size(config)),
+            hidden=(batches.microbatch, positions // layout.tp, config.dim),
             dtype=compute_dtype(recipe.precision),
             sequence_length=positions,
         )
