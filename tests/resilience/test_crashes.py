@@ -23,7 +23,7 @@ from titanlite.cli.process import _launcher_exit_code
 from titanlite.cli.train import main
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.resilience import watchdog
-from titanlite.resilience.crashes import Crash, attempts, digest, history, record, verdict
+from titanlite.resilience.crashes import Crash, attempts, digest, find_loop, history, record
 from titanlite.training.train_state import TrainState
 
 CRASH = Crash(
@@ -88,9 +88,9 @@ def starts() -> list[str]:
 )
 def test_when_a_run_is_given_up(steps: list[int], limit: int, committed: int, stops: bool) -> None:
     crashes = [replace(CRASH, attempt=attempt, step=step) for attempt, step in enumerate(steps, 1)]
-    said = verdict(crashes, limit, committed, "r")
+    said = find_loop(crashes, limit, committed, "r")
     assert (said is not None) == stops
-    assert verdict(crashes, limit, committed, "another") is None
+    assert find_loop(crashes, limit, committed, "another") is None
     if stops:
         assert said and all(word in said for word in ("samples 24 to 27", "rank 1 of 4 on node7", "ValueError: no"))
 

@@ -19,11 +19,11 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
     checkpoints = CheckpointManager(Path(folder) / "checkpoints", print, Ranks(rank, world))
     asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print, is_rank0=rank == 0)
     saved = []
-    with StopRequests(world, speaks=False) as requests:
+    with StopRequests(world, is_rank0=False) as requests:
         for now in range(1, steps + 1):
             if now == step and rank == 0:
                 (Path(folder) / SAVE_NOW).touch()
-            if requests.agreed(None, now >= step and asks.due()).save:
+            if requests.agree(None, now >= step and asks.due()).save:
                 state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
                 checkpoints.begin(state, CheckpointMetadata(now))
                 checkpoints.wait()
@@ -36,9 +36,9 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
 def agreements(rank: int, world: int, steps: int) -> list[tuple[str | None, bool]]:
     """What is agreed after each step if the first rank asks for a save after the first, and the last for a stop after
     the second."""
-    with StopRequests(world, speaks=False) as requests:
+    with StopRequests(world, is_rank0=False) as requests:
         said = [
-            requests.agreed("limit" if step == 2 and rank == world - 1 else None, step == 1 and rank == 0)
+            requests.agree("limit" if step == 2 and rank == world - 1 else None, step == 1 and rank == 0)
             for step in range(1, steps + 1)
         ]
     return [(agreement.stop, agreement.save) for agreement in said]

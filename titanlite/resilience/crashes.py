@@ -1,7 +1,7 @@
 """What ended a run unforeseen, written down where the next start finds it, and when to stop starting. No torch.
 
-Each start of a run has a number. The first of its ranks to fail leaves a file under that number; ranks that fail
-because it did find its word there. A process that was killed leaves nothing.
+The first rank of a start to fail leaves a file under that start's number; ranks that fail because it did find the cause
+there. A process that was killed leaves nothing.
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ def digest(recipe_text: str) -> str:
     return hashlib.sha256(recipe_text.encode()).hexdigest()[:16]
 
 
-def file_of(folder: Path, attempt: int) -> Path:
-    """Where the crash of that start is recorded."""
-    return folder / f"attempt-{attempt:05d}.json"
-
-
 def record(folder: Path, crash: Crash) -> None:
     """Write a crash down, unless another rank's of the same start is there: that one is the cause.
 
@@ -75,7 +70,7 @@ def record(folder: Path, crash: Crash) -> None:
     """
     folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not begun anew
     try:
-        descriptor = os.open(file_of(folder, crash.attempt), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(_path(folder, crash.attempt), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
         return
     with open(descriptor, "w", encoding="utf-8") as file:
@@ -85,27 +80,28 @@ def record(folder: Path, crash: Crash) -> None:
     sync_path(folder)
 
 
-def recorded(folder: Path, attempt: int) -> Crash | None:
-    """The crash of that start; None if there is no record of it, or none that can be read."""
-    with suppress(OSError, ValueError):
-        return TypeAdapter(Crash).validate_json(read_file(file_of(folder, attempt)), strict=True)
-    return None
-
-
 def attempts(folder: Path) -> list[int]:
     """Numbers of the starts of which there are records, ascending."""
     names = (re.fullmatch(r"attempt-([0-9]{5,10})\.json", path.name) for path in folder.glob("attempt-*.json"))
-    numbers = (int(name[1]) for name in names if name)
-    return sorted(number for number in numbers if number < MAX_STARTS)
+    return sorted(number for name in names if name and (number := int(name[1])) < MAX_STARTS)
 
 
 def history(folder: Path) -> list[Crash]:
-    """The recorded crashes, in their order."""
-    found = (recorded(folder, attempt) for attempt in attempts(folder))
-    return [crash for crash in found if crash is not None]
+    """The crashes of which there are records that can be read, in their order."""
+    return [crash for attempt in attempts(folder) if (crash := _read(folder, attempt)) is not None]
 
 
-def verdict(crashes: Sequence[Crash], limit: int, committed: int, recipe: str) -> str | None:
+def _path(folder: Path, attempt: int) -> Path:
+    return folder / f"attempt-{attempt:05d}.json"
+
+
+def _read(folder: Path, attempt: int) -> Crash | None:
+    with suppress(OSError, ValueError):
+        return TypeAdapter(Crash).validate_json(read_file(_path(folder, attempt)), strict=True)
+    return None
+
+
+def find_loop(crashes: Sequence[Crash], limit: int, committed: int, recipe: str) -> str | None:
     """Why this run should not be started again; None if it may be.
 
     `crashes` are the run's, in their order, `committed` the step of its newest checkpoint (0: none), `recipe` the
@@ -125,8 +121,8 @@ def verdict(crashes: Sequence[Crash], limit: int, committed: int, recipe: str) -
 
 
 def refuse_loop(folder: Path, limit: int, committed: int, recipe_text: str) -> None:
-    """Raise `GuardStop` with the verdict if there is one."""
-    reason = verdict(history(folder), limit, committed, digest(recipe_text))
+    """Raise `GuardStop` with the reason if `find_loop` has one."""
+    reason = find_loop(history(folder), limit, committed, digest(recipe_text))
     if reason is not None:
         raise GuardStop(
             f"{reason}\nThe run is not started again (resilience.max_crashes = {limit}). Once the cause is mended, "
@@ -134,13 +130,13 @@ def refuse_loop(folder: Path, limit: int, committed: int, recipe_text: str) -> N
         )
 
 
-def whom_it_follows(folder: Path, attempt: int, rank: int, error: Exception) -> str:
+def root_cause(folder: Path, attempt: int, rank: int, error: Exception) -> str:
     """Why `rank` ends with an `error` that another rank's end has caused."""
-    cause = recorded(folder, attempt)
+    cause = _read(folder, attempt)
     if cause is not None:
         return f"rank {rank} ends because {cause.where} failed in step {cause.step}: {cause.what}"
-    words = str(error).partition("\n")[0].partition(". ")[0]
+    text = str(error).partition("\n")[0].partition(". ")[0]
     return (
-        f"rank {rank} has lost another rank, which left no word in {folder}: it was killed (by the system, if memory "
-        f"ran out), or its machine or the network went. {type(error).__name__}: {words}"
+        f"rank {rank} has lost another rank, which left no record in {folder}: it was killed (by the system, if memory "
+        f"ran out), or its machine or the network went. {type(error).__name__}: {text}"
     )

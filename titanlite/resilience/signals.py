@@ -1,7 +1,7 @@
 """Asking a run to stop or to save: signals, and agreement between ranks on the step after which all of them do.
 
-Signals are heard by a thread of their own: Python's handlers wait until the main thread comes back from what it is in,
-and out of a collective that another rank has left it never does.
+Signals are received by a thread of their own: Python's handlers wait until the main thread comes back from what it is
+in, and out of a collective that another rank has left it never does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -48,15 +48,15 @@ class StopRequests:
     def __init__(
         self,
         ranks: int,
-        speaks: bool,
+        is_rank0: bool,
         grace_seconds: float = 0.0,
         lost: Callable[[], str] = lambda: "what was not saved is lost",
     ) -> None:
-        """`speaks`: whether this rank tells the user at once that it has heard. `lost` says what an end now costs,
-        and nothing if that is nothing.
+        """`is_rank0`: this rank prints that it has received a signal. `lost` describes what an end now costs; empty:
+        nothing.
         """
         self._ranks = ranks
-        self._speaks = speaks
+        self._is_rank0 = is_rank0
         self._grace_seconds = grace_seconds
         self._lost = lost
         self._signal: int | None = None
@@ -65,13 +65,14 @@ class StopRequests:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequests:
-        self._ear, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
+        self._wakeup_read_fd, self._wakeup_write_fd = os.pipe()
+        os.set_blocking(self._wakeup_write_fd, False)
         # What the user's shell ignores (nohup: SIGHUP) stays ignored.
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._note) for number in heeded}
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        # In the main thread too, so that a signal between two steps counts for the next one.
+        self._previous = {number: signal.signal(number, lambda number, frame: self._note(number)) for number in handled}
         # The system's own handler writes the number of each signal here, whatever the main thread is at.
-        self._previous_mouth = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(self._wakeup_write_fd, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         return self
@@ -79,13 +80,13 @@ class StopRequests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._previous_mouth)
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        os.write(self._mouth, _CLOSE)
+        os.write(self._wakeup_write_fd, _CLOSE)
         self._listener.join()
-        os.close(self._ear)
-        os.close(self._mouth)
+        os.close(self._wakeup_read_fd)
+        os.close(self._wakeup_write_fd)
         if isinstance(error, StoppedEarly):
             error.signalled, error.received = self._signalled, self._signal is not None
         # The last exchange must end before the process group does. After an error that only this rank may have met,
@@ -94,8 +95,7 @@ class StopRequests:
         if self._pending is not None and alike:
             self._pending[0].wait()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, so that a signal between two steps counts for the next one."""
+    def _note(self, number: int) -> None:
         self._signal = self._signal or number
 
     def _listen(self) -> None:
@@ -104,48 +104,49 @@ class StopRequests:
         deadline = math.inf
         while True:
             seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-            if not select.select([self._ear], [], [], seconds)[0]:
+            if not select.select([self._wakeup_read_fd], [], [], seconds)[0]:
                 lost = self._lost()
-                _say(f"resilience.grace_seconds = {self._grace_seconds:g} are over: {lost or 'all is saved'}")
+                _print(f"resilience.grace_seconds = {self._grace_seconds:g} are over: {lost or 'all is saved'}")
                 os._exit(128 + (self._signal or 0) if lost else StoppedEarly.exit_code)
-            heard = os.read(self._ear, 64)
-            for number in self._previous.keys() & set(heard):
+            received = os.read(self._wakeup_read_fd, 64)
+            for number in self._previous.keys() & set(received):
                 now = time.monotonic()
                 if asked_at is None:
                     asked_at, deadline = now, now + (self._grace_seconds or math.inf)
-                    self._note(number, None)
-                    if self._speaks:
-                        _say("stopping after this step; a second signal ends the run at once, unsaved")
+                    self._note(number)
+                    if self._is_rank0:
+                        _print("stopping after this step; a second signal ends the run at once, unsaved")
                 elif now - asked_at > _ECHO_SECONDS:
                     os._exit(128 + number)
-            if _CLOSE in heard:
+            if _CLOSE in received:
                 return
 
-    def agreed(self, limit: str | None, save: bool = False) -> Agreement:
+    def agree(self, limit: str | None, save: bool = False) -> Agreement:
         """What is done after this step; the same on every rank.
 
         `limit` is a reason to stop that this rank's own clock may give before another's, `save` whether this rank asks
         for a checkpoint. With several ranks the answer is that of the step before: the exchange runs on the hosts,
         beside the step, and is not waited for.
         """
-        heard = signal.Signals(self._signal).name if self._signal is not None else None
+        received = signal.Signals(self._signal).name if self._signal is not None else None
         if self._ranks == 1:
-            self._signalled = heard is not None
-            return Agreement(limit or heard, save)
+            self._signalled = received is not None
+            return Agreement(limit or received, save)
         limited = signalled = saved = False
         if self._pending is not None:
             work, flags = self._pending
             work.wait()
             limited, signalled, saved = map(bool, flags)
         self._signalled = signalled and not limited
-        flags = torch.tensor([limit is not None, heard is not None, save], dtype=torch.int64)
+        flags = torch.tensor([limit is not None, received is not None, save], dtype=torch.int64)
         work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = (work, flags)
-        return Agreement((limit or heard or "another rank was asked to stop") if limited or signalled else None, saved)
+        stop = (limit or received or "another rank was asked to stop") if limited or signalled else None
+        return Agreement(stop, saved)
 
 
-def _say(text: str) -> None:
-    """Not print: another thread may be in the middle of one. A lost terminal (SIGHUP) takes no more words."""
+def _print(text: str) -> None:
+    """Not by `print`: another thread may be in the middle of one. A lost terminal (SIGHUP) takes no more text."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())

@@ -289,7 +289,7 @@ def _failures_recorded(records: Path, crash: Callable[[str, str, str], crashes.C
         ):
             raise
         if failed.ranks > 1 and is_peer_failure(error):
-            raise OtherRankFailed(crashes.whom_it_follows(records, failed.attempt, failed.rank, error)) from error
+            raise OtherRankFailed(crashes.root_cause(records, failed.attempt, failed.rank, error)) from error
         _record(records, failed)
         raise
 

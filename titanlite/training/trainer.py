@@ -179,7 +179,7 @@ class Trainer:
             self._train_step(batch, wait_seconds)
             self._after_step()
             unreadable = "data cannot be read" if self._data_failure is not None else None
-            agreement = stop_requests.agreed(self._time_limit(started) or unreadable, self.saving.due())
+            agreement = stop_requests.agree(self._time_limit(started) or unreadable, self.saving.due())
             self._stop_if(self._step_limit() or agreement.stop)
             if agreement.save:
                 with self.metrics.paused():
