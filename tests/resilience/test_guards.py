@@ -124,7 +124,7 @@ def test_steps_after_the_one_that_halts_are_neither_counted_nor_listed() -> None
     judged(guards, [(NAN, NAN)] * 5)
     with pytest.raises(RollBack):
         guards.act(guards.review())
-    guards.rolled_back(0, 1)
+    guards.roll_back(0, 1)
     assert judged(guards, [(1.0, 1.0), (NAN, 1.0), (1.0, 1.0)]) == [True, False, False]
     seen = guards.review()
     assert [bad.step for bad in seen] == [2] and (guards.rollbacks, guards.skipped) == (1, 0)
@@ -140,7 +140,7 @@ def test_the_budget_of_skips_holds_over_restarts() -> None:
     again = Guards(section, CPU)
     for name, tensor in again.state().items():
         tensor.copy_(guards.state()[name])
-    again.resumed()
+    again.resume()
     again.act(again.review())
     judged(again, [(NAN, 1.0)])
     with pytest.raises(GuardStop, match="max_skips = 3"):

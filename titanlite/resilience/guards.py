@@ -39,13 +39,13 @@ class BadStep:
 
     step: int
     kind: Kind
-    loss: float
-    """The validation loss, for that kind."""
-    grad_norm: float
-    loss_z: float
-    """Standard deviations above the median of the steps before; NaN where these were too few to say."""
-    grad_norm_z: float
     action: Literal["stop", "skip", "rollback"]
+    loss: float = math.nan
+    """The validation loss, for that kind."""
+    grad_norm: float = math.nan
+    loss_z: float = math.nan
+    """Standard deviations above the median of the steps before; NaN where these were too few to say."""
+    grad_norm_z: float = math.nan
     tensors: str = ""
     """Names of the weights and moments that are not finite."""
 
@@ -98,8 +98,8 @@ class Guards:
         self.skips_in_a_row = (1, 0)
         """First and last of the steps skipped one after the other, as of the last review; last < first: none."""
         self.goes_back = "rollback" in (section.on_nonfinite, section.on_spike)
-        self._watches = section.on_spike != "off"
-        halting = [section.on_nonfinite != "skip", *([section.on_spike != "skip"] if self._watches else [])]
+        self._watches_spikes = section.on_spike != "off"
+        halting = [section.on_nonfinite != "skip", section.on_spike != "skip"]
         self._halting = torch.tensor(halting, device=device)
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
         self._history = torch.full((LONGEST_SPIKE_WINDOW, 2), _NONE, dtype=torch.float64, device=device)
@@ -107,11 +107,9 @@ class Guards:
         change when a run goes on."""
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         """`skipped` and `rollbacks`, for the checkpoint."""
-        self._unread: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
-        """Steps: number, whether it was bad, [loss, gradient norm], their z-scores."""
+        self._unread: list[tuple[int, Tensor, Tensor]] = []
+        """Steps: number, whether it was bad, [loss, gradient norm, z-score of each]."""
         self._read: list[BadStep] = []
-        self._suspect = False
-        """Whether the state reviewed last may hold values that are not finite."""
 
     def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether the step is taken: a bool scalar on the device, without a host sync.
@@ -120,21 +118,19 @@ class Guards:
         it, the weights are still those from before that step.
         """
         numbers = torch.stack((loss, norm)).double()
+        z = self._z_scores(numbers) if self._watches_spikes else torch.full_like(numbers, math.nan)
         nonfinite = ~numbers.isfinite().all()
-        z, kinds = None, nonfinite.unsqueeze(0)
-        if self._watches:
-            z = self._z_scores(numbers)
-            spike = (z > self.section.spike_zscore).any() & ~nonfinite  # no comparison with NaN is true
-            kinds = torch.stack((nonfinite, spike))
+        spike = (z > self.section.spike_zscore).any() & ~nonfinite  # no comparison with NaN is true
+        kinds = torch.stack((nonfinite, spike))
         bad, going = kinds.any(), ~self._halted
         taken, bad = going & ~bad, going & bad
         self._halted |= (kinds & self._halting).any()
-        self._unread.append((step, bad, numbers, z))
-        if self._watches:
+        self._unread.append((step, bad, torch.cat((numbers, z))))
+        if self._watches_spikes:
             appended = torch.cat((self._history[1:], numbers.unsqueeze(0)))
             self._history.copy_(torch.where(taken, appended, self._history))
         if len(self._unread) == _MOST_UNREAD:
-            self._read += self._from_device()
+            self._read += self._read_device()[0]
         return taken
 
     def _z_scores(self, numbers: Tensor) -> Tensor:
@@ -153,39 +149,37 @@ class Guards:
         There, `suspect` is whether the state after `step` may hold values that are not finite (`may_be_nonfinite`);
         if so, `find` names the tensors that do.
         """
-        found, self._read = self._read + self._from_device(suspect), []
+        found, is_suspect = self._read_device(suspect)
+        found, self._read = self._read + found, []
         skipped = [bad.step for bad in found if bad.action == "skip"]
         for each in skipped:
             first, last = self.skips_in_a_row
             self.skips_in_a_row = (first if each == last + 1 else each, each)
         if skipped:
             self._count(self.skipped + len(skipped), self.rollbacks)
-        if self._suspect and not any(bad.action != "skip" for bad in found) and (names := find()):
+        if is_suspect and not any(bad.action != "skip" for bad in found) and (names := find()):
             action = self.section.on_nonfinite  # to skip is too late: the update is applied
-            found.append(_bad_state(step, "nonfinite_state", math.nan, "stop" if action == "skip" else action, names))
+            found.append(BadStep(step, "nonfinite_state", "stop" if action == "skip" else action, tensors=names))
         return found
 
     def bad_validation(self, step: int, loss: float) -> BadStep:
         """What a validation loss that is not finite means after this step."""
-        return _bad_state(step, "nonfinite_validation", loss, self.section.on_nonfinite)
+        return BadStep(step, "nonfinite_validation", self.section.on_nonfinite, loss)
 
-    def _from_device(self, suspect: Tensor | None = None) -> list[BadStep]:
-        """The bad ones among the steps that were not read yet; `suspect` is read with them."""
+    def _read_device(self, suspect: Tensor | None = None) -> tuple[list[BadStep], bool]:
+        """The bad ones among the steps that were not read yet, and the value of `suspect`."""
         unread, self._unread = self._unread, []
-        wanted = [bad for _, bad, _, _ in unread] + ([] if suspect is None else [suspect.to(self._halted.device)])
+        wanted = [bad for _, bad, _ in unread] + ([] if suspect is None else [suspect.to(self._halted.device)])
         flags = torch.stack(wanted).tolist() if wanted else []
-        self._suspect = suspect is not None and flags.pop()
-        return [
-            self._described(step, *numbers.tolist(), *([math.nan] * 2 if z is None else z.tolist()))
-            for flag, (step, _, numbers, z) in zip(flags, unread, strict=True)
-            if flag
-        ]
+        is_suspect = suspect is not None and flags.pop()
+        pairs = zip(flags, unread, strict=True)
+        return [self._describe(step, *values.tolist()) for bad, (step, _, values) in pairs if bad], is_suspect
 
-    def _described(self, step: int, loss: float, norm: float, loss_z: float, norm_z: float) -> BadStep:
-        if self.section.on_spike == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
-            return BadStep(step, "nonfinite", loss, norm, loss_z, norm_z, self.section.on_nonfinite)
+    def _describe(self, step: int, loss: float, norm: float, loss_z: float, norm_z: float) -> BadStep:
         kind: Kind = "gradient_spike" if norm_z > loss_z else "loss_spike"
-        return BadStep(step, kind, loss, norm, loss_z, norm_z, self.section.on_spike)
+        if self.section.on_spike == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
+            return BadStep(step, "nonfinite", self.section.on_nonfinite, loss, norm, loss_z, norm_z)
+        return BadStep(step, kind, self.section.on_spike, loss, norm, loss_z, norm_z)
 
     def _count(self, skipped: int, rollbacks: int) -> None:
         self.skipped, self.rollbacks = skipped, rollbacks
@@ -196,7 +190,8 @@ class Guards:
         if not bad:
             return
         last, section = bad[-1], self.section  # after a step that halts, none is listed
-        said = f"step {last.step}: {last}. The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
+        problem = f"step {last.step}: {last}."
+        said = f"{problem} The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
         if last.action == "stop":
             raise GuardStop(f"{said} {_ADVICE[last.kind]}")
         if last.action == "rollback":
@@ -208,7 +203,7 @@ class Guards:
             raise RollBack(last)
         if self.skipped > section.max_skips:
             raise GuardStop(
-                f"step {last.step}: {last}. With it {self.skipped} steps were passed over, more than "
+                f"{problem} With it {self.skipped} steps were passed over, more than "
                 f"resilience.max_skips = {section.max_skips} allows. {_ADVICE[last.kind]}"
             )
 
@@ -228,18 +223,18 @@ class Guards:
                 "a lower optimizer.lr, or past other samples (data.skip_steps)."
             )
 
-    def resumed(self) -> None:
+    def resume(self) -> None:
         """Call once the state is a checkpoint's."""
         self._count(*self._counts.tolist())
         if self.section.on_spike == "off":
             self._history.fill_(_NONE)  # with gaps it would be no history, should a later start watch again
 
-    def rolled_back(self, skipped: int, rollbacks: int) -> None:
+    def roll_back(self, skipped: int, rollbacks: int) -> None:
         """Call once the state is that of an earlier step: its history holds again, but counts go on."""
         self._count(skipped, rollbacks)
         self._halted.fill_(False)
 
-    def initialise(self) -> None:
+    def reset(self) -> None:
         """Forget all steps, as before the first."""
         self._history.fill_(_NONE)
         self._count(0, 0)
@@ -253,12 +248,6 @@ def nonfinite_names(tensors: Mapping[str, Tensor], ranks: int) -> str:
     """Names of the tensors that hold inf or NaN on any of the `ranks`, which all call this with theirs; empty: none."""
     own = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     return list_some(list(dict.fromkeys(name for names in gather_json(own, ranks) for name in names)))
-
-
-def _bad_state(
-    step: int, kind: Kind, loss: float, action: Literal["stop", "skip", "rollback"], tensors: str = ""
-) -> BadStep:
-    return BadStep(step, kind, loss, math.nan, math.nan, math.nan, action, tensors)
 
 
 _ADVICE = {

@@ -71,7 +71,7 @@ def restore(
         checkpoints.set_aside_after(start.step)
     if manifest is not None:
         _tell_other_environment(manifest, world, say)
-        learner.guards.resumed()
+        learner.guards.resume()
         return manifest
     folder = None
     if recipe.checkpoint.warm_start is not None:

@@ -42,7 +42,7 @@ class TrainState:
         initialise(self.shards.table, lambda name: self.spec.initial_std(self.config, name), self._recipe.run.seed)
         for tensor in self.optimizer.state().values():
             tensor.zero_()
-        self.guards.initialise()
+        self.guards.reset()
 
     def step(self, number: int, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
         """Optimizer step `number` (from 1) at `factor` times the peak rates; the host only queues work.

@@ -367,7 +367,7 @@ class Trainer:
             oldest = min(self.checkpoints.agree_on_steps(), default=-1)  # that again, if there is none further back
             self._restore(self._start.again, last=max(last, oldest) if last >= 0 else last)
         self._back_to, self._gone_back = self.step, True
-        self.guards.rolled_back(*counts)
+        self.guards.roll_back(*counts)
         first, self.samples = self.samples, read
         self._begin_course()
         self.read_log.passed_over(WENT_BACK, self.step, first, read)
