@@ -35,8 +35,8 @@ from titanlite.corpus.corpora import read_corpus
 from titanlite.corpus.token_file import HEADER, MAGIC, VERSION, paths_of
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.loader import train_loader
+from titanlite.data.mixture import build_schedule
 from titanlite.data.packing import Cut
-from titanlite.data.schedule import build_schedule
 from titanlite.data.sources import Source
 from titanlite.data.splits import Split, open_data
 from titanlite.plan.layout import BatchPlan

@@ -58,7 +58,7 @@ WITHOUT_TORCH = (
         "optim.schedules",
     ),
     *("models.spec", "models.llama_spec", "observe.flops", "observe.rows", "verify.shrink", "verify.verdict"),
-    *("data.audit", "data.read_log", "data.order", "data.packing", "data.best_fit", "data.fill_in"),
+    *("data.audit", "data.read_log", "data.order", "data.packing", "data.fill_in"),
     *("checkpoint.format", "checkpoint.plan", "checkpoint.storage", "checkpoint.headers"),
     *("checkpoint.examine", "checkpoint.requests", "resilience.crashes", "resilience.progress", "resilience.sampling"),
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from titanlite.cli.main import main
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.units import pack
-from titanlite.data.best_fit import BestFit, best_fit
+from titanlite.data.packing import BestFit, pack_best_fit
 from titanlite.data.splits import open_data, require_samples
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
@@ -28,7 +28,7 @@ def packed(lengths: list[int], sequence_length: int) -> tuple[list[list[int]], B
     ends = np.cumsum(lengths, dtype=np.int64)
     documents = [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
     stream = pack([np.array(document, np.uint16) for document in documents], SEPARATOR)
-    packing = best_fit(ends + np.arange(1, len(lengths) + 1), sequence_length, SEPARATOR)
+    packing = pack_best_fit(ends + np.arange(1, len(lengths) + 1), sequence_length, SEPARATOR)
     return documents, packing, [packing.window(stream, index).tolist() for index in range(packing.windows)]
 
 
@@ -83,13 +83,13 @@ def test_windows_by_hand() -> None:
         [sep, 0, sep, 14, 15, sep],
     ]
     assert (packing.windows, packing.labels, packing.documents, packing.cut) == (4, 20, 4, 1)
-    empty = best_fit(np.array([], np.int64), 5, sep)
+    empty = pack_best_fit(np.array([], np.int64), 5, sep)
     assert (empty.windows, empty.labels) == (0, 0)
 
 
 def test_documents_without_any_token_are_passed_over() -> None:
     """A foreign token file may have them."""
-    packing = best_fit(np.array([0, 3, 3, 5, 5]), 8, SEPARATOR)
+    packing = pack_best_fit(np.array([0, 3, 3, 5, 5]), 8, SEPARATOR)
     assert packing.window(np.array([1, 2, SEPARATOR, 3, SEPARATOR], np.uint16), 0).tolist() == [
         SEPARATOR, 1, 2, SEPARATOR, 3, SEPARATOR,
     ]  # fmt: skip
@@ -157,6 +157,6 @@ def test_the_standard_library_wastes_less_than_one_percent(sequence_length: int)
 
 
 def test_windows_are_the_same_in_any_version() -> None:
-    packing = best_fit(np.cumsum(np.random.default_rng(3).integers(1, 90, 5000)), 64, 256)
+    packing = pack_best_fit(np.cumsum(np.random.default_rng(3).integers(1, 90, 5000)), 64, 256)
     found = b"".join(array.tobytes() for array in (packing.starts, packing.lengths, packing.ends))
     assert hashlib.sha256(found).hexdigest()[:16] == "4d73e3787ad9a7b2"

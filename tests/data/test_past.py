@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.corpus.tokenizers import open_tokenizer
-from titanlite.data.schedule import build_schedule
+from titanlite.data.mixture import build_schedule
 from titanlite.data.sources import Source, Texts
 from titanlite.data.splits import Split
 

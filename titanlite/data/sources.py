@@ -24,8 +24,7 @@ from titanlite.corpus.token_file import HELD_OUT, TokenFile, paths_of
 from titanlite.corpus.tokenized import open_tokenized
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.corpus.units import pack
-from titanlite.data.best_fit import BestFit, best_fit
-from titanlite.data.packing import Cut, Stream
+from titanlite.data.packing import BestFit, Cut, Stream, pack_best_fit
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Packing
@@ -64,7 +63,7 @@ class Source:
         if self.packing == "cut":
             return tuple(Cut(len(each.tokens), self.sequence_length) for each in self.streams)
         separator = self.tokenizer.separator
-        return tuple(best_fit(each.document_ends(), self.sequence_length, separator) for each in self.streams)
+        return tuple(pack_best_fit(each.document_ends(), self.sequence_length, separator) for each in self.streams)
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:

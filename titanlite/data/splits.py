@@ -19,9 +19,9 @@ from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import Tokenizer, Tokens, tokenizer_of
 from titanlite.data.fill_in import FilledIn, fill_in
 from titanlite.data.memory import within_memory
+from titanlite.data.mixture import MixtureSchedule, build_schedule
 from titanlite.data.order import sample_position
 from titanlite.data.packing import Stream
-from titanlite.data.schedule import MixtureSchedule, build_schedule
 from titanlite.data.sources import Source, Texts, open_streams
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, DataSource, Packing
