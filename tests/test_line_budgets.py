@@ -16,23 +16,23 @@ LINES = {
     "titanlite": 24924,
     "titanlite/cli": 1494,
     "titanlite/recipe": 1662,
-    "titanlite/plan": 2551,
+    "titanlite/plan": 2600,
     "titanlite/corpus": 3751,
-    "titanlite/models": 1171,
+    "titanlite/models": 1190,
     "titanlite/parallel": 2309,
     "titanlite/precision": 282,
     "titanlite/optim": 422,
     "titanlite/data": 2083,
     "titanlite/checkpoint": 3425,
     "titanlite/resilience": 1361,
-    "titanlite/observe": 1066,
-    "titanlite/training": 1411,
+    "titanlite/observe": 1120,
+    "titanlite/training": 1570,
     "titanlite/verify": 501,
     "titanlite/dryrun": 883,
     "kernels": 2375,
     "tests": 26350,
 }
-OVER: set[str] = {"Trainer", "RunFolder", "train", "import_huggingface"}  # longer or wider than the rest may be
+OVER: set[str] = {"RunFolder", "import_huggingface"}  # longer or wider than the rest may be
 
 
 @pytest.mark.parametrize("folder", LINES)

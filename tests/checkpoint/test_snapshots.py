@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,8 +26,8 @@ from titanlite.cli.main import run_command
 from titanlite.cli.train import main
 from titanlite.errors import UsageError
 from titanlite.models.shard import Shard
-from titanlite.observe.run_folder import Start
 from titanlite.training import trainer
+from titanlite.training.saving import usable_snapshots
 
 PAIRS, RING, UNEQUAL = [0, 0, 2, 2], [0, 1, 2], [0, 0, 0, 3]
 """Ranks on machines, these by their first rank."""
@@ -251,7 +250,7 @@ def dies_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     take_step = trainer.Trainer._train_step
 
     def dies(self: trainer.Trainer, *arguments: Any) -> None:
-        if self.step + 1 == step:
+        if self.progress.step + 1 == step:
             raise RuntimeError("the process dies")
         take_step(self, *arguments)
 
@@ -353,13 +352,10 @@ def test_a_rollback_goes_to_the_same_step_with_snapshots_or_without(
 def test_a_restart_goes_on_without_snapshots_where_they_do_not_fit(tmp_path: Path) -> None:
     said: list[str] = []
     for restarted in (False, True):
-        stand_in = SimpleNamespace(
-            _start=Start(restarted=restarted), _state=dict, logger=SimpleNamespace(say=said.append)
-        )
         none = Snapshots(tmp_path / "nowhere", tmp_path, pytest.fail)
         if restarted:
-            assert trainer.Trainer._usable(stand_in, none) is None
+            assert usable_snapshots(none, {}, restarted, said.append) is None
         else:
             with pytest.raises(UsageError):
-                trainer.Trainer._usable(stand_in, none)
+                usable_snapshots(none, {}, restarted, said.append)
     assert "no snapshots are taken" in said[0] and len(said) == 1

@@ -28,7 +28,7 @@ from titanlite.models.shard import may_be_nonfinite
 from titanlite.parallel.model import Evaluation, ParallelModel
 from titanlite.recipe.sections import Resilience
 from titanlite.resilience.guards import Guards, RollBack, nonfinite_names
-from titanlite.training import trainer
+from titanlite.training import feed, trainer
 from titanlite.training.train_state import TrainState
 
 CPU = torch.device("cpu")
@@ -311,7 +311,7 @@ def test_without_a_checkpoint_the_run_goes_back_to_its_beginning(
     assert train(*keys, "--resilience.on_spike=rollback", "--run.name=back") == 0
     shifted = 28 * BATCH
     monkeypatch.setattr(
-        trainer,
+        feed,
         "train_loader",
         lambda split, plan, first, steps, **options: train_loader(split, plan, first + shifted, steps, **options),
     )
@@ -334,7 +334,7 @@ def test_a_restart_neither_forgets_that_the_run_went_back_nor_reads_what_it_pass
 
         def dies(self: trainer.Trainer) -> None:
             after_step(self)
-            if self.guards.rollbacks and self.step == 22:
+            if self.state.guards.rollbacks and self.progress.step == 22:
                 raise KeyboardInterrupt
 
         patch.setattr(trainer.Trainer, "_after_step", dies)

@@ -64,7 +64,7 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
             trainer.run()
         except TitanliteError as error:
             said = f"{type(error).__name__}: {error}"
-    weights = {name: shard.tensor.detach().clone() for name, shard in trainer.shards.table.items()}
+    weights = {name: shard.tensor.detach().clone() for name, shard in trainer.state.shards.table.items()}
     return said, kept.rows, weights
 
 

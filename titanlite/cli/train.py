@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
             print(f"warning: {warning}", file=sys.stderr)
     if launch_environment().rank >= active_ranks(loaded.recipe, launch_environment().size):
         from titanlite.parallel.world import stand_by
-        from titanlite.training.run import open_run_data
+        from titanlite.training.setup import open_run_data
 
         with suppress(TitanliteError):  # the ranks that train fail with it, and end this one
             open_run_data(loaded.recipe)  # texts that one process tokenizes: all wait for them before they form a group

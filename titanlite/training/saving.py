@@ -15,7 +15,7 @@ from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.read_log import ReadLog
-from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly
+from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly, UsageError
 from titanlite.models.shard import Shard
 from titanlite.observe.logger import RunLogger
 from titanlite.resilience.watchdog import Watchdog
@@ -24,6 +24,23 @@ _LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts to save what a run ends with."""
 _SHORT_SECONDS = 1.0
 """Shorter waits are not logged."""
+
+
+def usable_snapshots(
+    snapshots: Snapshots | None, state: Mapping[str, Shard], restarted: bool, say: Callable[[str], None]
+) -> Snapshots | None:
+    """The snapshots, if the machines can keep any of `state`. A restart resumes without rather than not at all."""
+    if snapshots is None:
+        return None
+    try:
+        snapshots.prepare()
+        snapshots.require_room(state)
+    except UsageError as error:
+        if not restarted:
+            raise
+        say(f"warning: no snapshots are taken: {error}")
+        return None
+    return snapshots
 
 
 class Saving:
@@ -40,8 +57,8 @@ class Saving:
         is_rank0: bool,
     ) -> None:
         """`is_rank0`: it alone reads the clock and looks for the file that asks for a save."""
-        self._checkpoints = checkpoints
-        self._snapshots = snapshots
+        self.checkpoints = checkpoints
+        self.snapshots = snapshots
         self._logger = logger
         self._read_log = read_log
         self._watchdog = watchdog
@@ -59,7 +76,7 @@ class Saving:
 
     def covers(self, step: int) -> bool:
         """Whether there is a checkpoint of `step`, or one is being written: another would be none the better."""
-        return self._checkpoints.covers(step)
+        return self.checkpoints.covers(step)
 
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a checkpoint, once the one before has ended. Raises `CheckpointError` if too many have failed."""
@@ -67,48 +84,48 @@ class Saving:
         if self.covers(metadata.step):
             return
         with self._watchdog.during("saving"):
-            self._note(self._wait_logged(self._checkpoints.wait, "checkpoint", metadata.step))
+            self._note(self._wait_logged(self.checkpoints.wait, "checkpoint", metadata.step))
             self._sync()
-            self._checkpoints.begin(tensors, metadata)
+            self.checkpoints.begin(tensors, metadata)
         self.look()
 
     def commit(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Return once there is a checkpoint of this state. Raises `CheckpointError` when that has failed too often."""
         pause = 1.0
-        while self._checkpoints.current != metadata.step:
+        while self.checkpoints.current != metadata.step:
             with self._watchdog.during("saving"):
                 self.begin(tensors, metadata)
-                self._note(self._checkpoints.wait())
-                if self._checkpoints.current != metadata.step:
+                self._note(self.checkpoints.wait())
+                if self.checkpoints.current != metadata.step:
                     time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def commit_instead(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """As `commit`, in place of the checkpoint that there may be of the same step, and of all snapshots."""
-        self._checkpoints.forget_current()
+        self.checkpoints.forget_current()
         self.commit(tensors, metadata)
-        if self._snapshots is not None:
-            self._snapshots.begin_generation()
+        if self.snapshots is not None:
+            self.snapshots.begin_generation()
 
     def take_snapshot(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a snapshot, once the one before has ended."""
-        assert self._snapshots is not None, "the recipe asks for none"
+        assert self.snapshots is not None, "the recipe asks for none"
         with self._watchdog.during("saving"):
-            self._note_snapshot(self._wait_logged(self._snapshots.saves.wait, "snapshot", metadata.step))
+            self._note_snapshot(self._wait_logged(self.snapshots.saves.wait, "snapshot", metadata.step))
             self._sync()
-            self._snapshots.begin(tensors, metadata)
+            self.snapshots.begin(tensors, metadata)
 
     def look(self) -> None:
         """Log what has ended."""
-        self._note(self._checkpoints.result())
-        if self._snapshots is not None:
-            self._note_snapshot(self._snapshots.saves.result())
+        self._note(self.checkpoints.result())
+        if self.snapshots is not None:
+            self._note_snapshot(self.snapshots.saves.result())
 
     def settle(self) -> None:
         """Return once nothing is being written. Raises `CheckpointError` if too many saves have failed."""
-        self._note(self._checkpoints.wait())
-        if self._snapshots is not None:
-            self._note_snapshot(self._snapshots.saves.wait())
+        self._note(self.checkpoints.wait())
+        if self.snapshots is not None:
+            self._note_snapshot(self.snapshots.saves.wait())
 
     @contextmanager
     def finished(self, alone: bool) -> Iterator[None]:
@@ -123,14 +140,14 @@ class Saving:
             raise
         except Exception as error:
             if alone or type(error) is GuardStop:
-                self._checkpoints.close()
-                self._note(self._checkpoints.result())
+                self.checkpoints.close()
+                self._note(self.checkpoints.result())
             raise
         self._free_memory()
 
     def describe_loss(self, step: int) -> str:
         """What would be lost if the process ended now, after `step`; empty for nothing."""
-        current = self._checkpoints.current
+        current = self.checkpoints.current
         if current == step:
             return ""
         kept = f"up to step {current}" if current is not None else "nothing of this start"
@@ -153,8 +170,8 @@ class Saving:
 
     def _free_memory(self) -> None:
         """The run has ended with its state on a disk."""
-        if self._snapshots is not None:
-            self._snapshots.close()
+        if self.snapshots is not None:
+            self.snapshots.close()
 
     def _note(self, saved: SaveResult | None) -> None:
         """Log how a save ended, if one has."""
@@ -165,7 +182,7 @@ class Saving:
             self._logger.event(saved.step, "save_failed", str(saved.error))
             self._requests.failed()
             return
-        self._logger.event(saved.step, "checkpoint", f"{self._checkpoints.path(saved.step)}; {_describe_time(saved)}")
+        self._logger.event(saved.step, "checkpoint", f"{self.checkpoints.path(saved.step)}; {_describe_time(saved)}")
         self._requests.saved()
 
     def _note_snapshot(self, saved: SaveResult | None) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from titanlite.models.init import initialise
+from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
+from titanlite.observe.inspection import NonfiniteFinder
 from titanlite.optim.base import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.apply import build
@@ -33,6 +35,7 @@ class TrainState:
         weights = Weights(self.weights, self.shards.exchange(), world.device)
         self.optimizer = build_optimizer(recipe, self.spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)
+        self._finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
         self._recipe = recipe
         self._ranks = world.size
         self._shares = self.shards.shares()
@@ -44,12 +47,26 @@ class TrainState:
             tensor.zero_()
         self.guards.reset()
 
+    def shards_by_name(self) -> dict[str, Shard]:
+        """This rank's part of everything that a checkpoint holds, by name.
+
+        What is not here is a function of the recipe, the step and the samples read.
+        """
+        parts = {"model": self.weights, "optimizer": self.optimizer.state(), "guards": self.guards.state()}
+        return {
+            f"{part}.{name}": shard
+            for part, tensors in parts.items()
+            for name, shard in self.shards.shards_of(tensors).items()
+        }
+
     def step(self, number: int, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
         """Optimizer step `number` (from 1) at `factor` times the peak rates; the host only queues work.
 
         Returns the loss of the global batch and the norm of its gradient before clipping, on the device. Only every
         `resilience.rerun_every` steps the host waits: to compare, and all raise `GuardStop` where bits differ.
         """
+        if self._finder is not None:
+            self._finder.step = number
         every = self._recipe.resilience.rerun_every
         twice = every > 0 and number % every == 0
         loss = self._computed_twice(number, batch) if twice else self.model.forward_backward(batch)

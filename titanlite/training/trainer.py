@@ -1,7 +1,7 @@
-"""The run: everything is built once, then one loop takes it from step to step.
+"""The loop of a run: takes it from step to step, and validates, saves, stops and goes back where the recipe says so.
 
-A step in six files: here, `data/loader.py`, `training/train_state.py`, `parallel/model.py`, `models/llama.py`,
-`models/layers.py`. Nothing calls back into the trainer; each room is handed values and returns values.
+A step in six files: here, `training/feed.py`, `training/train_state.py`, `parallel/model.py`, `models/llama.py`,
+`models/layers.py`. Nothing calls back into the trainer; each package is handed values and returns values.
 """
 
 from __future__ import annotations
@@ -9,51 +9,44 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from titanlite.checkpoint.format import Scalar
-from titanlite.checkpoint.manager import BACK_TO, VALIDATION_LOSS, CheckpointManager
+from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import CheckpointMetadata, environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.corpus.verification import Verification
-from titanlite.data.audit import REORDERED
-from titanlite.data.loader import UNREADABLE, ReadAhead, train_loader
-from titanlite.data.read_log import NO_LOG, SKIPPED, WENT_BACK, ReadLog
+from titanlite.data.loader import UNREADABLE
+from titanlite.data.read_log import NO_LOG, WENT_BACK, ReadLog
 from titanlite.data.splits import DataSplits
-from titanlite.errors import DataError, StoppedEarly, UsageError
-from titanlite.models.shard import Shard, may_be_nonfinite
+from titanlite.errors import StoppedEarly
+from titanlite.models.shard import may_be_nonfinite
 from titanlite.observe.flops import peak_flops
-from titanlite.observe.inspection import NonfiniteFinder, traced_shapes
+from titanlite.observe.inspection import traced_shapes
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
 from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
-from titanlite.plan.layout import batch_plan, require_layout, sample_schedule, total_steps
+from titanlite.plan.layout import batch_plan, require_layout, total_steps
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import compare_replicas
 from titanlite.resilience.guards import BadStep, RollBack, nonfinite_names
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
+from titanlite.training.feed import Feed
+from titanlite.training.progress import History, Progress
 from titanlite.training.restore import reordered_steps, restore
-from titanlite.training.saving import Saving
+from titanlite.training.saving import Saving, usable_snapshots
 from titanlite.training.train_state import TrainState
 from titanlite.training.validation import Validation
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
-# Values of a checkpoint that a run goes on by, beside those of `manager`:
-_GONE_BACK = "rolled_back"
-"""Nothing was saved since the run went back to the step of `BACK_TO`, or to this one."""
-_SKIPPED_SINCE = "skipped_since"
-"""First of the steps skipped in a row, up to this one."""
-_BAD_VALIDATION = "nonfinite_validation"
-"""The validation loss after this step was not finite."""
 
 
 class Trainer:
@@ -72,97 +65,68 @@ class Trainer:
         snapshots: Snapshots | None = None,
         read_log: ReadLog = NO_LOG,
         verification: Verification | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
-        there is one.
+        there is one. `progress` is kept up to date.
         """
         self.recipe = recipe
         self.recipe_text = recipe_text
         self.world = world
-        self.data = data
-        self.checkpoints = checkpoints
         self.logger = logger
         self.watchdog = watchdog
-        self.read_log = read_log
-        self._verification = verification
-        self.total_steps = total_steps(recipe.training)
-        layout = require_layout(recipe.parallel, world.size)
-        self.plan = batch_plan(recipe, layout, layout.coordinates(world.rank).data)
-
-        self.learner = learner = TrainState(recipe, world)
-        self.model, self.shards, self.guards = learner.model, learner.shards, learner.guards
+        self.progress = progress or Progress()
+        self.state = TrainState(recipe, world)
         self._start = start
-        self._environment = environment(world.device)
-        self.snapshots = self._usable(snapshots)
-        self._restore(start, self.snapshots)
-        self._begin_course()
-        self._ahead = self._reading(iter(()))
+        snapshots = usable_snapshots(snapshots, self.state.shards_by_name(), start.restarted, logger.info)
         every = recipe.checkpoint.every_minutes
-        self.saving = Saving(checkpoints, self.snapshots, logger, self.read_log, watchdog, every, world.is_first)
-        self.validation = Validation(data.validation, recipe.validation.sequences, self.plan, self.model, logger)
-        self.finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
+        self.saving = Saving(checkpoints, snapshots, logger, read_log, watchdog, every, world.is_first)
+        self._restore(data, start)
+        layout = require_layout(recipe.parallel, world.size)
+        plan = batch_plan(recipe, layout, layout.coordinates(world.rank).data)
+        self.feed = Feed(recipe, world, data, plan, self.progress, logger, read_log, verification)
+        self.validation = Validation(data.validation, recipe.validation.sequences, plan, self.state.model, logger)
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
-            total_steps=self.total_steps,
+            total_steps=total_steps(recipe.training),
             log_every=recipe.metrics.log_every,
             devices=world.size,
             device=world.device,
-            flops_per_token=learner.spec.flops_per_token(learner.config, recipe.training.sequence_length),
+            flops_per_token=self.state.spec.flops_per_token(self.state.config, recipe.training.sequence_length),
             peak_flops=peak_flops(card),
         )
 
-    def _usable(self, snapshots: Snapshots | None) -> Snapshots | None:
-        """The snapshots, if the machines can keep any. A restart goes on without rather than not at all."""
-        if snapshots is None:
-            return None
-        try:
-            snapshots.prepare()
-            snapshots.require_room(self._state())
-        except UsageError as error:
-            if not self._start.restarted:
-                raise
-            self.logger.info(f"warning: no snapshots are taken: {error}")
-            return None
-        return snapshots
-
-    def _restore(self, start: Start, snapshots: Snapshots | None = None, last: int | None = None) -> None:
-        """Begin, or go on from a checkpoint (up to step `last`) or one of the `snapshots`, as `start` says."""
+    def _restore(self, data: DataSplits, start: Start, last: int | None = None) -> None:
+        """Begin, or resume from a checkpoint (up to step `last`, if given) or a snapshot, as `start` says."""
+        snapshots = self.saving.snapshots if last is None else None
         manifest = restore(
-            self.learner, self._state(), self.recipe, self.world, self.checkpoints, snapshots,
-            self.data, start, self.logger.info, last,
+            self.state, self.state.shards_by_name(), self.recipe, self.world, self.saving.checkpoints, snapshots,
+            data, start, self.logger.info, last,
         )  # fmt: skip
-        self._reordered = reordered_steps(manifest, self.data, self.logger.info)
-        self.step = manifest.step if manifest is not None else 0
-        """Steps taken so far."""
-        self.samples = manifest.samples if manifest is not None else 0
-        """Samples read so far: where in the order the next step begins."""
-        self.tokens = manifest.tokens if manifest is not None else 0
-        """Tokens trained on so far."""
-        values = manifest.values if manifest is not None else {BACK_TO: -1}
-        loss = math.nan if values.get(_BAD_VALIDATION) else values.get(VALIDATION_LOSS)
-        self._validated = (self.step, float(loss)) if isinstance(loss, int | float) else None
-        """The last step after which the model was validated, and its loss: on the first set, or one not finite."""
-        self._back_to = _step_in(values, BACK_TO, self.step)
-        """The step that a rollback goes back to: one that a run without stops would have saved too; -1: the start."""
-        self._gone_back = bool(values.get(_GONE_BACK))
-        """Whether the run went back there, and has saved nothing since."""
-        self.guards.skips_in_a_row = _step_in(values, _SKIPPED_SINCE, self.step + 1), self.step
+        self.history = History.of(manifest, reordered_steps(manifest, data, self.logger.info))
+        self.progress.step = manifest.step if manifest is not None else 0
+        self.progress.samples = manifest.samples if manifest is not None else 0
+        self.progress.tokens = manifest.tokens if manifest is not None else 0
+        self.state.guards.skips_in_a_row = self.history.skips
 
-    def _begin_course(self) -> None:
-        """From the step and the sample that the run is at."""
-        self._sample_schedule = sample_schedule(self.recipe, self.step, self.samples)
-        self.read_log.begin(self.step)
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return total_steps(self.recipe.training)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """On the first set after the step that the run is at; None if the model was not validated then."""
+        return self.history.validation_loss(self.progress.step)
 
     def run(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
         started = time.monotonic()
-        self.watchdog.beat(self.step, "starting")
-        self.metrics.start(tokens=self.tokens)
+        self.watchdog.beat(self.progress.step, "starting")
+        self.metrics.start(tokens=self.progress.tokens)
+        grace = self.recipe.resilience.grace_seconds
         stop_requests = StopRequests(
-            self.world.size,
-            self.world.is_first,
-            self.recipe.resilience.grace_seconds,
-            lambda: self.saving.describe_loss(self.step),
+            self.world.size, self.world.is_first, grace, lambda: self.saving.describe_loss(self.progress.step)
         )
         with stop_requests, _collecting_garbage_seldom(), self.saving.finished(self.world.size == 1):
             while True:
@@ -188,120 +152,150 @@ class Trainer:
         self._save_at_end()  # a signal waits for this one too
         alike = self.world.all_equal(int(self._data_failure is None))
         self._raise_unreadable()
+        step = self.progress.step
         if not alike:
-            raise StoppedEarly(f"all {self.step} steps are taken and saved, but another rank cannot read its data")
-        self.guards.require_good_end(self.step, self.validation_loss)
+            raise StoppedEarly(f"all {step} steps are taken and saved, but another rank cannot read its data")
+        self.state.guards.require_good_end(step, self.validation_loss)
 
-    def _stop_if(self, reason: str | None) -> None:
-        """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
-        if reason and self.step < self.total_steps:
-            self._save_at_end()
-            self._raise_unreadable()
-            raise StoppedEarly(f"stopped after step {self.step} of {self.total_steps} ({reason}); state saved")
-
-    @property
-    def _data_failure(self) -> Exception | None:
-        """Why this rank cannot go on with its data."""
-        damage = self._verification.failure if self._verification else None
-        return self._ahead.failure or self.validation.failure or damage
-
-    def _raise_unreadable(self) -> None:
-        """Raise why this rank cannot go on with its data, if there is a reason. The state is saved."""
-        failure = self._data_failure
-        if failure is None:
-            return
-        said = f" The state after step {self.step} is saved."
-        if failure is self._ahead.failure:
-            raise self._ahead.unreadable(said) from failure
-        raise DataError(f"{str(failure).removesuffix('.')}.{said}") from failure
+    def _batches(self) -> Iterator[tuple[Batch, float]]:
+        """The remaining steps' batches, each with the seconds it was waited for."""
+        with ExitStack() as first_step:
+            if self.recipe.debug.trace_shapes:
+                first_step.enter_context(traced_shapes(self.state.model.module, self.logger.info))
+            try:
+                for batch in self.feed.batches():
+                    yield batch
+                    first_step.close()
+            except UNREADABLE as error:
+                raise self.feed.explain(error, self._saved_alone()) from error
 
     def _train_step(self, batch: Batch, wait_seconds: float) -> None:
         """One optimizer step; the host only queues work, unless this step is logged."""
-        self.step += 1
-        self._take_samples(batch.samples)
-        self.tokens += self.plan.global_batch * self.recipe.training.sequence_length
-        if self.finder is not None:
-            self.finder.step = self.step
-        factor = lr_factor(self.step, self.recipe.schedule, self.total_steps)
-        loss, norm = self.learner.step(self.step, batch, factor)
+        progress = self.progress
+        progress.step += 1
+        progress.samples = self.feed.record(progress.step, batch.samples)
+        progress.tokens += self.feed.plan.global_batch * self.recipe.training.sequence_length
+        factor = lr_factor(progress.step, self.recipe.schedule, self.total_steps)
+        loss, norm = self.state.step(progress.step, batch, factor)
         row = self.metrics.record(
-            step=self.step,
+            step=progress.step,
             loss=loss,
             grad_norm=norm,
             lr=self.recipe.optimizer.lr * factor,
-            samples=self.samples,
-            tokens=self.tokens,
+            samples=progress.samples,
+            tokens=progress.tokens,
             data_wait_seconds=wait_seconds,
         )
         if row is not None:
-            self.read_log.flush()  # whoever sees the row can have the step's samples shown
+            self.feed.read_log.flush()  # whoever sees the row can have the step's samples shown
             self.logger.write(row)
             self._review()
             for sentence in self.watchdog.stragglers():
-                self.logger.event(self.step, "straggler", sentence)
-        self.watchdog.beat(self.step)
-
-    def _take_samples(self, own: tuple[int, ...]) -> None:
-        """Write down what the step reads, this rank its `own`, and what it passes over."""
-        first = self._sample_schedule.first_sample(self.step)
-        if first > self.samples:
-            said = f"samples {self.samples} to {first - 1} are passed over, as data.skip_steps says"
-            self.logger.event(self.step, "data_skipped", said, {"samples": [self.samples, first - 1]})
-            self.read_log.passed_over(SKIPPED, self.step, self.samples, first)
-        self.samples = first + self.plan.global_batch
-        self.read_log.read(self.step, own)
+                self.logger.event(progress.step, "straggler", sentence)
+        self.watchdog.beat(progress.step)
 
     def _after_step(self) -> None:
-        if self.step % _COLLECT_EVERY == 0:
+        step, last = self.progress.step, self.progress.step == self.total_steps
+        if step % _COLLECT_EVERY == 0:
             gc.collect(1)
         every = self.recipe.resilience.check_replicas_every
-        if every and self.step % every == 0:
+        if every and step % every == 0:
             with self.metrics.paused():
                 self._compare_replicas()
-        last = self.step == self.total_steps
         every = self.recipe.validation.every_steps
-        if every and (last or self.step % every == 0):
+        if every and (last or step % every == 0):
             with self.metrics.paused(), self.watchdog.during("validating"):
                 self._validate(last)
         every = self.recipe.checkpoint.every_steps
-        if every and self.step % every == 0 and not last:
+        if every and step % every == 0 and not last:
             with self.metrics.paused():
                 self._save()
         every = self.recipe.resilience.snapshot_every
-        if self.snapshots is not None and self.step % every == 0 and not last:
+        if self.saving.snapshots is not None and step % every == 0 and not last:
             with self.metrics.paused():
                 self._examine()
-                self.saving.take_snapshot(self._state(), self._metadata())
+                self.saving.take_snapshot(self.state.shards_by_name(), self._metadata())
 
     def _validate(self, last: bool) -> None:
-        loss = self.validation.loss_after(self.step, last)
+        step = self.progress.step
+        loss = self.validation.loss_after(step, last)
         if loss is None:
             return
-        self._validated = self.step, loss
+        self.history.validated = step, loss
         if not math.isfinite(loss):
             self._examine()  # raises if the weights are to blame
-            bad = self.guards.bad_validation(self.step, loss)
+            bad = self.state.guards.bad_validation(step, loss)
             self._write_down(bad)
             if bad.action == "stop":
                 self._save_at_end()
-            self.guards.act([bad])
+            self.state.guards.act([bad])
+
+    # ---- saving and stopping
 
     def _save(self) -> None:
         """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""
         self._examine()
-        self._back_to, self._gone_back = self.step, False
-        self.saving.begin(self._state(), self._metadata())
+        self.history.back_to, self.history.gone_back = self.progress.step, False
+        self.saving.begin(self.state.shards_by_name(), self._metadata())
 
     def _save_at_end(self) -> None:
         """Return once this step is committed."""
         self._examine()
-        if self.step == self.total_steps or not self.recipe.checkpoint.every_steps:
-            self._back_to, self._gone_back = self.step, False
-        self.saving.commit(self._state(), self._metadata())
+        if self.progress.step == self.total_steps or not self.recipe.checkpoint.every_steps:
+            self.history.back_to, self.history.gone_back = self.progress.step, False
+        self.saving.commit(self.state.shards_by_name(), self._metadata())
+
+    def _saved_alone(self) -> str:
+        """Save before an error, if there are no other ranks to agree with."""
+        if self.world.size > 1 or self.progress.step == 0:
+            return ""
+        self._save_at_end()
+        return f" The state after step {self.progress.step} is saved."
+
+    def _metadata(self) -> CheckpointMetadata:
+        """What a checkpoint of this step says beside the tensors."""
+        data, guards, progress = self.feed.data, self.state.guards, self.progress
+        values = {
+            **data.train.past(progress.samples),
+            **data.validation_texts,
+            "tokenizer": data.tokenizer.fingerprint,
+            **self.history.values(progress.step, guards.skips_in_a_row, guards.goes_back),
+        }
+        place = progress.step, progress.samples, progress.tokens
+        return CheckpointMetadata(*place, self.recipe_text, values, environment(self.world.device))
+
+    def _stop_if(self, reason: str | None) -> None:
+        """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
+        step, total = self.progress.step, self.total_steps
+        if reason and step < total:
+            self._save_at_end()
+            self._raise_unreadable()
+            raise StoppedEarly(f"stopped after step {step} of {total} ({reason}); state saved")
+
+    def _step_limit(self) -> str | None:
+        limit = self.recipe.run.stop_after_step
+        return f"run.stop_after_step = {limit}" if limit is not None and self.progress.step >= limit else None
+
+    def _time_limit(self, started: float) -> str | None:
+        limit = self.recipe.run.stop_after_minutes
+        over = limit is not None and time.monotonic() - started >= 60 * limit
+        return f"run.stop_after_minutes = {limit:g}" if over else None
+
+    @property
+    def _data_failure(self) -> Exception | None:
+        """Why this rank cannot go on with its data."""
+        return self.feed.failure or self.validation.failure
+
+    def _raise_unreadable(self) -> None:
+        """Raise why this rank cannot go on with its data, if there is a reason. The state is saved."""
+        if (failure := self._data_failure) is not None:
+            raise self.feed.explain(failure, f" The state after step {self.progress.step} is saved.") from failure
+
+    # ---- judging the state and the last steps
 
     def _examine(self) -> None:
-        """What is to be saved must be good."""
-        if self.saving.covers(self.step):
+        """Raise as the recipe says if what is to be saved is not good."""
+        if self.saving.covers(self.progress.step):
             self._review()
             return
         suspect = may_be_nonfinite(self._learned().values()).to(self.world.device)  # of a rank without any: on the host
@@ -309,44 +303,21 @@ class Trainer:
         if self.recipe.resilience.check_replicas_every:
             self._compare_replicas()
 
-    def _learned(self) -> dict[str, Tensor]:
-        """Weights and moments, by the names that they have in a checkpoint."""
-        return {name: shard.tensor for name, shard in self._state().items() if not name.startswith("guards.")}
-
-    def _metadata(self) -> CheckpointMetadata:
-        """What a checkpoint of this step says beside the tensors."""
-        values: dict[str, Scalar] = {
-            **self.data.train.past(self.samples),
-            **self.data.validation_texts,
-            "tokenizer": self.data.tokenizer.fingerprint,
-        }
-        if self._reordered:
-            values[REORDERED] = " ".join(map(str, self._reordered))
-        if (loss := self.validation_loss) is not None:
-            values |= {VALIDATION_LOSS: loss} if math.isfinite(loss) else {_BAD_VALIDATION: True}
-        if self.guards.goes_back and self._back_to != self.step:
-            values[BACK_TO] = self._back_to
-        if self._gone_back:
-            values[_GONE_BACK] = True
-        first, last = self.guards.skips_in_a_row
-        if first <= last == self.step:
-            values[_SKIPPED_SINCE] = first
-        return CheckpointMetadata(self.step, self.samples, self.tokens, self.recipe_text, values, self._environment)
-
     def _review(self, suspect: Tensor | None = None) -> None:
         """Write down what went bad since the last review; `suspect`: whether the state may hold inf or NaN.
 
         Raises `GuardStop` or `RollBack` as the recipe says.
         """
-        found = self.guards.review(self.step, suspect, lambda: nonfinite_names(self._learned(), self.world.size))
+        find_names = lambda: nonfinite_names(self._learned(), self.world.size)  # noqa: E731
+        found = self.state.guards.review(self.progress.step, suspect, find_names)
         for bad in found:
             self._write_down(bad)
-        self.guards.act(found)
+        self.state.guards.act(found)
 
     def _write_down(self, bad: BadStep) -> None:
-        first, last = self._sample_schedule.first_sample(bad.step), self._sample_schedule.end_sample(bad.step) - 1
+        first, last = self.feed.samples_of(bad.step)
         skipped = bad.action == "skip" and bad.outcome == "not applied"
-        of = f" ({self.guards.skipped} of at most {self.recipe.resilience.max_skips})" * skipped
+        of = f" ({self.state.guards.skipped} of at most {self.recipe.resilience.max_skips})" * skipped
         said = f"{bad}; {bad.outcome}: {bad.action}{of}; samples {first} to {last}"
         self.logger.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
 
@@ -359,109 +330,38 @@ class Trainer:
         The state gone back to is saved at once with the place in the data: a run that is killed before its next save
         must not meet the same samples again, nor forget that it went back.
         """
-        left, read, counts = self.step, self.samples, (self.guards.skipped, self.guards.rollbacks + 1)
-        again = self._gone_back and (bad.step == self._back_to + 1 or bad.outcome != "not applied")
+        progress, guards, history = self.progress, self.state.guards, self.history
+        left, read, counts = progress.step, progress.samples, (guards.skipped, guards.rollbacks + 1)
+        again = history.gone_back and (bad.step == history.back_to + 1 or bad.outcome != "not applied")
         with self.watchdog.during("going back"):
             self.saving.settle()
-            last = self._back_to - again
-            oldest = min(self.checkpoints.agree_on_steps(), default=-1)  # that again, if there is none further back
-            self._restore(self._start.again, last=max(last, oldest) if last >= 0 else last)
-        self._back_to, self._gone_back = self.step, True
-        self.guards.roll_back(*counts)
-        first, self.samples = self.samples, read
-        self._begin_course()
-        self.read_log.passed_over(WENT_BACK, self.step, first, read)
-        self.logger.rewind(self.step)
+            last = history.back_to - again
+            oldest = min(
+                self.saving.checkpoints.agree_on_steps(), default=-1
+            )  # that again, if there is none further back
+            self._restore(self.feed.data, self._start.again, last=max(last, oldest) if last >= 0 else last)
+        self.history.back_to, self.history.gone_back = progress.step, True
+        guards.roll_back(*counts)
+        first, progress.samples = progress.samples, read
+        self.feed.restart()
+        self.feed.read_log.passed_over(WENT_BACK, progress.step, first, read)
+        self.logger.rewind(progress.step)
         said = (
-            f"step {bad.step}: {bad}. From step {left} back to {self.step}, past samples {first} to {read - 1} "
-            f"({self.guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
+            f"step {bad.step}: {bad}. From step {left} back to {progress.step}, past samples {first} to {read - 1} "
+            f"({guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
         )
-        self.logger.event(left, "rollback", said, {"to_step": self.step, "samples": [first, read - 1]})
-        self.saving.commit_instead(self._state(), self._metadata())  # what it was loaded from says that less was read
-        self.metrics.start(tokens=self.tokens)
+        self.logger.event(left, "rollback", said, {"to_step": progress.step, "samples": [first, read - 1]})
+        # What it was loaded from says that less was read.
+        self.saving.commit_instead(self.state.shards_by_name(), self._metadata())
+        self.metrics.start(tokens=progress.tokens)
 
     def _compare_replicas(self) -> None:
-        compare_replicas(self.step, self._state(), self.world.size)
+        compare_replicas(self.progress.step, self.state.shards_by_name(), self.world.size)
 
-    def _batches(self) -> Iterator[tuple[Batch, float]]:
-        """The remaining steps' batches on the device, each with the seconds it was waited for."""
-        section, cuda = self.recipe.data, self.world.device.type == "cuda"
-        batches = train_loader(
-            self.data.train,
-            self.plan,
-            self.samples,
-            self.total_steps - self.step,
-            workers=section.workers,
-            prefetch=section.prefetch,
-            pin_memory=cuda,
-            overfit_one_batch=self.recipe.debug.overfit_one_batch,
-            skipped=self._sample_schedule.skipped,
-        )
-        self._ahead = self._reading(batches)
-        with ExitStack() as first_step:
-            if self.recipe.debug.trace_shapes:
-                first_step.enter_context(traced_shapes(self.model.module, self.logger.info))
-            while True:
-                before = time.perf_counter()
-                try:
-                    batch = next(self._ahead, None)
-                except UNREADABLE as error:
-                    raise self._ahead.unreadable(self._saved_alone()) from error
-                if batch is None:
-                    return
-                moved = batch.to(self.world.device)
-                yield moved, time.perf_counter() - before
-                first_step.close()
-
-    def _reading(self, batches: Iterator[Batch]) -> ReadAhead:
-        # An agreement among ranks takes two steps.
-        count = 0 if self.world.size == 1 else 2
-        return ReadAhead(batches, count, self._sample_schedule)
-
-    @property
-    def under_way(self) -> tuple[int, int]:
-        """The step that is being taken and its first sample; what fails now is put down to them."""
-        return self._ahead.step, self._sample_schedule.first_sample(self._ahead.step)
-
-    @property
-    def validation_loss(self) -> float | None:
-        """On the first set after the step that the run is at; None if the model was not validated then."""
-        return self._validated[1] if self._validated is not None and self._validated[0] == self.step else None
-
-    def _saved_alone(self) -> str:
-        """Save before an error, if there are no other ranks to agree with."""
-        if self.world.size > 1 or self.step == 0:
-            return ""
-        self._save_at_end()
-        return f" The state after step {self.step} is saved."
-
-    def _step_limit(self) -> str | None:
-        limit = self.recipe.run.stop_after_step
-        return f"run.stop_after_step = {limit}" if limit is not None and self.step >= limit else None
-
-    def _time_limit(self, started: float) -> str | None:
-        limit = self.recipe.run.stop_after_minutes
-        over = limit is not None and time.monotonic() - started >= 60 * limit
-        return f"run.stop_after_minutes = {limit:g}" if over else None
-
-    def _state(self) -> dict[str, Shard]:
-        """This rank's part of everything that a checkpoint holds, by name.
-
-        What is not here is a function of the recipe, the step and the samples read.
-        """
-        learner = self.learner
-        rooms = {"model": learner.weights, "optimizer": learner.optimizer.state(), "guards": self.guards.state()}
-        return {
-            f"{room}.{name}": shard
-            for room, tensors in rooms.items()
-            for name, shard in self.shards.shards_of(tensors).items()
-        }
-
-
-def _step_in(values: Mapping[str, Scalar], key: str, otherwise: int) -> int:
-    """The step that the values of a checkpoint, which may come from anybody, have under this key."""
-    step = values.get(key)
-    return step if isinstance(step, int) else otherwise
+    def _learned(self) -> dict[str, Tensor]:
+        """Weights and moments, by the names that they have in a checkpoint."""
+        shards = self.state.shards_by_name()
+        return {name: shard.tensor for name, shard in shards.items() if not name.startswith("guards.")}
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def main() -> None:
     run, take_step, taken = Trainer.run, TrainState.step, itertools.count()
 
     def noted_run(self: Trainer) -> None:
-        note("loaded", step=self.step, rank=self.world.rank, ranks=self.world.size)
+        note("loaded", step=self.progress.step, rank=self.world.rank, ranks=self.world.size)
         run(self)
 
     def noted_step(self: TrainState, number: int, batch: Any, factor: float) -> Any:

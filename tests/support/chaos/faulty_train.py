@@ -492,10 +492,10 @@ def goes_on_without_momentum() -> None:
 
 def reads_a_sample_twice() -> None:
     """The data of a run that goes on begin a sample too early."""
-    from titanlite.training import trainer
+    from titanlite.training import feed
 
-    loader = trainer.train_loader
-    trainer.train_loader = lambda split, plan, first, *rest, **words: loader(
+    loader = feed.train_loader
+    feed.train_loader = lambda split, plan, first, *rest, **words: loader(
         split, plan, max(first - 1, 0), *rest, **words
     )
 

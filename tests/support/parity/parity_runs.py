@@ -85,7 +85,7 @@ def train(rank: int, world: int, recipe_json: str, folder: str | None = None) ->
     """Run it (from the checkpoint in `folder`, if there is one); the curve, and what this rank holds of the weights."""
     with _trainer(rank, world, recipe_json, folder) as (trainer, kept):
         trainer.run()
-    return kept.curve(), _held(trainer.shards.table)
+    return kept.curve(), _held(trainer.state.shards.table)
 
 
 def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, memory: str | None = None) -> list[Part]:
@@ -94,7 +94,7 @@ def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, me
     """
     with _trainer(rank, world, recipe_json, folder, memory=memory) as (trainer, _), suppress(StoppedEarly):
         trainer.run()
-    return _held(trainer._state())
+    return _held(trainer.state.shards_by_name())
 
 
 def train_on(
@@ -107,9 +107,9 @@ def train_on(
 ) -> tuple[list[Part], Curve, list[Part]]:
     """What this rank holds of the state that the run begins with; then as `train`."""
     with _trainer(rank, world, recipe_json, folder, Start(may_change=may_change), memory) as (trainer, kept):
-        begun = _held(trainer._state())
+        begun = _held(trainer.state.shards_by_name())
         trainer.run()
-    return begun, kept.curve(), _held(trainer.shards.table)
+    return begun, kept.curve(), _held(trainer.state.shards.table)
 
 
 @contextmanager

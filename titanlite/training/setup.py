@@ -1,0 +1,186 @@
+"""What a run is built from, each part by one function: data, run folder, checkpoints, read log, verification."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from titanlite.checkpoint.manager import CheckpointManager, Retention
+from titanlite.checkpoint.ranks import Ranks, new_ranks
+from titanlite.checkpoint.snapshots import Snapshots, forget
+from titanlite.corpus.tokenized import texts_folder
+from titanlite.corpus.tokenizers import describe_separator
+from titanlite.corpus.verification import Verification
+from titanlite.data.read_log import ReadLog, last_start, log_path
+from titanlite.data.splits import DataSplits, open_data, require_samples
+from titanlite.data.survey import shared_texts
+from titanlite.errors import EXIT_DONE, StoppedEarly, TitanliteError
+from titanlite.observe.console import LogFile, open_console
+from titanlite.observe.logger import RunLogger
+from titanlite.observe.run_folder import RunFolder, Start, open_run_folder
+from titanlite.parallel.world import World
+from titanlite.plan.launch import launch_environment
+from titanlite.plan.layout import batch_plan, require_layout, sample_schedule, total_steps
+from titanlite.plan.memory import checkpoint_bytes
+from titanlite.recipe.load import LoadedRecipe
+from titanlite.recipe.paths import expand
+from titanlite.recipe.sections import Recipe
+from titanlite.resilience import crashes
+from titanlite.resilience.corruption import list_some
+from titanlite.training.progress import Progress
+
+OpenedData = tuple[DataSplits, list[str]]
+"""A run's data, and what is to be printed about it."""
+
+
+def open_run_data(recipe: Recipe) -> OpenedData:
+    """The run's data, and what is to be printed about it. Raises `DataError`, also where it does not suffice."""
+    data = open_data(
+        recipe.data,
+        recipe.training.sequence_length,
+        recipe.run.seed,
+        validated=recipe.validation.every_steps > 0,
+        texts_folder=texts_folder(recipe.run),
+    )
+    reading = require_samples(data.train, sample_schedule(recipe).end_sample(total_steps(recipe.training)))
+    if launch_environment().is_first:
+        reading += [f"warning: {finding}" for finding in shared_texts(recipe.data)]
+    return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
+
+
+def open_on_all_ranks(ranks: Ranks, opened: OpenedData | TitanliteError) -> OpenedData:
+    """The data, once all ranks have theirs; else all raise the error of one: none waits, and torchrun restarts none."""
+
+    def require() -> None:
+        if isinstance(opened, TitanliteError):
+            raise opened
+
+    ranks.run_on_all_ranks(require)
+    assert not isinstance(opened, TitanliteError)
+    return opened
+
+
+def lock_run_folder(
+    stack: ExitStack,
+    ranks: Ranks,
+    loaded: LoadedRecipe,
+    path: Path,
+    start: Start,
+    logger: RunLogger,
+    progress: Progress,
+) -> tuple[RunFolder | None, Start, int]:
+    """Lock and clear the run's folder, on the first rank, until `stack` ends, with its console and its `status.json`.
+
+    Returns the folder there (None on other ranks), what is to be done, which the first rank decides (a machine that has
+    just come does not know what the job's earlier starts did), and the number of this start.
+    """
+    folders: list[RunFolder] = []
+    job = ranks.run_on_all_ranks(lambda: start.job, lambda jobs: sorted({name for names in jobs for name in names}))
+
+    def lock() -> list[Any]:
+        recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
+        logger.add_console(open_console(sys.stdout, steps, recipe.run.name))
+        folder = open_run_folder(path, recipe, loaded.text, replace(start, job=tuple(job)), logger.info)
+        stack.callback(folder.close)
+        stack.enter_context(_status(folder, progress))
+        logger.add_console(LogFile(folder.logs / "console.log", steps))
+        folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
+        attempts = crashes.attempts(path / "logs" / "crashes")
+        folder.attempt = max(folder.attempt, 1 + max(attempts, default=0), 1 + last_start(path))
+        folders.append(folder)
+        return [folder.start.mode, folder.start.step, folder.start.restarted, folder.attempt]
+
+    mode, step, restarted, attempt = ranks.run_on_rank0(lock)
+    if start.mode != "auto" and (mode, step) != (start.mode, start.step):
+        logger.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
+    folder = folders[0] if folders else None
+    return folder, replace(start, mode=mode, step=step, restarted=restarted), attempt
+
+
+def open_checkpoints(
+    recipe: Recipe, path: Path, world: World, logger: RunLogger, folder: RunFolder | None
+) -> tuple[CheckpointManager, Snapshots | None]:
+    """The run's checkpoints, and its snapshots if the recipe asks for any."""
+    section, timeout = recipe.checkpoint, recipe.parallel.timeout_seconds
+    background = section.mode == "async"
+
+    def require_own() -> None:
+        if folder is not None:
+            folder.require_own()
+
+    checkpoints = CheckpointManager(
+        path / "checkpoints",
+        logger.info,
+        new_ranks(world.rank, world.size, timeout),
+        Retention(section.keep_last, section.keep_every, section.keep_best),
+        background=background,
+        max_failures=section.max_failures,
+        require_own=require_own,
+    )
+    if not recipe.resilience.snapshot_every:
+        return checkpoints, None
+    memory, ranks = expand(recipe.resilience.snapshot_dir), new_ranks(world.rank, world.size, timeout)
+    return checkpoints, Snapshots(
+        memory, checkpoints.folder, logger.info, ranks, background=background, require_own=require_own
+    )
+
+
+def find_latest_step(
+    ranks: Ranks, loaded: LoadedRecipe, checkpoints: CheckpointManager, snapshots: Snapshots | None
+) -> int:
+    """Clear what killed processes left of saves, refuse to crash again and again, and return the newest step or 0."""
+
+    def prepare() -> int:
+        checkpoints.prepare()
+        if snapshots is None:
+            forget(checkpoints.folder)
+        latest, records = checkpoints.latest() or 0, checkpoints.folder.parent / "logs" / "crashes"
+        crashes.refuse_loop(records, loaded.recipe.resilience.max_crashes, latest, loaded.text)
+        return latest
+
+    latest: int = ranks.run_on_rank0(prepare)
+    return latest
+
+
+def open_read_log(recipe: Recipe, path: Path, world: World, attempt: int, logger: RunLogger) -> ReadLog:
+    """This rank's record of the samples that it reads: one rank of each data rank keeps one."""
+    layout = require_layout(recipe.parallel, world.size)
+    coordinates = layout.coordinates(world.rank)
+    plan = batch_plan(recipe, layout, coordinates.data)
+    return ReadLog(log_path(path, plan.data_rank) if coordinates.is_batch_leader else None, plan, attempt, logger.info)
+
+
+def begin_verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, logger: RunLogger) -> Verification:
+    """Verify this rank's part of the token files in the background, until `stack` ends."""
+    verification = Verification(data.token_files, path / "logs" / "verified", ranks.rank, ranks.size)
+
+    def end() -> None:
+        if (left := verification.end()) and verification.failure is None:
+            names = list_some([str(file.prefix) for file in left])
+            logger.info(f"ended before token files were verified ({names}); titanlite data verify does it")
+
+    ranks.run_on_all_ranks(verification.begin)
+    stack.callback(end)
+    return verification
+
+
+@contextmanager
+def _status(folder: RunFolder, progress: Progress) -> Iterator[None]:
+    """Keep `status.json` true: running now, and at the end how it ended."""
+    folder.write_status("running", progress.step)
+    try:
+        yield
+    except StoppedEarly as stop:
+        folder.write_status("stopped", progress.step, stop.exit_code, str(stop))
+        raise
+    except TitanliteError as error:
+        folder.write_status("failed", progress.step, error.exit_code, str(error))
+        raise
+    except BaseException as error:
+        folder.write_status("failed", progress.step, 1, f"{type(error).__name__}: {error}")
+        raise
+    folder.write_status("done", progress.step, EXIT_DONE)
