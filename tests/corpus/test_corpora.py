@@ -28,7 +28,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.corpus.corpora import Document, formats, json_lines, python_stdlib, read_corpus
+from titanlite.corpus.corpora import READERS, Document, formats, json_lines, python_stdlib, read_corpus
 from titanlite.corpus.corpora.files import match_files
 from titanlite.errors import EXIT_RECIPE, DataError
 from titanlite.recipe.sections import Data
@@ -240,26 +240,37 @@ def test_parts_of_lines_are_the_whole(tmp_path_factory: pytest.TempPathFactory, 
 # Refusals: each names the file (and line) and says what to do.
 
 
-def test_missing_path(tmp_path: Path) -> None:
-    message = refusal(tmp_path / "absent.txt")
-    assert str(tmp_path / "absent.txt") in message
-    assert "no file or folder" in message
+@pytest.mark.parametrize(
+    ("entry", "named", "said"),
+    [
+        ("absent.txt", "absent.txt", "no file or folder"),
+        ("\0", "", "no file or folder"),
+        ("b.txt/x", "b.txt/x", "no file or folder"),
+        ("loop.txt", "loop.txt", "cannot be read ("),
+        ("*.rst", "*.rst", "no file matches"),
+        ("su*", "su*", "matches only folders"),
+        ("empty.txt", "empty.txt", "the file is empty"),
+        ("code", "code", ".txt, .text, .md, .jsonl"),
+        ("code", "code", "**/*.py"),
+        ("links", "links/gone.txt", "cannot be read (No such file"),
+        ("pipe.txt", "pipe.txt", "not a regular file"),
+        ("pipes", "pipes/pipe.txt", "not a regular file"),
+    ],
+)
+def test_what_is_no_corpus_is_named(folder: Path, entry: str, named: str, said: str) -> None:
+    (folder / "loop.txt").symlink_to("loop.txt")
+    for name in ("code", "links", "pipes"):
+        (folder / name).mkdir()
+    (folder / "code" / "x.py").write_bytes(b"pass")
+    (folder / "links" / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    os.mkfifo(folder / "pipes" / "pipe.txt")
+    message = refusal(f"{folder}/{entry}")
+    assert message.startswith(f"{folder}/{named}") and said in message
+
+
+def test_a_corpus_that_is_misspelt() -> None:
     assert "did you mean 'python-stdlib'" in refusal("python-stdlb")
-    assert "no file or folder" in refusal(f"{tmp_path}/\0")
-
-
-def test_below_a_file(folder: Path) -> None:
-    assert "no file or folder" in refusal(folder / "b.txt" / "x")
-
-
-def test_link_to_itself(tmp_path: Path) -> None:
-    (tmp_path / "loop.txt").symlink_to("loop.txt")
-    assert "loop.txt: cannot be read (" in refusal(tmp_path / "loop.txt")
-
-
-def test_dangling_link_in_a_folder(folder: Path) -> None:
-    (folder / "gone.txt").symlink_to("nowhere")
-    assert "gone.txt: cannot be read (No such file" in refusal(folder)
 
 
 def test_unreadable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,30 +304,6 @@ def test_folder_that_cannot_be_entered(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "stat", refuse)
     assert "sub: cannot be read (Permission denied)" in refusal(folder / pattern)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_named_pipe(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.txt")
-    assert "pipe.txt: not a regular file" in refusal(tmp_path / "pipe.txt")
-    assert "pipe.txt: not a regular file" in refusal(tmp_path)
-
-
-def test_glob_without_match(folder: Path) -> None:
-    message = refusal(f"{folder}/*.rst")
-    assert "*.rst: no file matches" in message
-    assert "matches only folders" in refusal(f"{folder}/su*")
-
-
-def test_empty_file_named_itself(folder: Path) -> None:
-    assert f"{folder / 'empty.txt'}: the file is empty" in refusal(folder / "empty.txt")
-
-
-def test_folder_without_text(tmp_path: Path) -> None:
-    (tmp_path / "x.py").write_bytes(b"pass")
-    message = refusal(tmp_path)
-    assert ".txt, .text, .md, .jsonl" in message
-    assert "**/*.py" in message
 
 
 def test_file_named_twice(folder: Path) -> None:
@@ -523,6 +510,27 @@ def test_bad_line(tmp_path: Path, line: bytes, expected: str) -> None:
     message = refusal(tmp_path)
     assert message.startswith(f"{tmp_path / 'x.jsonl'}:3: ")
     assert expected in message
+
+
+def test_a_reader_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One module and one line in the registry; its bad rows are named as those of any other."""
+    (tmp_path / "csv_texts.py").write_text(
+        "from titanlite.corpus.corpora import Reader\n"
+        "from titanlite.errors import DataError\n"
+        "def read(path, text_key, part):\n"
+        "    for number, line in enumerate(path.read_bytes().splitlines(), 1):\n"
+        "        yield number, line.split(b',')[1] if b',' in line else DataError(f'{path}:{number}: no comma')\n"
+        "CSV = Reader(read)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(READERS._entries, ".csv", "csv_texts:CSV")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.csv").write_text("1,one\n2,two\n")
+    assert documents(f"{tmp_path}/texts") == documents(f"{tmp_path}/texts/*") == [
+        ("a.csv:1", b"one"), ("a.csv:2", b"two")
+    ]  # fmt: skip
+    (tmp_path / "texts" / "a.csv").write_text("1,one\n2\n")
+    assert "a.csv:2: no comma" in refusal(tmp_path / "texts")
 
 
 # The standard library.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -22,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from titanlite import files as durable
+from titanlite import files
 from titanlite.cli.main import main
 from titanlite.corpus import prepare, progress, units, workers
 from titanlite.corpus.corpora import read_corpus
@@ -170,7 +171,7 @@ def test_duplicates_are_dropped_wherever_they_are(run: Run, tmp_path: Path) -> N
     assert sorted(train + held) == sorted(set(everything)), "no text is on both sides"
 
 
-def test_statistics_are_said(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_are_printed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(["one", "seven77", "one"]))
     said = run("a.jsonl", "--dedup")
     assert "out: 12 tokens" in said
@@ -196,24 +197,32 @@ def test_a_tokenizer_from_a_file(run: Run, tmp_path: Path) -> None:
         file.require_tokenizer("bytes", open_tokenizer("bytes"))
 
 
-def test_a_hugging_face_dataset_on_disk(run: Run, tmp_path: Path) -> None:
-    """What `save_to_disk` leaves: Arrow streams, and a state that names them in order."""
-    folder = tmp_path / "set" / "train"
-    folder.mkdir(parents=True)
-    names = [f"data-{number:05}-of-00002.arrow" for number in range(2)]
-    for name, texts in zip(names, (["one", "two"], ["", "three"]), strict=True):
-        table = pyarrow.table({"text": texts})
-        with pyarrow.OSFile(str(folder / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table)
-    (folder / "cache-1234.arrow").write_bytes(b"of no concern")
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
-    (folder / "dataset_info.json").write_text("{}")
-    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    run("set/train")
-    assert texts_of("out") == [b"one", b"two", b"three"]
-    assert "a dataset of several splits (train); give one of them, such as 'set/train'" in run("set", out="x", code=2)
-    (folder / "state.json").write_text("{}")
-    assert "state.json: not the state of a Hugging Face dataset" in run("set/train", out="x", code=2)
+@pytest.mark.parametrize(
+    ("tokenizer", "made_from", "fingerprint", "hashes"),
+    [
+        ("bytes", "536fd2017e79820537b3afb8bab6d506", "d9562963a43527cde00a9afa6561ede9",
+         ("9367ed009f3b29ed", "a1dfa7bcfca42937", "c34dc0c4bee741fb", "edd170068943ef60")),
+        ("tokenizer.model", "258ec248bb4318f3be3a818d836576e0", "f6046ef9107ce52ea3e7620c62bb4ed8",
+         ("463975637db35c63", "98802cc28c02c563", "abb9c2b0a5fa36dd", "69aa5b0863b14a0b")),
+    ],
+)  # fmt: skip
+def test_the_bytes_are_those_of_earlier_versions(
+    run: Run, tmp_path: Path, tokenizer: str, made_from: str, fingerprint: str, hashes: tuple[str, ...]
+) -> None:
+    """Stored from commit 086e4ef: ids, index, what is held out, and the hashes by which a file is known again."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(
+        b"".join(b'{"text": "%d squared is %d. \\u00e9"}\n' % (n, n * n) for n in range(40))
+    )
+    (tmp_path / "in/b.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "in/c.txt").write_text("three")
+    ranks = [*(bytes([byte]) for byte in range(256)), b"sq", b"squ", b" i"]
+    rank_lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(rank_lines))
+    run("in", "--held-out", "20", "--dedup", "--tokenizer", tokenizer)
+    infos = [json.loads(Path(f"out{end}.json").read_text()) for end in ("", "-validation")]
+    assert {(info["made_from"], info["tokenizer"]["fingerprint"]) for info in infos} == {(made_from, fingerprint)}
+    assert tuple(info[key] for info in infos for key in ("bin_xxh3_64", "idx_xxh3_64")) == hashes
 
 
 # Processes, and their ends.
@@ -232,7 +241,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(run: Run, tmp_path: 
 
 
 @pytest.mark.slow
-def test_of_several_bad_lines_the_first_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_bad_lines_the_first_is_reported(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though a later one is met sooner."""
     (tmp_path / "a.jsonl").write_bytes(lines(["some text " * 1_000] * 3_000) + b"{")
     (tmp_path / "b.jsonl").write_bytes(b"{")
@@ -243,7 +252,6 @@ def test_of_several_bad_lines_the_first_is_told(run: Run, tmp_path: Path, monkey
 
 PROGRAM = """
 import sys
-from titanlite import files as durable
 from titanlite.cli.main import main
 from titanlite.corpus import prepare
 prepare.SMALLEST_UNIT_BYTES = 512
@@ -492,11 +500,6 @@ def test_rows_without_text(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"texts": ["a"], "id": [1]}), "a.parquet")
-    assert "a.parquet: no column 'text' (did you mean 'texts'?)" in run("a.parquet", code=2)
-    assert "a.parquet: column 'id' is not text but int64" in run("a.parquet", "--text-key", "id", code=2)
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
-    assert "b.parquet: cannot be read (" in run("b.parquet", code=2)
     for packing, pack in ((".gz", gzip.compress), (".zst", zstandard.ZstdCompressor(write_checksum=True).compress)):
         whole = pack(lines([os.urandom(50).hex() for _ in range(2_000)]))
         path = tmp_path / f"c.jsonl{packing}"
@@ -504,8 +507,6 @@ def test_what_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
         assert f"c.jsonl{packing}: damaged or cut short" in run(path.name, code=2)
         path.write_bytes(whole[:1000] + b"\0" * 1000 + whole[2000:])
         assert f"c.jsonl{packing}" in run(path.name, "--bad-lines", "skip", code=2)
-    (tmp_path / "d.txt").touch()
-    assert "d.txt: the file is empty" in run("d.txt", code=2)
     assert "nowhere: INPUT names no file" in run("nowhere", code=2)
     (tmp_path / "e.jsonl").write_bytes(b"\n\n")
     assert "the inputs hold no text at all" in run("e.jsonl", code=2)
@@ -539,7 +540,7 @@ def test_wrong_usage(run: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
 
 def test_a_lock_that_its_last_holder_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue 14, item 13: between the opening of the lock file and its locking, as the end of another `prepare` may."""
-    taken, calls = durable._lock_file, []
+    taken, calls = files._lock_file, []
 
     def removed_first(lock: int, path: Path, warn: Callable[[str], None]) -> bool:
         calls.append(lock)
@@ -547,8 +548,8 @@ def test_a_lock_that_its_last_holder_removes(tmp_path: Path, monkeypatch: pytest
             path.unlink()
         return taken(lock, path, warn)
 
-    monkeypatch.setattr(durable, "_lock_file", removed_first)
-    lock = durable.take_lock(tmp_path / ".lock", "it", "wait", print)
+    monkeypatch.setattr(files, "_lock_file", removed_first)
+    lock = files.take_lock(tmp_path / ".lock", "it", "wait", print)
     assert lock.is_in_place() and len(calls) == 2
     lock.close()
 
