@@ -18,6 +18,7 @@ from titanlite.corpus.tokenizers import Tokenizer, open_tokenizer
 from titanlite.corpus.units import Settings, Unit, write_part
 from titanlite.errors import DataError
 from titanlite.files import cause
+from titanlite.registry import PLUGINS, import_plugin
 
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Numpy alone starts a thread for each core when it is imported."""
@@ -33,7 +34,7 @@ class WorkerPool:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._executor = ProcessPoolExecutor(count, get_context("spawn"), _begin)
+        self._executor = ProcessPoolExecutor(count, get_context("spawn"), _begin, (tuple(PLUGINS),))
 
     def __enter__(self) -> WorkerPool:
         self._others = active_children()
@@ -108,11 +109,13 @@ def _open_tokenizer(settings: Settings) -> Tokenizer:
     return tokenizer
 
 
-def _begin() -> None:
+def _begin(plugins: Sequence[str]) -> None:
     """What each process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too
     os.dup2(2, 1)  # whatever a library prints is not the command's output
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for module in plugins:
+        import_plugin(module)
 
 
 def _end_with_parent() -> None:
