@@ -181,22 +181,6 @@ def test_statistics_are_printed(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert (found["documents"], found["duplicates"], found["lengths"]) == (2, 1, {"2^2": 1, "2^3": 1})
 
 
-def test_a_tokenizer_from_a_file(run: Run, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    engine = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
-    engine.pre_tokenizer = pre_tokenizers.Whitespace()
-    engine.add_special_tokens(["<|endoftext|>"])
-    engine.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "a.jsonl").write_bytes(lines(["a b", "b b a", "c"]))
-    run("a.jsonl", "--tokenizer", "tokenizer.json", "--separator", "<|endoftext|>")
-    file = TokenFile.open("out")
-    assert file.tokens[:].tolist() == [1, 2, 3, 2, 2, 1, 3, 0, 3]
-    file.require_tokenizer("tokenizer.json", open_tokenizer("tokenizer.json", "<|endoftext|>"))
-    with pytest.raises(DataError, match=r"not of 'bytes'"):
-        file.require_tokenizer("bytes", open_tokenizer("bytes"))
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "made_from", "fingerprint", "hashes"),
     [

@@ -22,7 +22,7 @@ from tokenizers import models
 from titanlite.corpus.prepare import Request, find_inputs, prepare
 from titanlite.corpus.progress import Progress
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
-from titanlite.corpus.tokenizers.byte_pairs import LLAMA3_PATTERN, json_of_ranks, rank_engine
+from titanlite.corpus.tokenizers.byte_pairs import GPT2_PATTERN, LLAMA3_PATTERN, json_of_ranks, rank_engine
 from titanlite.corpus.units import Settings
 from titanlite.data.sources import open_streams
 from titanlite.errors import DataError, UsageError
@@ -72,24 +72,22 @@ def library(folder: Path) -> Library:
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.binary(max_size=60) | st.text(max_size=40).map(str.encode), by_ranks=st.booleans())
-def test_any_bytes_come_back(level: Tokenizer, ranks: Tokenizer, text: bytes, by_ranks: bool) -> None:
-    tokenizer = ranks if by_ranks else level
+@given(
+    text=st.binary(max_size=60) | st.text(max_size=40).map(str.encode),
+    which=st.sampled_from(["bytes", "level", "ranks"]),
+)
+def test_any_bytes_come_back(level: Tokenizer, ranks: Tokenizer, text: bytes, which: str) -> None:
+    tokenizer = {"bytes": open_tokenizer("bytes"), "level": level, "ranks": ranks}[which]
     ids = tokenizer.encode(text)
-    assert ids.dtype == np.uint16 and ids.ndim == 1
+    assert ids.dtype == (np.uint8 if which == "bytes" else np.uint16) and ids.ndim == 1
+    assert which != "bytes" or ids.tolist() == list(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.bytes_of(ids) == len(text)
     assert tokenizer.separator not in ids
 
 
-@settings(max_examples=40, deadline=None)
-@given(text=st.text(max_size=40))
-def test_ranks_and_merges_give_the_same_ids(library: Library, ranks: Tokenizer, text: str) -> None:
-    """Ranks, and the library that merges were made for."""
-    assert ranks.encode(text.encode()).tolist() == library.encode(text).ids
-
-
-def test_both_libraries_cut_at_every_character_alike() -> None:
+@pytest.mark.parametrize("pattern", [LLAMA3_PATTERN, GPT2_PATTERN])
+def test_both_libraries_cut_at_every_character_alike(pattern: str) -> None:
     """Issue 14, item 8: tokenizers 0.21.0, once allowed, takes newer letters, digits and signs for something else.
 
     Each character follows a letter, a digit and a sign, with which its first byte merges if they are not cut apart.
@@ -97,8 +95,10 @@ def test_both_libraries_cut_at_every_character_alike() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     for before in b"a1!":
         ranks.update({bytes([before, lead]): len(ranks) + lead - 0xC2 for lead in range(0xC2, 0xF5)})
-    library = Library.from_str(json_of_ranks(ranks, []))
-    engine = rank_engine("all", ranks, LLAMA3_PATTERN)
+    fields = json.loads(json_of_ranks(ranks, []))
+    fields["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    library = Library.from_str(json.dumps(fields))
+    engine = rank_engine("all", ranks, pattern)
     characters = [*range(0x80, 0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0x20000), *range(0xE0000, 0xE0200)]
     characters += [*range(0x3400, 0xA000, 8), *range(0xAC00, 0xD800, 8), *range(0x20000, 0x34000, 8)]  # large scripts
     lines = [f"a{chr(number)}1{chr(number)}!{chr(number)}\n" for number in characters]
@@ -161,7 +161,7 @@ def test_the_name_of_a_special_token_is_text_like_any_other(level: Tokenizer, ra
 
 
 def test_special_tokens_stand_for_no_bytes(level: Tokenizer, ranks: Tokenizer) -> None:
-    for tokenizer in (level, ranks):
+    for tokenizer in (level, ranks, open_tokenizer("bytes")):
         ids = [tokenizer.separator, *tokenizer.encode(b"one").tolist(), tokenizer.separator]
         assert tokenizer.decode(ids) == b"one"
         assert tokenizer.bytes_of(np.array([ids, ids])) == 6
@@ -425,12 +425,11 @@ def test_the_file_s_template_truncation_and_padding_are_not_applied(tmp_path: Pa
     assert tokenizer.fingerprint != level.fingerprint
 
 
-def test_ids_outside_the_vocabulary_are_refused_by_files_too(level: Tokenizer) -> None:
-    for wrong in (-1, level.vocab_size):
-        with pytest.raises(ValueError, match=r"\[0, 401\)"):
-            level.decode([0, wrong])
-        with pytest.raises(ValueError, match=r"\[0, 401\)"):
-            level.bytes_of([0, wrong])
+@pytest.mark.parametrize("wrong", [-1, 401])
+def test_ids_outside_the_vocabulary_are_refused(level: Tokenizer, wrong: int) -> None:
+    for read in (level.decode, level.bytes_of, open_tokenizer("bytes").decode):
+        with pytest.raises(ValueError, match=r"\[0, (401|257)\)"):
+            read([0, wrong])
 
 
 def test_wide_vocabularies_have_wide_ids() -> None:
