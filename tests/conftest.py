@@ -54,7 +54,7 @@ def torch_of_the_check(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
     """Have the recipe check take torch for another version; for 2.13, unless told otherwise, whatever is installed."""
 
     def claim(found: str) -> None:
-        monkeypatch.setattr("titanlite.plan.rules.pipeline.version", lambda _: found)
+        monkeypatch.setattr("titanlite.plan.rules.conflicts.version", lambda _: found)
 
     claim("2.13.0")
     return claim

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from titanlite.errors import UsageError
+from titanlite.plan.kernels import OPERATIONS, choices, describe_kernels, fused
 from titanlite.plan.rules import apply_rules
-from titanlite.plan.rules.kernels import OPERATIONS, choices, describe_kernels, fused
 from titanlite.recipe.sections import Recipe
 
 BOTH_WAYS = """

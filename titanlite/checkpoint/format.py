@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 import xxhash
 
 from titanlite.errors import CheckpointError
-from titanlite.plan.rules.parts import MAX_CHUNKS
+from titanlite.plan.checkpoint_parts import MAX_CHUNKS
 
 FORMAT: Final = "titanlite-checkpoint"
 VERSION: Final = 1

@@ -22,7 +22,7 @@ from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_os_errors
 from titanlite.checkpoint.stream import Source, write_tensors
 from titanlite.models.shard import Shard
-from titanlite.plan.rules.parts import FILE_BYTES
+from titanlite.plan.checkpoint_parts import FILE_BYTES
 
 
 @dataclass(frozen=True)

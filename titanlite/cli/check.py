@@ -16,9 +16,10 @@ from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, Usage
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan import timetable
 from titanlite.plan.describe import describe_model, describe_run
+from titanlite.plan.kernels import describe_kernels
 from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
-from titanlite.plan.rules import apply_rules, kernels
+from titanlite.plan.rules import apply_rules
 from titanlite.plan.sharding_table import shape_text, sharding_table, sharding_text
 from titanlite.plan.stages import stages_of
 from titanlite.recipe.explain import explain, find_key
@@ -157,7 +158,7 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     yield "disk", f"{format_bytes(run['checkpoint_bytes'])} a checkpoint, of which {kept} are kept"
     operations = f"{format_count(run['flops_per_token'])} operations a token, {run['flops']:.3g} in all"
     yield "compute", f"{recipe.precision.compute}; {operations}"
-    yield "kernels", kernels.describe_kernels(recipe)
+    yield "kernels", describe_kernels(recipe)
     if (float8 := run["float8"]) is not None:
         yield "float8", float8["summary"]
         for name, factors in float8["settings"].items():

@@ -1,6 +1,6 @@
 """Layers that run fused kernels of `titanlite_kernels`: same parameters, same values.
 
-`plan.rules.kernels` chooses them by the recipe; the kernels themselves fall back to PyTorch where they do not fit.
+`plan.kernels` chooses them by the recipe; the kernels themselves fall back to PyTorch where they do not fit.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
+from titanlite.plan.kernels import QUANTISE, fused
 from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
-from titanlite.plan.rules.kernels import QUANTISE, fused
 from titanlite.plan.stages import keeps_all_microbatches, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import convert, multiplies_blocks, refresh_casts, require_float8

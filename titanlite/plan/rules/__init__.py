@@ -10,55 +10,19 @@ from collections.abc import Callable, Iterator
 
 from titanlite.errors import Finding
 from titanlite.plan.layout import active_ranks
-from titanlite.plan.rules import data, float8, kernels, layout, pipeline, run, unused
+from titanlite.plan.rules import conflicts, data, float8, layout, pipeline, run, unused
 from titanlite.recipe.sections import Recipe
 
 Rule = Callable[[Recipe, int], Iterator[Finding]]
 
 RULES: tuple[Rule, ...] = (
-    run.amount,
-    run.names,
-    run.preset,
-    run.heads,
-    run.rope,
-    run.vocabulary,
-    run.ranges,
-    run.schedule,
-    run.decay_rate,
-    data.homes,
-    data.sources,
-    data.stages,
-    data.validation_sets,
-    data.skipped,
-    layout.mesh,
-    layout.cuts,
-    layout.uneven_cuts,
-    layout.sequences,
-    layout.ring_of_documents,
-    layout.machines,
-    layout.overlap,
-    layout.parts,
-    layout.microbatches,
-    pipeline.pipeline,
-    pipeline.split_backward,
-    float8.nothing_converted,
-    float8.halved_backward,
-    float8.emulation,
-    float8.exclusions,
-    float8.shares,
-    float8.sent,
-    layout.offloading,
-    layout.rounded_sums,
-    layout.padding,
-    kernels.wide_kernels,
-    run.never_reached,
-    run.rollback,
-    run.rerun,
-    unused.unused_keys,
-    unused.memory_budget,
-    run.watching,
-    run.checkpoints,
-    run.looking_inside,
+    *(run.amount, run.names, run.preset, run.heads, run.rope, run.vocabulary, run.ranges, run.schedule, run.decay_rate),
+    *(data.homes, data.sources, data.stages, data.validation_sets, data.skipped),
+    *(layout.mesh, layout.cuts, layout.uneven_cuts, layout.sequences, layout.machines, layout.parts),
+    *(layout.microbatches, pipeline.stages, pipeline.microbatches, conflicts.split_backward),
+    *(float8.nothing_converted, float8.exclusions, float8.shares, float8.sent),
+    *(layout.rounded_sums, layout.padding, run.never_reached, unused.unused_keys),
+    *(conflicts.checkpoints, conflicts.guards, conflicts.compiler, conflicts.formats, conflicts.memory),
 )
 
 

@@ -21,7 +21,6 @@ from titanlite.plan.rules.layout import cuts
 from titanlite.plan.rules.lookup import find_config, find_spec, warning
 from titanlite.plan.rules.run import heads
 from titanlite.plan.slicing import GroupRank, find_placements, local_shape, pattern_of
-from titanlite.plan.stages import splits_backward
 from titanlite.recipe.sections import Recipe
 
 
@@ -85,23 +84,6 @@ def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
             f"over tp nothing travels in float8: {'; '.join(format_gathers(found))};",
             "for that, choose tensorwise and have the linears that share an input converted together.",
         )
-
-
-def emulation(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Blocks with scales of their own are multiplied in the compute dtype where the device does not know them."""
-    if recipe.precision.float8.enabled and recipe.precision.float8.recipe == "mxfp8":
-        problem = (
-            "GPUs below compute capability 10.0 (Blackwell) emulate products of blocks, slower than without float8;"
-        )
-        yield warning("precision.float8.recipe", problem, "for speed on such GPUs, choose another.")
-
-
-def halved_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Schedules that compute a linear's two gradients at different times."""
-    schedule, layout = recipe.parallel.pipeline.schedule, layout_of(recipe.parallel, world)
-    if recipe.precision.float8.enabled and layout is not None and layout.pp > 1 and splits_backward(schedule):
-        problem = f"{schedule} computes gradients of inputs and of weights apart, and float8 linears only know both;"
-        yield Finding("precision.float8.enabled", problem, "write false, or choose 1F1B or Interleaved1F1B.")
 
 
 def _decisions(recipe: Recipe, world: int) -> tuple[LinearDecision, ...]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from math import lcm, prod
 
 from titanlite.errors import Finding
-from titanlite.models.spec import ModelSpec
-from titanlite.optim.base import OPTIMIZERS, optimizer_spec
-from titanlite.plan.layout import Layout, batch_plan, ceil_div, layout_of
+from titanlite.optim.base import OPTIMIZERS
+from titanlite.plan.checkpoint_parts import MAX_CHUNKS, count_parts
+from titanlite.plan.layout import batch_plan, ceil_div, layout_of
 from titanlite.plan.rules.lookup import divisors, find_config, find_spec, warning
-from titanlite.plan.rules.parts import FILE_BYTES, MAX_CHUNKS, part_count
 from titanlite.plan.rules.run import heads
-from titanlite.plan.slicing import GroupRank, Placement, find_placements, local_shape, pattern_of
+from titanlite.plan.slicing import find_placements, pattern_of
 from titanlite.plan.stages import splits_backward
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_batch, join_choices, pluralize
@@ -107,15 +105,6 @@ def sequences(recipe: Recipe, world: int) -> Iterator[Finding]:
     yield Finding("training.sequence_length", problem, fix)
 
 
-def ring_of_documents(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """A ring merges parts by their log-sum-exp, and no kernel gives that under a mask of documents."""
-    if recipe.parallel.cp > 1 and recipe.parallel.cp_method == "ring" and recipe.data.document_mask:
-        problem = (
-            "with data.document_mask, scores are formed without a kernel, in float32: right, and many times slower;"
-        )
-        yield warning("parallel.cp_method", problem, 'write "all-gather".')
-
-
 def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Tensor parallelism communicates within every block: it belongs inside one machine."""
     tp = recipe.parallel.tp
@@ -129,59 +118,22 @@ def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
         yield warning("parallel.tp", problem, fix)
 
 
-def overlap(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """What only the compiler can do needs the compiler."""
-    parallel = recipe.parallel
-    if parallel.async_tp and parallel.tp > 1 and not recipe.compile.enabled:
-        problem = "it is the compiler that splits the products and overlaps their parts with communication;"
-        yield Finding("parallel.async_tp", problem, "write compile.enabled = true, or async_tp = false.")
-
-
 def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """A checkpoint's table of parts is not longer than what can be read back."""
     spec, layout = find_spec(recipe), layout_of(recipe.parallel, world)
     if spec is None or layout is None or any(heads(recipe, world)) or recipe.optimizer.name not in OPTIMIZERS:
         return
-    most, number = MAX_CHUNKS - _OTHER_PARTS, checkpoint_parts(recipe, spec, layout)
+    most, number = MAX_CHUNKS - _OTHER_PARTS, count_parts(recipe, spec, layout)
     if number > most:
         problem = f"a checkpoint would be a table of {number:,} parts, and {MAX_CHUNKS:,} can be read back;"
         copies = ((layout.dp_replicate * each, layout.dp_shard // each) for each in divisors(layout.dp_shard))
         meshes = (replace(layout, dp_replicate=one, dp_shard=other) for one, other in copies)
-        fits = next((each for each in meshes if checkpoint_parts(recipe, spec, each) <= most), None)
+        fits = next((each for each in meshes if count_parts(recipe, spec, each) <= most), None)
         fix = "give a smaller model, or fewer ranks."
         if fits is not None:
             degrees = f"dp_replicate = {fits.dp_replicate}, dp_shard = {fits.dp_shard}"
             fix = f"cut the weights over fewer ranks, such as by {degrees}."
         yield Finding("parallel.dp_replicate" if fits else "model", problem, fix)
-
-
-def checkpoint_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
-    """How many parts of weights and moments the ranks write: each box that some hold, cut as when saving."""
-    config, states = spec.configure(recipe.model), optimizer_spec(recipe.optimizer.name).states
-    copies, cut = layout.weights(recipe.parallel.zero_stage)
-    width = 8 if recipe.precision.compute == "float64" else 4
-    shapes = spec.shapes(config)
-    cuts, tied = find_placements(shapes, spec.sharding(config)), spec.tied(config).values()
-    alike: Counter[tuple[tuple[int, ...], Placement | None, int]] = Counter()
-    for name, shape in shapes.items():
-        holders = copies * (1 if name in cuts else layout.tp) * (2 if name in tied and layout.pp > 1 else 1)
-        alike[shape, cuts.get(name), holders] += 1 + states(spec.is_block_matrix(name))
-    number = 0
-    for (shape, placement, holders), tensors in alike.items():
-        for rank in range(layout.tp if placement else 1):
-            size = local_shape(shape, placement, GroupRank(rank, layout.tp))
-            rows = max(1, ceil_div(size[0], cut))
-            for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
-                nbytes = width * height * prod(size[1:])
-                number += tensors * boxes * part_count(height, nbytes, holders, file_bytes)
-    return number
-
-
-def offloading(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """It is sharding that moves weights between host and device."""
-    if recipe.parallel.offload and world == 1:
-        problem = "one rank has no others to share weights with, and only shared ones can rest in the host's memory;"
-        yield Finding("parallel.offload", problem, "write false, or start 2 ranks or more (titanlite check --world 2).")
 
 
 def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:

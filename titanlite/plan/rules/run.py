@@ -16,7 +16,7 @@ from titanlite.optim.schedules import SCHEDULES, lr_factor, schedule_named
 from titanlite.plan.layout import ceil_div, total_steps
 from titanlite.plan.rules.lookup import divisors, find_config, find_steps, warning
 from titanlite.plan.sinks import SINKS
-from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
+from titanlite.recipe.sections import Recipe
 from titanlite.registry import Registry, did_you_mean
 from titanlite.text import join_choices
 
@@ -194,52 +194,3 @@ def never_reached(recipe: Recipe, world: int) -> Iterator[Finding]:
     stop = recipe.run.stop_after_step
     if stop is not None and stop >= steps:
         yield warning("run.stop_after_step", f"the run ends at step {steps}, before {stop} stops it;", "leave it out.")
-
-
-def watching(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """The watchdog finds a hang before the process group gives up, which would leave no stacks and blame nobody."""
-    seconds, timeout = recipe.resilience.watchdog_seconds, recipe.parallel.timeout_seconds
-    if world > 1 and WATCHDOG_PATIENCE * seconds >= timeout:
-        problem = (
-            f"{WATCHDOG_PATIENCE} x {seconds:g} s, for a save or a first step, is not below parallel.timeout_seconds = "
-            f"{timeout:g}, after which a rank that waits"
-        )
-        fix = "lower it, or raise the time-out."
-        yield warning("resilience.watchdog_seconds", f"{problem} fails without saying for whom;", fix)
-
-
-def rollback(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """There is something to go back to."""
-    saves = recipe.checkpoint.every_steps or recipe.checkpoint.every_minutes
-    for key in ("on_nonfinite", "on_spike"):
-        if getattr(recipe.resilience, key) == "rollback" and not saves:
-            problem = "without checkpoints on the way, a bad step sends the run back to its very beginning;"
-            yield warning(f"resilience.{key}", problem, "set checkpoint.every_steps.")
-
-
-def rerun(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """What is compared bit for bit must be repeatable."""
-    if recipe.resilience.rerun_every and not recipe.run.deterministic:
-        problem = "a device may add in another order the second time, and sound hardware would be blamed;"
-        yield Finding("resilience.rerun_every", problem, "write run.deterministic = true, or rerun_every = 0.")
-
-
-def checkpoints(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """A run begins with one checkpoint at most, and the best are known only of steps that are validated and saved."""
-    section, validated = recipe.checkpoint, recipe.validation.every_steps
-    if section.warm_start is not None and section.resume_from is not None:
-        problem = "the run would begin with the weights of one checkpoint and the whole state of another;"
-        yield Finding("checkpoint.resume_from", problem, "give warm_start or resume_from.")
-    if section.keep_best and section.keep_last and not (validated and section.every_steps):
-        problem = f"the best {section.keep_best} are told by the validation loss at the step that is saved;"
-        yield Finding("checkpoint.keep_best", problem, "give validation.every_steps and checkpoint.every_steps too.")
-
-
-def looking_inside(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Debug tools that watch every module need modules that run one by one."""
-    if not recipe.compile.enabled:
-        return
-    for key in ("find_nonfinite", "trace_shapes"):
-        if getattr(recipe.debug, key):
-            problem = "watches every module, and compile.enabled fuses them into one;"
-            yield Finding(f"debug.{key}", problem, "write compile.enabled = false while you look.")

@@ -84,17 +84,3 @@ def _of_the_layout(recipe: Recipe, world: int) -> list[UnusedKey]:
         ("parallel.prefetch", stage == 0 or uncut, "no weights are cut, so none are gathered"),
         ("parallel.dp_shard", stage == 0 and parallel.dp_shard > 1, "in stage 0 nothing is cut, its ranks are copies"),
     ]
-
-
-def memory_budget(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """A budget is the compiler's to keep, and its alone."""
-    recompute = recipe.recompute
-    if recompute.budget is None:
-        return
-    if not recipe.compile.enabled:
-        problem = "it is the compiler that chooses what to recompute within a budget;"
-        fix = 'write compile.enabled = true, or recompute.mode = "selective" instead.'
-        yield Finding("recompute.budget", problem, fix)
-    if recompute.mode != "none":
-        problem = f'budget and mode = "{recompute.mode}" both choose what is recomputed;'
-        yield Finding("recompute.budget", problem, "give one of the two.")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from titanlite.errors import Finding, UsageError
+from titanlite.errors import UsageError
 from titanlite.recipe.sections import Recipe
 
 OPERATIONS = ("rms_norm", "rope", "swiglu")
@@ -73,16 +72,3 @@ _HEAD = {
     "off": "head and loss with all logits at once",
 }
 """What `kernels.linear_cross_entropy` means."""
-
-
-def wide_kernels(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Kernels asked for by name that would not run."""
-    if recipe.precision.compute != "float64":
-        return
-    keys = [name for name in ("backend", *OPERATIONS, QUANTISE) if getattr(recipe.kernels, name) == "triton"]
-    for key in keys:
-        yield Finding(
-            f"kernels.{key}",
-            "Triton's kernels compute in float32, and precision.compute is float64",
-            "set it to 'auto', or compute in another precision",
-        )
