@@ -59,7 +59,7 @@ class Case:
     operation: Operation
     reference: Operation
     arguments: Callable[[Model, int, torch.device], list[Any]]
-    """Of a model, for so many tokens; those that require gradients are differentiated."""
+    """Of (model, tokens, device); those that require gradients are differentiated."""
     passes: tuple[float, ...] = ()
     """How many times the bytes of the widest argument(s), `wide` in number, are moved: forward, and backward if any."""
     wide: int = 1
@@ -326,8 +326,8 @@ def rows(
     return found
 
 
-def printed(rows: Sequence[dict[str, Any]]) -> str:
-    """The table, without the columns that nobody fills, and what went wrong."""
+def format_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, without empty columns, and what went wrong."""
     used = [key for key in rows[0] if key != "failures" and any(row[key] is not None for row in rows)]
     lines = [table([{key: "" if row[key] is None else row[key] for key in used} for row in rows])]
     for row in rows:
@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured += rows(case, model, asked.tokens, device, roofs, compiled=cuda and not asked.no_compile)
         if asked.json == "-" and case is not chosen[-1]:  # for who may end this before it is done
             print(json.dumps({**on, "rows": measured}), flush=True)
-    print(printed(measured))
+    print(format_rows(measured))
     if asked.json == "-":
         print(json.dumps({**on, "rows": measured}))
     elif asked.json:

@@ -82,7 +82,7 @@ def compile_build(build: Build, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _specialised(build)
+    signature, constants, attributes = _specialise(build)
     compiled = triton.compile(
         ASTSource(build.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", TARGETS[target], 32),
@@ -99,7 +99,7 @@ def compile_build(build: Build, target: str) -> Compiled:
     )
 
 
-def _specialised(build: Build) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+def _specialise(build: Build) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
     """Types, constants and attributes of the arguments, as Triton's own launcher would derive them."""
     names = build.kernel.arg_names
     assert set(names) == set(build.signature) | set(build.constexprs), f"{build.name}: {names} is what it takes"
@@ -128,10 +128,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run(
+        usage = subprocess.run(
             [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 

@@ -84,7 +84,7 @@ def _largest_by(
     matrix, largest, rows, columns,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    # Programs (i, j) take the i-th columns of every so many-th rows. `largest`: of rows, then of columns.
+    # Programs (i, j) take the i-th columns of every n-th rows. `largest`: of rows, then of columns.
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     found = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(1), num_stages=3):

@@ -1,7 +1,7 @@
 """Liger-Kernel's operations, called with the arguments of ours: a contestant in the benchmark, where it is installed.
 
 Signatures and layouts are those of liger-kernel 0.6.2 and later. Nothing is imported before a call. Its backward passes
-write on what they were given, so whoever is compared with it needs arguments of its own.
+write on what they were given, so what is compared with it needs arguments of its own.
 """
 
 from __future__ import annotations

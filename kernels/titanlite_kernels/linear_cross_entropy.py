@@ -42,8 +42,8 @@ CHUNK = 1536
 def tokens_at_a_time(device_kind: str) -> int:
     """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`.
 
-    So many that the products take longer than to read and write the weight's gradient, which happens once a chunk; and
-    so few that their logits add little to that gradient in float32.
+    Enough that the products take longer than to read and write the weight's gradient, which happens once a chunk; and
+    few enough that their logits add little to that gradient in float32.
     """
     return 512 if device_kind == "cpu" else CHUNK
 
@@ -69,12 +69,12 @@ def linear_cross_entropy(
 
     The weight may be wider than `hidden`: it is rounded to its dtype for the products, and its gradient is not.
     Tokens labelled `ignore_index` count 0, whatever their logits. Another label outside the vocabulary makes the loss
-    infinite. `chunk`: tokens at a time. `wide_products`: form the products of a narrow `hidden` in float32; so CPUs do
-    unless told otherwise.
+    infinite. `chunk`: tokens at a time. `wide_products`: form the products of a narrow `hidden` in float32; the default
+    on CPUs.
 
     With a `group` each rank has the rows of the weight that begin at `first`, and the same hidden states and labels;
     three numbers a token travel. The result is the whole loss, on every rank. The gradient of `hidden` is then this
-    rank's summand: who gave it to all ranks sums it.
+    rank's summand, for the caller to sum.
     """
     rows, dim = labels.numel(), weight.shape[1]
     if hidden.shape[-1] != dim or hidden.shape[:-1] != labels.shape:
@@ -142,7 +142,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Plain Python around torch's operations in eager mode, so that whoever counts memory sees them all. Compilers are
+    """Plain Python around torch's operations in eager mode, so that memory counters see them all. Compilers are
     shown two operations that they leave alone, so that no fusion brings the logits back together.
     """
 
@@ -168,14 +168,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             compiling = torch.compiler.is_compiling()
             last = not (compiling or torch._C._autograd._get_current_graph_task_keep_graph())
-            grads = [
-                _scaled(each, grad, dtype, last) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            ]
+            grads = [_scale(each, grad, dtype, last) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         grad_hidden, grad_weight = (each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True))
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+def _scale(x: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """x [rows, dim] * scale in that dtype, no wider than x's. In place, a block's result is written over the block and
     those before it: so the gradient of a large vocabulary is never there twice.
     """
@@ -207,7 +205,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; each token's statistics; the gradients before they are scaled, empty where unwanted or recomputed."""
     wide = _wide(hidden.dtype)
-    factor = _rounded(weight, hidden.dtype, wide_products)
+    factor = _round(weight, hidden.dtype, wide_products)
     statistics = weights.new_empty(3, hidden.shape[0], dtype=torch.float64)
     grad_hidden = hidden.new_zeros(hidden.shape if want_hidden and not recompute else (0,), dtype=wide)
     grad_weight = weight.new_zeros(weight.shape if want_weight and not recompute else (0,), dtype=wide)
@@ -236,7 +234,7 @@ def _forward(
             _statistics(x @ factor[columns].t(), labels, first + columns.start, triton)
             for columns in _columns_at_a_time(hidden, weight, chunk)
         ]
-        statistics = _of_all_ranks(_joined(torch.stack(found)), group, ranks)
+        statistics = _of_all_ranks(_join(torch.stack(found)), group, ranks)
     else:
         for start in range(0, hidden.shape[0], chunk):
             run(slice(start, start + chunk))
@@ -266,7 +264,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients from recomputed logits, empty where unwanted."""
     wide = _wide(hidden.dtype)
-    factor = _rounded(weight, hidden.dtype, wide_products)
+    factor = _round(weight, hidden.dtype, wide_products)
     scale = weights * grad
     x = hidden.to(factor.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if want_hidden else (0,), dtype=wide)
@@ -355,7 +353,7 @@ def _(
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def _rounded(weight: Tensor, dtype: torch.dtype, wide_products: bool) -> Tensor:
+def _round(weight: Tensor, dtype: torch.dtype, wide_products: bool) -> Tensor:
     """The weight as products take it: rounded like the hidden states, in the dtype that products are formed in."""
     rounded = weight.to(dtype)
     return rounded.to(_wide(dtype)) if wide_products else rounded
@@ -462,10 +460,10 @@ def _of_all_ranks(statistics: Tensor, group: str, ranks: int) -> Tensor:
     if ranks == 1:
         return statistics
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(statistics.contiguous(), ranks, group)
-    return _joined(torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 3, -1))
+    return _join(torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 3, -1))
 
 
-def _joined(parts: Tensor) -> Tensor:
+def _join(parts: Tensor) -> Tensor:
     """The statistics [parts, 3, n] of parts of the vocabulary, as those of the whole [3, n]."""
     tops, log_totals, targets = parts.unbind(1)
     top = tops.amax(0)

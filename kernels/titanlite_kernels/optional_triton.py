@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns when nobody has said it
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns where it is not set
 
 try:
     import triton
@@ -30,7 +30,7 @@ INTERPRETING = INSTALLED and bool(triton.knobs.runtime.interpret)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton, the function as it stands, which nobody launches."""
+    """`triton.jit`; without Triton, the function as it stands, which is never launched."""
     return triton.jit(function) if INSTALLED else function
 
 

@@ -241,7 +241,7 @@ def test_a_gradient_is_narrowed_where_it_lies(rows: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_ROWS", 4)
     wide = torch.randn(rows, 5)
     expected, address = (wide * 0.3).bfloat16(), wide.data_ptr()
-    found = module._scaled(wide, torch.tensor(0.3), torch.bfloat16, in_place=True)
+    found = module._scale(wide, torch.tensor(0.3), torch.bfloat16, in_place=True)
     assert torch.equal(found, expected) and found.is_contiguous() and found.data_ptr() == address
 
 

@@ -20,7 +20,7 @@ from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel import ring
 from titanlite.parallel.batch import Batch
-from titanlite.parallel.context import SequencePart, _attend_to_the_last, share_sequences
+from titanlite.parallel.context import _attend_to_the_last, apply_context_parallel, local_sequences
 
 RANKS = st.integers(2, 7)
 CHUNK = st.integers(1, 4)
@@ -35,7 +35,7 @@ def test_the_parts_tile_every_sequence(ranks: int, chunk: int, microbatches: int
     length = 2 * ranks * chunk
     tokens = torch.arange(microbatches * microbatch * length).view(microbatches, microbatch, length)
     whole = batch_of(tokens)
-    parts = [SequencePart(ranks, rank).of(whole) for rank in range(ranks)]
+    parts = [local_sequences(whole, ranks, rank) for rank in range(ranks)]
     assert torch.cat([part.tokens for part in parts], -1).sort(-1).values.equal(tokens)
     for part in parts:
         assert part.positions is not None and part.positions.shape == part.tokens.shape == (
@@ -53,7 +53,7 @@ def test_the_parts_tile_every_sequence(ranks: int, chunk: int, microbatches: int
 def test_given_positions_and_documents_are_cut_like_tokens(ranks: int, chunk: int) -> None:
     tokens = torch.arange(2 * ranks * chunk).view(1, 1, -1)
     for rank in range(ranks):
-        part = SequencePart(ranks, rank).of(batch_of(tokens, tokens * 3, tokens * 5))
+        part = local_sequences(batch_of(tokens, tokens * 3, tokens * 5), ranks, rank)
         assert part.positions is not None and part.positions.equal(part.tokens * 3)
         assert part.documents is not None and part.documents.equal(part.tokens * 5)
 
@@ -61,7 +61,7 @@ def test_given_positions_and_documents_are_cut_like_tokens(ranks: int, chunk: in
 @given(RANKS, CHUNK)
 def test_a_ring_forms_every_pair_once(ranks: int, chunk: int) -> None:
     tokens = torch.arange(2 * ranks * chunk).view(1, 1, -1)
-    places = [SequencePart(ranks, rank).of(batch_of(tokens)).tokens.flatten() for rank in range(ranks)]
+    places = [local_sequences(batch_of(tokens), ranks, rank).tokens.flatten() for rank in range(ranks)]
     times = torch.zeros(tokens.numel(), tokens.numel(), dtype=torch.int64)
     for rank in range(ranks):
         for owner in range(ranks):
@@ -165,7 +165,7 @@ def test_what_is_sent(method: str, documents: bool, eight_ranks_of_which_this_is
     """
     group, plan = eight_ranks_of_which_this_is_the_third, (ShardingRule("0", "attention"), ShardingRule("1", "mask"))
     model = torch.nn.Sequential(CausalAttention(), DocumentMask())
-    share_sequences(model, plan, group, method)  # type: ignore[arg-type]
+    apply_context_parallel(model, plan, group, method)  # type: ignore[arg-type]
     with FakeTensorMode(), Communicated() as communicated:
         q = torch.empty(2, 32, 6, 16, requires_grad=True)
         k, v = (torch.empty(2, 32, 3, 16, requires_grad=True) for _ in range(2))

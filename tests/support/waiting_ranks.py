@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from titanlite.parallel.collectives import gather_sequence
-from titanlite.parallel.ring import _arrived, _pass_on
+from titanlite.parallel.ring import _pass_on, _wait
 from titanlite.resilience.sampling import Location, look_at
 
 _ENOUGH = 5
@@ -43,7 +43,7 @@ def _gathering_in_backward() -> None:
 
 
 def _ring() -> None:
-    _arrived(_pass_on(torch.ones(4), dist.group.WORLD))
+    _wait(_pass_on(torch.ones(4), dist.group.WORLD))
 
 
 def _sharded() -> None:

@@ -1,4 +1,4 @@
-"""Token losses as sums: whoever knows the step's global token count divides by it."""
+"""Token losses as sums, which the step divides by its global token count."""
 
 from __future__ import annotations
 

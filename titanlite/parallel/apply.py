@@ -36,20 +36,21 @@ if TYPE_CHECKING:
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
-    meshes, coordinates, sequence = None, ORIGIN, None
+    meshes, coordinates, localize = None, ORIGIN, None
     if layout.size > 1:
         # Imported here: FSDP costs half a second that a run on one device need not pay.
-        from titanlite.parallel.context import SequencePart
+        from titanlite.parallel.context import local_sequences
         from titanlite.parallel.meshes import Meshes
 
         ends_share_a_weight = layout.pp > 1 and bool(spec.tied(config))
         meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight)
         coordinates = meshes.coordinates
-        sequence = SequencePart(layout.cp, coordinates.cp) if layout.cp > 1 else None
+        if layout.cp > 1:
+            localize = partial(local_sequences, ranks=layout.cp, rank=coordinates.cp)
     builder = _Builder(spec, config, recipe, world, meshes)
     module, shards, passes, cached = builder.pipeline(meshes) if meshes and layout.pp > 1 else builder.whole()
     refresh = partial(refresh_casts, cached, compute_dtype(recipe.precision))
-    return ParallelModel(module, world, shards, passes, coordinates, sequence, refresh)
+    return ParallelModel(module, world, shards, passes, coordinates, localize, refresh)
 
 
 class _Built(NamedTuple):
@@ -147,9 +148,9 @@ class _Builder:
             module.to_empty(device=rests_on)
             _tie(module, tied)
         if meshes and meshes.cp is not None:
-            from titanlite.parallel.context import share_sequences
+            from titanlite.parallel.context import apply_context_parallel
 
-            share_sequences(module, spec.sharding(self.config), meshes.cp, recipe.parallel.cp_method)
+            apply_context_parallel(module, spec.sharding(self.config), meshes.cp, recipe.parallel.cp_method)
         cached = self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
         recompute_units(module, spec, recipe.recompute)
         if recipe.compile.enabled:

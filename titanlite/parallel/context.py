@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titanlite.models.layers import CausalAttention, causal_attention
+from titanlite.models.layers import causal_attention
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.collectives import SEQUENCE, all_gather, gather_sequence, reduce_scatter
-from titanlite.parallel.ring import RingAttention, RingDocuments, takes_flash
+from titanlite.parallel.ring import GroupModule, RingAttention, RingDocuments, takes_flash
 from titanlite.parallel.tensor import modules_by_rule, replace_module
 
 if TYPE_CHECKING:
@@ -30,38 +30,26 @@ def chunks_of(ranks: int, rank: int) -> tuple[int, int]:
     return rank, 2 * ranks - 1 - rank
 
 
-class SequencePart:
-    """One cp rank's part of every sequence: its chunk from the front, then that from the back."""
+def local_sequences(batch: Batch, ranks: int, rank: int) -> Batch:
+    """The batch with a cp rank's part of the sequences' tokens, labels, positions and documents: its chunk from the
+    front, then that from the back. Positions are those in whole sequences if it had none, and so are counts.
+    """
 
-    def __init__(self, ranks: int, rank: int) -> None:
-        self._ranks = ranks
-        self._chunks = chunks_of(ranks, rank)
+    def part(whole: Tensor) -> Tensor:
+        chunks = whole.chunk(2 * ranks, dim=-1)
+        return torch.cat([chunks[index] for index in chunks_of(ranks, rank)], dim=-1)
 
-    def of(self, batch: Batch) -> Batch:
-        """The batch with this rank's part of the sequences' tokens, labels, positions and documents, with the
-        positions in the whole sequence where it had none. Counts are still those of whole sequences.
-        """
-        tokens = self._part(batch.tokens)
-        if batch.positions is not None:
-            positions = self._part(batch.positions)
-        else:
-            # In the shape of the tokens because a pipeline cuts all its inputs alike; in memory it is one row.
-            places = torch.arange(batch.tokens.shape[-1], device=tokens.device)
-            positions = self._part(places).expand_as(tokens)
-        return replace(
-            batch,
-            tokens=tokens,
-            labels=self._part(batch.labels),
-            positions=positions,
-            documents=None if batch.documents is None else self._part(batch.documents),
-        )
-
-    def _part(self, whole: Tensor) -> Tensor:
-        chunks = whole.chunk(2 * self._ranks, dim=-1)
-        return torch.cat([chunks[index] for index in self._chunks], dim=-1)
+    tokens = part(batch.tokens)
+    if batch.positions is not None:
+        positions = part(batch.positions)
+    else:
+        # In the shape of the tokens because a pipeline cuts all its inputs alike; in memory it is one row.
+        positions = part(torch.arange(batch.tokens.shape[-1], device=tokens.device)).expand_as(tokens)
+    documents = None if batch.documents is None else part(batch.documents)
+    return replace(batch, tokens=tokens, labels=part(batch.labels), positions=positions, documents=documents)
 
 
-def share_sequences(
+def apply_context_parallel(
     model: nn.Module,
     plan: Sequence[ShardingRule],
     group: dist.ProcessGroup,
@@ -69,7 +57,7 @@ def share_sequences(
 ) -> None:
     """Replace, in place, what the cp rules of `plan` name for what sees all ranks' parts of the sequence.
 
-    Place r in the group has the r-th `SequencePart`. Parameters stay what they are.
+    Rank r of the group has the r-th of `local_sequences`. Parameters stay what they are.
     """
     attention, mask = (RingAttention, RingDocuments) if method == "ring" else (GatheredAttention, GatheredMask)
     for rule, name, _ in modules_by_rule(model, plan):
@@ -79,12 +67,8 @@ def share_sequences(
             replace_module(model, name, mask(group))
 
 
-class GatheredMask(nn.Module):
+class GatheredMask(GroupModule):
     """Keeps attention within documents, for this rank's queries and all ranks' keys."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
 
     def forward(self, documents: Tensor) -> Tensor:
         """[batch, seq here] document numbers -> [batch, 1, seq here, seq] bool: may this query see that key?"""
@@ -98,19 +82,15 @@ class GatheredMask(nn.Module):
         return (same & (positions <= own.unsqueeze(-1))).unsqueeze(1)
 
 
-class GatheredAttention(CausalAttention):
-    """`CausalAttention` of this rank's queries to all ranks' keys and values, which are gathered first."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
+class GatheredAttention(GroupModule):
+    """Causal attention of this rank's queries to all ranks' keys and values, which are gathered first."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """As in `causal_attention`, with this rank's part of each sequence; mask: as `GatheredMask` builds it."""
         chunk = q.shape[SEQUENCE] // 2
         if mask is not None:
             k, v = _GatherKeys.apply(k, v, self.group, (2 * self.group.size(),))
-            return super().forward(q, k, v, mask, False)
+            return causal_attention(q, k, v, mask, False)
         assert causal, "a model that sees what follows needs no balance, and has none here"
         seen = tuple(index + 1 for index in chunks_of(self.group.size(), self.group.rank()))
         front_k, front_v, back_k, back_v = _GatherKeys.apply(k, v, self.group, seen)
@@ -135,8 +115,8 @@ def _attend_to_the_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _GatherKeys(torch.autograd.Function):
     """Keys and values of all ranks, in the order of the sequence; gradients, summed over the ranks, back to their own.
 
-    [batch, seq here, heads, head_dim] each -> for each of `seen`, keys and values of the first so many chunks. These
-    lie in each other's memory, so that what several of them are saved for is held once.
+    [batch, seq here, heads, head_dim] each -> for each of `seen`, keys and values of that many chunks, from
+    the first on. These lie in each other's memory, so that what several of them are saved for is held once.
     """
 
     @staticmethod

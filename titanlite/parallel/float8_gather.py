@@ -2,7 +2,7 @@
 
 Ranks hold whole rows, so each rank casts its own with a scale a row; what arrives is bfloat16 again, every value one
 that float8 has. Casting that for a product changes nothing but values close to nothing beside the largest, since all
-scales are powers of two: nobody needs to ask for the largest value of a whole weight first.
+scales are powers of two: the largest value of a whole weight need not be known first.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def _prefetch(units: list[FSDPModule], depth: int) -> None:
 
 
 class MicrobatchSync(Sync):
-    """Tells a sharded model, before each microbatch's backward, what to communicate and what to keep."""
+    """Sets, before each microbatch's backward, what a sharded model communicates and what it keeps."""
 
     def __init__(self, model: FSDPModule, stage: int) -> None:
         self._model = model

@@ -20,7 +20,6 @@ from titanlite.plan.layout import ORIGIN, Coordinates
 
 if TYPE_CHECKING:
     from titanlite.parallel.batch import Batch
-    from titanlite.parallel.context import SequencePart
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,10 @@ class ParallelModel:
         shards: Shards,
         passes: ForwardBackward,
         coordinates: Coordinates = ORIGIN,
-        sequence: SequencePart | None = None,
+        localize: Callable[[Batch], Batch] | None = None,
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        """`module`: what of the model is on this rank. `sequence`: this rank's part of each sequence, if not all.
+        """`module`: what of the model is on this rank. `localize`: to this rank's part of each sequence.
 
         `refresh` is called before the first pass with weights that may be new.
         """
@@ -113,7 +112,7 @@ class ParallelModel:
         self.shards = shards
         self._passes = passes
         self._coordinates = coordinates
-        self._sequence = sequence
+        self._localize = localize or (lambda batch: batch)
         self._refresh = refresh
 
     def forward_backward(self, batch: Batch) -> Tensor:
@@ -130,7 +129,7 @@ class ParallelModel:
         )
         self.world.reduce(valid, "sum")
         self._refresh()
-        return self._passes.train(self._mine(batch), valid)
+        return self._passes.train(self._localize(batch), valid)
 
     def sum(self, own: Tensor) -> Tensor:
         """The second half: adds up what each rank still has a part of; returns the loss of the global batch."""
@@ -148,7 +147,7 @@ class ParallelModel:
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         self._refresh()
         for batch, label_bytes in batches:
-            sums[0] += self._passes.evaluate(self._mine(batch.to(self.world.device))) * self.reports_loss
+            sums[0] += self._passes.evaluate(self._localize(batch.to(self.world.device))) * self.reports_loss
             sums[1] += batch.valid_tokens * self._coordinates.is_batch_leader
             sums[2] += label_bytes * self._coordinates.is_batch_leader
         self._passes.after_evaluation()
@@ -163,6 +162,3 @@ class ParallelModel:
     def reports_loss(self) -> bool:
         """Of the ranks of a tp group, which all have the same loss, one reports it."""
         return self._coordinates.tp == 0
-
-    def _mine(self, batch: Batch) -> Batch:
-        return batch if self._sequence is None else self._sequence.of(batch)

@@ -220,7 +220,7 @@ class _ScheduledStage(PipelineStage):
                     group.post_backward()
 
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
-        """Ends torch's exchange before the first step, in which stages tell each other whether they know their shapes.
+        """Ends torch's exchange before the first step, in which stages exchange whether they know their shapes.
 
         They do, so the answer is not read from the device. The exchange itself sets up the communicators.
         """

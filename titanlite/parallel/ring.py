@@ -1,14 +1,13 @@
-"""Ring attention (Liu et al. 2023): keys and values of shared sequences pass from rank to rank, never all on one.
+"""Ring attention (Liu et al. 2023): keys and values of divided sequences pass from rank to rank, never all on one.
 
-What a block of keys adds to the outputs is merged by its log-sum-exp. Which part of a sequence a rank has is said in
-`context.py`; it makes of every step one call of a plain attention kernel.
+What a block of keys adds to the outputs is merged by its log-sum-exp. A rank's part of a sequence is that of
+`context.py`, which makes every step one call of a plain attention kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,24 +17,24 @@ from titanlite.models.layers import at_least_float32, by_float32_units, device_k
 from titanlite.parallel.collectives import gather_sequence
 
 
-class RingDocuments(nn.Module):
-    """All ranks' document numbers, from which `RingAttention` makes the masks of its blocks."""
+class GroupModule(nn.Module):
+    """A module whose work is divided among the ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
+
+
+class RingDocuments(GroupModule):
+    """All ranks' document numbers, from which `RingAttention` makes the masks of its blocks."""
 
     def forward(self, documents: Tensor) -> Tensor:
         """[batch, seq here] -> [batch, ranks, seq here]"""
         return gather_sequence(documents, self.group).unflatten(1, (self.group.size(), -1))
 
 
-class RingAttention(nn.Module):
+class RingAttention(GroupModule):
     """Causal attention of this rank's queries to all ranks' keys and values, which pass by."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """As in `causal_attention`, with this rank's part of each sequence; mask: as `RingDocuments` builds it."""
@@ -47,13 +46,12 @@ class RingAttention(nn.Module):
         return out.transpose(1, 2).to(dtype)
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """What a rank computes with the keys of another one: all of its queries or the back half, all of these keys or the
     front half.
 
-    Of a rank before ours, the front chunk precedes both of ours and the back one follows them. Of a rank after ours,
-    both lie between ours. So half of the pairs are seen whoever it is, and no chunk in part but our own.
+    Of a rank before this one, the front chunk precedes both of this rank's and the back one follows them. Of a later
+    rank, both lie between this rank's. So half of the pairs are seen, and only a rank's own chunks in part.
     """
 
     rank: int
@@ -84,12 +82,12 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: dist.ProcessGroup
     ) -> Tensor:
-        passing = _passing(k, v, group)
-        block, keys, values = next(passing)
+        steps = _steps(k, v, group)
+        block, keys, values = next(steps)
         part, part_lse = attend(q, keys, values, True, block.same_document(documents))
         # Copies: what a kernel gave may be kept for recomputation, and is not to be written on.
-        out, lse = part.to(_sum_dtype(q), copy=True), part_lse.clone()
-        for block, keys, values in passing:
+        out, lse = part.to(torch.promote_types(q.dtype, torch.float32), copy=True), part_lse.clone()
+        for block, keys, values in steps:
             seen = block.queries
             part, part_lse = attend(q[:, :, seen], keys, values, False, block.same_document(documents))
             _merge(out[:, :, seen], lse[:, :, seen], part, part_lse)
@@ -101,27 +99,27 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, documents, out, lse = ctx.saved_tensors
-        passing = _passing(k, v, ctx.group)
-        block, keys, values = next(passing)
+        steps = _steps(k, v, ctx.group)
+        block, keys, values = next(steps)
         same = block.same_document(documents)
         q_grad, *parts = attend_backward(grad, q, keys, values, out, lse, True, same)
-        q_grad = q_grad.to(_sum_dtype(q), copy=True)
+        q_grad = q_grad.to(torch.promote_types(q.dtype, torch.float32), copy=True)
         coming = _pass_on(torch.stack(parts).to(q_grad.dtype), ctx.group)
-        for block, keys, values in passing:
+        for block, keys, values in steps:
             seen, same = block.queries, block.same_document(documents)
             q_part, *parts = attend_backward(
                 grad[:, :, seen], q[:, :, seen], keys, values, out[:, :, seen], lse[:, :, seen], False, same
             )
             q_grad[:, :, seen] += q_part
             # What others added to the gradients of these keys left the neighbour before this rank began with them.
-            grads = _arrived(coming)
+            grads = _wait(coming)
             grads[..., block.keys, :] += torch.stack(parts)
             coming = _pass_on(grads, ctx.group)
-        k_grad, v_grad = _arrived(coming).to(k.dtype)  # home again
+        k_grad, v_grad = _wait(coming).to(k.dtype)  # home again
         return q_grad.to(q.dtype), k_grad, v_grad, None, None
 
 
-def _passing(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[_Block, Tensor, Tensor]]:
+def _steps(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[_Block, Tensor, Tensor]]:
     """What to compute with which keys and values, this rank's own first; the next are under way meanwhile."""
     ranks, rank = group.size(), group.rank()
     here = torch.stack((k, v))
@@ -131,15 +129,11 @@ def _passing(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[_
         keys, values = here[..., block.keys, :]
         yield block, keys, values
         if coming is not None:
-            here = _arrived(coming)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+            here = _wait(coming)
 
 
 def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Send `x` to the next rank; returns what the one before sends, to be waited for by `_arrived`."""
+    """Send `x` to the next rank; returns what the one before sends, to be waited for by `_wait`."""
     ranks, rank = group.size(), group.rank()
     # Of all collectives the one that the compiler knows and that moves nothing but this. Its splits are rows.
     sent, received = [0] * ranks, [0] * ranks
@@ -147,7 +141,7 @@ def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.group_name)
 
 
-def _arrived(coming: Tensor) -> Tensor:
+def _wait(coming: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(coming)
 
 

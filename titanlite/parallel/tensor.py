@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
-from titanlite.models.spec import ShardingRule, is_named_by
+from titanlite.models.spec import ShardingRule, Style, is_named_by
 from titanlite.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -63,9 +63,8 @@ def apply_tensor_parallel(
             placements[f"{name}.weight"] = placement = Placement(dimension, weight.shape[dimension], rule.unit)
             first, size = placement.local_range(group_rank)
             module.weight = nn.Parameter(torch.empty_like(weight.narrow(dimension, 0, size).contiguous()))
-        wrap = _WRAPPERS.get(rule.style)
-        if wrap is not None:
-            module.forward = wrap(module, group, first, casts.get(name))
+        if rule.style in ("gather", "row", "vocab"):
+            module.forward = _forward(rule.style, module, group, first, casts.get(name))
     return placements
 
 
@@ -82,40 +81,24 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-Forward = Callable[..., Any]
-
-
-def _gathering(module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None) -> Forward:
+def _forward(
+    style: Style, module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None
+) -> Callable[..., Any]:
+    """`module.forward` with the collectives that its style needs."""
     forward = module.forward
+    if style == "gather":
+        return lambda x, *arguments, **named: forward(_Gather.apply(x, group, cast), *arguments, **named)
+    if style == "row":
+        return lambda x: _Scatter.apply(forward(x), group, cast)
+    rows_here = module.get_parameter("weight").shape[0]
 
-    def with_whole_sequence(x: Tensor, *arguments: Any, **named: Any) -> Any:
-        return forward(_Gather.apply(x, group, cast), *arguments, **named)
-
-    return with_whole_sequence
-
-
-def _scattering(module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None) -> Forward:
-    forward = module.forward
-
-    def to_part_of_sequence(x: Tensor) -> Tensor:
-        return _Scatter.apply(forward(x), group, cast)
-
-    return to_part_of_sequence
-
-
-def _looking_up(module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None) -> Forward:
-    forward, count = module.forward, module.get_parameter("weight").shape[0]
-
-    def in_own_rows(tokens: Tensor) -> Tensor:
+    def look_up(tokens: Tensor) -> Tensor:
         rows = tokens - first
-        elsewhere = (rows < 0) | (rows >= count)
+        elsewhere = (rows < 0) | (rows >= rows_here)
         found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
         return _Scatter.apply(found, group, cast)
 
-    return in_own_rows
-
-
-_WRAPPERS = {"gather": _gathering, "row": _scattering, "vocab": _looking_up}
+    return look_up
 
 
 class _Gather(torch.autograd.Function):

@@ -14,7 +14,7 @@ from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.batch import Batch
-from titanlite.parallel.context import SequencePart, _GatherKeys, share_sequences
+from titanlite.parallel.context import _GatherKeys, apply_context_parallel, local_sequences
 from titanlite.parallel.recompute import _policy
 
 PLAN = (ShardingRule("core", "attention"), ShardingRule("mask", "mask"))
@@ -40,7 +40,7 @@ def part_of(tensor: Tensor, ranks: int, rank: int) -> Tensor:
     """A rank's part of [batch, seq, …], cut as tokens are."""
     numbers = torch.arange(tensor.shape[1])
     batch = Batch(numbers, numbers, None, None, (), 1, len(numbers))
-    return tensor[:, SequencePart(ranks, rank).of(batch).tokens]
+    return tensor[:, local_sequences(batch, ranks, rank).tokens]
 
 
 def inputs(case: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
@@ -65,7 +65,7 @@ def attend(
     expected = [whole.detach(), *torch.autograd.grad(whole, (q, k, v), tensors[3].double())]
 
     shared = Attending()
-    share_sequences(shared, PLAN, dist.group.WORLD, method)
+    apply_context_parallel(shared, PLAN, dist.group.WORLD, method)
     mine = [part_of(tensor, world, rank) for tensor in tensors]
     ours = [tensor.requires_grad_() for tensor in mine[:3]]
     numbers = None if documents is None else part_of(documents, world, rank)
