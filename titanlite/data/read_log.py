@@ -10,7 +10,6 @@ stretch ends, and before anything shows that they were taken: a row of metrics, 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titanlite.errors import DataError, UsageError
-from titanlite.files import Appender, cause, open_file, read_file
+from titanlite.files import Appender, cause, read_file
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.plan.layout import BatchPlan
 
@@ -52,9 +51,6 @@ the first step those from `first - rank` on, and each step those that follow.
 """
 _MOST = 2**24
 """Samples of one batch, or steps of one record: far more than there ever are."""
-_FIELDS = struct.Struct("<qqIIIIIHH")
-assert _FIELDS.size == RECORD.itemsize
-
 Records = npt.NDArray[Any]
 """`[records]` of `RECORD`."""
 
@@ -76,8 +72,9 @@ class ReadLog:
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _cut_to_whole_records(path)
                 self._file = Appender(path, warn)
+                size = path.stat().st_size
+                os.truncate(path, size - size % RECORD.itemsize)  # a record that a kill has cut in two
             except OSError as error:
                 raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
 
@@ -123,9 +120,9 @@ class ReadLog:
             self._file.close()
 
     def _write(self, kind: int, step: int, first: int, count: int) -> None:
-        place = (self._begun, self._start, self._plan.data_rank, self._plan.data_ranks, self._turn, kind)
         if self._file is not None:
-            self._file.write(_FIELDS.pack(first, count, step, *place))
+            place = (self._begun, self._start, self._plan.data_rank, self._plan.data_ranks, self._turn, kind)
+            self._file.write(np.array((first, count, step, *place), RECORD).tobytes())
 
 
 NO_LOG = ReadLog(None, BatchPlan(global_batch=1, data_ranks=1, data_rank=0, microbatch=1), 1, print)
@@ -140,26 +137,34 @@ def read_records(run: Path) -> Records:
     """All records of a run, those of several steps as one for each, in no order across ranks. Raises `DataError`; also
     where there are none.
     """
-    parts = []
-    for path in sorted((run / FOLDER).glob("rank-*.bin")):
-        records = _whole_records(path)
-        several = records["kind"] == READ_STEPS
-        steps, batch = records["count"] >> 32, records["count"] & 2**32 - 1
-        strange = np.flatnonzero(
-            (records["kind"] < READ) | (records["kind"] > READ_STEPS) | (records["ranks"] == 0)
-            | (records["count"] < 0) | ((records["kind"] == READ) & (records["count"] > _MOST))
-            | (several & ((steps == 0) | (steps > _MOST) | (batch <= records["rank"]) | (batch > _MOST)))
-            | (records["first"] < 0) | (records["first"] >= 2**62)
-        )  # fmt: skip
-        if strange.size:
-            raise DataError(f"{path}: {records[strange[0]]}: damaged, or written by a newer titanlite.")
-        parts.append(_each_step(records, np.where(several, steps, 1), np.where(several, batch, 0)))
+    parts = [_read_file(path) for path in sorted((run / FOLDER).glob("rank-*.bin"))]
     if not sum(map(len, parts)):
         raise DataError(
             f"{run} has no record of the samples that were read: {run / FOLDER} is empty or not there. Runs of older "
             "versions of titanlite left none."
         )
     return np.concatenate(parts)
+
+
+def _read_file(path: Path) -> Records:
+    records = _whole_records(path)
+    several = records["kind"] == READ_STEPS
+    steps = np.where(several, records["count"] >> 32, 1)
+    batch = np.where(several, records["count"] & 2**32 - 1, 0)
+    strange = np.flatnonzero(
+        (records["kind"] < READ) | (records["kind"] > READ_STEPS) | (records["ranks"] == 0) | (records["count"] < 0)
+        | ((records["kind"] == READ) & (records["count"] > _MOST)) | (steps < 1) | (steps > _MOST) | (batch > _MOST)
+        | (several & (batch <= records["rank"])) | (records["first"] < 0) | (records["first"] >= 2**62)
+    )  # fmt: skip
+    if strange.size:
+        raise DataError(f"{path}: {records[strange[0]]}: damaged, or written by a newer titanlite.")
+    each, batch = np.repeat(records, steps), np.repeat(batch, steps)
+    later = np.arange(len(each)) - np.repeat(np.cumsum(steps) - steps, steps)  # steps after the record's first
+    each["step"] += later.astype(np.uint32)
+    each["first"] += later * batch
+    each["count"] = np.where(batch > 0, -((each["rank"] - batch) // each["ranks"]), each["count"])
+    each["kind"][batch > 0] = READ
+    return each
 
 
 def last_start(run: Path) -> int:
@@ -180,21 +185,3 @@ def _whole_records(path: Path) -> Records:
         raise DataError(f"cannot read {path}: {cause(error, path)}.") from error
     records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
     return records[records["start"] > 0]
-
-
-def _each_step(records: Records, steps: npt.NDArray[np.int64], batches: npt.NDArray[np.int64]) -> Records:
-    """A record of `READ` for each of the steps in those with a batch; the others as they are."""
-    each, batch = np.repeat(records, steps), np.repeat(batches, steps)
-    later = np.arange(len(each)) - np.repeat(np.cumsum(steps) - steps, steps)
-    each["step"] += later.astype(np.uint32)
-    each["first"] += later * batch
-    each["count"] = np.where(batch > 0, -((each["rank"] - batch) // each["ranks"]), each["count"])
-    each["kind"][batch > 0] = READ
-    return each
-
-
-def _cut_to_whole_records(path: Path) -> None:
-    """Drop half a record at the end, so that what follows is not read askew."""
-    if path.exists() and (odd := path.stat().st_size % RECORD.itemsize):
-        with open(open_file(path, os.O_RDWR), "r+b") as file:
-            file.truncate(path.stat().st_size - odd)
