@@ -37,9 +37,9 @@ def add_show_command(commands: Any) -> None:
                               "not go back")  # fmt: skip
     command.add_argument("--step", type=int, required=True, metavar="N", help="step, from 1")
     command.add_argument("--rank", type=int, metavar="R", help="only what data rank R reads, from 0")
-    command.add_argument("--data-ranks", type=int, metavar="D", help="with a recipe: of so many")
+    command.add_argument("--data-ranks", type=int, metavar="D", help="with a recipe: of how many")
     command.add_argument("--limit", type=int, default=1000, metavar="CHARACTERS",
-                         help="at most so many of each sample; 0: all (default 1000)")  # fmt: skip
+                         help="at most these of each sample; 0: all (default 1000)")  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the samples for machines")
 
 
@@ -113,8 +113,8 @@ def _require_same_order(run: Path, split: Split, step: int) -> None:
     past = split.past(manifest.samples) if manifest else {}
     if any(values.get(key, value) != value for key, value in past.items()):
         raise DataError(
-            f"the samples are not what {run} was trained on: a file of its text has changed since, or what its "
-            "recipe.toml says of the data."
+            f"the samples are not what {run} was trained on: a file of its text has changed since, or [data] of its "
+            "recipe.toml."
         )
 
 

@@ -100,11 +100,11 @@ def samples_of(records: Records) -> Samples:
 def audit(
     records: Records, last_step: int, end: int, begins_elsewhere: bool = False, reordered: Sequence[int] = ()
 ) -> Audit:
-    """Follow the history to `last_step`, whose state says that samples before `end` are read or passed over, and which
+    """Follow the history to `last_step`, by whose state the samples before `end` are read or passed over, and these
     steps were the first to be `reordered`.
 
     `begins_elsewhere`: the run may have begun with the state of another one, so that its first samples are not here; it
-    has if its first records say so.
+    has if its first records go on from a later step than 0.
     """
     names = _stretches(records)
     begins_elsewhere = begins_elsewhere and names.size > 0 and bool(records["begun"][names.argmin()])

@@ -46,8 +46,8 @@ def train_loader(
     overfit_one_batch: bool = False,
     skipped: tuple[int, ...] = (),
 ) -> Iterator[Batch]:
-    """Batches of so many `steps`, one each, the first of which begins with sample `first_sample`; those that `skipped`
-    names, as in `SampleSchedule`, are passed over.
+    """The batches of `steps` steps, the first of which begins with sample `first_sample`; the batches
+    `skipped`, as in `SampleSchedule`, are passed over.
 
     To resume is to begin with another sample. With `workers`, processes start at once and keep `prefetch`
     batches each ready; they end when the iterator is exhausted or dropped, and when this process dies. With
@@ -79,7 +79,7 @@ def train_loader(
 
 
 UNREADABLE = (OSError, ValueError, DataError)
-"""What reading a batch may raise because of the data; anything else is no matter of theirs."""
+"""What reading a batch may raise because of the data; anything else is a mistake in the code."""
 
 
 def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) -> Iterator[Batch]:

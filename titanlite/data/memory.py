@@ -45,7 +45,7 @@ def within_memory(what: str) -> Iterator[None]:
 
 
 def _free_bytes() -> int | None:
-    """What the system, or this container, can give without taking it from others; None if it does not say."""
+    """What the system, or this container, can give without taking it from others; None if that is unknown."""
     free = None
     with suppress(OSError, ValueError):
         free = 1024 * sum(_number_after(name, Path("/proc/meminfo")) for name in ("MemAvailable:", "SwapFree:"))

@@ -124,7 +124,7 @@ def _assign_spare_places(shares: Sequence[int]) -> Table:
 
     The sources are laid end to end, each as long as its share (below CYCLE; all together CYCLE x spare places), and
     those are chosen that contain the block's offset + a multiple of CYCLE (systematic sampling, Madow 1949). Of all
-    CYCLE offsets a source is chosen by as many as its share says.
+    CYCLE offsets a source is chosen by as many as its share is.
     """
     offsets = np.arange(CYCLE + 1) * _STRIDE % CYCLE
     marks = offsets[:, np.newaxis] + np.arange(0, sum(shares), CYCLE)
@@ -152,7 +152,7 @@ def _counts_before(has: npt.NDArray[np.bool_]) -> Table:
 
 
 def _power(permutation: Permutation, times: int) -> Permutation:
-    """The permutation applied so many times, by squaring."""
+    """The permutation applied `times` times, by squaring."""
     result: Permutation = np.arange(len(permutation))
     while times:
         if times & 1:
@@ -219,7 +219,7 @@ class MixtureSchedule:
 def build_schedule(
     stages: Sequence[tuple[int | None, Sequence[float]]], limits: Sequence[int | None]
 ) -> MixtureSchedule:
-    """The schedule of sources that may have so many samples each (None: any number).
+    """The schedule of sources that have at most `limits` samples (None: any number).
 
     Of each stage, the sample that the next one begins with (None for the last), and a weight for each source (0: it has
     no part). Where a source is used up, the others share its part by their weights. The run ends where a stage has no
@@ -249,6 +249,6 @@ def build_schedule(
 
 
 def _length(mixture: Mixture, source: int, samples: int, cycles: int) -> int:
-    """The shortest beginning of a mixture that has so many samples of a source; it has so many whole cycles."""
+    """The shortest beginning of a mixture with `samples` of a source; it has `cycles` whole cycles."""
     low = cycles * CYCLE * BLOCK
     return low + bisect_left(range(CYCLE * BLOCK), samples, key=lambda length: mixture.count(source, low + length))

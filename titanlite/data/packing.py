@@ -32,8 +32,8 @@ class Sliced(Protocol):
     def __getitem__(self, key: slice | Int64, /) -> Tokens: ...
 
 
-def joined(tokens: Sliced, begins: Sequence[int], ends: Sequence[int]) -> Tokens:
-    """A copy of some stretches of `tokens`, one after the other."""
+def join_slices(tokens: Sliced, begins: Sequence[int], ends: Sequence[int]) -> Tokens:
+    """A copy of some slices of `tokens`, one after the other."""
     if isinstance(tokens, np.ndarray | FileArray):
         return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
     return tokens[np.concatenate([*map(np.arange, begins, ends)])]  # what is computed costs less at once
@@ -56,7 +56,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """A stream of so many tokens, cut."""
+    """A stream of `tokens` tokens, cut."""
 
     tokens: int
     sequence_length: int
@@ -118,7 +118,7 @@ class BestFit:
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
         begins, ends = starts.tolist(), (starts + lengths).tolist()
         before = max(begins[0] - 1, 0)
-        tokens = joined(stream, [before, *begins], [before + 1, *ends])
+        tokens = join_slices(stream, [before, *begins], [before + 1, *ends])
         if lengths[0] < self.sequence_length or starts[0] == 0:
             tokens[0] = self.separator
         return tokens
@@ -137,7 +137,7 @@ def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
     opens = inputs == separator
     index = np.arange(inputs.shape[-1], dtype=np.int64)
     starts = np.maximum.accumulate(np.where(opens, index, 0), axis=-1)
-    # A separator in first place opens number 1; number 0 is then absent, which harms nobody who compares numbers.
+    # A separator in first place opens number 1; number 0 is then absent: numbers are only compared.
     return index - starts, np.cumsum(opens, axis=-1, dtype=np.int64)
 
 

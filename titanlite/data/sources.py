@@ -93,8 +93,8 @@ class Source:
             where, first = self.locate(index)
             raise DataError(
                 f"source {self.name}, {getattr(where, 'prefix', 'its texts')}: ids {tokens.min()} to {tokens.max()} "
-                f"from token {first:,} on, and the "
-                f"tokenizer's are 0 to {self.tokenizer.vocab_size - 1:,}; the file is damaged, or of another tokenizer."
+                f"from token {first:,} on, and the tokenizer's are 0 to {self.tokenizer.vocab_size - 1:,}; the file is "
+                "damaged, or of another tokenizer."
             )
         return tokens
 
@@ -120,7 +120,7 @@ class Source:
         )
 
     def beginning(self, tokens: int) -> Tokens:
-        """The first so many tokens, or all of fewer."""
+        """The first `tokens` tokens, or all of fewer."""
         parts: list[Tokens] = []
         for each in self.streams:
             parts.append(each.tokens[: tokens - sum(map(len, parts))])

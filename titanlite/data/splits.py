@@ -163,9 +163,9 @@ def open_data(
 
 
 def require_samples(split: Split, samples: int) -> list[str]:
-    """What is worth saying of the sources of a run of so many samples: how often each is read, where there are several
-    or one is read more than once, and what best-fit packing makes of each. Raises `DataError` where they do not
-    suffice. Padding counts as tokens here, as wherever the tokens of a run are meant.
+    """Lines about the sources of a run of `samples` samples: how often each is read, where there are several or one is
+    read more than once, and what best-fit packing makes of each. Raises `DataError` where they do not suffice. Padding
+    counts as tokens here, as wherever the tokens of a run are meant.
     """
     end, length = split.schedule.end, split.sources[0].sequence_length
     if end is not None and end < samples:
@@ -174,13 +174,13 @@ def require_samples(split: Split, samples: int) -> list[str]:
             f"{format_count(samples * length)}; train on fewer (training.tokens), raise or remove the sources' epochs "
             "and tokens, or add a source."
         )
-    said = [report for source in split.sources if (report := source.packing_report())]
+    lines = [report for source in split.sources if (report := source.packing_report())]
     for source, count in zip(split.sources, split.schedule.counts(samples), strict=True):
         times = count / source.windows
         if len(split.sources) > 1 or times > 1:
             size = format_count(source.tokens)
-            said.append(f"source {source.name} ({size} tokens) will be read {times:,.{2 if times < 10 else 0}f} times")
-    return said
+            lines.append(f"source {source.name} ({size} tokens) will be read {times:,.{2 if times < 10 else 0}f} times")
+    return lines
 
 
 def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[str, float]:

@@ -18,7 +18,7 @@ from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
 
 MOST_FILES = 1000
-"""Of an entry, so many files are looked at."""
+"""Of an entry that are looked at."""
 
 
 def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
