@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from titanlite.observe.console import Pace, PlainConsole, TerminalConsole, describe, open_console
+from titanlite.observe.console import Pace, PlainConsole, TerminalConsole, describe_row, open_console
 from titanlite.observe.rows import event_row, validation_row
 
 
@@ -24,23 +24,23 @@ def metric(step, loss=2.34567, mfu=0.412, seconds=0.5):
 
 
 def test_a_metrics_row_says_how_it_goes_and_how_long_it_takes():
-    text = describe(metric(100), 2000)
+    text = describe_row(metric(100), 2000)
     for part in ("step  100/2000", "loss  2.3457", "tokens/s    5.12K", "mfu  41.2%", "eta 0:15:50", "1.21 GiB"):
         assert part in text
-    assert "mfu" not in describe(metric(100, mfu=None), 2000)
+    assert "mfu" not in describe_row(metric(100, mfu=None), 2000)
     pace, paces = Pace(), []
     for step in (1, *range(10, 100, 10)):  # the first compiles, and one waits for a file server
-        paces.append(pace.of(metric(step, seconds={1: 60.0, 50: 30.0}.get(step, 0.5))))
+        paces.append(pace.add(metric(step, seconds={1: 60.0, 50: 30.0}.get(step, 0.5))))
     assert paces[0] == 60 and paces[2:] == [0.5] * 8, "issue 14, item 27: by more than the row before"
-    assert pace.of({"step": 90, "event": "a", "detail": "b"}) == 0.5
-    assert "eta 0:15:50" in describe(metric(100, seconds=30.0), 2000, 0.5)
-    assert "eta 115740740 days" in describe(metric(1, seconds=1e15), 2**60)
-    assert "loss     nan" in describe(metric(100, loss=float("nan")), 2000)
+    assert pace.add({"step": 90, "event": "a", "detail": "b"}) == 0.5
+    assert "eta 0:15:50" in describe_row(metric(100, seconds=30.0), 2000, 0.5)
+    assert "eta 115740740 days" in describe_row(metric(1, seconds=1e15), 2**60)
+    assert "loss     nan" in describe_row(metric(100, loss=float("nan")), 2000)
 
 
 def test_columns_stand_below_each_other():
     places = [
-        [match.start() for match in re.finditer(r"loss|norm|lr|tokens/s|mfu|mem|eta", describe(row, 20000))]
+        [match.start() for match in re.finditer(r"loss|norm|lr|tokens/s|mfu|mem|eta", describe_row(row, 20000))]
         for row in (metric(1, 10.98765, 0.05, 12.25), metric(12345, 0.1, 0.999))
     ]
     assert places[0] == places[1] and len(places[0]) == 7

@@ -38,9 +38,9 @@ def started(path, **sections):
     """A run that has written everything a run writes, and ended."""
     folder = opened(path, of=recipe(**sections))
     for file in (
-        folder.metrics,
+        path / "metrics.jsonl",
         folder.checkpoints / "step-00000005" / "manifest.json",
-        folder.tensorboard / "events",
+        path / "tensorboard" / "events",
         folder.logs / "log",
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +315,9 @@ def test_what_was_asked_for_once_is_done_once(tmp_path, before, now, deleted):
     else:
         status.write_text(json.dumps({**json.loads(status.read_text()), "job": before}))
     folder = started_as(tmp_path, now)
-    assert (not folder.metrics.exists(), not folder.resumed, folder.start.mode == "fresh") == (deleted,) * 3
+    assert (not (tmp_path / "metrics.jsonl").exists(), not folder.resumed, folder.start.mode == "fresh") == (
+        deleted,
+    ) * 3
     folder.write_status("running", 0)
     folder.close()
     assert json.loads(status.read_text())["pending"] == ""

@@ -21,7 +21,7 @@ from titanlite.observe.rows import Row
 from titanlite.text import format_count
 
 
-def open_console(stream: IO[str], total_steps: int, title: str) -> PlainConsole | TerminalConsole:
+def open_console(stream: IO[str], total_steps: int, title: str) -> PlainConsole:
     """The console that suits `stream`: a progress line if it is a terminal that can move its cursor."""
     if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
         return TerminalConsole(stream, total_steps, title)
@@ -29,28 +29,36 @@ def open_console(stream: IO[str], total_steps: int, title: str) -> PlainConsole 
 
 
 class PlainConsole:
-    """One line a row, in fixed columns, flushed. Falls silent, without an error, when nobody reads any more."""
+    """One line a row, in fixed columns, flushed. Stops printing, without an error, once its reader is gone (EPIPE)."""
 
     def __init__(self, stream: IO[str], total_steps: int) -> None:
-        self._stream: IO[str] | None = stream
+        self._stream = stream
         self._total_steps = total_steps
         self._pace = Pace()
+        self._gone = False
 
     def write(self, row: Row) -> None:
-        self.message(describe(row, self._total_steps, self._pace.of(row)))
+        self.message(describe_row(row, self._total_steps, self._pace.add(row)))
 
     def message(self, text: str) -> None:
         """A line, or several, for the reader."""
-        if self._stream is None:
-            return
-        try:
-            print(text, file=self._stream, flush=True)
-        except OSError:  # `train | head`, a full disk: the run is worth more than its last reader
-            _let_go(self._stream)
-            self._stream = None
+        self._draw(lambda: print(text, file=self._stream, flush=True))
 
     def close(self) -> None:
         """Nothing to put back: the stream is the caller's."""
+
+    def _draw(self, draw: Callable[[], object]) -> None:
+        """Draw, unless the reader has gone (`train | head`, a full disk, a closed terminal): the run is worth more."""
+        if self._gone:
+            return
+        try:
+            draw()
+        except OSError:
+            self._gone = True
+            with suppress(OSError):  # what the stream still holds goes nowhere, so that flushing it at the end succeeds
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
 
 class LogFile(PlainConsole):
@@ -60,27 +68,26 @@ class LogFile(PlainConsole):
         """Raises `UsageError` if the file cannot be written."""
         try:
             descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            self._file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
+            file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
         except OSError as error:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
-        super().__init__(self._file, total_steps)
+        super().__init__(file, total_steps)
 
     def close(self) -> None:
         """Close the file, whether the disk takes its last line or not."""
-        self._stream = None
+        self._gone = True
         with suppress(OSError):
-            self._file.close()
+            self._stream.close()
 
 
-class TerminalConsole:
+class TerminalConsole(PlainConsole):
     """A progress line by rich, redrawn with each metrics row; other rows and messages scroll by above it."""
 
     def __init__(self, stream: IO[str], total_steps: int, title: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self._total_steps = total_steps
-        self._pace = Pace()
+        super().__init__(stream, total_steps)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -92,15 +99,14 @@ class TerminalConsole:
         self._task = self._progress.add_task(title, total=total_steps, facts="starting")
         self._progress.start()
         self._progress.console.show_cursor(True)  # rich hides it, and a killed run could not give it back
-        self._gone = False
 
     def write(self, row: Row) -> None:
-        if "loss" in row:
-            found = _facts(row, self._total_steps, self._pace.of(row))
-            facts = "  ".join(f"{name} {text}" for name, text in found if name in _ON_THE_LINE)
-            self._draw(lambda: self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True))
-        else:
-            self.message(describe(row, self._total_steps))
+        if "loss" not in row:
+            super().write(row)
+            return
+        found = _facts(row, self._total_steps, self._pace.add(row))
+        facts = "  ".join(f"{name} {text}" for name, text in found if name in _ON_THE_LINE)
+        self._draw(lambda: self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True))
 
     def message(self, text: str) -> None:
         """A line, or several, above the progress line."""
@@ -110,24 +116,6 @@ class TerminalConsole:
         """Leave the last state of the line, and give the terminal back."""
         self._draw(self._progress.stop)
 
-    def _draw(self, draw: Callable[[], object]) -> None:
-        """Draw, until the terminal is gone (its window closed, the connection lost): the run goes on without it."""
-        if self._gone:
-            return
-        try:
-            draw()
-        except OSError:
-            _let_go(self._progress.console.file)
-            self._gone = True
-
-
-def _let_go(stream: IO[str]) -> None:
-    """Have the stream write to nowhere, so that what it still holds cannot fail when it is flushed at the end."""
-    with suppress(OSError):  # a stream without a descriptor holds nothing back
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
 
 _LONGEST_SECONDS = 10**13  # more than any run, and less than `timedelta` can hold
 _ON_THE_LINE = ("loss", "tokens/s", "mfu", "eta")
@@ -135,19 +123,19 @@ _WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, 
 
 
 class Pace:
-    """Seconds that a step takes, by the rows of late: the median, for a step that compiles or waits says little."""
+    """Seconds that a step takes: the median of the last rows, for a step that compiles or waits says little."""
 
     def __init__(self) -> None:
         self._rows: deque[float] = deque(maxlen=50)
 
-    def of(self, row: Row) -> float | None:
+    def add(self, row: Row) -> float | None:
         """With this row counted; None before the first metrics row."""
         if "step_seconds" in row:
             self._rows.append(row["step_seconds"])
         return median(self._rows) if self._rows else None
 
 
-def describe(row: Row, total_steps: int, pace: float | None = None) -> str:
+def describe_row(row: Row, total_steps: int, pace: float | None = None) -> str:
     """A row as one line of text, its columns at the same places in every row of a run.
 
     `pace`: seconds that the steps to come will take each; the row's own if not given.

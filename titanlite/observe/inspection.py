@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from titanlite.errors import NonfiniteFound
 
@@ -23,7 +24,7 @@ class NonfiniteFinder:
 
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in _tensors(output):
+            for tensor in filter(Tensor.is_floating_point, _tensors(output)):
                 self._look(name, module, "output", tensor)
                 if tensor.requires_grad:
                     tensor.register_hook(  # type: ignore[no-untyped-call]
@@ -43,12 +44,12 @@ class NonfiniteFinder:
 
 
 @contextmanager
-def traced_shapes(model: nn.Module, say: Callable[[str], None]) -> Iterator[None]:
+def trace_shapes(model: nn.Module, info: Callable[[str], None]) -> Iterator[None]:
     """Print each module's name, type, input and output shapes as it finishes its forward pass."""
 
     def hook(name: str) -> Callable[..., None]:
         def show(module: nn.Module, inputs: Any, output: Any) -> None:
-            say(f"{name:32} {type(module).__name__:12} {_shapes(inputs):32} -> {_shapes(output)}")
+            info(f"{name:32} {type(module).__name__:12} {_shapes(inputs):32} -> {_shapes(output)}")
 
         return show
 
@@ -60,18 +61,10 @@ def traced_shapes(model: nn.Module, say: Callable[[str], None]) -> Iterator[None
             handle.remove()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in a module's input or output, however they are nested."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _shapes(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return " ".join(filter(None, (_shapes(item) for item in value)))
-    return ""
+    return " ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in _tensors(value))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from titanlite.errors import UsageError
-from titanlite.observe.console import PlainConsole, TerminalConsole
+from titanlite.observe.console import PlainConsole
 from titanlite.observe.rows import Row, event_row
 from titanlite.plan.sinks import SINKS
 from titanlite.recipe.sections import Recipe
@@ -37,12 +37,12 @@ class RunLogger:
     """Passes rows and messages on; closes what it passes them to."""
 
     def __init__(self) -> None:
-        self._consoles: list[PlainConsole | TerminalConsole] = []
+        self._consoles: list[PlainConsole] = []
         self._sinks: dict[str, Sink] = {}
         self._step = 0
         """That of the last row."""
 
-    def add_console(self, console: PlainConsole | TerminalConsole) -> None:
+    def add_console(self, console: PlainConsole) -> None:
         """Rows and messages go to `console` too from now on."""
         self._consoles.append(console)
 

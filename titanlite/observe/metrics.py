@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -17,36 +18,28 @@ from titanlite.observe.flops import mfu
 from titanlite.observe.rows import Row
 
 
+@dataclass(kw_only=True)
 class Metrics:
     """Rows of a run's steps: the first, every `log_every`-th and the last, whichever process trains them.
 
     So a resumed run logs the same steps as one that was never interrupted. Times are of this process.
     """
 
-    def __init__(
-        self,
-        *,
-        total_steps: int,
-        log_every: int,
-        devices: int,
-        device: torch.device,
-        flops_per_token: float,
-        peak_flops: float | None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._total_steps = total_steps
-        self._log_every = log_every
-        self._devices = devices
-        self._device = device
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
-        self._clock = clock
+    total_steps: int
+    log_every: int
+    devices: int
+    device: torch.device
+    flops_per_token: float
+    peak_flops: float | None
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
         self.start(tokens=0)
 
     def start(self, tokens: int) -> None:
         """Begin timing, with `tokens` already trained; call right before the first step of this process."""
         self._window_tokens = tokens
-        self._window_start = self._clock()
+        self._window_start = self.clock()
         self._window_steps = 0
         self._window_wait = 0.0
 
@@ -54,16 +47,16 @@ class Metrics:
     def paused(self) -> Iterator[None]:
         """What happens inside (validation, saving) is not part of any step's time."""
         self._synchronise()
-        before = self._clock()
+        before = self.clock()
         try:
             yield
         finally:
             self._synchronise()
-            self._window_start += self._clock() - before
+            self._window_start += self.clock() - before
 
     def is_logged(self, step: int) -> bool:
         """Whether the step with this number (from 1) has a row."""
-        return step == 1 or step % self._log_every == 0 or step == self._total_steps
+        return step == 1 or step % self.log_every == 0 or step == self.total_steps
 
     def record(
         self,
@@ -86,9 +79,9 @@ class Metrics:
         if not self.is_logged(step):
             return None
         loss_value, norm_value = loss.item(), grad_norm.item()  # waits for the device, so the clock is read after it
-        seconds = max(self._clock() - self._window_start, 1e-9)
+        seconds = max(self.clock() - self._window_start, 1e-9)
         tokens_per_second = (tokens - self._window_tokens) / seconds
-        per_device = tokens_per_second / self._devices
+        per_device = tokens_per_second / self.devices
         row = {
             "step": step,
             "samples": samples,
@@ -100,16 +93,16 @@ class Metrics:
             "data_wait_seconds": self._window_wait / self._window_steps,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": per_device,
-            "tflops_per_device": per_device * self._flops_per_token / 1e12,
-            "mfu": mfu(per_device, self._flops_per_token, self._peak_flops),
-            "memory_peak_gib": peak_memory_bytes(self._device) / 2**30,
+            "tflops_per_device": per_device * self.flops_per_token / 1e12,
+            "mfu": mfu(per_device, self.flops_per_token, self.peak_flops),
+            "memory_peak_gib": peak_memory_bytes(self.device) / 2**30,
         }
         self.start(tokens)
         return row
 
     def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

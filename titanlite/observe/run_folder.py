@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -117,8 +117,6 @@ class RunFolder:
         """Which start of the run this is, from 1."""
         self.recipe = path / "recipe.toml"
         self.status = path / "status.json"
-        self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self._lock = lock
@@ -135,8 +133,8 @@ class RunFolder:
             if not self._lock.is_in_place():
                 self._warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
                 return False
-            status = _status(state, step, exit_code, reason, self.attempt, self.start.job, self._pending)
-            replace_file(self.status, status)
+            job = (self.attempt, self.start.job, self._pending)
+            replace_file(self.status, _status(state, *job, step=step, exit_code=exit_code, reason=reason))
         except OSError as error:
             self._warn(f"cannot write {self.status}: {cause(error, self.path)}.")
             return False
@@ -212,28 +210,21 @@ def open_run_folder(
 
     Raises `UsageError` for whatever stands in the way, before anything is changed.
     """
-    try:
-        _refuse_foreign(path)
-        if start.mode == "resume" and not has_run(path):
-            raise UsageError(f"there is no run to resume in {path}; to start one, leave --resume or --from-step away.")
-        path.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
-    except OSError as error:
-        raise UsageError(f"cannot use {path} as the run folder: {_reason(error, path)}.") from error
-    try:
-        return _open_locked(path, recipe, recipe_text, start, warn, lock)
-    except OSError as error:
-        lock.close()
-        raise UsageError(f"cannot use the run folder {path}: {_reason(error, path)}.") from error
-    except BaseException:
-        lock.close()
-        raise
-
-
-def _reason(error: OSError, path: Path) -> str:
-    """Why the system refused, and of which file in the folder, where it says that."""
-    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else str(path)
-    return f"{name}: {cause(error, path)}" if name != str(path) else cause(error, path)
+    with ExitStack() as undo:
+        try:
+            _refuse_foreign(path)
+            if start.mode == "resume" and not has_run(path):
+                raise UsageError(f"there is no run to resume in {path}; to start one, drop --resume or --from-step.")
+            path.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
+            undo.callback(lock.close)
+            folder = _open_locked(path, recipe, recipe_text, start, warn, lock)
+        except OSError as error:
+            name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else str(path)
+            where = f"{name}: " if name != str(path) else ""
+            raise UsageError(f"cannot use the run folder {path}: {where}{cause(error, path)}.") from error
+        undo.pop_all()
+    return folder
 
 
 def has_run(path: Path) -> bool:
@@ -270,7 +261,7 @@ def _open_locked(
                 "or add --force to delete the old one with its checkpoints."
             )
         if resumed:  # until its recipe and status are replaced, what is left of the old run says that it is to go
-            replace_file(path / "status.json", _status("running", 0, None, "", 1, start.job, start.once))
+            replace_file(path / "status.json", _status("running", 1, start.job, start.once))
         for name in OWNED:
             if name not in ("status.json", "recipe.toml"):
                 _delete(path / name)
@@ -280,10 +271,9 @@ def _open_locked(
     changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if not resumed:
         replace_file(path / "recipe.toml", text.encode())
+        replace_file(path / "status.json", _status("running", 1, start.job))
     for name in ("checkpoints", "logs"):
         (path / name).mkdir(exist_ok=True)
-    if not resumed:
-        replace_file(path / "status.json", _status("running", 0, None, "", 1, start.job))
     return RunFolder(path, lock, resumed, changes, warn, found, start, text)
 
 
@@ -347,7 +337,13 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _status(
-    state: State, step: int, exit_code: int | None, reason: str, attempt: int, job: tuple[str, ...], pending: str = ""
+    state: State,
+    attempt: int,
+    job: tuple[str, ...],
+    pending: str = "",
+    step: int = 0,
+    exit_code: int | None = None,
+    reason: str = "",
 ) -> bytes:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     process = {"attempt": attempt, "job": job, "pending": pending, "pid": os.getpid(), "host": platform.node()}
@@ -358,8 +354,8 @@ def _status(
 def _read_status(path: Path) -> dict[str, Any]:
     """What `status.json` says; empty if there is none, or if it is damaged. Raises `OSError` if it cannot be read."""
     with suppress(FileNotFoundError, ValueError):
-        fields = read_json(path)
-        return fields if isinstance(fields, dict) else {}
+        if isinstance(fields := read_json(path), dict):
+            return fields
     return {}
 
 

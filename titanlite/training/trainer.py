@@ -25,7 +25,7 @@ from titanlite.data.splits import DataSplits
 from titanlite.errors import StoppedEarly
 from titanlite.models.shard import may_be_nonfinite
 from titanlite.observe.flops import peak_flops
-from titanlite.observe.inspection import traced_shapes
+from titanlite.observe.inspection import trace_shapes
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.metrics import Metrics
 from titanlite.observe.run_folder import GO_ON, Start
@@ -161,7 +161,7 @@ class Trainer:
         """The remaining steps' batches, each with the seconds it was waited for."""
         with ExitStack() as first_step:
             if self.recipe.debug.trace_shapes:
-                first_step.enter_context(traced_shapes(self.state.model.module, self.logger.info))
+                first_step.enter_context(trace_shapes(self.state.model.module, self.logger.info))
             try:
                 for batch in self.feed.batches():
                     yield batch
