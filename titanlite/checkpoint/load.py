@@ -32,21 +32,21 @@ def load_state(
     prefix: str = "",
     ranks: Ranks = ALONE,
     convert: bool = False,
-    shared: bool = True,
+    own: Manifest | None = None,
 ) -> Manifest:
     """Copy the checkpoint's values into `into`, in place; called by every rank, each with its parts of the tensors.
 
     Each file is read whole by the rank that wants most of it, and compared with its hash; beside that, a rank reads its
     own parts and no more. It holds them and `READERS` blocks of `read.BLOCK_BYTES`. `prefix` limits the reading to the
     tensors whose names begin with it (`model.` for the weights alone). `convert` takes values of another floating-point
-    dtype, rounded to that of `into`. Without `shared`, a rank sees a folder of its own with the files that it wants
-    something of, and compares all of these with their hashes.
+    dtype, rounded to that of `into`. `own` is the manifest of folders that are each machine's own: a rank compares all
+    files with their hashes that it wants something of, and no others need be there.
 
     Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
     manifest says, or a weight or a moment is not finite: then `into` holds anything, and needs other values.
     """
-    manifest = decode_manifest(folder, ranks.run_on_rank0(lambda: manifest_text(folder)))
+    manifest = own or decode_manifest(folder, ranks.run_on_rank0(lambda: manifest_text(folder)))
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     placed = chunks_by_file(stored)
 
@@ -62,7 +62,7 @@ def load_state(
         return assign_files({file: manifest.files[file].bytes for file in placed}, wanted)
 
     shares = ranks.run_on_all_ranks(compare, share)
-    verified = set(shares[ranks.rank] if shared else _wanted_bytes(stored, placed, into))
+    verified = set(shares[ranks.rank] if own is None else _wanted_bytes(stored, placed, into))
 
     def fill(file: str) -> None:
         read_chunks(

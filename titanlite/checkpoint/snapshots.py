@@ -73,9 +73,11 @@ class Snapshot(NamedTuple):
     step: int
     digest: str
     """Of its manifest."""
-    sizes: Mapping[str, int]
-    """Bytes of each file, and of the manifest."""
-    holders: Mapping[str, list[int]]
+    machines: list[int]
+    """Those that hold something of it, the manifest at least."""
+    sizes: dict[str, int]
+    """Bytes of each file."""
+    holders: dict[str, list[int]]
     """The machines that hold each of these."""
 
 
@@ -218,40 +220,34 @@ class Snapshots:
         self._on_each_machine(lambda: _remove_others(final, warn))
 
     def _load(self, snapshot: Snapshot, tensors: Mapping[str, Shard]) -> Manifest:
-        folder = self._folder / folder_name(snapshot.step)
-        self._on_each_machine(lambda: _make_way(folder, snapshot.digest))
-        fetched: list[str] = []
-        try:
-            self._fetch(snapshot, folder, [MANIFEST])
-            manifest = storage.decode_manifest(folder, self._ranks.run_on_rank0(lambda: storage.manifest_text(folder)))
-            fetched = self._fetch(snapshot, folder, wanted_files(manifest, tensors))
-            manifest = load_state(folder, tensors, ranks=self._ranks, shared=False)
-        finally:  # a machine keeps no more than it did
-            _delete_files(folder, fetched)
-        self._loaded = snapshot.digest
-        return manifest
-
-    def _fetch(self, snapshot: Snapshot, folder: Path, wanted: Sequence[str]) -> list[str]:
-        """Have each machine get the files that its ranks want and it lacks; those that came to this rank.
-
-        Raises `DamagedCheckpointError`.
-        """
-        plan = self._ranks.run_on_all_ranks(lambda: wanted, lambda lists: plan_fetch(snapshot, self._machines, lists))
+        """Each machine gets the files that its ranks want and it lacks, for as long as they are read."""
+        ranks, folder = self._ranks, self._folder / folder_name(snapshot.step)
+        text = ranks.run_on_all_ranks(
+            lambda: storage.manifest_text(folder) if ranks.rank == snapshot.machines[0] else None,
+            lambda texts: texts[snapshot.machines[0]],
+        )
+        manifest = storage.decode_manifest(folder, text)
+        plan = ranks.run_on_all_ranks(
+            lambda: wanted_files(manifest, tensors), lambda wanted: plan_fetch(snapshot, self._machines, wanted)
+        )
         moves = [Move(*fields) for fields in plan]
-        mine = [move.file for move in moves if move.target == self._ranks.rank]
 
         def fetch() -> None:
             try:
-                transfer(moves, folder, self._ranks)
+                transfer(moves, folder, ranks)
             except OSError as error:
                 raise DamagedCheckpointError(f"{folder} cannot be assembled: {cause(error, folder)}.") from error
 
         try:
-            self._ranks.run_on_all_ranks(fetch)
-        except Exception:
-            _delete_files(folder, mine)  # they may hold anything
-            raise
-        return mine
+            self._on_each_machine(lambda: _make_way(folder, snapshot.digest))
+            ranks.run_on_all_ranks(fetch)
+            load_state(folder, tensors, ranks=ranks, own=manifest)
+        finally:  # a machine keeps no more than it did
+            for move in moves:
+                if move.target == ranks.rank:
+                    (folder / move.file).unlink(missing_ok=True)
+        self._loaded = snapshot.digest
+        return manifest
 
 
 def forget(checkpoints: Path) -> None:
@@ -316,17 +312,17 @@ def plan_fetch(snapshot: Snapshot, machines: Sequence[int], wanted: Sequence[Seq
 
 def assemble(reports: Sequence[Any]) -> list[Snapshot]:
     """What is whole of what the machines hold (`_list_held` of each, None of other ranks), newest first."""
-    sizes: dict[tuple[int, str], dict[str, int]] = defaultdict(dict)
+    found: dict[tuple[int, str], Snapshot] = {}
     lacking: dict[tuple[int, str], set[str]] = defaultdict(set)
-    holders: dict[tuple[int, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for machine, report in enumerate(reports):
         for step, digest, here, missing in report or ():
-            sizes[step, digest] |= here
+            snapshot = found.setdefault((step, digest), Snapshot(step, digest, [], {}, defaultdict(list)))
+            snapshot.machines.append(machine)
+            snapshot.sizes.update(here)
             lacking[step, digest].update(missing)
             for file in here:
-                holders[step, digest][file].append(machine)
-    whole = [key for key in sizes if lacking[key] <= sizes[key].keys()]
-    return [Snapshot(*key, sizes[key], holders[key]) for key in sorted(whole, reverse=True)]
+                snapshot.holders[file].append(machine)
+    return [found[key] for key in sorted(found, reverse=True) if lacking[key] <= found[key].sizes.keys()]
 
 
 # --- files
@@ -374,7 +370,7 @@ def _list_held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]
         files = {file: entry.bytes for file, entry in storage.read_manifest(place).files.items()}
         here = {file: size for file, size in files.items() if _size(place / file) == size}
         missing = [file for file in files if file not in here]
-        held.append((step, _digest(place), {**here, MANIFEST: _size(place / MANIFEST)}, missing))
+        held.append((step, _digest(place), here, missing))
     return held
 
 
@@ -488,8 +484,3 @@ def _make_way(folder: Path, digest: str) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise DamagedCheckpointError(f"{folder} cannot be used: {cause(error, folder)}.") from error
-
-
-def _delete_files(folder: Path, files: Sequence[str]) -> None:
-    for file in files:
-        (folder / file).unlink(missing_ok=True)
