@@ -1,15 +1,17 @@
 """`titanlite checkpoint`: look at checkpoints, prove them whole, compare two, delete old ones.
 
-Only comparing and Hugging Face's folders need torch. What is printed may come from anybody's checkpoint: nothing of it
-reaches a terminal raw.
+Only what reads values needs torch. What is printed may come from an untrusted checkpoint: none of it reaches a
+terminal raw.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from titanlite.checkpoint.examine import (
     unlisted_files,
 )
 from titanlite.checkpoint.format import step_of
-from titanlite.cli.huggingface import add_huggingface_commands
+from titanlite.cli import huggingface
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
 from titanlite.files import cause
 from titanlite.recipe.paths import path_argument
@@ -36,32 +38,32 @@ def main(argv: list[str]) -> int:
     """The command; see `titanlite checkpoint --help`. Raises `CheckpointError` (exit code 4) for damage."""
     parser = argparse.ArgumentParser(prog="titanlite checkpoint", description="Look after checkpoints.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, action, line in (
-        ("inspect", _inspect, "what a checkpoint (of a run: the newest) holds, and what wrote it"),
-        ("verify", _verify, "check that checkpoints are whole; exit code 4 and the damaged files' names if not"),
-        ("diff", _diff, "how far two checkpoints are apart, tensor by tensor"),
-        ("prune", _prune, "delete old checkpoints of a run; damaged ones neither count nor go"),
-    ):
-        command = commands.add_parser(name, help=line, description=line, allow_abbrev=False)
+    added = {}
+    for name, action, line, paths in (
+        ("inspect", _inspect, "what a checkpoint (of a run: the newest) holds, and what wrote it", {"path": _A_PATH}),
+        ("verify", _verify, "check that checkpoints are whole; exit code 4 and the damaged files' names if not",
+         {"path": _A_PATH}),
+        ("diff", _diff, "how far two checkpoints are apart, tensor by tensor",
+         {"a": f"{_A_PATH} (of a run: the newest)", "b": "the other one"}),
+        ("prune", _prune, "delete old checkpoints of a run; damaged ones neither count nor go",
+         {"path": "run or checkpoints folder"}),
+        ("export-hf", huggingface.export, "write a checkpoint's weights as a folder that transformers can load",
+         {"checkpoint": "run folder (its newest checkpoint), RUN/STEP, or a checkpoint", "out": "folder to make"}),
+        ("import-hf", huggingface.import_, "make a run folder whose one checkpoint holds the weights of a Hugging Face one",
+         {"folder": "folder with config.json and safetensors files", "out": "run folder to make"}),
+    ):  # fmt: skip
+        added[name] = command = commands.add_parser(name, help=line, description=line, allow_abbrev=False)
         command.set_defaults(action=action)
-        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-        if name == "diff":
-            command.add_argument("a", type=path_argument, help=f"{_A_PATH} (of a run: the newest)")
-            command.add_argument("b", type=path_argument, help="the other one")
-            command.add_argument("--prefix", default="", help="only tensors of such names, such as model.")
-        else:
-            command.add_argument(
-                "path", type=path_argument, help=_A_PATH if name != "prune" else "run or checkpoints folder"
-            )
-        if name == "verify":
-            command.add_argument(
-                "--deep", action="store_true", help="read every byte: compare the hashes, look for NaN"
-            )
-        if name == "prune":
-            command.add_argument("--keep-last", type=int, required=True, metavar="K", help="keep the K newest")
-            command.add_argument("--keep-every", type=int, default=0, metavar="N", help="and steps divisible by N")
-            command.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
-    add_huggingface_commands(commands)
+        for path, text in paths.items():
+            command.add_argument(path, type=path_argument, help=text)
+        if not name.endswith("-hf"):
+            command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    added["verify"].add_argument("--deep", action="store_true", help="read every byte: compare hashes, look for NaN")
+    added["diff"].add_argument("--prefix", default="", help="only tensors of such names, such as model.")
+    added["prune"].add_argument("--keep-last", type=int, required=True, metavar="K", help="keep the K newest")
+    added["prune"].add_argument("--keep-every", type=int, default=0, metavar="N", help="and steps divisible by N")
+    added["prune"].add_argument("--dry-run", action="store_true", help="print what would go, and delete nothing")
+    added["export-hf"].add_argument("--dtype", help="float32 or bfloat16 (default: the weights as they are stored)")
     arguments = parser.parse_args(argv)
     arguments.action(arguments)
     return EXIT_DONE
@@ -77,12 +79,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
           f"{format_count(report['tokens'])} tokens")  # fmt: skip
     if len(found) > 1:
         print(f"steps        {', '.join(map(str, report['steps']))}")
-    print(f"run          {_shown(report['run'] or 'unknown')}, {_shown(report['preset'] or 'unknown model')}, "
+    print(f"run          {_printable(report['run'] or 'unknown')}, {_printable(report['preset'] or 'unknown model')}, "
           f"{format_count(report['parameters'])} parameters")  # fmt: skip
-    print(f"layout       {_in_words(report['layout'] or {}) or 'unknown'}")
-    print(f"environment  {_in_words(report['environment'])}")
+    print(f"layout       {_list_values(report['layout'] or {}) or 'unknown'}")
+    print(f"environment  {_list_values(report['environment'])}")
     if report["values"]:
-        print(f"values       {_in_words(report['values'])}")
+        print(f"values       {_list_values(report['values'])}")
     print(f"size         {format_bytes(report['bytes'])} in {report['files']} files\n")
     rows = [
         (t["name"], t["dtype"], "x".join(map(str, t["shape"])) or "scalar", str(t["chunks"]), format_bytes(t["bytes"]))
@@ -106,9 +108,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         print(json.dumps(reports, indent=2))
     lines = [damage for report in reports for damage in report["damages"]]
     if lines:
-        raise CheckpointError(
-            "\n  ".join([f"{sum(not r['whole'] for r in reports)} of {len(reports)} damaged:", *lines])
-        )
+        damaged = sum(not report["whole"] for report in reports)
+        raise CheckpointError("\n  ".join([f"{damaged} of {len(reports)} damaged:", *lines]))
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -119,7 +120,9 @@ def _diff(arguments: argparse.Namespace) -> None:
         found = list(differences(a, b, arguments.prefix))
     apart = [difference for difference in found if not difference.is_none]
     if arguments.json:
-        tensors = [{key: _plain(value) for key, value in asdict(difference).items()} for difference in found]
+        tensors = [  # JSON has no infinity
+            {key: "infinity" if value == math.inf else value for key, value in asdict(each).items()} for each in found
+        ]
         print(json.dumps({"a": str(a), "b": str(b), "same": not apart, "tensors": tensors}, indent=2, allow_nan=False))
         return
     print(f"{a} and {b}: {len(found) - len(apart)} of {len(found)} tensors are the same")
@@ -140,9 +143,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     if folders == [arguments.path]:
         raise UsageError(f"{arguments.path} is one checkpoint; give the run folder that it belongs to.")
     found = {step: folder for folder in folders if (step := step_of(folder.name)) is not None}
-    damaged = {
-        step: first for step, folder in found.items() if (first := next(find_corruption(folder), None)) is not None
-    }
+    damaged = {step: first for step, folder in found.items() for first in islice(find_corruption(folder), 1)}
     whole = [step for step in found if step not in damaged]
     if not whole:
         raise CheckpointError(f"no checkpoint in {arguments.path} is whole, so none is deleted.")
@@ -170,17 +171,12 @@ def _remove(folder: Path) -> None:
         raise CheckpointError(f"cannot delete {folder}: {cause(error, folder)}.") from error
 
 
-def _in_words(values: dict[str, Any]) -> str:
-    return ", ".join(_shown(f"{key} {value}") for key, value in values.items() if not isinstance(value, dict))
+def _list_values(values: dict[str, Any]) -> str:
+    return ", ".join(_printable(f"{key} {value}") for key, value in values.items() if not isinstance(value, dict))
 
 
-def _shown(value: object) -> str:
+def _printable(value: object) -> str:
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in str(value))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
-    return "infinity" if value == float("inf") else value
 
 
 def _number(value: float | None) -> str:

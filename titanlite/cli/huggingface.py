@@ -1,36 +1,19 @@
-"""`titanlite checkpoint export-hf` and `import-hf`: the command lines of `huggingface.py`, which they import late."""
+"""`titanlite checkpoint export-hf` and `import-hf`. Torch is imported by these alone."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from titanlite.checkpoint.examine import newest_at, raise_if_deleted
-from titanlite.recipe.paths import path_argument
-from titanlite.text import format_bytes
+from titanlite.text import format_bytes, pluralize
 
 if TYPE_CHECKING:
     from titanlite.checkpoint.huggingface import Written
 
 
-def add_huggingface_commands(commands: Any) -> None:
-    """Add both to the subparsers of `titanlite checkpoint`; each sets `action` to its function of the arguments."""
-    line = "write a checkpoint's weights as a folder that Hugging Face's transformers can load"
-    command = commands.add_parser("export-hf", help=line, description=line, allow_abbrev=False)
-    command.add_argument(
-        "checkpoint", type=path_argument, help="run folder (its newest checkpoint), RUN/STEP, or a checkpoint"
-    )
-    command.add_argument("out", type=path_argument, help="folder to make")
-    command.add_argument("--dtype", help="float32 or bfloat16 (default: the weights as they are stored)")
-    command.set_defaults(action=_export)
-    line = "make a run folder whose one checkpoint holds the weights of a Hugging Face folder"
-    command = commands.add_parser("import-hf", help=line, description=line, allow_abbrev=False)
-    command.add_argument("folder", type=path_argument, help="folder with config.json and safetensors files")
-    command.add_argument("out", type=path_argument, help="run folder to make")
-    command.set_defaults(action=_import)
-
-
-def _export(arguments: argparse.Namespace) -> None:
+def export(arguments: argparse.Namespace) -> None:
+    """Of a checkpoint, `--dtype` of its weights, to a new folder."""
     from titanlite.checkpoint.huggingface import export_huggingface
 
     checkpoint = newest_at(arguments.checkpoint)
@@ -41,7 +24,8 @@ def _export(arguments: argparse.Namespace) -> None:
         print("no tokenizer was exported: the byte tokenizer has no files (ids are byte values, 256 ends a document).")
 
 
-def _import(arguments: argparse.Namespace) -> None:
+def import_(arguments: argparse.Namespace) -> None:
+    """Of a Hugging Face folder, to a new run folder."""
     from titanlite.checkpoint.huggingface import import_huggingface
 
     written = import_huggingface(arguments.folder, arguments.out)
@@ -59,5 +43,5 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _summary(written: Written) -> str:
-    files = "1 file" if len(written.files) == 1 else f"{len(written.files)} files"
+    files = pluralize(len(written.files), "file")
     return f"{written.folder}: {written.tensors} tensors, {format_bytes(written.nbytes)} in {files}"
