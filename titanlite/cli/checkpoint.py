@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
          {"path": "run or checkpoints folder"}),
         ("export-hf", huggingface.export, "write a checkpoint's weights as a folder that transformers can load",
          {"checkpoint": "run folder (its newest checkpoint), RUN/STEP, or a checkpoint", "out": "folder to make"}),
-        ("import-hf", huggingface.import_, "make a run folder whose one checkpoint holds the weights of a Hugging Face one",
+        ("import-hf", huggingface.import_, "make a run folder whose one checkpoint has a Hugging Face folder's weights",
          {"folder": "folder with config.json and safetensors files", "out": "run folder to make"}),
     ):  # fmt: skip
         added[name] = command = commands.add_parser(name, help=line, description=line, allow_abbrev=False)

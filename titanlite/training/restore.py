@@ -54,35 +54,55 @@ def restore(
     say: Callable[[str], None],
     last: int | None = None,
 ) -> Manifest | None:
-    """Give `state`, this rank's part of all that the learner changes, its values; the manifest of the checkpoint that
+    """Give `state`, this rank's part of all that training changes, its values; the manifest of the checkpoint that
     the run goes on from (of its own, the newest up to step `last`), or None if it begins.
 
     Called by all ranks. Raises `CheckpointError`, `DataError` and `UsageError`.
     """
-    _require_one_corpus(world, data)
-    manifest = _loaded(state, recipe, checkpoints, snapshots, start, last)
+    if not world.all_equal(data.fingerprint):
+        raise DataError(
+            f"rank {world.rank} reads another corpus than others. Every machine must see the same files (data.corpus, "
+            "data.sources, data.validation; for 'python-stdlib', run the same Python)."
+        )
+    if start.step is not None:
+        manifest: Manifest | None = checkpoints.load_chosen(start.step, state)
+    elif snapshots is not None:
+        newer = snapshots.load_latest
+        manifest = checkpoints.load_latest(state, newer=lambda step: newer(state, newer_than=step))
+    else:
+        manifest = checkpoints.load_latest(state, last=last)
+    if manifest is None and recipe.checkpoint.resume_from is not None:
+        manifest = _resume_from(expand(recipe.checkpoint.resume_from), state, recipe, checkpoints, start)
     if manifest is not None:
         _require_same_tokenizer(manifest, data, start)
-        _require_same_past(manifest, data, start)
-        _tell_other_validation(manifest, data, say)
+        _require_same_order(manifest, data, start)
     if snapshots is not None:
         snapshots.begin_generation()  # before later checkpoints go: a later snapshot must not come back in their place
     if start.step is not None:
         checkpoints.set_aside_after(start.step)
     if manifest is not None:
-        _tell_other_environment(manifest, world, say)
+        _warn_of_changes(manifest, data, world, say)
         learner.guards.resume()
-        return manifest
-    folder = None
-    if recipe.checkpoint.warm_start is not None:
+    elif recipe.checkpoint.warm_start is None:
+        learner.initialise()
+    else:
         folder = checkpoints.begins_with(expand(recipe.checkpoint.warm_start))
         _require_own_weights(folder, recipe, data, start, say)
-    learner.initialise()
-    if folder is not None:
+        learner.initialise()
         weights = {name: shard for name, shard in state.items() if name.startswith("model.")}
         checkpoints.load_from(folder, weights, "model.", convert=True)
         say(f"begins with the weights of {folder}")
-    return None
+    return manifest
+
+
+def _resume_from(
+    path: Path, state: Mapping[str, Shard], recipe: Recipe, checkpoints: CheckpointManager, start: Start
+) -> Manifest:
+    """Load another run's whole state."""
+    folder = checkpoints.begins_with(path)
+    require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
+    loaded = checkpoints.load_from(folder, state)
+    return replace(loaded, values={**loaded.values, BACK_TO: -1})  # the steps there are not this run's
 
 
 def _require_own_weights(
@@ -119,28 +139,6 @@ def _require_own_weights(
         say(f"warning: {key}: {line} they were trained with the first.")
 
 
-def _loaded(
-    state: Mapping[str, Shard],
-    recipe: Recipe,
-    checkpoints: CheckpointManager,
-    snapshots: Snapshots | None,
-    start: Start,
-    last: int | None,
-) -> Manifest | None:
-    if start.step is not None:
-        return checkpoints.load_chosen(start.step, state)
-    if snapshots is not None:
-        manifest = checkpoints.load_latest(state, newer=lambda step: snapshots.load_latest(state, newer_than=step))
-    else:
-        manifest = checkpoints.load_latest(state, last=last)
-    if manifest is not None or recipe.checkpoint.resume_from is None:
-        return manifest
-    folder = checkpoints.begins_with(expand(recipe.checkpoint.resume_from))
-    require_same_run(recipe_of(read_manifest(folder), folder), recipe, start.may_change, f"{folder} is", _ALONE_REFUSED)
-    loaded = checkpoints.load_from(folder, state)
-    return replace(loaded, values={**loaded.values, BACK_TO: -1})  # the steps there are not this run's
-
-
 def reordered_steps(manifest: Manifest | None, data: DataSplits, say: Callable[[str], None]) -> list[int]:
     """The steps that were the first in another order of samples than the step before, up to the one after the
     checkpoint. The state itself lists them: what it is that led to it.
@@ -155,14 +153,6 @@ def reordered_steps(manifest: Manifest | None, data: DataSplits, say: Callable[[
     return sorted({*steps, first})
 
 
-def _require_one_corpus(world: World, data: DataSplits) -> None:
-    if not world.all_equal(data.fingerprint):
-        raise DataError(
-            f"rank {world.rank} reads another corpus than others. Every machine must see the same files (data.corpus, "
-            "data.sources, data.validation; for 'python-stdlib', run the same Python)."
-        )
-
-
 def _require_same_tokenizer(manifest: Manifest, data: DataSplits, start: Start) -> None:
     changed = is_another(data.tokenizer, manifest.values.get("tokenizer"))
     if changed and not any(fnmatchcase("data.tokenizer", pattern) for pattern in start.may_change):
@@ -173,8 +163,8 @@ def _require_same_tokenizer(manifest: Manifest, data: DataSplits, start: Start) 
         )
 
 
-def _require_same_past(manifest: Manifest, data: DataSplits, start: Start) -> None:
-    """What was read up to the checkpoint must be what this recipe puts there, or texts are read twice or never."""
+def _require_same_order(manifest: Manifest, data: DataSplits, start: Start) -> None:
+    """What was read up to the checkpoint must be what this recipe puts there. Raises `DataError`."""
     if any(fnmatchcase(key, pattern) for key in _DECIDE_SAMPLES for pattern in start.may_change):
         return
     changed = _changed(manifest, data.train.past(manifest.samples))
@@ -190,18 +180,11 @@ def _require_same_past(manifest: Manifest, data: DataSplits, start: Start) -> No
         tokens = manifest.samples * data.train.sources[0].sequence_length
         sizes = ", ".join(f"{each.name} = {each.windows}" for each in data.train.sources)
         raise DataError(
-            f"by this recipe the run would have read other samples up to its checkpoint of step {manifest.step} than "
-            "it did: going on, it would read some texts again and others never. What data.sources and data.stages "
-            f"change must be still to come: let the stage with the weights so far end by until = {tokens:_}, and begin "
-            f"another with the new ones (without weights, sources had those of their sizes: {sizes}). Or put the old "
-            f"order back, {way_out}"
+            f"data order changed: samples before step {manifest.step} differ from the checkpoint's, and resuming would "
+            "repeat or skip data. What data.sources and data.stages change must be still to come: let the stage with "
+            f"the weights so far end by until = {tokens:_}, and begin another with the new ones (without weights, "
+            f"sources had those of their sizes: {sizes}). Or put the old order back, {way_out}"
         )
-
-
-def _tell_other_validation(manifest: Manifest, data: DataSplits, say: Callable[[str], None]) -> None:
-    if changed := _changed(manifest, data.validation_texts):
-        names = ", ".join(key.removeprefix("validation/") for key in changed)
-        say(f"warning: validation reads another text than before ({names}): its losses compare with later ones only.")
 
 
 def _changed(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
@@ -209,8 +192,13 @@ def _changed(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
     return [key for key, value in now.items() if manifest.values.get(key, value) != value]
 
 
-def _tell_other_environment(manifest: Manifest, world: World, say: Callable[[str], None]) -> None:
-    """Other versions or devices round otherwise: the curve goes on, but not bit for bit."""
+def _warn_of_changes(manifest: Manifest, data: DataSplits, world: World, say: Callable[[str], None]) -> None:
+    """Of validation texts, whose losses then compare with later ones only, and of versions or devices that round
+    otherwise: then the curve goes on, but not bit for bit.
+    """
+    if changed := _changed(manifest, data.validation_texts):
+        names = ", ".join(key.removeprefix("validation/") for key in changed)
+        say(f"warning: validation reads another text than before ({names}): its losses compare with later ones only.")
     before, here = manifest.environment, environment(world.device)
     changed = [f"{key} {before.get(key, 'unknown')} -> {now}" for key, now in here.items() if before.get(key) != now]
     if changed:
