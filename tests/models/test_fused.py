@@ -21,7 +21,7 @@ import torch
 from titanlite.models.fused import use_kernels
 from titanlite.models.layers import rotate
 from titanlite.models.llama import Llama
-from titanlite.plan.rules.kernels import OPERATIONS
+from titanlite.plan.kernels import OPERATIONS
 from titanlite.models.llama_spec import LlamaConfig
 
 torch.manual_seed(0)
