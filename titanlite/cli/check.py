@@ -26,13 +26,7 @@ from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
-from titanlite.registry import Registry
 from titanlite.text import format_batch, format_bytes, format_count, pluralize
-
-DRY_RUN = Registry(
-    "dry run", {"report": "titanlite.dryrun.report:report", "described": "titanlite.dryrun.report:describe_dry_run"}
-)
-"""A rank's program run on fake tensors, as text and as plain values; needs torch, and is imported when asked for."""
 
 
 def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
@@ -44,27 +38,11 @@ def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
     return findings
 
 
-def _check_with_data(loaded: LoadedRecipe, world: int) -> tuple[list[Finding], dict[str, Any]]:
-    """As `check_recipe`, and what is wrong with the data: a warning, for the run may be on another machine; and what
-    `survey` says of it.
-    """
-    warnings = check_recipe(loaded, world)
-    data, missing = survey(loaded.recipe.data)
-    return [*warnings, *loaded.locate(missing)], data
-
-
 def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
-    """`describe` for people."""
+    """`describe_run` for people, with what `survey` says of the data."""
     run = describe_run(recipe, world)
-    rows = [
-        *(
-            *_model_rows(run),
-            *_data_rows(data or survey(recipe.data)[0], recipe, run),
-            *_batch_rows(run),
-            *_layout_rows(run),
-        ),
-        *(*_pipeline_rows(run), *_cost_rows(recipe, run)),
-    ]
+    rows = [*_model_rows(run), *_data_rows(data or survey(recipe.data)[0], recipe, run), *_batch_rows(run)]
+    rows += [*_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
@@ -207,54 +185,45 @@ def main(argv: list[str]) -> int:
         raise UsageError("titanlite check needs a recipe, such as configs/debug.toml, or --explain KEY.")
     if not 1 <= arguments.world < 2**31:
         raise UsageError(f"--world {str(arguments.world)[:20]}: a run has 1 rank or more, and fewer than 2^31.")
+    findings: list[Finding] = []
+    shown: Any = {}
+    try:
+        loaded = load_recipe(arguments.recipe, overrides)
+        findings = check_recipe(loaded, arguments.world)
+        data, missing = survey(loaded.recipe.data)
+        findings += loaded.locate(missing)  # warnings: the run may be on another machine
+        shown = _view(loaded.recipe, arguments, data)
+    except RecipeError as error:
+        if not arguments.json:
+            raise
+        findings = error.findings
     if arguments.json:
-        return _print_json(arguments, overrides)
-    loaded = load_recipe(arguments.recipe, overrides)
-    warnings, data = _check_with_data(loaded, arguments.world)
-    print(_text(loaded.recipe, arguments, data))
-    for finding in warnings:
+        print(json.dumps({**shown, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
+        return EXIT_DONE if shown else EXIT_RECIPE
+    print(shown)
+    for finding in findings:
         print(f"\nwarning: {finding}")
     return EXIT_DONE
 
 
-def _text(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> str:
+def _view(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> Any:
+    """What was asked for: as a mapping with --json, else as text."""
     active = active_ranks(recipe, arguments.world)
     if arguments.show_plan:
-        return sharding_text(sharding_table(recipe))
+        table = sharding_table(recipe)
+        return {"plan": table} if arguments.json else sharding_text(table)
     if arguments.show_schedule:
-        return timetable.drawing(_timetable(recipe, active))
+        layout = require_layout(recipe.parallel, active)
+        if layout.pp == 1:
+            raise UsageError("--show-schedule: parallel.pp is 1, and one stage has no schedule.")
+        microbatches = batch_plan(recipe, layout, 0).microbatches
+        made = timetable.timetable(recipe.parallel.pipeline, stages_of(recipe, layout), layout.pp, microbatches)
+        return {"schedule": timetable.as_values(made)} if arguments.json else timetable.drawing(made)
     if arguments.dry_run:
-        return str(DRY_RUN.get("report")(recipe, active, arguments.rank))
+        from titanlite.dryrun.report import describe_dry_run, report  # needs torch
+
+        run = (recipe, active, arguments.rank)
+        return {"dry_run": describe_dry_run(*run)} if arguments.json else report(*run)
+    if arguments.json:
+        return {**describe_run(recipe, arguments.world), "data": data}
     return format_description(recipe, arguments.world, data)
-
-
-def _values(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    active = active_ranks(recipe, arguments.world)
-    if arguments.show_plan:
-        return {"plan": sharding_table(recipe)}
-    if arguments.show_schedule:
-        return {"schedule": timetable.as_values(_timetable(recipe, active))}
-    if arguments.dry_run:
-        return {"dry_run": DRY_RUN.get("described")(recipe, active, arguments.rank)}
-    return {**describe_run(recipe, arguments.world), "data": data}
-
-
-def _timetable(recipe: Recipe, world: int) -> timetable.Timetable:
-    layout = require_layout(recipe.parallel, world)
-    if layout.pp == 1:
-        raise UsageError("--show-schedule: parallel.pp is 1, and one stage has no schedule.")
-    microbatches = batch_plan(recipe, layout, 0).microbatches
-    return timetable.timetable(recipe.parallel.pipeline, stages_of(recipe, layout), layout.pp, microbatches)
-
-
-def _print_json(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """One object on stdout: what was asked for, and the findings; where there are errors, these alone."""
-    run: dict[str, Any] = {}
-    try:
-        loaded = load_recipe(arguments.recipe, overrides)
-        findings, data = _check_with_data(loaded, arguments.world)
-        run = _values(loaded.recipe, arguments, data)
-    except RecipeError as error:
-        findings = error.findings
-    print(json.dumps({**run, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
-    return EXIT_DONE if run else EXIT_RECIPE

@@ -34,19 +34,8 @@ HELP = {
     "schema": "print the JSON schema of recipes, for editors",
 }
 
-COMMANDS = Registry(
-    "command",
-    {
-        "train": "titanlite.cli.train:main",
-        "check": "titanlite.cli.check:main",
-        "verify": "titanlite.cli.verify:main",
-        "data": "titanlite.cli.data:main",
-        "checkpoint": "titanlite.cli.checkpoint:main",
-        "generate": "titanlite.cli.generate:main",
-        "schema": "titanlite.recipe.explain:main",
-    },
-)
-"""Each is a function `main(argv) -> exit code`; `HELP` has its line."""
+COMMANDS = Registry("command", {name: f"titanlite.cli.{name}:main" for name in HELP})
+"""Each is a function `main(argv) -> exit code`."""
 
 ON_ALL_RANKS = ("train", "verify")
 """What takes all processes of a job; of the others the first is enough, wherever a launcher starts them."""

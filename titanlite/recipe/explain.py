@@ -5,10 +5,8 @@ Everything here is derived from `sections.py`; nothing about a key stands twice.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -265,16 +263,3 @@ def _reference_of(key: str, schema: Schema) -> Iterator[str]:
     for name, inner in keys.items():
         if "properties" in inner or is_tables(inner):
             yield from _reference_of(f"{key}.{name}", inner)
-
-
-def main(argv: list[str]) -> int:
-    """`titanlite schema`: print the JSON schema, or the reference page."""
-    parser = argparse.ArgumentParser(
-        prog="titanlite schema", description="Print the JSON schema of recipes, which editors complete them from."
-    )
-    parser.add_argument("--markdown", action="store_true", help="print the reference page (docs/recipe.md) instead")
-    if parser.parse_args(argv).markdown:
-        print(reference_markdown(), end="")
-    else:
-        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
-    return 0
