@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny import write_tiny
+from support.tiny import read_rows, train, write_tiny
 
 from titanlite.cli.main import main as titanlite
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
 from titanlite.data.read_log import RECORD, log_path
 from titanlite.recipe.load import load_recipe
 from titanlite.training.saving import Saving
@@ -28,10 +26,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
-
-
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     def said(*arguments: str, code: int = 0) -> Any:
@@ -41,11 +35,6 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
         return json.loads(capsys.readouterr().out)
 
     return said
-
-
-def events(run: str, kind: str) -> list[dict[str, Any]]:
-    rows = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("event") == kind]
 
 
 def test_an_interrupted_run_has_the_digest_of_one_that_was_not(folder: Path, said: Callable[..., Any]) -> None:
@@ -72,7 +61,7 @@ def test_batches_are_passed_over_also_where_the_run_was_resumed(folder: Path, sa
     """The fourth and fifth batches, of samples 6 to 9, before step 4: which batch 6 is for then."""
     skip = "--data.skip_steps=[4, 5]"
     assert train("--run.name=whole", skip, "--data.workers=2") == 0
-    (event,) = events("whole", "data_skipped")
+    (event,) = read_rows("whole", "data_skipped")
     assert event["step"] == 4 and event["values"] == {"samples": [6, 9]}
     assert train("--run.name=parts", "--run.stop_after_step=3") == 75
     assert train("--run.name=parts", skip, "--run.stop_after_step=4") == 75
@@ -98,7 +87,7 @@ def test_what_a_rollback_passes_over_is_told(
     poison(4)
     assert train("--resilience.on_nonfinite=rollback") == 0
     found = said("audit", "runs/tiny")
-    (event,) = events("tiny", "rollback")
+    (event,) = read_rows(event="rollback")
     to, samples = event["values"]["to_step"], event["values"]["samples"]
     assert found["skipped"] == [{"step": to, "by": "rollback", "samples": samples}] and samples[0] == to * BATCH
     assert (found["lost"], found["repeated"], found["restarts"]) == (0, 0, 0)

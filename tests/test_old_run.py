@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from support.tiny import read_rows, train
 
 from titanlite.cli.main import main as titanlite
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
 
 STORED = Path(__file__).parent / "old_run"
 EXPECTED = json.loads((STORED / "expected.json").read_text())
@@ -33,10 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
-
-
 def shown(step: int, capsys: pytest.CaptureFixture[str]) -> list[list[Any]]:
     capsys.readouterr()
     assert titanlite(["data", "show", "runs/old", "--step", str(step), "--json"]) == 0
@@ -46,9 +41,8 @@ def shown(step: int, capsys: pytest.CaptureFixture[str]) -> list[list[Any]]:
 
 def test_the_run_goes_on_as_it_would_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--resume") == 0
-    rows = [json.loads(line) for line in Path("runs/old/metrics.jsonl").read_text().splitlines()]
-    losses = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if row.get("loss") and row["step"] > 20}
-    assert [str(step) for step in losses] == list(EXPECTED["losses"])
+    losses = {row["step"]: (row["loss"], row["grad_norm"]) for row in read_rows("old") if row.get("loss")}
+    assert [str(step) for step in losses if step > 20] == list(EXPECTED["losses"])
     for step in range(21, 29):  # float64: another order of summation stays far below, another formula far above
         assert losses[step] == pytest.approx(EXPECTED["losses"][str(step)], abs=1e-9)
     for step, samples in EXPECTED["samples"].items():

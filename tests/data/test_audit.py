@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.corpus.tokenizers import open_tokenizer
-from titanlite.data.audit import Audit, audit, history, samples_of, steps_read
+from titanlite.data.audit import Audit, Span, audit, history, samples_of, steps_read
 from titanlite.data.loader import train_loader
-from titanlite.data.read_log import FOLDER, RECORD, SKIPPED, WENT_BACK, ReadLog, last_start, log_path, read_records
+from titanlite.data.read_log import (
+    FOLDER,
+    RECORD,
+    SKIPPED,
+    WENT_BACK,
+    ReadLog,
+    Records,
+    last_start,
+    log_path,
+    read_records,
+)
 from titanlite.data.splits import split_of
 from titanlite.errors import DataError
 from titanlite.plan.layout import BatchPlan, SampleSchedule, ceil_div
@@ -217,24 +228,26 @@ def test_layouts_and_restarts_are_told(tmp_path: Path) -> None:
     assert samples_of(fourth).tolist() == [12, 13, 14, 15] and set(fourth["start"]) == {2}
 
 
-def rewritten(folder: Path, rank: int, change: object) -> None:
+def rewrite(folder: Path, rank: int, change: Callable[[Records], Records]) -> None:
     path = log_path(folder, rank)
-    records = np.fromfile(path, RECORD)
-    records = change(records)  # type: ignore[operator]
-    records.tofile(path)
+    change(np.fromfile(path, RECORD)).tofile(path)
 
 
-def changed(field: str, row: int, value: int) -> object:
-    def change(records: np.ndarray) -> np.ndarray:
+def delete(row: int) -> Callable[[Records], Records]:
+    return lambda records: np.delete(records, row)
+
+
+def change(field: str, row: int, value: int) -> Callable[[Records], Records]:
+    def changed(records: Records) -> Records:
         records[field][row] = value
         return records
 
-    return change
+    return changed
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Ten steps of five samples on two ranks, the last six after a kill."""
+    """Ten steps of five samples on two ranks, the last six after a kill; a record for each step and rank."""
     run = Run(tmp_path, 5)
     run.live(Life(2, [6, 5], 80, 0, False))
     run.live(Life(2, [6, 6], 100, 0, False))
@@ -243,47 +256,37 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def test_a_lost_record_is_found(run: Run) -> None:
-    """Of the seventh step on rank 1, which reads the second and fourth sample of five."""
-    row = int(np.flatnonzero(np.fromfile(log_path(run.folder, 1), RECORD)["step"] == 7)[-1])
-    rewritten(run.folder, 1, lambda records: np.delete(records, row))
+@pytest.mark.parametrize(
+    ("changes", "lost", "repeated", "unrecorded", "in_order"),
+    [
+        # Step 7 on rank 1, which reads the second and fourth sample of five.
+        ([(1, delete(-4))], ((31, 31), (33, 33)), (), (), True),
+        # Step 5, which the killed start had read too: that was undone with it.
+        ([(0, delete(-6)), (1, delete(-6))], ((20, 24),), (), ((5, 5),), True),
+        # The last step reads what the one before it had read, on rank 0; or what rank 0 reads, on rank 1.
+        ([(0, change("first", -1, 40))], ((45, 45), (47, 47), (49, 49)), ((40, 40), (42, 42), (44, 44)), (), False),
+        ([(1, change("first", -1, 45))], ((46, 46), (48, 48)), ((45, 45), (47, 47)), (), True),
+        # The last two steps change places: each sample is read once all the same.
+        (
+            [(rank, change("first", row, 40 + rank + 5 * (row == -2))) for rank in (0, 1) for row in (-2, -1)],
+            (), (), (), False,
+        ),
+    ],
+    ids=["lost record", "lost step", "repeated", "twice within a step", "out of order"],
+)  # fmt: skip
+def test_damage_is_found(
+    run: Run,
+    changes: list[tuple[int, Callable[[Records], Records]]],
+    lost: tuple[Span, ...],
+    repeated: tuple[Span, ...],
+    unrecorded: tuple[Span, ...],
+    in_order: bool,
+) -> None:
+    for rank, what in changes:
+        rewrite(run.folder, rank, what)
     found = run.audit()
-    assert found.lost == ((31, 31), (33, 33)) and not found.repeated and not found.whole
-    assert found.unrecorded == ()
-
-
-def test_a_lost_step_is_found_even_if_an_earlier_start_had_read_it(run: Run) -> None:
-    """Both starts read step 5; what the killed one read was undone with it."""
-    for rank in (0, 1):
-        twice = np.flatnonzero(np.fromfile(log_path(run.folder, rank), RECORD)["step"] == 5)
-        assert len(twice) == 2
-        rewritten(run.folder, rank, lambda records, row=int(twice[-1]): np.delete(records, row))
-    found = run.audit()
-    assert found.lost == ((20, 24),) and found.unrecorded == ((5, 5),) and not found.whole
-
-
-def test_a_repeated_sample_is_found(run: Run) -> None:
-    """The last step reads what the one before it had read, on rank 0."""
-    rewritten(run.folder, 0, changed("first", -1, 40))
-    found = run.audit()
-    assert found.repeated == ((40, 40), (42, 42), (44, 44)) and found.lost == ((45, 45), (47, 47), (49, 49))
+    assert (found.lost, found.repeated, found.unrecorded, found.in_order) == (lost, repeated, unrecorded, in_order)
     assert not found.whole
-
-
-def test_samples_read_twice_within_a_step_are_found(run: Run) -> None:
-    rewritten(run.folder, 1, changed("first", -1, 45))
-    found = run.audit()
-    assert found.repeated == ((45, 45), (47, 47)) and found.lost == ((46, 46), (48, 48))
-
-
-def test_steps_in_another_order_are_found(run: Run) -> None:
-    """Each sample is read once all the same."""
-    for rank, row in ((0, -2), (0, -1), (1, -2), (1, -1)):
-        records = np.fromfile(log_path(run.folder, rank), RECORD)
-        other = int(records["first"][row]) + (5 if row == -2 else -5)
-        rewritten(run.folder, rank, changed("first", row, other))
-    found = run.audit()
-    assert not (found.lost or found.repeated or found.in_order or found.whole)
 
 
 def test_a_state_that_says_less_was_read_is_found(run: Run) -> None:
@@ -314,9 +317,9 @@ def test_a_passing_over_that_was_undone_excuses_no_loss(tmp_path: Path) -> None:
     run.live(Life(1, [2], 0, 0, True))  # back to step 3, past samples 12 to 19
     run.step, run.samples = 2, 8
     run.live(Life(1, [4], 100, 0, False))
-    rewritten(tmp_path, 0, lambda records: np.delete(records, -1))
+    rewrite(tmp_path, 0, delete(-1))
     assert run.audit().lost == ((20, 23),)
-    rewritten(tmp_path, 0, lambda records: np.delete(records, -2))
+    rewrite(tmp_path, 0, delete(-2))
     assert run.audit().lost == ((12, 15), (20, 23))
 
 
@@ -338,13 +341,13 @@ def test_a_run_without_records_is_told_so(tmp_path: Path) -> None:
     [("kind", 9), ("count", 2**60), ("count", -1), ("first", -1), ("first", 2**63 - 1), ("ranks", 0)],
 )
 def test_records_that_no_run_writes_are_refused(run: Run, field: str, value: int) -> None:
-    rewritten(run.folder, 1, changed(field, 3, value))
+    rewrite(run.folder, 1, change(field, 3, value))
     with pytest.raises(DataError, match=r"rank-00001\.bin: .*damaged, or written by a newer titanlite"):
         run.audit()
 
 
 def test_a_start_of_an_impossible_number_is_refused(run: Run) -> None:
-    rewritten(run.folder, 1, changed("start", -1, 2**32 - 1))
+    rewrite(run.folder, 1, change("start", -1, 2**32 - 1))
     with pytest.raises(DataError, match=r"rank-00001\.bin is damaged"):
         last_start(run.folder)
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import write_tiny
+from support.tiny import read_rows, train, write_tiny
 
 from titanlite.cli.data import main as data_command
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
 from titanlite.parallel.world import World
 from titanlite.recipe.load import load_recipe, to_toml
 from titanlite.training.train_state import TrainState
@@ -52,13 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*words: str) -> int:
-    return run_command(main, ["recipe.toml", *words])
-
-
 def curve(run: str) -> list[Any]:
-    rows = map(json.loads, Path(f"runs/{run}/metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row.get("loss"), row.get("validation_loss")) for row in rows if "event" not in row]
+    return [(row["step"], row.get("loss"), row.get("validation_loss")) for row in read_rows(run)]
 
 
 def test_a_run_of_sources_goes_on_as_if_it_had_not_stopped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

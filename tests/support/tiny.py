@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from titanlite.cli.main import run_command
+from titanlite.cli.train import main
+
 _RECIPE: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny"},
     "model": {"preset": "debug", "dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_dim": 24},
@@ -24,3 +27,14 @@ def write_tiny(folder: Path, lines: int = 200, **sections: dict[str, Any]) -> No
         recipe += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
     (folder / "recipe.toml").write_text("\n".join(recipe))
     (folder / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(lines)))
+
+
+def train(*arguments: str) -> int:
+    """The exit code of a run of `recipe.toml` in this folder."""
+    return run_command(main, ["recipe.toml", *arguments])
+
+
+def read_rows(run: str = "tiny", event: str | None = None) -> list[dict[str, Any]]:
+    """What the run has in `metrics.jsonl`: the rows of this event, or those of no event."""
+    rows = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == event]
