@@ -6,16 +6,12 @@ import json
 import random
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from support.chaos.fault import EQUAL, Fault, Outcome
 from support.chaos.sandbox import EVERY, STEPS, Sandbox
-from titanlite.checkpoint.format import MANIFEST, encode
-from titanlite.checkpoint.storage import describe_file, read_manifest
+from support.runs import spoil_weight
+from titanlite.checkpoint.format import MANIFEST
 
 _NEWEST, _BEFORE = 3 * EVERY, 2 * EVERY
 Damage = Callable[[Path], str]
@@ -73,14 +69,7 @@ def missing_shard(folder: Path) -> str:
 
 
 def not_finite(folder: Path) -> str:
-    """One weight is NaN in a checkpoint whose hashes are right: one that a run before this look at states saved."""
-    path, manifest = _shard(folder), read_manifest(folder)
-    tensors = load_file(path)
-    tensors["model.norm.weight"][3] = np.nan
-    save_file(tensors, path)
-    files = {**manifest.files, path.name: describe_file(path)}
-    (folder / MANIFEST).write_bytes(encode(replace(manifest, files=files)))
-    return path.name
+    return spoil_weight(folder, "model.norm.weight")
 
 
 def missing_manifest(folder: Path) -> str:

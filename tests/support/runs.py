@@ -1,0 +1,59 @@
+"""What a run has left in its folder; runs by a name below `runs/` of the working directory, or by their path."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from titanlite.checkpoint.format import MANIFEST, encode
+from titanlite.checkpoint.storage import describe_file, read_manifest
+
+
+def rows(run: str | Path, key: str) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl` that have this key, but for a last line that is not whole yet."""
+    path = Path("runs", run, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if key in row]
+
+
+def curve(run: str | Path) -> list[tuple[Any, ...]]:
+    """What must not depend on interruptions: bit for bit, since JSON keeps every digit."""
+    keys = ("step", "samples", "tokens", "loss", "grad_norm", "lr")
+    return [tuple(row[key] for key in keys) for row in rows(run, "loss")]
+
+
+def events(run: str | Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in rows(run, "event") if row["event"] == kind]
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    return json.loads(Path("runs", run, "status.json").read_text())  # type: ignore[no-any-return]
+
+
+def steps(run: str | Path) -> list[int]:
+    """Steps with a committed checkpoint."""
+    return sorted(int(path.name.removeprefix("step-")) for path in Path("runs", run, "checkpoints").glob("step-*"))
+
+
+def tensors(run: str | Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, if one rank saved it."""
+    files = sorted(Path("runs", run, "checkpoints", f"step-{step:08d}").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def spoil_weight(folder: Path, name: str) -> str:
+    """Make a number of it NaN in a checkpoint whose hashes are right, as an older titanlite saved one; its file."""
+    manifest = read_manifest(folder)
+    file = manifest.tensors[name].chunks[0].file
+    values = load_file(folder / file)
+    values[name].view(-1)[-1] = math.nan
+    save_file(values, folder / file)
+    files = {**manifest.files, file: describe_file(folder / file)}
+    (folder / MANIFEST).write_bytes(encode(replace(manifest, files=files)))
+    return file
