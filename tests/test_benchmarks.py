@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,49 +22,43 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 24, "vocab_size": 272, "sequence_length": 8}
 
 
-@pytest.mark.slow
-def test_single_device_prints_tables_and_writes_what_it_measured(tmp_path: Path) -> None:
-    sizes = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    out = tmp_path / "out.json"
-    chosen = ["--batch", "2", "--precision", "bfloat16", "--contestants", "titanlite", "plain"]
-    repeats = ["--rounds", "2", "--startups", "1", "--json", str(out)]
-    command = [sys.executable, str(BENCHMARKS / "single_device.py"), *sizes, *chosen, *repeats]
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def measure(script: str, out: Path, *words: str) -> tuple[str, dict[str, Any]]:
+    """What a benchmark prints, and what it writes."""
+    command = [sys.executable, str(BENCHMARKS / script), *words, "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "| titanlite | " in done.stdout and "NO CLAIM: 2 rounds" in done.stdout
-    result = json.loads(out.read_text())
-    turns = result["bfloat16"]["turns"]
-    assert [len(turns[name]) for name in ("titanlite", "plain")] == [2, 2]
-    assert all(turn["tokens_per_second"] > 0 for played in turns.values() for turn in played)
-    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["startup_seconds"].values())
+    return done.stdout, json.loads(out.read_text())
 
 
 @pytest.mark.slow
-def test_two_checkouts_are_compared(tmp_path: Path) -> None:
-    """The other one is a copy that leaves a file when it is imported."""
+def test_contestants_and_two_checkouts_are_compared(tmp_path: Path) -> None:
+    """The other checkout is a copy that leaves a file when it is imported."""
     for part in ("titanlite", "kernels", "benchmarks"):
         shutil.copytree(BENCHMARKS.parent / part, tmp_path / "other" / part)
     with (tmp_path / "other/titanlite/__init__.py").open("a") as module:
         module.write(f"\nopen({str(tmp_path / 'imported')!r}, 'w').close()\n")
     sizes = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(BENCHMARKS / "single_device.py"), *sizes, "--batch", "2", "--rounds", "2"]
-    chosen = ["--precision", "float32", "--contestants", "titanlite", "--startups", "1"]
-    against = ["--against", str(tmp_path / "other"), "--json", str(tmp_path / "out.json")]
-    done = subprocess.run([*command, *chosen, *against], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "imported").exists()
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result["float32"]["summary"]) == {"titanlite", "before", "before-compiled"}
-    assert set(result["float32"]["summary"]["titanlite"]["ratio"]) == {"before", "before-compiled"}
-    assert set(result["startup_seconds"]) == {"titanlite", "before"}
+    chosen = ["--batch", "2", "--precision", "bfloat16", "--contestants", "titanlite", "plain"]
+    repeats = ["--rounds", "2", "--startups", "1", "--against", str(tmp_path / "other")]
+    said, result = measure("single_device.py", tmp_path / "out.json", *sizes, *chosen, *repeats)
+    assert "| titanlite | " in said and "NO CLAIM: 2 rounds" in said and (tmp_path / "imported").exists()
+    contestants = {"titanlite", "plain", "before", "before-compiled"}
+    turns, summary = result["bfloat16"]["turns"], result["bfloat16"]["summary"]
+    assert {name: len(played) for name, played in turns.items()} == dict.fromkeys(contestants, 2)
+    assert all(turn["tokens_per_second"] > 0 for played in turns.values() for turn in played)
+    assert set(summary["titanlite"]["ratio"]) == contestants - {"titanlite"}
+    assert {"titanlite", "before"} <= set(result["startup_seconds"])
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["startup_seconds"].values())
 
 
 @pytest.mark.slow
 def test_the_data_benchmark_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "data.py"), "--small", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    _, result = measure("data.py", tmp_path / "out.json", "--small")
     assert result["random_access"]["peak_bytes"] < 2**20 and result["start_up"]["documents"] == 3000
 
 
@@ -81,8 +76,7 @@ def test_the_plain_loop_has_our_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ours(tokens, labels) / labels.numel(), plain(tokens, labels))
 
 
-def test_ratios_are_formed_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_ratios_are_formed_within_a_round() -> None:
     from single_device import Turn, quartiles, summarise
 
     def turns(*rates: float) -> list[Turn]:
@@ -95,9 +89,8 @@ def test_ratios_are_formed_within_a_round(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_checkpoint_prints_tables_and_writes_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     from checkpoint import main
 
     out = tmp_path / "out.json"
@@ -117,8 +110,7 @@ def test_checkpoint_prints_tables_and_writes_what_it_measured(
     assert 0.8e6 < result["bytes"] < 1.1e6 and result["memory_of_loading_bytes"].keys() == {"load", "safetensors"}
 
 
-def test_the_contestants_move_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_the_contestants_move_the_same_bytes(tmp_path: Path) -> None:
     from checkpoint import Arena, summarise
 
     arena = Arena(10**5, torch.device("cpu"), tmp_path)
@@ -186,12 +178,6 @@ KERNELS = {
 }
 
 
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-@pytest.mark.usefixtures("benchmarks")
 def test_kernels_are_known_by_their_names() -> None:
     from breakdown import CLASSES, kernel_class
 
@@ -203,7 +189,6 @@ def event(category: str, name: str, start: float, duration: float, thread: int =
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "tid": thread}
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_a_step_on_a_gpu_is_the_sum_of_its_kernels() -> None:
     from breakdown import OPTIMIZER, breakdown
 
@@ -226,7 +211,6 @@ def test_a_step_on_a_gpu_is_the_sum_of_its_kernels() -> None:
     )
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_a_step_on_a_cpu_is_the_sum_of_what_operators_do_themselves() -> None:
     from breakdown import OPTIMIZER, breakdown
 
@@ -258,7 +242,6 @@ SMALLEST = [
 ]
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_a_step_is_measured_and_broken_down(capsys: pytest.CaptureFixture[str]) -> None:
     from train_step import main
 
@@ -278,7 +261,6 @@ def test_a_step_is_measured_and_broken_down(capsys: pytest.CaptureFixture[str]) 
 # ---- commands one after the other ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_parts_end_and_say_how() -> None:
     from parts import Part, run
 
@@ -296,7 +278,6 @@ def test_parts_end_and_say_how() -> None:
     assert outcome("sleep 1000", left=0.1)["outcome"] == "cut off by the deadline after 0 s"
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_the_matrix_compares_with_each_models_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +305,6 @@ def test_the_matrix_compares_with_each_models_first(
     assert ways == [way for way in matrix.WAYS if "Triton" not in way] and written.with_suffix(".md").exists()
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_every_step_of_the_matrix_is_a_recipe() -> None:
     from matrix import SMALL, STEPS
     from train_step import BASE
@@ -342,7 +322,6 @@ def kernel_row(name: str, **found: object) -> dict[str, object]:
     return {"operation": name, "model": "8B", "share_of_copy": None, "share_of_eager_peak": None, **found}
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_the_gpus_check_judges_what_was_measured() -> None:
     from gpu_check import BFLOAT16, FLOAT8, targets
 
@@ -372,7 +351,6 @@ def test_the_gpus_check_judges_what_was_measured() -> None:
     assert targets([]) == []
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_the_deadline_leaves_out_what_matters_least(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

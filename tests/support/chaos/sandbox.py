@@ -112,8 +112,10 @@ class Sandbox:
         `missing`: so many of the first ranks never start. They meet at `port`, or at one that is free.
         """
         port = port or free_port()
-        command = ["titanlite.train", "recipe.toml", *arguments]
-        return Job([self._child(command, chaos, _place(rank, ranks, port)) for rank in range(missing, ranks)])
+        return Job([self.start_rank(rank, ranks, port, *arguments, **chaos) for rank in range(missing, ranks)])
+
+    def start_rank(self, rank: int, ranks: int, port: int, *arguments: str, **chaos: Any) -> Child:
+        return self._child(["titanlite.train", "recipe.toml", *arguments], chaos, _place(rank, ranks, port))
 
     def train(self, *arguments: str, **names: Any) -> Job:
         """`start`, and wait for a good end."""
