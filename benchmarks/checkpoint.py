@@ -35,7 +35,7 @@ from single_device import FOREIGN_LIMIT, busy_core_seconds, quartiles, tell
 from titanlite.checkpoint.headers import chunks_by_file
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager, SaveResult
-from titanlite.checkpoint.read import read_parts
+from titanlite.checkpoint.read import read_chunks
 from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
@@ -157,7 +157,7 @@ class Arena:
 
         def read() -> None:
             for file, chunks in chunks_by_file(manifest.tensors).items():
-                read_parts(self.saved / file, manifest.tensors, chunks, self._into())
+                read_chunks(self.saved / file, manifest.tensors, chunks, self._into())
 
         return self._timed(read)
 
