@@ -15,7 +15,7 @@ from support.chaos.sandbox import Sandbox
 def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
-    nursery.close()
+    nursery.clear()
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,36 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 TIMEOUT_SECONDS = 240
 _SILENT = f"no answer in {TIMEOUT_SECONDS} s"
 
 
+_MODULES = (
+    "titanlite.training.trainer", "titanlite.cli.main", "titanlite.cli.check", "titanlite.plan.describe",
+    "titanlite.cli.checkpoint", "titanlite.checkpoint.huggingface", "titanlite.checkpoint.compare",
+    "titanlite.cli.generate", "titanlite.models.llama", "titanlite.optim.adamw", "titanlite.optim.muon",
+    "titanlite.corpus.corpora.files", "titanlite.observe.console", "titanlite.observe.jsonl", "torch.utils._triton",
+    "torch.distributed.fsdp", "torch.distributed.pipelining", "torch.distributed.tensor.parallel",
+)  # fmt: skip
+
+
+def fork_server() -> ForkServerContext:
+    """Starts processes from one, the same for all of this session, that has imported what any command does, and has no
+    threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_MODULES))
+    return context
+
+
 class Pool:
     """As many workers as a task has needed so far; `run` gives the first few a task, as ranks of a process group."""
 
     def __init__(self) -> None:
-        # Forked from one process that has imported what all of them need, and has no threads yet.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor", "titanlite.training.trainer"])
+        self._context = fork_server()
         # Stores' files stay until the end: one that is gone keeps a store that is let go of later waiting for it.
         self._stores = tempfile.TemporaryDirectory()
         self._tasks = 0

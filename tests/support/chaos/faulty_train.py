@@ -8,7 +8,6 @@ them limits it to these ranks. Functions of titanlite are replaced here; titanli
 from __future__ import annotations
 
 import ctypes
-import importlib
 import itertools
 import json
 import multiprocessing
@@ -29,22 +28,6 @@ from pathlib import Path
 from typing import Any
 
 Act = Callable[[], object]
-
-MODULES = (
-    "titanlite.training.trainer", "titanlite.cli.main", "titanlite.cli.check", "titanlite.plan.describe",
-    "titanlite.cli.checkpoint", "titanlite.checkpoint.huggingface", "titanlite.checkpoint.compare",
-    "titanlite.cli.generate", "titanlite.models.llama",
-    "titanlite.optim.adamw", "titanlite.optim.muon", "titanlite.corpus.corpora.files", "titanlite.observe.console",
-    "titanlite.observe.jsonl", "torch.utils._triton", "torch.distributed.fsdp", "torch.distributed.pipelining",
-    "torch.distributed.tensor.parallel",
-)  # fmt: skip
-"""What commands import when they are called."""
-
-
-def import_all() -> None:
-    """Everything that a run imports, so that processes forked from this one need not."""
-    for name in MODULES:
-        importlib.import_module(name)
 
 
 def main(argv: list[str]) -> int:

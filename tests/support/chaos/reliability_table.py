@@ -67,7 +67,6 @@ def main(target: Path) -> int:
             lines.append(line(number, fault, nursery, Path(folder), references))
             print(lines[-1], flush=True)
             nursery.clear()
-    nursery.close()
     failed = sum("**failed**" in text for text in lines)
     end = f"\n{len(lines)} faults, {failed} of them with a promise that was not kept.\n"
     target.write_text(_HEAD.format(torch=torch.__version__) + "\n".join(lines) + "\n" + end)
