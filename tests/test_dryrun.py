@@ -15,7 +15,7 @@ from support.parity.parity_runs import small_recipe, write_corpus
 from support.pool import Pool
 
 from titanlite.cli.main import main
-from titanlite.dryrun.collectives import Collective, in_order, traffic
+from titanlite.dryrun.collectives import Collective, in_order, sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.models.spec import spec_of
 from titanlite.parallel.apply import build
@@ -97,7 +97,7 @@ def test_bytes_of_a_zero_stage_are_those_of_the_paper(stage: int, microbatches: 
 def test_weights_travel_in_the_compute_dtype_and_gradients_in_the_reduce_dtype() -> None:
     for reduce, width in (("float32", 4), ("bfloat16", 2)):
         run = dry_run(recipe(parallel={"zero_stage": 2}, precision={"compute": "bfloat16", "reduce": reduce}), 4, 0)
-        rows = {row.operation: row for row in traffic(run.collectives) if row.dimension == "dp_shard"}
+        rows = {row.operation: row for row in sum_traffic(run.collectives) if row.dimension == "dp_shard"}
         assert (rows["all-gather"].dtype, rows["all-gather"].message_bytes) == ("bfloat16", 2 * PARAMETERS)
         assert (rows["reduce-scatter"].dtype, rows["reduce-scatter"].message_bytes) == (reduce, width * PARAMETERS)
 
@@ -145,7 +145,7 @@ def test_what_converted_linears_take_travels_in_bytes(keys: dict[str, Any], roun
     width = 64
     sizes = {"dim": width, "ffn_dim": width}
     run = dry_run(recipe(model=sizes, parallel={"tp": 2}, precision={"float8": section}), 2, 1)
-    sent = {each.dtype: each for each in traffic(run.collectives) if each.operation == "all-gather"}
+    sent = {each.dtype: each for each in sum_traffic(run.collectives) if each.operation == "all-gather"}
     tokens = 8 * LENGTH
     in_bytes = [] if not rounded else [(sent["uint8"].count, sent["uint8"].message_bytes)]
     assert in_bytes == ([(rounded, rounded * tokens * (width + 4))] if rounded else [])
@@ -421,7 +421,10 @@ def test_the_recipes_of_llama_3_run_dry(name: str, world: int) -> None:
     parameters = spec.parameter_count(spec.configure(made.model))
     for rank in (0, world - 1):
         run = dry_run(made, world, rank)
-        assert {each.dimension for each in run.collectives} >= {"dp_shard", "world"}
+        assert {each.dimension for each in run.collectives} >= {
+            "dp_shard_cp" if made.parallel.cp > 1 else "dp_shard",
+            "world",
+        }
         share = run.memory.most["weights"] / (4 * parameters / world)
         # Stages are cut between blocks.
         assert 0.8 < share < 1.2

@@ -21,6 +21,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def format_shape(shape: Sequence[int]) -> str:
+    """`4096 x 1024`."""
+    return " x ".join(map(str, shape))
+
+
 def pluralize(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`, `3 microbatches`."""
     plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.parity import parity_runs
 from titanlite.dryrun.collectives import Collective, CollectiveLog
-from titanlite.dryrun.step import spanning
+from titanlite.dryrun.step import world_dimension
 from titanlite.plan.layout import layout_of
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
@@ -29,7 +29,7 @@ class Shown(TorchDispatchMode):
     ) -> Any:
         named = kwargs or {}
         result = func(*args, **named)
-        self._log.see(func, args, named, result)
+        self._log.record(func, args, named, result)
         return result
 
 
@@ -38,7 +38,7 @@ def messages_of_two_steps(rank: int, world: int, recipe_json: str) -> list[list[
     recipe = Recipe.model_validate_json(recipe_json)
     layout = layout_of(recipe.parallel, world)
     assert layout is not None
-    logs = [CollectiveLog(spanning(layout, recipe.parallel.zero_stage)) for _ in range(2)]
+    logs = [CollectiveLog(world_dimension(layout, recipe.parallel.zero_stage)) for _ in range(2)]
     step: Callable[..., tuple[Tensor, Tensor]] = TrainState.step
 
     def shown(learner: TrainState, number: int, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -48,4 +48,4 @@ def messages_of_two_steps(rank: int, world: int, recipe_json: str) -> list[list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainState, "step", shown)
         parity_runs.train(rank, world, recipe_json)
-    return [log.seen for log in logs]
+    return [log.recorded for log in logs]

@@ -20,13 +20,13 @@ from titanlite.plan.kernels import describe_kernels
 from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
 from titanlite.plan.rules import apply_rules
-from titanlite.plan.sharding_table import shape_text, sharding_table, sharding_text
+from titanlite.plan.sharding_table import sharding_table, sharding_text
 from titanlite.plan.stages import stages_of
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
-from titanlite.text import format_batch, format_bytes, format_count, pluralize
+from titanlite.text import format_batch, format_bytes, format_count, format_shape, pluralize
 
 
 def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
@@ -103,8 +103,8 @@ def _layout_rows(run: dict[str, Any]) -> Rows:
     yield "a rank", f"computes with {used} parameters and keeps {kept} of them, at most"
     cut = {name: sizes for name, sizes in run["shapes"].items() if sizes["used"] != sizes["whole"]}
     for index, (name, sizes) in enumerate(cut.items()):
-        local = f"{name.removesuffix('.weight')}: {shape_text(sizes['whole'])} -> {shape_text(sizes['used'])}"
-        kept = "" if sizes["kept"] == sizes["used"] else f", of which it keeps {shape_text(sizes['kept'])}"
+        local = f"{name.removesuffix('.weight')}: {format_shape(sizes['whole'])} -> {format_shape(sizes['used'])}"
+        kept = "" if sizes["kept"] == sizes["used"] else f", of which it keeps {format_shape(sizes['kept'])}"
         yield "" if index else "shapes", local + kept
 
 

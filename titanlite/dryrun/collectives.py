@@ -1,13 +1,13 @@
 """Which messages a program sends: every collective and point-to-point operation that torch dispatches, in order.
 
 Sees both kinds that programs use: those of process groups (`c10d`) and the functional ones that compilers understand.
-Knows nothing of where the operations come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -16,10 +16,25 @@ from torch import Tensor
 
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "send", "recv"]
 
+_OPERATIONS: Mapping[str, Operation] = {
+    "allgather": "all-gather",
+    "reducescatter": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "alltoall": "all-to-all",
+    "broadcast": "broadcast",
+    "send": "send",
+    "recv": "recv",
+    "isend": "send",
+    "irecv": "recv",
+}
+"""How the names of torch's operations begin, without underscores; what follows are variants of them."""
+
+_NO_MESSAGE = ("barrier", "monitoredbarrier", "checkfornan", "waittensor", "wraptensorautograd")
+
 
 @dataclass(frozen=True)
 class Collective:
-    """One operation, as one of its ranks takes part in it."""
+    """One operation, as one of its ranks takes part in it; or the sum of `count` alike."""
 
     dimension: str
     """Name of the group in the mesh; `world` for all ranks."""
@@ -30,10 +45,11 @@ class Collective:
     message_bytes: int
     """The whole message: all-gather's output, reduce-scatter's and all-to-all's input, else the tensors themselves."""
     sent_bytes: int
-    """What this rank sends of it: see `sent`."""
+    """What this rank sends of it: see `ring_bytes`."""
+    count: int = 1
 
 
-def sent(operation: Operation, message_bytes: int, ranks: int) -> int:
+def ring_bytes(operation: Operation, message_bytes: int, ranks: int) -> int:
     """Bytes that a rank sends, by ring algorithms: of an all-reduce 2 (n - 1) / n of the message, of the other
     collectives (n - 1) / n of it, rounded up; a send's are the message, and a recv sends nothing.
     """
@@ -42,28 +58,13 @@ def sent(operation: Operation, message_bytes: int, ranks: int) -> int:
     return -(-(1 + (operation == "all-reduce")) * (ranks - 1) * message_bytes // ranks)
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """All messages of one kind."""
-
-    dimension: str
-    operation: Operation
-    dtype: str
-    ranks: int
-    count: int
-    message_bytes: int
-    sent_bytes: int
-
-
-def traffic(collectives: Iterable[Collective]) -> list[Traffic]:
-    """Sums by dimension, operation and dtype, in this order."""
-    kinds: dict[tuple[str, Operation, str, int], list[Collective]] = {}
+def sum_traffic(collectives: Iterable[Collective]) -> list[Collective]:
+    """Sums by dimension, operation, dtype and ranks, in this order."""
+    sums: dict[tuple[str, Operation, str, int], list[int]] = {}
     for each in collectives:
-        kinds.setdefault((each.dimension, each.operation, each.dtype, each.ranks), []).append(each)
-    return [
-        Traffic(*kind, len(each), sum(one.message_bytes for one in each), sum(one.sent_bytes for one in each))
-        for kind, each in sorted(kinds.items())
-    ]
+        total = sums.setdefault((each.dimension, each.operation, each.dtype, each.ranks), [0, 0, 0])
+        total[:] = total[0] + each.message_bytes, total[1] + each.sent_bytes, total[2] + 1
+    return [Collective(*kind, *total) for kind, total in sorted(sums.items())]
 
 
 def in_order(collectives: Iterable[Collective]) -> list[tuple[Collective, int]]:
@@ -71,122 +72,64 @@ def in_order(collectives: Iterable[Collective]) -> list[tuple[Collective, int]]:
     return [(each, len(list(equal))) for each, equal in groupby(collectives)]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """How an operation that torch dispatches is read."""
-
-    operation: Operation
-    message: int | None
-    """Position of the argument that is the message; None: the result is."""
-    group: int
-    """Position of the process group, or of its name."""
-    splits: int | None
-    """Position of an all-to-all's part for each rank, in rows; where it is empty, parts are equal."""
-
-
-_MESSAGES: Mapping[str, tuple[Operation, int | None]] = {
-    "c10d::_allgather_base_": ("all-gather", 0),
-    "c10d::allgather_": ("all-gather", 0),
-    "c10d::allgather_coalesced_": ("all-gather", 0),
-    "c10d::allgather_into_tensor_coalesced_": ("all-gather", 0),
-    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
-    "c10d::reduce_scatter_": ("reduce-scatter", 1),
-    "c10d::reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
-    "c10d::allreduce_": ("all-reduce", 0),
-    "c10d::allreduce_coalesced_": ("all-reduce", 0),
-    "c10d::alltoall_": ("all-to-all", 1),
-    "c10d::alltoall_base_": ("all-to-all", 1),
-    "c10d::broadcast_": ("broadcast", 0),
-    "c10d::send": ("send", 0),
-    "c10d::recv_": ("recv", 0),
-    "c10d::recv_any_source_": ("recv", 0),
-    "_c10d_functional::all_gather_into_tensor": ("all-gather", None),
-    "_c10d_functional::all_gather_into_tensor_out": ("all-gather", None),
-    "_c10d_functional::all_gather_into_tensor_coalesced": ("all-gather", None),
-    "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 0),
-    "_c10d_functional::reduce_scatter_tensor_out": ("reduce-scatter", 0),
-    "_c10d_functional::reduce_scatter_tensor_coalesced": ("reduce-scatter", 0),
-    "_c10d_functional::all_reduce": ("all-reduce", 0),
-    "_c10d_functional::all_reduce_": ("all-reduce", 0),
-    "_c10d_functional::all_reduce_coalesced": ("all-reduce", 0),
-    "_c10d_functional::all_reduce_coalesced_": ("all-reduce", 0),
-    "_c10d_functional::all_to_all_single": ("all-to-all", 0),
-    "_c10d_functional::broadcast": ("broadcast", 0),
-    "_c10d_functional::broadcast_": ("broadcast", 0),
-    "_c10d_functional::isend": ("send", 0),
-    "_c10d_functional::irecv": ("recv", 0),
-}
-
-_NO_MESSAGE = frozenset(
-    {
-        "c10d::barrier",
-        "c10d::monitored_barrier_",
-        "c10d::check_for_nan",
-        "_c10d_functional::wait_tensor",
-        "_c10d_functional::_wrap_tensor_autograd",
-    }
-)
-
-
 class CollectiveLog:
-    """Writes down the messages among the operations that it is shown."""
+    """Records the messages among the operations that it is shown."""
 
-    def __init__(self, spanning: str | None = None) -> None:
-        """`spanning`: the mesh's dimension that all ranks are in, if there is one: torch gives it the group of all."""
-        self.seen: list[Collective] = []
-        self._over_all = spanning or "world"
-        self._kinds: dict[Any, _Kind | None] = {}
+    def __init__(self, world_dimension: str | None = None) -> None:
+        """`world_dimension`: the mesh's dimension that all ranks are in, if there is one: torch gives it the group of
+        all ranks.
+        """
+        self.recorded: list[Collective] = []
+        self._world_dimension = world_dimension or "world"
 
-    def see(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None:
+    def record(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None:
         """Show what a dispatch mode was given, and what came out. Groups of one rank send nothing and do not count.
 
         Raises `NotImplementedError` for an operation of torch.distributed that is not known here: it would be missed.
         """
-        if operation not in self._kinds:
-            self._kinds[operation] = _kind(operation)
-        kind = self._kinds[operation]
-        if kind is None:
+        positions = _positions(operation)
+        if positions is None:
             return
-        group = _group(arguments[kind.group])
+        kind, message_at, group_at, splits_at = positions
+        group = _group(arguments[group_at])
         if group.size() == 1:
             return
-        message = list(_tensors(result if kind.message is None else arguments[kind.message]))
-        size = sum(tensor.numel() * tensor.itemsize for tensor in message)
-        splits = arguments[kind.splits] if kind.splits is not None else ()
-        self.seen.append(
-            Collective(
-                dimension=self._dimension(group, kind.operation, sum(tensor.numel() for tensor in message)),
-                operation=kind.operation,
-                dtype=str(message[0].dtype).removeprefix("torch."),
-                ranks=group.size(),
-                message_bytes=size,
-                # With parts of its own choice, a rank sends what it does not keep.
-                sent_bytes=size - size * splits[group.rank()] // (sum(splits) or 1)
-                if splits
-                else sent(kind.operation, size, group.size()),
-            )
-        )
+        message = list(flatten(result if message_at is None else arguments[message_at]))
+        numbers, size = sum(t.numel() for t in message), sum(t.numel() * t.itemsize for t in message)
+        splits = arguments[splits_at] if splits_at is not None else ()
+        sent = ring_bytes(kind, size, group.size())
+        if any(splits):  # parts of the rank's own choice: it sends what it does not keep
+            sent = size - size * splits[group.rank()] // sum(splits)
+        dtype, dimension = str(message[0].dtype).removeprefix("torch."), self._dimension(group, kind, numbers)
+        self.recorded.append(Collective(dimension, kind, dtype, group.size(), size, sent))
 
     def _dimension(self, group: dist.ProcessGroup, operation: Operation, numbers: int) -> str:
         if group is not dist.group.WORLD:
             return group.group_desc.removeprefix("mesh_")
-        return "world" if operation == "all-reduce" and numbers == 1 else self._over_all
+        return "world" if operation == "all-reduce" and numbers == 1 else self._world_dimension
 
 
-def _kind(operation: Any) -> _Kind | None:
+@cache
+def _positions(operation: Any) -> tuple[Operation, int | None, int, int | None] | None:
+    """For an operation that sends messages: which it is, and the positions of its message (None: its result), of its
+    process group and of an all-to-all's part for each rank, in rows (empty if parts are equal).
+    """
     schema = operation._schema
-    if schema.name.partition("::")[0] not in ("c10d", "_c10d_functional") or schema.name in _NO_MESSAGE:
+    namespace, _, name = schema.name.replace("_", "").partition("::")
+    if namespace not in ("c10d", "c10dfunctional") or name in _NO_MESSAGE:
         return None
-    if schema.name not in _MESSAGES:
+    kind = next((kind for begin, kind in _OPERATIONS.items() if name.startswith(begin)), None)
+    if kind is None:
         raise NotImplementedError(f"{schema.name}: say in titanlite/dryrun/collectives.py what its message is")
     names = [argument.name for argument in schema.arguments]
-    how, message = _MESSAGES[schema.name]
-    return _Kind(
-        how,
-        message,
-        group=names.index("group_name" if "group_name" in names else "process_group"),
-        splits=names.index("input_split_sizes") if "input_split_sizes" in names else None,
-    )
+    # Process groups' operations take (output, input), the functional ones (input) and return the output.
+    message: int | None = 0
+    if namespace == "c10d" and kind in ("reduce-scatter", "all-to-all"):
+        message = 1
+    elif namespace != "c10d" and kind == "all-gather":
+        message = None
+    group = names.index("group_name" if "group_name" in names else "process_group")
+    return kind, message, group, names.index("input_split_sizes") if "input_split_sizes" in names else None
 
 
 def _group(argument: Any) -> dist.ProcessGroup:
@@ -196,9 +139,10 @@ def _group(argument: Any) -> dist.ProcessGroup:
     return argument if isinstance(argument, dist.ProcessGroup) else dist.ProcessGroup.unbox(argument)
 
 
-def _tensors(nested: Any) -> Iterator[Tensor]:
+def flatten(nested: Any) -> Iterator[Tensor]:
+    """The tensors among nested tuples and lists."""
     if isinstance(nested, Tensor):
         yield nested
-    else:
+    elif isinstance(nested, (tuple, list)):
         for each in nested:
-            yield from _tensors(each)
+            yield from flatten(each)

@@ -1,7 +1,7 @@
-"""Fake tensors that are quick enough for a million operations, and seen by those who watch.
+"""Fake tensors that are quick enough for a million operations, and whose operations are recorded.
 
-torch's `FakeTensorMode` knows what any operation gives, and takes a fifth of a millisecond to say so. A large model's
-step repeats a few dozen operations, which are answered here; all others are left to it.
+torch's `FakeTensorMode` knows what any operation gives, but takes a fifth of a millisecond for it. A large model's step
+repeats a few dozen operations, which are answered here; all others are left to it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _VIEWS = frozenset(
         _aten.add_.Tensor,
     }
 )  # fmt: skip
-"""What lies in the memory of its first argument: a kernel for tensors without memory says at once where."""
-
+"""Results in the memory of the first argument: a kernel for tensors without memory finds them at once."""
 _NEW = frozenset(
     {
         _aten.mm.default, _aten.mul.Tensor, _aten.mul.Scalar, _aten.add.Tensor, _aten.sub.Tensor, _aten.neg.default,
@@ -30,25 +29,22 @@ _NEW = frozenset(
         _aten.div.Scalar, _aten.silu.default, _aten.silu_backward.default, _aten.cat.default, _aten._to_copy.default,
     }
 )  # fmt: skip
-"""What gives one new tensor, whose layout follows from those of the arguments: it is remembered."""
+"""One new tensor, whose layout follows from those of the arguments: it is remembered."""
 
 
-class Watcher(Protocol):
-    """Who is shown each operation, its arguments and its result."""
-
-    def see(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None: ...
+class Recorder(Protocol):
+    def record(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None: ...
 
 
-class WatchedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Within this context tensors have shapes and no memory, and `watchers` see what is done with them.
+class RecordedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Within this context tensors have shapes and no memory, and `recorders` are shown what is done with them.
 
-    Not seen are the steps by which torch finds an operation's result where a kernel takes one. Tensors of before are
-    taken as fake ones of the same shape.
+    Not the steps by which torch finds an operation's result. Tensors of before are taken as fake ones of their shape.
     """
 
-    def __init__(self, *watchers: Watcher) -> None:
+    def __init__(self, *recorders: Recorder) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._watchers = watchers
+        self._recorders = recorders
         self._depth = 0
         self._layouts: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]] = {}
 
@@ -66,33 +62,25 @@ class WatchedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         finally:
             self._depth -= 1
         if self._depth == 0:
-            for watcher in self._watchers:
-                watcher.see(func, args, named, result)
+            for recorder in self._recorders:
+                recorder.record(func, args, named, result)
         return result
 
     def _result(self, func: Any, types: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         if func in _VIEWS and isinstance(args[0], FakeTensor):
-            return self._view(func, args, named)
-        if func in _NEW:
-            return self._new(func, types, args, named)
-        return self.dispatch(func, types, args, named)
-
-    def _view(self, func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        with in_kernel_invocation_manager(self):
-            result = func(*args, **named)
-        device = args[0].fake_device
-        if isinstance(result, FakeTensor):
-            return result  # the argument itself
-        if isinstance(result, Tensor):
-            return FakeTensor(self, result, device)
-        return [FakeTensor(self, each, device) for each in result]
-
-    def _new(self, func: Any, types: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+            with in_kernel_invocation_manager(self):
+                result = func(*args, **named)
+            device = args[0].fake_device
+            if isinstance(result, list):  # of a split
+                return [FakeTensor(self, each, device) for each in result]
+            return result if isinstance(result, FakeTensor) else FakeTensor(self, result, device)
+        if func not in _NEW:
+            return self.dispatch(func, types, args, named)
         key = (func, _layout(args), tuple(named.items()))
         if key not in self._layouts:
-            result: Any = self.dispatch(func, types, args, named)
-            self._layouts[key] = (tuple(result.shape), result.stride(), result.dtype, result.fake_device)
-            return result
+            first: Any = self.dispatch(func, types, args, named)
+            self._layouts[key] = (tuple(first.shape), first.stride(), first.dtype, first.fake_device)
+            return first
         shape, stride, dtype, device = self._layouts[key]
         return FakeTensor(self, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
 

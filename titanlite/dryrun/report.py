@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
-from titanlite.dryrun.collectives import in_order, traffic
+from titanlite.dryrun.collectives import in_order, sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.plan.layout import require_layout
 from titanlite.plan.memory import rank_state_bytes
-from titanlite.plan.sharding_table import shape_text
+from titanlite.plan.slicing import Shape
 from titanlite.recipe.sections import Recipe
-from titanlite.text import format_bytes, format_table
+from titanlite.text import format_bytes, format_shape, format_table
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -25,7 +25,7 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
     return {
         "rank": rank,
         "place": asdict(run.coordinates),
-        "collectives": [asdict(each) for each in traffic(run.collectives)],
+        "collectives": [asdict(each) for each in sum_traffic(run.collectives)],
         "sequence": [
             {"dimension": each.dimension, "operation": each.operation, "dtype": each.dtype,
              "message_bytes": each.message_bytes, "times": times}
@@ -40,7 +40,7 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
         },
         "parameters": [
             {"name": name, "shape": list(shape), "whole": list(whole), "blocks": blocks}
-            for name, shape, whole, blocks in _collapsed(run)
+            for name, shape, whole, blocks in _group_blocks(run)
         ],
         "left_out": left_out(recipe),
     }  # fmt: skip
@@ -49,46 +49,40 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
 def left_out(recipe: Recipe) -> list[str]:
     """Keys of the recipe that a dry run does not follow."""
     compiled = recipe.compile.enabled
-    return [
-        key
-        for key, differs in (
-            ("compile.enabled", compiled),
-            ("recompute.budget", compiled and recipe.recompute.budget is not None),
-            ("parallel.async_tp", recipe.parallel.async_tp),
-        )
-        if differs
-    ]
+    keys = {
+        "compile.enabled": compiled,
+        "recompute.budget": compiled and recipe.recompute.budget is not None,
+        "parallel.async_tp": recipe.parallel.async_tp,
+    }
+    return [key for key, is_used in keys.items() if is_used]
 
 
 def report(recipe: Recipe, size: int, rank: int) -> str:
     """`describe_dry_run`, in tables."""
     run = describe_dry_run(recipe, size, rank)
     place = ", ".join(f"{dimension} {index}" for dimension, index in run["place"].items())
+    messages = [
+        (each["dimension"], str(each["ranks"]), each["operation"], each["dtype"], str(each["count"]),
+         format_bytes(each["message_bytes"]), format_bytes(each["sent_bytes"]))
+        for each in run["collectives"]
+    ]  # fmt: skip
+    parameters = [
+        (each["name"], format_shape(each["shape"]), format_shape(each["whole"]), each["blocks"])
+        for each in run["parameters"]
+    ]
+    columns = ("over", "ranks", "operation", "dtype", "count", "messages", "sent")
     return "\n".join(
         [
             f"dry run of rank {rank} of {size} ({place}): one step",
             *(f"  not followed: {key}, which needs a device" for key in run["left_out"]),
             "",
-            *_messages(run["collectives"]),
+            *(_table(columns, messages, right={1, 4, 5, 6}) if messages else ["  no messages"]),
             "",
             *_memory(run["memory"]),
             "",
-            *_parameters(run["parameters"]),
+            *_table(("parameter", "here", "of", "blocks"), parameters, right={1, 2}),
         ]
     )
-
-
-def _messages(rows: list[dict[str, Any]]) -> Iterator[str]:
-    if not rows:
-        yield "  no messages"
-        return
-    columns = ("over", "ranks", "operation", "dtype", "count", "messages", "sent")
-    cells = [
-        (row["dimension"], str(row["ranks"]), row["operation"], row["dtype"], str(row["count"]),
-         format_bytes(row["message_bytes"]), format_bytes(row["sent_bytes"]))
-        for row in rows
-    ]  # fmt: skip
-    yield from _table([columns, *cells], right={1, 4, 5, 6})
 
 
 def _memory(memory: dict[str, Any]) -> Iterator[str]:
@@ -96,42 +90,34 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
     phases = (f"{phase} {format_bytes(moment['total'])}" for phase, moment in memory["by_phase"].items())
     yield f"  peak {format_bytes(peak['total'])} with activations and temporaries, in {peak['where']}"
     yield f"  most in each phase: {', '.join(phases)}"
-    columns = ("memory for", "at the peak", "at most", "by titanlite check")
-    predicted = {name: format_bytes(size) for name, size in memory["predicted"].items()}
-    held = [
-        (name, format_bytes(peak["by_purpose"][name]), format_bytes(most[name]), predicted.get(name, ""))
-        for name in most
-        if most[name]
+    by_check = {name: format_bytes(size) for name, size in memory["predicted"].items()}
+    rows = [
+        (name, format_bytes(peak["by_purpose"][name]), format_bytes(size), by_check.get(name, ""))
+        for name, size in most.items()
+        if size
     ]
-    yield from _table([columns, *held], right={1, 2, 3})
+    yield from _table(("memory for", "at the peak", "at most", "by titanlite check"), rows, right={1, 2, 3})
     if memory["host_bytes"]:
         yield f"  beside it, {format_bytes(memory['host_bytes'])} in the host's memory"
 
 
-def _parameters(rows: list[dict[str, Any]]) -> Iterator[str]:
-    columns = ("parameter", "here", "of", "blocks")
-    cells = [(row["name"], shape_text(row["shape"]), shape_text(row["whole"]), row["blocks"]) for row in rows]
-    yield from _table([columns, *cells], right={1, 2})
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: set[int]) -> list[str]:
+    return [f"  {line}" for line in format_table([head, *rows], right)]
 
 
-def _table(rows: list[tuple[str, ...]], right: set[int]) -> Iterator[str]:
-    yield from (f"  {line}" for line in format_table(rows, right))
-
-
-def _collapsed(run: DryRun) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], str]]:
+def _group_blocks(run: DryRun) -> Iterator[tuple[str, Shape, Shape, str]]:
     """Parameters of blocks that are alike, as one: (name with `*`, shape here, whole shape, which blocks)."""
-    alike: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    alike: dict[tuple[str, Shape, Shape], list[int]] = {}
     for name, shape in run.shapes.items():
         number = _NUMBER.search(name)
         key = (_NUMBER.sub(".*", name, count=1), shape, run.whole_shapes[name])
         alike.setdefault(key, []).extend([int(number[1])] if number else [])
-    for (name, shape, whole), numbers in alike.items():
-        yield name, shape, whole, _ranges(numbers)
+    for key, numbers in alike.items():
+        yield *key, _format_ranges(numbers)
 
 
-def _ranges(numbers: list[int]) -> str:
+def _format_ranges(numbers: list[int]) -> str:
     """0, 1, 2, 5 -> `0-2, 5`"""
-    # In a run of consecutive numbers, each is as far from its place as the others.
-    places = sorted((number - place, number) for place, number in enumerate(sorted(numbers)))
-    runs = [[number for _, number in run] for _, run in groupby(places, key=lambda pair: pair[0])]
+    index = count()  # in a run of consecutive numbers, each is as far from its index as the others
+    runs = [[*run] for _, run in groupby(sorted(numbers), key=lambda number: number - next(index))]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -7,10 +7,12 @@ recipe, but without a device and without the other ranks. Only compilation is le
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titanlite.dryrun.collectives import Collective, CollectiveLog
-from titanlite.dryrun.fakes import WatchedFakes
+from titanlite.dryrun.fakes import RecordedFakes
 from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
 from titanlite.models.layers import cpu_stands_for
@@ -33,8 +35,8 @@ from titanlite.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a rank does in a step. It is the first; what the others lack of it are four bytes by which the stages of a
-    pipeline get to know each other.
+    """What a rank does in a run's first step. Later ones lack four bytes, by which neighbouring stages of a pipeline
+    meet.
     """
 
     coordinates: Coordinates
@@ -55,112 +57,102 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
     if not 0 <= rank < size:
         raise UsageError(f"--rank {rank}: the ranks count from 0 to {size - 1} (--world N).")
     layout = require_layout(recipe.parallel, size)
-    log, trace = CollectiveLog(spanning(layout, recipe.parallel.zero_stage)), MemoryTrace()
+    coordinates = layout.coordinates(rank)
+    log, trace = CollectiveLog(world_dimension(layout, recipe.parallel.zero_stage)), MemoryTrace()
     with ExitStack() as stack:
         stack.enter_context(_fake_group(rank, size))
         stack.enter_context(cpu_stands_for("cuda"))
-        stack.enter_context(trace.watch())
-        fakes = WatchedFakes(log, trace)
-        # The groups are formed for real: what they are is looked up in tensors.
-        with _weights_are_fake(fakes):
-            learner = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
-        stack.enter_context(trace.watch_modules(learner.model.module))
-        _tell_phases(learner, trace, recipe.parallel.offload)
+        stack.enter_context(trace.watch_sizes())
+        fakes = RecordedFakes(log, trace)
+        # Only the weights are fake while the model is built: process groups are looked up in real tensors.
+        with patch.object(nn.Module, "to_empty", _within(fakes, nn.Module.to_empty)):
+            state = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
+        trace.follow(state.model.module)
+        _trace_phases(state, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
-        batch = _batch(recipe, batch_plan(recipe, layout, layout.coordinates(rank).data))
+        batch = _batch(recipe, batch_plan(recipe, layout, coordinates.data))
         begin = trace.now()
-        learner.step(1, batch, 1.0)
-        table = learner.shards.table
+        state.step(1, batch, 1.0)
+        table = state.shards.table
         return DryRun(
-            coordinates=layout.coordinates(rank),
-            collectives=log.seen,
+            coordinates=coordinates,
+            collectives=log.recorded,
             memory=trace.since(begin),
             shapes={name: tuple(shard.tensor.shape) for name, shard in table.items()},
             whole_shapes={name: shard.shape for name, shard in table.items()},
         )
 
 
-def spanning(layout: Layout, zero_stage: int) -> str | None:
+def world_dimension(layout: Layout, zero_stage: int) -> str | None:
     """The dimension of the weights' mesh that all ranks are in, if there is one."""
-    degrees = mesh_dimensions(layout, zero_stage)
-    return next((name for name, degree in degrees.items() if degree == layout.size), None)
+    return next((name for name, n in mesh_dimensions(layout, zero_stage).items() if n == layout.size), None)
 
 
 @contextmanager
 def _fake_group(rank: int, size: int) -> Iterator[None]:
-    """A default process group in which nobody else is, and every message arrives at once."""
+    """A default process group without other members, in which every message arrives at once."""
     if size == 1:
         yield
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Set timeout is now only supported")  # nobody waits here
+            warnings.filterwarnings("ignore", message="Set timeout is now only supported")  # there are no waits
             yield
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _weights_are_fake(mode: FakeTensorMode) -> Iterator[None]:
-    """Models come to their device, from the one without memory, by `Module.to_empty`: let it give them fake memory."""
-    real = nn.Module.to_empty
-
-    def fake(module: nn.Module, **arguments: Any) -> nn.Module:
+def _within(mode: FakeTensorMode, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
         with mode:
-            return real(module, **arguments)
+            return function(*arguments, **named)
 
-    nn.Module.to_empty = fake  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.to_empty = real  # type: ignore[method-assign]
+    return call
 
 
 def _eager(recipe: Recipe) -> Recipe:
     """The recipe without what needs a device, or numbers to compare."""
-    parallel = recipe.parallel.model_copy(update={"async_tp": False})
-    compiled = recipe.compile.model_copy(update={"enabled": False})
-    resilience = recipe.resilience.model_copy(update={"rerun_every": 0})
-    return recipe.model_copy(update={"parallel": parallel, "compile": compiled, "resilience": resilience})
+    off = {"parallel": {"async_tp": False}, "compile": {"enabled": False}, "resilience": {"rerun_every": 0}}
+    return recipe.model_copy(update={key: getattr(recipe, key).model_copy(update=off[key]) for key in off})
 
 
-def _tell_phases(learner: TrainState, trace: MemoryTrace, offload: bool) -> None:
-    """Have the learner's step tell the trace what it is at, and which tensors hold what."""
-    passes, update = learner.model.forward_backward, learner.optimizer.step
-    for tensor in learner.weights.values():
+def _trace_phases(state: TrainState, trace: MemoryTrace, offload: bool) -> None:
+    """Have the step tell the trace what it is at, and which tensors hold what."""
+    forward_backward, update = state.model.forward_backward, state.optimizer.step
+    for tensor in state.weights.values():
         trace.mark(tensor, "weights", offload)
-    for tensor in learner.optimizer.state().values():
+    for tensor in state.optimizer.state().values():
         trace.mark(tensor, "optimizer", offload)
 
-    def forward_backward(batch: Batch) -> Tensor:
+    def traced_forward_backward(batch: Batch) -> Tensor:
         trace.phase = "passes"
-        loss = passes(batch)
-        for weight in learner.weights.values():
+        loss = forward_backward(batch)
+        for weight in state.weights.values():
             if weight.grad is not None:
                 trace.mark(weight.grad, "gradients", offload)
         trace.phase = "clipping"
         return loss
 
-    def step(factor: float, taken: Tensor) -> None:
+    def traced_step(factor: float, taken: Tensor) -> None:
         trace.phase = "optimizer"
         update(factor, taken)
 
-    learner.model.forward_backward = forward_backward  # type: ignore[method-assign]
-    learner.optimizer.step = step  # type: ignore[method-assign]
+    state.model.forward_backward = traced_forward_backward  # type: ignore[method-assign]
+    state.optimizer.step = traced_step  # type: ignore[method-assign]
 
 
 def _batch(recipe: Recipe, plan: BatchPlan) -> Batch:
-    """A step's batch in its shape; full of tokens, whatever they are."""
-    length = recipe.training.sequence_length
-    shape = (plan.microbatches, plan.microbatch, length)
+    """A step's batch in its shape, of any tokens."""
+    shape = (plan.microbatches, plan.microbatch, recipe.training.sequence_length)
+    tokens, labels, positions, documents = (torch.empty(shape, dtype=torch.int64) for _ in range(4))
     masked = recipe.data.document_mask
     return Batch(
-        tokens=torch.empty(shape, dtype=torch.int64),
-        labels=torch.empty(shape, dtype=torch.int64),
-        positions=torch.empty(shape, dtype=torch.int64) if masked else None,
-        documents=torch.empty(shape, dtype=torch.int64) if masked else None,
+        tokens=tokens,
+        labels=labels,
+        positions=positions if masked else None,
+        documents=documents if masked else None,
         samples=(),
         sequences=plan.global_batch,
-        valid_tokens=plan.microbatches * plan.microbatch * length,
+        valid_tokens=prod(shape),
     )

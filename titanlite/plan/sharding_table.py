@@ -11,7 +11,7 @@ from typing import Any
 from titanlite.models.spec import ShardingRule, Style, spec_of
 from titanlite.plan.slicing import SHARD_DIMENSION, GroupRank, find_placements, local_shape, pattern_of
 from titanlite.recipe.sections import Recipe
-from titanlite.text import format_table
+from titanlite.text import format_shape, format_table
 
 _TOLD: dict[Style, str] = {
     "vocab": "rows found: reduce-scatter; backward all-gather",
@@ -78,9 +78,4 @@ def _sizes(row: Row) -> str:
         return ""
     if row["style"] in ("gather", "attention", "mask"):
         return f"{row['whole'][0]} tokens -> {row['local'][0]}"
-    return f"{shape_text(row['whole'])} -> {shape_text(row['local'])}"
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """`4096 x 1024`."""
-    return " x ".join(map(str, shape))
+    return f"{format_shape(row['whole'])} -> {format_shape(row['local'])}"
