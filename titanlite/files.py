@@ -12,9 +12,10 @@ import platform
 import shutil
 import stat
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, EINVAL, ENOSPC, ENOTSUP, ENXIO
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,38 @@ def sync_path(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: a reader, and a crash, see the old bytes or the new ones, nothing between.
+    """Put `data` at `path` in one step, as `replacing` does."""
+    with replacing(path) as file:
+        write_all(file, memoryview(data))
 
-    Raises `OSError`; the old file is then as it was.
+
+@contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[FileIO]:
+    """A file that takes the place of `path` in one step at the end: a reader, and a crash, see the old bytes or the new
+    ones, nothing between.
+
+    Processes that may write the same at the same time are told apart by `writer`. Raises `OSError`; the old file is
+    then as it was.
     """
-    beside = path.with_name(f".{path.name}.writing")
+    beside = path.with_name(f".{path.name}.{writer}writing")
     try:
         beside.unlink(missing_ok=True)
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
+        with open(beside, "xb", buffering=0) as file:
+            yield file
             sync(file.fileno(), beside)
         os.replace(beside, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
+
+
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Write all of it to an unbuffered file, which may take less than it is given."""
+    data = data.cast("B")
+    while data:
+        data = data[file.write(data) :]
 
 
 class Appender:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titanlite.corpus.file_array import RESTORE, FileArray, OpenFile
 from titanlite.corpus.tokenizers import Tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import replace_file, sync, sync_path
+from titanlite.files import replace_file, sync, sync_path, write_all
 from titanlite.recipe.paths import expand
 
 FORMAT: Final = "titanlite-tokens"
@@ -351,13 +351,6 @@ class TokenWriter:
             file.flush()
             sync(file.fileno(), self._paths.idx)
         return digest.hexdigest(), size
-
-
-def write_all(file: Any, data: memoryview) -> None:
-    """Write all of it to an unbuffered file, which may take less than it is given."""
-    data = data.cast("B")
-    while data:
-        data = data[file.write(data) :]
 
 
 def _running(counts: list[Int64]) -> Iterator[Int64]:

@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +21,10 @@ import xxhash
 from titanlite.corpus.corpora import Document, Part, is_held_out
 from titanlite.corpus.corpora.files import FoundFile
 from titanlite.corpus.corpora.formats import read_documents, stop_at
-from titanlite.corpus.token_file import BLOCK, write_all
+from titanlite.corpus.token_file import BLOCK
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import replace_file, sync
+from titanlite.files import replace_file, replacing, write_all
 
 PART_VERSION = 2
 EXAMPLES = 10
@@ -133,7 +132,8 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
     bad, dtype = _BadLines(settings.skip_bad_lines), token_dtype(tokenizer.vocab_size)
     documents = 0
     sources: dict[int, tuple[int, int]] = {}  # documents, and the sum of their hashes
-    with _create(tokens) as token_file, _create(records) as record_file:
+    writer = f"{os.getpid()}."  # an orphan of an earlier start may be at the same unit
+    with replacing(tokens, writer) as token_file, replacing(records, writer) as record_file:
         for source, batch in _batches(unit, settings, bad):
             texts, ids = _encode(batch, tokenizer, bad)
             for block in _pack_blocks(ids, tokenizer.separator, dtype):
@@ -154,20 +154,6 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:
     return folder / f"{key}.tokens", folder / f"{key}.records", folder / f"{key}.json"
-
-
-@contextmanager
-def _create(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, under its name once it is whole and on the disk."""
-    writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with open(writing, "wb", buffering=0) as file:
-            yield file
-            sync(file.fileno(), writing)
-        os.replace(writing, path)
-    except BaseException:
-        writing.unlink(missing_ok=True)
-        raise
 
 
 class _BadLines:
