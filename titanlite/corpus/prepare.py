@@ -40,6 +40,7 @@ from titanlite.corpus.units import EXAMPLES, PartFile, Piece, Settings, Unit, ke
 from titanlite.corpus.workers import WorkerPool, write_unit
 from titanlite.errors import DataError, UsageError
 from titanlite.files import Lock, cause, take_lock
+from titanlite.text import format_bytes
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024
@@ -187,6 +188,7 @@ def _write_parts(
         there = [part_at(folder, key) for key in keys]
         missing = [index for index, part in enumerate(there) if part is None]
         total = sum(unit.bytes for unit in units)
+        progress.message(f"tokenizing {format_bytes(total)} of texts into {request.out}")
         progress.begin("tokenizing", total, total - sum(units[index].bytes for index in missing))
         tasks = [(units[index], request.settings, folder) for index in missing]
         for number, _ in workers.run(write_unit, tasks):

@@ -144,8 +144,6 @@ class TokenFile:
     tokens: FileArray[np.integer[Any]]
     """All documents, each followed by the separator, flat."""
     starts: Starts
-    lengths: FileArray[np.int32]
-    """Of each sequence."""
     info: TokenInfo | None
     """The sidecar; None for a file that something else than titanlite made."""
 
@@ -166,11 +164,15 @@ class TokenFile:
             tokens = FileArray(file, 0, index.dtype, file.size // index.dtype.itemsize)
             info = _read_sidecar(paths, tokens, index.lengths.file.size) if paths.sidecar.exists() else None
         starts = Starts(index.pointers, index.sequences, index.dtype.itemsize, len(tokens))
-        return cls(prefix, tokens, starts, index.lengths, info)
+        return cls(prefix, tokens, starts, info)
 
     def __reduce__(self) -> Any:
         """Another process opens it anew."""
         return TokenFile.open, (self.prefix,)
+
+    @property
+    def index(self) -> OpenFile:
+        return self.starts.pointers.file
 
     @property
     def documents(self) -> int:
@@ -225,7 +227,7 @@ class TokenFile:
     def verify_hashes(self, hash_of: Callable[[OpenFile], str] = OpenFile.hash) -> None:
         """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of."""
         assert self.info is not None, "without a sidecar nothing is known of it"
-        for file, expected in ((self.lengths.file, self.info.idx_xxh3_64), (self.tokens.file, self.info.bin_xxh3_64)):
+        for file, expected in ((self.index, self.info.idx_xxh3_64), (self.tokens.file, self.info.bin_xxh3_64)):
             if hash_of(file) != expected:
                 sidecar = paths_of(self.prefix).sidecar
                 raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")

@@ -21,7 +21,6 @@ from titanlite.corpus.units import PART_VERSION, Piece, Settings, key_of
 from titanlite.corpus.workers import cores
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Run
-from titanlite.text import format_bytes
 
 IN_MEMORY_BYTES = 2**25
 """Texts of so many bytes, packed or not, are read by every rank for itself."""
@@ -62,7 +61,6 @@ def open_tokenized(
     )
     if not paths_of(request.out).idx.exists():  # which is the last to be there
         with Progress(sys.stderr) as progress:
-            progress.message(f"{format_bytes(size)} of texts are tokenized into {request.out}, once for all runs")
             prepare(request, files, tokenizer, progress)
     return tuple(map(TokenFile.open, reversed(request.outputs)))
 
