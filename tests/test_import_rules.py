@@ -60,7 +60,13 @@ WITHOUT_TORCH = (
     *("models.spec", "models.llama_spec", "observe.flops", "observe.rows", "verify.shrink", "verify.verdict"),
     *("data.audit", "data.read_log", "data.order", "data.packing", "data.fill_in"),
     *("checkpoint.format", "checkpoint.plan", "checkpoint.storage", "checkpoint.headers"),
-    *("checkpoint.examine", "checkpoint.requests", "resilience.crashes", "resilience.progress", "resilience.sampling"),
+    *(
+        "checkpoint.examine",
+        "checkpoint.requests",
+        "resilience.crashes",
+        "resilience.rank_table",
+        "resilience.sampling",
+    ),
 )
 """Folders and modules all of which can be imported without torch."""
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from titanlite.resilience.progress import LEFT, HangReport, RankStatus, find_stragglers
+from titanlite.resilience.rank_table import LEFT, HangReport, RankStatus, find_stragglers
 
 _HANG, _REPORTERS, _REPORT, _DUMPED = "hang", "reporters", "report", "dumped"
 _READINGS_APART = 3

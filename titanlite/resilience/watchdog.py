@@ -1,7 +1,7 @@
 """Ends a rank whose run makes no progress, after it has left what tells why; and names ranks that slow the others down.
 
 A thread beside the trainer, which gets a beat after every step. It writes stacks (`stacks.py`), and finds out with the
-other ranks which of them holds up the run (`coordinator.py`, `progress.py`).
+other ranks which of them holds up the run (`coordinator.py`, `rank_table.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from titanlite.errors import TitanliteError
 from titanlite.recipe.sections import WATCHDOG_PATIENCE
 from titanlite.resilience.coordinator import HangCoordinator
-from titanlite.resilience.progress import RankStatus
+from titanlite.resilience.rank_table import HangReport, RankStatus
 from titanlite.resilience.sampling import Location, look_at, summarize
-from titanlite.resilience.stacks import STACKS_SIGNAL, StackDump, add_report, log_path
+from titanlite.resilience.stacks import STACKS_SIGNAL, StackDump, add_report
 
 WINDOW_LOOKS = 600
 """Looks at a training rank, about a minute of them, from which its share of waiting is taken and compared."""
@@ -36,21 +36,6 @@ ranks of a suspended job for instance, has not been silent meanwhile."""
 _ENDING_SECONDS = 30.0
 """After so long the process ends, whether it could write all that it should or not."""
 _TRAINING = "training"
-
-
-@dataclass(frozen=True)
-class Hang:
-    """Why a run without progress is ended."""
-
-    step: int
-    """The last that this rank has finished."""
-    reason: str
-    rank: int
-    """One that holds up the run; this one, if that is unknown or none stands out."""
-    host: str
-    """That rank's."""
-    stacks: Path
-    """The file that has them, of that rank."""
 
 
 class Beat(NamedTuple):
@@ -77,9 +62,11 @@ class Watchdog:
         logs: Path,
         rank: int = 0,
         ranks: int = 1,
-        on_hang: Callable[[Hang], None] | None = None,
+        on_hang: Callable[[int, HangReport], None] | None = None,
     ) -> None:
-        """`on_hang` is called before the process ends, in the watching thread, while the watched one hangs."""
+        """`on_hang` is called with the last step that this rank has finished, before the process ends, in the watching
+        thread, while the watched one hangs.
+        """
         self._seconds = seconds
         self._logs = logs
         self._ranks = ranks
@@ -162,21 +149,18 @@ class Watchdog:
             coordinator.hang = True
         why = f"no sign of life for {status.silent_seconds:.0f} s" if late else "another rank gives no sign of life"
         self._stacks.write_stacks(f"{why}; stacks {status.stage}:")
-        report = coordinator.wait_for_report() if coordinator is not None else None
-        if report is not None:
-            reason = report.reason
-        elif coordinator is not None:
-            reason = "who holds it up is unknown: the store, at rank 0 or its launcher, does not answer"
-        else:
-            reason = f"{status.name} is in {status.place} {status.stage}"
-        reason = f"no progress (resilience.watchdog_seconds = {self._seconds:g}): {reason}"
-        if coordinator is None or report is None or coordinator.is_reporter:
-            add_report(self._logs, f"{reason}\n{report.table}" if report is not None else reason)
+        agreed = coordinator.wait_for_report() if coordinator is not None else None
+        unknown = "who holds it up is unknown: the store, at rank 0 or its launcher, does not answer"
+        alone = f"{status.name} is in {status.place} {status.stage}"
+        reason = alone if coordinator is None else unknown
+        report = agreed or HangReport(reason, "", status.rank, status.host, to_signal=[], dumping=1)
+        reason = f"no progress (resilience.watchdog_seconds = {self._seconds:g}): {report.reason}"
+        if coordinator is None or agreed is None or coordinator.is_reporter:
+            add_report(self._logs, f"{reason}\n{report.table}".rstrip())
         self._stacks.write(reason)
         if self._on_hang is not None:
-            rank, host = report.blamed[0] if report is not None and report.blamed else (status.rank, status.host)
-            self._on_hang(Hang(status.step, reason, rank, host, log_path(self._logs, rank)))
-        if coordinator is not None and report is not None:
+            self._on_hang(status.step, replace(report, reason=reason))
+        if coordinator is not None and agreed is not None:
             # From now on trainers may go on. A process that was stopped does too, to end as all do.
             for pid in (pid for rank, pid in report.to_signal if rank == status.rank):
                 with suppress(OSError):

@@ -26,7 +26,9 @@ from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
-from titanlite.resilience.watchdog import Hang, Watchdog
+from titanlite.resilience.rank_table import HangReport
+from titanlite.resilience.stacks import log_path
+from titanlite.resilience.watchdog import Watchdog
 from titanlite.text import format_count, pluralize
 from titanlite.training import setup
 from titanlite.training.progress import Progress
@@ -51,8 +53,8 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         progress.under_way = setup.find_latest_step(ranks, loaded, checkpoints, snapshots) + 1, None
         crash = CrashRecorder(path / "logs" / "crashes", attempt, world, loaded, progress)
 
-        def on_hang(hang: Hang) -> None:
-            _record_hang(logger, folder, crash, hang)
+        def on_hang(step: int, report: HangReport) -> None:
+            _record_hang(logger, folder, crash, path / "logs", step, report)
 
         watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, on_hang)
         with crash.recorded(), watchdog, explain_full_memory():
@@ -183,14 +185,16 @@ def _record_hang(
     logger: RunLogger,
     folder: RunFolder | None,
     crash: CrashRecorder,
-    hang: Hang,
+    logs: Path,
+    step: int,
+    report: HangReport,
 ) -> None:
     """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
     if folder is not None:
-        folder.write_status("failed", hang.step, TitanliteError.exit_code, hang.reason)
-        logger.event(hang.step, "hung", hang.reason)
-    ended = crash.describe("Hang", hang.reason, f"the stacks of all threads are in {hang.stacks}")
-    crash.write(replace(ended, rank=hang.rank, host=hang.host))
+        folder.write_status("failed", step, TitanliteError.exit_code, report.reason)
+        logger.event(step, "hung", report.reason)
+    stacks = f"the stacks of all threads are in {log_path(logs, report.rank)}"
+    crash.write(replace(crash.describe("Hang", report.reason, stacks), rank=report.rank, host=report.host))
 
 
 def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:

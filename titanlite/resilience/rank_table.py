@@ -57,10 +57,12 @@ class HangReport:
 
     reason: str
     table: str
+    rank: int
+    """One that holds up the run; if none stands out, any."""
+    host: str
+    """That rank's."""
     to_signal: list[tuple[int, int]]
     """(rank, pid): the rank signals the process, so that its stacks are written too."""
-    blamed: list[tuple[int, str]]
-    """(rank, host) of those that hold up the run; empty if all wait for each other."""
     dumping: int
     """How many ranks write their stacks: those that run, and those that are signalled."""
 
@@ -69,15 +71,11 @@ class HangReport:
         """What follows from two readings of the table."""
         unresponsive = unresponsive_ranks(before, after)
         lagging = lagging_ranks(after, unresponsive)
+        blamed = next((row for row in after if row.rank in lagging), after[0])
         to_signal = ranks_to_signal(after, unresponsive)
         running = sum(row.phase != LEFT and row.rank not in unresponsive for row in after)
-        return cls(
-            format_report(after, lagging),
-            format_table(after),
-            to_signal,
-            [(row.rank, row.host) for row in after if row.rank in lagging],
-            running + len(to_signal),
-        )
+        reason, table = format_report(after, lagging), format_table(after)
+        return cls(reason, table, blamed.rank, blamed.host, to_signal, running + len(to_signal))
 
 
 def unresponsive_ranks(before: Sequence[RankStatus], after: Sequence[RankStatus]) -> set[int]:
