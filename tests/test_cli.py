@@ -190,13 +190,10 @@ class TestCheck:
         for part in ("257 of the 272 rows", "id 256", "3 files", "401 tokens", "weight 3", "best_fit", "absent.jsonl"):
             assert part in out
 
-    def test_states_and_peak_are_told_apart(self, run: Run, recipe: Path) -> None:
-        """Issue 14, item 21: 4.23 GiB by one, 33.67 GiB by the other."""
+    def test_bytes_of_states_of_a_step_and_of_a_checkpoint(self, run: Run, recipe: Path) -> None:
+        """Issue 14, items 21 and 27. A checkpoint has the weights and AdamW's two moments, in float32."""
         assert "without activations" in run("check", str(recipe))[1]
         assert "with activations" in run("check", str(recipe), "--dry-run")[1]
-
-    def test_bytes_of_a_checkpoint(self, run: Run, recipe: Path) -> None:
-        """Issue 14, item 27: `job.yaml` says that check tells them. Weights and AdamW's two moments, in float32."""
         report = json.loads(run("check", str(recipe), "--json")[1])
         assert report["checkpoint_bytes"] == 3 * 4 * report["parameters"]
 
@@ -264,68 +261,62 @@ def test_schema_is_what_editors_get(run: Run) -> None:
     assert run("schema", "--markdown")[1].startswith("# Recipe reference")
 
 
+def raising(error: BaseException) -> Callable[[list[str]], int]:
+    def command(argv: list[str]) -> int:
+        raise error
+
+    return command
+
+
 class TestRunCommand:
     @pytest.mark.parametrize(
         ("error", "code", "said"),
         [
             (UsageError("no such file"), 2, "error: no such file\n"),
             (
-                RecipeError([Finding("a.b", "is wrong;", "mend it.", "f.toml", 3)]),
+                RecipeError([Finding("a.b", "is wrong;", "mend it.", "f", 3)]),
                 2,
-                "error: f.toml:3: a.b: is wrong; mend it.\n",
+                "error: f:3: a.b: is wrong; mend it.\n",
             ),
             (GuardStop("NaN"), 3, "error: NaN\n"),
             (CheckpointError("none fits"), 4, "error: none fits\n"),
             (StoppedEarly("stopped at step 3, saved"), 75, "stopped at step 3, saved\n"),
+            (KeyboardInterrupt(), 130, ""),
         ],
     )
     def test_an_error_is_a_paragraph_and_its_code(
-        self, capsys: pytest.CaptureFixture[str], error: TitanliteError, code: int, said: str
+        self, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
     ) -> None:
-        def command(argv: list[str]) -> int:
-            raise error
-
-        assert run_command(command, []) == code
-        assert capsys.readouterr().err == said
-        assert run_command(command, ["--traceback"]) == code
-        assert "Traceback" in capsys.readouterr().err
+        assert run_command(raising(error), []) == code
+        assert capsys.readouterr() == ("", said)
+        assert run_command(raising(error), ["--traceback"]) == code
+        assert ("Traceback" in capsys.readouterr().err) == isinstance(error, TitanliteError)
 
     @pytest.mark.parametrize(
-        ("error", "said"), [(GuardStop("NaN"), ""), (NonfiniteFound("NaN in ffn"), "error: NaN in ffn\n")]
+        ("error", "printed"),
+        [
+            (GuardStop("NaN"), False),
+            (StoppedEarly("stopped after step 3"), False),
+            (NonfiniteFound("NaN in ffn"), True),
+            (UsageError("this rank's own disk"), True),
+        ],
     )
-    def test_a_rank_that_is_not_the_first_says_what_only_it_may_have_met(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: GuardStop, said: str
+    def test_a_rank_that_is_not_the_first_prints_what_only_it_may_have_met(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: TitanliteError, printed: bool
     ) -> None:
-        def command(argv: list[str]) -> int:
-            raise error
-
-        as_rank("1", monkeypatch)
-        assert run_command(command, []) == 3
-        assert capsys.readouterr().err == said
+        for rank, prints in (("0", True), ("1", printed)):
+            as_rank(rank, monkeypatch)
+            assert run_command(raising(error), []) == error.exit_code
+            assert (str(error) in capsys.readouterr().err) == prints
 
     def test_the_command_does_not_see_traceback(self) -> None:
         seen: list[str] = []
-
-        def command(argv: list[str]) -> int:
-            seen.extend(argv)
-            return 0
-
-        assert run_command(command, ["a", "--traceback", "b"]) == 0
+        assert run_command(lambda argv: seen.extend(argv) or 0, ["a", "--traceback", "b"]) == 0
         assert seen == ["a", "b"]
 
-    def test_interrupt_is_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
-        def command(argv: list[str]) -> int:
-            raise KeyboardInterrupt
-
-        assert run_command(command, []) == 130
-        assert capsys.readouterr() == ("", "")
-
     def test_our_own_mistakes_are_not_hidden(self) -> None:
-        def command(argv: list[str]) -> int:
-            raise ZeroDivisionError
-
         with pytest.raises(ZeroDivisionError):
-            run_command(command, [])
+            run_command(raising(ZeroDivisionError()), [])
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -358,20 +349,3 @@ def test_help_loads_nothing_that_takes_time() -> None:
         "assert not {'torch', 'pydantic', 'numpy', 'rich'} & set(sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
-
-
-def test_what_every_rank_meets_is_said_by_the_first(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(argv: list[str]) -> int:
-        raise StoppedEarly("stopped after step 3")
-
-    def broken(argv: list[str]) -> int:
-        raise UsageError("this rank's own disk")
-
-    for rank, heard in (("0", "stopped after step 3\n"), ("1", "")):
-        as_rank(rank, monkeypatch)
-        assert run_command(stopped, []) == 75
-        assert capsys.readouterr().err == heard
-    assert run_command(broken, []) == 2
-    assert "this rank's own disk" in capsys.readouterr().err
