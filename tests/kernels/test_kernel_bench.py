@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,54 +84,35 @@ def test_turns_are_taken_in_rounds() -> None:
 # ---- a stand-in for Liger-Kernel: its signatures and layouts, in plain PyTorch ---------------------------------------
 
 
-class _RMSNorm:
-    @staticmethod
-    def apply(X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):  # type: ignore[no-untyped-def]
-        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
-        return rms_norm_reference(X, W, eps)
+NORM = (0.0, "llama", False)
+"""Offset, roundings, and whether the gradient is written over the one that comes in."""
 
 
-class _FusedAddRMSNorm:
-    @staticmethod
-    def apply(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=False, row_mode=None):  # type: ignore[no-untyped-def]
-        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
-        return add_rms_norm_reference(X, R, W, eps)
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """[batch, heads, seq, head_dim], and [1, seq, head_dim]; the newest hands the angles back."""
+    assert q.shape[2] == k.shape[2] == cos.shape[1] == sin.shape[1] and cos.dim() == sin.dim() == 3
+    rotated = rope_reference(q.transpose(1, 2), k.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2))
+    return (*(x.transpose(1, 2) for x in rotated), cos.view_as(cos), sin.view_as(sin))
 
 
-class _Rope:
-    @staticmethod
-    def apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):  # type: ignore[no-untyped-def]
-        """[batch, heads, seq, head_dim], and [1, seq, head_dim]; the newest hands the angles back."""
-        assert q.shape[2] == k.shape[2] == cos.shape[1] == sin.shape[1] and cos.dim() == sin.dim() == 3
-        rotated = rope_reference(q.transpose(1, 2), k.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2))
-        return (*(x.transpose(1, 2) for x in rotated), cos.view_as(cos), sin.view_as(sin))
-
-
-class _SiLUMul:
-    @staticmethod
-    def apply(a, b, gate_multiplier=1.0, down_multiplier=1.0):  # type: ignore[no-untyped-def]
-        return swiglu_reference(a, b)
-
-
-class _FusedLinearCrossEntropy:
-    @staticmethod
-    def apply(  # type: ignore[no-untyped-def]
-        _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
-        label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
-        use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False,
-    ):  # fmt: skip
-        assert bias is ce_weight is softcap is None and ignore_index == -100 and reduction == "sum"
-        assert accum_dtype == torch.float32 and not lse_square_scale and not label_smoothing and not return_z_loss
-        assert _input.dim() == 2 and target.dim() == 1 and _input.dtype == weight.dtype
-        return linear_cross_entropy_reference(_input, weight, target), None, None, None
+def _linear_cross_entropy(  # type: ignore[no-untyped-def]
+    _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+    label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+):  # fmt: skip
+    assert bias is ce_weight is softcap is None and ignore_index == -100 and reduction == "sum"
+    assert accum_dtype == torch.float32 and not lse_square_scale and not label_smoothing and not return_z_loss
+    assert _input.dim() == 2 and target.dim() == 1 and _input.dtype == weight.dtype
+    return linear_cross_entropy_reference(_input, weight, target), None, None, None
 
 
 STAND_IN = {
-    "rms_norm": ("LigerRMSNormFunction", _RMSNorm),
-    "fused_add_rms_norm": ("LigerFusedAddRMSNormFunction", _FusedAddRMSNorm),
-    "rope": ("LigerRopeFunction", _Rope),
-    "swiglu": ("LigerSiLUMulFunction", _SiLUMul),
-    "fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyFunction", _FusedLinearCrossEntropy),
+    "rms_norm.LigerRMSNormFunction": lambda x, w, eps, *how: rms_norm_reference(x, w, eps) if how == NORM else None,
+    "fused_add_rms_norm.LigerFusedAddRMSNormFunction": (
+        lambda x, r, w, eps, *how: add_rms_norm_reference(x, r, w, eps) if how == NORM else None
+    ),
+    "rope.LigerRopeFunction": _rope,
+    "swiglu.LigerSiLUMulFunction": swiglu_reference,
+    "fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction": _linear_cross_entropy,
 }
 
 
@@ -140,9 +121,10 @@ def liger_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger, "installed_version", lambda name: "0.6.4")
     for package in ("liger_kernel", "liger_kernel.ops"):
         monkeypatch.setitem(sys.modules, package, ModuleType(package))
-    for module, (name, function) in STAND_IN.items():
+    for path, function in STAND_IN.items():
+        module, name = path.split(".")
         stand_in = ModuleType(f"liger_kernel.ops.{module}")
-        setattr(stand_in, name, function)
+        setattr(stand_in, name, SimpleNamespace(apply=function))
         monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
 
 
@@ -167,7 +149,7 @@ def test_who_raises_is_named_and_the_others_go_on(
     def fail(*arguments: object) -> None:
         raise AttributeError("this release has none")
 
-    monkeypatch.setattr(_SiLUMul, "apply", fail)
+    monkeypatch.setattr(sys.modules["liger_kernel.ops.swiglu"].LigerSiLUMulFunction, "apply", fail)
     assert bench.main(["--tokens", "8", "--operation", "swiglu", "--json", "-"]) == 0
     said = capsys.readouterr().out
     rows = json.loads(said.splitlines()[-1])["rows"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -311,33 +309,3 @@ def test_memory_at_the_sizes_of_llama_3(backend: str, weight_dtype: torch.dtype)
     assert held < 0.15 * everything and recomputed < 0.08 * everything
     if backend == "triton":
         assert in_all[0] < 0.15 and in_all[1] < 0.125, "with the arguments, which both have to have"
-
-
-_RESIDENT = """
-import torch
-from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-torch.set_num_threads(1)
-hidden, weight = torch.randn(4096, 64, requires_grad=True), torch.randn(16384, 64, requires_grad=True)
-labels = torch.randint(0, 16384, (4096,))
-def status(name):  # not getrusage, which knows the parent's peak too
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-def grown(loss):
-    hidden.grad = weight.grad = None
-    before = status("VmRSS")
-    loss(hidden, weight, labels).backward()
-    return status("VmHWM") - before
-linear_cross_entropy(hidden[:8], weight, labels[:8]).backward()  # what libraries take once
-print(grown(linear_cross_entropy), grown(linear_cross_entropy_reference))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_resident_memory_on_a_cpu() -> None:
-    """A process's own, smaller peak first: a quarter of Llama's tokens, an eighth of its vocabulary."""
-    process = subprocess.run([sys.executable, "-c", _RESIDENT], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    ours, everything = map(int, process.stdout.split())
-    assert everything > 3 * 4 * 4096 * 16384 * 0.9
-    assert ours < 0.15 * everything, f"{ours:,} bytes, and {everything:,} by all logits"

@@ -47,11 +47,6 @@ def test_the_parts_tile_every_sequence(ranks: int, chunk: int, microbatches: int
         assert part.documents is None and part.valid_tokens == whole.valid_tokens
     pairs = {int((part.positions[0, 0] + 1).sum()) for part in parts if part.positions is not None}
     assert len(pairs) == 1, "every rank's queries see as many keys"
-
-
-@given(RANKS, CHUNK)
-def test_given_positions_and_documents_are_cut_like_tokens(ranks: int, chunk: int) -> None:
-    tokens = torch.arange(2 * ranks * chunk).view(1, 1, -1)
     for rank in range(ranks):
         part = local_sequences(batch_of(tokens, tokens * 3, tokens * 5), ranks, rank)
         assert part.positions is not None and part.positions.equal(part.tokens * 3)

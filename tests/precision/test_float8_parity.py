@@ -102,47 +102,26 @@ def test_a_layout_is_one_process(pool: Pool, corpus: str, recipe: str, layout: s
         assert_close(result, alone(corpus, recipe), same)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "ranks", "stage"),
-    [
-        ("tensorwise", 2, 2),
-        pytest.param("tensorwise", 3, 3, marks=pytest.mark.slow),
-        pytest.param(EXACT_GRADIENTS, 2, 3, marks=pytest.mark.slow),
-    ],
-)
-def test_weights_that_travel_in_float8_give_the_same(
-    pool: Pool, corpus: str, recipe: str, ranks: int, stage: int
+slow = pytest.mark.slow
+SENT: list[Any] = [
+    ("tensorwise", 2, {"zero_stage": 2}, False),
+    ("tensorwise", 2, {"tp": 2}, False),
+    pytest.param("tensorwise", 3, {"zero_stage": 3}, False, marks=slow),  # uneven shares of 32 and 64 rows
+    pytest.param(EXACT_GRADIENTS, 2, {"zero_stage": 3}, False, marks=slow),
+    pytest.param("tensorwise", 4, {"tp": 4}, False, marks=slow),
+    pytest.param("tensorwise", 4, {"tp": 2, "zero_stage": 3}, False, marks=slow),
+    pytest.param("tensorwise", 4, {"tp": 2, "pp": 2}, False, marks=slow),
+    pytest.param("tensorwise", 4, {"tp": 2, "cp": 2}, False, marks=slow),
+    pytest.param("tensorwise", 2, {"tp": 2}, True, marks=slow),
+]
+
+
+@pytest.mark.parametrize(("recipe", "ranks", "parallel", "compiled"), SENT)
+def test_what_travels_in_float8_gives_the_same(
+    pool: Pool, corpus: str, recipe: str, ranks: int, parallel: dict[str, Any], compiled: bool
 ) -> None:
-    """Three ranks have uneven shares of 32 and 64 rows."""
-    gathers = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
-    sections = {"parallel": {"zero_stage": stage}, "precision": {"float8": gathers}}
+    """Shards of weights, and the inputs and gradients that tp gathers."""
+    section = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
+    sections = {"parallel": parallel, "precision": {"float8": section}, "compile": {"enabled": compiled}}
     for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
         assert_close(result, alone(corpus, recipe))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "ranks", "parallel", "microbatch"),
-    [
-        ("tensorwise", 2, {"tp": 2}, 1),
-        pytest.param("tensorwise", 4, {"tp": 4}, 1, marks=pytest.mark.slow),
-        pytest.param("tensorwise", 4, {"tp": 2, "zero_stage": 3}, 1, marks=pytest.mark.slow),
-        pytest.param("tensorwise", 4, {"tp": 2, "pp": 2}, 1, marks=pytest.mark.slow),
-        pytest.param("tensorwise", 4, {"tp": 2, "cp": 2}, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_activations_that_travel_in_float8_give_the_same(
-    pool: Pool, corpus: str, recipe: str, ranks: int, parallel: dict[str, Any], microbatch: int
-) -> None:
-    """Inputs and gradients that tp gathers; shards of weights too, where there are any."""
-    section = {"enabled": True, "recipe": recipe, "min_size": 0, "all_gather": True}
-    sections = {"parallel": parallel, "precision": {"float8": section}, "training": {"microbatch": microbatch}}
-    for result in run(pool, ranks, float8_recipe(corpus, recipe, **sections)):
-        assert_close(result, alone(corpus, recipe, microbatch))
-
-
-@pytest.mark.slow
-def test_compiled_activations_that_travel_in_float8_give_the_same(pool: Pool, corpus: str) -> None:
-    section = {"enabled": True, "recipe": "tensorwise", "min_size": 0, "all_gather": True}
-    sections = {"parallel": {"tp": 2}, "precision": {"float8": section}, "compile": {"enabled": True}}
-    for result in run(pool, 2, float8_recipe(corpus, "tensorwise", **sections)):
-        assert_close(result, alone(corpus, "tensorwise"))
