@@ -27,37 +27,37 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    def said(*arguments: str, code: int = 0) -> Any:
+def json_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def json_of(*arguments: str, code: int = 0) -> Any:
         """What a command of `titanlite data` prints for machines."""
         capsys.readouterr()
         assert titanlite(["data", *arguments, "--json"]) == code
         return json.loads(capsys.readouterr().out)
 
-    return said
+    return json_of
 
 
-def test_an_interrupted_run_has_the_digest_of_one_that_was_not(folder: Path, said: Callable[..., Any]) -> None:
+def test_an_interrupted_run_has_the_digest_of_one_that_was_not(folder: Path, json_of: Callable[..., Any]) -> None:
     assert train("--run.name=whole") == 0
     for stop in (1, 3):
         assert train("--run.name=parts", f"--run.stop_after_step={stop}") == 75
     assert train("--run.name=parts", "--data.workers=1") == 0
-    whole, parts = said("audit", "runs/whole"), said("audit", "runs/parts")
+    whole, parts = json_of("audit", "runs/whole"), json_of("audit", "runs/parts")
     assert (whole["steps"], whole["samples"], whole["lost"], whole["repeated"]) == (6, 6 * BATCH, 0, 0)
     assert parts == {**whole, "restarts": 2}
 
 
-def test_losses_end_with_an_error(folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]) -> None:
+def test_losses_are_an_error(folder: Path, capsys: pytest.CaptureFixture[str], json_of: Callable[..., Any]) -> None:
     assert train() == 0
     path = log_path(Path("runs/tiny"), 0)
     np.delete(np.fromfile(path, RECORD), 3).tofile(path)
     assert titanlite(["data", "audit", "runs/tiny"]) == 3
     printed = capsys.readouterr()
     assert "lost        2: 6 to 7" in printed.out and "error: runs/tiny" in printed.err
-    assert said("audit", "runs/tiny", code=3)["lost_samples"] == [[6, 7]]
+    assert json_of("audit", "runs/tiny", code=3)["lost_samples"] == [[6, 7]]
 
 
-def test_batches_are_passed_over_also_where_the_run_was_resumed(folder: Path, said: Callable[..., Any]) -> None:
+def test_batches_are_passed_over_also_where_the_run_was_resumed(folder: Path, json_of: Callable[..., Any]) -> None:
     """The fourth and fifth batches, of samples 6 to 9, before step 4: which batch 6 is for then."""
     skip = "--data.skip_steps=[4, 5]"
     assert train("--run.name=whole", skip, "--data.workers=2") == 0
@@ -66,36 +66,36 @@ def test_batches_are_passed_over_also_where_the_run_was_resumed(folder: Path, sa
     assert train("--run.name=parts", "--run.stop_after_step=3") == 75
     assert train("--run.name=parts", skip, "--run.stop_after_step=4") == 75
     assert train("--run.name=parts", skip) == 0
-    whole, parts = said("audit", "runs/whole"), said("audit", "runs/parts")
+    whole, parts = json_of("audit", "runs/whole"), json_of("audit", "runs/parts")
     assert whole["skipped"] == parts["skipped"] == [{"step": 4, "by": "data.skip_steps", "samples": [6, 9]}]
     assert whole["digest"] == parts["digest"] and whole["samples"] == 6 * BATCH
     manifest = json.loads(Path("runs/parts/checkpoints/step-00000006/manifest.json").read_text())
     assert manifest["samples"] == (6 + 2) * BATCH
 
 
-def test_batches_that_the_run_is_past_are_named(folder: Path, said: Callable[..., Any]) -> None:
+def test_batches_that_the_run_is_past_are_named(folder: Path, json_of: Callable[..., Any]) -> None:
     assert train("--run.stop_after_step=3") == 75
     assert train("--data.skip_steps=[3, 2, 5, 9]") == 0
     log = Path("runs/tiny/logs/console.log").read_text()
-    assert "data.skip_steps: no effect of [3, 2]: the run is past them" in log
-    assert said("audit", "runs/tiny")["skipped"] == [{"step": 5, "by": "data.skip_steps", "samples": [8, 9]}]
+    assert "data.skip_steps: no effect of [3, 2]" in log
+    assert json_of("audit", "runs/tiny")["skipped"] == [{"step": 5, "by": "data.skip_steps", "samples": [8, 9]}]
 
 
-def test_what_a_rollback_passes_over_is_told(
-    folder: Path, poison: Callable[[int], None], said: Callable[..., Any]
+def test_what_a_rollback_passes_over_is_reported(
+    folder: Path, poison: Callable[[int], None], json_of: Callable[..., Any]
 ) -> None:
     poison(4)
     assert train("--resilience.on_nonfinite=rollback") == 0
-    found = said("audit", "runs/tiny")
+    found = json_of("audit", "runs/tiny")
     (event,) = read_rows(event="rollback")
     to, samples = event["values"]["to_step"], event["values"]["samples"]
     assert found["skipped"] == [{"step": to, "by": "rollback", "samples": samples}] and samples[0] == to * BATCH
     assert (found["lost"], found["repeated"], found["restarts"]) == (0, 0, 0)
-    shown = said("show", "runs/tiny", "--step", str(to + 1))
+    shown = json_of("show", "runs/tiny", "--step", str(to + 1))
     assert [each["sample"] for each in shown["samples"]] == [samples[1] + 1, samples[1] + 2]
 
 
-def test_what_is_not_saved_is_no_part_of_the_run(folder: Path, said: Callable[..., Any]) -> None:
+def test_what_is_not_saved_is_no_part_of_the_run(folder: Path, json_of: Callable[..., Any]) -> None:
     """As if killed after step 5, the checkpoint of step 4 there."""
     assert train("--run.stop_after_step=4") == 75
     path = log_path(Path("runs/tiny"), 0)
@@ -103,14 +103,14 @@ def test_what_is_not_saved_is_no_part_of_the_run(folder: Path, said: Callable[..
     later = records[-1:].copy()
     later["step"], later["first"] = 5, 8
     np.concatenate((records, later)).tofile(path)
-    found = said("audit", "runs/tiny")
+    found = json_of("audit", "runs/tiny")
     assert (found["steps"], found["unsaved_steps"], found["lost"]) == (4, 1, 0)
     assert train() == 0
-    assert said("audit", "runs/tiny")["unsaved_steps"] == 0
+    assert json_of("audit", "runs/tiny")["unsaved_steps"] == 0
 
 
 def test_the_text_of_a_step_is_what_it_is_trained_on(
-    folder: Path, said: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, json_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from titanlite.training import train_state as learner
 
@@ -126,19 +126,19 @@ def test_the_text_of_a_step_is_what_it_is_trained_on(
     monkeypatch.setattr(learner.TrainState, "step", watched)
     assert train("--data.skip_steps=[2]") == 0
     for place, number in (("runs/tiny", 1), ("runs/tiny", 5), ("recipe.toml", 1), ("recipe.toml", 4)):
-        shown = said("show", place, "--step", str(number))
+        shown = json_of("show", place, "--step", str(number))
         batch = number + (place == "runs/tiny" and number >= 2)
         assert shown["batch"] == batch
         taken = batch - (batch >= 2)  # of the recipe without skip_steps, batch 2 apart, each comes a step later
         assert [each["text"] for each in shown["samples"]] == seen[taken - 1]
-    one = said("show", "recipe.toml", "--step", "4", "--rank", "1", "--data-ranks", "2")
+    one = json_of("show", "recipe.toml", "--step", "4", "--rank", "1", "--data-ranks", "2")
     assert [each["sample"] for each in one["samples"]] == [7]
-    assert said("show", "runs/tiny", "--step", "4", "--rank", "0")["samples"][1]["sample"] == 9
+    assert json_of("show", "runs/tiny", "--step", "4", "--rank", "0")["samples"][1]["sample"] == 9
 
 
-def test_control_characters_show(folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]) -> None:
+def test_control_characters_show(folder: Path, capsys: pytest.CaptureFixture[str], json_of: Callable[..., Any]) -> None:
     (folder / "corpus.txt").write_bytes(b"\x1b[31m\tred\xff\r\n" * 60)
-    (sample, _) = said("show", "recipe.toml", "--step", "1", "--limit", "0")["samples"]
+    (sample, _) = json_of("show", "recipe.toml", "--step", "1", "--limit", "0")["samples"]
     assert set("\x1b\t\r\xff") & set(sample["text"]) == set()
     assert r"\x1b[31m\tred\xff\r" + "\n" in sample["text"] * 2
     assert titanlite(["data", "show", "recipe.toml", "--step", "1", "--limit", "3"]) == 0
@@ -148,10 +148,10 @@ def test_control_characters_show(folder: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("show", "recipe.toml", "--step", "0"), "--step must be at least 1"),
-        (("show", "recipe.toml", "--step", "1", "--rank", "0"), "--rank and --data-ranks go together"),
-        (("show", "recipe.toml", "--step", "1", "--rank", "2", "--data-ranks", "2"), "there are 2 data ranks"),
-        (("audit", "runs/none"), "runs/none is no run folder"),
+        (("show", "recipe.toml", "--step", "0"), "--step"),
+        (("show", "recipe.toml", "--step", "1", "--rank", "0"), "--data-ranks"),
+        (("show", "recipe.toml", "--step", "1", "--rank", "2", "--data-ranks", "2"), "2 data ranks"),
+        (("audit", "runs/none"), "runs/none"),
     ],
 )
 def test_wrong_usage(
@@ -164,18 +164,18 @@ def test_wrong_usage(
 def test_a_run_is_shown_and_audited_by_its_own_records_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train() == 0
     assert titanlite(["data", "show", "runs/tiny", "--step", "9"]) == 2
-    assert "no record of step 9; it has some of steps 1 to 6" in capsys.readouterr().err
+    assert "steps 1 to 6" in capsys.readouterr().err
     (folder / "corpus.txt").write_text("another text. " * 100)
     assert titanlite(["data", "show", "runs/tiny", "--step", "1"]) == 2
-    assert "are not what runs/tiny was trained on: a file of its text has changed" in capsys.readouterr().err
+    assert "not what runs/tiny was trained on" in capsys.readouterr().err
     log_path(Path("runs/tiny"), 0).unlink()
     assert titanlite(["data", "audit", "runs/tiny"]) == 2
-    assert "has no record of the samples" in capsys.readouterr().err
+    assert "logs/samples" in capsys.readouterr().err
 
 
 def test_batches_beyond_the_run_are_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert titanlite(["check", "recipe.toml", "--data.skip_steps=[2, 7, 9]"]) == 0
-    assert "the run ends with batch 8, and does not come to 9" in "".join(capsys.readouterr())
+    assert "data.skip_steps" in "".join(capsys.readouterr())
 
 
 MIXED = """
@@ -208,7 +208,7 @@ def mixed() -> str:
 
 
 def test_weights_may_change_from_here_on_only(
-    folder: Path, capsys: pytest.CaptureFixture[str], said: Callable[..., Any]
+    folder: Path, capsys: pytest.CaptureFixture[str], json_of: Callable[..., Any]
 ) -> None:
     plain = mixed()
     assert train("--run.stop_after_step=3") == 75
@@ -223,21 +223,21 @@ def test_weights_may_change_from_here_on_only(
     assert Path("runs/tiny/recipe.toml").read_text() == stored, "the run's recipe is still that of its steps"
     Path("recipe.toml").write_text(bare + STAGES.format(until=until, old=3))
     assert train("--run.stop_after_step=4") == 75, "the past is the same: no flag is asked for"
-    assert said("audit", "runs/tiny")["reordered"] == []
-    shown = said("show", "runs/tiny", "--step", "4")["samples"]
+    assert json_of("audit", "runs/tiny")["reordered"] == []
+    shown = json_of("show", "runs/tiny", "--step", "4")["samples"]
     assert {each["source"] for each in shown} == {"b"}
     Path("recipe.toml").write_text(plain)
     assert train() == 2 and "--allow-change data.corpus" in capsys.readouterr().err
     assert train("--allow-change", "data.sources") == 0
-    found = said("audit", "runs/tiny", code=3)
+    found = json_of("audit", "runs/tiny", code=3)
     assert (found["reordered"], found["lost"], found["repeated"], found["steps"]) == ([5], 0, 0, 6)
-    assert said("show", "runs/tiny", "--step", "5")["step"] == 5
+    assert json_of("show", "runs/tiny", "--step", "5")["step"] == 5
     assert titanlite(["data", "show", "runs/tiny", "--step", "4"]) == 2
-    assert "went on in another order from step 5 on" in capsys.readouterr().err
+    assert "from step 5" in capsys.readouterr().err
 
 
 def test_a_change_of_order_is_not_forgotten_by_going_back(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[[int], None], said: Callable[..., Any]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[[int], None], json_of: Callable[..., Any]
 ) -> None:
     """The state gone back to is saved anew, and a run that is killed then has no step of the new order."""
     plain = mixed()
@@ -250,7 +250,7 @@ def test_a_change_of_order_is_not_forgotten_by_going_back(
         with pytest.raises(RuntimeError, match="killed"):
             train(rollback, "--allow-change=data.sources", "--checkpoint.every_steps=100")
     assert train(rollback) == 0
-    found = said("audit", "runs/tiny", code=3)
+    found = json_of("audit", "runs/tiny", code=3)
     assert found["reordered"] == [3] and found["lost"] == found["repeated"] == 0
 
 
@@ -262,7 +262,7 @@ def killed_after(function: Callable[..., None]) -> Callable[..., None]:
     return killed
 
 
-def test_another_text_of_a_validation_set_is_told_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_text_of_a_validation_set_is_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sets = '\n[[data.validation]]\nname = "news"\npath = "news.txt"\n'
     Path("news.txt").write_text("nothing new. " * 40)
     Path("recipe.toml").write_text(Path("recipe.toml").read_text() + sets)
@@ -271,4 +271,4 @@ def test_another_text_of_a_validation_set_is_told_of(folder: Path, capsys: pytes
     Path("news.txt").write_text("something new. " * 40)
     capsys.readouterr()
     assert train(*arguments) == 0
-    assert "warning: validation reads another text than before (news)" in capsys.readouterr().out
+    assert "another text than before (news)" in capsys.readouterr().out

@@ -215,7 +215,7 @@ def test_a_stretch_has_two_records_and_a_start_one_however_soon_it_is_killed(tmp
     run.require_whole()
 
 
-def test_layouts_and_restarts_are_told(tmp_path: Path) -> None:
+def test_layouts_and_restarts_are_reported(tmp_path: Path) -> None:
     run = Run(tmp_path, 4)
     run.live(Life(2, [3, 4], 100, 3, False))
     run.live(Life(3, [2, 2, 2], 100, 0, False))
@@ -331,8 +331,8 @@ def test_zeros_at_the_end_are_no_records(run: Run) -> None:
     assert run.audit().whole and run.step == 11
 
 
-def test_a_run_without_records_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no record of the samples that were read"):
+def test_a_run_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="logs/samples"):
         read_records(tmp_path)
 
 
@@ -342,7 +342,7 @@ def test_a_run_without_records_is_told_so(tmp_path: Path) -> None:
 )
 def test_records_that_no_run_writes_are_refused(run: Run, field: str, value: int) -> None:
     rewrite(run.folder, 1, change(field, 3, value))
-    with pytest.raises(DataError, match=r"rank-00001\.bin: .*damaged, or written by a newer titanlite"):
+    with pytest.raises(DataError, match=r"rank-00001\.bin: .*damaged"):
         run.audit()
 
 

@@ -126,11 +126,9 @@ def test_they_compose_with_cut_and_leave_validation_alone(texts: str) -> None:
 
 
 def test_markers_are_special_tokens(texts: str) -> None:
-    with pytest.raises(
-        DataError, match=r"data\.fim_tokens\.1: the tokenizer has no special token 'x' \(it has: <\|fim"
-    ):
+    with pytest.raises(DataError, match=r"data\.fim_tokens\.1: .*'x' .*<\|fim.*data\.special_tokens"):
         opened(texts, fim_rate=0.5, fim_tokens=(NAMES[0], "x", NAMES[2]))
-    with pytest.raises(DataError, match=r"data\.fim_tokens: give three different tokens"):
+    with pytest.raises(DataError, match=r"data\.fim_tokens: .*three different"):
         opened(texts, fim_rate=0.5, fim_tokens=(NAMES[0], NAMES[1], NAMES[0]))
     assert opened(texts, fim_tokens=("x", "y", "z")).windows  # not looked at
 

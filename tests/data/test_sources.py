@@ -122,13 +122,13 @@ def test_epochs_and_tokens_limit_a_source(texts: Path) -> None:
     assert said[1].endswith("will be read 0.50 times")
 
 
-def test_too_little_data_is_said_before_the_run(texts: Path) -> None:
+def test_too_little_data_is_an_error_before_the_run(texts: Path) -> None:
     splits = opened(texts, sources=[{"name": "a", "epochs": 2.0}])
     enough = 2 * splits.train.windows
     assert require_samples(splits.train, enough) == [
         f"source a ({splits.train.tokens / 1000:.2f}K tokens) will be read 2.00 times"
     ]
-    with pytest.raises(DataError, match=r"all that may be read is .* tokens, and the run needs"):
+    with pytest.raises(DataError, match=r"data\.sources: .*training\.tokens"):
         require_samples(splits.train, enough + 1)
     with pytest.raises(DataError, match="used up"):
         splits.train.sample(enough)
@@ -161,7 +161,7 @@ def test_nothing_to_validate_on(texts: Path) -> None:
     prepare(str(texts / "c"), "--out", str(texts / "whole"))
     sources = [{"name": "c", "path": str(texts / "whole")}]
     assert opened(texts, sources=sources, validated=False).train.windows
-    with pytest.raises(DataError, match=r"nothing to validate on"):
+    with pytest.raises(DataError, match=r"validation\.every_steps: .*--held-out"):
         opened(texts, sources=sources)
 
 
@@ -205,7 +205,7 @@ def test_a_token_file_that_is_not_there(texts: Path, tmp_path: Path) -> None:
 def test_what_another_prepare_held_out_is_refused(texts: Path, tmp_path: Path) -> None:
     prepare(str(texts / "a"), "--out", str(tmp_path / "a"), "--held-out", "20")
     prepare(str(texts / "a"), "--out", str(tmp_path / "a"), "--force")
-    with pytest.raises(DataError, match="belongs to another prepare"):
+    with pytest.raises(DataError, match="prepare both again"):
         opened(texts, sources=[{"name": "a", "path": str(tmp_path / "a")}])
 
 
@@ -216,7 +216,7 @@ def test_ids_beyond_the_vocabulary_are_named_when_they_are_read(texts: Path, tmp
     tokens.flush()
     (source,) = opened(texts, False, sources=[{"name": "a", "path": str(tmp_path / "a")}]).train.sources
     source.window(4)
-    with pytest.raises(DataError, match=r"a: ids .* to 300 from token 80 on"):
+    with pytest.raises(DataError, match=r"a: ids .* to 300 from token 80"):
         source.window(5)
 
 
@@ -234,7 +234,7 @@ def test_one_file_twice_and_files_of_two_kinds_are_refused(texts: Path, tmp_path
 
 @pytest.mark.parametrize("limit", [{"epochs": 0.001}, {"tokens": LENGTH - 1}])
 def test_a_limit_that_allows_nothing_is_refused(texts: Path, limit: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="allow not one sequence"):
+    with pytest.raises(DataError, match="source a: its epochs and tokens"):
         opened(texts, sources=[{"name": "a", **limit}, {"name": "b"}])
 
 
@@ -246,43 +246,43 @@ def test_special_tokens_may_come_after_those_that_a_file_was_made_with(texts: Pa
         splits = opened(texts, sources=sources, validated=False, special_tokens=more)
         assert splits.tokenizer.vocab_size == 257 + len(more) and splits.train.windows > 50
     for other in ([], ["<2>", "<1>"]):
-        with pytest.raises(DataError, match="separator and special_tokens as for it"):
+        with pytest.raises(DataError, match="special_tokens"):
             opened(texts, sources=sources, validated=False, special_tokens=other)
 
 
-def test_a_file_that_several_keys_read_is_said(texts: Path, prepared: Path, tmp_path: Path) -> None:
+def test_a_file_that_several_keys_read_is_warned_of(texts: Path, prepared: Path, tmp_path: Path) -> None:
     """Issue 14, item 6: by whichever names and links, with both keys; nothing is said of other files."""
     (tmp_path / "link").symlink_to(texts / "a")
     os.link(texts / "c" / "0.txt", tmp_path / "hard.txt")
     for end in (".bin", ".idx", ".json"):
         (tmp_path / f"b{end}").symlink_to(f"{prepared}{end}")
 
-    def said(*validation: Path | str, **sources: Path | str) -> list[tuple[str, str]]:
+    def warned(*validation: Path | str, **sources: Path | str) -> list[tuple[str, str]]:
         sets = [{"name": str(index), "path": str(path)} for index, path in enumerate(validation)]
         named = [{"name": name, "path": str(path)} for name, path in sources.items()]
         section = Data.model_validate({"sources": named, "validation": sets, "validation_percent": 0.0})
         return [(finding.key, finding.problem) for finding in shared_texts(section)]
 
-    assert said(texts / "c", a=texts / "a", b=prepared) == []
-    assert said(f"{prepared}-validation", b=prepared) == []
-    ((key, problem),) = said(a=texts / "a", b=tmp_path / "link")
+    assert warned(texts / "c", a=texts / "a", b=prepared) == []
+    assert warned(f"{prepared}-validation", b=prepared) == []
+    ((key, problem),) = warned(a=texts / "a", b=tmp_path / "link")
     assert key == "data.sources.1.path" and "data.sources.0.path" in problem and "149 files more" in problem
     assert str(texts / "a") in problem
     for source, other in ((texts / "c", tmp_path / "hard.txt"), (prepared, tmp_path / "b"), ("python-stdlib",) * 2):
-        ((key, problem),) = said(other, x=source)
+        ((key, problem),) = warned(other, x=source)
         assert key == "data.validation.0.path" and "data.sources.0.path" in problem, problem
 
 
-def test_texts_that_are_held_out_for_nothing_are_said(texts: Path, prepared: Path) -> None:
+def test_texts_that_are_held_out_for_nothing_are_warned_of(texts: Path, prepared: Path) -> None:
     """Issue 14, item 6: with sets named, nothing reads the held-out share of texts; token files have none of it."""
 
-    def said(**data: Any) -> list[str]:
+    def warned(**data: Any) -> list[str]:
         return [finding.key for finding in shared_texts(Data.model_validate(data))]
 
     named = [{"name": "c", "path": str(texts / "c")}]
-    assert said(corpus=str(texts / "a"), validation=named) == ["data.validation_percent"]
-    assert said(corpus=str(texts / "a"), validation=named, validation_percent=0.0) == []
-    assert said(corpus=str(prepared), validation=named) == said(corpus=str(texts / "a")) == []
+    assert warned(corpus=str(texts / "a"), validation=named) == ["data.validation_percent"]
+    assert warned(corpus=str(texts / "a"), validation=named, validation_percent=0.0) == []
+    assert warned(corpus=str(prepared), validation=named) == warned(corpus=str(texts / "a")) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
@@ -294,7 +294,7 @@ def test_texts_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("titanlite.data.memory._free_bytes", lambda: 2**27)
     (tmp_path / "large.txt").touch()
     os.truncate(tmp_path / "large.txt", 2**33)
-    with pytest.raises(DataError, match=r"data\.corpus = \['.*large\.txt'\]: does not fit into memory \(128\.00 MiB"):
+    with pytest.raises(DataError, match=r"data\.corpus = \['.*large\.txt'\]: .*128\.00 MiB"):
         open_data(Data(corpus=str(tmp_path / "large.txt")), LENGTH, 0)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     (tmp_path / "small.txt").write_text("small " * 100)

@@ -73,10 +73,9 @@ def test_too_short(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_bytes(b"x" * 100)
     section = Data(corpus=str(tmp_path / "short.txt"), validation_percent=10.0)
     # 90 bytes and a separator to train on, 10 and a separator held out.
-    with pytest.raises(DataError, match=r"training part has 91 tokens, and one sequence takes 92 .*short") as caught:
+    with pytest.raises(DataError, match=r"short\.txt.* 91 tokens, .* 92 .*lower data\.validation_percent"):
         open_data(section, sequence_length=91, seed=0)
-    assert "lower data.validation_percent" in str(caught.value)
-    with pytest.raises(DataError, match=r"validation part has 11 tokens, and one sequence takes 12 .*higher"):
+    with pytest.raises(DataError, match=r" 11 tokens, .* 12 .*higher data\.validation_percent"):
         open_data(section, sequence_length=11, seed=0)
     assert open_data(section, sequence_length=11, seed=0, validated=False).train.windows == 8
     assert open_data(section, sequence_length=90, seed=0, validated=False).train.windows == 1
@@ -86,7 +85,7 @@ def test_too_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
 def test_nothing_but_empty_texts(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match="holds no text at all"):
+    with pytest.raises(DataError, match=r"data\.corpus = .* no text"):
         open_data(Data(corpus=str(tmp_path)), sequence_length=8, seed=0)
 
 
