@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,10 +14,9 @@ import torch
 from support import background_ranks
 from support.pool import Pool
 
-from titanlite.checkpoint import manager, requests, storage
+from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.background import BackgroundSaver
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Retention
-from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.data.read_log import NO_LOG
 from titanlite.errors import CheckpointError, RunFolderLost
@@ -150,22 +148,6 @@ def test_ranks_save_in_the_background_while_they_talk_of_other_things(pool: Pool
     assert manifest is not None and manifest.step == 4 and into.tolist() == [4.0] * 9
 
 
-def test_a_failed_save_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(requests.time, "monotonic", lambda: now[0])
-    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=0, warn=pytest.fail)
-    assert not asks.due()
-    asks.failed()
-    now[0] = requests._RETRY_SECONDS - 1
-    assert not asks.due()
-    now[0] += 1
-    assert asks.due() and not asks.due()
-    asks.begun()
-    asks.saved()
-    now[0] *= 10
-    assert not asks.due()
-
-
 # --- which stay
 
 
@@ -221,23 +203,6 @@ def test_values_of_another_float_are_taken_where_asked_for(tmp_path: Path) -> No
     whole = {"w": Shard.whole(torch.zeros(40, 3, dtype=torch.int32))}
     with pytest.raises(CheckpointError, match="int32 here"):
         checkpoints.load_from(checkpoints.path(1), whole, convert=True)
-
-
-def test_no_file_outlives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True, max_failures=1)
-    begin(checkpoints, 1, torch.ones(40, 3))
-    checkpoints.wait()
-
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        begin(checkpoints, 2, torch.ones(40, 3))
-        saved = checkpoints.wait()
-    assert saved is not None and "free)" in str(saved.error)
-    assert os.listdir(tmp_path) == ["step-00000001"]
-    assert json.loads((tmp_path / "step-00000001" / "manifest.json").read_bytes())["step"] == 1
 
 
 def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

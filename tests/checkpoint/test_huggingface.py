@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -191,59 +188,6 @@ def test_memory_is_bounded_by_blocks_and_not_by_tensors(
         assert len(files) == 3 and (tmp_path / "out" / huggingface.INDEX).exists()
     assert len(seen) > 200
     assert max(seen) - seen[0] < 8 * 2**20
-
-
-class Hollow(io.FileIO):
-    """A file that keeps what is small, and of what is large only its place: a hole on the disk."""
-
-    def write(self, data: Any) -> int:
-        if len(data) < 2**20:
-            return super().write(data)
-        self.seek(len(data), os.SEEK_CUR)
-        self.truncate(self.tell())
-        return len(data)
-
-
-EXPORTED = """
-import json, sys
-from pathlib import Path
-from test_huggingface import Hollow
-from test_reading import resident
-from titanlite.checkpoint import stream
-from titanlite.checkpoint.huggingface import export_huggingface
-
-stream.open = Hollow
-Path("/proc/self/clear_refs").write_text("5")  # what it had at most is now what it has
-before = resident("VmHWM")
-written = export_huggingface(Path(sys.argv[1]), Path(sys.argv[2]))
-print(json.dumps([resident("VmHWM") - before, written.nbytes, written.files]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
-def test_eight_billion_weights_pass_through_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 GB of zeros that no disk holds: read, hashed, and written to shards of at most 5 GB.
-
-    By the most memory that a process of its own ever had, pages of the files it reads included.
-    """
-    monkeypatch.setattr(stream, "open", Hollow, raising=False)
-    shapes = {f"model.{name}": shape for name, shape in SPEC.shapes(PRESETS["llama3-8b"]).items()}
-    zeros = {name: stream.Source("bfloat16", shape, lambda box: torch.zeros(box[1])) for name, shape in shapes.items()}
-    checkpoint = tmp_path / "step-00000000"
-    checkpoint.mkdir()
-    huggingface._write_checkpoint(checkpoint, zeros, 4 * 2**30, to_toml(recipe(Model(preset="llama3-8b"))), "unknown")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", EXPORTED, str(checkpoint), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    held, nbytes, files = json.loads(done.stdout.splitlines()[-1])
-    assert nbytes == 2 * 8_030_261_248 and len(files) == 4
-    sizes = [(tmp_path / "out" / name).stat().st_size for name in files]
-    assert nbytes < sum(sizes) < nbytes + 10**6 and max(sizes) < 5.01e9
-    places = json.loads((tmp_path / "out" / huggingface.INDEX).read_text())["weight_map"]
-    assert len(places) == len(shapes) and set(places.values()) == set(files)
-    assert held < 6 * stream.BLOCK_BYTES, held
 
 
 def test_generate_reads_what_was_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

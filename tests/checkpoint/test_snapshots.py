@@ -246,7 +246,8 @@ def curve(name: str) -> list[tuple[Any, ...]]:
     return [(row["step"], row["samples"], row["loss"], row["grad_norm"]) for row in rows(name) if "loss" in row]
 
 
-def dies_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def killed(train: Callable[..., int], step: int, *words: str) -> None:
+    """A run that dies in `step`."""
     take_step = trainer.Trainer._train_step
 
     def dies(self: trainer.Trainer, *arguments: Any) -> None:
@@ -254,21 +255,18 @@ def dies_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise RuntimeError("the process dies")
         take_step(self, *arguments)
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", dies)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", dies)
+        with pytest.raises(RuntimeError, match="dies"):
+            train(*words)
 
 
 def test_a_run_goes_on_from_its_last_snapshot(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     """After a crash later than the last checkpoint on disk; with the curve of a run that nothing happened to."""
     assert train("--run.name=a") == 0
-    with pytest.MonkeyPatch.context() as patch:
-        dies_in(patch, 9)
-        with pytest.raises(RuntimeError, match="dies"):
-            train("--run.name=b", EVERY)
+    killed(train, 9, "--run.name=b", EVERY)
     assert len(list(Path("memory").iterdir())) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        dies_in(patch, 12)
-        with pytest.raises(RuntimeError, match="dies"):
-            train("--run.name=b", EVERY)
+    killed(train, 12, "--run.name=b", EVERY)
     assert "going on from the snapshot of step 6 in memory" in capsys.readouterr().out
     assert train("--run.name=b", EVERY) == 0
     assert "snapshot of" not in capsys.readouterr().out, "the disk has step 10, which is later than 9"
@@ -284,31 +282,20 @@ def test_a_run_that_turns_elsewhere_leaves_its_snapshots(
     train: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     """And dies before it has taken any other."""
-    for start, step in ([EVERY], 9), (words, 1 if "--fresh" in words else 6):
-        with pytest.MonkeyPatch.context() as patch:
-            dies_in(patch, step)
-            with pytest.raises(RuntimeError, match="dies"):
-                train(*start)
+    killed(train, 9, EVERY)
+    killed(train, 1 if "--fresh" in words else 6, *words)
     assert train(EVERY) == 0
     assert "from the snapshot" not in capsys.readouterr().out
-
-
-def killed(train: Callable[..., int], step: int, *words: str) -> None:
-    """A run with snapshots of every third step that dies in `step`."""
-    with pytest.MonkeyPatch.context() as patch:
-        dies_in(patch, step)
-        with pytest.raises(RuntimeError, match="dies"):
-            train("--run.name=run", EVERY, *words)
 
 
 def test_a_machine_that_comes_back_after_the_run_went_on_without_it(
     train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it holds is of steps that have been taken otherwise since: here, with another learning rate."""
-    killed(train, 9)
+    killed(train, 9, EVERY)
     os.rename("memory", "away")
     os.mkdir("memory")
-    killed(train, 7, "--optimizer.lr=1e-4", "--allow-change=optimizer.lr")
+    killed(train, 7, EVERY, "--optimizer.lr=1e-4", "--allow-change=optimizer.lr")
     shutil.rmtree("memory")
     os.rename("away", "memory")
     assert train("--run.name=run", "--optimizer.lr=1e-4", EVERY) == 0
@@ -320,7 +307,7 @@ def test_a_snapshot_stands_in_for_a_damaged_checkpoint(
     train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also by another name of the run's folder; and a command that is refused costs nothing."""
-    killed(train, 12)
+    killed(train, 12, EVERY)
     (file,) = Path("runs/run/checkpoints/step-00000010").glob("*.safetensors")
     os.truncate(file, file.stat().st_size - 1)
     assert train("--run.name=run", "--from-step=4", EVERY) == 4
