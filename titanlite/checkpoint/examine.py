@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.headers import check_table, chunks_by_file, parse_table, read_header
-from titanlite.checkpoint.storage import checkpoint_steps, open_regular, read_manifest, verify_file
+from titanlite.checkpoint.storage import checkpoint_steps, open_regular, read_manifest, verify_file, wrap_os_errors
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.files import cause, read_json, replace_file
+from titanlite.files import read_json, replace_file
 from titanlite.recipe.load import plugin_modules
 from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
@@ -70,10 +70,8 @@ def newest_at_first(path: Path, record: Path) -> Path:
         if known["path"] == str(path) and (folder := Path(known["checkpoint"])).is_dir():
             return folder
     folder = newest_at(path)
-    try:
+    with wrap_os_errors(f"cannot write {record}", record):
         replace_file(record, json.dumps({"path": str(path), "checkpoint": str(folder)}).encode())
-    except OSError as error:
-        raise CheckpointError(f"cannot write {record}: {cause(error, record)}.") from error
     return folder
 
 

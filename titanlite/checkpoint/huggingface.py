@@ -33,11 +33,19 @@ from titanlite.checkpoint.save import (
     merge_tables,
     write_items,
 )
-from titanlite.checkpoint.storage import begin, describe_file, open_regular, pending, read_manifest, verify_file
+from titanlite.checkpoint.storage import (
+    begin,
+    describe_file,
+    open_regular,
+    pending,
+    read_manifest,
+    verify_file,
+    wrap_os_errors,
+)
 from titanlite.checkpoint.stream import BLOCK_BYTES, Source, write_tensors
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
-from titanlite.files import cause, sync_path
+from titanlite.files import sync_path
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.plan.checkpoint_parts import FILE_BYTES
@@ -435,13 +443,12 @@ def _new_folder(final: Path) -> Iterator[Path]:
         raise UsageError(f"{final} exists already; name a folder that does not.")
     hidden = pending(final)
     try:
-        begin(final)
-        yield hidden
-        sync_path(hidden)
-        os.rename(hidden, final)  # fails if somebody has filled it meanwhile
-        sync_path(final.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {final}: {cause(error, final)}.") from error
+        with wrap_os_errors(f"cannot write {final}", final):
+            begin(final)
+            yield hidden
+            sync_path(hidden)
+            os.rename(hidden, final)  # fails if another process has filled it meanwhile
+            sync_path(final.parent)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

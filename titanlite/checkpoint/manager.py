@@ -21,7 +21,6 @@ from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import CheckpointMetadata, LocalSavePlan, save_state
 from titanlite.errors import CheckpointError, RunFolderLost
-from titanlite.files import cause
 from titanlite.models.shard import Shard
 from titanlite.text import pluralize
 
@@ -89,12 +88,10 @@ class CheckpointManager:
 
         For rank 0 alone, holding the run folder's lock, before any rank looks for checkpoints.
         """
-        try:
+        with storage.wrap_os_errors(f"cannot use {self.folder} for checkpoints", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             storage.clear_leftovers(self.folder)
             self._opened = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot use {self.folder} for checkpoints: {cause(error, self.folder)}.") from error
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending."""
@@ -245,7 +242,7 @@ class CheckpointManager:
         Raises `CheckpointError` before any training is lost to a folder that is another one on another machine.
         """
         if self._ranks.size > 1:
-            mark: str = self._ranks.run_on_rank0(self._leave_mark)
+            mark: str = self._ranks.run_on_rank0(lambda: storage.leave_mark(self.folder))
             try:
                 self._ranks.run_on_all_ranks(lambda: self._look_for(mark))
             finally:
@@ -263,12 +260,6 @@ class CheckpointManager:
 
     def _note_extra(self, step: int, values: Mapping[str, Scalar]) -> None:
         (self._extra.add if BACK_TO in values else self._extra.discard)(step)
-
-    def _leave_mark(self) -> str:
-        try:
-            return storage.leave_mark(self.folder).name
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {self.folder}: {cause(error, self.folder)}.") from error
 
     def _look_for(self, mark: str) -> None:
         if not (self.folder / mark).exists():
@@ -298,10 +289,7 @@ class CheckpointManager:
 
     def _set_aside(self, steps: Sequence[int], why: str, warn: Warn) -> None:
         for step in steps:
-            try:
-                aside = storage.set_aside(self.path(step))
-            except OSError as error:
-                raise CheckpointError(f"cannot rename {self.path(step)}: {cause(error, self.folder)}.") from error
+            aside = storage.set_aside(self.path(step))
             warn(f"the checkpoint of step {step}, which {why}, is now {aside.name}.")
 
     def _prune(self, warn: Warn, extra: Set[int]) -> None:
@@ -315,12 +303,8 @@ class CheckpointManager:
         if self._keep.last:
             old += [step for step in steps[:-1] if step in extra]
         for step in old:
-            if step in kept:
-                continue
-            try:
-                storage.remove(self.path(step))
-            except OSError as error:
-                warn(f"cannot delete the old checkpoint {self.path(step)}: {cause(error, self.folder)}.")
+            if step not in kept:
+                storage.remove_or_warn(self.path(step), warn)
 
     def _best(self, steps: Sequence[int]) -> list[int]:
         """The `keep.best` steps of the lowest validation loss, and those of which it cannot be read just now."""

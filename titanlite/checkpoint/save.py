@@ -7,7 +7,8 @@ matter.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_o
 from titanlite.checkpoint.stream import Source, write_tensors
 from titanlite.models.shard import Shard
 from titanlite.plan.checkpoint_parts import FILE_BYTES
+from titanlite.text import format_bytes
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, r
     Returns once the checkpoint is committed, with what `commit` says of it. Raises `CheckpointError` on every rank if a
     disk refuses on any, with nothing changed on it.
     """
-    wrapped = wrap_os_errors(final, plan.nbytes)
+    wrapped = wrap_write_errors(final, plan.nbytes, "checkpoint")
     try:
         ranks.run_on_rank0(wrapped(lambda: begin(final)))
         doubt: str = ranks.run_on_all_ranks(
@@ -100,6 +102,14 @@ def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, r
     except Exception:  # on all ranks alike; what an interruption leaves, the next start clears
         ranks.run_on_rank0(lambda: abandon(final))
         raise
+
+
+@contextmanager
+def wrap_write_errors(final: Path, nbytes: int, what: str) -> Iterator[None]:
+    """`wrap_os_errors` of what writes a checkpoint or a snapshot, `nbytes` of it on this rank."""
+    text = f"cannot write the {what} {final} (of which {format_bytes(nbytes)} fall to this rank)"
+    with wrap_os_errors(text, final, f" Earlier {what}s are untouched."):
+        yield
 
 
 def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, Any]:

@@ -33,11 +33,12 @@ from titanlite.checkpoint.save import (
     LocalSavePlan,
     merge_tables,
     plan_local_save,
+    wrap_write_errors,
     write_items,
     writer_of,
 )
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.files import cause, read_file, read_json, replace_file
+from titanlite.files import read_file, read_json, replace_file
 from titanlite.models.shard import Shard
 from titanlite.text import format_bytes
 
@@ -203,7 +204,7 @@ class Snapshots:
 
     def _write(self, plan: LocalSavePlan, metadata: CheckpointMetadata, warn: Warn) -> None:
         final, ranks, text = self._folder / folder_name(metadata.step), self._ranks, ""
-        pending, wrapped = storage.pending(final), storage.wrap_os_errors(final, plan.nbytes, "snapshot")
+        pending, wrapped = storage.pending(final), wrap_write_errors(final, plan.nbytes, "snapshot")
         ranks.run_on_rank0(self._require_own)
         try:
             self._on_each_machine(wrapped(lambda: storage.begin(final)))
@@ -232,15 +233,10 @@ class Snapshots:
         )
         moves = [Move(*fields) for fields in plan]
 
-        def fetch() -> None:
-            try:
-                transfer(moves, folder, ranks)
-            except OSError as error:
-                raise DamagedCheckpointError(f"{folder} cannot be assembled: {cause(error, folder)}.") from error
-
+        wrapped = storage.wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
         try:
-            self._on_each_machine(lambda: _make_way(folder, snapshot.digest))
-            ranks.run_on_all_ranks(fetch)
+            self._on_each_machine(wrapped(lambda: _make_way(folder, snapshot.digest)))
+            ranks.run_on_all_ranks(wrapped(lambda: transfer(moves, folder, ranks)))
             load_state(folder, tensors, ranks=ranks, own=manifest)
         finally:  # a machine keeps no more than it did
             for move in moves:
@@ -252,10 +248,8 @@ class Snapshots:
 
 def forget(checkpoints: Path) -> None:
     """No snapshot of the run with these checkpoints counts any more: it takes none. Raises `UsageError`."""
-    try:
+    with storage.wrap_os_errors(f"cannot delete {checkpoints / GENERATION}", checkpoints, kind=UsageError):
         (checkpoints / GENERATION).unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot delete {checkpoints / GENERATION}: {cause(error, checkpoints)}.") from error
 
 
 # --- who keeps, sends and gets what: the same on all ranks
@@ -386,12 +380,10 @@ def _size(path: Path) -> int:
 
 def _run_name(path: Path) -> str:
     """What the file says, which is made if it is not there. Raises `UsageError`."""
-    try:
+    with storage.wrap_os_errors(f"cannot use {path}, without which no snapshots are kept", path, kind=UsageError):
         if not path.exists():
             replace_file(path, os.urandom(8).hex().encode())
         return read_file(path).decode(errors="replace")
-    except OSError as error:
-        raise UsageError(f"cannot use {path}, without which no snapshots are kept: {cause(error, path)}.") from error
 
 
 def _read_generation(path: Path) -> Generation:
@@ -404,16 +396,15 @@ def _read_generation(path: Path) -> Generation:
 
 def _new_generation(path: Path, origin: str) -> Generation:
     generation = Generation(os.urandom(8).hex(), origin)
-    try:
+    with storage.wrap_os_errors(f"cannot write {path}, without which no snapshots are kept", path, kind=UsageError):
         replace_file(path, json.dumps(generation).encode())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}, without which no snapshots are kept: {cause(error, path)}.") from error
     return generation
 
 
 def _machine_mark(folder: Path) -> str:
     """What tells the machine of this folder from others: the mark that whichever rank came first left there."""
-    try:
+    fix = " Set resilience.snapshot_dir to a folder of a file system in memory, or resilience.snapshot_every = 0."
+    with storage.wrap_os_errors(f"cannot keep snapshots in {folder}", folder, fix, UsageError):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
@@ -424,16 +415,11 @@ def _machine_mark(folder: Path) -> str:
             os.link(mine, folder / _MARK)
         mine.unlink()
         return read_file(folder / _MARK).decode(errors="replace")
-    except OSError as error:
-        raise UsageError(
-            f"cannot keep snapshots in {folder}: {cause(error, folder)}. Set resilience.snapshot_dir to a folder of a "
-            "file system in memory, or resilience.snapshot_every = 0."
-        ) from error
 
 
 def _clear(folder: Path, generation: Generation) -> None:
     """Remove what a killed process left, what cannot be read, and what does not count. Raises `UsageError`."""
-    try:
+    with storage.wrap_os_errors(f"cannot clear {folder}", folder, kind=UsageError):
         storage.clear_leftovers(folder)
         for step in storage.checkpoint_steps(folder):
             place = folder / folder_name(step)
@@ -444,8 +430,6 @@ def _clear(folder: Path, generation: Generation) -> None:
                 counts = False
             if not counts and (not generation.origin or _digest(place) != generation.origin):
                 storage.remove(place)
-    except OSError as error:
-        raise UsageError(f"cannot clear {folder}: {cause(error, folder)}.") from error
 
 
 def _undo(final: Path, manifest: bytes) -> None:
@@ -470,17 +454,11 @@ def _remove_others(final: Path, warn: Warn) -> None:
     for step in storage.checkpoint_steps(final.parent):
         other = final.with_name(folder_name(step))
         if other != final:
-            try:
-                storage.remove(other)
-            except OSError as error:
-                warn(f"cannot delete the old snapshot {other}: {cause(error, other)}.")
+            storage.remove_or_warn(other, warn)
 
 
 def _make_way(folder: Path, digest: str) -> None:
     """Make the folder for a snapshot's files, without what is there of another one of the same step."""
-    try:
-        if folder.exists() and _digest(folder) != digest:
-            storage.remove(folder)
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DamagedCheckpointError(f"{folder} cannot be used: {cause(error, folder)}.") from error
+    if folder.exists() and _digest(folder) != digest:
+        storage.remove(folder)
+    folder.mkdir(exist_ok=True)

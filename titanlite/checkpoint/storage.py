@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -25,21 +25,19 @@ from titanlite.checkpoint.format import (
     decode,
     step_of,
 )
-from titanlite.errors import CheckpointError
+from titanlite.errors import CheckpointError, TitanliteError
 from titanlite.files import cause, open_file, sync_path
-from titanlite.text import format_bytes
 
 HASH_BLOCK_BYTES = 2**22
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending by number; times on disk mean nothing. Empty without a folder."""
-    try:
-        names = [entry.name for entry in os.scandir(folder) if step_of(entry.name) is not None and entry.is_dir()]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(f"cannot list the checkpoints in {folder}: {cause(error, folder)}.") from error
+    with wrap_os_errors(f"cannot list the checkpoints in {folder}", folder):
+        try:
+            names = [entry.name for entry in os.scandir(folder) if step_of(entry.name) is not None and entry.is_dir()]
+        except FileNotFoundError:
+            return []
     return sorted(step for name in names if (step := step_of(name)) is not None)
 
 
@@ -104,23 +102,23 @@ def abandon(final: Path) -> None:
 
 
 @contextmanager
-def wrap_os_errors(final: Path, needed_bytes: int, what: str = "checkpoint") -> Iterator[None]:
-    """Turn an `OSError` met while writing `final` into a `CheckpointError` with path, reason, and this rank's need."""
+def wrap_os_errors(
+    what: str, path: Path, then: str = "", kind: type[TitanliteError] = CheckpointError
+) -> Iterator[None]:
+    """Turn an `OSError` in the block into an error that says `what` failed, why where `path` lies, and what `then`."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write the {what} {final} (of which {format_bytes(needed_bytes)} fall to this rank): "
-            f"{cause(error, final)}. Earlier {what}s are untouched."
-        ) from error
+        raise kind(f"{what}: {cause(error, path)}.{then}") from error
 
 
-def leave_mark(folder: Path) -> Path:
-    """Make a file of a name that was never there, for other machines to look for. Raises `OSError`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f".mark-{os.urandom(8).hex()}"
-    mark.touch()
-    return mark
+def leave_mark(folder: Path) -> str:
+    """Make a file of a name that was never there, for other machines to look for; its name."""
+    with wrap_os_errors(f"cannot write to {folder}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / f".mark-{os.urandom(8).hex()}"
+        mark.touch()
+    return mark.name
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -147,11 +145,20 @@ def remove(final: Path) -> None:
 
 
 def set_aside(final: Path) -> Path:
-    """Rename a checkpoint out of the order of steps, losing nothing; returns its new path. Raises `OSError`."""
+    """Rename a checkpoint out of the order of steps, losing nothing; returns its new path. Raises `CheckpointError`."""
     names = (final.with_name(f"set-aside-{number}-{final.name}") for number in range(1, 10**6))
-    aside = next(path for path in names if not path.exists())
-    os.rename(final, aside)
+    with wrap_os_errors(f"cannot rename {final}", final.parent):
+        aside = next(path for path in names if not path.exists())
+        os.rename(final, aside)
     return aside
+
+
+def remove_or_warn(final: Path, warn: Callable[[str], None]) -> None:
+    """`remove` what is old, which must not fail what is new."""
+    try:
+        remove(final)
+    except OSError as error:
+        warn(f"cannot delete the old {final}: {cause(error, final)}.")
 
 
 def read_manifest(folder: Path) -> Manifest:

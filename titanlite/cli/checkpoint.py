@@ -10,9 +10,9 @@ import argparse
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from titanlite.checkpoint import storage
@@ -27,7 +27,6 @@ from titanlite.checkpoint.examine import (
 from titanlite.checkpoint.format import step_of
 from titanlite.cli import huggingface
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
-from titanlite.files import cause
 from titanlite.recipe.paths import path_argument
 from titanlite.text import format_bytes, format_count, format_table
 
@@ -152,7 +151,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(f"warning: {damage} It is left where it is.", file=sys.stderr)
     for step in gone:
         if not arguments.dry_run:
-            _remove(found[step])
+            with storage.wrap_os_errors(f"cannot delete {found[step]}", found[step]), suppress(FileNotFoundError):
+                storage.remove(found[step])  # unless a run that goes on has deleted it too
         if not arguments.json:
             print(f"{'would delete' if arguments.dry_run else 'deleted'} {found[step]}")
     kept = [step for step in whole if step not in gone]
@@ -160,15 +160,6 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(json.dumps({"deleted": gone, "kept": kept, "damaged": list(damaged), "dry_run": arguments.dry_run}))
     else:
         print(f"{'would keep' if arguments.dry_run else 'kept'} {', '.join(map(str, kept))}")
-
-
-def _remove(folder: Path) -> None:
-    try:
-        storage.remove(folder)
-    except FileNotFoundError:  # a run that goes on has deleted it too
-        return
-    except OSError as error:
-        raise CheckpointError(f"cannot delete {folder}: {cause(error, folder)}.") from error
 
 
 def _list_values(values: dict[str, Any]) -> str:
