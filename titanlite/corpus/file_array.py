@@ -24,11 +24,11 @@ Number = TypeVar("Number", bound=np.integer[Any])
 
 RESTORE = "prepare it again, or copy it again from where it is whole."
 GAP = 64
-"""Numbers between two that are asked for are read with them, rather than apart, if there are at most so many."""
+"""Numbers between two wanted ones, up to which these are read together rather than apart."""
 
 
 class OpenFile:
-    """A file that stays open, and the same one whatever its name comes to mean, for as long as somebody holds this."""
+    """A file that stays open, and the same one whatever its name comes to mean, for as long as this object lives."""
 
     def __init__(self, path: Path) -> None:
         """Raises `OSError`, also for what is no regular file."""
@@ -42,7 +42,7 @@ class OpenFile:
             os.close(self._descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """So many bytes from `offset` on. Raises `DataError` naming file and byte if they are not there."""
+        """`size` bytes from `offset` on. Raises `DataError` naming file and byte if they are not there."""
         try:
             data = os.pread(self._descriptor, size, offset)
             while len(data) < size:  # the system gives at most 2 GiB at a time, and nothing past the end
@@ -61,11 +61,8 @@ class OpenFile:
             ) from error
         return data
 
-    def hash(self, pause: Callable[[float], bool] = lambda _: False) -> str:
-        """xxh3_64 of all of it. Raises `DataError` if it cannot be read.
-
-        `pause` is called after each block with the seconds that it took, and says whether to give up.
-        """
+    def hash(self, pause: Callable[[float], bool]) -> str:
+        """xxh3_64 of all of it; see `TokenFile.verify_hashes`. Raises `DataError` if it cannot be read."""
         digest, block_bytes = xxhash.xxh3_64(), 2**22
         for offset in range(0, self.size, block_bytes):
             begun = time.monotonic()
@@ -77,7 +74,7 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class FileArray(Generic[Number]):
-    """So many numbers of a file from a byte on: `array[7]`, `array[10:20]`, `array[[3, 4, 9]]`, each read anew.
+    """`count` numbers of a file from byte `offset` on: `array[7]`, `array[10:20]`, `array[[3, 4, 9]]`, each read anew.
 
     Its methods raise `DataError`, naming the file, for what cannot be read.
     """

@@ -1,7 +1,7 @@
 """`titanlite data prepare`: texts into token files, by many processes, to the same bytes whatever happens on the way.
 
 The inputs are cut into units by what they are, not by who is there to read them; finished units lie as parts in
-`PREFIX.parts` and are joined in order. A start after a kill finds them there. What a unit does, `units` knows.
+`PREFIX.parts` and are joined in order. A start after a kill finds them there. `units` has what one does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from titanlite.text import format_bytes
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024
-"""About so many are made of inputs that are neither small nor huge: enough for any number of processes."""
+"""Aimed at for inputs that are neither small nor huge: enough for any number of processes."""
 UNIT_FILES = 4_096
 
 
@@ -201,7 +201,7 @@ def _write_parts(
 
 
 def unit_bytes(total: int) -> int:
-    """How much a unit reads of inputs of so many bytes: a power of two, so that a little more text changes nothing."""
+    """How much a unit reads of inputs of `total` bytes: a power of two, so that a little more text changes nothing."""
     return min(max(SMALLEST_UNIT_BYTES, 1 << (max(total, 1) // UNITS).bit_length()), LARGEST_UNIT_BYTES)
 
 

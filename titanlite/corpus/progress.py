@@ -57,7 +57,7 @@ class Progress:
         self._print(text, "\n")
 
     def _print(self, text: str, end: str) -> None:
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # the reader has closed the stream
             if self._moves:
                 print(end="\x1b[2K", file=self._stream)  # clears the line that moves
             if text or self._moves:

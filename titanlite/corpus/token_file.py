@@ -224,11 +224,14 @@ class TokenFile:
             last = min(first + LOOKED_AT, self.documents)
             self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator)
 
-    def verify_hashes(self, hash_of: Callable[[OpenFile], str] = OpenFile.hash) -> None:
-        """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of."""
+    def verify_hashes(self, pause: Callable[[float], bool] = lambda _: False) -> None:
+        """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of.
+
+        `pause` is called after each block with the seconds that it took, and returns whether to give up.
+        """
         assert self.info is not None, "without a sidecar nothing is known of it"
         for file, expected in ((self.index, self.info.idx_xxh3_64), (self.tokens.file, self.info.bin_xxh3_64)):
-            if hash_of(file) != expected:
+            if file.hash(pause) != expected:
                 sidecar = paths_of(self.prefix).sidecar
                 raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")
 
@@ -289,7 +292,7 @@ class TokenWriter:
         self._tokens += len(flat)
 
     def end_documents(self, lengths: npt.ArrayLike) -> None:
-        """The next documents have so many tokens each, separators among them."""
+        """Lengths of the next documents in tokens, separators among them."""
         counts = np.asarray(lengths, np.int64).reshape(-1)
         pieces = -(-counts // LONGEST_SEQUENCE)
         ends = np.cumsum(pieces)

@@ -23,7 +23,7 @@ from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Run
 
 IN_MEMORY_BYTES = 2**25
-"""Texts of so many bytes, packed or not, are read by every rank for itself."""
+"""Texts of up to this size, packed or not, are read by every rank for itself."""
 
 
 def texts_folder(run: Run) -> Path:

@@ -28,10 +28,10 @@ from titanlite.files import replace_file, replacing, write_all
 
 PART_VERSION = 2
 EXAMPLES = 10
-"""Bad lines that are told of one by one."""
+"""Bad lines that are listed one by one."""
 BATCH_BYTES = 2**20
 BATCH_DOCUMENTS = 1_000
-"""Texts are given to the tokenizer until they are so long or so many."""
+"""Of texts that are given to the tokenizer at once, at most."""
 
 RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8"), ("held", "?")])
 """What is kept of each document: tokens with its separator, bytes and xxh3_128 of its text, and on which side it is."""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from titanlite.corpus.file_array import OpenFile
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.units import key_of
 from titanlite.errors import DataError
@@ -31,18 +30,15 @@ class Verification:
         self._marks = {file.prefix: _mark(file, folder) for file in self._files}
         self.failure: DataError | None = None
         """The first damage that was found."""
-        self._left: list[TokenFile] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
 
     def begin(self) -> None:
         """Start the thread. Raises `DataError` if a file is still damaged that an earlier start found so."""
         for file in self._own:
-            try:
+            with suppress(OSError):  # not verified yet
                 if self._marks[file.prefix].read_bytes():
                     self._verify(file)
-            except OSError:  # not verified yet
-                self._left.append(file)
             if self.failure is not None:
                 raise self.failure
         self._thread.start()
@@ -52,16 +48,21 @@ class Verification:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(_LAST_SECONDS)
-        return [file for file in self._files if not os.path.exists(self._marks[file.prefix])]
+        return self._unverified(self._files)
+
+    def _unverified(self, files: Sequence[TokenFile]) -> list[TokenFile]:
+        return [file for file in files if not os.path.exists(self._marks[file.prefix])]
 
     def _verify_all(self) -> None:
-        for file in self._left:
+        for file in self._unverified(self._own):
             if self.failure is None and not self._stop.is_set():
                 self._verify(file)
 
     def _verify(self, file: TokenFile) -> None:
+        # Half of the time is left to those who read what they train on.
+        pause = self._stop.wait if self._thread.ident is not None else lambda _: False
         try:
-            file.verify_hashes(self._hash)
+            file.verify_hashes(pause)
         except DataError as error:
             self.failure = error if not self._stop.is_set() else None
         if not self._stop.is_set():
@@ -69,10 +70,6 @@ class Verification:
                 mark = self._marks[file.prefix]
                 mark.parent.mkdir(exist_ok=True)
                 replace_file(mark, str(self.failure or "").encode("utf-8", "surrogateescape"))
-
-    def _hash(self, file: OpenFile) -> str:
-        """Of the time, half is left to those who read what they train on."""
-        return file.hash(self._stop.wait if self._thread.ident is not None else lambda _: False)
 
 
 def _mark(file: TokenFile, folder: Path) -> Path:

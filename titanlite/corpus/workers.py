@@ -45,7 +45,7 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         os.environ.clear()
         os.environ.update(self._environment)
-        for process in active_children():  # a unit may take a minute, for which nobody who interrupts it waits
+        for process in active_children():  # a unit may take a minute, too long to wait for after Ctrl-C
             if process not in self._others:
                 process.kill()
         self._executor.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Where text comes from. A reader yields documents in a fixed order; it knows no tokens and no splits.
+"""Where text comes from. A reader yields documents in a fixed order; tokens and splits are not its business.
 
 A corpus of one's own is a function `read(section: Data) -> Iterator[Document]` and a line in `CORPORA`; a file format
 is a `Reader` and a line in `READERS`.

@@ -1,6 +1,6 @@
 """Which files an entry of the user's names: a path, a glob or a folder each time it is asked.
 
-What is in them, `formats` knows.
+What is in them is for `formats`.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def _match(pattern: str, entry: str, entries: str) -> list[tuple[str, Path]]:
 
 
 def match_files(pattern: str) -> Iterator[str]:
-    """What a glob matches, `**` any number of folders: `glob.glob`, but for links, through which that comes to the same
-    folders again and again. Here `**` enters each real one once.
+    """What a glob matches, `**` any number of folders: as `glob.glob`, but `**` enters each real folder once, through
+    however many links it is reached.
     """
     parts = Path(pattern).parts
     if "**" not in parts:

@@ -127,7 +127,7 @@ def is_folder_text(path: Path, text_key: str) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    with open_unpacked(path) as file:
+    with open_unpacked(path, HEAD) as file:
         return file.read(HEAD)
 
 
@@ -212,17 +212,17 @@ def missing_field(what: str, text_key: str, fields: list[str]) -> DataError:
 
 
 @contextmanager
-def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """The file's content, unpacked. What is read within, and cannot be, is a `DataError` with the place."""
+def open_unpacked(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[IO[bytes]]:
+    """The file's content, unpacked by blocks. What is read within, and cannot be, is a `DataError` with the place."""
     codec = PACKED.get(path.suffix.lower())
-    with wrap_os_errors(path), open(path, "rb", buffering=BLOCK_BYTES if codec else -1) as file:
+    with wrap_os_errors(path), open(path, "rb", buffering=block_bytes if codec else -1) as file:
         if codec is None:
             yield file
             return
         import pyarrow
 
         # Unlike zstandard's reader, Arrow's does not take a file that was cut short for a whole one.
-        yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), BLOCK_BYTES)
+        yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), block_bytes)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From text to token ids and back. A tokenizer knows its own file, no corpus and no batches.
+"""From text to token ids and back. A tokenizer depends on its own file alone, not on a corpus or batches.
 
 Text is bytes throughout: a corpus may hold any bytes, and bits per byte need their count. What a tokenizer's file says
 is read when it is opened; the library that applies it is imported when the first text is encoded.
@@ -35,7 +35,7 @@ class Tokenizer(ABC):
     """What the rest of titanlite asks of a tokenizer."""
 
     vocab_size: int
-    """Ids are in [0, vocab_size); the model's embedding has at least so many rows."""
+    """Ids are in [0, vocab_size); the model's embedding has at least `vocab_size` rows."""
     separator: int
     """The id that stands between documents; no text encodes to it."""
     special_tokens: Mapping[str, int]

@@ -1,7 +1,7 @@
 """Byte-level BPE in its two notations: merges of characters (Hugging Face's JSON) and ranks of bytes (tiktoken's).
 
 The two apply them differently: `tokenizers` merges the pairs that are listed, `tiktoken` any two neighbours that are a
-token together, several times as fast. `ranks_of_json` finds out whether that comes to the same.
+token together, several times as fast. `ranks_of_json` decides whether the ids are the same.
 """
 
 from __future__ import annotations
