@@ -16,8 +16,8 @@ from titanlite.recipe.sections import Recipe
 Rule = Callable[[Recipe, int], Iterator[Finding]]
 
 RULES: tuple[Rule, ...] = (
-    *(run.amount, run.names, run.preset, run.heads, run.rope, run.vocabulary, run.ranges, run.schedule, run.decay_rate),
-    *(data.homes, data.sources, data.stages, data.validation_sets, data.skipped),
+    *(run.amount, run.names, run.heads, run.rope, run.vocabulary, run.ranges, run.schedule, run.decay_rate),
+    *(data.homes, data.sources, data.stages, data.never_read),
     *(layout.mesh, layout.cuts, layout.uneven_cuts, layout.sequences, layout.machines, layout.parts),
     *(layout.microbatches, pipeline.stages, pipeline.microbatches, conflicts.split_backward),
     *(float8.nothing_converted, float8.exclusions, float8.shares, float8.sent),

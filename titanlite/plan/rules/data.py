@@ -37,10 +37,8 @@ def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
     data = recipe.data
     if data.sources and data.corpus is not None:
         yield Finding("data.corpus", "there are data.sources too;", "make it one of them, or take them out.")
-    for key, names in (
-        ("data.sources", [each.name for each in data.sources]),
-        ("data.validation", [each.name for each in data.validation]),
-    ):
+    for key, tables in (("data.sources", data.sources), ("data.validation", data.validation)):
+        names = [each.name for each in tables]
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield Finding(f"{key}.{index}.name", f"'{name}' is another one's name too;", "give each its own.")
@@ -92,20 +90,13 @@ def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
                 yield warning(f"data.stages.{index}.until", problem, "train for longer, or end it earlier.")
 
 
-def skipped(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Batches to pass over are ones that the run comes to."""
-    steps = find_steps(recipe)
-    if steps is None:
-        return
-    last = sample_schedule(recipe).end_sample(steps) // recipe.training.global_batch
-    unreached = sorted(batch for batch in set(recipe.data.skip_steps) if batch > last)
-    if unreached:
-        problem = f"the run ends with batch {last}, and does not come to {', '.join(map(str, unreached))};"
-        yield warning("data.skip_steps", problem, "take them out.")
-
-
-def validation_sets(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Validation sets are read."""
+def never_read(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Batches to skip are ones that the run comes to, and validation sets are read."""
+    if (steps := find_steps(recipe)) is not None:
+        last = sample_schedule(recipe).end_sample(steps) // recipe.training.global_batch
+        if unreached := sorted(batch for batch in set(recipe.data.skip_steps) if batch > last):
+            problem = f"the run ends with batch {last}, and does not come to {', '.join(map(str, unreached))};"
+            yield warning("data.skip_steps", problem, "take them out.")
     if recipe.data.validation and not recipe.validation.every_steps:
         problem = "these sets are never read, for validation.every_steps is 0;"
         yield warning("data.validation", problem, "set validation.every_steps.")

@@ -107,15 +107,16 @@ def sequences(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Tensor parallelism communicates within every block: it belongs inside one machine."""
-    tp = recipe.parallel.tp
-    if tp > RANKS_IN_A_MACHINE:
-        problem = f"{tp} ranks are more than the {RANKS_IN_A_MACHINE} devices that most machines have, and between"
-        fix = f"machines every block would wait for the network; if yours have fewer than {tp}, use pp or dp_shard."
-        yield warning("parallel.tp", problem, fix)
-    elif world > RANKS_IN_A_MACHINE and RANKS_IN_A_MACHINE % tp:
-        problem = f"groups of {tp} do not fill machines of {RANKS_IN_A_MACHINE} devices, and some lie across two, where"
-        fix = "every block would wait for the network; use a degree that divides the devices of a machine."
-        yield warning("parallel.tp", problem, fix)
+    tp, most = recipe.parallel.tp, RANKS_IN_A_MACHINE
+    if tp > most:
+        problem = f"{tp} ranks are more than the {most} devices of most machines, and every block would wait for the"
+        fix = f"if yours have fewer than {tp}, use pp or dp_shard."
+        yield warning("parallel.tp", f"{problem} network between machines;", fix)
+    elif world > most and most % tp:
+        problem = f"groups of {tp} do not fill machines of {most} devices, and in those that lie across two every block"
+        yield warning(
+            "parallel.tp", f"{problem} waits for the network;", "use a degree that divides a machine's devices."
+        )
 
 
 def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -176,14 +177,11 @@ def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def microbatches(recipe: Recipe, world: int) -> Iterator[Finding]:
     """The two ways to say how a rank's share of the batch is cut agree."""
-    layout, wanted, size = (
-        layout_of(recipe.parallel, world),
-        recipe.parallel.pipeline.microbatches,
-        recipe.training.microbatch,
-    )
+    layout, training = layout_of(recipe.parallel, world), recipe.training
+    wanted, size = recipe.parallel.pipeline.microbatches, training.microbatch
     if layout is None or layout.pp == 1 or wanted is None or size is None:
         return
-    share = ceil_div(recipe.training.global_batch, layout.data_ranks)
+    share = ceil_div(training.global_batch, layout.data_ranks)
     made = ceil_div(share, size)
     if made != wanted:
         cut = f"{pluralize(share, 'sequence')} makes {pluralize(made, 'microbatch')} of {size}"

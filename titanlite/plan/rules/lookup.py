@@ -17,7 +17,7 @@ def warning(key: str, problem: str, fix: str) -> Finding:
 
 
 def find_spec(recipe: Recipe) -> ModelSpec | None:
-    """The model family; None for an unknown preset, which the rule `preset` reports."""
+    """The model family; None for an unknown preset, which the rule `names` reports."""
     try:
         return spec_of(recipe.model.preset)
     except UsageError:

@@ -41,7 +41,7 @@ def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def names(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Optimizer, schedule and metrics sinks are registered."""
+    """Optimizer, schedule, metrics sinks and the preset are registered."""
     chosen: list[tuple[str, Registry, str]] = [
         ("optimizer.name", OPTIMIZERS, recipe.optimizer.name),
         ("schedule.name", SCHEDULES, recipe.schedule.name),
@@ -51,10 +51,6 @@ def names(recipe: Recipe, world: int) -> Iterator[Finding]:
         if name not in registry:
             hint = did_you_mean(name, list(registry)) or f"known: {', '.join(registry)}."
             yield Finding(key, f"there is no {registry.kind} '{name}';", hint)
-
-
-def preset(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """The preset exists."""
     try:
         spec_of(recipe.model.preset)
     except UsageError as error:
