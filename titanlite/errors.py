@@ -1,4 +1,4 @@
-"""The one error tree. An error's type says how the process ends; its text is for the person who can mend it.
+"""The one error tree. An error's type says how the process ends; its text names the fix.
 
 Whatever a user can cause is a `TitanliteError`: the command line prints it as a paragraph and exits with
 `exit_code`. Anything else is our mistake, and shows its traceback.
@@ -28,7 +28,7 @@ class Finding:
     """One thing wrong (or worth saying) about a recipe: where, what, and what to do about it."""
 
     key: str
-    """Dotted recipe key, such as `training.steps`; empty when the file as a whole is meant."""
+    """Dotted recipe key, such as `training.steps`; empty for the file as a whole."""
     problem: str
     fix: str = ""
     file: str = ""
@@ -78,7 +78,7 @@ class WorkerKilled(DataError):
 
 
 class GuardStop(TitanliteError):
-    """A guard ended the training: the numbers went wrong and the recipe says to stop."""
+    """A guard ended the training: the numbers went wrong, and the recipe asks to stop."""
 
     exit_code = EXIT_GUARD
     on_all_ranks = True

@@ -39,7 +39,7 @@ def join_choices(values: Sequence[int]) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Lines of columns, the head being one of the rows; columns whose numbers are in `right` end alike."""
+    """Lines of columns, the head being one of the rows; columns whose index is in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         (cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(pairs))

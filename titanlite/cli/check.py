@@ -1,6 +1,6 @@
 """`titanlite check`: what a run will be, and what is wrong with it, before any device is touched.
 
-The rules are in `rules`, the numbers in `plan/describe.py`; this is the command, and how it says them.
+The rules are in `rules`, the numbers in `plan/describe.py`; this is the command, and how they are printed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
 
 
 def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
-    """`describe_run` for people, with what `survey` says of the data."""
+    """`describe_run` for people, with the survey of its data."""
     run = describe_run(recipe, world)
     rows = [*_model_rows(run), *_data_rows(data or survey(recipe.data)[0], recipe, run), *_batch_rows(run)]
     rows += [*_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]

@@ -26,7 +26,7 @@ EXIT_BROKEN_PIPE = 128 + 13  # … and by SIGPIPE: who read our output has gone
 
 HELP = {
     "train": "train a recipe (RECIPE [--section.key=value ...])",
-    "check": "say what a run will be, and what is wrong with its recipe; explain a key",
+    "check": "describe a run, and what is wrong with its recipe; explain a key",
     "verify": "prove that a layout computes what one process does, on your machines",
     "data": "tokenize texts into token files, and look after these",
     "checkpoint": "inspect, verify, compare, prune checkpoints; to and from Hugging Face",
@@ -59,7 +59,7 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
     except TitanliteError as error:
         if error.on_all_ranks and not prints_for_all():
             return error.exit_code
-        with suppress(OSError):  # the terminal may have gone: the exit code says it all the same
+        with suppress(OSError):  # the terminal may have gone: the exit code stays
             if len(arguments) < len(argv):
                 traceback.print_exc()
             print(_paragraph(error), file=sys.stderr, flush=True)

@@ -242,7 +242,7 @@ def reference_markdown() -> str:
         "",
         "Generated from `titanlite/recipe/sections.py` by `titanlite schema --markdown > docs/recipe.md`.",
         "",
-        'A recipe is a TOML file. `extends = "base.toml"` starts from another one, relative to the file that says so:',
+        'A recipe is a TOML file. `extends = "base.toml"` starts from another one, relative to the file that names it:',
         "tables merge key by key, and the nearer file wins; `--section.key=value` on the command line wins over files.",
     ]
     for section in recipe_class().model_fields:

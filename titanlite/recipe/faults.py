@@ -1,7 +1,7 @@
 """What is wrong with a recipe's values, in the user's words: pydantic's errors become findings.
 
-Each key gets one finding, however many reasons pydantic has, and each finding says how to mend it where that can be
-known. Where the key stands (file and line) is added by `load.py`.
+Each key gets one finding, however many reasons pydantic has, with its fix where that can be known. Where the key stands
+(file and line) is added by `load.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def to_findings(error: ValidationError, values: dict[str, Any]) -> list[Finding]
     faults: dict[tuple[str, ...], Any] = {}
     for fault in error.errors(include_url=False):
         path = _key_path(fault["loc"])
-        # Of a value that may be text or a list, pydantic also says why it is not the other one.
+        # Of a value that may be text or a list, pydantic also reports why it is not the other one.
         if path not in faults or (fault["type"] in _OF_A_TEXT and faults[path]["type"] not in _OF_A_TEXT):
             faults[path] = fault
     return [_to_finding(path, fault, _value_at(values, path)) for path, fault in faults.items()]

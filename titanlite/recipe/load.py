@@ -32,7 +32,7 @@ _SYNTAX_FIXES = {
     "cannot overwrite a value": "the key is given twice; keep one of them.",
     "expected newline or end of document after a statement": "one key a line; 1.5 has a point, not a comma.",
 }
-"""What is usually meant by a complaint of `tomllib`'s."""
+"""The usual fix for a complaint of `tomllib`'s."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class RecipeParser(argparse.ArgumentParser):
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line of a command that takes a recipe: its own arguments, and the overrides for `load_recipe`.
 
-    Raises `CommandLineError` for an option that is neither, and says which key was meant.
+    Raises `CommandLineError` for an option that is neither, with the key that is nearest.
     """
     own: list[str] = []
     overrides: list[str] = []

@@ -1,7 +1,7 @@
-"""What a recipe can say: one pydantic model a section, each key with its meaning beside it.
+"""What a recipe can hold: one pydantic model a section, each key with its meaning beside it.
 
 The docstring under each field is the documentation: `titanlite check --explain`, `docs/recipe.md` and the
-JSON schema are made from it. Rules that need more than one key live in `titanlite/rules`.
+JSON schema are made from it. Rules that need more than one key live in `titanlite/plan/rules`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Run(Section):
     stop_after_step: Positive | None = Field(None, examples=[1000])
     """Save and stop (exit code 75) once this step is done; the schedule is that of the whole run."""
     stop_after_minutes: Seconds | None = Field(None, examples=[55.0])
-    """Save and stop (exit code 75) once this process has trained for so many minutes."""
+    """Save and stop (exit code 75) once this process has trained for this many minutes."""
 
 
 class RopeScaling(Section):
@@ -119,9 +119,9 @@ class DataSource(Section):
     """Its share of the samples, relative to the others'; given for all sources or for none, which then have shares by
     their sizes."""
     epochs: PositiveFloat | None = None
-    """Read it at most so many times; then the others share its part."""
+    """Read it at most this many times; then the others share its part."""
     tokens: Count | None = None
-    """Read at most so many of its tokens, counted over all epochs."""
+    """Read at most this many of its tokens, counted over all epochs."""
 
 
 class DataStage(Section):
@@ -167,7 +167,7 @@ class Data(Section):
     """`bytes` (the 256 byte values, and 256 between documents), or a path: a `tokenizer.json` of Hugging Face's
     `tokenizers`, a rank file such as Llama 3's `tokenizer.model`, or a folder that holds one."""
     separator: Text | None = Field(None, examples=["<|end_of_text|>"])
-    """Special token that stands between documents; absent: the one that the tokenizer's files say ends a text."""
+    """Special token that stands between documents; absent: the one that ends a text by the tokenizer's files."""
     special_tokens: list[Text] = Field([], examples=[["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]])
     """Special tokens that get ids after the tokenizer's own; after a rank file's ranks, instead of Llama 3's."""
     text_key: Text = "text"
@@ -217,7 +217,7 @@ class Validation(Section):
     """Loss on held-out data."""
 
     every_steps: NonNegative = 0
-    """Validate every so many steps, and after the last one; 0: never."""
+    """Steps between two validations; the last step is validated too. 0: never."""
     sequences: Positive = 128
     """Sequences in one validation, spread evenly over the held-out data; the same ones each time."""
 
@@ -342,7 +342,7 @@ class Recompute(Section):
     mode: Literal["none", "selective", "full"] = "none"
     """`full`: a block keeps only its input; `selective`: it also keeps the results of its products and attention."""
     every: Positive = 1
-    """Recompute every so many-th block and leave the others alone."""
+    """Recompute one block in this many; 1: all."""
     budget: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, examples=[0.5])
     """Part of the activations' memory that the compiler may keep, choosing what is cheapest to recompute; instead of
     a `mode`, and with `compile`."""
@@ -379,19 +379,19 @@ class Checkpoint(Section):
     """What is saved, and when; and what a new run begins with."""
 
     every_steps: NonNegative = 0
-    """Save every so many steps; 0: only at the end, and when the run is stopped."""
+    """Steps between two saves; 0: only at the end, and when the run is stopped."""
     every_minutes: SecondsOrNever = 0.0
-    """Save also when so many minutes have passed since the last save, by the first rank's clock; 0: never."""
+    """Save also when this many minutes have passed since the last save, by the first rank's clock; 0: never."""
     mode: Literal["async", "sync"] = "async"
     """`async`: training stops while the state is copied to the host's memory, and goes on while that is written;
     `sync`: it stops until all is written, and no memory is taken."""
     keep_last: NonNegative = 2
-    """Keep so many checkpoints, the newest; older ones are deleted once a newer one is committed. 0: keep all."""
+    """Number of newest checkpoints to keep; older ones are deleted once a newer one is committed. 0: keep all."""
     keep_every: NonNegative = 0
     """Of the older ones, keep those whose step is a multiple of this; 0: none."""
     keep_best: NonNegative = 0
-    """Of the older ones, keep so many of those saved right after a validation: the ones of the lowest loss (of several
-    validation sets, the first one's)."""
+    """Number to keep of the older ones saved right after a validation: those of the lowest loss (of several validation
+    sets, the first one's)."""
     max_failures: NonNegative = 3
     """Saves that may fail in a row (a full disk, say) before the run ends; each is tried again, a while later."""
     warm_start: PathText | None = Field(None, examples=["runs/base"])
@@ -421,7 +421,7 @@ class Resilience(Section):
     spike_zscore: PositiveFloat = 10.0
     """Standard deviations above the median, estimated robustly, from which a step stands out."""
     spike_window: Annotated[int, Field(ge=8, le=LONGEST_SPIKE_WINDOW)] = 128
-    """Steps taken before, to which a step is compared; none is judged before there are so many."""
+    """Steps taken before, to which a step is compared; none is judged before there are as many."""
     max_skips: NonNegative = 10
     """Skipped steps after which `skip` stops the run too."""
     watchdog_seconds: SecondsOrNever = 120.0
@@ -430,21 +430,21 @@ class Resilience(Section):
     max_rollbacks: NonNegative = 3
     """Times the run goes back; the next bad step that asks for it stops the run."""
     check_replicas_every: NonNegative = 0
-    """Every so many steps, and before each checkpoint, compare the bits of what several ranks hold copies of; another
-    value on one of them stops the run (exit code 3) and names the rank. 0: never."""
+    """Steps between two comparisons (there is one before each checkpoint too) of the bits of what several ranks hold
+    copies of; another value on one of them stops the run (exit code 3) and names the rank. 0: never."""
     rerun_every: NonNegative = 0
-    """Every so many steps, compute loss and gradients twice and compare the bits; a difference stops the run (exit
-    code 3) and names the rank. Needs `run.deterministic`. 0: never."""
+    """Steps between two at which loss and gradients are computed twice and their bits compared; a difference stops the
+    run (exit code 3) and names the rank. Needs `run.deterministic`. 0: never."""
     max_crashes: NonNegative = 3
-    """Stop with a verdict (exit code 3) instead of starting again, when one step has failed or hung so many times in a
-    row with no checkpoint past it; 0: never. Killed processes do not count, and a changed recipe counts anew."""
+    """Stop with a verdict (exit code 3) instead of starting again, when one step has failed or hung this many times
+    in a row with no checkpoint past it; 0: never. Killed processes do not count, and a changed recipe counts anew."""
     grace_seconds: SecondsOrNever = 0.0
     """Seconds from the first stop signal to the end, whatever happens: if the state is not saved by then, the process
     says what is lost and ends. A little less than the scheduler grants; 0: no limit."""
     snapshot_every: NonNegative = 0
-    """Every so many steps, keep the whole state in the memory of the machines, each machine's part on the next one too:
-    a restart after the loss of one machine, or of processes, then goes on from there without reading a disk. 0: never.
-    A machine keeps up to four times its part of a checkpoint, and the copy that is being written."""
+    """Steps between two copies of the whole state in the memory of the machines, each machine's part on the next one
+    too: a restart after the loss of one machine, or of processes, then goes on from there without reading a disk. 0:
+    never. A machine keeps up to four times its part of a checkpoint, and the copy that is being written."""
     snapshot_dir: PathText = "/dev/shm"
     """Folder for them on each machine: of a file system in memory, which outlives the run's processes."""
     standby: bool = False

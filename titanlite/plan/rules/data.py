@@ -47,7 +47,7 @@ def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
             yield Finding(key, f"names '{twice}' twice, which would read it twice;", "take one of them out.")
     weighted = [each.weight is not None for each in data.sources]
     if any(weighted) and data.stages:
-        problem = "data.stages says the weights, and this one would mean nothing;"
+        problem = "data.stages gives the weights, and this one would have no effect;"
         yield Finding(f"data.sources.{weighted.index(True)}.weight", problem, "take it out, or the stages.")
     elif any(weighted) and not all(weighted):
         problem = "has no weight, and others have: weights and sizes are not to be compared;"
@@ -73,7 +73,7 @@ def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
         if last and stage.until is not None:
             yield Finding(f"data.stages.{index}.until", "the last stage goes on to the end;", "take it out.")
         elif not last and stage.until is None:
-            yield Finding(f"data.stages.{index}", "ends nowhere, and another stage follows;", "say until = tokens.")
+            yield Finding(f"data.stages.{index}", "ends nowhere, and another stage follows;", "write until = tokens.")
     ends = [stage.until for stage in data.stages if stage.until is not None]
     if ends != sorted(set(ends)):
         yield Finding("data.stages", "stages must end later than those before them;", "put them in order.")

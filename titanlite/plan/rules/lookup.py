@@ -12,7 +12,7 @@ from titanlite.recipe.sections import Recipe
 
 
 def warning(key: str, problem: str, fix: str) -> Finding:
-    """Something to say about a recipe that runs all the same."""
+    """A finding about a recipe that runs all the same."""
     return Finding(key, problem, fix, severity="warning")
 
 

@@ -128,7 +128,7 @@ def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Each number is what it says in the format that it is used in too: what the optimizer takes in the weights' own,
+    """Each number keeps its value in the format that it is used in: what the optimizer takes in the weights' own,
     all others in float32, which bfloat16 has the range of."""
     wide = recipe.precision.compute == "float64"
     for key, value in _floats(recipe):
@@ -186,7 +186,7 @@ def never_reached(recipe: Recipe, world: int) -> Iterator[Finding]:
     ]
     for key, value, consequence in limits:
         if value > steps:
-            yield warning(key, f"{value} is more than the run's {steps} steps: {consequence}", "lower it if not meant.")
+            yield warning(key, f"{value} is more than the run's {steps} steps: {consequence}", "lower it, or set 0.")
     stop = recipe.run.stop_after_step
     if stop is not None and stop >= steps:
         yield warning("run.stop_after_step", f"the run ends at step {steps}, before {stop} stops it;", "leave it out.")
