@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.corpus.tokenizers import open_tokenizer
-from titanlite.data.audit import Audit, Span, audit, history, samples_of, steps_read
+from titanlite.data.audit import Audit, audit, history, samples_of, steps_read
 from titanlite.data.loader import train_loader
 from titanlite.data.read_log import (
     FOLDER,
@@ -233,6 +234,10 @@ def rewrite(folder: Path, rank: int, change: Callable[[Records], Records]) -> No
     change(np.fromfile(path, RECORD)).tofile(path)
 
 
+def spans(*samples: int) -> tuple[tuple[int, int], ...]:
+    return tuple((sample, sample) for sample in samples)
+
+
 def delete(row: int) -> Callable[[Records], Records]:
     return lambda records: np.delete(records, row)
 
@@ -257,35 +262,27 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("changes", "lost", "repeated", "unrecorded", "in_order"),
+    ("changes", "expected"),
     [
-        # Step 7 on rank 1, which reads the second and fourth sample of five.
-        ([(1, delete(-4))], ((31, 31), (33, 33)), (), (), True),
+        # Lost, repeated, unrecorded; in order? Step 7 on rank 1, which reads the second and fourth sample of five.
+        ([(1, delete(-4))], (spans(31, 33), (), (), True)),
         # Step 5, which the killed start had read too: that was undone with it.
-        ([(0, delete(-6)), (1, delete(-6))], ((20, 24),), (), ((5, 5),), True),
+        ([(0, delete(-6)), (1, delete(-6))], (((20, 24),), (), spans(5), True)),
         # The last step reads what the one before it had read, on rank 0; or what rank 0 reads, on rank 1.
-        ([(0, change("first", -1, 40))], ((45, 45), (47, 47), (49, 49)), ((40, 40), (42, 42), (44, 44)), (), False),
-        ([(1, change("first", -1, 45))], ((46, 46), (48, 48)), ((45, 45), (47, 47)), (), True),
+        ([(0, change("first", -1, 40))], (spans(45, 47, 49), spans(40, 42, 44), (), False)),
+        ([(1, change("first", -1, 45))], (spans(46, 48), spans(45, 47), (), True)),
         # The last two steps change places: each sample is read once all the same.
-        (
-            [(rank, change("first", row, 40 + rank + 5 * (row == -2))) for rank in (0, 1) for row in (-2, -1)],
-            (), (), (), False,
-        ),
+        ([(r, change("first", -k, 35 + 5 * k + r)) for r in (0, 1) for k in (1, 2)], ((), (), (), False)),
     ],
     ids=["lost record", "lost step", "repeated", "twice within a step", "out of order"],
-)  # fmt: skip
+)
 def test_damage_is_found(
-    run: Run,
-    changes: list[tuple[int, Callable[[Records], Records]]],
-    lost: tuple[Span, ...],
-    repeated: tuple[Span, ...],
-    unrecorded: tuple[Span, ...],
-    in_order: bool,
+    run: Run, changes: list[tuple[int, Callable[[Records], Records]]], expected: tuple[Any, ...]
 ) -> None:
     for rank, what in changes:
         rewrite(run.folder, rank, what)
     found = run.audit()
-    assert (found.lost, found.repeated, found.unrecorded, found.in_order) == (lost, repeated, unrecorded, in_order)
+    assert (found.lost, found.repeated, found.unrecorded, found.in_order) == expected
     assert not found.whole
 
 

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.loader import IGNORED, _leave_signals_to_the_trainer, train_loader, validation_batches
-from titanlite.data.packing import document_layout
 from titanlite.data.splits import Split, split_of
 from titanlite.errors import DataError, WorkerKilled
 from titanlite.parallel.batch import Batch
@@ -99,17 +98,6 @@ def test_workers_change_nothing(workers: int, first: int, document_mask: bool) -
         for name in ("tokens", "labels", "positions", "documents"):
             a, b = getattr(one, name), getattr(other, name)
             assert (a is None and b is None) or torch.equal(a, b)
-
-
-def test_document_mask() -> None:
-    batch = next(train_loader(make_split(document_mask=True), BatchPlan(5, 2, 1, 2), 15, 1))
-    assert batch.positions is not None and batch.documents is not None
-    positions, documents = document_layout(batch.tokens.numpy(), 256)
-    assert batch.positions.shape == batch.documents.shape == batch.tokens.shape
-    assert torch.equal(batch.positions, torch.from_numpy(positions))
-    assert torch.equal(batch.documents, torch.from_numpy(documents))
-    plain = next(train_loader(make_split(), BatchPlan(5, 2, 1, 2), 15, 1))
-    assert plain.positions is None and plain.documents is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
