@@ -7,12 +7,14 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP threads on a busy two-core machine collapse
 
 import pytest
 import torch
 from support.pool import Pool
+from support.tiny import write_tiny
 
 QUICK = {"recipe", "plan", "corpus", "models", "parallel", "optim", "data", "observe"}
 """Folders whose tests `./scripts/test.sh --quick` runs, unless they start other processes by one of these fixtures."""
@@ -42,6 +44,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     from support.parity.parity_runs import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a tiny recipe and its corpus; `TINY` of the test's module says how it differs."""
+    write_tiny(tmp_path, **getattr(request.module, "TINY", {}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny import read_rows, train, write_tiny
+from support.runs import rows
+from support.tiny import train
 
 from titanlite.cli.main import main as titanlite
 from titanlite.data.read_log import RECORD, log_path
@@ -19,11 +20,7 @@ from titanlite.training.saving import Saving
 BATCH = 2
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_tiny(tmp_path, checkpoint={"every_steps": 2})
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+TINY = {"checkpoint": {"every_steps": 2}}
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def test_batches_are_passed_over_also_where_the_run_was_resumed(folder: Path, js
     """The fourth and fifth batches, of samples 6 to 9, before step 4: which batch 6 is for then."""
     skip = "--data.skip_steps=[4, 5]"
     assert train("--run.name=whole", skip, "--data.workers=2") == 0
-    (event,) = read_rows("whole", "data_skipped")
+    (event,) = rows("whole", "data_skipped")
     assert event["step"] == 4 and event["values"] == {"samples": [6, 9]}
     assert train("--run.name=parts", "--run.stop_after_step=3") == 75
     assert train("--run.name=parts", skip, "--run.stop_after_step=4") == 75
@@ -87,7 +84,7 @@ def test_what_a_rollback_passes_over_is_reported(
     poison(4)
     assert train("--resilience.on_nonfinite=rollback") == 0
     found = json_of("audit", "runs/tiny")
-    (event,) = read_rows(event="rollback")
+    (event,) = rows(event="rollback")
     to, samples = event["values"]["to_step"], event["values"]["samples"]
     assert found["skipped"] == [{"step": to, "by": "rollback", "samples": samples}] and samples[0] == to * BATCH
     assert (found["lost"], found["repeated"], found["restarts"]) == (0, 0, 0)

@@ -12,40 +12,23 @@ from typing import Any
 import pytest
 import torch
 from support import bpe
-from support.runs import curve, events, spoil_weight, steps, tensors
-from support.tiny import write_tiny
+from support.runs import curve, rows, spoil_weight, steps, tensors
+from support.tiny import train
 
 from titanlite.checkpoint import manager
 from titanlite.checkpoint.examine import newest_at_first
 from titanlite.checkpoint.format import folder_name
 from titanlite.cli.main import main as cli
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
 from titanlite.data.splits import Split
 from titanlite.errors import CheckpointError
 from titanlite.resilience.guards import Guards
 from titanlite.training import restore
 from titanlite.training.train_state import TrainState
 
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_tiny(
-        tmp_path,
-        lines=300,
-        run={"name": "a"},
-        model={"layers": 2},
-        data={"validation_percent": 20},
-        training={"steps": 8, "global_batch": 4},
-        optimizer={"lr": 1e-2},
-        checkpoint={"every_steps": 2, "keep_last": 0},
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
+TINY = {
+    "run": {"name": "a"}, "model": {"layers": 2}, "data": {"validation_percent": 20}, "optimizer": {"lr": 1e-2},
+    "training": {"steps": 8, "global_batch": 4}, "checkpoint": {"every_steps": 2, "keep_last": 0}, "lines": 300,
+}  # fmt: skip
 
 
 def test_a_warm_start_takes_the_weights_and_nothing_else(folder: Path) -> None:
@@ -130,7 +113,7 @@ def test_weights_that_are_not_finite_are_passed_over_or_refused(
     assert "model.embed.weight holds numbers that are not finite" in capsys.readouterr().err
     assert cli(["generate", "runs/a", "--tokens=1"]) == 0
     assert "step 4 is passed over" in capsys.readouterr().err
-    assert train() == 0 and events("a", "resumed")[-1]["step"] == 2
+    assert train() == 0 and rows("a", "resumed")[-1]["step"] == 2
     for step in steps("a"):
         spoil_weight(folder / "runs/a/checkpoints" / folder_name(step), "model.norm.weight")
     assert cli(["generate", "runs/a", "--tokens=1"]) == 4
@@ -221,9 +204,7 @@ def test_a_resumed_run_may_change_a_key_that_is_named(folder: Path, capsys: pyte
     said = capsys.readouterr().err
     assert "optimizer.weight_decay" in said and "optimizer.lr:" not in said
     assert train(*changed, "--allow-change=optimizer.*") == 0
-    assert [row["detail"] for row in events("a", "resumed")] and "optimizer.lr: 0.01 -> 0.02" in str(
-        events("a", "resumed")
-    )
+    assert [row["detail"] for row in rows("a", "resumed")] and "optimizer.lr: 0.01 -> 0.02" in str(rows("a", "resumed"))
 
 
 def test_a_key_that_there_is_not_cannot_be_allowed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +241,7 @@ def test_a_restart_by_torchrun_does_not_begin_anew(folder: Path, monkeypatch: py
     under_torchrun(monkeypatch)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train("--fresh", "--force") == 0
-    assert [row["detail"] for row in events("a", "resumed")]
+    assert [row["detail"] for row in rows("a", "resumed")]
 
 
 def test_a_restart_does_what_the_first_start_could_not_and_no_more(
@@ -284,7 +265,7 @@ def test_a_restart_does_what_the_first_start_could_not_and_no_more(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert train("--from-step=4") == 0
     assert not list(Path("runs/a/checkpoints").glob("set-aside-2*6"))
-    assert [row["step"] for row in events("a", "resumed")] == [4, 6] and curve("a") == whole
+    assert [row["step"] for row in rows("a", "resumed")] == [4, 6] and curve("a") == whole
 
 
 def test_another_environment_is_told(

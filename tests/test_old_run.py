@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
-from support.tiny import read_rows, train
+from support.runs import rows
+from support.tiny import train
 
 from titanlite.cli.main import main as titanlite
 
@@ -41,7 +42,7 @@ def shown(step: int, capsys: pytest.CaptureFixture[str]) -> list[list[Any]]:
 
 def test_the_run_goes_on_as_it_would_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--resume") == 0
-    losses = {row["step"]: (row["loss"], row["grad_norm"]) for row in read_rows("old") if row.get("loss")}
+    losses = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows("old") if row.get("loss")}
     assert [str(step) for step in losses if step > 20] == list(EXPECTED["losses"])
     for step in range(21, 29):  # float64: another order of summation stays far below, another formula far above
         assert losses[step] == pytest.approx(EXPECTED["losses"][str(step)], abs=1e-9)

@@ -8,39 +8,30 @@ from typing import Any
 import pytest
 import torch
 from support.runs import curve, rows, status, steps, tensors
-from support.tiny import write_tiny
+from support.tiny import train
 
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main
 from titanlite.models import layers
 
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_tiny(
-        tmp_path, model={"layers": 2}, data={"validation_percent": 20}, optimizer={"lr": 1e-2},
-        training={"steps": 8, "global_batch": 4},
-    )  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
+TINY = {
+    "model": {"layers": 2}, "data": {"validation_percent": 20}, "optimizer": {"lr": 1e-2},
+    "training": {"steps": 8, "global_batch": 4},
+}  # fmt: skip
 
 
 def test_a_run_learns_and_leaves_what_it_promises(folder: Path) -> None:
     assert train("--training.steps=40", "--validation.every_steps=20", "--metrics.tensorboard=true") == 0
-    trained = rows("tiny", "loss")
+    trained = rows(key="loss")
     assert len(trained) == 40 and trained[-1]["loss"] < 0.6 * trained[0]["loss"]
     assert set(trained[0]) == {
         "step", "samples", "tokens", "loss", "grad_norm", "lr", "step_seconds", "data_wait_seconds",
         "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device", "mfu", "memory_peak_gib",
     }  # fmt: skip
-    assert [row["step"] for row in rows("tiny", "bits_per_byte")] == [20, 40]
-    ended = status("tiny")
+    assert [row["step"] for row in rows(key="bits_per_byte")] == [20, 40]
+    ended = status()
     assert (ended["state"], ended["exit_code"], ended["step"]) == ("done", 0, 40)
-    assert steps("tiny") == [40]
+    assert steps() == [40]
     assert list(Path("runs/tiny/tensorboard").iterdir())
     log = Path("runs/tiny/logs/console.log").read_text()
     assert "step 40/40  loss" in log and "12.66K parameters" in log
@@ -50,7 +41,7 @@ def test_the_resolved_recipe_given_back_reproduces_the_run(folder: Path) -> None
     assert train() == 0
     Path("again.toml").write_text(Path("runs/tiny/recipe.toml").read_text())
     assert run_command(main, ["again.toml", "--run.name=again"]) == 0
-    assert curve("again") == curve("tiny")
+    assert curve("again") == curve()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -71,7 +62,7 @@ def test_accumulation_gives_the_numbers_of_one_pass(folder: Path) -> None:
     double = "--precision.compute=float64"
     assert train(double, "--run.name=one", "--training.global_batch=5") == 0
     assert train(double, "--run.name=many", "--training.global_batch=5", "--training.microbatch=2") == 0
-    for one, many in zip(rows("one", "loss"), rows("many", "loss"), strict=True):
+    for one, many in zip(rows("one"), rows("many"), strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-12)
         assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-12)
 
@@ -84,14 +75,14 @@ def test_worker_processes_change_no_number(folder: Path) -> None:
 
 def test_overfitting_one_batch_goes_to_zero(folder: Path) -> None:
     assert train("--training.steps=200", "--debug.overfit_one_batch=true", "--optimizer.name=muon") == 0
-    assert rows("tiny", "loss")[-1]["loss"] < 0.05
+    assert rows(key="loss")[-1]["loss"] < 0.05
 
 
 def test_a_finished_run_started_again_is_done_at_once(folder: Path) -> None:
     assert train() == 0
-    before = curve("tiny")
+    before = curve()
     assert train() == 0
-    assert curve("tiny") == before
+    assert curve() == before
 
 
 @pytest.mark.parametrize(

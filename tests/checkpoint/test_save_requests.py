@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import save_request_ranks
 from support.pool import Pool
-from support.tiny import write_tiny
+from support.runs import rows
+from support.tiny import train
 
 from titanlite.checkpoint import requests
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.storage import superseded
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_tiny(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -34,14 +25,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return lambda seconds: now.__setitem__(0, seconds)
 
 
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
-
-
 def committed() -> list[object]:
     """Steps after which a checkpoint was committed, kept or not."""
-    rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
-    return [row["step"] for row in rows if row.get("event") == "checkpoint"]
+    return [row["step"] for row in rows("tiny", "checkpoint")]
 
 
 def kept() -> list[int]:

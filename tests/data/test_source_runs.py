@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import read_rows, train, write_tiny
+from support.runs import rows
+from support.tiny import train, write_tiny
 
 from titanlite.cli.data import main as data_command
 from titanlite.parallel.world import World
@@ -51,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def curve(run: str) -> list[Any]:
-    return [(row["step"], row.get("loss"), row.get("validation_loss")) for row in read_rows(run)]
+    return [(row["step"], row.get("loss"), row.get("validation_loss")) for row in rows(run)]
 
 
 def test_a_run_of_sources_goes_on_as_if_it_had_not_stopped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,27 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.failing_ranks import RUN, ended, program, started, write_recipe
+from support import runs
+from support.failing_ranks import RUN, SECTIONS, ended, program, started
+from support.tiny import train
 
-from titanlite.cli.main import run_command
 from titanlite.cli.process import _launcher_exit_code
-from titanlite.cli.train import main
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import Crash, attempts, digest, find_loop, history, record
 from titanlite.training.train_state import TrainState
 
+TINY = SECTIONS
+
 CRASH = Crash(
     attempt=1, restart=0, time="2026-01-01T00:00:00+00:00", step=7, samples=(24, 27), rank=1, ranks=4, host="node7",
     kind="ValueError", message="no", traceback="", recipe="r",
 )  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_recipe(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -55,22 +50,17 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return at
 
 
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
-
-
 def fails(*arguments: str) -> None:
     with pytest.raises(ValueError, match="poisoned"):
         train(*arguments)
 
 
 def status() -> dict[str, Any]:
-    return json.loads((RUN / "status.json").read_text())
+    return runs.status()
 
 
 def starts() -> list[str]:
-    rows = map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines())
-    return [row["detail"] for row in rows if row.get("event") == "started"]
+    return [row["detail"] for row in runs.rows("tiny", "started")]
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import pytest
 from support.clone import wait_until
-from support.failing_ranks import RUN, ended, program, started, write_recipe
+from support.failing_ranks import RUN, SECTIONS, ended, program, started
 
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_recipe(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+TINY = SECTIONS
 
 
 def test_the_run_ends_when_its_grace_is_over(folder: Path) -> None:

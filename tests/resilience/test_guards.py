@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
-from support.tiny import write_tiny
+from support.runs import curve, rows, status, steps, tensors
+from support.tiny import train
 
 from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.storage import read_manifest
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
 from titanlite.data.loader import train_loader
 from titanlite.errors import GuardStop
 from titanlite.models.shard import may_be_nonfinite
@@ -160,19 +157,10 @@ BAD = (BAD_STEP - 1) * BATCH
 """First sample of the step that a run without detours would read them in."""
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_tiny(
-        tmp_path,
-        training={"steps": 32, "global_batch": 8},
-        optimizer={"lr": 1e-2},
-        schedule={"name": "constant"},
-        checkpoint={"every_steps": 10},
-        resilience={"spike_window": 12},
-        metrics={"log_every": 4},
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+TINY = {
+    "training": {"steps": 32, "global_batch": 8}, "optimizer": {"lr": 1e-2}, "schedule": {"name": "constant"},
+    "checkpoint": {"every_steps": 10}, "resilience": {"spike_window": 12}, "metrics": {"log_every": 4},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -224,25 +212,8 @@ def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return at
 
 
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
-
-
-def rows(run: str, event: str | None = None) -> list[dict[str, Any]]:
-    found = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
-    return [row for row in found if row.get("event") == event]
-
-
-def curve(run: str) -> list[tuple[object, ...]]:
-    return [
-        (row["step"], row["samples"], row["tokens"], row["loss"], row["grad_norm"])
-        for row in rows(run)
-        if "loss" in row
-    ]
-
-
 def reason(run: str) -> str:
-    return str(json.loads(Path("runs", run, "status.json").read_text())["reason"])
+    return str(status(run)["reason"])
 
 
 def manifest_of(run: str, step: int) -> Any:
@@ -384,19 +355,9 @@ def test_a_bad_last_step_is_not_the_end(folder: Path, poison: Callable[[int], No
 # Issue 14, item 12: an update leaves values that are not finite.
 
 
-def steps_of(run: str) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in Path("runs", run, "checkpoints").glob("step-*"))
-
-
 def damaged(run: str) -> list[str]:
     """Tensors of the newest checkpoint that hold what is not finite, as another library reads them."""
-    folder = Path("runs", run, "checkpoints", f"step-{steps_of(run)[-1]:08d}")
-    return [
-        name
-        for file in folder.glob("*.safetensors")
-        for name, values in load_file(file).items()
-        if not np.isfinite(values).all()
-    ]
+    return [name for name, values in tensors(run, steps(run)[-1]).items() if not torch.isfinite(values).all()]
 
 
 RUINED = [
@@ -419,7 +380,7 @@ def test_what_an_update_ruined_is_not_saved(
     (bad,) = rows("tiny", "nonfinite_state")
     assert bad["step"] == 20 and f"{room}.{name}" in bad["detail"]
     assert [row["values"]["to_step"] for row in rows("tiny", "rollback")] == ([10] if action == "rollback" else [])
-    assert steps_of("tiny") == ([32] if action == "rollback" else [10]) and damaged("tiny") == []
+    assert steps("tiny") == ([32] if action == "rollback" else [10]) and damaged("tiny") == []
     if action != "rollback":
         assert f"{room}.{name}" in reason("tiny")
         assert train(*keys) == 0, "once the cause is gone"
@@ -442,7 +403,7 @@ def test_every_save_looks_at_what_it_saves(
     ruin(step, "embed.weight")
     assert train(key, f"--resilience.snapshot_dir={tmp_path}", "--metrics.log_every=100") == 3
     (bad,) = rows("tiny", "nonfinite_state")
-    assert bad["step"] == (20 if "sync" in key else step) and steps_of("tiny") == kept
+    assert bad["step"] == (20 if "sync" in key else step) and steps("tiny") == kept
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "norm.weight/square"])
@@ -464,7 +425,7 @@ def test_an_update_that_ruins_the_weights_each_time_ends_the_run(
     ruin(28, name, times=9)
     assert train("--resilience.on_nonfinite=rollback") == 3
     assert [row["values"]["to_step"] for row in rows("tiny", "rollback")] == back
-    assert steps_of("tiny") == [10, 20] and damaged("tiny") == []
+    assert steps("tiny") == [10, 20] and damaged("tiny") == []
 
 
 def test_large_values_are_no_false_alarm() -> None:
@@ -490,9 +451,9 @@ def test_a_run_that_only_skips_to_its_end_is_not_done(
     assert train(*keys, "--run.name=parts", "--run.stop_after_step=31") == 75
     assert train(*keys, "--run.name=parts") == code
     for run in ("tiny", "parts"):
-        status = json.loads(Path("runs", run, "status.json").read_text())
-        assert (status["state"], status["step"]) == ("failed" if code else "done", 32)
-        assert steps_of(run)[-1] == 32 and ("steps 31 to 32" in status["reason"]) == (code == 3)
+        ended = status(run)
+        assert (ended["state"], ended["step"]) == ("failed" if code else "done", 32)
+        assert steps(run)[-1] == 32 and ("steps 31 to 32" in ended["reason"]) == (code == 3)
 
 
 # Issue 14, item 11: a validation loss that is not finite.
@@ -528,9 +489,9 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(
     assert bad["step"] == 20 and bad["values"]["action"] == action and bad["values"]["loss"] is None
     assert [row["values"]["to_step"] for row in rows("tiny", "rollback")] == ([10] if action == "rollback" else [])
     if action == "stop":
-        assert steps_of("tiny") == [10, 20] and "the validation loss is nan" in reason("tiny")
+        assert steps("tiny") == [10, 20] and "the validation loss is nan" in reason("tiny")
     if action == "skip":
-        assert steps_of("tiny") == [10, 20, 30, 32]
+        assert steps("tiny") == [10, 20, 30, 32]
     if action == "rollback":
         assert manifest_of("tiny", 30).samples == 40 * BATCH
         return
@@ -547,7 +508,7 @@ def test_a_run_whose_last_validation_is_not_finite_is_not_done(
     keys = ("--validation.every_steps=32", f"--resilience.on_nonfinite={action}")
     unsound_validation(1)
     assert [train(*keys), train(*keys)] == [3, 3]
-    assert steps_of("tiny")[-1] == 32 and "the validation loss" in reason("tiny")
+    assert steps("tiny")[-1] == 32 and "the validation loss" in reason("tiny")
 
 
 # Issue 14, item 19: a stop between two checkpoints does not move the point that a rollback goes back to.
@@ -567,7 +528,7 @@ def test_a_rollback_goes_where_it_would_have_without_the_stops(
     assert train(*keys, "--run.name=parts") == 0
     for run in ("whole", "parts"):
         assert [row["values"]["to_step"] for row in rows(run, "rollback")] == [point]
-        assert steps_of(run) == [32], "the point is kept no longer than it is needed"
+        assert steps(run) == [32], "the point is kept no longer than it is needed"
     assert curve("parts") == curve("whole") and rows("parts", "gradient_spike") == rows("whole", "gradient_spike")
 
 

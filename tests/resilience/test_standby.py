@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
-from support.failing_ranks import RUN, ended, started, write_recipe
+from support.failing_ranks import RUN, SECTIONS, ended, started
+from support.runs import rows
 
 from titanlite.cli.check import format_description
 from titanlite.cli.main import run_command
@@ -16,6 +16,8 @@ from titanlite.plan.describe import describe_run
 from titanlite.plan.layout import active_ranks
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Recipe
+
+TINY = SECTIONS
 
 
 @pytest.mark.parametrize(
@@ -52,16 +54,8 @@ def test_the_check_says_how_many_stand_by() -> None:
     assert "1 rank standing by" in format_description(recipe, 5)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_recipe(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def losses(run: Path = RUN) -> list[float]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in rows(run.absolute(), key="loss")]
 
 
 @pytest.mark.slow

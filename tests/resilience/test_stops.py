@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import write_tiny
+from support import runs
+from support.runs import rows
+from support.tiny import train
 
-from titanlite.cli.main import run_command
-from titanlite.cli.train import main
 from titanlite.recipe.sections import Resilience
 from titanlite.resilience.guards import Guards
 
@@ -42,25 +42,9 @@ sys.exit(run_command(main, ["recipe.toml", *sys.argv[4:]]))
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_tiny(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*arguments: str) -> int:
-    return run_command(main, ["recipe.toml", *arguments])
-
-
 def status() -> tuple[object, object, object]:
-    fields = json.loads(Path("runs/tiny/status.json").read_text())
+    fields = runs.status()
     return fields["state"], fields["exit_code"], fields["step"]
-
-
-def events(kind: str) -> list[dict[str, object]]:
-    rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("event") == kind]
 
 
 def test_a_step_limit_that_is_already_reached_trains_no_further(folder: Path) -> None:
@@ -95,13 +79,13 @@ def test_steps_skipped_before_a_resume_are_neither_told_again_nor_fatal(
 ) -> None:
     poison(2)
     assert train("--resilience.on_nonfinite=skip", "--run.stop_after_step=3") == 75
-    told = events("nonfinite")
+    told = rows("tiny", "nonfinite")
     assert len(told) == 1, "one for the bad step, which is a logged one too"
     assert "skip (1 of at most 10)" in str(told[0]["detail"])
     assert train("--resilience.on_nonfinite=skip", "--run.stop_after_step=4") == 75
-    assert events("nonfinite") == told
+    assert rows("tiny", "nonfinite") == told
     assert train("--resilience.on_nonfinite=stop") == 0
-    assert status() == ("done", 0, 6) and events("nonfinite") == told
+    assert status() == ("done", 0, 6) and rows("tiny", "nonfinite") == told
 
 
 def test_a_corpus_that_changed_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

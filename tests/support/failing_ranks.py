@@ -10,38 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-RECIPE = """
-[run]
-name = "tiny"
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 2
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = 5
-sequence_length = 16
-global_batch = 4
-[precision]
-compute = "float64"
-[checkpoint]
-every_steps = 2
-mode = "sync"
-[metrics]
-log_every = 1
-tensorboard = false
-"""
+SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"kv_heads": 2}, "training": {"steps": 5, "global_batch": 4}, "precision": {"compute": "float64"},
+    "checkpoint": {"every_steps": 2, "mode": "sync"},
+}  # fmt: skip
+"""What the runs train."""
 RUN = Path("runs/tiny")
-
-
-def write_recipe(folder: Path) -> None:
-    """What the runs train on."""
-    (folder / "corpus.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)))
-    (folder / "recipe.toml").write_text(RECIPE)
 
 
 def program(fault: str, *arguments: str) -> list[str]:

@@ -15,28 +15,25 @@ from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.storage import describe_file, read_manifest
 
 
-def rows(run: str | Path, key: str) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl` that have this key, but for a last line that is not whole yet."""
+def rows(run: str | Path = "tiny", event: str | None = None, key: str = "step") -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl` of this event, or of none, that have this key; not a last line that is not whole yet."""
     path = Path("runs", run, "metrics.jsonl")
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if key in row]
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in found if row.get("event") == event and key in row]
 
 
-def curve(run: str | Path) -> list[tuple[Any, ...]]:
+def curve(run: str | Path = "tiny") -> list[tuple[Any, ...]]:
     """What must not depend on interruptions: bit for bit, since JSON keeps every digit."""
     keys = ("step", "samples", "tokens", "loss", "grad_norm", "lr")
-    return [tuple(row[key] for key in keys) for row in rows(run, "loss")]
+    return [tuple(row[key] for key in keys) for row in rows(run, key="loss")]
 
 
-def events(run: str | Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in rows(run, "event") if row["event"] == kind]
-
-
-def status(run: str | Path) -> dict[str, Any]:
+def status(run: str | Path = "tiny") -> dict[str, Any]:
     return json.loads(Path("runs", run, "status.json").read_text())  # type: ignore[no-any-return]
 
 
-def steps(run: str | Path) -> list[int]:
+def steps(run: str | Path = "tiny") -> list[int]:
     """Steps with a committed checkpoint."""
     return sorted(int(path.name.removeprefix("step-")) for path in Path("runs", run, "checkpoints").glob("step-*"))
 

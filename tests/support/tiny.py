@@ -32,9 +32,3 @@ def write_tiny(folder: Path, lines: int = 200, **sections: dict[str, Any]) -> No
 def train(*arguments: str) -> int:
     """The exit code of a run of `recipe.toml` in this folder."""
     return run_command(main, ["recipe.toml", *arguments])
-
-
-def read_rows(run: str = "tiny", event: str | None = None) -> list[dict[str, Any]]:
-    """What the run has in `metrics.jsonl`: the rows of this event, or those of no event."""
-    rows = map(json.loads, Path("runs", run, "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("event") == event]
