@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from titanlite.errors import UsageError
-from titanlite.plan.kernels import OPERATIONS, choices, describe_kernels, fused
+from titanlite.plan.kernels import KERNELS, OPERATIONS, choices, choose_kernels, describe_kernels
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Recipe
 
@@ -21,7 +21,7 @@ import torch
 from titanlite.models.fused import use_kernels
 from titanlite.models.layers import rotate
 from titanlite.models.llama import Llama
-from titanlite.plan.kernels import OPERATIONS
+from titanlite.plan.kernels import KERNELS
 from titanlite.models.llama_spec import LlamaConfig
 
 torch.manual_seed(0)
@@ -38,7 +38,7 @@ def step():
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 plain = step()
-use_kernels(model, OPERATIONS)
+use_kernels(model, {name: KERNELS[name].get("triton") for name in KERNELS})
 seen = []
 model.layers["0"].ffn_norm.register_forward_hook(lambda module, given, made: seen.append((len(given), len(made))))
 block = model.layers["0"]
@@ -67,24 +67,29 @@ def recipe(**sections: dict[str, object]) -> Recipe:
     return Recipe.model_validate({"training": {"steps": 2}, **sections})
 
 
+def list_fused(of: Recipe, device: str) -> list[str]:
+    return list(choose_kernels(of, device))
+
+
 def test_what_runs_where() -> None:
-    assert fused(recipe(), "cuda") == list(OPERATIONS) and fused(recipe(), "cpu") == []
+    assert choose_kernels(recipe(), "cuda") == dict.fromkeys(OPERATIONS, "triton")
+    assert choose_kernels(recipe(), "cpu") == {}
     compiled = recipe(compile={"enabled": True}, kernels={"rope": "triton"})
-    assert fused(compiled, "cuda") == ["rope"]
+    assert list_fused(compiled, "cuda") == ["rope"]
     assert describe_kernels(compiled) == (
         "on a GPU rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours); "
         "head and loss by chunks of large logits"
     )
-    assert not any(choice.fused for choice in choices(recipe(precision={"compute": "float64"})).values())
-    assert fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]
+    assert {choice.kernel for choice in choices(recipe(precision={"compute": "float64"})).values()} == {"torch"}
+    assert list_fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]
 
 
 def test_casts_to_float8_are_spoken_of_where_there_are_any() -> None:
     section = {"precision": {"float8": {"enabled": True}}}
-    assert fused(recipe(**section), "cuda") == [*OPERATIONS, "float8_quantise"]
-    assert "float8_quantise" not in fused(recipe(**section, compile={"enabled": True}), "cuda")
+    assert list_fused(recipe(**section), "cuda") == [*OPERATIONS, "float8_quantise"]
+    assert "float8_quantise" not in list_fused(recipe(**section, compile={"enabled": True}), "cuda")
     alone = recipe(**section, kernels={"backend": "torch", "float8_quantise": "triton"})
-    assert fused(alone, "cuda") == ["float8_quantise"] and "float8_quantise by Triton" in describe_kernels(alone)
+    assert list_fused(alone, "cuda") == ["float8_quantise"] and "float8_quantise by Triton" in describe_kernels(alone)
     assert "float8" not in describe_kernels(recipe())
     idle = recipe(kernels={"float8_quantise": "triton"})
     assert [finding.key for finding in apply_rules(idle)] == ["kernels.float8_quantise"]
@@ -92,6 +97,13 @@ def test_casts_to_float8_are_spoken_of_where_there_are_any() -> None:
 
 def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(UsageError, match=r"kernels\.rope = 'triton': Triton needs a GPU"):
-        fused(recipe(kernels={"rope": "triton"}), "cpu")
+        choose_kernels(recipe(kernels={"rope": "triton"}), "cpu")
     wide = recipe(kernels={"swiglu": "triton"}, precision={"compute": "float64"})
     assert [finding.key for finding in apply_rules(wide)] == ["kernels.swiglu"]
+
+
+def test_a_kernel_that_is_not_registered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = recipe(kernels={"rope": "mine"})
+    assert [finding.key for finding in apply_rules(named)] == ["kernels.rope"]
+    monkeypatch.setitem(KERNELS["rope"]._entries, "mine", "titanlite.models.layers:rotate")
+    assert apply_rules(named) == [] and choose_kernels(named, "cpu") == {"rope": "mine"}

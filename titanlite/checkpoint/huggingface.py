@@ -105,6 +105,8 @@ def export_huggingface(
     manifest = read_manifest(checkpoint)
     recipe = recipe_of(manifest, checkpoint)
     spec = spec_of(recipe.model.preset)
+    if not spec.huggingface_classes:
+        raise UsageError(f"no class of Hugging Face's transformers computes the model family {spec.family}.")
     config = spec.configure(recipe.model)
     shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}

@@ -34,7 +34,7 @@ def recipe_of_run(run: Path) -> Recipe:
     """The resolved recipe of a run. Raises `UsageError`."""
     if not (run / "recipe.toml").is_file():
         raise UsageError(f"{run} is no run folder: it holds no recipe.toml.")
-    return load_recipe(run / "recipe.toml").recipe
+    return load_recipe(run / "recipe.toml", stored=True).recipe
 
 
 def newest_manifest(run: Path) -> Manifest | None:

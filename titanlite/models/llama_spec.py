@@ -47,9 +47,9 @@ _SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab_size", "rope_t
 _SWITCHES = ("tie_embeddings", "qk_norm")
 
 
-def model_config(section: Model) -> LlamaConfig:
+def model_config(section: Model, presets: Mapping[str, LlamaConfig] = PRESETS) -> LlamaConfig:
     """The preset, which is one of this family's, with the recipe's own keys laid over it."""
-    preset = PRESETS[section.preset]
+    preset = presets[section.preset]
     given = {name: getattr(section, name) for name in _SIZES + _SWITCHES if getattr(section, name) is not None}
     if section.preset == _CUSTOM:  # these two follow from the others
         dim, heads = given.get("dim", preset.dim), given.get("heads", preset.heads)

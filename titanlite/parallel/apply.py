@@ -21,7 +21,7 @@ from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
-from titanlite.plan.kernels import QUANTISE, fused
+from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
 from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
 from titanlite.plan.stages import keeps_all_microbatches, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
@@ -124,11 +124,12 @@ class _Builder:
         with torch.device("meta"):
             module: nn.Module = self.spec.build(self.config, compute_dtype(recipe.precision))
             module.to(master_dtype(recipe.precision))
-        if operations := fused(recipe, self.world.device.type):
+        chosen = choose_kernels(recipe, self.world.device.type)
+        if names := {operation: chosen[operation] for operation in OPERATIONS if operation in chosen}:
             # Imported here: it knows Triton, which a run without kernels need not load.
             from titanlite.models.fused import use_kernels
 
-            use_kernels(module, operations)
+            use_kernels(module, {operation: KERNELS[operation].get(name) for operation, name in names.items()})
         for each in module.modules():
             if isinstance(each, TokenLoss):
                 each.implementation = recipe.kernels.linear_cross_entropy
@@ -190,7 +191,7 @@ class _Builder:
 
     @property
     def _casts_by_kernel(self) -> bool:
-        return QUANTISE in fused(self.recipe, self.world.device.type)
+        return QUANTISE in choose_kernels(self.recipe, self.world.device.type)
 
 
 def _has(model: nn.Module, parameter: str) -> bool:

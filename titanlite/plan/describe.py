@@ -35,7 +35,9 @@ def describe_run(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "name": recipe.run.name,
         "preset": recipe.model.preset,
         "changed": list(model_differences(Model(preset=recipe.model.preset), recipe.model)),
-        "architecture": spec.to_huggingface_config(config)["architectures"][0],
+        "architecture": (
+            spec.to_huggingface_config(config)["architectures"][0] if spec.huggingface_classes else spec.family
+        ),
         **{field.name: getattr(config, field.name) for field in fields(ModelConfig)},
         "rope_scaling": None if config.rope_scaling is None else config.rope_scaling.model_dump(),
         "parameters": spec.parameter_count(config),

@@ -1,4 +1,4 @@
-"""Which operations run as fused Triton kernels, and why; from the recipe and the kind of device alone."""
+"""Which operations run by fused kernels, and why; from the recipe and the kind of device alone."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from typing import NamedTuple
 
 from titanlite.errors import UsageError
 from titanlite.recipe.sections import Recipe
+from titanlite.registry import Registry
 
 OPERATIONS = ("rms_norm", "rope", "swiglu")
 """Every model's."""
 QUANTISE = "float8_quantise"
 """With `precision.float8` alone."""
 
+KERNELS = {
+    name: Registry(f"kernel of {name}", {"triton": f"titanlite.models.fused:{name.upper()}"}) for name in OPERATIONS
+}
+"""By operation, what `models.fused.use_kernels` can give layers for it, by the name that `[kernels]` has for it."""
+
 
 class Choice(NamedTuple):
     """How one operation runs."""
 
-    fused: bool
+    kernel: str
+    """`torch` for PyTorch's own operations, `triton`, or a plugin's name."""
     why: str
 
 
@@ -26,42 +33,44 @@ def choices(recipe: Recipe, device: str = "cuda") -> dict[str, Choice]:
     return {name: _choice(recipe, name, device) for name in names}
 
 
-def fused(recipe: Recipe, device: str) -> list[str]:
-    """The operations that run as Triton kernels. Raises `UsageError` if one was asked for that cannot."""
+def choose_kernels(recipe: Recipe, device: str) -> dict[str, str]:
+    """Operations that run by fused kernels -> their names. Raises `UsageError` if one was asked for that cannot."""
     for key in ("backend", *OPERATIONS, QUANTISE):
         if device != "cuda" and getattr(recipe.kernels, key) == "triton":
             raise UsageError(
                 f"kernels.{key} = 'triton': Triton needs a GPU, and this run is on {device}. Leave it at 'auto'."
             )
-    return [name for name, choice in choices(recipe, device).items() if choice.fused]
+    return {name: choice.kernel for name, choice in choices(recipe, device).items() if choice.kernel != "torch"}
 
 
 def _choice(recipe: Recipe, name: str, device: str) -> Choice:
     asked = getattr(recipe.kernels, name) or recipe.kernels.backend
-    if asked == "torch":
-        return Choice(False, "asked for")
+    if asked not in ("auto", "triton"):
+        return Choice(asked, "asked for")
     if device != "cuda":
-        return Choice(False, f"Triton does not run on a {device.upper()}")
+        return Choice("torch", f"Triton does not run on a {device.upper()}")
     if recipe.precision.compute == "float64":
-        return Choice(False, "the kernels compute in float32")
+        return Choice("torch", "the kernels compute in float32")
     if asked == "triton":
-        return Choice(True, "asked for")
+        return Choice("triton", "asked for")
     if recipe.compile.enabled:
-        return Choice(False, "the compiler fuses it with its neighbours")
-    return Choice(True, "without the compiler nothing else fuses it")
+        return Choice("torch", "the compiler fuses it with its neighbours")
+    return Choice("triton", "without the compiler nothing else fuses it")
 
 
 def describe_kernels(recipe: Recipe) -> str:
     """One line on what runs on a GPU; on a CPU all operations are PyTorch's own."""
     found = choices(recipe)
     parts = []
-    for way, runs in (("Triton", True), ("torch", False)):
+    for kernel in sorted({choice.kernel for choice in found.values()}, key=lambda kernel: kernel == "torch"):
         reasons: dict[str, list[str]] = {}
         for name, choice in found.items():
-            if choice.fused is runs:
+            if choice.kernel == kernel:
                 reasons.setdefault(choice.why, []).append(name)
-        parts += [f"{', '.join(names)} by {way} ({why})" for why, names in reasons.items()]
-    if any(choice.fused for choice in found.values()):
+        parts += [
+            f"{', '.join(names)} by {kernel.replace('triton', 'Triton')} ({why})" for why, names in reasons.items()
+        ]
+    if any(choice.kernel != "torch" for choice in found.values()):
         parts[0] = f"on a GPU {parts[0]}"
     return "; ".join([*parts, _HEAD[recipe.kernels.linear_cross_entropy]])
 

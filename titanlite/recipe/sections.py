@@ -354,14 +354,14 @@ class Kernels(Section):
     backend: Literal["auto", "triton", "torch"] = "auto"
     """`triton`: one Triton kernel an operation, forward and backward; `torch`: PyTorch's operations; `auto`: Triton on
     a GPU, but for what `compile` fuses by itself."""
-    rms_norm: Literal["auto", "triton", "torch"] | None = Field(None, examples=["triton"])
-    """The same for RMSNorm alone."""
-    rope: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
-    """The same for the rotation of queries and keys."""
-    swiglu: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
-    """The same for silu(gate) x up."""
+    rms_norm: Text | None = Field(None, examples=["triton"])
+    """The same for RMSNorm alone; or the name of a plugin's kernel."""
+    rope: Text | None = Field(None, examples=["torch"])
+    """Likewise for the rotation of queries and keys."""
+    swiglu: Text | None = Field(None, examples=["torch"])
+    """Likewise for silu(gate) x up."""
     float8_quantise: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
-    """The same for the casts of `precision.float8`."""
+    """`auto`, `triton` or `torch` for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
     """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
     time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;

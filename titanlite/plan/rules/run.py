@@ -13,6 +13,7 @@ from titanlite.errors import Finding, UsageError
 from titanlite.models.spec import spec_of
 from titanlite.optim.base import OPTIMIZERS, optimizer_spec
 from titanlite.optim.schedules import SCHEDULES, lr_factor, schedule_named
+from titanlite.plan.kernels import KERNELS
 from titanlite.plan.layout import ceil_div, total_steps
 from titanlite.plan.rules.lookup import divisors, find_config, find_steps, warning
 from titanlite.plan.sinks import SINKS
@@ -41,12 +42,15 @@ def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 
 def names(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Optimizer, schedule, metrics sinks and the preset are registered."""
+    """Optimizer, schedule, metrics sinks, kernels and the preset are registered."""
     chosen: list[tuple[str, Registry, str]] = [
         ("optimizer.name", OPTIMIZERS, recipe.optimizer.name),
         ("schedule.name", SCHEDULES, recipe.schedule.name),
         *(("metrics.sinks", SINKS, name) for name in recipe.metrics.sinks),
     ]
+    for operation, kernels in KERNELS.items():
+        if (name := getattr(recipe.kernels, operation)) not in (None, "auto", "torch"):
+            chosen.append((f"kernels.{operation}", kernels, name))
     for key, registry, name in chosen:
         if name not in registry:
             hint = did_you_mean(name, list(registry)) or f"known: {', '.join(registry)}."
