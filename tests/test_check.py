@@ -20,7 +20,7 @@ from titanlite.plan.describe import bubble_share, describe_run
 from titanlite.plan.layout import Layout, batch_plan, layout_of
 from titanlite.plan.memory import checkpoint_bytes, local_parameters
 from titanlite.plan.rules import RULES, apply_rules
-from titanlite.plan.sharding_table import sharding_table, sharding_text
+from titanlite.plan.sharding_table import format_sharding_table, sharding_table
 from titanlite.plan.slicing import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
@@ -736,6 +736,6 @@ class TestShardingTable:
         assert "passed round" in ring["layers.*.attention.core", "attention"]["told"]
 
     def test_text(self) -> None:
-        text = sharding_text(sharding_table(recipe(parallel__tp=2)))
+        text = format_sharding_table(sharding_table(recipe(parallel__tp=2)))
         assert "layers.*.attention.wo" in text
         assert "128 x 128 -> 128 x 64" in text

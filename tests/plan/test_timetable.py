@@ -11,7 +11,7 @@ import pytest
 
 from titanlite.cli.main import main
 from titanlite.plan.stages import Stage, rank_of_stage, stages_per_rank
-from titanlite.plan.timetable import drawing, idle_share, order, simulate, timetable
+from titanlite.plan.timetable import draw_timetable, idle_share, schedule_actions, simulate, timetable
 from titanlite.recipe.sections import Pipeline
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -23,7 +23,7 @@ def test_idle_time_is_that_of_the_closed_form(schedule: Any, pp: int, microbatch
     """(p - 1) / (v m + p - 1) (Narayanan et al. 2021, section 2.2)."""
     section = Pipeline(schedule=schedule)
     held = stages_per_rank(section)
-    table = simulate(order(section, pp, microbatches), [1.0] * (held * pp))
+    table = simulate(schedule_actions(section, pp, microbatches), [1.0] * (held * pp))
     assert idle_share(table) == pytest.approx((pp - 1) / (held * microbatches + pp - 1))
 
 
@@ -32,7 +32,7 @@ def test_every_pass_runs_once_and_after_what_it_needs(schedule: Any) -> None:
     pp, microbatches = 3, 9
     section = Pipeline(schedule=schedule)
     stages = pp * stages_per_rank(section)
-    table = simulate(order(section, pp, microbatches), [1.0 + stage for stage in range(stages)])
+    table = simulate(schedule_actions(section, pp, microbatches), [1.0 + stage for stage in range(stages)])
     ends: dict[tuple[str, int, int], float] = {}
     for rank, slots in enumerate(table):
         for before, slot in pairwise(slots):
@@ -58,21 +58,21 @@ def test_halved_backward_passes_fill_the_gaps() -> None:
     shares = {}
     for schedule in ("Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"):
         section: Any = Pipeline(schedule=schedule)  # type: ignore[arg-type]
-        shares[schedule] = idle_share(simulate(order(section, pp, microbatches), [1.0] * 8))
+        shares[schedule] = idle_share(simulate(schedule_actions(section, pp, microbatches), [1.0] * 8))
     assert shares["InterleavedZeroBubble"] < shares["Interleaved1F1B"] / 2
     assert shares["ZBVZeroBubble"] < shares["Interleaved1F1B"] / 2
 
 
 def test_a_slow_stage_makes_the_others_wait() -> None:
     """Two ranks, one of twice the work: by hand, 12 of 2 x 15 units are idle."""
-    table = simulate(order(Pipeline(), 2, 2), [1.0, 2.0])
+    table = simulate(schedule_actions(Pipeline(), 2, 2), [1.0, 2.0])
     assert [slot.end for slot in table[1]] == [3.0, 7.0, 9.0, 13.0]
     assert idle_share(table) == pytest.approx(12 / 30)
 
 
 def test_the_drawing_of_1f1b_by_hand() -> None:
     stages = tuple(Stage(index, index, (), 1, 1) for index in range(2))
-    text = drawing(timetable(Pipeline(), stages, 2, 3)).splitlines()
+    text = draw_timetable(timetable(Pipeline(), stages, 2, 3)).splitlines()
     assert text[0] == "rank 0  F0 F1 .  .  B0 =  F2 B1 =  .  B2 ="
     assert text[1] == "rank 1  .  F0 B0 =  F1 B1 =  F2 B2 =  .  ."
 

@@ -20,7 +20,7 @@ from titanlite.plan.kernels import describe_kernels
 from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
 from titanlite.plan.rules import apply_rules
-from titanlite.plan.sharding_table import sharding_table, sharding_text
+from titanlite.plan.sharding_table import format_sharding_table, sharding_table
 from titanlite.plan.stages import stages_of
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
@@ -211,14 +211,14 @@ def _view(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -
     active = active_ranks(recipe, arguments.world)
     if arguments.show_plan:
         table = sharding_table(recipe)
-        return {"plan": table} if arguments.json else sharding_text(table)
+        return {"plan": table} if arguments.json else format_sharding_table(table)
     if arguments.show_schedule:
         layout = require_layout(recipe.parallel, active)
         if layout.pp == 1:
             raise UsageError("--show-schedule: parallel.pp is 1, and one stage has no schedule.")
         microbatches = batch_plan(recipe, layout, 0).microbatches
         made = timetable.timetable(recipe.parallel.pipeline, stages_of(recipe, layout), layout.pp, microbatches)
-        return {"schedule": timetable.as_values(made)} if arguments.json else timetable.drawing(made)
+        return {"schedule": timetable.timetable_values(made)} if arguments.json else timetable.draw_timetable(made)
     if arguments.dry_run:
         from titanlite.dryrun.report import describe_dry_run, report  # needs torch
 

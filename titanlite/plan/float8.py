@@ -49,7 +49,7 @@ class Float8Settings:
 
     @property
     def alignment(self) -> int:
-        """What sizes, and numbers of tokens, must be multiples of."""
+        """Sizes, and numbers of tokens, must be multiples of this."""
         return BLOCK if self.output.left.scale == "block" else ALIGNMENT
 
     @property

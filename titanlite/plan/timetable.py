@@ -1,14 +1,14 @@
-"""A pipeline schedule as a table: what each rank does when, and how long it idles.
+"""A pipeline schedule as a timetable: what each rank does when, and how long it idles.
 
 Simulated from the action lists that torch's schedules run by, so that what is shown is what happens. Communication
-takes no time here. Torch is imported when an order is asked for; neither a device nor a process group is touched.
+takes no time here. Torch is imported when actions are asked for; neither a device nor a process group is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from titanlite.plan.stages import Stage, stages_per_rank
 from titanlite.recipe.sections import Pipeline
@@ -20,8 +20,7 @@ _LINE = 120
 """Characters in a line of the drawing, beyond the rank's name."""
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One pass of one microbatch through one stage."""
 
     kind: str
@@ -30,8 +29,7 @@ class Action:
     microbatch: int
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """An action and when it runs."""
 
     action: Action
@@ -39,24 +37,42 @@ class Slot:
     end: float
 
 
-Table = list[list[Slot]]
+Timeline = list[list[Slot]]
 """The slots of each rank, in order."""
 
 
-def order(section: Pipeline, pp: int, microbatches: int) -> list[list[Action]]:
+@dataclass(frozen=True)
+class Timetable:
+    """A pipeline's schedule, simulated."""
+
+    even: Timeline
+    """With stages of equal cost; in forward passes of a stage."""
+    idle_if_even: float
+    idle: float
+    """With each stage's own share of the operations."""
+
+
+def timetable(section: Pipeline, stages: Sequence[Stage], pp: int, microbatches: int) -> Timetable:
+    """The schedule of `[parallel.pipeline]` over these stages."""
+    actions = schedule_actions(section, pp, microbatches)
+    even = simulate(actions, [1.0] * len(stages))
+    return Timetable(even, idle_share(even), idle_share(simulate(actions, [float(stage.flops) for stage in stages])))
+
+
+def schedule_actions(section: Pipeline, pp: int, microbatches: int) -> list[list[Action]]:
     """What each of `pp` ranks does, in order, for a count of microbatches that `stages.takes_microbatches` allows."""
-    held = stages_per_rank(section)
-    if held == 1:
-        return [_one_stage_order(section.schedule, rank, pp, microbatches) for rank in range(pp)]
+    count = stages_per_rank(section)
+    if count == 1:
+        return [_one_stage_actions(section.schedule, rank, pp, microbatches) for rank in range(pp)]
     from torch.distributed.pipelining.schedules import get_schedule_class
 
-    places = [_Place(index, held * pp, pp) for index in range(held)]
+    stages = [TorchStage(index, count * pp, pp) for index in range(count)]
     kind: Any = get_schedule_class(section.schedule)
-    lists = kind(places, microbatches, loss_fn=lambda output, target: output, scale_grads=False).pipeline_order
+    lists = kind(stages, microbatches, loss_fn=lambda output, target: output, scale_grads=False).pipeline_order
     return [[action for entry in lists[rank] for action in _passes(entry)] for rank in range(pp)]
 
 
-def _one_stage_order(schedule: str, rank: int, pp: int, microbatches: int) -> list[Action]:
+def _one_stage_actions(schedule: str, rank: int, pp: int, microbatches: int) -> list[Action]:
     """GPipe and 1F1B, which torch runs as loops: its lists of these are drawings, and misnumber 1F1B's last rank."""
     ahead = microbatches if schedule == "GPipe" else min(microbatches, pp - rank)
     kinds = ["F"] * ahead + ["B", "F"] * (microbatches - ahead) + ["B"] * ahead
@@ -64,7 +80,7 @@ def _one_stage_order(schedule: str, rank: int, pp: int, microbatches: int) -> li
 
 
 @dataclass
-class _Place:
+class TorchStage:
     """What of a stage torch's schedules look at to make their lists."""
 
     stage_index: int
@@ -83,17 +99,17 @@ def _passes(entry: Any) -> Iterator[Action]:
             yield Action(action.computation_type.value, action.stage_index, action.microbatch_index)
 
 
-def simulate(actions: Sequence[Sequence[Action]], costs: Sequence[float]) -> Table:
+def simulate(actions: Sequence[Sequence[Action]], costs: Sequence[float]) -> Timeline:
     """When each action runs, if a rank takes them in order and begins one as soon as what it needs is there.
 
     costs: time of a forward pass through each stage.
     """
-    table: Table = [[] for _ in actions]
-    ends: dict[tuple[str, int, int], float] = {}
+    timeline: Timeline = [[] for _ in actions]
+    ends: dict[Action, float] = {}
     remaining = sum(map(len, actions))
     while remaining:
         before = remaining
-        for slots, mine in zip(table, actions, strict=True):
+        for slots, mine in zip(timeline, actions, strict=True):
             while len(slots) < len(mine):
                 action = mine[len(slots)]
                 needs = _needs(action, len(costs) - 1)
@@ -101,54 +117,32 @@ def simulate(actions: Sequence[Sequence[Action]], costs: Sequence[float]) -> Tab
                     break
                 start = max([slots[-1].end if slots else 0.0, *(ends[need] for need in needs)])
                 end = start + _UNITS[action.kind] * costs[action.stage]
-                ends[_result(action)] = end
+                # Others wait for outputs (F) and for gradients of inputs (I, also by B).
+                ends[action._replace(kind="I") if action.kind == "B" else action] = end
                 slots.append(Slot(action, start, end))
                 remaining -= 1
         assert remaining < before, "the schedule waits for itself"
-    return table
+    return timeline
 
 
-def _result(action: Action) -> tuple[str, int, int]:
-    """What others wait for: outputs (F), gradients of inputs (I, also by B), or nothing more (W)."""
-    return ("I" if action.kind == "B" else action.kind), action.stage, action.microbatch
+def _needs(action: Action, last: int) -> list[Action]:
+    """The actions whose results one begins with; `last`: the last stage."""
+    kind, stage, microbatch = action
+    if kind == "F":
+        return [Action("F", stage - 1, microbatch)] if stage > 0 else []
+    if kind == "W":
+        return [Action("I", stage, microbatch)]
+    return [Action("F", stage, microbatch), *([Action("I", stage + 1, microbatch)] if stage < last else [])]
 
 
-def _needs(action: Action, last: int) -> list[tuple[str, int, int]]:
-    """The results that an action begins with; `last`: the last stage."""
-    stage, microbatch = action.stage, action.microbatch
-    if action.kind == "F":
-        return [("F", stage - 1, microbatch)] if stage > 0 else []
-    if action.kind == "W":
-        return [("I", stage, microbatch)]
-    return [("F", stage, microbatch), *([("I", stage + 1, microbatch)] if stage < last else [])]
-
-
-def idle_share(table: Table) -> float:
+def idle_share(timeline: Timeline) -> float:
     """The share of the ranks' time in which they do nothing, from the first action of any to the last."""
-    end = max(slots[-1].end for slots in table)
-    busy = sum(slot.end - slot.start for slots in table for slot in slots)
-    return 1 - busy / (len(table) * end)
+    end = max(slots[-1].end for slots in timeline)
+    busy = sum(slot.end - slot.start for slots in timeline for slot in slots)
+    return 1 - busy / (len(timeline) * end)
 
 
-@dataclass(frozen=True)
-class Timetable:
-    """A pipeline's schedule, simulated."""
-
-    even: Table
-    """With stages of equal cost; in forward passes of a stage."""
-    idle_if_even: float
-    idle: float
-    """With each stage's own share of the operations."""
-
-
-def timetable(section: Pipeline, stages: Sequence[Stage], pp: int, microbatches: int) -> Timetable:
-    """The schedule of `[parallel.pipeline]` over these stages."""
-    actions = order(section, pp, microbatches)
-    even = simulate(actions, [1.0] * len(stages))
-    return Timetable(even, idle_share(even), idle_share(simulate(actions, [float(stage.flops) for stage in stages])))
-
-
-def drawing(plan: Timetable) -> str:
+def draw_timetable(plan: Timetable) -> str:
     """Rows of ranks, columns of time: `F3` is microbatch 3 forward, `2F3` through stage 2 where a rank has several."""
     several = any(len({slot.action.stage for slot in slots}) > 1 for slots in plan.even)
     rows = [_cells(slots, several) for slots in plan.even]
@@ -161,37 +155,31 @@ def drawing(plan: Timetable) -> str:
             cells = "".join((row[column] if column < len(row) else ".").ljust(width) for column in shown)
             lines.append(f"{f'rank {rank}':<{title}}{cells}".rstrip())
         lines.append("")
-    lines.append(f"{_legend(plan.even, several)}; . idle; a column is as long as a stage's forward pass.")
-    lines.append(
-        f"Ranks idle {plan.idle_if_even:.1%} of the time if all stages take as long,"
-        f" {plan.idle:.1%} by the stages' own operations; communication not counted."
+    kinds = {slot.action.kind for slots in plan.even for slot in slots}
+    backward = ", B backward (=: goes on)" * ("B" in kinds)
+    halves = ", I and W backward for inputs and for weights" * ("I" in kinds)
+    around = "before it the stage, behind it the microbatch" if several else "behind it the microbatch"
+    return "\n".join(
+        [
+            *lines,
+            f"F forward{backward}{halves}; {around}; . idle; a column is as long as a stage's forward pass.",
+            f"Ranks idle {plan.idle_if_even:.1%} of the time if all stages take as long,"
+            f" {plan.idle:.1%} by the stages' own operations; communication not counted.",
+        ]
     )
-    return "\n".join(lines)
-
-
-def _legend(table: Table, several: bool) -> str:
-    kinds = {slot.action.kind for slots in table for slot in slots}
-    text = "F forward" + (", B backward (=: goes on)" if "B" in kinds else "")
-    if "I" in kinds:
-        text += ", I and W backward for inputs and for weights"
-    return f"{text}; {'before it the stage, behind it' if several else 'behind it'} the microbatch"
 
 
 def _cells(slots: Sequence[Slot], several: bool) -> list[str]:
     """What to print in each column of one rank."""
     cells: list[str] = []
-    for slot in slots:
-        action = slot.action
-        cells += ["."] * (round(slot.start) - len(cells))
-        cells.append(f"{action.stage if several else ''}{action.kind}{action.microbatch}")
-        cells += ["="] * (round(slot.end) - len(cells))
+    for (kind, stage, microbatch), start, end in slots:
+        cells += ["."] * (round(start) - len(cells))
+        cells.append(f"{stage if several else ''}{kind}{microbatch}")
+        cells += ["="] * (round(end) - len(cells))
     return cells
 
 
-def as_values(plan: Timetable) -> dict[str, Any]:
+def timetable_values(plan: Timetable) -> dict[str, Any]:
     """The same as plain numbers: for each rank, [kind, stage, microbatch, start, end] of what it does."""
-    rows = [
-        [[slot.action.kind, slot.action.stage, slot.action.microbatch, slot.start, slot.end] for slot in slots]
-        for slots in plan.even
-    ]
-    return {"ranks": rows, "idle_share_if_even": plan.idle_if_even, "idle_share": plan.idle}
+    ranks = [[[*slot.action, slot.start, slot.end] for slot in slots] for slots in plan.even]
+    return {"ranks": ranks, "idle_share_if_even": plan.idle_if_even, "idle_share": plan.idle}
