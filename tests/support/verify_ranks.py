@@ -19,18 +19,18 @@ from titanlite.recipe.sections import Recipe
 from titanlite.training import train_state as learner
 from titanlite.verify import compare
 from titanlite.verify.shrink import shrink
-from titanlite.verify.verdict import Pass
+from titanlite.verify.verdict import Comparison
 
 STEPS = 3
 
 
-def verified(rank: int, world: int, recipe_json: str, fault: str = "") -> list[Pass]:
+def verified(rank: int, world: int, recipe_json: str, fault: str = "") -> list[Comparison]:
     """What this rank finds."""
     recipe = shrink(Recipe.model_validate_json(recipe_json), world, STEPS)
     with pytest.MonkeyPatch.context() as patch:
         if fault:
             FAULTS[fault](patch, rank)
-        return list(compare.passes(recipe, World(rank, world, torch.device("cpu"))))
+        return list(compare.compare_layout(recipe, World(rank, world, torch.device("cpu"))))
 
 
 def _means(patch: pytest.MonkeyPatch, rank: int) -> None:
@@ -52,13 +52,13 @@ def _shifted_rows(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 def _one_part_missing(patch: pytest.MonkeyPatch, rank: int) -> None:
     """The second rank holds no part of the last norm."""
-    apart = compare._apart
+    apart = compare._weight_distances
 
     def without(shards: Any, *rest: Any) -> torch.Tensor:
         held = {name: shard for name, shard in shards.table.items() if rank == 0 or name != "norm.weight"}
         return apart(SimpleNamespace(table=held), *rest)  # type: ignore[arg-type]
 
-    patch.setattr(compare, "_apart", without)
+    patch.setattr(compare, "_weight_distances", without)
 
 
 def _drifting(patch: pytest.MonkeyPatch, rank: int) -> None:

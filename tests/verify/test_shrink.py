@@ -16,7 +16,7 @@ from titanlite.plan.rules import apply_rules
 from titanlite.plan.stages import stages_per_rank
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Data, Pipeline, Recipe
-from titanlite.verify.shrink import reference_of, shrink, uncompiled
+from titanlite.verify.shrink import reference_of, shrink, without_compiler
 
 ROOT = Path(__file__).parents[2]
 SCHEDULES = Pipeline.model_fields["schedule"].annotation.__args__  # type: ignore[union-attr]
@@ -105,7 +105,7 @@ def test_what_is_legal_stays_legal_and_keeps_its_structure(case: tuple[Recipe, i
     small = shrink(recipe, world, 4)
     event(f"pp {small.parallel.pp}")
     assert errors(small, world) == []
-    assert errors(uncompiled(small), world) == []
+    assert errors(without_compiler(small), world) == []
     assert errors(reference_of(small), 1) == []
 
     spec = spec_of(recipe.model.preset)

@@ -19,7 +19,7 @@ from titanlite.cli.main import main
 from titanlite.parallel.model import GradientAccumulation
 from titanlite.recipe.sections import Recipe
 from titanlite.verify import compare
-from titanlite.verify.verdict import Pass, first_difference
+from titanlite.verify.verdict import Comparison, first_difference
 
 RECIPE = """
 [run]
@@ -199,10 +199,10 @@ def test_ranks_of_a_launcher(recipe: str) -> None:
 
 
 def test_what_is_no_number_is_a_difference() -> None:
-    from titanlite.verify.verdict import Comparison, Row, Weight, tolerance_in
+    from titanlite.verify.verdict import NumberDifference, StepDifference, WeightDifference, tolerance_in
 
-    same, bad = Comparison(1.0, 1.0, 0.0), Comparison(float("nan"), float("nan"), float("inf"))
-    weight = Weight("norm.weight", 0.0, 1e-9)
-    rows = Row(0, same, same, weight), Row(1, same, bad, weight)
-    found = Pass("float64", tolerance_in("float64", "float32", 2), (), rows)
+    same, bad = NumberDifference(1.0, 1.0, 0.0), NumberDifference(float("nan"), float("nan"), float("inf"))
+    weight = WeightDifference("norm.weight", 0.0, 1e-9)
+    rows = StepDifference(0, same, same, weight), StepDifference(1, same, bad, weight)
+    found = Comparison("float64", tolerance_in("float64", "float32", 2), (), rows)
     assert (found.first_difference() or "").startswith("float64: the gradient norm of step 1 is nan")

@@ -1,4 +1,4 @@
-"""The command: check the recipe, shrink it, run it against one process, print what came of it."""
+"""`titanlite verify`: check the recipe, shrink it, run it against one process, print the differences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from titanlite.cli.check import check_recipe
 from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
@@ -18,7 +17,7 @@ from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_override
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_count
 from titanlite.verify.shrink import shrink
-from titanlite.verify.verdict import Pass, first_difference
+from titanlite.verify.verdict import Comparison, NumberDifference, first_difference
 
 _LEAST_TIMEOUT_SECONDS = 600.0
 """Other ranks wait while the first one runs, and perhaps compiles, alone."""
@@ -42,24 +41,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print an object instead of tables")
     arguments, overrides = parse_with_overrides(parser, argv)
     if not 1 <= arguments.steps <= _MOST_STEPS:
-        raise CommandLineError(
-            f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows within a few."
-        )
-    place = launch_environment()
+        raise CommandLineError(f"--steps {arguments.steps}: give 1 to {_MOST_STEPS}; a wrong layout shows in a few.")
+    launch = launch_environment()
     loaded = load_recipe(arguments.recipe, overrides)
-    check_recipe(loaded, place.size)
-    if (active := active_ranks(loaded.recipe, place.size)) < place.size:
-        raise CommandLineError(f"the layout has places for {active} ranks; start so many, since none stands by here.")
-    small = shrink(loaded.recipe, place.size, arguments.steps)
-    errors = [finding for finding in apply_rules(small, place.size) if finding.severity == "error"]
+    check_recipe(loaded, launch.size)
+    if (active := active_ranks(loaded.recipe, launch.size)) < launch.size:
+        raise CommandLineError(f"the layout has places for {active} ranks; start {active}: here, none stands by.")
+    small = shrink(loaded.recipe, launch.size, arguments.steps)
+    errors = [finding for finding in apply_rules(small, launch.size) if finding.severity == "error"]
     assert not errors, f"shrinking made a legal recipe illegal: {errors}"
     notes = [_NO_FLOAT8] if loaded.recipe.precision.float8.enabled else []
-    if notes and place.is_first:
+    if notes and launch.is_first:
         print(*notes, file=sys.stderr)
-    found = verify(small, report=place.is_first and not arguments.json)
+    found = verify(small, report=launch.is_first and not arguments.json)
     difference = first_difference(found)
-    if place.is_first and arguments.json:
-        print(json.dumps({"notes": notes, **_object(small, place.size, found)}, indent=2))
+    if launch.is_first and arguments.json:
+        values = {
+            "notes": notes,
+            "same": difference is None,
+            "first_difference": difference,
+            "run": describe_run(small, launch.size),
+            "passes": [{**asdict(each), "same": each.first_difference() is None} for each in found],
+        }
+        print(json.dumps(values, indent=2))
     if difference is not None:
         raise LayoutDiffers(
             f"{difference}. Do not train with it. To find out where it comes from, run this again with less of "
@@ -68,35 +72,38 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def verify(recipe: Recipe, report: bool) -> list[Pass]:
+def verify(recipe: Recipe, report: bool) -> list[Comparison]:
     """Compare a shrunken recipe's layout with one process on all ranks; `report`: print each part as it is done."""
     from titanlite.parallel.world import explain_full_memory, join_world
-    from titanlite.verify.compare import passes
+    from titanlite.verify.compare import compare_layout
+
+    def show(*lines: str) -> None:
+        if report:
+            print(*lines, sep="\n", flush=True)
 
     found = []
     timeout = max(recipe.parallel.timeout_seconds, _LEAST_TIMEOUT_SECONDS)
     with join_world(recipe.run.deterministic, timeout) as world, explain_full_memory():
-        if report:
-            print("\n".join(_header(recipe, world.size, world.device.type)), flush=True)
-        for each in passes(recipe, world):
+        show(*_header(recipe, world.size, world.device.type))
+        for each in compare_layout(recipe, world):
             found.append(each)
-            if report:
-                print("\n".join(["", *_table(each)]), flush=True)
-    if report:
-        print(f"\n{_verdict(found)}", flush=True)
+            show("", *_table(each))
+    show("", _verdict(found))
     return found
 
 
 def _header(recipe: Recipe, world: int, device: str) -> Iterator[str]:
     run, parallel = describe_run(recipe, world), recipe.parallel
-    mesh = [f"{dimension} {degree}" for dimension, degree in run["mesh"].items() if degree > 1]
-    extras = [f"ZeRO stage {parallel.zero_stage}"] if world > 1 else []
-    extras += [parallel.pipeline.schedule] if parallel.pp > 1 else []
-    extras += [f"{parallel.cp_method} keys"] if parallel.cp > 1 else []
-    extras += [f"{recipe.recompute.mode} recomputation"] if recipe.recompute.mode != "none" else []
-    extras += ["compiled"] if recipe.compile.enabled else []
-    extras += [f"{run['microbatches']} x {run['microbatch']} sequences a rank"]
-    yield f"layout     {', '.join(mesh + extras)}, on {world} x {device}"
+    parts = {
+        **{f"{dimension} {degree}": degree > 1 for dimension, degree in run["mesh"].items()},
+        f"ZeRO stage {parallel.zero_stage}": world > 1,
+        parallel.pipeline.schedule: parallel.pp > 1,
+        f"{parallel.cp_method} keys": parallel.cp > 1,
+        f"{recipe.recompute.mode} recomputation": recipe.recompute.mode != "none",
+        "compiled": recipe.compile.enabled,
+        f"{run['microbatches']} x {run['microbatch']} sequences a rank": True,
+    }
+    yield f"layout     {', '.join(part for part, shown in parts.items() if shown)}, on {world} x {device}"
     yield "reference  one process, nothing shared, recomputed or compiled"
     heads = f"{run['heads']} heads ({run['kv_heads']} of keys and values)"
     yield (
@@ -108,43 +115,31 @@ def _header(recipe: Recipe, world: int, device: str) -> Iterator[str]:
 
 
 _COLUMNS = "{:>4}  {:>12} {:>12} {:>8}  {:>12} {:>12} {:>8}  {:>8} {:>8} {}"
+_HEAD = ("step", "loss", "reference", "apart", "grad norm", "reference", "apart", "weights", "allowed")
 
 
-def _table(found: Pass) -> Iterator[str]:
+def _table(found: Comparison) -> Iterator[str]:
     allowed = found.tolerance
     explained = f"{allowed.loss:.1e} of the loss, {allowed.grad_norm:.1e} of the gradient norm"
     yield f"{found.compute}: rounding explains {explained}"
     yield from found.notes
-    yield _COLUMNS.format(
-        *("step", "loss", "reference", "apart", "grad norm", "reference", "apart"),
-        *("weights", "allowed", "the weight that differs most"),
-    )
+    yield _COLUMNS.format(*_HEAD, "the weight that differs most")
     for row in found.rows:
-        pairs = [
-            (f"{each.here:.9f}", f"{each.reference:.9f}", f"{each.difference:.1e}")
-            for each in (row.loss, row.grad_norm)
-        ]
-        numbers = [*pairs[0], *pairs[1]] if row.step else [""] * 6
+        numbers = [*_format_number(row.loss), *_format_number(row.grad_norm)] if row.step else [""] * 6
         weight = row.weight
         yield _COLUMNS.format(row.step, *numbers, f"{weight.difference:.1e}", f"{weight.allowed:.1e}", weight.name)
 
 
-def _verdict(found: Sequence[Pass]) -> str:
+def _format_number(number: NumberDifference) -> tuple[str, str, str]:
+    return f"{number.here:.9f}", f"{number.reference:.9f}", f"{number.difference:.1e}"
+
+
+def _verdict(found: Sequence[Comparison]) -> str:
     if first_difference(found) is not None:
         return "NOT the same"
     parts = []
     for each in found:
-        loss, norm, weights = each.largest()
-        parts.append(f"{each.compute}: loss {loss:.1e}, gradient norm {norm:.1e}, weights {weights:.1e}")
+        rows = each.rows
+        most = [max(getattr(row, part).difference for row in rows) for part in ("loss", "grad_norm", "weight")]
+        parts.append("{}: loss {:.1e}, gradient norm {:.1e}, weights {:.1e}".format(each.compute, *most))
     return f"the same; at most apart in {'; in '.join(parts)}"
-
-
-def _object(recipe: Recipe, world: int, found: list[Pass]) -> dict[str, Any]:
-    """All that the tables say, and more."""
-    difference = first_difference(found)
-    return {
-        "same": difference is None,
-        "first_difference": difference,
-        "run": describe_run(recipe, world),
-        "passes": [{**asdict(each), "same": each.first_difference() is None} for each in found],
-    }

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,45 +26,52 @@ from titanlite.plan.layout import batch_plan, require_layout, total_steps
 from titanlite.precision.casting import master_dtype
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
-from titanlite.verify.shrink import in_precision, reference_of, uncompiled
-from titanlite.verify.verdict import Comparison, Pass, Row, Tolerance, Weight, tolerance_in
+from titanlite.verify.shrink import change_precision, reference_of, without_compiler
+from titanlite.verify.verdict import (
+    Comparison,
+    NumberDifference,
+    StepDifference,
+    Tolerance,
+    WeightDifference,
+    tolerance_in,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def passes(recipe: Recipe, world: World) -> Iterator[Pass]:
+def compare_layout(recipe: Recipe, world: World) -> Iterator[Comparison]:
     """The comparison in float64, then in the recipe's own precision, each when it is done; equal on every rank.
 
-    `recipe` is a shrunken one. Where float64 is not to be had, float32 takes its place and the pass says why.
+    `recipe` is a shrunken one. Where float64 is not to be had, float32 takes its place and a note says why.
     """
-    exact, notes = _exact(recipe, world)
+    exact, notes = _widest_precision(recipe, world)
     yield _compare(exact, world, notes)
     if recipe.precision != exact.precision:
         yield _compare(recipe, world, ())
 
 
-def _exact(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, ...]]:
+def _widest_precision(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe in the widest format that the device computes in, compiled if that works; and what had to give way.
 
-    The first rank tries, alone, so that a failure leaves nobody waiting; the others hear of it.
+    The first rank tries it alone, so that a failure leaves no other rank waiting, and broadcasts the outcome.
     """
-    double = in_precision(recipe, compute="float64")
+    double = change_precision(recipe, compute="float64")
     no_float64 = no_compiler = ""
     if world.is_first:
-        no_float64 = _refusal(uncompiled(double), world)
+        no_float64 = _try_step(without_compiler(double), world)
         if not no_float64 and recipe.compile.enabled:
-            no_compiler = _refusal(double, world)
+            no_compiler = _try_step(double, world)
     refused = world.broadcast(torch.tensor([bool(no_float64), bool(no_compiler)], device=world.device)).tolist()
     if refused[0]:
-        single = in_precision(recipe, compute="float32", reduce="float32")
+        single = change_precision(recipe, compute="float32", reduce="float32")
         return single, (f"float32 in place of float64: {no_float64}",)
     if refused[1]:
-        return uncompiled(double), (f"not compiled, since in float64 that fails: {no_compiler}",)
+        return without_compiler(double), (f"not compiled, since in float64 that fails: {no_compiler}",)
     return double, ()
 
 
-def _refusal(recipe: Recipe, world: World) -> str:
-    """The first line of what a step of `recipe`, unshared, fails with; empty if it does not."""
+def _try_step(recipe: Recipe, world: World) -> str:
+    """The first line of the error of a step of `recipe` in one process; empty if there is none."""
     alone = reference_of(recipe).model_copy(update={"recompute": recipe.recompute, "compile": recipe.compile})
     try:
         for _ in islice(_run(alone, World(0, 1, world.device)), 2):
@@ -74,29 +81,19 @@ def _refusal(recipe: Recipe, world: World) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _State:
-    """A run after some of its steps."""
-
-    shards: Shards
-    loss: Tensor
-    grad_norm: Tensor
-    """Both zero before the first step."""
-
-
-def _run(recipe: Recipe, world: World) -> Iterator[_State]:
-    """Train as the trainer does, on synthetic text: the state before the first step, and after each."""
+def _run(recipe: Recipe, world: World) -> Iterator[tuple[Shards, Tensor]]:
+    """Train as the trainer does, on synthetic text. Before the first step and after each: the weights, and loss and
+    gradient norm [2] in float64 (zero before the first).
+    """
     if recipe.compile.enabled:
         torch.compiler.reset()  # code of earlier runs would count as many recompilations of this one
-    learner = TrainState(recipe, world)
-    learner.initialise()
-    zero = torch.zeros((), dtype=torch.float64, device=world.device)
-    yield _State(learner.shards, zero, zero)
+    state = TrainState(recipe, world)
+    state.initialise()
+    yield state.shards, torch.zeros(2, dtype=torch.float64, device=world.device)
     steps = total_steps(recipe.training)
     for number, batch in enumerate(_batches(recipe, world, steps), 1):
-        factor = lr_factor(number, recipe.schedule, steps)
-        loss, norm = learner.step(number, batch.to(world.device), factor)
-        yield _State(learner.shards, loss, norm.to(world.device))
+        loss, norm = state.step(number, batch.to(world.device), lr_factor(number, recipe.schedule, steps))
+        yield state.shards, torch.stack((loss.double(), norm.double().to(world.device)))
 
 
 def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
@@ -113,8 +110,7 @@ def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
     return train_loader(split_of(stream, tokenizer, training.sequence_length, mask, seed, packing), plan, 0, steps)
 
 
-@dataclass(frozen=True)
-class _Snapshot:
+class _Snapshot(NamedTuple):
     """What one process computed, up to some step."""
 
     weights: Tensor
@@ -125,56 +121,62 @@ class _Snapshot:
     """How far each weight has come from its initial value; at step 0, its norm."""
 
 
-def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> Pass:
-    """All ranks run the layout, beside what the first one remembers of running alone."""
-    spec = spec_of(recipe.model.preset)
+def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> Comparison:
+    """All ranks run the layout, beside what the first one kept of running alone."""
+    spec, precision = spec_of(recipe.model.preset), recipe.precision
     config = spec.configure(recipe.model)
-    shapes, precision = spec.shapes(config), recipe.precision
+    shapes = spec.shapes(config)
     tolerance = tolerance_in(precision.compute, precision.reduce, config.layers)
-    remembered = _alone(recipe, shapes, world) if world.is_first else None
+    kept = _run_alone(recipe, shapes, world) if world.is_first else None
     rows = []
-    for step, state in enumerate(_run(recipe, world)):
-        expected = remembered[step] if remembered is not None else _blank(recipe, shapes, world.device)
-        for tensor in (expected.weights, expected.numbers, expected.distances):
+    for step, (shards, numbers) in enumerate(_run(recipe, world)):
+        if kept is not None:
+            expected = kept[step]
+        else:
+            elements, dtype = sum(map(math.prod, shapes.values())), master_dtype(precision)
+            weights = numbers.new_empty(elements, dtype=dtype)
+            expected = _Snapshot(weights, torch.empty_like(numbers), numbers.new_empty(len(shapes)))
+        for tensor in expected:
             world.broadcast(tensor)
-        rows.append(_row(step, state, expected, shapes, tolerance, world))
-    return Pass(precision.compute, tolerance, notes, tuple(rows))
+        rows.append(_compare_step(step, shards, numbers, expected, shapes, tolerance, world))
+    return Comparison(precision.compute, tolerance, notes, tuple(rows))
 
 
-def _alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
+def _run_alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
     """What one process computes, without the others: before the first step, and after each."""
     snapshots: list[_Snapshot] = []
-    for state in _run(reference_of(recipe), World(0, 1, world.device)):
-        weights = torch.cat([state.shards.table[name].tensor.detach().flatten() for name in shapes])
+    for shards, numbers in _run(reference_of(recipe), World(0, 1, world.device)):
+        weights = torch.cat([shards.table[name].tensor.detach().flatten() for name in shapes])
         moved = weights - snapshots[0].weights if snapshots else weights
-        distances = torch.stack([part.double().norm() for part in _parts(moved, shapes).values()])
-        snapshots.append(_Snapshot(weights, torch.stack((state.loss.double(), state.grad_norm.double())), distances))
+        distances = torch.stack([part.double().norm() for part in _split_weights(moved, shapes).values()])
+        snapshots.append(_Snapshot(weights, numbers, distances))
     return snapshots
 
 
-def _blank(recipe: Recipe, shapes: Shapes, device: torch.device) -> _Snapshot:
-    """Room for a snapshot of the first rank's."""
-    weights = torch.empty(sum(map(math.prod, shapes.values())), dtype=master_dtype(recipe.precision), device=device)
-    numbers = torch.empty(2, dtype=torch.float64, device=device)
-    return _Snapshot(weights, numbers, numbers.new_empty(len(shapes)))
+def _split_weights(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def _parts(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    pieces = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-
-
-def _row(step: int, state: _State, expected: _Snapshot, shapes: Shapes, tolerance: Tolerance, world: World) -> Row:
+def _compare_step(
+    step: int,
+    shards: Shards,
+    numbers: Tensor,
+    expected: _Snapshot,
+    shapes: Shapes,
+    tolerance: Tolerance,
+    world: World,
+) -> StepDifference:
     """The differences after a step, the same on every rank."""
-    numbers = torch.stack((state.loss.double(), state.grad_norm.double()))
     off = _relative((numbers - expected.numbers).abs(), expected.numbers.abs())
     world.reduce(off, "max")  # should another rank have got other numbers than the first, whose are shown
     world.broadcast(numbers)
-    apart = _relative(_apart(state.shards, _parts(expected.weights, shapes), world), expected.distances)
+    apart = _relative(_weight_distances(shards, _split_weights(expected.weights, shapes), world), expected.distances)
     allowed = apart.new_tensor([tolerance.of_weight(math.prod(shape)) for shape in shapes.values()])
     worst = int((apart / allowed).argmax())
-    loss, norm = map(Comparison, numbers.tolist(), expected.numbers.tolist(), off.tolist())
-    return Row(step, loss, norm, Weight(list(shapes)[worst], float(apart[worst]), float(allowed[worst])))
+    loss, norm = map(NumberDifference, numbers.tolist(), expected.numbers.tolist(), off.tolist())
+    weight = WeightDifference(list(shapes)[worst], float(apart[worst]), float(allowed[worst]))
+    return StepDifference(step, loss, norm, weight)
 
 
 def _relative(difference: Tensor, size: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ def _relative(difference: Tensor, size: Tensor) -> Tensor:
     return torch.where(difference == 0, 0.0, difference / size).nan_to_num(torch.inf, posinf=torch.inf)
 
 
-def _apart(shards: Shards, whole: Mapping[str, Tensor], world: World) -> Tensor:
+def _weight_distances(shards: Shards, whole: Mapping[str, Tensor], world: World) -> Tensor:
     """For each weight, the norm of what separates the ranks' parts of it from `whole`, in the worst of its copies.
 
     Infinite where some copy's parts do not make up a whole.

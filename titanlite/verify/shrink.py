@@ -11,21 +11,7 @@ from typing import Any
 from titanlite.models.spec import spec_of
 from titanlite.plan.layout import BatchPlan, Layout, batch_plan, ceil_div, require_layout
 from titanlite.plan.stages import stages_per_rank, takes_microbatches
-from titanlite.recipe.sections import (
-    Checkpoint,
-    Compile,
-    Data,
-    Debug,
-    Float8,
-    Metrics,
-    Model,
-    Parallel,
-    Recipe,
-    Recompute,
-    Schedule,
-    Training,
-    Validation,
-)
+from titanlite.recipe.sections import Compile, Data, Float8, Model, Parallel, Recipe, Recompute, Schedule, Training
 
 _HEAD_DIM = 8
 _WIDTH = 256
@@ -46,14 +32,15 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     microbatches, and for float8, which is for wide matrices and would hide what is compared. The learning rate is at
     its peak from the first step on, so that weights move, but not by much.
     """
-    layout = require_layout(recipe.parallel, world)
-    pipeline = recipe.parallel.pipeline
-    blocks = _blocks_per_stage(pipeline.blocks_per_stage) if layout.pp > 1 else None
+    layout, pipeline, defaults = require_layout(recipe.parallel, world), recipe.parallel.pipeline, Recipe()
     real = batch_plan(recipe, layout, 0)
     microbatches = _microbatches(recipe, real, layout)
-    given = {"microbatches": microbatches} if layout.pp > 1 and pipeline.microbatches is not None else {}
-    model = _model(recipe, layout, blocks)
-    parts = {**given, **({"blocks_per_stage": blocks} if blocks is not None else {})}
+    parts: dict[str, Any] = {}
+    if layout.pp > 1 and pipeline.microbatches is not None:
+        parts["microbatches"] = microbatches
+    if layout.pp > 1 and pipeline.blocks_per_stage is not None:
+        parts["blocks_per_stage"] = _blocks_per_stage(pipeline.blocks_per_stage)
+    model = _model(recipe, layout, parts.get("blocks_per_stage"))
     return recipe.model_copy(
         update={
             "model": model,
@@ -64,39 +51,27 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
             "precision": _with(recipe.precision, float8=Float8()),
             "parallel": _with(recipe.parallel, pipeline=_with(pipeline, **parts)),
             "run": _with(recipe.run, stop_after_step=None, stop_after_minutes=None),
-            "validation": Validation(),
-            "checkpoint": Checkpoint(),
-            "metrics": Metrics(),
-            "debug": Debug(),
+            **{name: getattr(defaults, name) for name in ("validation", "checkpoint", "metrics", "debug")},
         }
     )
 
 
 def reference_of(recipe: Recipe) -> Recipe:
     """The same training in one process: nothing shared, recomputed or compiled, and other microbatches."""
-    microbatch = min(recipe.training.global_batch, _REFERENCE_MICROBATCH)
-    return recipe.model_copy(
-        update={
-            "training": _with(recipe.training, microbatch=microbatch),
-            "parallel": Parallel(),
-            "recompute": Recompute(),
-            "compile": Compile(),
-        }
-    )
+    training = _with(recipe.training, microbatch=min(recipe.training.global_batch, _REFERENCE_MICROBATCH))
+    alone = {"parallel": Parallel(), "recompute": Recompute(), "compile": Compile()}
+    return recipe.model_copy(update={"training": training, **alone})
 
 
-def uncompiled(recipe: Recipe) -> Recipe:
-    """Without the compiler, and without what only the compiler can do."""
-    return recipe.model_copy(
-        update={
-            "compile": _with(recipe.compile, enabled=False),
-            "recompute": _with(recipe.recompute, budget=None),
-            "parallel": _with(recipe.parallel, async_tp=False),
-        }
-    )
+def without_compiler(recipe: Recipe) -> Recipe:
+    """Not compiled, and without what only the compiler can do."""
+    off: dict[str, dict[str, Any]] = {
+        "compile": {"enabled": False}, "recompute": {"budget": None}, "parallel": {"async_tp": False}
+    }  # fmt: skip
+    return recipe.model_copy(update={name: _with(getattr(recipe, name), **keys) for name, keys in off.items()})
 
 
-def in_precision(recipe: Recipe, **formats: str) -> Recipe:
+def change_precision(recipe: Recipe, **formats: str) -> Recipe:
     """With other `formats` (keys of `[precision]`)."""
     return recipe.model_copy(update={"precision": _with(recipe.precision, **formats)})
 
@@ -140,10 +115,8 @@ def _layers(recipe: Recipe, layout: Layout, real: int) -> int:
     return min(real, max(stages + (real % stages > 0), kinds, 2))
 
 
-def _blocks_per_stage(real: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _blocks_per_stage(real: tuple[int, ...]) -> tuple[int, ...]:
     """No blocks where there are none, one where there are few, two where there are more."""
-    if real is None:
-        return None
     few = min(blocks for blocks in real if blocks)
     return tuple(min(blocks, 1 + (blocks > few)) for blocks in real)
 

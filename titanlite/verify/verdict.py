@@ -6,6 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+_TURNED_BY_CHANCE = 2
+"""Elements of a weight that may always move the other way: in a short vector, one is a large share."""
+
+_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}
+"""A format's unit of rounding."""
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -17,21 +23,12 @@ class Tolerance:
     """Share of a weight's elements that may have moved the other way, apart from a few."""
 
     def of_weight(self, elements: int) -> float:
-        """For a weight of so many elements, as part of the distance that it has come from its initial value."""
-        if not self.turned:
-            return self.loss
-        return 2 * math.sqrt(self.turned + _TURNED_BY_CHANCE / elements)
-
-
-_TURNED_BY_CHANCE = 2
-"""Elements of a weight that may always move the other way: in a short vector, one is a large share."""
-
-_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}
-"""A format's unit of rounding."""
+        """For a weight of this size, as part of the distance that it has come from its initial value."""
+        return 2 * math.sqrt(self.turned + _TURNED_BY_CHANCE / elements) if self.turned else self.loss
 
 
 def tolerance_in(compute: str, reduce: str, layers: int) -> Tolerance:
-    """How far rounding may drive two orders of the same sums apart, in a few steps of so many blocks that compute in
+    """How far rounding may drive two orders of the same sums apart, in a few steps of this many blocks that compute in
     one format and send their gradients in another.
 
     In float64 rounding is some 1e-14 and mistakes are at least 1e-6: anything between would do.
@@ -49,7 +46,7 @@ def tolerance_in(compute: str, reduce: str, layers: int) -> Tolerance:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class NumberDifference:
     """A number under the recipe's layout and in one process."""
 
     here: float
@@ -59,7 +56,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightDifference:
     """How far a weight is from what it is in one process."""
 
     name: str
@@ -70,54 +67,49 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Row:
+class StepDifference:
     """A step's numbers; step 0 is before the first one, where there are only weights."""
 
     step: int
-    loss: Comparison
-    grad_norm: Comparison
-    weight: Weight
+    loss: NumberDifference
+    grad_norm: NumberDifference
+    weight: WeightDifference
     """The one that differs most, by what its size allows."""
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A comparison in one number format."""
+class Comparison:
+    """A layout and one process in one number format."""
 
     compute: str
     tolerance: Tolerance
     notes: tuple[str, ...]
     """What could not be done as the recipe says, and why; on the first rank only."""
-    rows: tuple[Row, ...]
-
-    def largest(self) -> tuple[float, float, float]:
-        """The largest differences of loss, gradient norm and weights."""
-        rows = self.rows
-        losses, norms = [row.loss.difference for row in rows], [row.grad_norm.difference for row in rows]
-        return max(losses), max(norms), max(row.weight.difference for row in rows)
+    rows: tuple[StepDifference, ...]
 
     def first_difference(self) -> str | None:
         """A sentence about the first number past the tolerance; None if there is none."""
-        return next((said for row in self.rows for said in self._differences(row)), None)
+        return next((sentence for row in self.rows for sentence in self._differences(row)), None)
 
-    def _differences(self, row: Row) -> Iterator[str]:
-        tolerance = self.tolerance
-        compared = [("loss", row.loss, tolerance.loss), ("gradient norm", row.grad_norm, tolerance.grad_norm)]
-        for name, found, allowed in compared:
-            if not found.difference <= allowed:
+    def _differences(self, row: StepDifference) -> Iterator[str]:
+        for name, found, allowed in (
+            ("loss", row.loss, self.tolerance.loss),
+            ("gradient norm", row.grad_norm, self.tolerance.grad_norm),
+        ):
+            if not found.difference <= allowed:  # true of NaN
                 numbers = f"{found.here:.9g} with this layout and {found.reference:.9g} in one process"
-                excess = _excess(found.difference, allowed)
+                excess = _format_excess(found.difference, allowed)
                 yield f"{self.compute}: the {name} of step {row.step} is {numbers}: {excess}"
         if not row.weight.difference <= row.weight.allowed:
             when = f"after step {row.step}" if row.step else "before the first step"
-            excess = _excess(row.weight.difference, row.weight.allowed)
+            excess = _format_excess(row.weight.difference, row.weight.allowed)
             yield f"{self.compute}: {when}, {row.weight.name} is not what it is in one process: {excess}"
 
 
-def _excess(difference: float, allowed: float) -> str:
+def _format_excess(difference: float, allowed: float) -> str:
     return f"{difference:.1e} apart, relatively, and rounding explains {allowed:.1e}"
 
 
-def first_difference(passes: Sequence[Pass]) -> str | None:
-    """The first difference of the first pass that has one."""
-    return next(filter(None, (each.first_difference() for each in passes)), None)
+def first_difference(comparisons: Sequence[Comparison]) -> str | None:
+    """The first difference of the first comparison that has one."""
+    return next(filter(None, (each.first_difference() for each in comparisons)), None)
