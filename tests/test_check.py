@@ -176,29 +176,11 @@ WIDE_405B = {
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "checkpoint__every_steps": 2}),
         ("checkpoint.keep_best", {"checkpoint__keep_best": 1, "validation__every_steps": 2}),
         ("parallel.pp", {"parallel__pp": 7, "world": 7}),
-        ("parallel.pipeline.stages_per_rank", {**pipeline("Interleaved1F1B", stages_per_rank=4), "world": 2}),
-        ("parallel.pipeline.blocks_per_stage", {**pipeline("1F1B", blocks_per_stage=[1, 1, 2]), "world": 2}),
         ("parallel.pipeline.blocks_per_stage", {**pipeline("1F1B", blocks_per_stage=[1, 2]), "world": 2}),
-        ("parallel.pipeline.blocks_per_stage", {**pipeline("1F1B", 3, blocks_per_stage=[2, 0, 2]), "world": 3}),
         ("parallel.pipeline.microbatches", {**pipeline("1F1B", microbatches=4), "training__microbatch": 4, "world": 2}),
-        ("parallel.pipeline.microbatches", {**pipeline("1F1B", microbatches=1), "world": 2}),
         ("parallel.pipeline.microbatches", {**pipeline("DualPipeV", microbatches=2), "world": 2}),
-        *(
-            ("parallel.pipeline.microbatches", {**pipeline(name, 4, layers=8), "training__global_batch": 9, "world": 4})
-            for name in ("Interleaved1F1B", "InterleavedZeroBubble")
-        ),
-        *(
-            ("parallel.zero_stage", {**pipeline(name, zero_stage=3), "world": 4})
-            for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-        ),
-        *(
-            ("compile.enabled", {**pipeline(name), "compile__enabled": True, "world": 2})
-            for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-        ),
-        *(
-            ("parallel.pipeline.schedule", {**pipeline(name), "model__tie_embeddings": True, "world": 2})
-            for name in ("ZBVZeroBubble", "DualPipeV")
-        ),
+        ("parallel.zero_stage", {**pipeline("ZBVZeroBubble", zero_stage=3), "world": 4}),
+        ("parallel.pipeline.schedule", {**pipeline("DualPipeV"), "model__tie_embeddings": True, "world": 2}),
         ("recompute.budget", {"recompute__budget": 0.5}),
         ("recompute.budget", {"recompute__budget": 0.5, "recompute__mode": "full", "compile__enabled": True}),
         ("debug.find_nonfinite", {"debug__find_nonfinite": True, "compile__enabled": True}),
