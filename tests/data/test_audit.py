@@ -66,8 +66,9 @@ class Life:
 @st.composite
 def lives(draw: st.DrawFn) -> Life:
     ranks = draw(st.sampled_from(RANKS))
-    reached = draw(st.lists(st.integers(0, 6), min_size=ranks, max_size=ranks))
-    saved, torn, logged = draw(st.integers(0, 100)), draw(st.integers(0, 39)), draw(st.integers(1, 4))
+    least, logged = draw(st.integers(0, 5)), draw(st.integers(1, 4))
+    reached = draw(st.lists(st.integers(least, 6), min_size=ranks, max_size=ranks))
+    saved, torn = draw(st.integers(0, 100)), draw(st.integers(0, 39))
     return Life(ranks, reached, saved, torn, draw(st.booleans()), logged)
 
 
