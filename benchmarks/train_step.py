@@ -110,7 +110,7 @@ def _initialise(learner: TrainState) -> None:
             held.tensor.fill_(1.0) if std is None else held.tensor.normal_(0.0, std)
     for tensor in learner.optimizer.state().values():
         tensor.zero_()
-    learner.guards.initialise()
+    learner.guards.reset()
 
 
 def _random_batch(recipe: Recipe, vocab_size: int) -> Batch:

@@ -26,7 +26,7 @@ def read_stdlib(section: Data) -> Iterator[Document]:
     Raises `DataError` where Python was installed without its source.
     """
     root = sysconfig.get_path("stdlib")
-    paths = sorted(_python_files(root, ""))
+    paths = sorted(_python_files(root))
     if not paths:
         raise DataError(
             f"{root}: this Python was installed without the source of its standard library, which "
@@ -45,13 +45,10 @@ def read_stdlib(section: Data) -> Iterator[Document]:
             yield Document(path, content)
 
 
-def _python_files(root: str, folder: str) -> Iterator[str]:
-    """Paths below `root/folder`, relative to `root`, with forward slashes; links are not followed."""
-    with os.scandir(os.path.join(root, folder)) as entries:
-        for entry in entries:
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                if not entry.name.startswith(_SKIPPED_FOLDERS):
-                    yield from _python_files(root, path)
-            elif entry.name.endswith(".py") and not entry.name.startswith(_SKIPPED_FILES):
-                yield path
+def _python_files(root: str) -> Iterator[str]:
+    """Paths below `root`, relative to it, with forward slashes; links to folders are not followed."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(_SKIPPED_FOLDERS)]
+        for name in files:
+            if name.endswith(".py") and not name.startswith(_SKIPPED_FILES):
+                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
