@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from titanlite.errors import DataError
-from titanlite.registry import Registry
+from titanlite.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
     from titanlite.recipe.sections import Data
@@ -81,3 +81,9 @@ def is_held_out(name: str, percent: float) -> bool:
     """Whether the document called `name` is for validation: by its name alone, so that it stays on its side."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < percent / 100 * 2**64
+
+
+def missing_field(what: str, text_key: str, fields: list[str]) -> DataError:
+    """For a record, or table, without the text."""
+    hint = did_you_mean(text_key, fields) or f"it has {', '.join(map(repr, fields[:8])) or 'none'}"
+    return DataError(f"{what} '{text_key}' ({hint}); set data.text_key (--text-key) to the field that holds the text.")

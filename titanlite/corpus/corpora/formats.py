@@ -6,23 +6,21 @@ processes share a large file.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from titanlite.corpus.corpora import READERS, Document, Part, Reader
+from titanlite.corpus.corpora.json_lines import BYTE_ORDER_MARK, read_lines
+from titanlite.corpus.corpora.unpack import PACKED, open_unpacked
 from titanlite.errors import DataError
-from titanlite.registry import did_you_mean
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 MAYBE_LINES = ".json"
 TEXT_SUFFIXES = (".txt", ".text", ".md", *LINES_SUFFIXES, MAYBE_LINES)
-PACKED = {".gz": "gzip", ".zst": "zstd"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
 FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *(text + packed for text in TEXT_SUFFIXES for packed in PACKED), ".parquet")
 """What is taken from a folder, beside suffixes in `READERS`; a file named by itself or by a glob is taken as text
@@ -71,9 +69,6 @@ MAGIC = {
 """How files begin that are not text, or not in UTF-8, whatever their names are."""
 HEAD = 4096
 """Bytes that tell what a file is."""
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Some editors begin a file with it, and it is not JSON."""
-BLOCK_BYTES = 2**20
 
 
 def format_of(path: Path, text_key: str) -> str:
@@ -136,8 +131,6 @@ def _is_lines(path: Path, text_key: str, is_json: bool) -> bool:
 
     Raises `DataError` for JSON whose one object has the text, and several lines.
     """
-    from titanlite.corpus.corpora.json_lines import read_lines
-
     records = [_object(line) for _, line in islice(read_lines(path), 2)]
     if text_key in (records[0] or ()) or (len(records) == 2 and None not in records):
         return True
@@ -203,36 +196,3 @@ def _read_text(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[i
 
 
 TEXT = Reader(_read_text)
-
-
-def missing_field(what: str, text_key: str, fields: list[str]) -> DataError:
-    """For a record, or table, without the text."""
-    hint = did_you_mean(text_key, fields) or f"it has {', '.join(map(repr, fields[:8])) or 'none'}"
-    return DataError(f"{what} '{text_key}' ({hint}); set data.text_key (--text-key) to the field that holds the text.")
-
-
-@contextmanager
-def open_unpacked(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[IO[bytes]]:
-    """The file's content, unpacked by blocks. What is read within, and cannot be, is a `DataError` with the place."""
-    codec = PACKED.get(path.suffix.lower())
-    with wrap_os_errors(path), open(path, "rb", buffering=block_bytes if codec else -1) as file:
-        if codec is None:
-            yield file
-            return
-        import pyarrow
-
-        # Unlike zstandard's reader, Arrow's does not take a file that was cut short for a whole one.
-        yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), block_bytes)
-
-
-@contextmanager
-def wrap_os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # Arrow's, of packed files
-            hint = " by zstd -d --long=31" if "too much memory" in str(error) else ""
-            raise DataError(
-                f"{path}: damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
-            ) from error
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions, or leave it out.") from error

@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from titanlite.corpus.corpora import Part, Reader
-from titanlite.corpus.corpora.formats import BLOCK_BYTES, BYTE_ORDER_MARK, missing_field, open_unpacked, wrap_os_errors
+from titanlite.corpus.corpora import Part, Reader, missing_field
+from titanlite.corpus.corpora.unpack import BLOCK_BYTES, open_unpacked, wrap_os_errors
 from titanlite.errors import DataError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some editors begin a file with it, and it is not JSON."""
 
 
 def read(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from titanlite.corpus.corpora import Part, Reader
-from titanlite.corpus.corpora.formats import missing_field
+from titanlite.corpus.corpora import Part, Reader, missing_field
 from titanlite.errors import DataError
 
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
