@@ -84,14 +84,6 @@ class GuardStop(TitanliteError):
     on_all_ranks = True
 
 
-class LayoutDiffers(GuardStop):
-    """`titanlite verify`: the recipe's layout does not compute what one process does."""
-
-
-class SamplesLost(GuardStop):
-    """`titanlite data audit`: samples were lost, or read twice."""
-
-
 class NonfiniteFound(GuardStop):
     """A module made a number that is not finite. Other than what the guards judge, only one rank may have met it."""
 

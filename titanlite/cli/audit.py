@@ -14,7 +14,7 @@ from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
 from titanlite.checkpoint.storage import checkpoint_steps, read_manifest
 from titanlite.data.audit import Audit, Span, audit, history, reordered_steps
 from titanlite.data.read_log import READ, read_records
-from titanlite.errors import SamplesLost, UsageError
+from titanlite.errors import GuardStop, UsageError
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
@@ -66,7 +66,7 @@ def _audit(arguments: argparse.Namespace) -> None:
         print(f"{run}: {verdict if found.steps else 'no step is saved yet'}", *_report(found, unsaved), sep="\n")
     if not found.whole:
         why = " (debug.overfit_one_batch repeats the first samples on purpose)" * recipe.debug.overfit_one_batch
-        raise SamplesLost(f"{run}: not every sample was read in its turn, and once{why}.")
+        raise GuardStop(f"{run}: not every sample was read in its turn, and once{why}.")
 
 
 def _report(found: Audit, unsaved: int) -> list[str]:

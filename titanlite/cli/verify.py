@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from titanlite.cli.check import check_recipe
-from titanlite.errors import EXIT_DONE, CommandLineError, LayoutDiffers
+from titanlite.errors import EXIT_DONE, CommandLineError, GuardStop
 from titanlite.plan.describe import describe_run
 from titanlite.plan.launch import launch_environment
 from titanlite.plan.layout import active_ranks
@@ -28,7 +28,7 @@ _NO_FLOAT8 = "float8 is left out: products are compared in the compute dtype (do
 
 
 def main(argv: list[str]) -> int:
-    """`titanlite verify`: 0 if the layout computes what one process does, else `LayoutDiffers` (exit code 3)."""
+    """`titanlite verify`: 0 if the layout computes what one process does, else `GuardStop` (exit code 3)."""
     parser = RecipeParser(
         prog="titanlite verify",
         usage="titanlite verify RECIPE [--section.key=value ...] [--steps N] [--json]",
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         }
         print(json.dumps(values, indent=2))
     if difference is not None:
-        raise LayoutDiffers(
+        raise GuardStop(
             f"{difference}. Do not train with it. To find out where it comes from, run this again with less of "
             "[parallel], or without compile and recompute: whatever makes the difference go away takes part in it."
         )
