@@ -445,26 +445,39 @@ def test_a_folder_that_is_no_longer_the_runs_is_not_written_to(tmp_path):
 # --- errors of the disk
 
 
-def fail_at(patch: pytest.MonkeyPatch, call: int, done: bool) -> list[str]:
-    """The `call`-th change of the disk from now on is refused, or it is `done` and its answer lost; what was called."""
-    calls: list[str] = []
+CHANGES = ((os, ("fsync", "rename", "mkdir", "rmdir", "unlink")), (Path, ("write_bytes",)))
+"""What changes the disk for good."""
+
+
+def around_changes(patch: pytest.MonkeyPatch, before, after) -> None:
+    """Have `before(name)` and `after(name)` called around every change of the disk from now on."""
 
     def wrap(owner, name):
         original = getattr(owner, name)
 
-        def counted(*args, **kwargs):
-            calls.append(name)
-            if len(calls) != call or done:
-                result = original(*args, **kwargs)
-            if len(calls) == call:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        def wrapped(*args, **kwargs):
+            before(name)
+            result = original(*args, **kwargs)
+            after(name)
             return result
 
-        patch.setattr(owner, name, counted)
+        patch.setattr(owner, name, wrapped)
 
-    for owner, names in ((os, ("fsync", "rename", "mkdir", "rmdir", "unlink")), (Path, ("write_bytes",))):
+    for owner, names in CHANGES:
         for name in names:
             wrap(owner, name)
+
+
+def fail_at(patch: pytest.MonkeyPatch, call: int, done: bool) -> list[str]:
+    """The `call`-th change of the disk from now on is refused, or it is `done` and its answer lost; what was called."""
+    calls: list[str] = []
+
+    def count(name):
+        calls.append(name)
+        if len(calls) == call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    around_changes(patch, *((lambda name: None, count) if done else (count, lambda name: None)))
     return calls
 
 
@@ -500,25 +513,13 @@ def test_after_an_error_at_any_call_a_save_has_failed_or_is_there(tmp_path, monk
 
 def die_at(call: int) -> None:
     """Have this process killed at the `call`-th time it is about to change the disk for good (or just did)."""
-    calls = 0
+    calls = itertools.count(1)
 
-    def wrap(owner, name):
-        original = getattr(owner, name)
+    def count(name):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def counted(*args, **kwargs):
-            nonlocal calls
-            for act in (lambda: None, lambda: original(*args, **kwargs)):
-                result = act()
-                calls += 1
-                if calls == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(owner, name, counted)
-
-    for owner, names in ((os, ("fsync", "rename", "mkdir", "rmdir", "unlink")), (Path, ("write_bytes", "chmod"))):
-        for name in names:
-            wrap(owner, name)
+    around_changes(pytest.MonkeyPatch(), count, count)
 
 
 def saves_until_killed(folder: Path, call: int, first: int) -> None:

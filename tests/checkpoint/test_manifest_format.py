@@ -238,21 +238,6 @@ def test_tiles_agrees_with_counting_every_cell(data):
     assert tiles(shape, boxes) == bool((counted == 1).all())
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3), st.randoms())
-def test_every_grid_of_chunks_tiles_and_no_longer_does_without_one(cuts, random):
-    shape = tuple(sum(sizes) for sizes in cuts)
-    edges = [list(itertools.accumulate(sizes, initial=0)) for sizes in cuts]
-    boxes = [
-        (tuple(e[i] for e, i in zip(edges, index, strict=True)), tuple(c[i] for c, i in zip(cuts, index, strict=True)))
-        for index in itertools.product(*(range(len(sizes)) for sizes in cuts))
-    ]
-    random.shuffle(boxes)
-    assert tiles(shape, boxes)
-    assert not tiles(shape, boxes[1:])
-    assert not tiles(shape, [*boxes, boxes[0]])
-
-
 @given(st.integers(0, 10**12))
 def test_folder_names_are_read_back(step):
     assert step_of(folder_name(step)) == step

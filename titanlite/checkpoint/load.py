@@ -53,7 +53,7 @@ def load_state(
     def compare() -> list[Any]:
         """What this rank finds wrong, the tensors it has no part of, and the bytes that it wants of each file."""
         problems = find_mismatches(stored, into, convert)
-        wanted = {} if problems else _wanted_bytes(stored, placed, into)
+        wanted = {} if problems else wanted_bytes(stored, placed, into)
         return [problems, [name for name in stored if name not in into], wanted]
 
     def share(found: list[list[Any]]) -> list[list[str]]:
@@ -62,7 +62,7 @@ def load_state(
         return assign_files({file: manifest.files[file].bytes for file in placed}, wanted)
 
     shares = ranks.run_on_all_ranks(compare, share)
-    verified = set(shares[ranks.rank] if own is None else _wanted_bytes(stored, placed, into))
+    verified = set(shares[ranks.rank] if own is None else wanted_bytes(stored, placed, into))
 
     def fill(file: str) -> None:
         read_chunks(
@@ -70,18 +70,13 @@ def load_state(
         )
 
     def read() -> None:
-        wanted = _wanted_bytes(stored, placed, into)
+        wanted = wanted_bytes(stored, placed, into)
         with ThreadPoolExecutor(READERS) as readers:
             list(readers.map(fill, [file for file in placed if file in wanted or file in verified]))
 
     ranks.run_on_all_ranks(read)
     ranks.run_on_all_ranks(lambda: _require_finite(folder, into))
     return manifest
-
-
-def wanted_files(manifest: Manifest, into: Mapping[str, Shard]) -> list[str]:
-    """The files that hold a part of `into`."""
-    return list(_wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), into))
 
 
 def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:
@@ -119,7 +114,7 @@ def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
             raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
 
 
-def _wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: Mapping[str, Shard]) -> dict[str, int]:
+def wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: Mapping[str, Shard]) -> dict[str, int]:
     """Bytes that `into` has a part of, of each file that holds any."""
     wanted: dict[str, int] = {}
     for file, chunks in placed.items():

@@ -26,7 +26,8 @@ import xxhash
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.background import BackgroundSaver, Warn
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode, folder_name
-from titanlite.checkpoint.load import load_state, wanted_files
+from titanlite.checkpoint.headers import chunks_by_file
+from titanlite.checkpoint.load import load_state, wanted_bytes
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import (
     CheckpointMetadata,
@@ -228,9 +229,8 @@ class Snapshots:
             lambda texts: texts[snapshot.machines[0]],
         )
         manifest = storage.decode_manifest(folder, text)
-        plan = ranks.run_on_all_ranks(
-            lambda: wanted_files(manifest, tensors), lambda wanted: plan_fetch(snapshot, self._machines, wanted)
-        )
+        wanted = list(wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), tensors))
+        plan = ranks.run_on_all_ranks(lambda: wanted, lambda lists: plan_fetch(snapshot, self._machines, lists))
         moves = [Move(*fields) for fields in plan]
 
         wrapped = storage.wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
