@@ -14,7 +14,7 @@ from support.tiny import train
 from titanlite.checkpoint import requests
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.storage import superseded
+from titanlite.checkpoint.storage import select_superseded
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_every_nth_step_is_kept(folder: Path) -> None:
     [(1, 0, [10, 15, 20, 25]), (2, 10, [15]), (0, 0, []), (0, 10, []), (9, 0, []), (1, 7, [10, 15, 20, 25])],
 )
 def test_what_need_not_be_kept(keep_last: int, keep_every: int, go: list[int]) -> None:
-    assert superseded([10, 15, 20, 25, 30], keep_last, keep_every) == go
+    assert select_superseded([10, 15, 20, 25, 30], keep_last, keep_every) == go
 
 
 def test_a_request_that_comes_while_a_save_is_written_is_kept(tmp_path: Path, clock: Callable[[float], None]) -> None:

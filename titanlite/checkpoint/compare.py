@@ -40,7 +40,7 @@ class Difference:
         return self.a == self.b and self.differing == 0
 
 
-def differences(a: Path, b: Path, prefix: str = "") -> Iterator[Difference]:
+def compare_checkpoints(a: Path, b: Path, prefix: str = "") -> Iterator[Difference]:
     """Every tensor of either checkpoint whose name begins with `prefix`, in the first one's order.
 
     Raises `DamagedCheckpointError` if a file of one is not as its manifest says; hashes are not compared.

@@ -174,7 +174,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     }
     kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
     generation = _generation_config(folder, fields)
-    tokenizer, problem = _found_tokenizer(folder, kept, generation)
+    tokenizer, problem = _find_tokenizer(folder, kept, generation)
     recipe = Recipe(
         run=Run(name=name),
         model=section,
@@ -391,7 +391,7 @@ def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
         )
 
 
-def _found_tokenizer(folder: Path, kept: Sequence[str], generation: bytes) -> tuple[Tokenizer | None, str]:
+def _find_tokenizer(folder: Path, kept: Sequence[str], generation: bytes) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer, or why there is none. Weights of the byte tokenizer are known by their special tokens."""
     if not kept:
         tokenizer = open_tokenizer("bytes")
@@ -507,5 +507,5 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def _short(value: object) -> str:
-    """For a message: what a stranger's file says, without what a terminal would act on."""
+    """A value of an untrusted file for a message, without what a terminal would act on."""
     return repr(value)[:100]

@@ -299,7 +299,8 @@ class CheckpointManager:
             warn(str(error))
             return
         kept = self._best(steps)
-        old = storage.superseded([step for step in steps if step not in extra], self._keep.last, self._keep.every)
+        regular = [step for step in steps if step not in extra]
+        old = storage.select_superseded(regular, self._keep.last, self._keep.every)
         if self._keep.last:
             old += [step for step in steps[:-1] if step in extra]
         for step in old:

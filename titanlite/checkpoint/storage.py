@@ -41,7 +41,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(step for name in names if (step := step_of(name)) is not None)
 
 
-def superseded(steps: Sequence[int], keep_last: int, keep_every: int = 0) -> list[int]:
+def select_superseded(steps: Sequence[int], keep_last: int, keep_every: int = 0) -> list[int]:
     """Of ascending `steps`, those that need not be kept: not the `keep_last` newest, nor multiples of `keep_every`.
 
     0 means all for `keep_last`, and none for `keep_every`.
@@ -137,7 +137,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def remove(final: Path) -> None:
-    """Delete a checkpoint: hidden first, so that nobody meets a half-deleted one. Raises `OSError`."""
+    """Delete a checkpoint: hidden first, so that no reader meets a half-deleted one. Raises `OSError`."""
     hidden = _hidden(final, "deleting")
     _delete(hidden)
     os.rename(final, hidden)

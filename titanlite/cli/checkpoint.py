@@ -112,11 +112,11 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from titanlite.checkpoint.compare import differences
+    from titanlite.checkpoint.compare import compare_checkpoints
 
     a, b = newest_at(arguments.a), newest_at(arguments.b)
     with raise_if_deleted(a), raise_if_deleted(b):
-        found = list(differences(a, b, arguments.prefix))
+        found = list(compare_checkpoints(a, b, arguments.prefix))
     apart = [difference for difference in found if not difference.is_none]
     if arguments.json:
         tensors = [  # JSON has no infinity
@@ -146,7 +146,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     whole = [step for step in found if step not in damaged]
     if not whole:
         raise CheckpointError(f"no checkpoint in {arguments.path} is whole, so none is deleted.")
-    gone = storage.superseded(whole, arguments.keep_last, arguments.keep_every)
+    gone = storage.select_superseded(whole, arguments.keep_last, arguments.keep_every)
     for damage in damaged.values():
         print(f"warning: {damage} It is left where it is.", file=sys.stderr)
     for step in gone:
