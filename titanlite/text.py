@@ -32,6 +32,12 @@ def pluralize(number: int, noun: str) -> str:
     return f"{number} {noun}{plural}"
 
 
+def list_some(names: Sequence[str], most: int = 5) -> str:
+    """Up to `most` of them, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 def join_choices(values: Sequence[int]) -> str:
     """`1`, `1 or 2`, `1, 2 or 4`; of many, the smallest and the largest."""
     shown = [*map(str, values)] if len(values) < 12 else [*map(str, values[:6]), "…", str(values[-1])]

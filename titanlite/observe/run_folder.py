@@ -24,7 +24,7 @@ from titanlite.files import Lock, cause, read_file, read_json, replace_file, tak
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
-from titanlite.text import format_bytes
+from titanlite.text import format_bytes, list_some
 
 OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
 """What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""
@@ -332,8 +332,7 @@ def _refuse_foreign(path: Path) -> None:
         raise UsageError(f"cannot read the run folder {path}: {cause(error, path)}.") from error
     names = sorted(name for name in listed if not name.startswith("."))
     if names and not has_run(path):
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise UsageError(f"{path} is no run folder: it holds {shown}. Change run.name or run.output_dir.")
+        raise UsageError(f"{path} is no run folder: it holds {list_some(names, 3)}. Change run.name or run.output_dir.")
 
 
 def _status(

@@ -19,6 +19,7 @@ from torch import Tensor
 from titanlite.errors import GuardStop
 from titanlite.models.shard import Shard
 from titanlite.parallel.world import all_gather_bytes
+from titanlite.text import list_some
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -50,21 +51,23 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
         return
     copied = {_key(name, shard): (name, shard.tensor) for name, shard in held.items() if shard.copies > 1}
     sums = checksums(tensor for _, tensor in copied.values()).cpu()
-    mine = torch.stack((torch.tensor(list(copied)), sums), dim=1)
-    table = _table(all_gather_bytes(mine.numpy().tobytes(), ranks))
-    different = _different(table)
+    own = torch.stack((torch.tensor(list(copied)), sums), dim=1)
+    parts = [np.frombuffer(data, np.int64).reshape(-1, 2) for data in all_gather_bytes(own.numpy().tobytes(), ranks)]
+    table = np.concatenate([np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)])
+    different = _different_keys(table)
     if not different:
         return
-    known = {str(key): name for key, (name, _) in copied.items() if key in different}
-    told = gather_json([platform.node(), known], ranks)
-    names = {int(key): name for _, known in told for key, name in known.items()}
+    names = {str(key): name for key, (name, _) in copied.items() if key in different}
+    hosts_and_names = gather_json([platform.node(), names], ranks)
+    hosts = [host for host, _ in hosts_and_names]
+    names = {key: name for _, known in hosts_and_names for key, name in known.items()}
     found: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
     for key in different:
-        found.setdefault(_blamed(table, key), []).append(names[key])
+        found.setdefault(_blamed_ranks(table, key), []).append(names[str(key)])
     lines = [
-        f"{_who(blamed, told)} {'hold other values than most copies of' if known else 'hold different copies of'} "
+        f"{_name_ranks(blamed, hosts)} {'differ from most copies of' if majority else 'hold different copies of'} "
         f"{list_some(tensors)}"
-        for (known, blamed), tensors in found.items()
+        for (majority, blamed), tensors in found.items()
     ]
     raise GuardStop(
         f"step {step}: copies of the same values differ in their bits, which no arithmetic explains (a device or its "
@@ -81,23 +84,23 @@ def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Ten
     alone, those that saw it.
     """
     different = [names[index] for index in (first != second).nonzero().flatten().tolist()]
-    loss = names[0] in different
-    told = gather_json([platform.node(), different, loss], ranks)
-    saw = [rank for rank, (_, found, _) in enumerate(told) if found]
+    answers = gather_json([platform.node(), different], ranks)
+    hosts = [host for host, _ in answers]
+    saw = [rank for rank, (_, found) in enumerate(answers) if found]
     if not saw:
         return
-    blamed = [rank for rank in saw if told[rank][2]]
+    blamed = [rank for rank in saw if names[0] in answers[rank][1]]
     if blamed:
-        said = (
-            f"{_who(blamed, told)} came to another loss of the same sequences: the fault is there, or on a rank that "
-            "computes them together with it."
+        where = (
+            f"{_name_ranks(blamed, hosts)} computed another loss of the same sequences: the fault is there, or on a "
+            "rank that computes them together with it."
         )
     else:
-        sums = list_some(told[saw[0]][1])
-        said = f"{_who(saw, told)} got other sums ({sums}): the fault is on one of the ranks that add to them."
+        sums = list_some(answers[saw[0]][1])
+        where = f"{_name_ranks(saw, hosts)} got other sums ({sums}): the fault is on one of the ranks that add to them."
     raise GuardStop(
         f"step {step}: the same batch, computed twice, gave other bits, which no arithmetic explains (a device or its "
-        f"memory is at fault). {said} The step was not applied. Start again without that machine, or test it: the run "
+        f"memory is at fault). {where} The step was not applied. Start again without that machine, or test it: the run "
         "goes on from its last checkpoint."
     )
 
@@ -112,14 +115,7 @@ Table = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 """[parts of all ranks, 3]: rank, key and checksum."""
 
 
-def _table(messages: Sequence[bytes]) -> Table:
-    """Of each rank's [parts, 2], keys and checksums."""
-    parts = [np.frombuffer(message, np.int64).reshape(-1, 2) for message in messages]
-    rows = [np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)]
-    return np.concatenate(rows)
-
-
-def _different(table: Table) -> list[int]:
+def _different_keys(table: Table) -> list[int]:
     """Keys with more than one checksum."""
     _, keys, sums = table.T
     order = np.lexsort((sums, keys))
@@ -127,7 +123,7 @@ def _different(table: Table) -> list[int]:
     return sorted({int(key) for key in keys[1:][(keys[1:] == keys[:-1]) & (sums[1:] != sums[:-1])]})
 
 
-def _blamed(table: Table, key: int) -> tuple[bool, tuple[int, ...]]:
+def _blamed_ranks(table: Table, key: int) -> tuple[bool, tuple[int, ...]]:
     """Whether most copies agree, and the ranks with the others; all that have a copy where there is no majority."""
     rows = {int(rank): int(found) for rank, _, found in table[table[:, 1] == key]}
     (usual, votes), *_ = Counter(rows.values()).most_common(1)
@@ -135,16 +131,10 @@ def _blamed(table: Table, key: int) -> tuple[bool, tuple[int, ...]]:
     return majority, tuple(rank for rank, found in rows.items() if not majority or found != usual)
 
 
-def _who(ranks: Sequence[int], told: Sequence[Sequence[str]]) -> str:
+def _name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """`rank 1 (node-a)`, `ranks 0 (node-a) and 3 (node-b)`."""
-    *most, last = [f"{rank} ({told[rank][0]})" for rank in ranks]
+    *most, last = [f"{rank} ({hosts[rank]})" for rank in ranks]
     return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
-
-
-def list_some(names: Sequence[str]) -> str:
-    """Up to five of them."""
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def gather_json(value: object, ranks: int) -> list[Any]:

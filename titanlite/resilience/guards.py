@@ -18,7 +18,8 @@ from torch import Tensor
 from titanlite.errors import GuardStop
 from titanlite.models.shard import is_finite
 from titanlite.recipe.sections import LONGEST_SPIKE_WINDOW, Resilience
-from titanlite.resilience.corruption import gather_json, list_some
+from titanlite.resilience.corruption import gather_json
+from titanlite.text import list_some
 
 _MOST_UNREAD = 1024
 """Steps whose numbers wait on the device; where reviews are further apart, the host reads them all the same."""

@@ -30,7 +30,7 @@ from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
-from titanlite.resilience.corruption import list_some
+from titanlite.text import list_some
 from titanlite.training.progress import Progress
 
 OpenedData = tuple[DataSplits, list[str]]

@@ -20,6 +20,7 @@ import xxhash
 from titanlite.corpus.tokenizers import END_OF_TEXT, Ids, Tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
+from titanlite.text import list_some
 
 MAX_FILE_BYTES = 2**28
 """Ten times what the largest vocabularies take."""
@@ -198,4 +199,4 @@ def choose_separator(path: Path, special: Mapping[str, int], wanted: str | None,
 
 def _list(names: Iterable[str]) -> str:
     shown = [repr(name) for name in names]
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") or "none"
+    return list_some(shown, 12) or "none"
