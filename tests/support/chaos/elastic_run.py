@@ -20,33 +20,15 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from support.chaos import elastic_worker
+from support.runs import rows
+from support.tiny import write_tiny
 
 ROOT = Path(__file__).parents[3]
 STEPS, BATCH, EVERY = 240, 12, 10
-RECIPE = f"""
-[run]
-name = "elastic"
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = {STEPS}
-sequence_length = 16
-global_batch = {BATCH}
-[precision]
-compute = "float64"
-[checkpoint]
-every_steps = {EVERY}
-[metrics]
-log_every = 1
-tensorboard = false
-"""
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "run": {"name": "elastic"}, "training": {"steps": STEPS, "global_batch": BATCH},
+    "precision": {"compute": "float64"}, "checkpoint": {"every_steps": EVERY},
+}  # fmt: skip
 PATIENCE_SECONDS = 600
 
 Note = dict[str, Any]
@@ -163,8 +145,7 @@ def environment() -> dict[str, str]:
 
 
 def prepare(folder: Path) -> None:
-    (folder / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(400)))
-    (folder / "recipe.toml").write_text(RECIPE)
+    write_tiny(folder, lines=400, **_SECTIONS)
     (folder / elastic_worker.NOTES).mkdir()
 
 
@@ -202,8 +183,7 @@ def trained(notes: list[Note]) -> dict[int, list[int]]:
 
 
 def losses(run: Path) -> list[float]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in rows(run, key="loss")]
 
 
 def alone(folder: Path) -> list[float]:

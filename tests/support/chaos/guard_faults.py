@@ -41,7 +41,8 @@ def goes_on(
             job = box.train(*words_here, f"--run.name={number}", ranks=2, **chaos)
             curves.append((box.curve(str(number)), box.tensors(STEPS, str(number))))
         assert curves[0] == curves[1]
-        (bad,) = [row for row in box.rows("0") if row.get("values", {}).get("action") == action]
+        bad_steps = [row for each in ("nonfinite", "loss_spike", "gradient_spike") for row in box.events(each, "0")]
+        (bad,) = [row for row in bad_steps if row["values"]["action"] == action]
         assert bad["step"] == _BAD and bad["values"]["samples"] == [_SAMPLES[0], _SAMPLES[-1]], bad
         back = box.events("rollback", "0")
         assert [row["values"]["to_step"] for row in back] == ([2 * EVERY] if action == "rollback" else [])

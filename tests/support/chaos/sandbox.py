@@ -15,8 +15,10 @@ from typing import Any
 
 from safetensors import safe_open
 
+from support import runs
 from support.chaos.nursery import PATIENCE_SECONDS, Child, Nursery
 from support.ports import free_port
+from support.tiny import write_tiny
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.data.audit import audit
 from titanlite.data.read_log import read_records
@@ -25,30 +27,10 @@ STEPS = 16
 EVERY = 4
 """Steps between saves."""
 
-RECIPE = f"""
-[model]
-preset = "debug"
-dim = 16
-layers = 1
-heads = 2
-kv_heads = 1
-ffn_dim = 24
-[data]
-corpus = "corpus.txt"
-[training]
-steps = {STEPS}
-sequence_length = 16
-global_batch = 4
-[optimizer]
-name = "muon"
-[precision]
-compute = "float32"
-[checkpoint]
-every_steps = {EVERY}
-[metrics]
-log_every = 1
-tensorboard = false
-"""
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "run": {"name": "run"}, "training": {"steps": STEPS, "global_batch": 4}, "optimizer": {"name": "muon"},
+    "checkpoint": {"every_steps": EVERY},
+}  # fmt: skip
 
 Curve = list[tuple[Any, ...]]
 
@@ -97,8 +79,7 @@ class Sandbox:
         self.mistake = ""
         """What every process of this sandbox does otherwise than titanlite; a function of `faulty_train`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "corpus.txt").write_text("".join(f"{n} cubed is {n**3}.\n" for n in range(300)))
-        (folder / "recipe.toml").write_text(RECIPE)
+        write_tiny(folder, lines=300, **_SECTIONS)
 
     def another(self, name: str) -> Sandbox:
         """One of the same kind in a folder below this one."""
@@ -153,33 +134,26 @@ class Sandbox:
     def run_folder(self, run: str = "run") -> Path:
         return self.folder / "runs" / run
 
-    def rows(self, run: str = "run") -> list[dict[str, Any]]:
-        """What stands in `metrics.jsonl`, but for a last line that is not whole yet."""
-        try:
-            lines = (self.run_folder(run) / "metrics.jsonl").read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    def rows(self, run: str = "run", event: str | None = None) -> list[dict[str, Any]]:
+        """Rows of this event, or of none."""
+        return runs.rows(self.run_folder(run), event)
 
     def curve(self, run: str = "run") -> Curve:
-        """Step, samples, loss and gradient norm of every step, as they stand in the file: all their digits."""
-        kept = ("step", "samples", "tokens", "loss", "grad_norm")
-        return [tuple(row[key] for key in kept) for row in self.rows(run) if "loss" in row]
+        """All digits of every step."""
+        return runs.curve(self.run_folder(run))
 
     def step(self, run: str = "run") -> int:
         """The last step that was written down."""
-        return max((row["step"] for row in self.rows(run) if "loss" in row), default=0)
+        return max((row["step"] for row in runs.rows(self.run_folder(run), key="loss")), default=0)
 
     def events(self, kind: str, run: str = "run") -> list[dict[str, Any]]:
-        return [row for row in self.rows(run) if row.get("event") == kind]
+        return self.rows(run, kind)
 
     def status(self, run: str = "run") -> dict[str, Any]:
-        return json.loads((self.run_folder(run) / "status.json").read_text())
+        return runs.status(self.run_folder(run))
 
     def steps(self, run: str = "run") -> list[int]:
-        """Steps with a committed checkpoint."""
-        folder = self.run_folder(run) / "checkpoints"
-        return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+        return runs.steps(self.run_folder(run))
 
     def checkpoint(self, step: int, run: str = "run") -> Path:
         return self.run_folder(run) / "checkpoints" / f"step-{step:08d}"
