@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.plan.layout import Coordinates, Layout, batch_plan, layout_of
-from titanlite.plan.slicing import GroupRank, Placement
+from titanlite.plan.placement import GroupRank, Placement
 from titanlite.recipe.sections import Parallel, Pipeline, Recipe, Training
 
 degrees = st.integers(1, 4)

@@ -20,9 +20,9 @@ from titanlite.plan import checkpoint_parts
 from titanlite.plan.describe import describe_run
 from titanlite.plan.layout import Layout, batch_plan, layout_of
 from titanlite.plan.memory import local_parameters
+from titanlite.plan.placement import GroupRank, find_placements, local_slices
 from titanlite.plan.rules import RULES, apply_rules
 from titanlite.plan.sharding_table import sharding_table
-from titanlite.plan.slicing import GroupRank, find_placements, local_slices
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 

@@ -30,7 +30,7 @@ from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from titanlite.parallel.meshes import Meshes
-    from titanlite.plan.slicing import Placement
+    from titanlite.plan.placement import Placement
 
 
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:

@@ -18,7 +18,7 @@ from titanlite.models.shard import Shard
 from titanlite.parallel.collectives import all_gather
 from titanlite.parallel.meshes import Meshes
 from titanlite.plan.layout import ceil_div
-from titanlite.plan.slicing import GroupRank, Placement, Slices, local_slices
+from titanlite.plan.placement import GroupRank, Placement, Slices, local_slices
 
 
 class Shards:

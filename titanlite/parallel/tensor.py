@@ -28,7 +28,7 @@ from titanlite.parallel.collectives import (
     unpack,
 )
 from titanlite.plan.float8 import Cast
-from titanlite.plan.slicing import SHARD_DIMENSION, GroupRank, Placement
+from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Placement
 from titanlite.precision.float8 import quantise
 
 

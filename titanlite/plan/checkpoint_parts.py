@@ -8,7 +8,7 @@ from math import prod
 from titanlite.models.spec import ModelSpec
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.layout import Layout, ceil_div
-from titanlite.plan.slicing import GroupRank, Placement, find_placements, local_shape
+from titanlite.plan.placement import GroupRank, Placement, find_placements, local_shape
 from titanlite.recipe.sections import Recipe
 
 MAX_CHUNKS = 2**23

@@ -14,7 +14,7 @@ from titanlite.models.spec import ModelConfig, ModelSpec, spec_of
 from titanlite.plan.float8 import SETTINGS, decide_linears, format_gathers, plan_gathers, summarize_linears
 from titanlite.plan.layout import ORIGIN, Layout, active_ranks, batch_plan, require_layout, total_steps
 from titanlite.plan.memory import checkpoint_bytes, count_elements, local_parameters, module_within, state_bytes
-from titanlite.plan.slicing import Shape, pattern_of
+from titanlite.plan.placement import Shape, pattern_of
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Model, Recipe
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from titanlite.models.spec import ModelConfig, ModelSpec, ShardingRule, Style, is_named_by
-from titanlite.plan.slicing import Shape, pattern_of
+from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
+from titanlite.plan.placement import Shape, pattern_of
 from titanlite.recipe.sections import Float8
 
 ALIGNMENT = 16
@@ -52,32 +52,31 @@ class Float8Settings:
         """Sizes, and numbers of tokens, must be multiples of this."""
         return BLOCK if self.output.left.scale == "block" else ALIGNMENT
 
+    # How a factor can be cast by who has some of its rows, before it is for its products; None if it cannot.
+
     @property
     def sent_weights(self) -> Cast | None:
-        """How a weight can be cast by who has some of its rows, before it is for its products; None if it cannot."""
-        return _by_rows(self.output.right, self.grad_input.right)
+        return _cast_by_rows(self.output.right, self.grad_input.right)
 
     @property
     def sent_inputs(self) -> Cast | None:
-        """The same of a linear's inputs."""
-        return _by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
+        return _cast_by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
 
     @property
     def sent_gradients(self) -> Cast | None:
-        """The same of the gradients of a linear's outputs."""
-        return _by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
+        """Of the linear's outputs."""
+        return _cast_by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
 
 
-def _by_rows(one: Cast, turned: Cast | None) -> Cast | None:
-    """The cast of rows that takes nothing from a factor of two products, one of them with its transpose; None if it
-    would.
+def _cast_by_rows(cast: Cast, transposed: Cast | None) -> Cast | None:
+    """The cast of rows that loses nothing of a factor of two products, one with its transpose; None if it would.
 
-    A product in the compute dtype wants the factor in full. What is small beside its row can be large in its block, or
+    A product in the compute dtype needs the factor in full. What is small beside its row can be large in its block, or
     in its column, which is a row of the transpose.
     """
-    if turned is None or one.format != turned.format or one.scale == "block" or turned.scale != "tensor":
+    if transposed is None or cast.format != transposed.format or cast.scale == "block" or transposed.scale != "tensor":
         return None
-    return Cast(one.format, "row")
+    return Cast(cast.format, "row")
 
 
 _TENSOR, _ROW, _WIDE = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")
@@ -104,7 +103,7 @@ the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_o
 
 @dataclass(frozen=True)
 class LinearDecision:
-    """What becomes of one linear."""
+    """Whether one linear is converted."""
 
     name: str
     shape: Shape
@@ -179,13 +178,18 @@ def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple
     """
     if not (section.enabled and section.all_gather):
         return ()
-    rules, settings = spec.sharding(config), SETTINGS[section.recipe]
+    settings = SETTINGS[section.recipe]
+    rules, styles = spec.sharding(config), ("row", "column", "gather")
+    patterns = {style: tuple(rule.pattern for rule in rules if rule.style == style) for style in styles}
     takers: dict[tuple[str, Literal["inputs", "gradients"]], list[LinearDecision]] = {}
     for each in decide_linears(spec, config, section):
-        if is_named_by(_patterns(rules, "row"), each.name):
+        if is_named_by(patterns["row"], each.name):
             takers.setdefault((each.name, "gradients"), []).append(each)
-        elif is_named_by(_patterns(rules, "column"), each.name):
-            takers.setdefault((_gathering(rules, each.name), "inputs"), []).append(each)
+        elif is_named_by(patterns["column"], each.name):
+            parts = each.name.split(".")
+            around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            gathering = next(module for module in around if is_named_by(patterns["gather"], module))
+            takers.setdefault((gathering, "inputs"), []).append(each)
     casts = {"inputs": settings.sent_inputs, "gradients": settings.sent_gradients}
     found = []
     for (module, what), linears in takers.items():
@@ -193,17 +197,6 @@ def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple
         why = next((f"{linear.name}: {linear.skipped}" for linear in linears if linear.skipped is not None), why)
         found.append(Gather(module, what, casts[what] if why is None else None, why))
     return tuple(found)
-
-
-def _patterns(rules: Sequence[ShardingRule], style: Style) -> tuple[str, ...]:
-    return tuple(rule.pattern for rule in rules if rule.style == style)
-
-
-def _gathering(rules: Sequence[ShardingRule], linear: str) -> str:
-    """The innermost module around a `column` linear, or itself, that gathers its input."""
-    parts, patterns = linear.split("."), _patterns(rules, "gather")
-    around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-    return next(module for module in around if is_named_by(patterns, module))
 
 
 def format_gathers(found: Sequence[Gather]) -> list[str]:

@@ -14,7 +14,7 @@ from titanlite.models.spec import is_named_by, spec_of
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import decide_linears
 from titanlite.plan.layout import Coordinates, Layout
-from titanlite.plan.slicing import ALONE, GroupRank, Shape, find_placements, local_shape
+from titanlite.plan.placement import ALONE, GroupRank, Shape, find_placements, local_shape
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Recipe
 

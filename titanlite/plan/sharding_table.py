@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from titanlite.models.spec import ShardingRule, Style, spec_of
-from titanlite.plan.slicing import SHARD_DIMENSION, GroupRank, find_placements, local_shape, pattern_of
+from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, find_placements, local_shape, pattern_of
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_shape, format_table
 

@@ -17,10 +17,10 @@ from titanlite.plan.float8 import (
     summarize_linears,
 )
 from titanlite.plan.layout import layout_of
+from titanlite.plan.placement import GroupRank, find_placements, local_shape, pattern_of
 from titanlite.plan.rules.layout import cuts
 from titanlite.plan.rules.lookup import find_config, find_spec, warning
 from titanlite.plan.rules.run import heads
-from titanlite.plan.slicing import GroupRank, find_placements, local_shape, pattern_of
 from titanlite.recipe.sections import Recipe
 
 

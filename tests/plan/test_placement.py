@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titanlite.models.spec import ShardingRule
-from titanlite.plan.slicing import ALONE, GroupRank, Placement, find_placements, local_slices, pattern_of
+from titanlite.plan.placement import ALONE, GroupRank, Placement, find_placements, local_slices, pattern_of
 
 
 @given(
