@@ -270,21 +270,11 @@ def test_the_first_step_holds_what_the_second_does(parallel: dict[str, Any], mon
     assert 0 <= two.peak.total - one.peak.total <= 8 + 2 * 8 + 1, "its loss; loss, norm and judgement until a review"
 
 
-def test_memory_for_weights_gradients_and_optimizer() -> None:
-    """16 bytes a parameter in float32, over the ranks that share it; AdamW's step count beside its two moments."""
-    for stage, ranks in ((0, 1), (2, 4), (3, 8)):
-        run = dry_run(recipe(parallel={"zero_stage": stage}, precision={"compute": "float32"}), ranks, 0)
-        update = run.memory.by_phase["optimizer"].by_purpose
-        assert update["weights"] == update["gradients"] == 4 * PARAMETERS // ranks
-        assert update["optimizer"] == 8 * PARAMETERS // ranks + 4
-        assert update["gathered"] == 0
-        assert update["activations"] == 4, "the loss"
-
-
 @pytest.mark.parametrize(
     ("ranks", "rank", "sections"),
     [
         *((4, 1, {"parallel": {"zero_stage": stage}}) for stage in range(4)),
+        (1, 0, {"precision": {"compute": "float32"}}),
         (4, 2, {"parallel": {"zero_stage": 2, "dp_replicate": 2}}),
         (8, 7, {"parallel": {"tp": 2, "zero_stage": 3}, "optimizer": {"name": "muon"}}),
         (6, 5, {"parallel": {"cp": 2, "tp": 3, "zero_stage": 3}, "model": {"heads": 6, "dim": 48, "kv_heads": 6},
@@ -310,6 +300,7 @@ def test_what_check_predicts_is_what_the_dry_run_measures(ranks: int, rank: int,
     on_the_way = 2 * max(units.values())
     after = measured.by_phase["optimizer"].by_purpose
     assert after["weights"] == after["gradients"] == predicted["weights"]
+    assert after["gathered"] == 0 and after["activations"] in (0, 4), "the loss"
     assert after["optimizer"] - predicted["optimizer"] in (0, 4), "AdamW's step count"
     assert 0 <= measured.most["gathered"] - predicted["gathered"] <= 2 * on_the_way
     assert 0 <= measured.most["gradients"] - predicted["gradients"] <= (2 + 4) * on_the_way
@@ -323,8 +314,6 @@ def test_memory_of_gathered_weights() -> None:
 
     assert most(3, 6) == most(3, 4)
     assert most(2, 6) - most(2, 4) == 2 * 2 * BLOCK
-    # Beside them, units on their way: the message, and what this rank gives to it.
-    assert 2 * (4 * BLOCK + REST) < most(2, 4) < 2 * (4 * BLOCK + REST + 2.5 * VOCABULARY * DIM)
 
 
 def test_offload_leaves_the_device_without_states() -> None:

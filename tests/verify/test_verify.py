@@ -146,35 +146,32 @@ def test_a_wrong_recipe_is_refused(recipe: str, capsys: pytest.CaptureFixture[st
         assert f"--steps {steps}" in capsys.readouterr().err
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, when: Callable[[Recipe], bool]) -> None:
-    """Let runs of some recipes fail, as a device does that lacks an operation."""
+@pytest.mark.parametrize(
+    ("override", "fails", "note", "formats"),
+    [
+        ("--precision.compute=bfloat16", lambda recipe: recipe.precision.compute == "float64",
+         "float32 in place of float64: ", ["float32", "bfloat16"]),
+        ("--compile.enabled=true", lambda recipe: recipe.compile.enabled, "not compiled", ["float64"]),
+    ],
+    ids=["float64", "compiler"],
+)  # fmt: skip
+def test_what_a_device_lacks_gives_way(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    override: str, fails: Callable[[Recipe], bool], note: str, formats: list[str],
+) -> None:  # fmt: skip
     run = compare._run
 
     def refuse(recipe: Recipe, world: Any) -> Any:
-        if when(recipe):
+        if fails(recipe):
             raise RuntimeError("not implemented for 'Double'\nwith more lines")
         return run(recipe, world)
 
     monkeypatch.setattr(compare, "_run", refuse)
-
-
-def test_a_device_without_float64(
-    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, lambda recipe: recipe.precision.compute == "float64")
-    assert main(["verify", recipe, "--steps=1", "--precision.compute=bfloat16"]) == 0
-    said = capsys.readouterr().out
-    assert "float32 in place of float64: RuntimeError: not implemented for 'Double'\n" in said
-    assert "bfloat16: rounding explains" in said and "float64: rounding" not in said
-
-
-def test_a_compiler_that_fails_in_float64(
-    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, lambda recipe: recipe.compile.enabled)
-    assert main(["verify", recipe, "--steps=1", "--compile.enabled=true"]) == 0
-    said = capsys.readouterr().out
-    assert "not compiled, since in float64 that fails: RuntimeError" in said
+    assert main(["verify", recipe, "--steps=1", "--json", override]) == 0
+    found = json.loads(capsys.readouterr().out)["passes"]
+    assert [each["compute"] for each in found] == formats
+    (text,) = found[0]["notes"]
+    assert text.startswith(note) and text.endswith("RuntimeError: not implemented for 'Double'")
 
 
 @pytest.mark.slow
