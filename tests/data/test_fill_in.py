@@ -71,6 +71,7 @@ def test_nothing_is_lost_and_any_slice_is_that_of_the_whole(
         assert [document[:1] == [MARKERS[0]] for document in found] == [bool(document) for document in documents]
     assert np.diff(filled.document_ends(), prepend=0).tolist() == [len(document) + 1 for document in found]
     assert filled[ends[0] : ends[1]].tolist() == whole[ends[0] : ends[1]]
+    assert fill(rate, seed) == ()
     if parts < len(documents):  # a document's number in the source counts, not the file that it is in
         several = fill(rate, seed, documents[:parts], documents[parts:])
         assert [token for each in several for token in each[0 : len(each)].tolist()] == whole

@@ -39,8 +39,8 @@ def fill_in(
         raise DataError("data.fim_tokens: give three different tokens, none of them the separator of documents.")
     key = int.from_bytes(hashlib.blake2b(f"fim/{seed}/{source}".encode(), digest_size=8).digest(), "little")
     ends = [each.document_ends() for each in streams]
-    firsts = accumulate(map(len, ends[:-1]), initial=0)
-    return tuple(FilledIn(*each, rate, markers, key) for each in zip(streams, ends, firsts, strict=True))
+    firsts = accumulate(map(len, ends), initial=0)
+    return tuple(FilledIn(*each, rate, markers, key) for each in zip(streams, ends, firsts, strict=False))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ is the number of samples consumed. What lies at a place is packing's business.
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
@@ -52,9 +53,8 @@ def permutation(n: int, seed: int, source: str, epoch: int) -> Permutation:
     assert n >= 1
     # The name comes last: with two integers before it, no two triples are written alike.
     digest = hashlib.blake2b(f"{seed}/{epoch}/{source}".encode(), digest_size=8 * _ROUNDS).digest()
-    keys = tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
     rows = isqrt(n - 1) + 1
-    return Permutation(n=n, rows=rows, columns=-(-n // rows), keys=keys)
+    return Permutation(n=n, rows=rows, columns=-(-n // rows), keys=struct.unpack(f"<{_ROUNDS}Q", digest))
 
 
 def sample_position(sample: int, n: int, seed: int, source: str) -> int:
