@@ -16,7 +16,7 @@ from titanlite.cli.data import main as data_command
 from titanlite.corpus.verification import Verification
 from titanlite.data.sources import Source
 from titanlite.data.splits import DataSplits, open_data, require_samples
-from titanlite.data.survey import shared_texts
+from titanlite.data.survey import find_shared_texts
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -261,7 +261,7 @@ def test_a_file_that_several_keys_read_is_warned_of(texts: Path, prepared: Path,
         sets = [{"name": str(index), "path": str(path)} for index, path in enumerate(validation)]
         named = [{"name": name, "path": str(path)} for name, path in sources.items()]
         section = Data.model_validate({"sources": named, "validation": sets, "validation_percent": 0.0})
-        return [(finding.key, finding.problem) for finding in shared_texts(section)]
+        return [(finding.key, finding.problem) for finding in find_shared_texts(section)]
 
     assert warned(texts / "c", a=texts / "a", b=prepared) == []
     assert warned(f"{prepared}-validation", b=prepared) == []
@@ -277,7 +277,7 @@ def test_texts_that_are_held_out_for_nothing_are_warned_of(texts: Path, prepared
     """Issue 14, item 6: with sets named, nothing reads the held-out share of texts; token files have none of it."""
 
     def warned(**data: Any) -> list[str]:
-        return [finding.key for finding in shared_texts(Data.model_validate(data))]
+        return [finding.key for finding in find_shared_texts(Data.model_validate(data))]
 
     named = [{"name": "c", "path": str(texts / "c")}]
     assert warned(corpus=str(texts / "a"), validation=named) == ["data.validation_percent"]

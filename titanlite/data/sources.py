@@ -153,7 +153,7 @@ def open_streams(
     texts: list[str] = []
     named: dict[Path, tuple[Path, str]] = {}
     for path in paths:
-        prefixes = token_files(path)
+        prefixes = find_token_files(path)
         texts += [] if prefixes else [path]
         for prefix in prefixes:
             file = open_token_file(prefix, section, tokenizer)
@@ -187,7 +187,7 @@ def _open_held_out(prefix: Path, file: TokenFile, section: Data, tokenizer: Toke
     return held_out
 
 
-def token_files(path: str) -> list[Path]:
+def find_token_files(path: str) -> list[Path]:
     """Prefixes of the token files that `path` names, itself or as a glob, in order; their held-out parts left out."""
     paths = None if expand(path).name in ("", "..") else paths_of(expand(path))
     if paths and (paths.idx.exists() or paths.parts.exists()):

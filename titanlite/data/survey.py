@@ -12,7 +12,7 @@ from titanlite.corpus.corpora import CORPORA
 from titanlite.corpus.corpora.files import FileFinder
 from titanlite.corpus.token_file import paths_of
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, tokenizer_of
-from titanlite.data.sources import open_token_file, token_files
+from titanlite.data.sources import find_token_files, open_token_file
 from titanlite.data.splits import named_sets, named_sources
 from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
@@ -26,10 +26,10 @@ def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
     missing, or cannot be read, on this machine.
     """
     tokenizer, findings = tokenizer_of(section), list[Finding]()
-    sources = [_look(*each, section, tokenizer, findings) for each in named_sources(section)]
+    sources = [_describe(*each, section, tokenizer, findings) for each in named_sources(section)]
     for named, source in zip(section.sources, sources, strict=False):
         source["weight"] = named.weight
-    sets = [_look(*each, section, tokenizer, findings) for each in named_sets(section)]
+    sets = [_describe(*each, section, tokenizer, findings) for each in named_sets(section)]
     found = {
         "tokenizer": section.tokenizer,
         "tokenizer_tokens": tokenizer.vocab_size,
@@ -41,10 +41,10 @@ def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
         "stages": [stage.model_dump() for stage in section.stages],
         "validation": sets,
     }
-    return found, findings + shared_texts(section)
+    return found, findings + find_shared_texts(section)
 
 
-def shared_texts(section: Data) -> list[Finding]:
+def find_shared_texts(section: Data) -> list[Finding]:
     """Warnings of a file that several sources or validation sets read, by whichever names and links, and of texts that
     are held out though other sets are named. What cannot be read is left to those who read it.
     """
@@ -56,7 +56,7 @@ def shared_texts(section: Data) -> list[Finding]:
     texts = False
     for source in (*sources, *sets):
         _, paths, key = source
-        for path, is_text in _files(paths, key, section):
+        for path, is_text in _find_files(paths, key, section):
             texts = texts or (is_text and source in sources)
             with suppress(OSError):
                 status = None if path in CORPORA else os.stat(path)
@@ -78,12 +78,12 @@ def shared_texts(section: Data) -> list[Finding]:
     return findings
 
 
-def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str, bool]]:
+def _find_files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str, bool]]:
     """All files that are read, and whether they are texts; of token files the ids."""
     finder = FileFinder(section.text_key, key)
     for entry in paths:
         with suppress(UsageError):
-            prefixes = token_files(entry)
+            prefixes = find_token_files(entry)
             yield from ((str(paths_of(prefix).bin), False) for prefix in prefixes)
             if not prefixes and entry in CORPORA:
                 yield entry, True
@@ -91,7 +91,7 @@ def _files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str,
                 yield from ((str(file.path), True) for file in finder.find(entry))
 
 
-def _look(
+def _describe(
     name: str, paths: list[str], key: str, section: Data, tokenizer: Tokenizer, findings: list[Finding]
 ) -> dict[str, Any]:
     """`tokens` are those of token files; of text, only the bytes are known, as they lie on the disk."""
@@ -99,7 +99,7 @@ def _look(
     more, finder = False, FileFinder(section.text_key, key)
     for entry in paths:
         try:
-            for prefix in (prefixes := token_files(entry)):
+            for prefix in (prefixes := find_token_files(entry)):
                 file = open_token_file(prefix, section, tokenizer)
                 files, tokens, size = files + 1, tokens + len(file.tokens), size + file.tokens.file.size
             if not prefixes and entry not in CORPORA:

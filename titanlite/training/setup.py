@@ -17,7 +17,7 @@ from titanlite.corpus.tokenizers import describe_separator
 from titanlite.corpus.verification import Verification
 from titanlite.data.read_log import ReadLog, last_start, log_path
 from titanlite.data.splits import DataSplits, open_data, require_samples
-from titanlite.data.survey import shared_texts
+from titanlite.data.survey import find_shared_texts
 from titanlite.errors import EXIT_DONE, StoppedEarly, TitanliteError
 from titanlite.observe.console import LogFile, open_console
 from titanlite.observe.logger import RunLogger
@@ -48,7 +48,7 @@ def open_run_data(recipe: Recipe) -> OpenedData:
     )
     reading = require_samples(data.train, sample_schedule(recipe).end_sample(total_steps(recipe.training)))
     if launch_environment().is_first:
-        reading += [f"warning: {finding}" for finding in shared_texts(recipe.data)]
+        reading += [f"warning: {finding}" for finding in find_shared_texts(recipe.data)]
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
 
 
