@@ -70,9 +70,6 @@ class _TomlSchema(GenerateJsonSchema):
             generated["description"] = " ".join(generated["description"].split())
         return generated
 
-    def model_schema(self, schema: Any) -> Schema:
-        return {key: value for key, value in super().model_schema(schema).items() if key != "title"}
-
 
 def json_schema() -> Schema:
     """JSON schema (draft 2020-12) of a recipe file, for editors that complete and check TOML."""
@@ -82,6 +79,8 @@ def json_schema() -> Schema:
 @functools.cache
 def _json_schema_of(recipe: type[Recipe]) -> Schema:
     generated = recipe.model_json_schema(schema_generator=_TomlSchema)
+    for section in generated["$defs"].values():
+        section.pop("title", None)
     meaning = "Recipe that this one changes; relative to this file."
     extends = {"type": "string", "minLength": 1, "description": meaning, "examples": ["base.toml"]}
     return {
