@@ -15,7 +15,7 @@ PYTHON = "**/*.py"
 LINES = {
     "titanlite": 24924,
     "titanlite/cli": 1494,
-    "titanlite/recipe": 1662,
+    "titanlite/recipe": 1457,
     "titanlite/plan": 2600,
     "titanlite/corpus": 3395,
     "titanlite/models": 1190,
