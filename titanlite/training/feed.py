@@ -15,7 +15,7 @@ from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan, sample_schedule, total_steps
 from titanlite.recipe.sections import Recipe
-from titanlite.training.progress import Progress
+from titanlite.training.progress import RunProgress
 
 
 class Feed:
@@ -27,7 +27,7 @@ class Feed:
         world: World,
         data: DataSplits,
         plan: BatchPlan,
-        progress: Progress,
+        progress: RunProgress,
         logger: RunLogger,
         read_log: ReadLog,
         verification: Verification | None,

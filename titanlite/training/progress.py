@@ -20,7 +20,7 @@ _BAD_VALIDATION = "nonfinite_validation"
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Counts of what is done, and the step in hand."""
 
     step: int = 0

@@ -31,7 +31,7 @@ from titanlite.resilience.stacks import log_path
 from titanlite.resilience.watchdog import Watchdog
 from titanlite.text import format_count, pluralize
 from titanlite.training import setup
-from titanlite.training.progress import Progress
+from titanlite.training.progress import RunProgress
 from titanlite.training.trainer import Trainer
 
 
@@ -40,7 +40,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     recipe, timeout = loaded.recipe, loaded.recipe.parallel.timeout_seconds
     path = expand(recipe.run.output_dir) / recipe.run.name
     opened = _open_data_or_error(recipe)
-    progress = Progress()
+    progress = RunProgress()
     with ExitStack() as stack:
         active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(join_world(recipe.run.deterministic, timeout, active))
@@ -83,7 +83,7 @@ def _open_data_or_error(recipe: Recipe) -> setup.OpenedData | TitanliteError:
 class CrashRecorder:
     """Writes down what fails on this rank, so that the next start can tell a step that fails again and again."""
 
-    def __init__(self, folder: Path, attempt: int, world: World, loaded: LoadedRecipe, progress: Progress) -> None:
+    def __init__(self, folder: Path, attempt: int, world: World, loaded: LoadedRecipe, progress: RunProgress) -> None:
         self._folder = folder
         self._attempt = attempt
         self._world = world

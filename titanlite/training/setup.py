@@ -31,7 +31,7 @@ from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
 from titanlite.text import list_some
-from titanlite.training.progress import Progress
+from titanlite.training.progress import RunProgress
 
 OpenedData = tuple[DataSplits, list[str]]
 """A run's data, and what is to be printed about it."""
@@ -71,7 +71,7 @@ def lock_run_folder(
     path: Path,
     start: Start,
     logger: RunLogger,
-    progress: Progress,
+    progress: RunProgress,
 ) -> tuple[RunFolder | None, Start, int]:
     """Lock and clear the run's folder, on the first rank, until `stack` ends, with its console and its `status.json`.
 
@@ -169,7 +169,7 @@ def begin_verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ra
 
 
 @contextmanager
-def _status(folder: RunFolder, progress: Progress) -> Iterator[None]:
+def _status(folder: RunFolder, progress: RunProgress) -> Iterator[None]:
     """Keep `status.json` true: running now, and at the end how it ended."""
     folder.write_status("running", progress.step)
     try:

@@ -39,7 +39,7 @@ from titanlite.resilience.guards import BadStep, RollBack, nonfinite_names
 from titanlite.resilience.signals import StopRequests
 from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.training.feed import Feed
-from titanlite.training.progress import History, Progress
+from titanlite.training.progress import History, RunProgress
 from titanlite.training.restore import reordered_steps, restore
 from titanlite.training.saving import Saving, usable_snapshots
 from titanlite.training.train_state import TrainState
@@ -65,7 +65,7 @@ class Trainer:
         snapshots: Snapshots | None = None,
         read_log: ReadLog = NO_LOG,
         verification: Verification | None = None,
-        progress: Progress | None = None,
+        progress: RunProgress | None = None,
     ) -> None:
         """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
         there is one. `progress` is kept up to date.
@@ -75,7 +75,7 @@ class Trainer:
         self.world = world
         self.logger = logger
         self.watchdog = watchdog
-        self.progress = progress or Progress()
+        self.progress = progress or RunProgress()
         self.state = TrainState(recipe, world)
         self._start = start
         snapshots = usable_snapshots(snapshots, self.state.shards_by_name(), start.restarted, logger.info)
