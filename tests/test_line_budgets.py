@@ -17,7 +17,7 @@ LINES = {
     "titanlite/cli": 1494,
     "titanlite/recipe": 1457,
     "titanlite/plan": 2600,
-    "titanlite/corpus": 3395,
+    "titanlite/corpus": 3393,
     "titanlite/models": 1190,
     "titanlite/parallel": 2309,
     "titanlite/precision": 282,

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -116,24 +117,32 @@ def paths_of(prefix: Path) -> Paths:
 
 
 @dataclass(frozen=True)
-class Starts:
-    """Where documents begin, in tokens, `[documents]`: `starts[7]`, `starts[10:20]`, `starts[:]`; looked up then."""
+class Index:
+    """An opened `.idx`. Where documents begin, in tokens, `[documents]`, is looked up by `index[7]`, `index[10:20]`."""
 
+    lengths: FileArray[np.int32]
+    """Of each sequence, in tokens."""
     pointers: FileArray[np.int64]
     """Of each sequence, in bytes."""
     sequences: FileArray[np.int64]
     """First sequence of each document, and the number of all."""
-    itemsize: int
-    tokens: int
+    dtype: np.dtype[np.integer[Any]]
+    """Of the ids."""
 
     def __len__(self) -> int:
         return len(self.sequences) - 1
 
     def __getitem__(self, key: Any) -> Any:
         first, last = replace(self.sequences, count=len(self))[key], len(self.pointers) - 1
-        begins = self.pointers[np.clip(first, 0, last)] // self.itemsize
+        begins = self.pointers[np.clip(first, 0, last)] // self.dtype.itemsize
         begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
-        return np.where(first > last, self.tokens, begins)  # a document without sequences, at the end of the file
+        end = self.end // self.dtype.itemsize
+        return np.where(first > last, end, begins)  # a document without sequences, at the end of the file
+
+    @cached_property
+    def end(self) -> int:
+        """Of the last sequence, in bytes of the `.bin`."""
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class TokenFile:
     prefix: Path
     tokens: FileArray[np.integer[Any]]
     """All documents, each followed by the separator, flat."""
-    starts: Starts
+    starts: Index
     info: TokenInfo | None
     """The sidecar; None for a file that something else than titanlite made."""
 
@@ -163,8 +172,7 @@ class TokenFile:
             _require_ends(paths, file.size, index)
             tokens = FileArray(file, 0, index.dtype, file.size // index.dtype.itemsize)
             info = _read_sidecar(paths, tokens, index.lengths.file.size) if paths.sidecar.exists() else None
-        starts = Starts(index.pointers, index.sequences, index.dtype.itemsize, len(tokens))
-        return cls(prefix, tokens, starts, info)
+        return cls(prefix, tokens, index, info)
 
     def __reduce__(self) -> Any:
         """Another process opens it anew."""
@@ -387,17 +395,7 @@ def _reading(paths: Paths) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read ({error.strerror}); mend its permissions or the disk.") from error
 
 
-class _Index(NamedTuple):
-    """An opened `.idx`."""
-
-    lengths: FileArray[np.int32]
-    pointers: FileArray[np.int64]
-    sequences: FileArray[np.int64]
-    dtype: np.dtype[np.integer[Any]]
-    """Of the ids."""
-
-
-def _open_index(path: Path) -> _Index:
+def _open_index(path: Path) -> Index:
     file = OpenFile(path)
     size = file.size
     if size < HEADER.size:
@@ -418,7 +416,7 @@ def _open_index(path: Path) -> _Index:
         )
     if not count or entries < 2:
         raise DataError(f"{path}: holds no documents ({count:,} sequences, {entries:,} document entries).")
-    return _Index(
+    return Index(
         FileArray(file, HEADER.size, np.dtype("<i4"), count),
         FileArray(file, HEADER.size + 4 * count, np.dtype("<i8"), count),
         FileArray(file, HEADER.size + 12 * count, np.dtype("<i8"), entries),
@@ -426,17 +424,17 @@ def _open_index(path: Path) -> _Index:
     )
 
 
-def _require_ends(paths: Paths, size: int, index: _Index) -> None:
+def _require_ends(paths: Paths, size: int, index: Index) -> None:
     """The ends of the index fit each other and the `.bin` of `size` bytes."""
-    lengths, pointers, sequences, dtype = index
+    lengths, pointers, sequences, itemsize = index.lengths, index.pointers, index.sequences, index.dtype.itemsize
     at, count = HEADER.size + 12 * len(lengths), len(lengths)
     if (sequences[0], sequences[-1]) != (0, count):
         raise DataError(
             f"{paths.idx}: damaged: documents begin with sequence {sequences[0]:,} and end with {sequences[-1]:,} "
             f"(bytes {at:,} and {at + 8 * (len(sequences) - 1):,}), not with 0 and {count:,}; {RESTORE}"
         )
-    end = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
-    if pointers[0] != 0 or lengths[-1] < 0 or end % dtype.itemsize:
+    end = index.end
+    if pointers[0] != 0 or lengths[-1] < 0 or end % itemsize:
         raise DataError(
             f"{paths.idx}: damaged: sequences begin at byte {pointers[0]:,} and end at {end:,} of the .bin (read at "
             f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {RESTORE}"
