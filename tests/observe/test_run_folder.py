@@ -275,7 +275,7 @@ def test_starts_are_counted_and_the_last_end_is_known(tmp_path):
     folder.close()  # as a kill leaves it
     folder = opened(tmp_path)
     assert folder.attempt == 3 and folder.last_end().startswith(
-        f"process {os.getpid()} on {platform.node()} ended with"
+        f"process {os.getpid()} on {platform.node()} ended without"
     )
     folder.close()
     folder.status.write_text("{ no status")

@@ -1,6 +1,6 @@
 """`metrics.jsonl`: the record of a run's rows, always written.
 
-A disk that fills up never ends the run: rows wait in memory until it takes them again, and the user is told.
+A disk that fills up never ends the run: rows wait in memory until it takes them again, with a warning.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class RunLogger:
     def open_sinks(self, recipe: Recipe, folder: Path, after_step: int) -> None:
         """Open `metrics.jsonl` and the sinks of the recipe, for rows of steps after `after_step`.
 
-        Raises `UsageError` where a sink says by one that the user can mend it.
+        Raises `UsageError` where a sink does, for what the user can mend.
         """
         self._step = after_step
         asked = (_RECORD, *(["tensorboard"] if recipe.metrics.tensorboard else []), *recipe.metrics.sinks)
@@ -104,9 +104,9 @@ class RunLogger:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        """Report what a sink has raised, and use it no more: other people's servers end no run."""
+        """Report what a sink has raised, and use it no more: a server that is gone ends no run."""
         if name == _RECORD:
             raise error
         self._sinks.pop(name, None)
-        said = f"the metrics sink '{name}' gets no more rows: {type(error).__name__}: {error}"
-        self.event(self._step, "sink_failed", said)
+        detail = f"the metrics sink '{name}' gets no more rows: {type(error).__name__}: {error}"
+        self.event(self._step, "sink_failed", detail)

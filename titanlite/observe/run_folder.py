@@ -1,7 +1,7 @@
-"""The folder of a run: who may use it, what is in it, how the run stands.
+"""The folder of a run: who may use it, what is in it, the status of the run.
 
 A folder belongs to one run and, while it trains, to one process. Nothing in it is overwritten or deleted unless the
-user said `--fresh --force`, and then only what a run writes. What a checkpoint is, `checkpoint/` knows.
+user said `--fresh --force`, and then only what a run writes. Checkpoints are `checkpoint/`'s.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Differences = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Start:
-    """What the command line says about the run that the folder may hold."""
+    """What the command line asks for of the run that the folder may hold."""
 
     mode: Mode = "auto"
     """`auto` resumes if there is a run and starts one if not; `resume` needs one; `fresh` refuses one."""
@@ -67,7 +67,7 @@ class Start:
 
     @property
     def once(self) -> str:
-        """What is to be done once, by the first start of a job that can, in the command line's words; or empty."""
+        """What is to be done once, by the first start of a job that can, as its option; or empty."""
         if self.mode == "fresh":
             return "--fresh"
         return "" if self.step is None else f"--from-step {self.step}"
@@ -79,10 +79,10 @@ class Start:
 
     def still(self, pending: str) -> Start:
         """What is done while the `pending` part of that is not, allowed as it was and perhaps begun."""
-        word, _, step = pending.partition(" ")
-        if word == "--fresh":
+        option, _, step = pending.partition(" ")
+        if option == "--fresh":
             return replace(self.again, mode="fresh", force=True)
-        if word == "--from-step" and re.fullmatch("[0-9]{1,18}", step):
+        if option == "--from-step" and re.fullmatch("[0-9]{1,18}", step):
             return replace(self.again, mode="resume", step=int(step))
         return self.again
 
@@ -196,7 +196,7 @@ class RunFolder:
         who = f"process {self.found.get('pid', '?')} on {self.found.get('host', '?')}"
         if self._lock.is_new:
             return f"{who}, whose lock file is gone; if that process still trains, it ends at its next save"
-        return f"{who} ended without a word: killed, or its machine was"
+        return f"{who} ended without a status: it was killed, or its machine was lost"
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -260,7 +260,7 @@ def _open_locked(
                 f"{path} holds a run already, and --fresh would delete it. Give the new run another run.name, "
                 "or add --force to delete the old one with its checkpoints."
             )
-        if resumed:  # until its recipe and status are replaced, what is left of the old run says that it is to go
+        if resumed:  # until its recipe and status are replaced, the status of the old run has that it is to be deleted
             replace_file(path / "status.json", _status("running", 1, start.job, start.once))
         for name in OWNED:
             if name not in ("status.json", "recipe.toml"):

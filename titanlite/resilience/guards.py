@@ -1,8 +1,8 @@
-"""Bad steps are recognised and passed over on the device; the host learns of them when it reads the metrics.
+"""Bad steps are recognised and passed over on the device; the host finds them when it reads the metrics.
 
 A step is bad if its loss or gradient norm is not finite, or stands out above those of the steps before. A state is bad
 if an update made a weight or a moment non-finite, or if its validation loss is. What follows (skip, go back, stop) is
-the recipe's to say and the trainer's to do.
+decided by the recipe and done by the trainer.
 """
 
 from __future__ import annotations
@@ -187,18 +187,18 @@ class Guards:
         self._counts.copy_(torch.tensor([skipped, rollbacks]))
 
     def act(self, bad: list[BadStep]) -> None:
-        """What the recipe says about the steps of a review. Raises `GuardStop` or `RollBack`, or returns to go on."""
+        """Raise `GuardStop` or `RollBack` as the recipe asks after the bad steps of a review, or return to go on."""
         if not bad:
             return
         last, section = bad[-1], self.section  # after a step that halts, none is listed
         problem = f"step {last.step}: {last}."
-        said = f"{problem} The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
+        outcome = f"{problem} The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
         if last.action == "stop":
-            raise GuardStop(f"{said} {_ADVICE[last.kind]}")
+            raise GuardStop(f"{outcome} {_ADVICE[last.kind]}")
         if last.action == "rollback":
             if self.rollbacks >= section.max_rollbacks:
                 raise GuardStop(
-                    f"{said} The run went back {self.rollbacks} times; resilience.max_rollbacks = "
+                    f"{outcome} The run went back {self.rollbacks} times; resilience.max_rollbacks = "
                     f"{section.max_rollbacks}. {_ADVICE[last.kind]}"
                 )
             raise RollBack(last)

@@ -31,7 +31,7 @@ _CLOSE = b"\0"
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks do after a step: the same on each, but for the words."""
+    """What all ranks do after a step: the same on each, but for the text of the reason."""
 
     stop: str | None
     """Why the run stops here; None: it goes on."""

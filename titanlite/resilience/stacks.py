@@ -41,7 +41,7 @@ class StackDump:
         try:
             self._file = open_file(log_path(logs, rank), _APPEND)
         except OSError:
-            self._file = os.dup(2)  # a folder that cannot be used stops the run in clearer words elsewhere
+            self._file = os.dup(2)  # a folder that cannot be used stops the run elsewhere, with a clearer error
         self.write(f"watched from now on; {STACKS_SIGNAL.name} has it write its stacks here")
         # A handler that is there already is the user's, or that of the program around the run.
         self._handles_faults = not faulthandler.is_enabled()

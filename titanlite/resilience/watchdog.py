@@ -39,7 +39,7 @@ _TRAINING = "training"
 
 
 class Beat(NamedTuple):
-    """A sign of life; each is an object of its own, which is how the next one is told from it."""
+    """A sign of life; each is an object of its own, which distinguishes it from the next."""
 
     step: int
     phase: str
@@ -50,7 +50,7 @@ class Watchdog:
 
     No beat for `seconds`: the stacks of all ranks go to their logs, with a report on who holds up the run, and every
     rank ends with exit code 1, for its launcher to start again. The first step, saves and validations may take
-    `WATCHDOG_PATIENCE` times that. With `seconds` 0 nothing is watched and nobody compared.
+    `WATCHDOG_PATIENCE` times that. With `seconds` 0 nothing is watched or compared.
 
     A beat is the host's. A GPU that hangs shows once its host waits for it, at the next logged step at the latest; one
     that is slow, while its host waits as long as every other, is not found.

@@ -50,7 +50,7 @@ def lock_removed(box: Sandbox) -> Outcome:
     assert all(path.endswith(".bin") for path in changed), f"{changed}; what is read is kept apart by starts"
     (box.folder / "go 2").touch()
     second.done()
-    assert "ended without a word" not in second.said, "it lives"
+    assert "ended without a status" not in second.said, "it lives"
     box.require_whole()
     return Outcome(0, EQUAL, box.message(first.said, "error: "))
 
