@@ -18,9 +18,9 @@ LINES = {
     "titanlite/recipe": 1457,
     "titanlite/plan": 2600,
     "titanlite/corpus": 3393,
-    "titanlite/models": 1190,
-    "titanlite/parallel": 2309,
-    "titanlite/precision": 282,
+    "titanlite/models": 1164,
+    "titanlite/parallel": 2246,
+    "titanlite/precision": 273,
     "titanlite/optim": 422,
     "titanlite/data": 2083,
     "titanlite/checkpoint": 3425,
@@ -29,7 +29,7 @@ LINES = {
     "titanlite/training": 1570,
     "titanlite/verify": 501,
     "titanlite/dryrun": 883,
-    "kernels": 2375,
+    "kernels": 2373,
     "tests": 26350,
 }
 OVER: set[str] = {"RunFolder", "import_huggingface"}  # longer or wider than the rest may be
