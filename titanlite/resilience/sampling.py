@@ -18,6 +18,8 @@ _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = ("<frozen", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _DISPATCH = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_library/", "/torch/distributed/tensor/")
 """Files of torch whose frames say nothing: what they do, they do for the caller."""
+_JOINS = ("join", "_wait_for_tstate_lock")
+"""Functions of `threading` in which a thread waits for another one to end; the second before Python 3.13."""
 _SAVING_THREAD = "checkpoint"
 """Name of the thread in which `checkpoint/background.py` saves."""
 
@@ -59,7 +61,7 @@ def look_at(thread: int) -> Location:
     # This function's own, which holds the others: a cycle that would keep all that they hold, activations too.
     frames.pop(threading.get_ident(), None)
     frame = frames.get(thread)
-    if frame is not None and frame.f_code.co_filename == threading.__file__:
+    if frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name in _JOINS:
         saving = (each.ident for each in threading.enumerate() if each.name == _SAVING_THREAD)
         frame = next((frames[ident] for ident in saving if ident in frames), frame)
     return locate(frame)
