@@ -31,8 +31,8 @@ class Child:
 
     @property
     def said(self) -> str:
-        """Everything it has printed so far."""
-        return self._said.read_text(errors="replace")
+        """Everything it has printed so far; nothing, if it was killed before it could open the file."""
+        return self._said.read_text(errors="replace") if self._said.exists() else ""
 
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that ended it; None while it runs."""
