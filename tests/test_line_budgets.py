@@ -27,8 +27,8 @@ LINES = {
     "titanlite/resilience": 1361,
     "titanlite/observe": 1120,
     "titanlite/training": 1570,
-    "titanlite/verify": 501,
-    "titanlite/dryrun": 883,
+    "titanlite/verify": 468,
+    "titanlite/dryrun": 737,
     "kernels": 2373,
     "tests": 26350,
 }

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="tokens to make at most (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="sample from so much of the probability (default 0.95)"
+        "--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     arguments = parser.parse_args(argv)

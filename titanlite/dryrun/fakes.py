@@ -33,6 +33,8 @@ _NEW = frozenset(
 
 
 class Recorder(Protocol):
+    """What is shown each operation, its arguments and its result."""
+
     def record(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None: ...
 
 

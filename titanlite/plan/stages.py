@@ -150,7 +150,7 @@ def _longer(cuts: _Cuts, ends: range, earliest: Callable[[int], int], value: Cal
 
 
 def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:
-    """Whether `schedule` can work through so many microbatches on `pp` ranks.
+    """Whether `schedule` can work through this many microbatches on `pp` ranks.
 
     1F1B and DualPipeV must be able to fill all their stages. The interleaved ones go in max(1, n // pp) rounds of the
     same number of microbatches.
