@@ -96,11 +96,11 @@ class ModelFamily(Generic[Config]):
     """Config -> the shape of every parameter by name, in the module's own order; tied ones once."""
     embedding_parameters: Callable[[Config], int]
     """Parameters that are only looked up, never multiplied (0 where the head shares them)."""
-    flops_per_token: Callable[[Any, int], int]
+    flops_per_token: Callable[[Config, int], int]
     """(Config, sequence length) -> floating-point operations of a training step per token, forward and backward."""
     module: str
     """`package.module:Class`; called as Class(config, compute_dtype), it builds a plain nn.Module."""
-    initial_std: Callable[[Any, str], float | None]
+    initial_std: Callable[[Config, str], float | None]
     """(Config, parameter name) -> standard deviation of its initial normal values; None: ones."""
     compile_units: tuple[str, ...]
     """Name patterns of the submodules that are compiled one by one."""
@@ -112,7 +112,7 @@ class ModelFamily(Generic[Config]):
     """Config -> the sharding plan."""
     cut_limit: Callable[[Config], int]
     """Config -> the most ranks that can share a matrix (tp)."""
-    pieces: Callable[[Any, int], tuple[Piece, ...]]
+    pieces: Callable[[Config, int], tuple[Piece, ...]]
     """(Config, sequence length) -> what a pipeline cuts between, in the order of computation."""
     tied: Callable[[Config], Mapping[str, str]]
     """Config -> parameters that are another one: {its name: the other's, which it is known by}."""
