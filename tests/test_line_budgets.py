@@ -22,7 +22,7 @@ LINES = {
     "titanlite/parallel": 2246,
     "titanlite/precision": 273,
     "titanlite/optim": 422,
-    "titanlite/data": 2083,
+    "titanlite/data": 1937,
     "titanlite/checkpoint": 3425,
     "titanlite/resilience": 1361,
     "titanlite/observe": 1120,
