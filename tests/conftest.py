@@ -16,7 +16,7 @@ import torch
 from support.pool import Pool
 from support.tiny import write_tiny
 
-QUICK = {"recipe", "plan", "corpus", "models", "parallel", "optim", "data", "observe"}
+QUICK = {"recipe", "plan", "parallel", "optim", "data", "observe"}
 """Folders whose tests `./scripts/test.sh --quick` runs, unless they start other processes by one of these fixtures."""
 _NOT_QUICK = {"pool", "run_on_device"}
 

@@ -17,6 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.corpus.tokenizers.byte_pairs import rank_engine, ranks_of_json
 
+pytestmark = pytest.mark.quick
+
 
 def gpt2_like() -> Library:
     """Cut by the library's own pattern; special tokens first, as its trainer puts them."""

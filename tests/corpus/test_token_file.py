@@ -24,6 +24,8 @@ from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import Source
 from titanlite.errors import DataError
 
+pytestmark = pytest.mark.quick
+
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 SIGNED = {1: False, 2: True, 3: True, 4: True, 5: True, 8: False}
 

@@ -28,6 +28,8 @@ from titanlite.data.sources import open_streams
 from titanlite.errors import DataError, UsageError
 from titanlite.recipe.sections import Data
 
+pytestmark = pytest.mark.quick
+
 LONG_RUN = "x" + " " * 60_000 + "y" + "." * 30_000
 
 

@@ -27,6 +27,8 @@ from titanlite.models.llama_spec import (
 from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Model, RopeScaling
 
+pytestmark = pytest.mark.quick
+
 ODD = LlamaConfig(dim=96, layers=5, heads=6, kv_heads=3, ffn_dim=130, vocab_size=257)
 SHAPES = {
     "odd vocab, 3 kv heads": ODD,

@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
 
     save.FILE_BYTES = 2**15  # several small files, where there would be one
     words = json.loads(os.environ.get("CHAOS", "{}"))
-    if words and int(os.environ.get("RANK", "0")) in words.pop("on", range(99)):
+    on = words.pop("on", None)
+    if words and (on is None or int(os.environ.get("RANK", "0")) in on):
         globals()[words.pop("fault")](**words)
     if "MISTAKE" in os.environ:
         globals()[os.environ["MISTAKE"]]()
@@ -59,6 +60,27 @@ def wrap(owner: Any, name: str, before: Callable[..., object]) -> None:
         return original(*arguments, **names)
 
     setattr(owner, name, wrapped)
+
+
+def after(owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Have calls of the method return what `change` makes of its result, its object and its arguments."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda self, *arguments: change(original(self, *arguments), self, *arguments))
+
+
+def after_step(step: int, act: Callable[[Any], object]) -> None:
+    """`act` on the train state when `step` is done, the first time."""
+    from titanlite.training.train_state import TrainState
+
+    done: list[int] = []
+
+    def acted(result: Any, state: Any, number: int, *_: object) -> Any:
+        if number == step and not done:
+            done.append(step)
+            act(state)
+        return result
+
+    after(TrainState, "step", acted)
 
 
 def before_step(step: int, act: Act) -> None:
@@ -288,33 +310,31 @@ def gradient_is_nan(step: int) -> None:
     from titanlite.parallel.model import ParallelModel
 
     follow()
-    forward_backward, spoiled = ParallelModel.forward_backward, []
+    spoiled: list[int] = []
 
-    def spoil(self: ParallelModel, batch: Any) -> Any:
-        loss = forward_backward(self, batch)
+    def spoil(loss: Any, model: ParallelModel, _: Any) -> Any:
         if _step == step and not spoiled:
             spoiled.append(step)
-            held = next(weight for weight in self.shards.local().values() if weight.numel())
+            held = next(weight for weight in model.shards.local().values() if weight.numel())
             held.grad.view(-1)[0] = float("nan")
         return loss
 
-    ParallelModel.forward_backward = spoil
+    after(ParallelModel, "forward_backward", spoil)
 
 
 def update_ruins(step: int) -> None:
     """A weight that no loss of this text shows, once: the row of a byte that is not in it."""
-    from titanlite.training.train_state import TrainState
+    after_step(step, lambda state: next(iter(state.weights.values())).detach().view(-1)[:1].fill_(float("inf")))
 
-    take_step, ruined = TrainState.step, []
 
-    def ruin(self: TrainState, number: int, *rest: Any) -> Any:
-        result = take_step(self, number, *rest)
-        if number == step and not ruined:
-            ruined.append(step)
-            next(iter(self.weights.values())).detach().view(-1)[0] = float("inf")
-        return result
+def bit_flipped(step: int) -> None:
+    """In a weight, after the step."""
+    import torch
 
-    TrainState.step = ruin
+    def flip(state: Any) -> None:
+        next(iter(state.weights.values())).detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+    after_step(step, flip)
 
 
 def losses_are_nan(first: int) -> None:
@@ -322,25 +342,15 @@ def losses_are_nan(first: int) -> None:
     from titanlite.parallel.model import ParallelModel
 
     follow()
-    forward_backward = ParallelModel.forward_backward
-
-    def spoil(self: ParallelModel, batch: Any) -> Any:
-        return forward_backward(self, batch) * (float("nan") if _step >= first else 1.0)
-
-    ParallelModel.forward_backward = spoil
+    after(ParallelModel, "forward_backward", lambda loss, *_: loss * (float("nan") if _step >= first else 1.0))
 
 
 def validation_is_nan(number: int) -> None:
     """The loss of the n-th validation, with sound weights."""
     from titanlite.parallel.model import Evaluation, ParallelModel
 
-    evaluate, count = ParallelModel.evaluate, itertools.count(1)
-
-    def spoil(self: ParallelModel, batches: Any) -> Evaluation:
-        result = evaluate(self, batches)
-        return Evaluation(float("nan"), float("nan")) if next(count) == number else result
-
-    ParallelModel.evaluate = spoil
+    nan, count = Evaluation(float("nan"), float("nan")), itertools.count(1)
+    after(ParallelModel, "evaluate", lambda result, *_: nan if next(count) == number else result)
 
 
 def labels_spoiled(step: int) -> None:
@@ -357,24 +367,6 @@ def labels_spoiled(step: int) -> None:
         return compute(self, batch)
 
     ParallelModel.compute = spoil
-
-
-def bit_flipped(step: int) -> None:
-    """In a weight, after the step."""
-    import torch
-
-    from titanlite.training.train_state import TrainState
-
-    take_step = TrainState.step
-
-    def flip(self: TrainState, number: int, *rest: Any) -> Any:
-        result = take_step(self, number, *rest)
-        if number == step:
-            weight = next(iter(self.weights.values())).detach()
-            weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-        return result
-
-    TrainState.step = flip
 
 
 def pickle_refuses() -> None:
