@@ -58,7 +58,7 @@ def through(what: str, parts: tuple[tuple[Any, ...], ...], slow: bool = False) -
             _require_all_samples(box, range(first, box.step() + 1), ranks)
         found = box.curve()
         assert [row[:3] for row in found] == [row[:3] for row in curve]
-        pairs = zip(np.array(found)[:, 3:].flat, np.array(curve)[:, 3:].flat, strict=True)
+        pairs = zip(np.array(found)[:, 3:5].flat, np.array(curve)[:, 3:5].flat, strict=True)  # loss and gradient norm
         apart = [abs(a - b) / abs(b) for a, b in pairs]
         weights = {name: np.frombuffer(data) for name, data in tensors.items() if name.startswith("model.")}
         final = box.tensors(STEPS)
