@@ -13,26 +13,25 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 PYTHON = "**/*.py"
 LINES = {
-    "titanlite": 24924,
-    "titanlite/cli": 1494,
+    "titanlite": 23722,
+    "titanlite/cli": 1416,
     "titanlite/recipe": 1457,
-    "titanlite/plan": 2600,
-    "titanlite/corpus": 3393,
+    "titanlite/plan": 2453,
+    "titanlite/corpus": 3394,
     "titanlite/models": 1164,
     "titanlite/parallel": 2246,
     "titanlite/precision": 273,
     "titanlite/optim": 422,
     "titanlite/data": 1937,
-    "titanlite/checkpoint": 3425,
-    "titanlite/resilience": 1361,
-    "titanlite/observe": 1120,
-    "titanlite/training": 1570,
+    "titanlite/checkpoint": 3246,
+    "titanlite/resilience": 1322,
+    "titanlite/observe": 1074,
+    "titanlite/training": 1541,
     "titanlite/verify": 468,
     "titanlite/dryrun": 737,
     "kernels": 2373,
-    "tests": 26350,
+    "tests": 25568,
 }
-OVER: set[str] = {"RunFolder", "import_huggingface"}  # longer or wider than the rest may be
 
 
 @pytest.mark.parametrize("folder", LINES)
@@ -70,4 +69,4 @@ def _too_much(tree: ast.AST) -> Iterator[str]:
 def test_functions_have_60_lines_and_classes_15_attributes_at_most() -> None:
     files = [path for folder in ("titanlite", "kernels") for path in (ROOT / folder).glob(PYTHON)]
     found = {name for path in files for name in _too_much(ast.parse(path.read_text(encoding="utf-8")))}
-    assert found <= OVER
+    assert found == set()
