@@ -265,7 +265,7 @@ class _Shown(TorchDispatchMode):
         # Torch 2.11 cannot do this one on tensors without memory.
         wider = operation is torch.ops.aten.addmm.dtype_out
         result = named["out"] if wider else operation(*given, **(named or {}))
-        self._trace.see(operation, given, named or {}, result)
+        self._trace.record(operation, given, named or {}, result)
         return result
 
 
@@ -283,7 +283,7 @@ def peak_bytes(loss: Loss, rows: int, vocab: int, dim: int, weight_dtype: torch.
     for tensor in (hidden, weight, labels):
         trace.mark(tensor, "other")
     before, begin = trace.since(0).peak.total, trace.now()
-    with trace.watch(), _Shown(trace):
+    with trace.watch_sizes(), _Shown(trace):
         (loss(hidden, weight, labels) / 3).backward()
     return trace.since(begin).peak.total - before, before
 
