@@ -59,7 +59,7 @@ WITHOUT_TORCH = (
     ),
     *("models.spec", "models.llama_spec", "observe.flops", "observe.rows", "verify.shrink", "verify.verdict"),
     *("data.audit", "data.read_log", "data.order", "data.packing", "data.fill_in"),
-    *("checkpoint.format", "checkpoint.plan", "checkpoint.storage", "checkpoint.headers"),
+    *("checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
     *(
         "checkpoint.examine",
         "checkpoint.requests",

@@ -15,9 +15,8 @@ from support import background_ranks
 from support.pool import Pool
 
 from titanlite.checkpoint import manager, storage
-from titanlite.checkpoint.background import BackgroundSaver
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Retention
-from titanlite.checkpoint.save import CheckpointMetadata
+from titanlite.checkpoint.save import BackgroundSaver, CheckpointMetadata
 from titanlite.data.read_log import NO_LOG
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from titanlite.checkpoint import read
+from titanlite.checkpoint import load
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import CheckpointMetadata, environment, plan_local_save, save_state
 from titanlite.cli.main import main
@@ -134,7 +134,7 @@ def test_numbers_that_are_not_finite_are_found_by_their_tensors(
     checkpoint: Run, tmp_path: Path, dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue 14, item 18: in any format and block, of weights and moments alone."""
-    monkeypatch.setattr(read, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(load, "BLOCK_BYTES", 16)
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     every = bits.view(dtype) if dtype.itemsize == 2 else torch.linspace(-400, 400, 999).to(dtype)
     sound = every[every.double().isfinite()]

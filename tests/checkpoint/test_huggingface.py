@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from titanlite.checkpoint import huggingface, stream
+from titanlite.checkpoint import huggingface, save
 from titanlite.checkpoint.examine import find_corruption, newest_at, recipe_of
 from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
@@ -144,7 +144,7 @@ def test_what_several_ranks_wrote_in_parts_is_put_together(tmp_path: Path, monke
     folder.mkdir()
     tables = [write_items(folder, plan_local_save(shards, 3000), rank) for rank, shards in enumerate(cut)]
     (folder / MANIFEST).write_bytes(encode(merge_tables(tables, CheckpointMetadata(3, recipe=to_toml(recipe(PLAIN))))))
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(save, "BLOCK_BYTES", 700)
     export_huggingface(folder, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = {SPEC.to_huggingface(name): values for name, values in model.named_parameters()}
@@ -155,7 +155,7 @@ def test_what_several_ranks_wrote_in_parts_is_put_together(tmp_path: Path, monke
 def watch_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the process's own memory (what is not the disk's cache), from now on at every block that is written."""
     seen: list[int] = []
-    row_blocks = stream.row_blocks
+    row_blocks = save.row_blocks
 
     def own_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -166,7 +166,7 @@ def watch_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             yield box
             seen.append(own_bytes())
 
-    monkeypatch.setattr(stream, "row_blocks", watched)
+    monkeypatch.setattr(save, "row_blocks", watched)
     return seen
 
 
@@ -178,8 +178,8 @@ def test_memory_is_bounded_by_blocks_and_not_by_tensors(
     checkpoint = saved(tmp_path, section)
     if way == "import":
         export_huggingface(checkpoint, tmp_path / "hf")
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 2**18)
-    monkeypatch.setattr(stream, "BATCH_BYTES", 2**20)
+    monkeypatch.setattr(save, "BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(save, "BATCH_BYTES", 2**20)
     seen = watch_memory(monkeypatch)
     if way == "import":
         import_huggingface(tmp_path / "hf", tmp_path / "out")

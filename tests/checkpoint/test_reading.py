@@ -19,11 +19,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titanlite.checkpoint import read
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode
-from titanlite.checkpoint.headers import chunks_by_file
-from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.read import read_chunks, runs, without_short_runs
+from titanlite.checkpoint import load
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, chunks_by_file, encode
+from titanlite.checkpoint.load import load_state, read_chunks, runs, without_short_runs
 from titanlite.checkpoint.save import CheckpointMetadata, merge_tables, plan_local_save, write_items
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
@@ -44,7 +42,7 @@ def write_rows(folder: Path, whole: torch.Tensor, ranks: int) -> Manifest:
 def read_box(folder: Path, manifest: Manifest, into: Shard) -> None:
     """As a rank that verifies none of the files."""
     for file, chunks in chunks_by_file(manifest.tensors).items():
-        wanted = [(name, chunk) for name, chunk in chunks if read.overlap((chunk.offset, chunk.shape), into.box)]
+        wanted = [(name, chunk) for name, chunk in chunks if load.overlap((chunk.offset, chunk.shape), into.box)]
         if wanted:
             read_chunks(folder / file, manifest.tensors, wanted, {"w": into})
 
@@ -65,14 +63,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(len(data or b""))
             return data
 
-    open_regular = read.open_regular
+    open_regular = load.open_regular
 
     @contextmanager
     def opened(*arguments: Any) -> Iterator[FileIO]:
         with open_regular(*arguments) as file, Counting(os.dup(file.fileno())) as counting:
             yield counting
 
-    monkeypatch.setattr(read, "open_regular", opened)
+    monkeypatch.setattr(load, "open_regular", opened)
     return sizes
 
 
@@ -164,7 +162,7 @@ def test_loading_holds_a_block_beside_its_part(tmp_path: Path) -> None:
     held, sums = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
     parts = whole, whole.bfloat16(), whole[:, 1000:4000], whole[1500:4500]
     assert list(sums) == [part.sum(dtype=torch.float64).item() for part in parts]
-    assert max(held) < 6 * read.BLOCK_BYTES, held
+    assert max(held) < 6 * load.BLOCK_BYTES, held
 
 
 # --- the arithmetic
@@ -226,13 +224,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_damage(tmp_path: Path, monkeypa
     folder = tmp_path / "step-00000001"
     write_rows(folder, torch.ones(1000, 1000), 1)
     path = folder / "tensors-00000-000.safetensors"
-    check_table = read.check_table
+    check_table = load.check_table
 
     def cut_after(*arguments: Any) -> None:
         check_table(*arguments)
-        monkeypatch.setattr(read, "row_blocks", lambda *of: (os.truncate(path, 2_000_000), *blocks(*of))[1:])
+        monkeypatch.setattr(load, "row_blocks", lambda *of: (os.truncate(path, 2_000_000), *blocks(*of))[1:])
 
-    blocks = read.row_blocks
-    monkeypatch.setattr(read, "check_table", cut_after)
+    blocks = load.row_blocks
+    monkeypatch.setattr(load, "check_table", cut_after)
     with pytest.raises(DamagedCheckpointError, match="is damaged"):
         load_state(folder, {"w": Shard.whole(torch.zeros(1000, 1000))})

@@ -11,8 +11,8 @@ import torch
 
 from titanlite.checkpoint.examine import find_corruption
 from titanlite.checkpoint.format import DamagedCheckpointError, TensorEntry
+from titanlite.checkpoint.load import read_box
 from titanlite.checkpoint.plan import row_blocks
-from titanlite.checkpoint.read import read_box
 from titanlite.checkpoint.storage import read_manifest
 
 _BLOCK_VALUES = 2**22

@@ -12,8 +12,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, folder_name
-from titanlite.checkpoint.headers import check_table, chunks_by_file, parse_table, read_header
+from titanlite.checkpoint.format import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    check_table,
+    chunks_by_file,
+    folder_name,
+    read_table,
+)
 from titanlite.checkpoint.storage import checkpoint_steps, open_regular, read_manifest, verify_file, wrap_os_errors
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.files import read_json, replace_file
@@ -159,7 +166,7 @@ def find_corruption(folder: Path, deep: bool = False) -> Iterator[str]:
         path, chunks = folder / name, placed.get(name, [])
         try:
             if deep and chunks:
-                from titanlite.checkpoint.read import find_nonfinite  # which needs torch
+                from titanlite.checkpoint.load import find_nonfinite  # which needs torch
 
                 if nonfinite := find_nonfinite(path, manifest.tensors, chunks, entry):
                     names = ", ".join(nonfinite)
@@ -169,9 +176,7 @@ def find_corruption(folder: Path, deep: bool = False) -> Iterator[str]:
             else:
                 with open_regular(path, entry) as file:
                     if chunks:
-                        check_table(
-                            path, parse_table(path, read_header(path, file), entry.bytes), manifest.tensors, chunks
-                        )
+                        check_table(path, read_table(path, file)[1], manifest.tensors, chunks)
         except DamagedCheckpointError as damage:
             _refuse_deleted(folder)
             yield str(damage)

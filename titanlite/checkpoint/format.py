@@ -1,8 +1,8 @@
 """The manifest: what a checkpoint holds, and the strict reading of one from an untrusted source.
 
-Pure data and its rules: tensors are tables of chunks, chunks lie in files, files have sizes and hashes. Nothing
-here opens a file or knows torch. Checked by hand: a large run has millions of chunks, for each of which pydantic takes
-twenty times as long and three times the memory.
+Tensors are tables of chunks, chunks lie in safetensors files, files have sizes and hashes. Nothing here knows torch.
+Checked by hand: a large run has millions of chunks, for each of which pydantic takes twenty times as long and three
+times the memory.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, NoReturn
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import xxhash
 
 from titanlite.errors import CheckpointError
 from titanlite.plan.checkpoint_parts import MAX_CHUNKS
 
-FORMAT: Final = "titanlite-checkpoint"
-VERSION: Final = 1
+FORMAT = "titanlite-checkpoint"
+VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**31
 MAX_TENSORS = 1_000_000
@@ -80,6 +83,10 @@ class Chunk(NamedTuple):
     shape: Extents
     file: str
     key: str
+
+    @property
+    def box(self) -> tuple[Extents, Extents]:
+        return self.offset, self.shape
 
 
 class TensorEntry(NamedTuple):
@@ -182,7 +189,7 @@ def _tensor(name: str, entry: Any) -> TensorEntry:
     what = f"a known dtype, a shape of at most {MAX_DIMENSIONS} sizes, and a list of chunks"
     _require(valid, f"tensors.{name}", what)
     chunks = tuple(_chunk(name, fields) for fields in entry["chunks"])
-    if not tiles(tuple(entry["shape"]), [(chunk.offset, chunk.shape) for chunk in chunks]):
+    if not tiles(tuple(entry["shape"]), [chunk.box for chunk in chunks]):
         raise ValueError(f"tensors.{name}: its chunks do not cover the shape {entry['shape']} exactly once")
     return TensorEntry(entry["dtype"], tuple(entry["shape"]), chunks)
 
@@ -212,23 +219,21 @@ def _require_room(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEn
             raise ValueError(f"{file} has {files[file].bytes} bytes, too few for its {size} bytes of tensors")
 
 
-def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+def tiles(shape: Extents, boxes: list[tuple[Extents, Extents]]) -> bool:
     """True if the boxes (offset, shape) cover every cell of an array of `shape` exactly once.
 
     Linear in the number of boxes: a box's indicator function is fixed by its 2^d corners with alternating signs (its
     mixed difference), so the boxes sum to the whole if and only if their signed corners sum to the whole's.
     """
-    corners: Counter[tuple[int, ...]] = Counter()
-    for offset, extent in [*boxes, ((0,) * len(shape), shape)]:
-        if len(offset) != len(shape) or len(extent) != len(shape):
+    corners: Counter[Extents] = Counter()
+    for sign, (offset, extent) in [(-1, ((0,) * len(shape), shape)), *((1, box) for box in boxes)]:
+        if not len(offset) == len(extent) == len(shape):
             return False
         if any(start + size > limit for start, size, limit in zip(offset, extent, shape, strict=True)):
             return False
-    for sign, placed in ((1, boxes), (-1, [((0,) * len(shape), shape)])):
-        for offset, extent in placed:
-            edges = [((start, 1), (start + size, -1)) for start, size in zip(offset, extent, strict=True)]
-            for corner in itertools.product(*edges):
-                corners[tuple(place for place, _ in corner)] += sign * math.prod(side for _, side in corner)
+        edges = [((start, 1), (start + size, -1)) for start, size in zip(offset, extent, strict=True)]
+        for corner in itertools.product(*edges):
+            corners[tuple(place for place, _ in corner)] += sign * math.prod(side for _, side in corner)
     return not any(corners.values())
 
 
@@ -269,8 +274,8 @@ def decode(data: bytes | str, source: str) -> Manifest:
             f"{source} needs titanlite format {version}, and this titanlite reads format {VERSION}. "
             "Use the titanlite that wrote it, or move that checkpoint away to go on from an earlier one."
         )
-    for key, limit in (("tensors", MAX_TENSORS), ("files", MAX_FILES), ("chunks", MAX_CHUNKS)):
-        if _count(fields, key) > limit:  # before each of them is looked at
+    for key, count, limit in _counts(fields):
+        if count > limit:  # before each of them is looked at
             raise DamagedCheckpointError(f"{source} is not valid: it lists more than {limit} {key}.")
     if fields.pop("checksum", None) != _checksum({"format": FORMAT, "version": version, **fields}):
         raise DamagedCheckpointError(f"{source} is damaged: its content does not match its checksum.")
@@ -282,12 +287,12 @@ def decode(data: bytes | str, source: str) -> Manifest:
         raise DamagedCheckpointError(f"{source} is not valid: {text}.") from None  # the text goes to a terminal
 
 
-def _count(fields: Mapping[str, Any], key: str) -> int:
-    table = fields.get("tensors" if key == "chunks" else key)
-    if key != "chunks" or not isinstance(table, dict):
-        return len(table) if isinstance(table, dict) else 0
-    lists = [entry.get("chunks") for entry in table.values() if isinstance(entry, dict)]
-    return sum(len(listed) for listed in lists if isinstance(listed, list))
+def _counts(fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Name, number and limit of what an unchecked manifest lists."""
+    tensors, files = (table if isinstance(table := fields.get(key), dict) else {} for key in ("tensors", "files"))
+    yield from (("tensors", len(tensors), MAX_TENSORS), ("files", len(files), MAX_FILES))
+    lists = [entry.get("chunks") for entry in tensors.values() if isinstance(entry, dict)]
+    yield "chunks", sum(len(listed) for listed in lists if isinstance(listed, list)), MAX_CHUNKS
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:
@@ -297,3 +302,75 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
+
+
+# --- the table at the head of a safetensors file
+
+ChunksByFile = dict[str, list[tuple[str, Chunk]]]
+"""File -> (tensor, chunk) of what lies in it."""
+MAX_HEADER_BYTES = 10**8
+"""The library's own limit."""
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a file."""
+
+    dtype: str
+    """torch's name, or safetensors' code of a dtype that no checkpoint holds."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte in the file."""
+    nbytes: int
+
+
+def chunks_by_file(tensors: Mapping[str, TensorEntry]) -> ChunksByFile:
+    placed: ChunksByFile = {}
+    for name, entry in tensors.items():
+        for chunk in entry.chunks:
+            placed.setdefault(chunk.file, []).append((name, chunk))
+    return placed
+
+
+def read_table(path: Path, file: FileIO) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The bytes before the values, and the tensors by key in order of place: they fill the file without a gap.
+
+    Not read by the library, which maps files into memory: one that is cut while it is read would be a fatal signal
+    there, and is an error here. Raises `DamagedCheckpointError` and `OSError`.
+    """
+    file_bytes, header = os.fstat(file.fileno()).st_size, file.read(8) or b""
+    count = int.from_bytes(header, "little")
+    names = {code: name for name, (_, code) in DTYPES.items()}
+    try:
+        if count > min(file_bytes, MAX_HEADER_BYTES):
+            raise ValueError("its table is too large")
+        header += file.read(count) or b""
+        fields = json.loads(header[8:])
+        fields.pop("__metadata__", None)
+        table, end = {}, len(header)
+        for key, entry in sorted(fields.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+            first, last = entry["data_offsets"]
+            dtype, shape = names.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+            if not all(type(size) is int and size >= 0 for size in (first, last, *shape)):
+                raise ValueError("its sizes are no sizes")
+            nbytes = last - first
+            if len(header) + first != end or (dtype in DTYPES and nbytes != math.prod(shape) * DTYPES[dtype][0]):
+                raise ValueError("its table has gaps, or tensors of another size than their shape's")
+            table[key] = StoredTensor(dtype, shape, end, nbytes)
+            end += nbytes
+        if end != file_bytes:
+            raise ValueError("its table is not of all its bytes")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is not a readable safetensors file: {error!r}.") from None
+    return header, table
+
+
+def check_table(
+    path: Path, table: Mapping[str, StoredTensor], stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]
+) -> None:
+    """A file must hold the chunks of `stored` that its manifest puts there. Raises `DamagedCheckpointError`."""
+    for name, chunk in chunks:
+        found = table.get(chunk.key)
+        if found is None:
+            raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
+        if (found.dtype, found.shape) != (stored[name].dtype, chunk.shape):
+            raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")

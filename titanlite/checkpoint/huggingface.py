@@ -21,17 +21,27 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint.examine import recipe_of
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode, folder_name
-from titanlite.checkpoint.headers import StoredTensor, chunks_by_file
+from titanlite.checkpoint.format import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    StoredTensor,
+    chunks_by_file,
+    encode,
+    folder_name,
+)
+from titanlite.checkpoint.load import open_tensors, read_box
 from titanlite.checkpoint.plan import Box, group_by_size, row_blocks
-from titanlite.checkpoint.read import open_tensors, read_box
 from titanlite.checkpoint.save import (
+    BLOCK_BYTES,
     CheckpointMetadata,
     LocalSavePlan,
+    Source,
     WriteItem,
     environment,
     merge_tables,
     write_items,
+    write_tensors,
 )
 from titanlite.checkpoint.storage import (
     begin,
@@ -42,7 +52,6 @@ from titanlite.checkpoint.storage import (
     verify_file,
     wrap_os_errors,
 )
-from titanlite.checkpoint.stream import BLOCK_BYTES, Source, write_tensors
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import sync_path

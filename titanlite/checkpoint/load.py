@@ -1,23 +1,42 @@
 """Reading a checkpoint's values into parts of tensors that are already there, whatever parts they were written in.
 
-Names, shapes and dtypes are compared before the first value is overwritten.
+The one reader of checkpoints' files and of Hugging Face folders: block by block, hashed on the way where they are to be
+verified. Beside the targets, one block is held. Nothing is mapped into memory, and no pickle is ever opened.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from titanlite.checkpoint.format import DTYPES, LEARNED, DamagedCheckpointError, Manifest, TensorEntry
-from titanlite.checkpoint.headers import ChunksByFile, chunks_by_file
-from titanlite.checkpoint.plan import assign_files, overlap
+import torch
+import xxhash
+from torch import Tensor
+
+from titanlite.checkpoint.format import (
+    DTYPES,
+    LEARNED,
+    Chunk,
+    ChunksByFile,
+    DamagedCheckpointError,
+    FileEntry,
+    Manifest,
+    StoredTensor,
+    TensorEntry,
+    check_table,
+    chunks_by_file,
+    read_table,
+)
+from titanlite.checkpoint.plan import Box, assign_files, overlap, row_blocks, whole_box, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.read import read_chunks
 from titanlite.checkpoint.save import dtype_name
-from titanlite.checkpoint.storage import decode_manifest, manifest_text
+from titanlite.checkpoint.storage import decode_manifest, manifest_text, open_regular, require_hash, verify_file
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
 from titanlite.text import pluralize
@@ -51,26 +70,31 @@ def load_state(
     placed = chunks_by_file(stored)
 
     def compare() -> list[Any]:
-        """What this rank finds wrong, the tensors it has no part of, and the bytes that it wants of each file."""
         problems = find_mismatches(stored, into, convert)
         wanted = {} if problems else wanted_bytes(stored, placed, into)
         return [problems, [name for name in stored if name not in into], wanted]
 
     def share(found: list[list[Any]]) -> list[list[str]]:
         problems, unwanted, wanted = zip(*found, strict=True)
-        _require_fit(folder, problems, unwanted)
+        lines = dict.fromkeys(itertools.chain(*problems))
+        nowhere = set(unwanted[0]).intersection(*unwanted[1:])
+        lines |= {f"{name}: in the checkpoint, but not in this model": None for name in unwanted[0] if name in nowhere}
+        if lines:
+            count = pluralize(len(lines), "difference")
+            raise CheckpointError(
+                f"the checkpoint {folder} does not fit this model ({count}):\n  " + "\n  ".join(lines)
+            )
         return assign_files({file: manifest.files[file].bytes for file in placed}, wanted)
 
     shares = ranks.run_on_all_ranks(compare, share)
-    verified = set(shares[ranks.rank] if own is None else wanted_bytes(stored, placed, into))
+    wanted = wanted_bytes(stored, placed, into)
+    verified = set(shares[ranks.rank] if own is None else wanted)
 
     def fill(file: str) -> None:
-        read_chunks(
-            folder / file, manifest.tensors, placed[file], into, manifest.files[file] if file in verified else None
-        )
+        expected = manifest.files[file] if file in verified else None
+        read_chunks(folder / file, manifest.tensors, placed[file], into, expected)
 
     def read() -> None:
-        wanted = wanted_bytes(stored, placed, into)
         with ThreadPoolExecutor(READERS) as readers:
             list(readers.map(fill, [file for file in placed if file in wanted or file in verified]))
 
@@ -82,9 +106,7 @@ def load_state(
 def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:
     """One line for each tensor of `into` that is not as it is stored, or not near enough to `convert`."""
     problems = [f"{name}: missing in the checkpoint" for name in into if name not in stored]
-    for name, entry in stored.items():
-        if name not in into:
-            continue
+    for name, entry in ((name, entry) for name, entry in stored.items() if name in into):
         shape, dtype = into[name].shape, dtype_name(into[name].tensor)
         convertible = convert and into[name].tensor.is_floating_point() and "float" in entry.dtype
         if shape != entry.shape:
@@ -94,22 +116,10 @@ def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard]
     return problems
 
 
-def _require_fit(folder: Path, problems: tuple[list[str], ...], unwanted: tuple[list[str], ...]) -> None:
-    """Raises `CheckpointError` if a rank found something wrong, or no rank wants a tensor that is stored."""
-    lines = dict.fromkeys(line for of_rank in problems for line in of_rank)
-    nowhere = set(unwanted[0]).intersection(*unwanted[1:])
-    lines |= {f"{name}: in the checkpoint, but not in this model": None for name in unwanted[0] if name in nowhere}
-    if lines:
-        count = pluralize(len(lines), "difference")
-        raise CheckpointError(f"the checkpoint {folder} does not fit this model ({count}):\n  " + "\n  ".join(lines))
-
-
 def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
     """Raises `DamagedCheckpointError` for weights and moments that are not finite, however whole their files are."""
     learned = {name: each.tensor for name, each in into.items() if name.startswith(LEARNED)}
-    if not may_be_nonfinite(learned.values()):
-        return
-    for name, tensor in learned.items():
+    for name, tensor in learned.items() if may_be_nonfinite(learned.values()) else ():
         if not is_finite(tensor):
             raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
 
@@ -119,7 +129,193 @@ def wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: 
     wanted: dict[str, int] = {}
     for file, chunks in placed.items():
         for name, chunk in chunks:
-            part = overlap((chunk.offset, chunk.shape), into[name].box) if name in into else None
+            part = overlap(chunk.box, into[name].box) if name in into else None
             if part is not None:
                 wanted[file] = wanted.get(file, 0) + DTYPES[stored[name].dtype][0] * math.prod(part[1])
     return wanted
+
+
+# --- files
+
+BLOCK_BYTES = 2**22
+"""What is read at once: whole rows of about this size (one row, if that is larger). So small that it is still in the
+processor's cache when it is hashed and copied."""
+RUN_BYTES = 2**12
+"""Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway."""
+
+
+def read_chunks(
+    path: Path,
+    stored: Mapping[str, TensorEntry],
+    chunks: list[tuple[str, Chunk]],
+    into: Mapping[str, Shard],
+    expected: FileEntry | None = None,
+) -> None:
+    """Copy the parts that `into` has of a file's `chunks` of `stored`, and read no others; with `expected`, which needs
+    all chunks of the file, read every byte once, and compare with that.
+
+    Raises `DamagedCheckpointError`; what `into` then holds is undefined.
+    """
+    with _open_checked(path, stored, chunks, expected) as file:
+        targets = {chunk.key: (into[name], chunk.box) for name, chunk in chunks if name in into}
+        for key, tensor in file.table.items():
+            shard, origin = targets.get(key, (None, None))
+            part = overlap(origin, shard.box) if shard and origin else None
+            if shard and origin and part:
+                file.copy(tensor, origin, part if expected is None else origin, shard.tensor.detach(), shard.box)
+            elif expected is not None:
+                file.skip(tensor)
+
+
+def find_nonfinite(
+    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry
+) -> list[str]:
+    """Read every byte of a file, compare with `expected`, and return the weights and moments in it that are not finite.
+
+    Raises `DamagedCheckpointError`.
+    """
+    found: dict[str, None] = {}
+    with _open_checked(path, stored, chunks, expected) as file:
+        learned = {chunk.key: name for name, chunk in chunks if name.startswith(LEARNED)}
+        for key, tensor in file.table.items():
+            if key not in learned:
+                file.skip(tensor)
+                continue
+            origin = whole_box(tensor.shape)
+            for block in row_blocks(origin, DTYPES[tensor.dtype][0], BLOCK_BYTES):
+                values = file.block(tensor, origin, block)
+                if not is_finite(values.float() if values.element_size() == 1 else values):
+                    found[learned[key]] = None
+    return list(found)
+
+
+def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
+    """A box of a checkpoint's tensor, assembled from the chunks that it meets. Raises `DamagedCheckpointError`."""
+    values = torch.empty(box[1], dtype=getattr(torch, entry.dtype))
+    for chunk in entry.chunks:
+        if part := overlap(chunk.box, box):
+            with open_tensors(folder / chunk.file) as file:
+                tensor = file.table.get(chunk.key)
+                if tensor is None or (tensor.dtype, tensor.shape) != (entry.dtype, chunk.shape):
+                    raise DamagedCheckpointError(f"{file.path} holds '{chunk.key}' otherwise than its manifest says.")
+                file.copy(tensor, chunk.box, part, values, box)
+    return values
+
+
+@contextmanager
+def open_tensors(path: Path, expected: FileEntry | None = None) -> Iterator[TensorFile]:
+    """A file, and its table; what is read in the block must be all of it if it is to have the hash that is `expected`.
+
+    Raises `DamagedCheckpointError`.
+    """
+    with open_regular(path, expected) as file:
+        tensors = TensorFile(path, file, hashed=expected is not None)
+        yield tensors
+        if tensors.digest is not None and expected is not None:
+            require_hash(path, tensors.digest.hexdigest(), expected)
+
+
+@contextmanager
+def _open_checked(
+    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry | None
+) -> Iterator[TensorFile]:
+    """`open_tensors` of a file that must hold these chunks."""
+    try:
+        with open_tensors(path, expected) as file:
+            check_table(path, file.table, stored, chunks)
+            yield file
+    except DamagedCheckpointError:
+        if expected is not None:
+            verify_file(path, expected)  # if it is not the file that was written, that is what to say
+        raise
+
+
+class TensorFile:
+    """A safetensors file, opened; with `hashed`, a digest of what is read, which must then be all, in its order."""
+
+    def __init__(self, path: Path, file: FileIO, hashed: bool) -> None:
+        self.path = path
+        self._file = file
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        header, self.table = read_table(path, file)
+        self.digest = xxhash.xxh3_128(header) if hashed else None
+
+    def skip(self, tensor: StoredTensor) -> None:
+        """Read the bytes of a tensor, for the digest alone."""
+        block = self._memory(min(tensor.nbytes, BLOCK_BYTES)).numpy().data
+        for first in range(0, tensor.nbytes, BLOCK_BYTES):
+            self._fill(tensor.begin + first, block[: tensor.nbytes - first])
+
+    def copy(self, tensor: StoredTensor, origin: Box, box: Box, target: Tensor, target_box: Box) -> None:
+        """Read `box` of a tensor that is the box `origin` of a whole, and copy what `target`, the box `target_box` of
+        the same whole, has of it. The numbers are rounded to the target's dtype.
+        """
+        dtype, itemsize = getattr(torch, tensor.dtype), DTYPES[tensor.dtype][0]
+        direct = target.device.type == "cpu" and target.dtype == dtype
+        for block in row_blocks(without_short_runs(origin, box, RUN_BYTES // itemsize), itemsize, BLOCK_BYTES):
+            part = overlap(block, target_box)
+            place = None if part is None else target[within(part, target_box)]
+            if direct and place is not None and part == block and place.is_contiguous():
+                self._read_runs(tensor, origin, block, place)
+                continue
+            values = self.block(tensor, origin, block)
+            if part is not None and place is not None:
+                place.copy_(values[within(part, block)])
+
+    def block(self, tensor: StoredTensor, origin: Box, block: Box) -> Tensor:
+        """The values of a box, in memory that the next call overwrites."""
+        dtype, itemsize = getattr(torch, tensor.dtype), DTYPES[tensor.dtype][0]
+        values = self._memory(itemsize * math.prod(block[1])).view(dtype).view(block[1])
+        self._read_runs(tensor, origin, block, values)
+        return values
+
+    def _memory(self, size: int) -> Tensor:
+        """Bytes to read into, the same ones each time: the allocator would take some time and more memory than that."""
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size]
+
+    def _read_runs(self, tensor: StoredTensor, origin: Box, block: Box, values: Tensor) -> None:
+        memory, done = values.view(-1).view(torch.uint8).numpy().data, 0
+        itemsize = values.element_size()
+        for first, count in runs(origin, block):
+            self._fill(tensor.begin + first * itemsize, memory[done : done + count * itemsize])
+            done += count * itemsize
+
+    def _fill(self, offset: int, memory: memoryview) -> None:
+        """Fill `memory` from byte `offset` on."""
+        done = 0
+        self._file.seek(offset)
+        while done < len(memory):
+            count = self._file.readinto(memory[done:])
+            if not count:
+                raise DamagedCheckpointError(f"{self.path} is damaged: it was cut while it was read.")
+            done += count
+        if self.digest is not None:
+            self.digest.update(memory)
+
+
+def runs(whole: Box, box: Box) -> Iterator[tuple[int, int]]:
+    """(first element, elements) of what lies together of a box in an array that holds `whole`, row-major; in order."""
+    start, size, shape = [a - b for a, b in zip(box[0], whole[0], strict=True)], box[1], whole[1]
+    if not shape:
+        yield 0, 1
+        return
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    inner = len(shape) - 1  # the axes after it are spanned whole, so that a run goes through them
+    while inner > 0 and size[inner] == shape[inner]:
+        inner -= 1
+    outer = [range(a, a + n) for a, n in zip(start[:inner], size[:inner], strict=True)]
+    for place in itertools.product(*outer):
+        first = sum(a * stride for a, stride in zip((*place, start[inner]), strides[: inner + 1], strict=True))
+        yield first, size[inner] * strides[inner]
+
+
+def without_short_runs(whole: Box, box: Box, elements: int) -> Box:
+    """The box, widened along its last axes until what lies together is more than so many elements, or a whole row."""
+    offset, size = list(box[0]), list(box[1])
+    for axis in reversed(range(1, len(size))):
+        if math.prod(size[axis:]) > elements:
+            break
+        offset[axis], size[axis] = whole[0][axis], whole[1][axis]
+    return tuple(offset), tuple(size)

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.background import BackgroundSaver, SaveResult, Warn
 from titanlite.checkpoint.examine import BEGINS_WITH, newest_at_first
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.save import CheckpointMetadata, LocalSavePlan, save_state
+from titanlite.checkpoint.save import BackgroundSaver, CheckpointMetadata, LocalSavePlan, SaveResult, Warn, save_state
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 from titanlite.text import pluralize

@@ -34,6 +34,11 @@ def boxes_to_write(name: str, box: Box, nbytes: int, copies: int, copy: int, fil
     return [((offset[0] + edges[n], *offset[1:]), (edges[n + 1] - edges[n], *size[1:])) for n in mine]
 
 
+def whole_box(shape: Sequence[int]) -> Box:
+    """All of a tensor."""
+    return (0,) * len(shape), tuple(shape)
+
+
 def overlap(one: Box, other: Box) -> Box | None:
     """The part that two boxes of the same tensor have in common; None if there is none."""
     starts = tuple(map(max, zip(one[0], other[0], strict=True)))

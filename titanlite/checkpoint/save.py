@@ -1,30 +1,114 @@
 """Writing one checkpoint: each rank its part of the tensors to files of its own, then one manifest that makes them one.
 
-Takes parts of tensors by name and knows no model and no optimizer; when to save and what to keep is the manager's
-matter.
+At once, or in a thread beside training. Files are written block by block, so that one may be larger than the memory
+there is; safetensors' own `save_file` wants all tensors of a file at once.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ContextDecorator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 import titanlite
-from titanlite.checkpoint.format import DTYPES, Manifest, Scalar, encode, manifest_from
-from titanlite.checkpoint.plan import Box, boxes_to_write, group_by_size, within
+from titanlite.checkpoint.format import DTYPES, FileEntry, Manifest, Scalar, encode, manifest_from
+from titanlite.checkpoint.plan import Box, boxes_to_write, group_by_size, row_blocks, whole_box, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_os_errors
-from titanlite.checkpoint.stream import Source, write_tensors
+from titanlite.errors import CheckpointError
+from titanlite.files import sync
 from titanlite.models.shard import Shard
 from titanlite.plan.checkpoint_parts import FILE_BYTES
 from titanlite.text import format_bytes
+
+BLOCK_BYTES = 2**26
+"""A tensor goes through memory in runs of rows of about this size (one row, if that is larger)."""
+BATCH_BYTES = 2**25
+"""As soon as this is written it is synced, while more is written."""
+Data = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that is still elsewhere."""
+
+    dtype: str
+    """torch's name of the dtype that it is written in."""
+    shape: tuple[int, ...]
+    read: Callable[[Box], Tensor]
+    """Reads a box of it, in any dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
+    """Write and sync one file; its size and hash. The bytes depend on the tensors and their order. Raises `OSError`.
+
+    Layout: 8 bytes little-endian length of the header; the header, JSON padded by spaces; then the values, those of
+    wider dtypes first, so that each begins at a multiple of its element's size.
+    """
+    order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype][0])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        code = DTYPES[tensors[name].dtype][1]
+        header[name] = {"dtype": code, "shape": tensors[name].shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:
+
+        def hash_and_sync(batch: list[Data]) -> None:
+            for data in batch:
+                digest.update(data)
+            if size:
+                sync(file.fileno(), path)  # what was written before, so that the disk has work all the time
+
+        for batch in _batches(itertools.chain([struct.pack("<Q", len(text)) + text], _blocks(tensors, order))):
+            meanwhile = beside.submit(hash_and_sync, batch)
+            file.writelines(batch)
+            meanwhile.result()
+            size += sum(map(len, batch))
+        file.flush()
+        sync(file.fileno(), path)
+    return FileEntry(size, digest.hexdigest())
+
+
+def _batches(blocks: Iterable[Data]) -> Iterator[list[Data]]:
+    """The blocks, as many together as make up `BATCH_BYTES`."""
+    batch: list[Data] = []
+    size = 0
+    for data in blocks:
+        batch.append(data)
+        size += len(data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _blocks(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[Data]:
+    for source in (tensors[name] for name in order):
+        for box in row_blocks(whole_box(source.shape), DTYPES[source.dtype][0], BLOCK_BYTES):
+            block = source.read(box).to(getattr(torch, source.dtype)).contiguous()
+            yield block.flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -44,9 +128,8 @@ class LocalSavePlan:
     tensors: Mapping[str, Mapping[str, object]]
     """dtype and whole shape of the tensors that it writes something of, and of empty ones."""
     items: Mapping[str, WriteItem]
-    """By the keys that they have in their files."""
+    """By the keys that they have in their files: the tensor's name, with the offset if it is not all of it."""
     file_bytes: int
-    """Size of its files."""
 
     @property
     def nbytes(self) -> int:
@@ -66,10 +149,7 @@ class CheckpointMetadata:
 
 
 def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None) -> LocalSavePlan:
-    """What this rank writes of a state, by views: each box that several ranks hold is shared out among them.
-
-    Tensors that share storage must be reduced to one name by the caller.
-    """
+    """What this rank writes of a state, by views: each box that several ranks hold is shared out among them."""
     file_bytes = FILE_BYTES if file_bytes is None else file_bytes
     table: dict[str, Mapping[str, object]] = {}
     items: dict[str, WriteItem] = {}
@@ -81,7 +161,8 @@ def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None)
         if mine or 0 in shard.shape:
             table[name] = {"dtype": dtype_name(tensor), "shape": list(shard.shape)}
         for part in mine:
-            items[_key(name, part, shard.shape)] = WriteItem(name, part[0], tensor[within(part, box)])
+            key = name if part[1] == shard.shape else f"{name}@{','.join(map(str, part[0]))}"
+            items[key] = WriteItem(name, part[0], tensor[within(part, box)])
     return LocalSavePlan(table, items, file_bytes)
 
 
@@ -104,12 +185,10 @@ def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, r
         raise
 
 
-@contextmanager
-def wrap_write_errors(final: Path, nbytes: int, what: str) -> Iterator[None]:
+def wrap_write_errors(final: Path, nbytes: int, what: str) -> ContextDecorator:
     """`wrap_os_errors` of what writes a checkpoint or a snapshot, `nbytes` of it on this rank."""
     text = f"cannot write the {what} {final} (of which {format_bytes(nbytes)} fall to this rank)"
-    with wrap_os_errors(text, final, f" Earlier {what}s are untouched."):
-        yield
+    return wrap_os_errors(text, final, f" Earlier {what}s are untouched.")
 
 
 def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, Any]:
@@ -120,8 +199,7 @@ def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, A
     for number, keys in enumerate(group_by_size(sizes, plan.file_bytes)):
         file = f"tensors-{rank:05d}-{number:03d}.safetensors"  # see writer_of
         files[file] = write_tensors(folder / file, {key: _source(plan.items[key].values) for key in keys})._asdict()
-        for key in keys:
-            item = plan.items[key]
+        for key, item in ((key, plan.items[key]) for key in keys):
             chunk = {"offset": list(item.offset), "shape": list(item.values.shape), "file": file, "key": key}
             tensors[item.name]["chunks"].append(chunk)
     return {"tensors": tensors, "files": files}
@@ -167,14 +245,105 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _key(name: str, part: Box, shape: tuple[int, ...]) -> str:
-    """What an item is called in its file: as its tensor, with the offset if it is not all of it."""
-    return name if part[1] == shape else f"{name}@{','.join(map(str, part[0]))}"
-
-
 def _source(values: Tensor | Source) -> Source:
     if isinstance(values, Source):
         return values
-    shape = tuple(values.shape)
-    origin = ((0,) * len(shape), shape)
-    return Source(dtype_name(values), shape, lambda box: values[within(box, origin)].cpu())
+    origin = whole_box(values.shape)
+    return Source(dtype_name(values), origin[1], lambda box: values[within(box, origin)].cpu())
+
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended; the same on all ranks."""
+
+    step: int
+    error: CheckpointError | None
+    """Why there is nothing of this step; None: it is committed."""
+    blocked_seconds: float
+    """How long training stood still for it."""
+    seconds: float
+
+
+class BackgroundSaver:
+    """Saves of one kind, one after the other. In the background, each is of a copy in the host's memory, which is kept
+    from save to save: from the second on its pages are there.
+
+    `warn` gets what a save warned of, in the thread that asks how it ended.
+    """
+
+    def __init__(self, warn: Warn, background: bool) -> None:
+        self._warn = warn
+        self._background = background
+        self._copies: dict[str, Tensor] = {}
+        self._thread: Thread | None = None
+        """That of the save whose result was not asked for yet."""
+        self._begun = 0, 0.0, 0.0
+        """Step of that save, when it began, and how long training stood still for that."""
+        self._ended: tuple[Exception | None, list[str], float] | None = None
+        """What it raised, what it warned of, and when it ended."""
+
+    def begin(self, step: int, tensors: Mapping[str, Shard], write: Callable[[LocalSavePlan, Warn], None]) -> None:
+        """Have `write` save what falls to this rank of a state, which may change once this returns."""
+        assert self._thread is None, "the memory of a save that was begun is needed: ask for its result first"
+        began, plan = time.monotonic(), plan_local_save(tensors)
+        if self._background:
+            plan = self._copy(plan)
+
+        def run() -> None:
+            warnings: list[str] = []
+            try:
+                write(plan, warnings.append)
+                self._ended = None, warnings, time.monotonic()
+            except Exception as error:  # for the thread that asks for the result
+                self._ended = error, warnings, time.monotonic()
+
+        # A daemon: after an error that only this rank met, the save would wait for ranks that are gone. The watchdog
+        # finds the thread by its name.
+        self._thread = Thread(target=run, name="checkpoint", daemon=True)
+        (self._thread.start if self._background else self._thread.run)()
+        self._begun = step, began, time.monotonic() - began
+
+    def wait(self) -> SaveResult | None:
+        """`result`, once the save has ended."""
+        self.join()
+        return self.result()
+
+    def result(self) -> SaveResult | None:
+        """How the save ended; None if there is none, if it goes on, or if this was asked before.
+
+        Raises what was not the disk's fault.
+        """
+        if self._thread is None or self._thread.is_alive():
+            return None
+        assert self._ended is not None
+        (error, warnings, ended), (step, began, blocked_seconds) = self._ended, self._begun
+        self._thread = self._ended = None
+        if error is not None and not isinstance(error, CheckpointError):
+            raise error
+        for text in warnings:
+            self._warn(text)
+        return SaveResult(step, error, blocked_seconds, ended - began)
+
+    def join(self, seconds: float | None = None) -> None:
+        """Return once the save has ended, or after so many seconds."""
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _copy(self, plan: LocalSavePlan) -> LocalSavePlan:
+        """The same plan, with copies of the values as they are now."""
+        values = {key: item.values for key, item in plan.items.items() if isinstance(item.values, Tensor)}
+        if self._copies.keys() != values.keys():
+            # Pinned: only to such memory does a GPU copy without the host's help.
+            self._copies = {
+                key: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+                for key, tensor in values.items()
+            }
+        for key, tensor in values.items():
+            self._copies[key].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in values.values()):
+            torch.cuda.current_stream().synchronize()
+        items = {key: replace(item, values=self._copies[key]) for key, item in plan.items.items()}
+        return replace(plan, items=items)

@@ -24,14 +24,14 @@ import torch
 import xxhash
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.background import BackgroundSaver, Warn
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, encode, folder_name
-from titanlite.checkpoint.headers import chunks_by_file
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, chunks_by_file, encode, folder_name
 from titanlite.checkpoint.load import load_state, wanted_bytes
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import (
+    BackgroundSaver,
     CheckpointMetadata,
     LocalSavePlan,
+    Warn,
     merge_tables,
     plan_local_save,
     wrap_write_errors,

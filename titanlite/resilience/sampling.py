@@ -21,7 +21,7 @@ _DISPATCH = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_library/"
 _JOINS = ("join", "_wait_for_tstate_lock")
 """Functions of `threading` in which a thread waits for another one to end; the second before Python 3.13."""
 _SAVING_THREAD = "checkpoint"
-"""Name of the thread in which `checkpoint/background.py` saves."""
+"""Name of the thread in which `checkpoint/save.py` saves."""
 
 
 class Location(NamedTuple):

@@ -127,7 +127,7 @@ def in_forward(step: int, act: Act) -> None:
 
 def in_save(point: str, step: int, act: Act) -> None:
     """`act` at a point of the save of `step`."""
-    from titanlite.checkpoint import save, stream
+    from titanlite.checkpoint import save
 
     folder = f".step-{step:08d}.writing"
     files: list[Path] = []
@@ -151,7 +151,7 @@ def in_save(point: str, step: int, act: Act) -> None:
             path.write_text(data.decode()[: len(data) // 2])
             act()
 
-    original_blocks, rename = stream._blocks, os.rename
+    original_blocks, rename = save._blocks, os.rename
 
     def renamed(source: Any, target: Any) -> None:
         committed = Path(source).name == folder
@@ -161,8 +161,8 @@ def in_save(point: str, step: int, act: Act) -> None:
         if committed and point == "after the rename":
             act()
 
-    stream.open = partial(open, buffering=0)  # what is written is on the disk
-    stream._blocks = blocks
+    save.open = partial(open, buffering=0)  # what is written is on the disk
+    save._blocks = blocks
     wrap(save, "write_tensors", file_begins)
     wrap(Path, "write_bytes", bytes_are_written)
     os.rename = renamed
@@ -476,11 +476,11 @@ def reads_a_sample_twice() -> None:
 
 
 def verifies_nothing() -> None:
-    from titanlite.checkpoint import examine, load, read
+    from titanlite.checkpoint import examine, load
 
     load.assign_files = lambda sizes, wanted: [[] for _ in wanted]
     examine.verify_file = lambda *_: None
-    read.find_nonfinite = lambda *_: []
+    load.find_nonfinite = lambda *_: []
 
 
 def the_newest_is_by_time() -> None:
