@@ -25,7 +25,7 @@ import zstandard
 
 from titanlite import files
 from titanlite.cli.main import main
-from titanlite.corpus import prepare, progress, units, workers
+from titanlite.corpus import prepare, units, workers
 from titanlite.corpus.corpora import read_corpus
 from titanlite.corpus.corpora.files import FoundFile
 from titanlite.corpus.token_file import TokenFile
@@ -395,8 +395,8 @@ def test_what_is_done_is_not_done_again(run: Run, tmp_path: Path, monkeypatch: p
     parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").iterdir() if path.name != ".lock"}
     os.utime(tmp_path / "in" / "any.md", ns=(1, 1))  # changed: the parts of the others serve all the same
     written = []
-    write_part = workers.write_part
-    monkeypatch.setattr(workers, "write_part", lambda *given: written.append(write_part(*given)))
+    write_part = units.write_part
+    monkeypatch.setattr(units, "write_part", lambda *given: written.append(write_part(*given)))
     run(*words)
     assert 0 < len(written) < len(parts) / 3 / 4
     monkeypatch.setattr(prepare, "_join", None)
@@ -616,9 +616,9 @@ class Gone(io.StringIO):
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal(), Gone()], ids=["log", "terminal", "gone"])
 def test_progress(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "MOVING_SECONDS", 0.0)
-    with progress.Progress(stream) as shown:
+    monkeypatch.setattr(workers, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "MOVING_SECONDS", 0.0)
+    with workers.Progress(stream) as shown:
         shown.begin("tokenizing", 2**21, 2**20)
         shown.advance(2**19)
         shown.message("by the way")

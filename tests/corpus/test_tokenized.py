@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from titanlite.corpus import tokenized
+from titanlite.corpus import prepare
 from titanlite.corpus.prepare import find_inputs
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.units import Settings
@@ -28,8 +28,8 @@ from titanlite.recipe.sections import Data
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a JSONL file and texts, taken for large."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenized, "IN_MEMORY_BYTES", 100)
-    monkeypatch.setattr(tokenized, "cores", lambda: 1)
+    monkeypatch.setattr(prepare, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(prepare, "cores", lambda: 1)
     (tmp_path / "in").mkdir()
     lines = [json.dumps({"text": f"{number} squared is {number**2}. " * (number % 7)}) for number in range(300)]
     (tmp_path / "in" / "many.jsonl").write_text("\n".join(lines))
@@ -96,14 +96,14 @@ def test_what_is_there_needs_no_lock(texts: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_texts_that_change_meanwhile_are_not_kept(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = tokenized.prepare
+    made = prepare.prepare
 
     def changed_before(*arguments: Any) -> Any:
         (texts / "in" / "3.txt").write_text("another text of this name. " * 9)
-        return prepare(*arguments)
+        return made(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized, "prepare", changed_before)
+        patch.setattr(prepare, "prepare", changed_before)
         with pytest.raises(DataError, match="changed while it was read"):
             opened()
     assert opened().fingerprint == opened(folder=None).fingerprint
@@ -119,16 +119,16 @@ def test_of_other_settings_or_times_they_are_others(texts: Path) -> None:
     ]
     newer = files[0].file._replace(modified_ns=files[0].file.modified_ns + 1)
     later = [files[0]._replace(file=newer), *files[1:]]
-    versions = [tokenized._version_of(files, each) for each in (settings, *others)]
-    assert len({*versions, tokenized._version_of(later, settings)}) == 5
+    versions = [prepare._version_of(files, each) for each in (settings, *others)]
+    assert len({*versions, prepare._version_of(later, settings)}) == 5
 
 
 @pytest.mark.slow
 def test_of_many_processes_one_tokenizes(texts: Path) -> None:
     program = (
         "from pathlib import Path\n"
-        "from titanlite.corpus import tokenized\n"
-        "tokenized.IN_MEMORY_BYTES = 100\n"
+        "from titanlite.corpus import prepare\n"
+        "prepare.IN_MEMORY_BYTES = 100\n"
         "from titanlite.data.splits import open_data\n"
         "from titanlite.recipe.sections import Data\n"
         "data = Data(corpus='in', validation_percent=20.0)\n"

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models
 
 from titanlite.corpus.prepare import Request, find_inputs, prepare
-from titanlite.corpus.progress import Progress
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
 from titanlite.corpus.tokenizers.byte_pairs import GPT2_PATTERN, LLAMA3_PATTERN, json_of_ranks, rank_engine
 from titanlite.corpus.units import Settings
+from titanlite.corpus.workers import Progress
 from titanlite.data.sources import open_streams
 from titanlite.errors import DataError, UsageError
 from titanlite.recipe.sections import Data

@@ -52,11 +52,10 @@ def add_prepare_commands(commands: Any) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from titanlite.corpus.prepare import Request, find_inputs, prepare
-    from titanlite.corpus.progress import Progress
     from titanlite.corpus.token_file import paths_of
     from titanlite.corpus.tokenizers import describe_separator, open_tokenizer, separator_warning
     from titanlite.corpus.units import Settings
-    from titanlite.corpus.workers import cores
+    from titanlite.corpus.workers import Progress, cores
 
     if not 0 <= arguments.held_out < 100:
         raise UsageError("--held-out must be a percentage from 0 to below 100.")

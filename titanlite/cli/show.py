@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from titanlite.cli.audit import newest_manifest, recipe_of_run
+from titanlite.corpus.prepare import texts_folder
 from titanlite.corpus.token_file import TokenFile
-from titanlite.corpus.tokenized import texts_folder
 from titanlite.corpus.tokenizers import Tokenizer, Tokens
 from titanlite.data.audit import history, reordered_steps, samples_of
 from titanlite.data.read_log import READ, read_records

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,12 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.corpora import CORPORA, Part
+from titanlite.corpus.corpora import CORPORA, Part, is_held_out
 from titanlite.corpus.corpora.files import FileFinder
 from titanlite.corpus.corpora.formats import divide
 from titanlite.corpus.corpora.json_lines import count_newlines
 from titanlite.corpus.file_array import FileArray, OpenFile
-from titanlite.corpus.progress import Progress
 from titanlite.corpus.token_file import (
     BLOCK,
     HELD_OUT,
@@ -36,16 +36,20 @@ from titanlite.corpus.token_file import (
     paths_of,
 )
 from titanlite.corpus.tokenizers import Tokenizer
-from titanlite.corpus.units import EXAMPLES, PartFile, Piece, Settings, Unit, key_of, part_at
-from titanlite.corpus.workers import WorkerPool, write_unit
+from titanlite.corpus.units import EXAMPLES, PART_VERSION, PartFile, Piece, Settings, Unit, key_of, part_at, write_unit
+from titanlite.corpus.workers import Progress, WorkerPool, cores
 from titanlite.errors import DataError, UsageError
 from titanlite.files import Lock, cause, take_lock
+from titanlite.recipe.paths import expand
+from titanlite.recipe.sections import Data, Run
 from titanlite.text import format_bytes
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024
 """Aimed at for inputs that are neither small nor huge: enough for any number of processes."""
 UNIT_FILES = 4_096
+IN_MEMORY_BYTES = 2**25
+"""Texts of a recipe of up to this size, packed or not, are read by every rank for itself."""
 
 
 @dataclass(frozen=True)
@@ -337,3 +341,48 @@ def _sources(
         SourceInfo(path=name, files=files, bytes=size, documents=count, texts_xxh3_128=f"{total % 2**128:032x}")
         for name, files, size, count, total in zip(names, counts, sizes, documents, hashes, strict=True)
     )
+
+
+def texts_folder(run: Run) -> Path:
+    """Where the runs beside this one find them too."""
+    return expand(run.output_dir) / ".texts"
+
+
+def open_tokenized(
+    paths: Sequence[str], section: Data, tokenizer: Tokenizer, percent: float, folder: Path
+) -> tuple[TokenFile, ...] | None:
+    """The files' tokens, and then those of the `percent` held out, if that is not 0; None for what is better read.
+
+    That is small, comes from no files, or is of files that are single documents and all on one side. The first process
+    to come tokenizes, on all cores; others, on other machines too, wait for it. Raises `DataError`.
+    """
+    if any(entry in CORPORA for entry in paths):
+        return None
+    finder = FileFinder(section.text_key)
+    files = [Piece(source, file) for source, entry in enumerate(paths) for file in finder.find(entry)]
+    size = sum(file.size for _, file, _ in files)
+    texts = [is_held_out(file.name, percent) for _, file, _ in files if file.format == "text"]
+    if size <= IN_MEMORY_BYTES or (percent and len(texts) == len(files) and len(set(texts)) < 2):
+        return None
+    settings = Settings(
+        tokenizer=section.tokenizer,
+        separator=section.separator,
+        special_tokens=tuple(section.special_tokens),
+        fingerprint=tokenizer.fingerprint,
+        text_key=section.text_key,
+        skip_bad_lines=False,
+        held_out_percent=percent,
+    )
+    request = Request(
+        tuple(paths), folder / _version_of(files, settings), settings, workers=cores(), force=True, shared=True
+    )
+    if not paths_of(request.out).idx.exists():  # which is the last to be there
+        with Progress(sys.stderr) as progress:
+            prepare(request, files, tokenizer, progress)
+    return tuple(map(TokenFile.open, reversed(request.outputs)))
+
+
+def _version_of(files: Sequence[Piece], settings: Settings) -> str:
+    """Another one wherever the tokens may be others."""
+    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for _, file, _ in files]
+    return key_of([PART_VERSION, settings.decisive, texts])

@@ -85,8 +85,7 @@ def train_bpe(
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
-    from titanlite.corpus.tokenizers.hugging_face import CONFIG, config_json
-    from titanlite.corpus.tokenizers.pieces import require_distinct
+    from titanlite.corpus.tokenizers.pieces import CONFIG, config_json, require_distinct
 
     special = (arguments.separator, *arguments.special_token)
     require_distinct(special, "--special-token")

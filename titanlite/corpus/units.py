@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ from titanlite.corpus.corpora import Document, Part, is_held_out
 from titanlite.corpus.corpora.files import FoundFile
 from titanlite.corpus.corpora.formats import read_documents, stop_at
 from titanlite.corpus.token_file import BLOCK
-from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, token_dtype
+from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import replace_file, replacing, write_all
+from titanlite.files import cause, replace_file, replacing, write_all
 
 PART_VERSION = 2
 EXAMPLES = 10
@@ -150,6 +151,27 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
         "sources": [[source - unit.source, count, f"{total:032x}"] for source, (count, total) in sources.items()],
     }  # fmt: skip
     replace_file(about, json.dumps(summary).encode())
+
+
+def write_unit(unit: Unit, settings: Settings, folder: Path) -> None:
+    """A task: write the unit's part into `folder`. Raises `DataError`."""
+    try:
+        write_part(unit, settings, _open_tokenizer(settings), folder)
+    except MemoryError:
+        raise DataError(f"{unit}: does not fit into memory; take fewer --workers, or split it.") from None
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {folder}: {cause(error, folder)}. What is done stays done: make room, and the same "
+            "command goes on."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _open_tokenizer(settings: Settings) -> Tokenizer:
+    tokenizer = open_tokenizer(settings.tokenizer, settings.separator, settings.special_tokens)
+    if tokenizer.fingerprint != settings.fingerprint:
+        raise DataError(f"the tokenizer '{settings.tokenizer}' changed while it was used; start again.")
+    return tokenizer
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:

@@ -1,24 +1,24 @@
-"""Processes that do the work of `titanlite data prepare`, each with one core, and none of which outlives it."""
+"""Processes that do the work of `titanlite data prepare`, each with one core and none of which outlives it; and
+the line that shows how far they are.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from titanlite.corpus.tokenizers import Tokenizer, open_tokenizer
-from titanlite.corpus.units import Settings, Unit, write_part
 from titanlite.errors import DataError
-from titanlite.files import cause
 from titanlite.registry import PLUGINS, import_plugin
+from titanlite.text import format_bytes
 
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Numpy alone starts a thread for each core when it is imported."""
@@ -88,27 +88,6 @@ class WorkerPool:
             raise failures[min(failures)]
 
 
-def write_unit(unit: Unit, settings: Settings, folder: Path) -> None:
-    """A task: write the unit's part into `folder`. Raises `DataError`."""
-    try:
-        write_part(unit, settings, _open_tokenizer(settings), folder)
-    except MemoryError:
-        raise DataError(f"{unit}: does not fit into memory; take fewer --workers, or split it.") from None
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {folder}: {cause(error, folder)}. What is done stays done: make room, and the same "
-            "command goes on."
-        ) from error
-
-
-@lru_cache(maxsize=1)
-def _open_tokenizer(settings: Settings) -> Tokenizer:
-    tokenizer = open_tokenizer(settings.tokenizer, settings.separator, settings.special_tokens)
-    if tokenizer.fingerprint != settings.fingerprint:
-        raise DataError(f"the tokenizer '{settings.tokenizer}' changed while it was used; start again.")
-    return tokenizer
-
-
 def _begin(plugins: Sequence[str]) -> None:
     """What each process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too
@@ -124,3 +103,60 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+PLAIN_SECONDS = 15.0
+"""Between two plain lines."""
+MOVING_SECONDS = 0.2
+
+
+class Progress:
+    """Counts bytes of text that are done: a line that moves on a terminal, a plain one now and then elsewhere. Used by
+    `with`; stops printing when the stream is closed.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._moves = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+        self._what = ""
+        self._total = self._done = self._at_start = 0
+        self._begun = self._printed = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._print("", "\r")
+
+    def begin(self, what: str, total: int, done: int) -> None:
+        """`what` is being done to `total` bytes; `done` of them were done by an earlier start."""
+        self._what, self._total, self._done, self._at_start = what, total, done, done
+        self._begun = self._printed = time.monotonic()
+        if done:
+            self.message(f"going on: {format_bytes(done)} of {format_bytes(total)} are done")
+
+    def advance(self, count: int) -> None:
+        """`count` bytes more are done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._printed < (MOVING_SECONDS if self._moves else PLAIN_SECONDS):
+            return
+        self._printed = now
+        speed = (self._done - self._at_start) / max(now - self._begun, 1e-3)
+        left = (self._total - self._done) / max(speed, 1.0)
+        line = (
+            f"{self._what}: {format_bytes(self._done)} of {format_bytes(self._total)}, "
+            f"{100 * self._done / max(self._total, 1):.0f} %, {format_bytes(speed)}/s, {left / 60:.0f} min left"
+        )
+        self._print(line, "\r" if self._moves else "\n")
+
+    def message(self, text: str) -> None:
+        """A line for the reader."""
+        self._print(text, "\n")
+
+    def _print(self, text: str, end: str) -> None:
+        with suppress(OSError):  # the reader has closed the stream
+            if self._moves:
+                print(end="\x1b[2K", file=self._stream)  # clears the line that moves
+            if text or self._moves:
+                print(text, end=end, file=self._stream, flush=True)

@@ -20,8 +20,8 @@ import xxhash
 
 from titanlite.corpus.corpora import is_held_out, read_corpus
 from titanlite.corpus.corpora.files import match_files
+from titanlite.corpus.prepare import open_tokenized
 from titanlite.corpus.token_file import HELD_OUT, TokenFile, paths_of
-from titanlite.corpus.tokenized import open_tokenized
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.corpus.units import pack
 from titanlite.data.packing import BestFit, Cut, Stream, pack_best_fit

@@ -12,7 +12,7 @@ from typing import Any
 from titanlite.checkpoint.manager import CheckpointManager, Retention
 from titanlite.checkpoint.ranks import Ranks, new_ranks
 from titanlite.checkpoint.snapshots import Snapshots, forget
-from titanlite.corpus.tokenized import texts_folder
+from titanlite.corpus.prepare import texts_folder
 from titanlite.corpus.tokenizers import describe_separator
 from titanlite.corpus.verification import Verification
 from titanlite.data.read_log import ReadLog, last_start, log_path

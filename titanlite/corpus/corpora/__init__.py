@@ -7,15 +7,20 @@ is a `Reader` and a line in `READERS`.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from titanlite.errors import DataError
 from titanlite.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
     from titanlite.recipe.sections import Data
+
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+BLOCK_BYTES = 2**20
 
 
 class Document(NamedTuple):
@@ -87,3 +92,30 @@ def missing_field(what: str, text_key: str, fields: list[str]) -> DataError:
     """For a record, or table, without the text."""
     hint = did_you_mean(text_key, fields) or f"it has {', '.join(map(repr, fields[:8])) or 'none'}"
     return DataError(f"{what} '{text_key}' ({hint}); set data.text_key (--text-key) to the field that holds the text.")
+
+
+@contextmanager
+def open_unpacked(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[IO[bytes]]:
+    """The file's content, unpacked by blocks. What is read within, and cannot be, is a `DataError` with the place."""
+    codec = PACKED.get(path.suffix.lower())
+    with wrap_os_errors(path), open(path, "rb", buffering=block_bytes if codec else -1) as file:
+        if codec is None:
+            yield file
+            return
+        import pyarrow
+
+        # Unlike zstandard's reader, Arrow's does not take a file that was cut short for a whole one.
+        yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), block_bytes)
+
+
+@contextmanager
+def wrap_os_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # Arrow's, of packed files
+            hint = " by zstd -d --long=31" if "too much memory" in str(error) else ""
+            raise DataError(
+                f"{path}: damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
+            ) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions, or leave it out.") from error

@@ -16,9 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from titanlite.corpus.corpora import CORPORA
+from titanlite.corpus.corpora import CORPORA, PACKED
 from titanlite.corpus.corpora.formats import TEXT_SUFFIXES, format_of, is_folder_text
-from titanlite.corpus.corpora.unpack import PACKED
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.registry import did_you_mean

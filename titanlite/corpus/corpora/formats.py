@@ -13,9 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from titanlite.corpus.corpora import READERS, Document, Part, Reader
+from titanlite.corpus.corpora import PACKED, READERS, Document, Part, Reader, open_unpacked
 from titanlite.corpus.corpora.json_lines import BYTE_ORDER_MARK, read_lines
-from titanlite.corpus.corpora.unpack import PACKED, open_unpacked
 from titanlite.errors import DataError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")

@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from titanlite.corpus.corpora import Part, Reader, missing_field
-from titanlite.corpus.corpora.unpack import BLOCK_BYTES, open_unpacked, wrap_os_errors
+from titanlite.corpus.corpora import BLOCK_BYTES, Part, Reader, missing_field, open_unpacked, wrap_os_errors
 from titanlite.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -77,10 +77,10 @@ class Tokenizer(ABC):
 TOKENIZERS = Registry(
     "tokenizer",
     {
-        "bytes": "titanlite.corpus.tokenizers.byte_values:ByteTokenizer",
+        "bytes": "titanlite.corpus.tokenizers.pieces:ByteTokenizer",
         ".json": "titanlite.corpus.tokenizers.hugging_face:HuggingFaceTokenizer",
-        ".model": "titanlite.corpus.tokenizers.ranks:RankTokenizer",
-        ".tiktoken": "titanlite.corpus.tokenizers.ranks:RankTokenizer",
+        ".model": "titanlite.corpus.tokenizers.byte_pairs:RankTokenizer",
+        ".tiktoken": "titanlite.corpus.tokenizers.byte_pairs:RankTokenizer",
     },
 )
 """A tokenizer's name, or the suffix of its file -> what opens it: (path, separator, special tokens) -> `Tokenizer`."""

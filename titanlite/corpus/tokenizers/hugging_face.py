@@ -21,15 +21,16 @@ import numpy.typing as npt
 from titanlite.corpus.tokenizers import Ids
 from titanlite.corpus.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
 from titanlite.corpus.tokenizers.pieces import (
+    CONFIG,
     PieceTokenizer,
     choose_separator,
+    config_json,
     read_file,
     require_distinct,
     wrap_library_errors,
 )
 from titanlite.errors import DataError
 
-CONFIG = "tokenizer_config.json"
 _NO_TOKEN = "titanlite: no token for unknown text"
 """Stands as the unknown token of a BPE that has none, which would drop in silence what it has no token for: as this is
 not in the vocabulary either, the library raises instead.
@@ -159,12 +160,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
             names = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
             table |= {vocabulary[name]: content for name, content in names.items() if name in vocabulary}
         return table
-
-
-def config_json(fields: Fields, separator: str) -> bytes:
-    """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
-    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
 
 
 def _read_object(path: Path, content: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What tokenizers from files have in common: pieces of text, special tokens, a separator among these.
+"""The byte tokenizer, and what those from files have in common: pieces of text, special tokens, a separator.
 
 Each id stands for the same bytes wherever it is, so bytes are counted by a table, and a text can be decoded id by id.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 from titanlite.text import list_some
 
+CONFIG = "tokenizer_config.json"
 MAX_FILE_BYTES = 2**28
 """Ten times what the largest vocabularies take."""
 MAX_IDS = 2**24
@@ -40,6 +42,34 @@ def wrap_library_errors(path: Path, library: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{path} cannot be used by the library '{library}': {error}.") from error
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 byte values as they are, 256 between documents, and the special tokens from 257 on."""
+
+    separator = 256
+
+    def __init__(self, name: Path | None = None, separator: str | None = None, special: Sequence[str] = ()) -> None:
+        if separator is not None:
+            raise DataError("data.separator: the byte tokenizer's separator is 256 and has no name; leave it out.")
+        require_distinct(special)
+        self.files: dict[str, Path] = {}
+        self.special_tokens = {token: number for number, token in enumerate(special, self.separator + 1)}
+        self.vocab_size = self.separator + 1 + len(special)
+        self.fingerprint = fingerprint_of("bytes", b"", self.special_tokens, self.separator)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        return [np.frombuffer(text, np.uint8) for text in texts]  # the texts themselves, not copies
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        flat = flat_ids(ids, self.vocab_size)
+        return bytes(flat[flat < self.separator].astype(np.uint8))
+
+    def bytes_of(self, ids: npt.ArrayLike) -> int:
+        return int(np.count_nonzero(np.asarray(ids) < self.separator))
+
+    def export(self) -> dict[str, bytes]:
+        return {}
 
 
 class PieceTokenizer(Tokenizer):
@@ -170,6 +200,12 @@ def read_file(path: Path) -> bytes:
     if not content.strip():
         raise DataError(f"{path} is empty; give a tokenizer's file.")
     return content
+
+
+def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
+    """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
 
 
 def require_distinct(names: Sequence[str], key: str = "data.special_tokens") -> None:
