@@ -2,7 +2,6 @@
 
 import sys
 
-from titanlite.cli.main import dispatch
-from titanlite.cli.process import end_as_launched
+from titanlite.cli.main import dispatch, end_as_launched
 
 end_as_launched(dispatch, sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import sys
 
-from titanlite.cli.process import end_as_launched
+from titanlite.cli.main import end_as_launched
 from titanlite.cli.train import main
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 from support import bpe
 
-from titanlite.cli.prepare import describe_token_info
+from titanlite.cli.data import describe_token_info
 from titanlite.corpus.corpora import Document, read_corpus
 from titanlite.corpus.corpora.formats import divide, read_documents
 from titanlite.corpus.token_file import TokenFile

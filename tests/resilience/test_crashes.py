@@ -20,7 +20,7 @@ from support import runs
 from support.failing_ranks import RUN, SECTIONS, ended, program, started
 from support.tiny import train
 
-from titanlite.cli.process import _launcher_exit_code
+from titanlite.cli.main import _launcher_exit_code
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import Crash, attempts, digest, find_loop, history, record
@@ -300,7 +300,7 @@ def test_what_torchrun_is_told(
 def test_what_torchrun_is_told_after_a_signal(
     monkeypatch: pytest.MonkeyPatch, agents: int, elastic: str, heard: bool, told: int
 ) -> None:
-    monkeypatch.setattr("titanlite.cli.process._AGENT_SECONDS", 0)
+    monkeypatch.setattr("titanlite.cli.main._AGENT_SECONDS", 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(agents))
     monkeypatch.setenv("TITANLITE_ELASTIC", elastic)

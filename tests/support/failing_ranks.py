@@ -68,11 +68,11 @@ def failing(fault: str, step: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from titanlite.cli.process import _launcher_exit_code, _run_and_capture
+    from titanlite.cli.main import run_as_launched
     from titanlite.cli.train import main
     from titanlite.plan.launch import end_process
 
     if sys.argv[1]:
         what, at_step, on_rank = sys.argv[1].split("@")
         failing(what, int(at_step), int(on_rank))
-    end_process(_launcher_exit_code(*_run_and_capture(sys.argv[2:], main)))
+    end_process(run_as_launched(main, sys.argv[2:]))

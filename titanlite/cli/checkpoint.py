@@ -1,4 +1,4 @@
-"""`titanlite checkpoint`: look at checkpoints, prove them whole, compare two, delete old ones.
+"""`titanlite checkpoint`: look at checkpoints, prove them whole, compare two, delete old ones; Hugging Face's.
 
 Only what reads values needs torch. What is printed may come from an untrusted checkpoint: none of it reaches a
 terminal raw.
@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.examine import (
@@ -25,10 +25,12 @@ from titanlite.checkpoint.examine import (
     unlisted_files,
 )
 from titanlite.checkpoint.format import step_of
-from titanlite.cli import huggingface
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
 from titanlite.recipe.paths import path_argument
-from titanlite.text import format_bytes, format_count, format_table
+from titanlite.text import format_bytes, format_count, format_table, pluralize
+
+if TYPE_CHECKING:
+    from titanlite.checkpoint.huggingface import Written
 
 _A_PATH = "run folder, its checkpoints folder, or one step's folder"
 
@@ -46,9 +48,9 @@ def main(argv: list[str]) -> int:
          {"a": f"{_A_PATH} (of a run: the newest)", "b": "the other one"}),
         ("prune", _prune, "delete old checkpoints of a run; damaged ones neither count nor go",
          {"path": "run or checkpoints folder"}),
-        ("export-hf", huggingface.export, "write a checkpoint's weights as a folder that transformers can load",
+        ("export-hf", _export, "write a checkpoint's weights as a folder that transformers can load",
          {"checkpoint": "run folder (its newest checkpoint), RUN/STEP, or a checkpoint", "out": "folder to make"}),
-        ("import-hf", huggingface.import_, "make a run folder whose one checkpoint has a Hugging Face folder's weights",
+        ("import-hf", _import, "make a run folder whose one checkpoint has a Hugging Face folder's weights",
          {"folder": "folder with config.json and safetensors files", "out": "run folder to make"}),
     ):  # fmt: skip
         added[name] = command = commands.add_parser(name, help=line, description=line, allow_abbrev=False)
@@ -160,6 +162,39 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(json.dumps({"deleted": gone, "kept": kept, "damaged": list(damaged), "dry_run": arguments.dry_run}))
     else:
         print(f"{'would keep' if arguments.dry_run else 'kept'} {', '.join(map(str, kept))}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from titanlite.checkpoint.huggingface import export_huggingface
+
+    checkpoint = newest_at(arguments.checkpoint)
+    with raise_if_deleted(checkpoint):
+        written = export_huggingface(checkpoint, arguments.out, arguments.dtype)
+    print(f"{checkpoint} -> {_summarize(written)}")
+    if not written.tokenizer_files:
+        print("no tokenizer was exported: the byte tokenizer has no files (ids are byte values, 256 ends a document).")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from titanlite.checkpoint.huggingface import import_huggingface
+
+    written = import_huggingface(arguments.folder, arguments.out)
+    print(f"{arguments.folder} -> {_summarize(written)}")
+    if written.tokenizer_files:
+        print(f"kept for the next export: {', '.join(written.tokenizer_files)}.")
+    if (tokenizer := arguments.out / "tokenizer").is_dir():
+        print(f'titanlite generate uses {tokenizer}, and so do recipes by data.tokenizer = "{tokenizer}".')
+    if written.without_tokenizer:
+        print(
+            f"no tokenizer: {written.without_tokenizer}. Text cannot be generated before data.tokenizer in "
+            f"{arguments.out / 'recipe.toml'} names one, such as a tokenizer.json of transformers."
+        )
+    print(f"train on: titanlite train {arguments.out / 'recipe.toml'} --training.steps=N --data.corpus=PATH")
+
+
+def _summarize(written: Written) -> str:
+    files = pluralize(len(written.files), "file")
+    return f"{written.folder}: {written.tensors} tensors, {format_bytes(written.nbytes)} in {files}"
 
 
 def _list_values(values: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from titanlite.corpus.tokenizers import is_another, tokenizer_of_run
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.spec import spec_of
 from titanlite.plan.describe import WEIGHTS_DEPEND_NOT_ON, model_differences
-from titanlite.recipe.load import load_recipe
+from titanlite.recipe.load import load_run_recipe
 from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
 
@@ -30,9 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", default="", help="text to continue; none: a new document")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to make at most (default 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (0.95)"
-    )
+    parser.add_argument("--top-p", type=float, default=0.95, help="only the likeliest tokens, up to this share (0.95)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     arguments = parser.parse_args(argv)
     if arguments.tokens < 1 or not arguments.temperature >= 0 or not 0 < arguments.top_p <= 1:
@@ -44,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     from titanlite.models.generate import Sampler, generate
 
-    recipe = load_recipe(_recipe_file(arguments.run), stored=True).recipe
+    recipe = load_run_recipe(arguments.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, manifest = load_model(arguments.run, recipe, device)
     tokenizer = tokenizer_of_run(arguments.run, recipe.data)
@@ -89,15 +87,6 @@ def load_model(run: Path, recipe: Recipe, device: torch.device) -> tuple[torch.n
     trained = recipe_of(manifest, manager.path(manifest.step)).model
     for key, (before, now) in model_differences(trained, recipe.model).items():
         if key not in WEIGHTS_DEPEND_NOT_ON:
-            raise UsageError(
-                f"{_recipe_file(run)}: model.{key} is {now!r}, and the checkpoint of step {manifest.step} was trained "
-                f"with {before!r}; put that back."
-            )
+            problem = f"model.{key} is {now!r}, and the checkpoint of step {manifest.step} was trained with {before!r}"
+            raise UsageError(f"{run / 'recipe.toml'}: {problem}; put that back.")
     return model, manifest
-
-
-def _recipe_file(run: Path) -> Path:
-    file = run / "recipe.toml"
-    if not os.path.isfile(file):
-        raise UsageError(f"{run} is not a run folder: it has no recipe.toml that can be read.")
-    return file

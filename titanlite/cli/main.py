@@ -1,6 +1,7 @@
 """The `titanlite` command: a table of subcommands, each imported when it is called.
 
-Also the one place where an error becomes a paragraph and an exit code. Knows nothing of what the commands do.
+Also the one place where an error becomes a paragraph, and an exit code that the process's launcher understands. Knows
+nothing of what the commands do.
 """
 
 from __future__ import annotations
@@ -9,17 +10,37 @@ import argparse
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from errno import EACCES, ENAMETOOLONG
+from typing import NoReturn
 
 from titanlite import __version__
-from titanlite.errors import EXIT_DONE, CommandLineError, RecipeError, StoppedEarly, TitanliteError, UsageError
-from titanlite.plan.launch import launch_environment_or_default, mark_printed, prints_for_all
+from titanlite.errors import (
+    EXIT_DONE,
+    EXIT_GUARD,
+    EXIT_RECIPE,
+    CommandLineError,
+    RecipeError,
+    StoppedEarly,
+    TitanliteError,
+    UsageError,
+)
+from titanlite.plan.launch import (
+    end_process,
+    launch_environment_or_default,
+    mark_printed,
+    prints_for_all,
+    torchrun_environment_or_none,
+)
 from titanlite.registry import Registry, did_you_mean, import_plugin
 
 Command = Callable[[list[str]], int]
+
+_AGENT_SECONDS = 3.0
+"""Well above the interval at which torchrun's agents look for new ones (`--monitor-interval`, 0.1 s)."""
 
 EXIT_INTERRUPTED = 128 + 2  # as shells report a process ended by SIGINT
 EXIT_BROKEN_PIPE = 128 + 13  # … and by SIGPIPE: who read our output has gone
@@ -51,6 +72,11 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
 
     `--traceback` (taken out of `argv`) shows where it was raised. Other exceptions are our mistakes and pass through.
     """
+    return _run(command, argv)[0]
+
+
+def _run(command: Command, argv: Sequence[str]) -> tuple[int, Exception | None]:
+    """As `run_command`, with the error."""
     _let_printing_succeed()
     arguments = [word for word in argv if word != "--traceback"]
     try:
@@ -58,27 +84,69 @@ def run_command(command: Command, argv: Sequence[str]) -> int:
         sys.stdout.flush()
     except TitanliteError as error:
         if error.on_all_ranks and not prints_for_all():
-            return error.exit_code
+            return error.exit_code, error
         with suppress(OSError):  # the terminal may have gone: the exit code stays
             if len(arguments) < len(argv):
                 traceback.print_exc()
             print(_paragraph(error), file=sys.stderr, flush=True)
         mark_printed()
-        return error.exit_code
+        return error.exit_code, error
     except SystemExit as exit_:  # how argparse ends --help and wrong usage
-        return int(exit_.code or 0)
+        return int(exit_.code or 0), None
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
+        return EXIT_INTERRUPTED, None
+    except BrokenPipeError as error:
         # The interpreter flushes stdout once more at exit; let that go nowhere instead of failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return EXIT_BROKEN_PIPE, error
     except OSError as error:
         if error.errno not in (EACCES, ENAMETOOLONG) or not error.filename:
             raise
         path = os.fsdecode(error.filename)[:200]
         print(f"error: {path}: {error.strerror}; give another path, or mend its permissions.", file=sys.stderr)
-        return UsageError.exit_code
+        return UsageError.exit_code, error
+    return code, None
+
+
+def end_as_launched(command: Command, argv: list[str]) -> NoReturn:
+    """Run `command(argv)`, and end this process with the exit code that its launcher should see."""
+    end_process(run_as_launched(command, argv))
+
+
+def run_as_launched(command: Command, argv: list[str]) -> int:
+    """Run `command(argv)`; the exit code that torchrun, srun or a shell should see."""
+    codes = os.environ.get("TITANLITE_EXIT_CODE_FILE")
+    if codes and torchrun_environment_or_none() and launch_environment_or_default().local_rank == 0:
+        open(codes, "w").close()  # what an earlier start left there is not how the run ended
+    try:
+        code, error = _run(command, argv)
+    except Exception as mistake:  # ours: in one piece, for other ranks write here too
+        sys.stderr.write(traceback.format_exc())
+        code, error = 1, mistake
+    return _launcher_exit_code(code, error)
+
+
+def _launcher_exit_code(code: int, error: Exception | None) -> int:
+    """The exit code for whoever started this process; torchrun takes anything but 0 for a failure to restart from."""
+    codes = os.environ.get("TITANLITE_EXIT_CODE_FILE")
+    if codes:
+        with open(codes, "a") as file:  # one short line of each rank, in the order they end: see scripts/train.sh
+            file.write(f"{code}\n")
+    under = torchrun_environment_or_none()
+    if under is None:
+        return code
+    if isinstance(error, StoppedEarly):
+        left_alone = error.signalled and not error.received and under.agents > 1
+        if left_alone:
+            # An agent that is about to restart its processes signals them; one whose processes end before that takes
+            # the job for done.
+            time.sleep(_AGENT_SECONDS)
+        return code if left_alone and under.elastic else EXIT_DONE
+    alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
+    if code in (EXIT_RECIPE, EXIT_GUARD) and alike and (codes or under.restarts_left > 0):
+        if launch_environment_or_default().is_first and under.restarts_left > 0:
+            print(f"exit code {code}: a restart would not mend this, so torchrun makes none.", file=sys.stderr)
+        return EXIT_DONE
     return code
 
 
@@ -132,18 +200,15 @@ def _import_plugins(arguments: list[str]) -> list[str]:
 
 def _help() -> str:
     width = max(map(len, HELP))
-    commands = [f"  {name:<{width}}  {line}" for name, line in HELP.items()]
-    return "\n".join(
-        [
-            "usage: titanlite COMMAND ... [--traceback]",
-            "",
-            "LLM pre-training whose runs can be trusted.",
-            "",
-            *commands,
-            "",
-            "  titanlite COMMAND --help    the command's own arguments",
-            "  titanlite --version",
-            "  --plugins MODULE,...        import modules of yours first (docs/extend.md)",
-            "  --traceback                 show where an error was raised",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in HELP.items())
+    return f"""\
+usage: titanlite COMMAND ... [--traceback]
+
+LLM pre-training whose runs can be trusted.
+
+{commands}
+
+  titanlite COMMAND --help    the command's own arguments
+  titanlite --version
+  --plugins MODULE,...        import modules of yours first (docs/extend.md)
+  --traceback                 show where an error was raised"""

@@ -73,6 +73,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stored: bool
         raise RecipeError([Finding("", problem, fix, str(path))]) from None
 
 
+def load_run_recipe(run: Path) -> Recipe:
+    """The resolved recipe of a run folder. Raises `UsageError`."""
+    file = run / "recipe.toml"
+    if not os.path.isfile(file):
+        raise UsageError(f"{run} is no run folder: it has no recipe.toml that can be read.")
+    return load_recipe(file, stored=True).recipe
+
+
 def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
     files, findings = _read_chain(path)
     given, override_findings = _parse_overrides(overrides)

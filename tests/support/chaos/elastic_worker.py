@@ -28,7 +28,7 @@ def note(what: str, **fields: Any) -> None:
 
 def main() -> None:
     note("process")
-    from titanlite.cli.process import _launcher_exit_code, _run_and_capture
+    from titanlite.cli.main import run_as_launched
     from titanlite.cli.train import main as train
     from titanlite.plan.launch import end_process
     from titanlite.training.train_state import TrainState
@@ -49,7 +49,7 @@ def main() -> None:
         return result
 
     Trainer.run, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
-    code = _launcher_exit_code(*_run_and_capture(sys.argv[1:], train))
+    code = run_as_launched(train, sys.argv[1:])
     note("end", code=code)
     end_process(code)
 

@@ -1,4 +1,4 @@
-"""`titanlite data show`: the very text of a step, for those who look for what made the loss jump."""
+"""`titanlite data show` and `audit`: the very text of a step, and proof that no sample was lost or read twice."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import json
 import sys
 import unicodedata
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from titanlite.cli.audit import newest_manifest, recipe_of_run
+from titanlite.checkpoint.examine import BEGINS_WITH
+from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
+from titanlite.checkpoint.storage import checkpoint_steps, read_manifest
 from titanlite.corpus.prepare import texts_folder
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import Tokenizer, Tokens
-from titanlite.data.audit import history, reordered_steps, samples_of
+from titanlite.data.audit import Audit, Span, audit, history, reordered_steps, samples_of
 from titanlite.data.read_log import READ, read_records
 from titanlite.data.splits import Split, open_data
-from titanlite.errors import DataError, UsageError
+from titanlite.errors import DataError, GuardStop, UsageError
 from titanlite.plan.layout import BatchPlan, sample_schedule
-from titanlite.recipe.load import load_recipe
+from titanlite.recipe.load import load_recipe, load_run_recipe
 from titanlite.recipe.paths import path_argument
 from titanlite.recipe.sections import Recipe
 from titanlite.text import pluralize
 
 
-def add_show_command(commands: Any) -> None:
-    """Add it to the parsers of `titanlite data`."""
+def add_read_commands(commands: Any) -> None:
+    """Add them to the parsers of `titanlite data`."""
     line = "print the very text of a step's samples, of a run that was or of one to come"
     command = commands.add_parser("show", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_show)
@@ -41,6 +45,80 @@ def add_show_command(commands: Any) -> None:
     command.add_argument("--limit", type=int, default=1000, metavar="CHARACTERS",
                          help="at most these of each sample; 0: all (default 1000)")  # fmt: skip
     command.add_argument("--json", action="store_true", help="print the samples for machines")
+    line = "prove from what the ranks wrote down that a run read every sample once, over all its restarts"
+    command = commands.add_parser("audit", help=line, description=line, allow_abbrev=False)
+    command.set_defaults(action=_audit)
+    command.add_argument("run", type=path_argument, metavar="RUN", help="run folder, such as runs/debug")
+    command.add_argument("--json", action="store_true", help="print the findings for machines")
+
+
+def _newest_manifest(run: Path) -> Manifest | None:
+    """That of the newest checkpoint that has a whole one; None without any."""
+    for step in reversed(checkpoint_steps(run / "checkpoints")):
+        try:
+            return read_manifest(run / "checkpoints" / f"step-{step:08d}")
+        except (DamagedCheckpointError, FileNotFoundError):  # what deletes old ones may do so just now
+            continue
+    return None
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    run: Path = arguments.run
+    recipe = load_run_recipe(run)
+    manifest = _newest_manifest(run)  # before the records, which are brought to the disk before a checkpoint is
+    records = read_records(run)
+    step, end = (manifest.step, manifest.samples) if manifest else (0, 0)
+    elsewhere = (run / "checkpoints" / BEGINS_WITH).exists()
+    found = audit(records, step, end, elsewhere, reordered_steps(manifest.values if manifest else {}))
+    whole = history(records)
+    unsaved = len(set(whole["step"][(whole["kind"] == READ) & (whole["step"] > step)].tolist()))
+    if arguments.json:
+        sizes = {name: _size(getattr(found, name)) for name in ("lost", "repeated", "unrecorded")}
+        spans = {"lost_samples": found.lost, "repeated_samples": found.repeated, "unrecorded_steps": found.unrecorded}
+        print(json.dumps({**asdict(found), **sizes, **spans, "unsaved_steps": unsaved}, indent=1))
+    else:
+        verdict = f"{'' if found.whole else 'NOT '}every sample was read in its turn, and once"
+        print(f"{run}: {verdict if found.steps else 'no step is saved yet'}", *_report(found, unsaved), sep="\n")
+    if not found.whole:
+        why = " (debug.overfit_one_batch repeats the first samples on purpose)" * recipe.debug.overfit_one_batch
+        raise GuardStop(f"{run}: not every sample was read in its turn, and once{why}.")
+
+
+def _report(found: Audit, unsaved: int) -> list[str]:
+    others = f"; {pluralize(unsaved, 'step')} after the newest checkpoint do not count" if unsaved else ""
+    layouts = ", ".join(f"{each['data_ranks']} (steps {_span(each['steps'])})" for each in found.layouts)
+    lines = [
+        f"steps       {found.steps}{others}",
+        f"samples     {found.samples}",
+        f"lost        {_spans(found.lost)}",
+        f"repeated    {_spans(found.repeated)}",
+        f"digest      {found.digest}",
+        f"restarts    {found.restarts}",
+        f"data ranks  {layouts or 'none'}",
+    ]
+    if found.unrecorded:
+        lines.append(f"steps without a record  {_spans(found.unrecorded)}")
+    if not found.in_order:
+        lines.append("order       a step read samples that come before those of the step before it")
+    for step in found.reordered:
+        lines.append(f"order       another one from step {step} on: some texts may be read twice, others never")
+    for each in found.skipped:
+        where = "before" if each["by"] == "data.skip_steps" else "after"
+        lines.append(f"passed over samples {_span(each['samples'])} {where} step {each['step']} ({each['by']})")
+    return lines
+
+
+def _size(spans: Sequence[Span]) -> int:
+    return sum(last - first + 1 for first, last in spans)
+
+
+def _span(span: Span) -> str:
+    return f"{span[0]} to {span[1]}"
+
+
+def _spans(spans: Sequence[Span]) -> str:
+    shown = ", ".join(map(_span, spans[:10])) + ", …" * (len(spans) > 10)
+    return f"{_size(spans)}: {shown}" if spans else "none"
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -48,17 +126,15 @@ def _show(arguments: argparse.Namespace) -> None:
     if step < 1 or arguments.limit < 0:
         raise UsageError("--step must be at least 1, and --limit at least 0.")
     if is_run := path.is_dir():
-        recipe = recipe_of_run(path)
+        recipe = load_run_recipe(path)
         if ranks is not None:
             raise UsageError("--data-ranks is for recipes: a run has written down how many there were.")
         numbers = _recorded(path, step, rank)
     else:
         recipe = load_recipe(path).recipe
         numbers = _planned(recipe, step, rank, ranks)
-    folder = texts_folder(recipe.run)
-    data = open_data(
-        recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False, texts_folder=folder
-    )
+    context, texts = recipe.training.sequence_length, texts_folder(recipe.run)
+    data = open_data(recipe.data, context, recipe.run.seed, validated=False, texts_folder=texts)
     if is_run:
         _require_same_order(path, data.train, step)
     samples = [_describe(data.train, data.tokenizer, number, arguments.limit) for number in numbers]
@@ -103,7 +179,7 @@ def _require_rank(rank: int | None, ranks: int) -> None:
 
 def _require_same_order(run: Path, split: Split, step: int) -> None:
     """The numbers that a step wrote down must stand for the same texts still."""
-    manifest = newest_manifest(run)
+    manifest = _newest_manifest(run)
     values, last = (manifest.values, manifest.step) if manifest else ({}, 0)
     if (change := max(reordered_steps(values), default=0)) > step:
         raise DataError(f"{run} went on in another order from step {change} on: the recipe of step {step} is not kept.")
