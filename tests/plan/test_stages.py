@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.models.spec import Piece
-from titanlite.plan.rules import pipeline as rules
+from titanlite.plan.rules import layout as rules
 from titanlite.plan.rules.conflicts import split_backward
 from titanlite.plan.stages import (
     rank_of_stage,
@@ -129,7 +129,7 @@ def findings(microbatches: int, parallel: dict[str, Any], **sections: dict[str, 
     """What rules say of a pipeline of 5 blocks and so many microbatches."""
     values = {"training": {"global_batch": microbatches}, "model": {"layers": 5}, "parallel": parallel, **sections}
     recipe, pp = Recipe.model_validate(values), parallel["pp"]
-    found = (*rules.stages(recipe, pp), *rules.microbatches(recipe, pp), *split_backward(recipe, pp))
+    found = (*rules.stages(recipe, pp), *rules.rounds(recipe, pp), *split_backward(recipe, pp))
     return [(finding.key, finding.problem + finding.fix) for finding in found]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from titanlite.errors import Finding
 from titanlite.plan.layout import active_ranks
-from titanlite.plan.rules import conflicts, data, float8, layout, pipeline, run, unused
+from titanlite.plan.rules import conflicts, data, float8, layout, run
 from titanlite.recipe.sections import Recipe
 
 Rule = Callable[[Recipe, int], Iterator[Finding]]
@@ -19,9 +19,9 @@ RULES: tuple[Rule, ...] = (
     *(run.amount, run.names, run.heads, run.rope, run.vocabulary, run.ranges, run.schedule, run.decay_rate),
     *(data.homes, data.sources, data.stages, data.never_read),
     *(layout.mesh, layout.cuts, layout.uneven_cuts, layout.sequences, layout.machines, layout.parts),
-    *(layout.microbatches, pipeline.stages, pipeline.microbatches, conflicts.split_backward),
+    *(layout.microbatches, layout.stages, layout.rounds, conflicts.split_backward),
     *(float8.nothing_converted, float8.exclusions, float8.shares, float8.sent),
-    *(layout.rounded_sums, layout.padding, run.never_reached, unused.unused_keys),
+    *(layout.rounded_sums, layout.padding, run.never_reached, conflicts.unused_keys),
     *(conflicts.checkpoints, conflicts.guards, conflicts.compiler, conflicts.formats, conflicts.memory),
 )
 

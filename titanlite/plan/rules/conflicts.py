@@ -1,16 +1,19 @@
-"""Keys that are right by themselves and cannot be had together, or would be regretted."""
+"""Keys that are right by themselves and cannot be had together, would be regretted, or do nothing beside the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from operator import attrgetter
 
 from titanlite.errors import Finding
+from titanlite.optim.base import OPTIMIZERS, optimizer_spec
+from titanlite.optim.schedules import SCHEDULES, schedule_named
 from titanlite.plan.kernels import OPERATIONS, QUANTISE
 from titanlite.plan.layout import layout_of
 from titanlite.plan.rules.lookup import find_config, find_spec, warning
-from titanlite.plan.stages import V_SHAPED, splits_backward
-from titanlite.recipe.sections import WATCHDOG_PATIENCE, Recipe
+from titanlite.plan.stages import V_SHAPED, fixes_stages, splits_backward
+from titanlite.recipe.sections import WATCHDOG_PATIENCE, Float8, Pipeline, Recipe
 
 
 def checkpoints(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -76,9 +79,7 @@ def memory(recipe: Recipe, world: int) -> Iterator[Finding]:
         problem = "one rank has no others to share weights with, and only shared ones can rest in the host's memory;"
         yield Finding("parallel.offload", problem, "write false, or start 2 ranks or more (titanlite check --world 2).")
     if recipe.parallel.cp > 1 and recipe.parallel.cp_method == "ring" and recipe.data.document_mask:
-        problem = (
-            "with data.document_mask, scores are formed without a kernel, in float32: right, and many times slower;"
-        )
+        problem = "with data.document_mask, scores are formed without a kernel, in float32, many times slower;"
         yield warning("parallel.cp_method", problem, 'write "all-gather".')
 
 
@@ -112,3 +113,67 @@ def split_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
     if tuple(map(int, found.split(".")[:2])) < (2, 13):
         problem = f"{schedule} needs torch 2.13, and this is {found}, which may compute wrong gradients of weights;"
         yield Finding("parallel.pipeline.schedule", problem, f"install torch 2.13, or {other}")
+
+
+UnusedKey = tuple[str, bool, str]
+"""(key, whether it does nothing here, why)"""
+
+
+def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Keys that were changed from their defaults and do nothing beside the others."""
+    defaults = Recipe()
+    for key, does_nothing, reason in (*_of_the_run(recipe), *_of_the_updates(recipe), *_of_the_layout(recipe, world)):
+        if does_nothing and attrgetter(key)(recipe) != attrgetter(key)(defaults):
+            yield warning(key, f"has no effect here: {reason};", "leave it out.")
+
+
+def _of_the_run(recipe: Recipe) -> list[UnusedKey]:
+    guards, plain = recipe.resilience, not recipe.precision.float8.enabled
+    actions = (guards.on_nonfinite, guards.on_spike)
+    return [
+        ("resilience.max_skips", "skip" not in actions, "neither on_nonfinite nor on_spike skips"),
+        ("resilience.max_rollbacks", "rollback" not in actions, "neither on_nonfinite nor on_spike goes back"),
+        *((f"resilience.spike_{key}", guards.on_spike == "off", 'on_spike is "off"') for key in ("zscore", "window")),
+        ("data.prefetch", recipe.data.workers == 0, "without data.workers nothing is fetched ahead"),
+        ("data.fim_tokens", recipe.data.fim_rate == 0, "data.fim_rate is 0"),
+        ("checkpoint.keep_every", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
+        ("checkpoint.keep_best", recipe.checkpoint.keep_last == 0, "keep_last = 0 keeps every checkpoint"),
+        ("validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"),
+        ("precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"),
+        *((f"precision.float8.{key}", plain, "precision.float8.enabled is false") for key in Float8.model_fields),
+        ("kernels.float8_quantise", plain, "precision.float8.enabled is false"),
+        ("recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'),
+    ]
+
+
+def _of_the_updates(recipe: Recipe) -> Iterator[UnusedKey]:
+    """Keys of `[optimizer]` and `[schedule]` that the chosen ones do not read, by their own account."""
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    if optimizer.name in OPTIMIZERS:
+        used = {"name", "clip_norm", *optimizer_spec(optimizer.name).keys}
+        for key in type(optimizer).model_fields:
+            yield f"optimizer.{key}", key not in used, f"the optimizer is {optimizer.name}"
+    if schedule.name in SCHEDULES:
+        used = {"name", "warmup_steps", *schedule_named(schedule.name).keys}
+        for key in type(schedule).model_fields:
+            yield f"schedule.{key}", key not in used, f"the schedule is {schedule.name}"
+
+
+def _of_the_layout(recipe: Recipe, world: int) -> list[UnusedKey]:
+    parallel, layout = recipe.parallel, layout_of(recipe.parallel, world)
+    stage, pipeline = parallel.zero_stage, parallel.pipeline
+    uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
+    copied = layout is None or max(layout.weights(stage)[0], layout.tp, layout.pp) > 1
+    cut = layout.weights(stage)[1] if layout is not None else 0
+    fixed = parallel.pp > 1 and fixes_stages(pipeline.schedule)
+    return [
+        *((f"parallel.pipeline.{name}", parallel.pp == 1, "parallel.pp is 1") for name in Pipeline.model_fields),
+        ("parallel.pipeline.stages_per_rank", fixed, f"{pipeline.schedule} fixes it"),
+        ("resilience.check_replicas_every", not copied, "no rank holds a copy of what another does"),
+        ("precision.float8.all_gather", cut == 1 and parallel.tp == 1, "no weights are cut, and no activations"),
+        ("parallel.cp_method", parallel.cp == 1, "parallel.cp is 1"),
+        ("parallel.async_tp", parallel.tp == 1, "parallel.tp is 1"),
+        ("parallel.zero_stage", uncut and stage > 0, "every rank is a copy: there is none to cut over"),
+        ("parallel.prefetch", stage == 0 or uncut, "no weights are cut, so none are gathered"),
+        ("parallel.dp_shard", stage == 0 and parallel.dp_shard > 1, "in stage 0 nothing is cut, its ranks are copies"),
+    ]

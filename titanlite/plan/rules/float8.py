@@ -6,16 +6,7 @@ from collections.abc import Iterator
 
 from titanlite.errors import Finding
 from titanlite.models.spec import is_named_by
-from titanlite.plan.float8 import (
-    SETTINGS,
-    LinearDecision,
-    aligned,
-    decide_linears,
-    format_gathers,
-    mean_size,
-    plan_gathers,
-    summarize_linears,
-)
+from titanlite.plan import float8
 from titanlite.plan.layout import layout_of
 from titanlite.plan.placement import GroupRank, find_placements, local_shape, pattern_of
 from titanlite.plan.rules.layout import cuts
@@ -29,7 +20,7 @@ def nothing_converted(recipe: Recipe, world: int) -> Iterator[Finding]:
     found = _decisions(recipe, world)
     if found and all(each.skipped is not None for each in found):
         fix = "lower min_size or shorten exclude, or write enabled = false."
-        yield warning("precision.float8.enabled", f"{summarize_linears(found)};", fix)
+        yield warning("precision.float8.enabled", f"{float8.summarize_linears(found)};", fix)
 
 
 def exclusions(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -48,21 +39,20 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
     """
     tp, section, spec = recipe.parallel.tp, recipe.precision.float8, find_spec(recipe)
     converted = {pattern_of(f"{each.name}.weight"): each for each in _decisions(recipe, world) if each.skipped is None}
-    takes = SETTINGS[section.recipe].alignment
+    takes = float8.SETTINGS[section.recipe].alignment
     if spec is None or tp == 1:
         return
     cut = find_placements({name: each.shape for name, each in converted.items()}, spec.sharding(find_config(recipe)))
     for name, placement in cut.items():
         whole, module = converted[name].shape, name.removesuffix(".weight")
         parts = {local_shape(whole, placement, GroupRank(rank, tp)) for rank in range(tp)}
-        misfit = next((part for part in sorted(parts) if not aligned(part, section)), None)
+        misfit = next((part for part in sorted(parts) if not float8.aligned(part, section)), None)
         rows, columns = min(parts)
         if misfit is not None:
-            problem = (
-                f"{module} is {misfit[0]} x {misfit[1]} on a rank, and {section.recipe} takes multiples of {takes};"
-            )
+            size = f"{misfit[0]} x {misfit[1]}"
+            problem = f"{module} is {size} on a rank, and {section.recipe} takes multiples of {takes};"
             yield Finding("parallel.tp", problem, f'choose another tp, or add "{module}" to precision.float8.exclude.')
-        elif mean_size(rows, columns) < section.min_size:
+        elif float8.mean_size(rows, columns) < section.min_size:
             problem = f"of {module}, {rows} x {columns} on a rank is less than min_size counts on: float8 costs time;"
             yield warning("precision.float8.exclude", problem, f'add "{module}".')
 
@@ -74,21 +64,18 @@ def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
     if spec is None or layout is None or not section.all_gather or not _decisions(recipe, world):
         return
     cut = layout.weights(recipe.parallel.zero_stage)[1] > 1
-    if cut and SETTINGS[section.recipe].sent_weights is None:
+    if cut and float8.SETTINGS[section.recipe].sent_weights is None:
         problem = f"weights of {section.recipe} travel in the compute dtype: a cast of their rows would take bits;"
         yield warning(key, problem, "for float8, choose tensorwise or rowwise_with_hp_grad_weight.")
-    found = plan_gathers(spec, find_config(recipe), section) if layout.tp > 1 else ()
+    found = float8.plan_gathers(spec, find_config(recipe), section) if layout.tp > 1 else ()
     if found and all(each.cast is None for each in found):
-        yield warning(
-            key,
-            f"over tp nothing travels in float8: {'; '.join(format_gathers(found))};",
-            "for that, choose tensorwise and have the linears that share an input converted together.",
-        )
+        fix = "for that, choose tensorwise and have the linears that share an input converted together."
+        yield warning(key, f"over tp nothing travels in float8: {'; '.join(float8.format_gathers(found))};", fix)
 
 
-def _decisions(recipe: Recipe, world: int) -> tuple[LinearDecision, ...]:
+def _decisions(recipe: Recipe, world: int) -> tuple[float8.LinearDecision, ...]:
     """None where the model's sizes do not fit together, which other rules report."""
     spec = find_spec(recipe)
     if spec is None or any(next(rule(recipe, world), None) for rule in (heads, cuts)):
         return ()
-    return decide_linears(spec, find_config(recipe), recipe.precision.float8)
+    return float8.decide_linears(spec, find_config(recipe), recipe.precision.float8)

@@ -1,4 +1,4 @@
-"""Rules about `[parallel]`: the mesh, who shares matrices and sequences, and how the batch falls on the ranks."""
+"""Rules about `[parallel]`: the mesh, who shares matrices, sequences and the batch, stages and their schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titanlite.plan.layout import batch_plan, ceil_div, layout_of
 from titanlite.plan.placement import find_placements, pattern_of
 from titanlite.plan.rules.lookup import divisors, find_config, find_spec, warning
 from titanlite.plan.rules.run import heads
-from titanlite.plan.stages import splits_backward
+from titanlite.plan.stages import IN_ROUNDS, fixes_stages, splits_backward, stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_batch, join_choices, pluralize
 
@@ -35,20 +35,17 @@ def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
     given = {name: degree for name, degree in degrees.items() if degree > 1}
     asked = prod(given.values())
     fitting = {name: world // rest for name in given if world % (rest := asked // given[name]) == 0}
-    open_ended = parallel.dp_shard == -1
-    if open_ended:
-        fixes = [f"{name} = {join_choices(divisors(room))}" for name, room in fitting.items()]
-        start = f"start a multiple of {asked} ranks (titanlite check --world {asked})"
-    else:
-        fixes = [f"{name} = {room}" for name, room in fitting.items()]
-        if world % (asked // max(parallel.dp_shard, 1)) == 0:
-            fixes = ["dp_shard = -1 for all that are left"]
-        start = f"start {pluralize(asked, 'rank')} (titanlite check --world {asked})"
     product = " x ".join(f"{name} {degree}" for name, degree in given.items()) or "dp_shard 1"
     problem = f"{product} = {asked}" if len(given) > 1 else product
-    verb = "does not divide" if open_ended else "does not give"
-    key = "dp_shard" if not open_ended else next(iter(fitting or given))
-    fix = f"write {', or '.join(fixes)}; or {start}." if fixes else f"{start}."
+    if parallel.dp_shard == -1:
+        key, verb, ranks = next(iter(fitting or given)), "does not divide", f"a multiple of {asked} ranks"
+        fixes = [f"{name} = {join_choices(divisors(room))}" for name, room in fitting.items()]
+    else:
+        key, verb, ranks = "dp_shard", "does not give", pluralize(asked, "rank")
+        open_ended = world % (asked // max(parallel.dp_shard, 1)) == 0
+        fixes = ["dp_shard = -1"] if open_ended else [f"{name} = {room}" for name, room in fitting.items()]
+    others = f"write {', or '.join(fixes)}; or " if fixes else ""
+    fix = f"{others}start {ranks} (titanlite check --world {asked})."
     yield Finding(f"parallel.{key}", f"{problem} {verb} {pluralize(world, 'rank')};", fix)
 
 
@@ -81,9 +78,7 @@ def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
             names.setdefault(placement.units, []).append(name.removesuffix(".weight").rpartition(".")[2])
     for units, modules in names.items():
         idle = 1 - units / (ceil_div(units, tp) * tp)
-        problem = (
-            f"{units} parts of {', '.join(modules)} are dealt out to {tp} ranks: {idle:.1%} of their time is waiting;"
-        )
+        problem = f"{units} parts of {', '.join(modules)} on {tp} ranks: {idle:.1%} of their time is waiting;"
         even = [degree for degree in divisors(units) if degree <= spec.cut_limit(config)]
         yield warning("parallel.tp", problem, f"{join_choices(even)} would be even.")
 
@@ -92,31 +87,20 @@ def sequences(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Ranks that share a sequence have parts of the same length."""
     cp, tp, length = recipe.parallel.cp, recipe.parallel.tp, recipe.training.sequence_length
     parts = cp * lcm(2, tp) if cp > 1 else tp
-    if length % parts == 0:
-        return
-    if cp == 1:
-        problem = f"{length} tokens cannot be shared out evenly to tp = {tp} ranks;"
-    else:
-        ranks = f"cp = {cp}" if tp == 1 else f"cp = {cp} x tp = {tp}"
-        problem = (
-            f"{length} tokens cannot be cut into {parts} parts: for {ranks} ranks, each with two ends of the text;"
-        )
-    fix = f"choose a multiple of {parts}, such as {ceil_div(length, parts) * parts}."
-    yield Finding("training.sequence_length", problem, fix)
+    if length % parts:
+        ends = ", each with two ends of the text" if cp > 1 else ""
+        problem = f"{length} tokens cannot be cut into {parts} parts, for cp = {cp} x tp = {tp} ranks{ends};"
+        fix = f"choose a multiple of {parts}, such as {ceil_div(length, parts) * parts}."
+        yield Finding("training.sequence_length", problem, fix)
 
 
 def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Tensor parallelism communicates within every block: it belongs inside one machine."""
-    tp, most = recipe.parallel.tp, RANKS_IN_A_MACHINE
-    if tp > most:
-        problem = f"{tp} ranks are more than the {most} devices of most machines, and every block would wait for the"
-        fix = f"if yours have fewer than {tp}, use pp or dp_shard."
-        yield warning("parallel.tp", f"{problem} network between machines;", fix)
-    elif world > most and most % tp:
-        problem = f"groups of {tp} do not fill machines of {most} devices, and in those that lie across two every block"
-        yield warning(
-            "parallel.tp", f"{problem} waits for the network;", "use a degree that divides a machine's devices."
-        )
+    tp = recipe.parallel.tp
+    if world > RANKS_IN_A_MACHINE and RANKS_IN_A_MACHINE % tp:
+        problem = f"groups of {tp} ranks lie across machines of {RANKS_IN_A_MACHINE} devices, as most have, and every"
+        fix = "use a degree that divides a machine's devices, and pp or dp_shard between machines."
+        yield warning("parallel.tp", f"{problem} block would wait for the network;", fix)
 
 
 def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -130,11 +114,11 @@ def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
         copies = ((layout.dp_replicate * each, layout.dp_shard // each) for each in divisors(layout.dp_shard))
         meshes = (replace(layout, dp_replicate=one, dp_shard=other) for one, other in copies)
         fits = next((each for each in meshes if count_parts(recipe, spec, each) <= most), None)
-        fix = "give a smaller model, or fewer ranks."
-        if fits is not None:
+        if fits is None:
+            yield Finding("model", problem, "give a smaller model, or fewer ranks.")
+        else:
             degrees = f"dp_replicate = {fits.dp_replicate}, dp_shard = {fits.dp_shard}"
-            fix = f"cut the weights over fewer ranks, such as by {degrees}."
-        yield Finding("parallel.dp_replicate" if fits else "model", problem, fix)
+            yield Finding("parallel.dp_replicate", problem, f"cut the weights over fewer ranks, such as by {degrees}.")
 
 
 def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -146,9 +130,7 @@ def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:
     halved = layout.pp > 1 and splits_backward(parallel.pipeline.schedule)
     waits = parallel.zero_stage <= 1 or halved or layout.dp_replicate > 1
     if (layout.data_ranks * layout.cp > 1 or parallel.offload) and passes > 1 and waits:
-        problem = (
-            f"gradients of {passes} microbatches add up in bfloat16 before they are sent, and lose small summands;"
-        )
+        problem = f"gradients of {passes} microbatches add up in bfloat16 before they are sent: small ones are lost;"
         yield warning("precision.reduce", problem, "write float32, or have zero_stage = 2 or 3 without dp_replicate.")
 
 
@@ -164,15 +146,12 @@ def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
     share = ceil_div(training.global_batch, ranks)
     waste = f"{(computed - training.global_batch) / computed:.0%} are padding;"
     problem = f"{format_batch(ranks, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
-    if share % plan.microbatch and training.microbatch is not None:
-        fix = f"a microbatch that divides a rank's share of {share} wastes nothing."
-        yield warning("training.microbatch", problem, fix)
-    elif plan.microbatches * plan.microbatch > share:
-        fix = f"a number that divides a rank's share of {share} wastes nothing."
-        yield warning("parallel.pipeline.microbatches", problem, fix)
+    if plan.microbatches * plan.microbatch == share:
+        fix = f"the next batch that {ranks} ranks share evenly is {share * ranks}."
+        yield warning("training.global_batch", problem, fix)
     else:
-        even = ceil_div(training.global_batch, ranks) * ranks
-        yield warning("training.global_batch", problem, f"the next batch that {ranks} ranks share evenly is {even}.")
+        key = "parallel.pipeline.microbatches" if training.microbatch is None else "training.microbatch"
+        yield warning(key, problem, f"a number that divides a rank's share of {share} wastes nothing.")
 
 
 def microbatches(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -187,3 +166,47 @@ def microbatches(recipe: Recipe, world: int) -> Iterator[Finding]:
         cut = f"{pluralize(share, 'sequence')} makes {pluralize(made, 'microbatch')} of {size}"
         fix = "leave it out, or training.microbatch."
         yield Finding("parallel.pipeline.microbatches", f"a rank's share of {cut}, not {wanted};", fix)
+
+
+def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Each stage has a part of the model."""
+    spec, layout, section = find_spec(recipe), layout_of(recipe.parallel, world), recipe.parallel.pipeline
+    if spec is None or layout is None or layout.pp == 1:
+        return
+    pieces = len(spec.pieces(find_config(recipe), recipe.training.sequence_length))
+    number, blocks, given = layout.pp * stages_per_rank(section), pieces - 2, section.blocks_per_stage
+    if given is None and number > pieces:
+        problem = f"{number} stages ({layout.pp} ranks x {stages_per_rank(section)}) are more than {blocks} blocks,"
+        key = "parallel.pp" if fixes_stages(section.schedule) else "parallel.pipeline.stages_per_rank"
+        yield Finding(key, f"{problem} the embedding and the head can fill;", f"have at most {pieces} stages.")
+    if given is None:
+        return
+    key, fix = "parallel.pipeline.blocks_per_stage", f"give {number} numbers that add up to {blocks}, or leave it out."
+    if len(given) != number:
+        problem = f"{len(given)} stages are given where {section.schedule} on {layout.pp} ranks has {number};"
+        yield Finding(key, problem, fix)
+    elif sum(given) != blocks:
+        problem = f"{' + '.join(map(str, given))} = {sum(given)} blocks, and the model has {blocks};"
+        yield Finding(key, problem, fix)
+    elif not all(given[1:-1]):
+        fix = "only the first (with the embedding) and the last (with the head) can do without blocks."
+        yield Finding(key, f"stage {given.index(0, 1)} would be empty;", fix)
+
+
+def rounds(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """The schedule can go through a rank's microbatches."""
+    layout, schedule = layout_of(recipe.parallel, world), recipe.parallel.pipeline.schedule
+    if layout is None or layout.pp == 1:
+        return
+    pp, number = layout.pp, batch_plan(recipe, layout, 0).microbatches
+    if takes_microbatches(schedule, pp, number):
+        return
+    if schedule in IN_ROUNDS:
+        rounds = number // pp
+        more = min((number // rounds + 1) * rounds, pp * (rounds + 1))
+        problem = f"{schedule} goes through {number} microbatches in {rounds} rounds, which do not divide them;"
+    else:
+        more = pp if schedule == "1F1B" else 2 * pp
+        problem = f"{schedule} on {pp} ranks fills its stages with {more} microbatches or more, not {number};"
+    fix = f"have {more}: by a smaller training.microbatch or another global_batch."
+    yield Finding("parallel.pipeline.microbatches", problem, fix)

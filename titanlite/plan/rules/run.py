@@ -81,9 +81,8 @@ def rope(recipe: Recipe, world: int) -> Iterator[Finding]:
     """The two bounds of the frequency scaling are in order."""
     scaling = recipe.model.rope_scaling
     if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
-        problem = f"low_freq_factor {scaling.low_freq_factor:g} must be below high_freq_factor"
-        fix = "Llama 3.1 has 1 and 4."
-        yield Finding("model.rope_scaling.low_freq_factor", f"{problem} {scaling.high_freq_factor:g};", fix)
+        problem = f"{scaling.low_freq_factor:g} must be below high_freq_factor {scaling.high_freq_factor:g};"
+        yield Finding("model.rope_scaling.low_freq_factor", problem, "Llama 3.1 has 1 and 4.")
 
 
 def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -145,9 +144,8 @@ def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
             problem = f"{value:g} becomes {'0' if value < 1 else 'infinite'} in {name}, which it is used in;"
             yield Finding(key, problem, f"write a number from {least:.3g} to {most:.3g}.")
         elif key.startswith("optimizer.") and 0 < 1 - value < unit:
-            yield Finding(
-                key, f"{value!r} becomes 1 in {name}: nothing new would count;", f"write {1 - unit!r} at most."
-            )
+            problem = f"{value!r} becomes 1 in {name}: nothing new would count;"
+            yield Finding(key, problem, f"write {1 - unit!r} at most.")
 
 
 _FORMATS = {"float32": (2.0**-126, (2 - 2.0**-23) * 2.0**127, 2.0**-24), "float64": (2.0**-1022, math.inf, 2.0**-53)}
@@ -162,7 +160,7 @@ def _floats(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
         for each in value:
             yield from _floats(each, key)
     elif isinstance(value, BaseModel | list | dict):
-        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else value
+        items = enumerate(value) if isinstance(value, list) else dict(value).items()
         for name, each in items:
             yield from _floats(each, f"{key}.{name}" if key else str(name))
 
