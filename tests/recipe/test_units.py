@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.recipe.units import parse_count
+from titanlite.recipe.sections import parse_count
 from titanlite.text import format_bytes, format_count
 
 

@@ -1,7 +1,4 @@
-"""`titanlite check`: what a run will be, and what is wrong with it, before any device is touched.
-
-The rules are in `rules`, the numbers in `plan/describe.py`; this is the command, and how they are printed.
-"""
+"""`titanlite check`: what a run will be, and what is wrong with it, before any device is touched."""
 
 from __future__ import annotations
 
@@ -26,14 +23,13 @@ from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
-from titanlite.text import format_batch, format_bytes, format_count, format_shape, pluralize
+from titanlite.text import format_batch, format_bytes, format_count, format_shape, format_table, pluralize
 
 
 def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
     """The warnings about a loaded recipe, with file and line. Raises `RecipeError` with all errors if there are any."""
     findings = loaded.locate(apply_rules(loaded.recipe, world))
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
+    if errors := [finding for finding in findings if finding.severity == "error"]:
         raise RecipeError(errors)
     return findings
 
@@ -43,8 +39,7 @@ def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | No
     run = describe_run(recipe, world)
     rows = [*_model_rows(run), *_data_rows(data or survey(recipe.data)[0], recipe, run), *_batch_rows(run)]
     rows += [*_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]
-    width = max(len(title) for title, _ in rows)
-    return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+    return "\n".join(format_table(rows))
 
 
 Rows = Iterator[tuple[str, str]]
@@ -149,7 +144,6 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
 
 
 def _product(factors: dict[str, Any] | None) -> str:
-    """How the factors of a product become float8."""
     if factors is None:
         return "in the compute dtype"
     left, right = (f"{factors[side]['format']}, a scale a {factors[side]['scale']}" for side in ("left", "right"))
@@ -158,18 +152,11 @@ def _product(factors: dict[str, Any] | None) -> str:
 
 def main(argv: list[str]) -> int:
     """`titanlite check`: print what a recipe will do, or all that is wrong with it (exit code 2)."""
-    parser = RecipeParser(
-        prog="titanlite check",
-        usage="titanlite check RECIPE [--section.key=value ...] [--world N] [--show-plan | --show-schedule |"
-        " --dry-run [--rank R]] [--json] | --explain KEY",
-        description="Say what a run will be, and what is wrong with its recipe. Touches no device.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", nargs="?", help="recipe file (TOML)")
+    usage = "[--world N] [--show-plan | --show-schedule | --dry-run [--rank R]] [--json] | --explain KEY"
+    description = "Say what a run will be, and what is wrong with its recipe. Touches no device."
+    parser = RecipeParser("check", usage, description, nargs="?")
     started = launch_environment_or_default().size
-    parser.add_argument(
-        "--world", type=int, default=started, metavar="N", help="ranks (devices) the run would have; as many as started"
-    )
+    parser.add_argument("--world", type=int, default=started, metavar="N", help="ranks (devices); as many as started")
     parser.add_argument("--show-plan", action="store_true", help="how tp and cp share the model, module by module")
     parser.add_argument("--show-schedule", action="store_true", help="what each rank of a pipeline does when")
     parser.add_argument("--dry-run", action="store_true", help="run a rank's program on fake tensors: messages, memory")

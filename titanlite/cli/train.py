@@ -18,45 +18,31 @@ from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_override
 
 def main(argv: list[str]) -> int:
     """`titanlite train`. The recipe is proved before torch is imported: a wrong one is refused at once."""
-    parser = RecipeParser(
-        prog="titanlite train",
-        usage="titanlite train RECIPE [--section.key=value ...] [--resume | --fresh [--force] | --from-step N] "
-        "[--allow-change KEY ...] [--traceback]",
-        description="Train a recipe; goes on from the latest checkpoint if the run folder has one.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", help="recipe file (TOML)")
+    usage = "[--resume | --fresh [--force] | --from-step N] [--allow-change KEY ...] [--traceback]"
+    description = "Train a recipe; goes on from the latest checkpoint if the run folder has one."
+    parser = RecipeParser("train", usage, description)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", action="store_true", help="go on with an existing run; fail if there is none")
     modes.add_argument("--fresh", action="store_true", help="start a new run; fail if the folder holds one")
     modes.add_argument("--from-step", type=int, metavar="N", help="go on from the checkpoint of step N, not the latest")
     parser.add_argument("--force", action="store_true", help="with --fresh: delete the run that the folder holds")
-    parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY", help="recipe key that may differ from the run's"
-    )
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="key that may differ now")
     arguments, overrides = parse_with_overrides(parser, argv)
     resumes = arguments.resume or arguments.from_step is not None
     mode: Mode = "resume" if resumes else "fresh" if arguments.fresh else "auto"
     under = torchrun_environment()
-    start = Start(
-        mode,
-        arguments.force,
-        tuple(arguments.allow_change),
-        arguments.from_step,
-        restarted=under is not None and under.restarts > 0,
-        job=under.names if under else (),
-    )
-    _require_keys(start.may_change)
+    restarted, job = (under.restarts > 0, under.names) if under else (False, ())
+    may_change = tuple(arguments.allow_change)
+    start = Start(mode, arguments.force, may_change, arguments.from_step, restarted=restarted, job=job)
+    _require_keys(may_change)
     if arguments.force and not arguments.fresh:
-        raise CommandLineError(
-            "--force does nothing without --fresh: with it, it deletes the run that the folder holds."
-        )
-    loaded = load_recipe(arguments.recipe, overrides)
-    warnings = check_recipe(loaded, launch_environment().size)
-    if launch_environment().is_first:
+        raise CommandLineError("--force does nothing without --fresh, with which it deletes the run in the folder.")
+    loaded, launch = load_recipe(arguments.recipe, overrides), launch_environment()
+    warnings = check_recipe(loaded, launch.size)
+    if launch.is_first:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    if launch_environment().rank >= active_ranks(loaded.recipe, launch_environment().size):
+    if launch.rank >= active_ranks(loaded.recipe, launch.size):
         from titanlite.parallel.world import stand_by
         from titanlite.training.setup import open_run_data
 

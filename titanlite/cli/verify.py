@@ -15,7 +15,7 @@ from titanlite.plan.layout import active_ranks
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.load import RecipeParser, load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
-from titanlite.text import format_count
+from titanlite.text import format_count, format_table
 from titanlite.verify.shrink import shrink
 from titanlite.verify.verdict import Comparison, NumberDifference, first_difference
 
@@ -24,19 +24,14 @@ _LEAST_TIMEOUT_SECONDS = 600.0
 
 _MOST_STEPS = 1000
 
-_NO_FLOAT8 = "float8 is left out: products are compared in the compute dtype (docs/float8.md)"
-
 
 def main(argv: list[str]) -> int:
     """`titanlite verify`: 0 if the layout computes what one process does, else `GuardStop` (exit code 3)."""
-    parser = RecipeParser(
-        prog="titanlite verify",
-        usage="titanlite verify RECIPE [--section.key=value ...] [--steps N] [--json]",
-        description="Prove on these machines that the recipe's layout computes what one process does, with a small "
-        "model of the same structure. Start it as you would start the training: alone, under torchrun or srun.",
-        allow_abbrev=False,
+    description = (
+        "Prove on these machines that the recipe's layout computes what one process does, with a small model of the "
+        "same structure. Start it as you would start the training: alone, under torchrun or srun."
     )
-    parser.add_argument("recipe", help="recipe file (TOML)")
+    parser = RecipeParser("verify", "[--steps N] [--json]", description)
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="optimizer steps to compare (4)")
     parser.add_argument("--json", action="store_true", help="print an object instead of tables")
     arguments, overrides = parse_with_overrides(parser, argv)
@@ -45,12 +40,13 @@ def main(argv: list[str]) -> int:
     launch = launch_environment()
     loaded = load_recipe(arguments.recipe, overrides)
     check_recipe(loaded, launch.size)
-    if (active := active_ranks(loaded.recipe, launch.size)) < launch.size:
+    recipe = loaded.recipe
+    if (active := active_ranks(recipe, launch.size)) < launch.size:
         raise CommandLineError(f"the layout has places for {active} ranks; start {active}: here, none stands by.")
-    small = shrink(loaded.recipe, launch.size, arguments.steps)
+    small = shrink(recipe, launch.size, arguments.steps)
     errors = [finding for finding in apply_rules(small, launch.size) if finding.severity == "error"]
     assert not errors, f"shrinking made a legal recipe illegal: {errors}"
-    notes = [_NO_FLOAT8] if loaded.recipe.precision.float8.enabled else []
+    notes = ["float8 is left out: products are compared in the compute dtype"] * recipe.precision.float8.enabled
     if notes and launch.is_first:
         print(*notes, file=sys.stderr)
     found = verify(small, report=launch.is_first and not arguments.json)
@@ -114,20 +110,18 @@ def _header(recipe: Recipe, world: int, device: str) -> Iterator[str]:
     yield f"training   {run['steps']} steps of {batch}, {recipe.optimizer.name}"
 
 
-_COLUMNS = "{:>4}  {:>12} {:>12} {:>8}  {:>12} {:>12} {:>8}  {:>8} {:>8} {}"
-_HEAD = ("step", "loss", "reference", "apart", "grad norm", "reference", "apart", "weights", "allowed")
-
-
 def _table(found: Comparison) -> Iterator[str]:
     allowed = found.tolerance
     explained = f"{allowed.loss:.1e} of the loss, {allowed.grad_norm:.1e} of the gradient norm"
     yield f"{found.compute}: rounding explains {explained}"
     yield from found.notes
-    yield _COLUMNS.format(*_HEAD, "the weight that differs most")
+    compared = ("loss", "reference", "apart", "grad norm", "reference", "apart")
+    rows: list[tuple[str, ...]] = [("step", *compared, "weights", "allowed", "the weight that differs most")]
     for row in found.rows:
         numbers = [*_format_number(row.loss), *_format_number(row.grad_norm)] if row.step else [""] * 6
         weight = row.weight
-        yield _COLUMNS.format(row.step, *numbers, f"{weight.difference:.1e}", f"{weight.allowed:.1e}", weight.name)
+        rows.append((str(row.step), *numbers, f"{weight.difference:.1e}", f"{weight.allowed:.1e}", weight.name))
+    yield from format_table(rows, right=range(9))
 
 
 def _format_number(number: NumberDifference) -> tuple[str, str, str]:

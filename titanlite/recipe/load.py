@@ -91,14 +91,13 @@ def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
         values = _merge(_drop_other_amount(values, layer.values), layer.values)
     if failures := list(_plugin_failures(values, stored, str(path))):
         raise RecipeError(findings + [_locate(failure, layers, str(path)) for failure in failures])
-    recipe = None
     try:
         recipe = recipe_class().model_validate(values)
     except ValidationError as error:
         faults = [_locate(fault, layers, str(path)) for fault in to_findings(error, values)]
         order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
         findings += sorted(faults, key=lambda fault: (order.index(fault.file), fault.line))
-    if findings or recipe is None:
+    if findings:
         raise RecipeError(findings)
     return LoadedRecipe(recipe, path, to_toml(recipe), layers)
 
@@ -122,6 +121,11 @@ def plugin_modules(values: Mapping[str, Any]) -> list[str]:
 
 class RecipeParser(argparse.ArgumentParser):
     """Of a command that takes a recipe; raises `CommandLineError`, where argparse would print on every rank."""
+
+    def __init__(self, command: str, usage: str, description: str, *, nargs: str | None = None) -> None:
+        prog, recipe = f"titanlite {command}", "RECIPE [--section.key=value ...]"
+        super().__init__(prog, f"{prog} {recipe} {usage}", description, allow_abbrev=False)
+        self.add_argument("recipe", nargs=nargs, help="recipe file (TOML)")
 
     def error(self, message: str) -> NoReturn:
         raise CommandLineError(f"{message}\n{self.format_usage().rstrip()}")
@@ -160,8 +164,7 @@ def to_toml(recipe: Recipe) -> str:
 def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with its old and new value; None stands for an absent one."""
     before, after = dict(_flat(old)), dict(_flat(new))
-    keys = [*before, *(key for key in after if key not in before)]
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
 
 
 def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,14 +6,51 @@ JSON schema are made from it. Rules that need more than one key live in `titanli
 
 from __future__ import annotations
 
+import fractions
 import functools
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from titanlite.recipe.paths import check_name, check_path
-from titanlite.recipe.units import Count, fits_64_bits
 
+
+def fits_64_bits(value: int) -> int:
+    """`value` as it is. Raises `ValueError` where TOML's integers, and torch's, end."""
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value} does not fit into 64 bits; write a smaller number.")
+    return value
+
+
+def parse_count(value: Any) -> Any:
+    """An integer, or a string such as `"2_000_000"`, `"2.5M"` or `"100B"`, as an integer.
+
+    Anything else is returned as it is, for the schema to refuse. Raises `ValueError` for a string that is no whole
+    count.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_]{,99}(?:\.[0-9]{1,99})?)\s*([KMBT]?)", value.strip())
+    if match is None:
+        problem = f"'{value[:60]}' is not a count; write a whole number, or one with K, M, B or T such as '2.5M'"
+        raise ValueError(problem)
+    count = fractions.Fraction(match[1].replace("_", "")) * 1000 ** " KMBT".index(match[2] or " ")
+    if count.denominator != 1:
+        raise ValueError(f"'{value}' is not a whole number")
+    return int(count)
+
+
+_COUNT_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?\s*[KMBT]?$", "examples": ["100B"]},
+    ]
+}
+Count = Annotated[
+    int, BeforeValidator(parse_count), AfterValidator(fits_64_bits), Field(ge=1), WithJsonSchema(_COUNT_SCHEMA)
+]
+"""A positive count that a recipe may write as `"100B"`."""
 Positive = Annotated[int, Field(ge=1), AfterValidator(fits_64_bits)]
 NonNegative = Annotated[int, Field(ge=0), AfterValidator(fits_64_bits)]
 PositiveFloat = Annotated[float, Field(gt=0)]
