@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,12 +252,10 @@ def _join(
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
     first_ones = _first_of_equals(parts) if request.drop_duplicates else None
-    writers: dict[Path, TokenWriter] = {}
     text_bytes = dict.fromkeys(request.outputs, 0)
     progress.begin("joining", sum(part.summary["token_bytes"] for part in parts), 0)
-    try:
-        for prefix in request.outputs:
-            writers[prefix] = TokenWriter(prefix, tokenizer.vocab_size)
+    with ExitStack() as stack:
+        writers = {prefix: stack.enter_context(TokenWriter(prefix, tokenizer.vocab_size)) for prefix in request.outputs}
         at = 0
         for part in parts:
             records = part.load()
@@ -282,10 +280,6 @@ def _join(
             "sources": _sources(request.inputs, units, parts, files),
         }  # fmt: skip
         return {prefix: writer.commit(text_bytes=text_bytes[prefix], **shared) for prefix, writer in writers.items()}
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
 
 
 def _first_of_equals(parts: Sequence[PartFile]) -> npt.NDArray[np.bool_]:

@@ -7,10 +7,9 @@ In ours a document is one sequence (more only beyond 2^31 tokens) and ends with 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +18,15 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from titanlite.corpus.file_array import RESTORE, FileArray, OpenFile
 from titanlite.corpus.tokenizers import Tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import replace_file, sync, sync_path, write_all
+from titanlite.files import replace_file, replacing, write_all
 from titanlite.recipe.paths import expand
 
-FORMAT: Final = "titanlite-tokens"
 VERSION: Final = 1
-
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
@@ -46,13 +43,11 @@ BLOCK = 2**20
 Int64 = npt.NDArray[np.int64]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class _Section(BaseModel, extra="forbid", strict=True, frozen=True):
+    """Of a sidecar."""
 
 
 class TokenizerInfo(_Section):
-    """The tokenizer that a file was made with."""
-
     name: str
     fingerprint: str
     vocab_size: int = Field(ge=1)
@@ -134,10 +129,9 @@ class Index:
 
     def __getitem__(self, key: Any) -> Any:
         first, last = replace(self.sequences, count=len(self))[key], len(self.pointers) - 1
-        begins = self.pointers[np.clip(first, 0, last)] // self.dtype.itemsize
-        begins = np.where(first < 0, -1, begins)  # damage, which is for those who look to name
-        end = self.end // self.dtype.itemsize
-        return np.where(first > last, end, begins)  # a document without sequences, at the end of the file
+        begins = self.pointers[np.clip(first, 0, last)]
+        begins = np.where(first > last, self.end, begins) // self.dtype.itemsize  # of no sequences, at the file's end
+        return np.where(first < 0, -1, begins)  # damage, which is for those who look to name
 
     @cached_property
     def end(self) -> int:
@@ -166,17 +160,18 @@ class TokenFile:
         if prefix.suffix in (".bin", ".idx"):
             prefix = prefix.with_suffix("")
         paths = paths_of(prefix)
-        with _reading(paths):
+        try:
             index = _open_index(paths.idx)
             file = OpenFile(paths.bin)
             _require_ends(paths, file.size, index)
             tokens = FileArray(file, 0, index.dtype, file.size // index.dtype.itemsize)
             info = _read_sidecar(paths, tokens, index.lengths.file.size) if paths.sidecar.exists() else None
+        except OSError as error:
+            raise DataError(f"{error.filename or paths.bin}: {_why_refused(paths, error)}") from error
         return cls(prefix, tokens, index, info)
 
     def __reduce__(self) -> Any:
-        """Another process opens it anew."""
-        return TokenFile.open, (self.prefix,)
+        return TokenFile.open, (self.prefix,)  # another process opens it anew
 
     @property
     def index(self) -> OpenFile:
@@ -189,7 +184,7 @@ class TokenFile:
     @property
     def fingerprint(self) -> str:
         """Equal where all tokens are; of a foreign file, where its size, its first and its last tokens are."""
-        if self.info is not None:
+        if self.info:
             return self.info.bin_xxh3_64
         seen = xxhash.xxh3_64(f"{len(self.tokens)} {self.documents} {self.tokens.dtype}".encode())
         for block in (self.tokens[:BLOCK], self.tokens[-BLOCK:]):
@@ -218,19 +213,17 @@ class TokenFile:
         A foreign file does not say which it is of: its first and last documents must end with the separator and have
         no ids beyond the vocabulary.
         """
-        if self.info is not None:
-            of = self.info.tokenizer
-            if of.fingerprint != tokenizer.fingerprint:
-                raise DataError(
-                    f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer '{of.name}' ({of.vocab_size:,} ids, "
-                    f"fingerprint {of.fingerprint}), not of '{name}' ({tokenizer.vocab_size:,} ids, fingerprint "
-                    f"{tokenizer.fingerprint}); set data.tokenizer, separator and special_tokens as for it, or "
-                    f"prepare the texts again with --tokenizer {name}, --separator and --special-token."
-                )
-            return
-        for first in {0, max(0, self.documents - LOOKED_AT)}:
-            last = min(first + LOOKED_AT, self.documents)
-            self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator)
+        if self.info is None:
+            for first in {0, max(0, self.documents - LOOKED_AT)}:
+                last = min(first + LOOKED_AT, self.documents)
+                self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator)
+        elif (of := self.info.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer '{of.name}' ({of.vocab_size:,} ids, "
+                f"fingerprint {of.fingerprint}), not of '{name}' ({tokenizer.vocab_size:,} ids, fingerprint "
+                f"{tokenizer.fingerprint}); set data.tokenizer, separator and special_tokens as for it, or "
+                f"prepare the texts again with --tokenizer {name}, --separator and --special-token."
+            )
 
     def verify_hashes(self, pause: Callable[[float], bool] = lambda _: False) -> None:
         """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of.
@@ -244,9 +237,7 @@ class TokenFile:
                 raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")
 
     def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int) -> None:
-        """Documents `first` to `stop` end with the separator, if they hold anything, and the first `BLOCK` of their ids
-        are of the vocabulary.
-        """
+        """Of documents `first` to `stop` require the separator at the end, and of their first `BLOCK` ids the range."""
         paths = paths_of(self.prefix)
         begins = np.asarray(self.starts[first:stop])
         end = int(self.starts[stop]) if stop < self.documents else len(self.tokens)
@@ -276,7 +267,7 @@ class TokenFile:
 class TokenWriter:
     """Writes a token file under hidden names beside it; nothing is seen of it before `commit`.
 
-    Methods raise `OSError` if the disk refuses; `abandon` then clears away what is there.
+    Used by `with`, which on an error clears away what is there. Methods raise `OSError` if the disk refuses.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -288,7 +279,14 @@ class TokenWriter:
         self._sequences: list[Int64] = []  # how many each document takes
         self._histogram = np.zeros(64, np.int64)
         self._tokens = self._counted = 0
-        self._bin = open(_hidden(self._paths.bin), "wb", buffering=0)  # noqa: SIM115 - see `commit` and `abandon`
+        self._stack = ExitStack()
+        self._bin = self._stack.enter_context(replacing(self._paths.bin))
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def extend(self, tokens: npt.ArrayLike) -> None:
         """The next tokens, flat."""
@@ -318,52 +316,34 @@ class TokenWriter:
         The index comes last: without it nothing, Megatron included, takes the rest for a token file.
         """
         assert self._tokens == self._counted, "every token is in a document"
-        sync(self._bin.fileno(), self._paths.bin)
-        self._bin.close()
-        idx_hash, idx_bytes = self._write_index()
-        sidecar = TokenInfo(
-            format=FORMAT, version=VERSION, **info, dtype=self.dtype.name, documents=self.documents,
-            tokens=self._tokens,
-            lengths={f"2^{power}": int(count) for power, count in enumerate(self._histogram) if count},
-            bin_bytes=self._tokens * self.dtype.itemsize, bin_xxh3_64=self._hash.hexdigest(),
-            idx_bytes=idx_bytes, idx_xxh3_64=idx_hash,
-        )  # fmt: skip
-        self._paths.idx.unlink(missing_ok=True)  # of what is replaced
-        os.replace(_hidden(self._paths.bin), self._paths.bin)
-        replace_file(self._paths.sidecar, sidecar.model_dump_json(indent=1).encode() + b"\n")
-        os.replace(_hidden(self._paths.idx), self._paths.idx)
-        sync_path(self._paths.idx.parent)
+        with replacing(self._paths.idx) as file:
+            digest = xxhash.xxh3_64()
+            for block in self._index_blocks():
+                digest.update(block)
+                write_all(file, memoryview(block))
+            sidecar = TokenInfo(
+                format="titanlite-tokens", version=VERSION, **info, dtype=self.dtype.name, documents=self.documents,
+                tokens=self._tokens,
+                lengths={f"2^{power}": int(count) for power, count in enumerate(self._histogram) if count},
+                bin_bytes=self._tokens * self.dtype.itemsize, bin_xxh3_64=self._hash.hexdigest(),
+                idx_bytes=file.tell(), idx_xxh3_64=digest.hexdigest(),
+            )  # fmt: skip
+            self._paths.idx.unlink(missing_ok=True)  # of what is replaced
+            self._stack.close()  # the .bin appears
+            replace_file(self._paths.sidecar, sidecar.model_dump_json(indent=1).encode() + b"\n")
         return sidecar
 
-    def abandon(self) -> None:
-        """Remove what is not committed."""
-        self._bin.close()
-        for path in (self._paths.bin, self._paths.idx):
-            _hidden(path).unlink(missing_ok=True)
-
-    def _write_index(self) -> tuple[str, int]:
-        """The index under its hidden name; its hash and size."""
-        digest, size = xxhash.xxh3_64(), 0
-        with open(_hidden(self._paths.idx), "wb") as file:
-
-            def put(data: bytes) -> None:
-                nonlocal size
-                digest.update(data)
-                size += file.write(data)
-
-            code = next(code for code, name in TYPES.items() if name == self.dtype.name)
-            sequences = sum(map(len, self._lengths))
-            put(HEADER.pack(MAGIC, VERSION, code, sequences, self.documents + 1))
-            for lengths in self._lengths:
-                put(lengths.astype("<i4").tobytes())
-            for begins in _running(self._lengths):
-                put((begins * self.dtype.itemsize).astype("<i8").tobytes())
-            for begins in _running(self._sequences):
-                put(begins.astype("<i8").tobytes())
-            put(struct.pack("<q", sequences))
-            file.flush()
-            sync(file.fileno(), self._paths.idx)
-        return digest.hexdigest(), size
+    def _index_blocks(self) -> Iterator[bytes]:
+        code = next(code for code, name in TYPES.items() if name == self.dtype.name)
+        sequences = sum(map(len, self._lengths))
+        yield HEADER.pack(MAGIC, VERSION, code, sequences, self.documents + 1)
+        for lengths in self._lengths:
+            yield lengths.astype("<i4").tobytes()
+        for begins in _running(self._lengths):
+            yield (begins * self.dtype.itemsize).astype("<i8").tobytes()
+        for begins in _running(self._sequences):
+            yield begins.astype("<i8").tobytes()
+        yield struct.pack("<q", sequences)
 
 
 def _running(counts: list[Int64]) -> Iterator[Int64]:
@@ -375,24 +355,18 @@ def _running(counts: list[Int64]) -> Iterator[Int64]:
         total = int(ends[-1]) if len(ends) else total
 
 
-@contextmanager
-def _reading(paths: Paths) -> Iterator[None]:
-    """Name what the system refuses to open or read."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if paths.parts.exists():
-            raise DataError(
-                f"{error.filename}: missing: `titanlite data prepare` has not ended for this prefix (its parts are in "
-                f"{paths.parts}); start it again as before, and it goes on."
-            ) from error
-        raise DataError(
-            f"{error.filename}: missing; a token file is {paths.bin.name} and {paths.idx.name}, made by `titanlite "
-            "data prepare` or by Megatron."
-        ) from error
-    except OSError as error:
-        where = error.filename or paths.bin
-        raise DataError(f"{where}: cannot be read ({error.strerror}); mend its permissions or the disk.") from error
+def _why_refused(paths: Paths, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot be read ({error.strerror}); mend its permissions or the disk."
+    if paths.parts.exists():
+        return (
+            "missing: `titanlite data prepare` has not ended for this prefix (its parts are in "
+            f"{paths.parts}); start it again as before, and it goes on."
+        )
+    return (
+        f"missing; a token file is {paths.bin.name} and {paths.idx.name}, made by `titanlite data prepare` or by "
+        "Megatron."
+    )
 
 
 def _open_index(path: Path) -> Index:
@@ -468,7 +442,3 @@ def _read_sidecar(paths: Paths, tokens: FileArray[Any], idx_bytes: int) -> Token
         if found != expected:
             raise DataError(f"{path}: belongs to other files: {what}: {expected} there, {found} here; {RESTORE}")
     return info
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
