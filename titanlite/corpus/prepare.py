@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,8 @@ def prepare(
 ) -> dict[Path, TokenInfo]:
     """Make the token files, or go on where an earlier start of the same request stopped; their sidecars by prefix.
 
-    `files` are those of the inputs, and `tokenizer` is that of the settings. Raises `DataError` for texts that cannot
-    be read and for a disk that takes no more, `UsageError` for what is in the way; parts that are done stay, and serve
-    the next start.
+    `files` are the inputs'. Raises `DataError` for texts that cannot be read and for a disk that takes no more,
+    `UsageError` for what is in the way; parts that are done stay, and serve the next start.
     """
     made_from, out = _hash_request(request, files), request.out
     parts = paths_of(out).parts
@@ -158,11 +158,11 @@ def _finished(
         if not there or (began_before and paths.idx not in there):
             continue
         reason = "" if request.shared else _difference(paths, prefix, made_from, files)
-        if reason and not request.force:
+        if reason and request.force:
+            return None
+        if reason:
             way_out = "Give another --out, or add --force to overwrite it."
             raise UsageError(f"{there[0]} is there already, and {reason}. {way_out}")
-        if reason:
-            return None
     opened = {prefix: TokenFile.open(prefix).info for prefix in request.outputs if paths_of(prefix).idx.exists()}
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 
@@ -189,17 +189,13 @@ def _write_parts(
     with WorkerPool(request.workers) as workers:
         units = _units(files, workers)
         keys = [unit.key(request.settings) for unit in units]
-        there = [part_at(folder, key) for key in keys]
-        missing = [index for index, part in enumerate(there) if part is None]
+        missing = [unit for unit, key in zip(units, keys, strict=True) if part_at(folder, key) is None]
         total = sum(unit.bytes for unit in units)
         progress.message(f"tokenizing {format_bytes(total)} of texts into {request.out}")
-        progress.begin("tokenizing", total, total - sum(units[index].bytes for index in missing))
-        tasks = [(units[index], request.settings, folder) for index in missing]
-        for number, _ in workers.run(write_unit, tasks):
-            index = missing[number]
-            there[index] = part_at(folder, keys[index])
-            progress.advance(units[index].bytes)
-    found = [part for part in there if part is not None]
+        progress.begin("tokenizing", total, total - sum(unit.bytes for unit in missing))
+        for number, _ in workers.run(write_unit, [(unit, request.settings, folder) for unit in missing]):
+            progress.advance(missing[number].bytes)
+    found = [part for key in keys if (part := part_at(folder, key))]
     assert len(found) == len(units), "each unit that is done has its part"
     return units, found
 
@@ -232,13 +228,11 @@ def _units(files: Sequence[Piece], workers: WorkerPool) -> list[Unit]:
 def _count_lines_before(files: Sequence[Piece], parts: Sequence[list[Part]], workers: WorkerPool) -> None:
     """Set `before` of parts of lines."""
     of_lines = [(file.path, cut) for (_, file, _), cut in zip(files, parts, strict=True) if file.format == "lines"]
-    counts = dict(workers.run(count_newlines, [(path, *part[:2]) for path, cut in of_lines for part in cut]))
-    numbers = iter(range(len(counts)))
+    counts = sorted(workers.run(count_newlines, [(path, *part[:2]) for path, cut in of_lines for part in cut]))
+    newlines = (count for _, count in counts)
     for _, cut in of_lines:
-        before = 0
-        for place, part in enumerate(cut):
-            cut[place] = part._replace(before=before)
-            before += counts[next(numbers)]
+        befores = accumulate(islice(newlines, len(cut)), initial=0)
+        cut[:] = [part._replace(before=before) for part, before in zip(cut, befores, strict=False)]
 
 
 def _join(
@@ -266,15 +260,22 @@ def _join(
                 text_bytes[prefix] += int(records["bytes"][chosen].sum())
                 _copy(part, records["tokens"], chosen, writer)
             progress.advance(part.summary["token_bytes"])
-        _require_documents(request, {prefix: writer.documents for prefix, writer in writers.items()})
-        kept_documents = sum(writer.documents for writer in writers.values())
+        total = sum(writer.documents for writer in writers.values())
+        if not total:
+            raise DataError("the inputs hold no text at all; give some with text in it.")
+        if empty := [prefix for prefix, writer in writers.items() if not writer.documents]:
+            raise DataError(
+                f"{'all' if empty[0] == request.out else 'none'} of the {total:,} documents are held out by --held-out "
+                f"(data.validation_percent) {request.settings.held_out_percent:g}, which goes by a hash of their "
+                "names; give more documents, or another percentage."
+            )
         shared: dict[str, Any] = {
             "made_from": made_from,
             "tokenizer": TokenizerInfo(
                 name=request.settings.tokenizer, fingerprint=tokenizer.fingerprint,
                 vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,
             ),
-            "duplicates": at - kept_documents,
+            "duplicates": at - total,
             "bad_lines": sum(part.summary["bad"] for part in parts),
             "bad_line_examples": tuple(line for part in parts for line in part.summary["examples"])[:EXAMPLES],
             "sources": _sources(request.inputs, units, parts, files),
@@ -305,20 +306,6 @@ def _copy(part: PartFile, lengths: Int64, chosen: npt.NDArray[np.bool_], writer:
     writer.end_documents(lengths[chosen])
 
 
-def _require_documents(request: Request, documents: dict[Path, int]) -> None:
-    total = sum(documents.values())
-    if not total:
-        raise DataError("the inputs hold no text at all; give some with text in it.")
-    percent = request.settings.held_out_percent
-    for prefix, count in documents.items():
-        if not count:
-            which = "all" if prefix == request.out else "none"
-            raise DataError(
-                f"{which} of the {total:,} documents are held out by --held-out (data.validation_percent) {percent:g}, "
-                "which goes by a hash of their names; give more documents, or another percentage."
-            )
-
-
 def _sources(
     inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[Piece]
 ) -> tuple[SourceInfo, ...]:
@@ -345,10 +332,12 @@ def texts_folder(run: Run) -> Path:
 def open_tokenized(
     paths: Sequence[str], section: Data, tokenizer: Tokenizer, percent: float, folder: Path
 ) -> tuple[TokenFile, ...] | None:
-    """The files' tokens, and then those of the `percent` held out, if that is not 0; None for what is better read.
+    """Texts of a recipe that are too many to be held in each rank's memory, tokenized once into files that all read: as
+    if they were read, and then those of the `percent` held out, if that is not 0.
 
-    That is small, comes from no files, or is of files that are single documents and all on one side. The first process
-    to come tokenizes, on all cores; others, on other machines too, wait for it. Raises `DataError`.
+    None for what is better read: what is small, comes from no files, or is of files that are single documents and all
+    on one side. The first process to come tokenizes, on all cores; others, on other machines too, wait for it. Raises
+    `DataError`.
     """
     if any(entry in CORPORA for entry in paths):
         return None

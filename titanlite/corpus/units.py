@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,7 @@ RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high",
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, beside the texts, what comes out of them."""
+    """What decides, beside the texts, what comes out."""
 
     tokenizer: str
     separator: str | None
@@ -53,7 +54,6 @@ class Settings:
 
     @property
     def decisive(self) -> list[Any]:
-        """Without what only says where the tokenizer lies."""
         return [self.fingerprint, self.text_key, self.skip_bad_lines, self.held_out_percent]
 
 
@@ -84,9 +84,7 @@ class Unit(NamedTuple):
 
     def key(self, settings: Settings) -> str:
         """Name of its part: a hash of all that decides what is in it."""
-        pieces = [
-            (source - self.source, file.name, str(file.path), *file[2:], part) for source, file, part in self.pieces
-        ]
+        pieces = [(at - self.source, file.name, str(file.path), *file[2:], part) for at, file, part in self.pieces]
         return key_of([PART_VERSION, settings.decisive, pieces])
 
 
@@ -102,8 +100,7 @@ class PartFile:
     tokens: Path
     records: Path
     summary: dict[str, Any]
-    """Its number of documents and bytes of tokens; `bad` lines and `examples` of them; `sources`: which, documents and
-    sum of the texts' hashes of each."""
+    """As `write_part` makes it."""
 
     def load(self) -> npt.NDArray[np.void]:
         """A `RECORD` for each document. Raises `OSError`."""
@@ -115,12 +112,10 @@ def part_at(folder: Path, key: str) -> PartFile | None:
     tokens, records, about = _paths(folder, key)
     try:
         summary = json.loads(about.read_bytes())
-        whole = (
-            tokens.stat().st_size == summary["token_bytes"]
-            and records.stat().st_size == summary["documents"] * RECORD.itemsize
-        )
+        sizes = tokens.stat().st_size, records.stat().st_size
     except (FileNotFoundError, ValueError):
         return None
+    whole = sizes == (summary["token_bytes"], summary["documents"] * RECORD.itemsize)
     return PartFile(tokens, records, summary) if whole else None
 
 
@@ -131,8 +126,8 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
     """
     tokens, records, about = _paths(folder, unit.key(settings))
     bad, dtype = _BadLines(settings.skip_bad_lines), token_dtype(tokenizer.vocab_size)
-    documents = 0
-    sources: dict[int, tuple[int, int]] = {}  # documents, and the sum of their hashes
+    documents: Counter[int] = Counter()  # by source
+    hashes: Counter[int] = Counter()
     writer = f"{os.getpid()}."  # an orphan of an earlier start may be at the same unit
     with replacing(tokens, writer) as token_file, replacing(records, writer) as record_file:
         for source, batch in _batches(unit, settings, bad):
@@ -141,14 +136,14 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
                 write_all(token_file, block.data)
             table = _records_of(texts, ids, settings.held_out_percent)
             write_all(record_file, table.view(np.uint8).data)
-            count, total = sources.get(source, (0, 0))
-            total += (sum(table["high"].tolist()) << 64) + sum(table["low"].tolist())
-            sources[source] = count + len(texts), total % 2**128
-            documents += len(texts)
+            documents[source] += len(texts)
+            hashes[source] += (sum(table["high"].tolist()) << 64) + sum(table["low"].tolist())
         token_bytes = token_file.tell()
     summary = {
-        "documents": documents, "token_bytes": token_bytes, "bad": bad.count, "examples": bad.examples,
-        "sources": [[source - unit.source, count, f"{total:032x}"] for source, (count, total) in sources.items()],
+        "documents": documents.total(), "token_bytes": token_bytes, "bad": bad.count, "examples": bad.examples,
+        "sources": [
+            [source - unit.source, count, f"{hashes[source] % 2**128:032x}"] for source, count in documents.items()
+        ],
     }  # fmt: skip
     replace_file(about, json.dumps(summary).encode())
 

@@ -59,24 +59,18 @@ class WorkerPool:
         waiting = iter(enumerate(tasks))
         running: dict[Future[Any], int] = {}
         failures: dict[int, DataError] = {}
-        free = self._count
         try:
             while True:
-                if not failures:
-                    for number, task in islice(waiting, free):
-                        running[self._executor.submit(function, *task)] = number
+                for number, task in islice(waiting, 0 if failures else self._count - len(running)):
+                    running[self._executor.submit(function, *task)] = number
                 if not running:
                     break
-                done = wait(running, return_when=FIRST_COMPLETED).done
-                free = len(done)
-                for future in done:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     number = running[future]
                     try:
-                        result = future.result()
+                        yield number, future.result()
                     except DataError as error:
                         failures[number] = error
-                    else:
-                        yield number, result
                     del running[future]
         except BrokenProcessPool as error:
             begun = ", ".join(str(tasks[number][0]) for number in sorted(running.values()))
@@ -118,9 +112,6 @@ class Progress:
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._moves = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-        self._what = ""
-        self._total = self._done = self._at_start = 0
-        self._begun = self._printed = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
@@ -136,7 +127,6 @@ class Progress:
             self.message(f"going on: {format_bytes(done)} of {format_bytes(total)} are done")
 
     def advance(self, count: int) -> None:
-        """`count` bytes more are done."""
         self._done += count
         now = time.monotonic()
         if now - self._printed < (MOVING_SECONDS if self._moves else PLAIN_SECONDS):
@@ -151,7 +141,6 @@ class Progress:
         self._print(line, "\r" if self._moves else "\n")
 
     def message(self, text: str) -> None:
-        """A line for the reader."""
         self._print(text, "\n")
 
     def _print(self, text: str, end: str) -> None:

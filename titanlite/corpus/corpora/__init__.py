@@ -108,6 +108,12 @@ def open_unpacked(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[IO[byt
         yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), block_bytes)
 
 
+def read_unpacked(path: Path, limit: int = -1) -> bytes:
+    """The whole of it, or its first `limit` bytes."""
+    with open_unpacked(path, BLOCK_BYTES if limit < 0 else limit) as file:
+        return file.read(limit)
+
+
 @contextmanager
 def wrap_os_errors(path: Path) -> Iterator[None]:
     try:

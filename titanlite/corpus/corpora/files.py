@@ -1,7 +1,4 @@
-"""Which files an entry of the user's names: a path, a glob or a folder each time it is asked.
-
-What is in them is for `formats`.
-"""
+"""Which files an entry of the user's names: a path, a glob or a folder each time it is asked."""
 
 from __future__ import annotations
 
@@ -24,14 +21,11 @@ from titanlite.registry import did_you_mean
 
 
 class FoundFile(NamedTuple):
-    """A file that an entry names."""
-
     name: str
     """Relative to what the entry fixes, so that it stays the same when the corpus moves."""
     path: Path
     format: str
     size: int
-    """Bytes."""
     modified_ns: int
 
 
@@ -40,9 +34,7 @@ class FileFinder:
 
     def __init__(self, text_key: str, key: str = "data.corpus", corpora: Sequence[str] = tuple(CORPORA)) -> None:
         """`key` is what the user calls the entries, and `corpora` what they can be beside paths."""
-        self._text_key = text_key
-        self._key = key
-        self._corpora = corpora
+        self._text_key, self._key, self._corpora = text_key, key, corpora
         self._found: dict[str, str] = {}  # real path -> the entry that named it
 
     def find(self, entry: str) -> Iterator[FoundFile]:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from titanlite.corpus.corpora import PACKED, READERS, Document, Part, Reader, open_unpacked
+from titanlite.corpus.corpora import PACKED, READERS, Document, Part, Reader, read_unpacked
 from titanlite.corpus.corpora.json_lines import BYTE_ORDER_MARK, read_lines
 from titanlite.errors import DataError
 
@@ -87,7 +87,7 @@ def format_of(path: Path, text_key: str) -> str:
         raise DataError(
             f"{path}: a {name} file is not text; unpack or convert it to text or JSON lines, or leave it out."
         )
-    head = _head(path)
+    head = read_unpacked(path, HEAD)
     if kind := next((kind for kind, magic in MAGIC.items() if magic.match(head)), None):
         raise DataError(
             f"{path}: begins as a {kind} file does, and its name says text; give it the name of what it is, convert it "
@@ -117,12 +117,7 @@ def is_folder_text(path: Path, text_key: str) -> bool:
     try:
         return format_of(path, text_key) == "lines"
     except DataError:
-        return json.dumps(text_key).encode() in _head(path)
-
-
-def _head(path: Path) -> bytes:
-    with open_unpacked(path, HEAD) as file:
-        return file.read(HEAD)
+        return json.dumps(text_key).encode() in read_unpacked(path, HEAD)
 
 
 def _is_lines(path: Path, text_key: str, is_json: bool) -> bool:
@@ -133,7 +128,7 @@ def _is_lines(path: Path, text_key: str, is_json: bool) -> bool:
     records = [_object(line) for _, line in islice(read_lines(path), 2)]
     if text_key in (records[0] or ()) or (len(records) == 2 and None not in records):
         return True
-    if is_json and text_key in (_object(_read_whole(path)) or ()):
+    if is_json and text_key in (_object(read_unpacked(path)) or ()):
         raise DataError(
             f"{path}: a JSON object of several lines, which would be one document of raw JSON; write one object a line "
             "(jq -c . FILE > FILE.jsonl), or leave it out."
@@ -185,13 +180,4 @@ def divide(path: Path, format: str, size: int, part_bytes: int) -> list[Part] | 
     return reader.divide(path, size, part_bytes)
 
 
-def _read_whole(path: Path) -> bytes:
-    with open_unpacked(path) as file:
-        return file.read()
-
-
-def _read_text(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
-    yield 0, _read_whole(path)
-
-
-TEXT = Reader(_read_text)
+TEXT = Reader(lambda path, text_key, part: iter([(0, read_unpacked(path))]))

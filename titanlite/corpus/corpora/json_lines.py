@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some editors begin a file with it, and it is not JSON."""
 
 
-def read(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
+def _read(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
     for number, line in read_lines(path, part):
         try:
             yield number, _text_of(line, text_key, f"{path}:{number}")
@@ -21,12 +22,12 @@ def read(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, by
             yield number, error
 
 
-def divide(path: Path, size: int, part_bytes: int) -> list[Part]:
+def _divide(path: Path, size: int, part_bytes: int) -> list[Part]:
     """The newlines before each part are not counted here: `before` is 0."""
     return [Part(first, min(first + part_bytes, size), 0) for first in range(0, size, part_bytes)]
 
 
-JSON_LINES = Reader(read, divide)
+JSON_LINES = Reader(_read, _divide)
 
 
 def count_newlines(path: Path, first: int, stop: int) -> int:
@@ -43,14 +44,12 @@ def count_newlines(path: Path, first: int, stop: int) -> int:
 def read_lines(path: Path, part: Part | None = None) -> Iterator[tuple[int, bytes]]:
     """Numbers and contents of the lines that hold anything but white space."""
     with open_unpacked(path) as file:
-        number, at, stop = 0, 0, None
-        if part is not None and part.first:
+        number, at, stop = 0, 0, part.stop if part else sys.maxsize
+        if part and part.first:
             file.seek(part.first - 1)
-            rest = file.readline(part.stop - part.first + 1)  # of the line before; if it is long, of no line but that
+            rest = file.readline(stop - part.first + 1)  # of the line before; if it is long, of no line but that
             number, at = part.before + (rest != b"\n"), part.first - 1 + len(rest)
-        if part is not None:
-            stop = part.stop
-        while (stop is None or at < stop) and (line := file.readline()):
+        while at < stop and (line := file.readline()):
             at += len(line)
             number += 1
             if number == 1:

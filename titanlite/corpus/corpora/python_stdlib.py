@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
-from titanlite.corpus.corpora import Document
+from titanlite.corpus.corpora import Document, wrap_os_errors
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
 
@@ -25,7 +26,7 @@ def read_stdlib(section: Data) -> Iterator[Document]:
 
     Raises `DataError` where Python was installed without its source.
     """
-    root = sysconfig.get_path("stdlib")
+    root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(_python_files(root))
     if not paths:
         raise DataError(
@@ -33,22 +34,16 @@ def read_stdlib(section: Data) -> Iterator[Document]:
             '`data.corpus = "python-stdlib"` reads; use a Python that has it, or set data.corpus to a text file.'
         )
     for path in paths:
-        try:
-            with open(os.path.join(root, path), "rb", buffering=0) as file:
-                content = file.readall()
-        except OSError as error:
-            raise DataError(
-                f"{os.path.join(root, path)}: cannot be read ({error.strerror}); every user must be able to read the "
-                "standard library: mend its permissions, or set data.corpus to a text file."
-            ) from error
+        with wrap_os_errors(root / path):
+            content = (root / path).read_bytes()
         if content:
             yield Document(path, content)
 
 
-def _python_files(root: str) -> Iterator[str]:
+def _python_files(root: Path) -> Iterator[str]:
     """Paths below `root`, relative to it, with forward slashes; links to folders are not followed."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(_SKIPPED_FOLDERS)]
         for name in files:
             if name.endswith(".py") and not name.startswith(_SKIPPED_FILES):
-                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+                yield Path(folder, name).relative_to(root).as_posix()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,7 @@ TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary",
 ROWS_AT_ONCE = 1_000
 
 
-def read_parquet(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
-    return _read_rows(_parquet_columns, path, text_key, part)
-
-
-def read_arrow(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
-    return _read_rows(_arrow_columns, path, text_key, part)
-
-
-def divide_parquet(path: Path, size: int, part_bytes: int) -> list[Part]:
+def _divide_parquet(path: Path, size: int, part_bytes: int) -> list[Part]:
     parts: list[Part] = []
     with _wrap_errors(path):
         metadata = _pyarrow().parquet.ParquetFile(path).metadata
@@ -34,10 +27,6 @@ def divide_parquet(path: Path, size: int, part_bytes: int) -> list[Part]:
                 parts.append(Part(first, index + 1, before))
                 first, before, held, rows = index + 1, before + rows, 0, 0
     return parts
-
-
-PARQUET = Reader(read_parquet, divide_parquet)
-ARROW = Reader(read_arrow)
 
 
 def _read_rows(
@@ -97,6 +86,10 @@ def _text_column(path: Path, schema: Any, text_key: str) -> int:
             "holds the text."
         )
     return int(found[0])
+
+
+PARQUET = Reader(partial(_read_rows, _parquet_columns), _divide_parquet)
+ARROW = Reader(partial(_read_rows, _arrow_columns))
 
 
 def _pyarrow() -> Any:
