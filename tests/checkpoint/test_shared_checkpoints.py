@@ -21,7 +21,7 @@ from titanlite.checkpoint.save import CheckpointMetadata, merge_tables, plan_loc
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
-from titanlite.plan import checkpoint_parts
+from titanlite.plan import memory
 
 Cutting = list[dict[str, Shard]]
 """Each rank's shards of the same tensors."""
@@ -74,7 +74,7 @@ def test_saved_under_any_cutting_and_loaded_under_any_other(data, tmp_path_facto
     folder = tmp_path_factory.mktemp("cut") / "step-00000001"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_parts, "SHARED_BYTES", data.draw(st.sampled_from([1, 16, 2**24])))
+        patch.setattr(memory, "SHARED_BYTES", data.draw(st.sampled_from([1, 16, 2**24])))
         manifest = written(folder, saved, data.draw(st.sampled_from([1, 32, 10**9])))
     assert {file for file in os.listdir(folder) if file != MANIFEST} == set(manifest.files)
     for shards in loaded:
@@ -117,7 +117,7 @@ def test_the_copies_of_a_box_write_each_of_its_cells_once(size, copies, file_byt
     counted = np.zeros([n + 10 for n in size], int)
     nbytes = 4 * int(np.prod(size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_parts, "SHARED_BYTES", shared_bytes)
+        patch.setattr(memory, "SHARED_BYTES", shared_bytes)
         cut = [boxes_to_write("w", (offset, tuple(size)), nbytes, copies, copy, file_bytes) for copy in range(copies)]
     for place, extent in itertools.chain(*cut):
         assert 0 not in extent

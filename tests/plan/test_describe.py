@@ -9,10 +9,9 @@ from support.recipes import pipeline, recipe
 from titanlite.cli.check import format_description
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
-from titanlite.plan.describe import bubble_share, describe_run
+from titanlite.plan.describe import bubble_share, describe_run, format_sharding_table, sharding_table
 from titanlite.plan.memory import checkpoint_bytes
 from titanlite.plan.placement import pattern_of
-from titanlite.plan.sharding_table import format_sharding_table, sharding_table
 from titanlite.recipe.sections import Recipe
 
 pytestmark = pytest.mark.quick

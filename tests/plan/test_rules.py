@@ -16,13 +16,12 @@ from titanlite.cli.check import check_recipe, format_description
 from titanlite.errors import RecipeError
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
-from titanlite.plan import checkpoint_parts
-from titanlite.plan.describe import describe_run
+from titanlite.plan import memory
+from titanlite.plan.describe import describe_run, sharding_table
 from titanlite.plan.layout import Layout, batch_plan, layout_of
 from titanlite.plan.memory import local_parameters
 from titanlite.plan.placement import GroupRank, find_placements, local_slices
 from titanlite.plan.rules import RULES, apply_rules
-from titanlite.plan.sharding_table import sharding_table
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 
@@ -465,7 +464,7 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
     copies, cut = layout.weights(parallel.zero_stage)
     ranks = list(itertools.product(range(layout.tp), range(cut), range(copies), range(2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_parts, "SHARED_BYTES", shared_bytes)
+        patch.setattr(memory, "SHARED_BYTES", shared_bytes)
         number = 0
         for name, shape in spec.shapes(config).items():
             for tp, row, copy, end in ranks:
@@ -481,7 +480,7 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
                 number += len(written) * (
                     2 if any_recipe.optimizer.name == "muon" and spec.is_block_matrix(name) else 3
                 )
-        assert checkpoint_parts.count_parts(any_recipe, spec, layout, file_bytes) == number
+        assert memory.count_parts(any_recipe, spec, layout, file_bytes) == number
 
 
 def test_rules_are_documented() -> None:

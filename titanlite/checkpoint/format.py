@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import xxhash
 
 from titanlite.errors import CheckpointError
-from titanlite.plan.checkpoint_parts import MAX_CHUNKS
+from titanlite.plan.memory import MAX_CHUNKS
 
 FORMAT = "titanlite-checkpoint"
 VERSION = 1

@@ -57,7 +57,7 @@ from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import sync_path
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
-from titanlite.plan.checkpoint_parts import FILE_BYTES
+from titanlite.plan.memory import FILE_BYTES
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training

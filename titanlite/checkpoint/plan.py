@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
-from titanlite.plan.checkpoint_parts import part_count
+from titanlite.plan.memory import part_count
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 

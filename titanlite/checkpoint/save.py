@@ -32,7 +32,7 @@ from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_o
 from titanlite.errors import CheckpointError
 from titanlite.files import sync
 from titanlite.models.shard import Shard
-from titanlite.plan.checkpoint_parts import FILE_BYTES
+from titanlite.plan.memory import FILE_BYTES
 from titanlite.text import format_bytes
 
 BLOCK_BYTES = 2**26

@@ -12,12 +12,11 @@ from titanlite.data.survey import survey
 from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, UsageError
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan import timetable
-from titanlite.plan.describe import describe_model, describe_run
+from titanlite.plan.describe import describe_model, describe_run, format_sharding_table, sharding_table
 from titanlite.plan.kernels import describe_kernels
 from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
 from titanlite.plan.rules import apply_rules
-from titanlite.plan.sharding_table import format_sharding_table, sharding_table
 from titanlite.plan.stages import stages_of
 from titanlite.recipe.explain import explain, find_key
 from titanlite.recipe.load import LoadedRecipe, RecipeParser, load_recipe, parse_with_overrides

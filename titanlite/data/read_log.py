@@ -30,17 +30,9 @@ READ, SKIPPED, WENT_BACK, READ_STEPS = range(1, 5)
 after a step that the run went back to; samples that several steps read."""
 
 RECORD = np.dtype(
-    [
-        ("first", "<i8"),
-        ("count", "<i8"),
-        ("step", "<u4"),
-        ("begun", "<u4"),
-        ("start", "<u4"),
-        ("rank", "<u4"),
-        ("ranks", "<u4"),
-        ("turn", "<u2"),
-        ("kind", "<u2"),
-    ]
+    [(name, "<i8") for name in ("first", "count")]
+    + [(name, "<u4") for name in ("step", "begun", "start", "rank", "ranks")]
+    + [(name, "<u2") for name in ("turn", "kind")]
 )
 """`count` samples: `first`, `first + ranks`, …; of those passed over, `first`, `first + 1`, …. Written by data rank
 `rank` of `ranks` in `step` of a stretch that went on from step `begun`: the `turn`-th of the run's start `start`, both

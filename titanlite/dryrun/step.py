@@ -7,7 +7,7 @@ recipe, but without a device and without the other ranks. Only compilation is le
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -17,11 +17,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titanlite.dryrun.collectives import Collective, CollectiveLog
-from titanlite.dryrun.fakes import RecordedFakes
 from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
 from titanlite.models.layers import cpu_stands_for
@@ -63,7 +62,7 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         stack.enter_context(_fake_group(rank, size))
         stack.enter_context(cpu_stands_for("cuda"))
         stack.enter_context(trace.watch_sizes())
-        fakes = RecordedFakes(log, trace)
+        fakes = RecordedFakes(log.record, trace.record)
         # Only the weights are fake while the model is built: process groups are looked up in real tensors.
         with patch.object(nn.Module, "to_empty", _within(fakes, nn.Module.to_empty)):
             state = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
@@ -156,3 +155,86 @@ def _batch(recipe: Recipe, plan: BatchPlan) -> Batch:
         sequences=plan.global_batch,
         valid_tokens=prod(shape),
     )
+
+
+_aten = torch.ops.aten
+_VIEWS = frozenset(
+    {
+        _aten.view.default, _aten._unsafe_view.default, _aten.t.default, _aten.transpose.int, _aten.detach.default,
+        _aten.split.Tensor, _aten.slice.Tensor, _aten.as_strided.default, _aten.expand.default, _aten.unsqueeze.default,
+        _aten.add_.Tensor,
+    }
+)  # fmt: skip
+"""Results in the memory of the first argument: a kernel for tensors without memory finds them at once."""
+_NEW = frozenset(
+    {
+        _aten.mm.default, _aten.mul.Tensor, _aten.mul.Scalar, _aten.add.Tensor, _aten.sub.Tensor, _aten.neg.default,
+        _aten.pow.Tensor_Scalar, _aten.sum.dim_IntList, _aten.mean.dim, _aten.rsqrt.default, _aten.div.Tensor,
+        _aten.div.Scalar, _aten.silu.default, _aten.silu_backward.default, _aten.cat.default, _aten._to_copy.default,
+    }
+)  # fmt: skip
+"""One new tensor, whose layout follows from those of the arguments: it is remembered."""
+
+
+Record = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
+"""Is shown each operation, its arguments by place and by name, and its result."""
+
+
+class RecordedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Within this context tensors have shapes and no memory, and `records` are called with what is done with them.
+
+    Not the steps by which torch finds an operation's result. Tensors of before are taken as fake ones of their shape.
+    torch takes a fifth of a millisecond for an operation; the few dozen that a large model's step repeats are answered
+    here.
+    """
+
+    def __init__(self, *records: Record) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._records = records
+        self._depth = 0
+        self._layouts: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # two of three calls ask for it
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as it does for real; by torch's rule for fake tensors the result would be another storage
+        self._depth += 1
+        try:
+            result = self._result(func, types, args, named)
+        finally:
+            self._depth -= 1
+        if self._depth == 0:
+            for record in self._records:
+                record(func, args, named, result)
+        return result
+
+    def _result(self, func: Any, types: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        if func in _VIEWS and isinstance(args[0], FakeTensor):
+            with in_kernel_invocation_manager(self):
+                result = func(*args, **named)
+            device = args[0].fake_device
+            if isinstance(result, list):  # of a split
+                return [FakeTensor(self, each, device) for each in result]
+            return result if isinstance(result, FakeTensor) else FakeTensor(self, result, device)
+        if func not in _NEW:
+            return self.dispatch(func, types, args, named)
+        key = (func, _layout(args), tuple(named.items()))
+        if key not in self._layouts:
+            first: Any = self.dispatch(func, types, args, named)
+            self._layouts[key] = (tuple(first.shape), first.stride(), first.dtype, first.fake_device)
+            return first
+        shape, stride, dtype, device = self._layouts[key]
+        return FakeTensor(self, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+
+def _layout(argument: Any) -> Any:
+    """All of an argument that a result's layout can follow from."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.shape, argument.stride(), getattr(argument, "fake_device", None)
+    if isinstance(argument, (list, tuple)):
+        return tuple(_layout(each) for each in argument)
+    return type(argument), argument

@@ -1,24 +1,32 @@
-"""What a rank holds from step to step, and of the weights gathered for a pass: the bytes by arithmetic, without torch.
+"""The bytes that a rank holds from step to step, and gathers for a pass; the parts that a checkpoint is cut into.
 
-The one model of memory: `titanlite check` prints it, and a dry run shows what it measured beside it (docs/dry_run.md
-says how far apart they may be). Activations and buffers depend on the program's order: only a dry run knows them.
+By arithmetic. `titanlite check` prints the bytes, and a dry run what it measured beside them: docs/dry_run.md
+says how far apart they may be. Activations and buffers depend on the program's order: only a dry run knows them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from titanlite.models.spec import is_named_by, spec_of
+from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import decide_linears
-from titanlite.plan.layout import Coordinates, Layout
-from titanlite.plan.placement import ALONE, GroupRank, Shape, find_placements, local_shape
+from titanlite.plan.layout import Coordinates, Layout, ceil_div
+from titanlite.plan.placement import ALONE, GroupRank, Placement, Shape, find_placements, local_shape
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Recipe
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+MAX_CHUNKS = 2**23
+"""At about 150 bytes each. 405B on 16,384 ranks (tp 8 x pp 16 x 128) make 2.8 million with AdamW's moments; 70B that
+4,096 ranks cut make 7.4 million. The rule `layout.parts` refuses a run that would make more."""
+SHARED_BYTES = 2**24
+"""A box is cut so that the processes that have it share its writing, but not into parts smaller than this."""
+FILE_BYTES = 2**29
+"""A new file begins when the one before would grow past this. Files are what is read at once, and by whom."""
 
 
 @dataclass(frozen=True)
@@ -139,3 +147,30 @@ def _shard_unit(parameter: str, patterns: tuple[str, ...]) -> str:
     parts = parameter.split(".")
     prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
     return next((prefix for prefix in prefixes if is_named_by(patterns, prefix)), "")
+
+
+def part_count(rows: int, nbytes: int, copies: int, file_bytes: int) -> int:
+    """Into how many parts the `copies` processes that hold a box of `rows` rows and `nbytes` bytes cut it."""
+    return min(rows, max(1, ceil_div(nbytes, file_bytes), min(copies, nbytes // SHARED_BYTES)))
+
+
+def count_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
+    """How many parts of weights and moments the ranks write: each box that some hold, cut as when saving."""
+    config, states = spec.configure(recipe.model), optimizer_spec(recipe.optimizer.name).states
+    copies, cut = layout.weights(recipe.parallel.zero_stage)
+    width = max(4, _BYTES[recipe.precision.compute])
+    shapes = spec.shapes(config)
+    cuts, tied = find_placements(shapes, spec.sharding(config)), spec.tied(config).values()
+    alike: Counter[tuple[tuple[int, ...], Placement | None, int]] = Counter()
+    for name, shape in shapes.items():
+        holders = copies * (1 if name in cuts else layout.tp) * (2 if name in tied and layout.pp > 1 else 1)
+        alike[shape, cuts.get(name), holders] += 1 + states(spec.is_block_matrix(name))
+    number = 0
+    for (shape, placement, holders), tensors in alike.items():
+        for rank in range(layout.tp if placement else 1):
+            size = local_shape(shape, placement, GroupRank(rank, layout.tp))
+            rows = max(1, ceil_div(size[0], cut))
+            for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
+                nbytes = width * height * prod(size[1:])
+                number += tensors * boxes * part_count(height, nbytes, holders, file_bytes)
+    return number

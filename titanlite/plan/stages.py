@@ -6,7 +6,7 @@ Pure functions of the recipe, without torch. Nothing here moves a tensor; `pipel
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -97,12 +97,8 @@ def stages_of(recipe: Recipe, layout: Layout) -> tuple[Stage, ...]:
     return stage_split(pieces, recipe.parallel.pipeline if layout.pp > 1 else Pipeline(schedule="GPipe"), layout.pp)
 
 
-_Cuts = dict[int, tuple[int, int]]
-"""Where a stage ends -> the value of the best cut up to there (the least is best), and where the stage begins."""
-
-
 def _balanced(costs: Sequence[int], stages: int) -> list[int]:
-    """Where each stage ends: the exact answer, in O(pieces x log pieces x stages)."""
+    """Where each stage ends: the exact answer."""
     pieces, sums = len(costs), list(accumulate(costs, initial=0))
 
     def latest(limit: int) -> list[int]:
@@ -116,37 +112,23 @@ def _balanced(costs: Sequence[int], stages: int) -> list[int]:
     while enough - limit > 1:  # not `bisect`: operations may exceed 64 bits
         middle = (limit + enough) // 2
         limit, enough = (limit, middle) if latest(middle)[-1] == pieces else (middle, enough)
-    limit = enough
 
     def value(first: int, last: int) -> int:
         without_blocks = min(last, pieces - 1) <= max(first, 1)
         return (sums[last] - sums[first]) ** 2 + without_blocks * sums[-1] ** 2 * 2
 
-    cuts: list[_Cuts] = [{0: (0, 0)}]
-    for stage, end in enumerate(latest(limit), 1):
-        cuts.append(_longer(cuts[-1], range(stage, end + 1), lambda last: bisect_left(sums, sums[last] - limit), value))
+    # Where a stage ends -> the value of the best cut up to there (the least is best), and where the stage begins.
+    cuts: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+    for stage, end in enumerate(latest(enough), 1):
+        before, row = cuts[-1], dict[int, tuple[int, int]]()
+        for last in range(stage, end + 1):
+            begins = range(max(stage - 1, bisect_left(sums, sums[last] - enough)), last)
+            row[last] = min((before[first][0] + value(first, last), first) for first in begins if first in before)
+        cuts.append(row)
     ends = [pieces]
     for row in cuts[:1:-1]:
         ends.append(row[ends[-1]][1])
     return ends[::-1]
-
-
-def _longer(cuts: _Cuts, ends: range, earliest: Callable[[int], int], value: Callable[[int, int], int]) -> _Cuts:
-    """The best cuts with one more stage, which ends at one of `ends` and begins no earlier than `earliest` of that.
-
-    Squares grow faster than costs: the later a stage ends, the later it begins at best. So the best beginning for the
-    middle one of the ends parts those of the others.
-    """
-    longer: _Cuts = {}
-    open_ends = [(ends, min(cuts), max(cuts))]
-    for some, least, most in open_ends:
-        if some:
-            middle, last = len(some) // 2, some[len(some) // 2]
-            begins = range(max(least, earliest(last)), min(most, last - 1) + 1)
-            longer[last] = min((cuts[first][0] + value(first, last), first) for first in begins)
-            best = longer[last][1]
-            open_ends += [(some[:middle], least, best), (some[middle + 1 :], best, most)]
-    return longer
 
 
 def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:

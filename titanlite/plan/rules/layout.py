@@ -8,8 +8,8 @@ from math import lcm, prod
 
 from titanlite.errors import Finding
 from titanlite.optim.base import OPTIMIZERS
-from titanlite.plan.checkpoint_parts import MAX_CHUNKS, count_parts
 from titanlite.plan.layout import batch_plan, ceil_div, layout_of
+from titanlite.plan.memory import MAX_CHUNKS, count_parts
 from titanlite.plan.placement import find_placements, pattern_of
 from titanlite.plan.rules.lookup import divisors, find_config, find_spec, warning
 from titanlite.plan.rules.run import heads
