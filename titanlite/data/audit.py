@@ -1,7 +1,6 @@
-"""What a run read, out of its records: which of them count, and whether the samples are all there, once each.
+"""What a run read, out of its records: which of them count, and whether the samples are all there, once each. No torch.
 
-A record counts if no later stretch of the run, a restart or a rollback, went on from a step before its own. Where there
-were ranks with other layouts, kills and steps taken twice, what is left is one history. No torch; knows no checkpoints.
+A record counts if no later stretch of the run, a restart or a rollback, went on from a step before its own.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ class Audit:
     steps: int
     """The steps of the history that have a record."""
     samples: int
-    """What they read."""
     lost: tuple[Span, ...]
-    """Samples that no step read, without a word."""
+    """Samples that no step read."""
     repeated: tuple[Span, ...]
     """Samples that were read again, a span for each time."""
     in_order: bool
@@ -147,9 +145,8 @@ def audit(
 
 def _runs(samples: Samples) -> list[Span]:
     """Ascending samples as spans; one that is there twice ends a span and begins another."""
-    cuts = np.flatnonzero(np.diff(samples) != 1)
-    firsts, lasts = np.concatenate(([0], cuts + 1)), np.concatenate((cuts, [len(samples) - 1]))
-    return [(int(samples[a]), int(samples[b])) for a, b in zip(firsts, lasts, strict=True)]
+    parts = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
+    return [(int(part[0]), int(part[-1])) for part in parts]
 
 
 def _gaps_and_repeats(spans: Sequence[Span], first: int, end: int) -> tuple[list[Span], list[Span]]:

@@ -1,8 +1,4 @@
-"""Fill-in-the-middle (Bavarian et al. 2022): the middle of some documents is moved to their end, so that a model learns
-to write what belongs between a prefix and a suffix.
-
-There is no copy: documents are rearranged when they are read. Cuts fall between tokens.
-"""
+"""Fill-in-the-middle (Bavarian et al. 2022): the middle of some documents is moved to their end when they are read."""
 
 from __future__ import annotations
 
@@ -64,7 +60,6 @@ class FilledIn:
 
     @property
     def fingerprint(self) -> str:
-        """The stream's: equal where all tokens are, if the recipes are."""
         return self.stream.fingerprint
 
     @cached_property

@@ -86,9 +86,7 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
     """The batches; raises in place of one what kept it from being read."""
     while True:
         try:
-            read = next(batches)
-        except StopIteration:
-            return
+            read = next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:
             # What a worker had ready is asked of it, and that fails a little before it is known to have ended.
             ending = wait([worker.sentinel for worker in workers], _ENDING_SECONDS if workers else 0)
@@ -106,6 +104,8 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
                 fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
             kind = WorkerKilled if killed else DataError
             raise kind(f"a data worker ended, process {causes}; {fix}") from error
+        if read is None:
+            return
         if isinstance(read, Exception):
             raise read
         yield read
@@ -169,8 +169,7 @@ def validation_batches(
     """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for.
 
     The sequences (fewer where the source has no more) lie evenly over the source and are the same each time. Every
-    rank gets as many batches as any other, so that collectives pair up; what is missing is padding. Bits per byte
-    are the summed loss / ln 2 / bytes, both sums over all batches and ranks. In place of a batch that cannot be read is
+    rank gets as many batches as any other; what is missing is padding. In place of a batch that cannot be read is
     padding, which stands for NaN bytes, so that the sums of all ranks show it; why, is added to `failures`.
     """
     count = min(sequences, source.windows)
@@ -216,8 +215,7 @@ def _assemble(
     the sequence length.
 
     They may be of any source that is `like` this one in its tokenizer and in what windows are. Padding comes last, so
-    that nothing which counts sees it; and as each separator opens a document, padding does not see the text either,
-    where attention is kept inside documents.
+    that nothing which counts sees it; each separator opens a document.
     """
     tokens = np.full((len(numbers), like.sequence_length), like.tokenizer.separator, np.int64)
     labels = np.full_like(tokens, IGNORED)
@@ -240,8 +238,8 @@ def _assemble(
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Keep a worker alive through signals that are meant for the whole job.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process. The trainer answers them by finishing its step and saving,
-    for which it still needs its workers; only a SIGTERM that it sends itself (it is tearing them down) ends them.
+    The trainer answers them by finishing its step and saving, for which it still needs its workers; only a SIGTERM that
+    it sends itself (it is tearing them down) ends them.
     """
     signal.set_wakeup_fd(-1)  # inherited: what this process is sent would be received by the trainer
     signal.signal(signal.SIGINT, signal.SIG_IGN)

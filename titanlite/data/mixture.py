@@ -221,9 +221,8 @@ def build_schedule(
 ) -> MixtureSchedule:
     """The schedule of sources that have at most `limits` samples (None: any number).
 
-    Of each stage, the sample that the next one begins with (None for the last), and a weight for each source (0: it has
-    no part). Where a source is used up, the others share its part by their weights. The run ends where a stage has no
-    source left.
+    Of each stage, the sample that the next one begins with (None for the last), and a weight for each source (0: no
+    part). Where a source is used up, the others share its part. The run ends where a stage has no source left.
     """
     segments: list[_Segment] = []
     first, counts = 0, [0] * len(limits)

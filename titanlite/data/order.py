@@ -1,7 +1,6 @@
 """The order of samples as a function: sample i of the run -> its place in the source, in O(1) time and memory.
 
-Nothing here is a stream, so there is nothing to save and nothing that a restart could lose: the state of the data
-is the number of samples consumed. What lies at a place is packing's business.
+There is nothing to save that a restart could lose: the state of the data is the number of samples consumed.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
 """Documents into windows of equal length: cut out of one stream, or packed so that none that fits is cut. Numpy alone.
 
-`Cut` is concatenate and cut: document, separator, document, separator, ...; window w holds tokens w*L to w*L + L
-inclusive, L + 1 of them, so that its inputs are the first L, its labels the last L, and over all windows each token but
-the stream's first is a label once. Fewer than L tokens at the stream's end fill no window and are not used.
+`Cut`: window w holds tokens w*L to w*L + L inclusive, so that its inputs are the first L, its labels the last L, and
+over all windows each token but the stream's first is a label once. Fewer than L tokens at the end are not used.
 
-`BestFit` is best-fit decreasing (as of Ding et al. 2024, 'Fewer truncations improve language modeling'): the longest
-document first, each into the fullest window that still has room for it. Windows with equal room are all alike, so equal
+`BestFit` is best-fit decreasing (Ding et al. 2024, 'Fewer truncations improve language modeling'): the longest document
+first, each into the fullest window that still has room for it. Windows with equal room are all alike, so equal
 documents are dealt to equal windows at once: the work grows with the lengths that there are, not with the documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,13 +28,6 @@ class Sliced(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: slice | Int64, /) -> Tokens: ...
-
-
-def join_slices(tokens: Sliced, begins: Sequence[int], ends: Sequence[int]) -> Tokens:
-    """A copy of some slices of `tokens`, one after the other."""
-    if isinstance(tokens, np.ndarray | FileArray):
-        return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
-    return tokens[np.concatenate([*map(np.arange, begins, ends)])]  # what is computed costs less at once
 
 
 class Stream(Protocol):
@@ -116,9 +107,12 @@ class BestFit:
         """
         first = self.ends[index - 1] if index else 0
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
-        begins, ends = starts.tolist(), (starts + lengths).tolist()
-        before = max(begins[0] - 1, 0)
-        tokens = join_slices(stream, [before, *begins], [before + 1, *ends])
+        before = max(int(starts[0]) - 1, 0)
+        begins, ends = [before, *starts.tolist()], [before + 1, *(starts + lengths).tolist()]
+        if isinstance(stream, np.ndarray | FileArray):
+            tokens = np.concatenate([stream[begin:end] for begin, end in zip(begins, ends, strict=True)])
+        else:  # what is computed costs less at once
+            tokens = stream[np.concatenate([*map(np.arange, begins, ends)])]
         if lengths[0] < self.sequence_length or starts[0] == 0:
             tokens[0] = self.separator
         return tokens
@@ -129,10 +123,8 @@ def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
 
     As a label the separator ends a document; as an input it opens the next one, at position 0. So the first token
     of a document is predicted from the separator alone, no label is lost, nothing is seen across the boundary, and
-    `separator + prompt` is how generation begins a document. (Were the separator the last input of its document,
-    the next one's first token would be predicted from a text that has nothing to do with it, or not at all.)
-    A document that the window's edge cuts counts its positions from the edge: only differences of positions matter
-    to rotary embeddings, and they never exceed the window. Documents are numbered from 0 within each window.
+    `separator + prompt` is how generation begins a document. A document that the window's edge cuts counts its
+    positions from the edge: only differences matter to rotary embeddings. Documents are numbered from 0 in each window.
     """
     opens = inputs == separator
     index = np.arange(inputs.shape[-1], dtype=np.int64)
@@ -142,8 +134,7 @@ def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
 
 
 def pack_best_fit(document_ends: Int64, sequence_length: int, separator: int) -> BestFit:
-    """Pack documents that follow each other in a stream from its first token on, up to `document_ends` (which never
-    fall), each with the separator at its end.
+    """Pack documents that follow each other in a stream from its first token on, each with the separator at its end.
 
     A document longer than a window becomes parts of `sequence_length` tokens, which fill windows of their own, and a
     rest that is packed like a document. All of it is whole numbers, and the same everywhere.

@@ -48,12 +48,12 @@ Records = npt.NDArray[Any]
 
 
 class ReadLog:
-    """Writes the records of one data rank. Nothing waits for the disk but `sync`."""
+    """Writes the records of the data rank that `plan` is for. Nothing waits for the disk but `sync`.
+
+    Without a path nothing is written: on all but one of the ranks with the same samples. Raises `UsageError`.
+    """
 
     def __init__(self, path: Path | None, plan: BatchPlan, start: int, warn: Callable[[str], None]) -> None:
-        """Of the rank that `plan` is for, in the run's `start`-th start. Without a path nothing is written: on all but
-        one of the ranks with the same samples. Raises `UsageError`.
-        """
         self._plan, self._start = plan, start
         self._turn = self._begun = 0
         self._next = (0, 0)
@@ -121,20 +121,15 @@ NO_LOG = ReadLog(None, BatchPlan(global_batch=1, data_ranks=1, data_rank=0, micr
 
 
 def log_path(run: Path, rank: int) -> Path:
-    """The file of a data rank."""
     return run / FOLDER / f"rank-{rank:05d}.bin"
 
 
 def read_records(run: Path) -> Records:
-    """All records of a run, those of several steps as one for each, in no order across ranks. Raises `DataError`; also
-    where there are none.
-    """
+    """All records of a run, one for each step, in no order across ranks. Raises `DataError`, also where none are."""
     parts = [_read_file(path) for path in sorted((run / FOLDER).glob("rank-*.bin"))]
     if not sum(map(len, parts)):
-        raise DataError(
-            f"{run} has no record of the samples that were read: {run / FOLDER} is empty or not there. Runs of older "
-            "versions of titanlite left none."
-        )
+        where = f"{run / FOLDER} is empty or not there"
+        raise DataError(f"{run} has no record of the samples that were read: {where}; older versions left none.")
     return np.concatenate(parts)
 
 

@@ -1,7 +1,4 @@
-"""One source of tokens, cut into windows: texts tokenized here and now, or files of `titanlite data prepare`.
-
-A source knows its own windows by number. In which order they come, and among which others, is the split's business.
-"""
+"""One source of tokens, its windows by number: texts tokenized here and now, or files of `titanlite data prepare`."""
 
 from __future__ import annotations
 
@@ -72,7 +69,6 @@ class Source:
 
     @property
     def windows(self) -> int:
-        """How many sequences there are."""
         return self._ends[-1] if self._ends else 0
 
     @property
@@ -136,17 +132,14 @@ def open_streams(
     hold_out: bool = True,
     texts_folder: Path | None = None,
 ) -> tuple[tuple[Stream, ...], tuple[Stream, ...]]:
-    """The texts and token files that `paths` names: what is trained on, and with `hold_out` what is kept for
-    validation; either may hold nothing. `key` is the recipe's for the paths.
+    """The texts and token files that `paths` names (`key`: in the recipe): what is trained on, and with `hold_out` what
+    is kept for validation; either may hold nothing. Raises `DataError` naming what cannot be read.
 
-    Of texts, documents are held out by a hash of their names, so the seed, the order of the files and the other files
-    there do not matter. Where one side would get none (a single text file, say) each document is cut instead: its last
-    `validation_percent` is held out. Of a token file, the held-out part is the file beside it that
-    `titanlite data prepare --held-out` made.
+    Of texts, documents are held out by a hash of their names alone. Where one side would get none (a single text file,
+    say) each document is cut instead: its last `validation_percent` is held out. Of a token file, the held-out part is
+    the file beside it that `titanlite data prepare --held-out` made.
 
     Texts that are too many for every rank's memory are tokenized into files in `texts_folder`, if one is given.
-
-    Raises `DataError` naming what cannot be read.
     """
     training: list[Stream] = []
     validation: list[Stream] = []

@@ -1,7 +1,4 @@
-"""What `[data]` names, opened: training samples by number, and the sets that validation reads.
-
-No torch here, and no batches: those are the loader's.
-"""
+"""What `[data]` names, opened: training samples by number, and the sets that validation reads. No torch."""
 
 from __future__ import annotations
 
@@ -38,16 +35,13 @@ class Split:
     sources: tuple[Source, ...]
     schedule: MixtureSchedule
     seed: int
-    """Seed of the order of samples."""
 
     @property
     def windows(self) -> int:
-        """Sequences of all sources."""
         return sum(each.windows for each in self.sources)
 
     @property
     def tokens(self) -> int:
-        """Of all sources."""
         return sum(each.tokens for each in self.sources)
 
     def past(self, samples: int) -> dict[str, str]:
@@ -115,8 +109,8 @@ def split_of(
     packing: Packing = "cut",
 ) -> Split:
     """Training samples of one stream in memory; for best-fit packing it ends with the separator."""
-    stream = Texts(tokens, tokenizer.separator)
-    source = Source(ONLY_SOURCE, (stream,), tokenizer, sequence_length, document_mask, packing)
+    texts = (Texts(tokens, tokenizer.separator),)
+    source = Source(ONLY_SOURCE, texts, tokenizer, sequence_length, document_mask, packing)
     return Split((source,), build_schedule([(None, (1.0,))], [None]), seed)
 
 
@@ -184,10 +178,9 @@ def require_samples(split: Split, samples: int) -> list[str]:
 
 
 def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[str, float]:
-    """Bits per byte that `gzip -9` and `xz -9` need for the source's text, its documents in one stream.
+    """Bits per byte that `gzip -9` and `xz -9` need for the source's documents in one stream; empty for no text.
 
-    Anything that has learnt the text should need fewer. Of long ones, the first `limit_bytes` stand for the
-    whole: xz takes about half a second a MiB. Nothing, of no text.
+    Of long ones, the first `limit_bytes` stand for the whole: xz takes about half a second a MiB.
     """
     text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
     compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)} if text else {}
@@ -214,14 +207,10 @@ def _schedule(section: Data, sources: Sequence[Source]) -> MixtureSchedule:
     """By weights, or sizes where none are given."""
     if not section.sources:
         return build_schedule([(None, (1.0,))], [None])
-    length = sources[0].sequence_length
-    stages: list[tuple[int | None, list[float]]] = [
-        (
-            None if stage.until is None else stage.until // length,
-            [stage.weights.get(each.name, 0.0) for each in sources],
-        )
-        for stage in section.stages
-    ]
+    stages: list[tuple[int | None, list[float]]] = []
+    for stage in section.stages:
+        until = None if stage.until is None else stage.until // sources[0].sequence_length
+        stages.append((until, [stage.weights.get(each.name, 0.0) for each in sources]))
     pairs = list(zip(section.sources, sources, strict=True))
     own = [named.weight or each.windows for named, each in pairs]
     return build_schedule(stages or [(None, own)], [_limit(named, each) for named, each in pairs])

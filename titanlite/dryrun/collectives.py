@@ -1,7 +1,4 @@
-"""Which messages a program sends: every collective and point-to-point operation that torch dispatches, in order.
-
-Sees both kinds that programs use: those of process groups (`c10d`) and the functional ones that compilers understand.
-"""
+"""Which messages a program sends: of torch's operations, those of process groups (`c10d`) and the functional ones."""
 
 from __future__ import annotations
 
@@ -22,11 +19,9 @@ _OPERATIONS: Mapping[str, Operation] = {
     "allreduce": "all-reduce",
     "alltoall": "all-to-all",
     "broadcast": "broadcast",
-    "send": "send",
-    "recv": "recv",
-    "isend": "send",
-    "irecv": "recv",
-}
+    "send": "send", "isend": "send",
+    "recv": "recv", "irecv": "recv",
+}  # fmt: skip
 """How the names of torch's operations begin, without underscores; what follows are variants of them."""
 
 _NO_MESSAGE = ("barrier", "monitoredbarrier", "checkfornan", "waittensor", "wraptensorautograd")
@@ -100,13 +95,11 @@ class CollectiveLog:
         sent = ring_bytes(kind, size, group.size())
         if any(splits):  # parts of the rank's own choice: it sends what it does not keep
             sent = size - size * splits[group.rank()] // sum(splits)
-        dtype, dimension = str(message[0].dtype).removeprefix("torch."), self._dimension(group, kind, numbers)
+        dimension = group.group_desc.removeprefix("mesh_")
+        if group is dist.group.WORLD:
+            dimension = "world" if kind == "all-reduce" and numbers == 1 else self._world_dimension
+        dtype = str(message[0].dtype).removeprefix("torch.")
         self.recorded.append(Collective(dimension, kind, dtype, group.size(), size, sent))
-
-    def _dimension(self, group: dist.ProcessGroup, operation: Operation, numbers: int) -> str:
-        if group is not dist.group.WORLD:
-            return group.group_desc.removeprefix("mesh_")
-        return "world" if operation == "all-reduce" and numbers == 1 else self._world_dimension
 
 
 @cache

@@ -1,8 +1,7 @@
 """What a program holds in memory, by purpose, and when it holds most.
 
-Follows storages, not tensors: from the operation that makes one to its end. What a storage was for shows only later
-(a result is an activation if it outlives the forward pass), so events are kept, and summed up when all is known.
-Bytes are those of the tensors: an allocator's rounding and gaps, and what kernels and libraries take, come on top.
+What a storage was for shows only later (a result is an activation if it outlives the forward pass), so events are kept,
+and summed up when all is known. An allocator's rounding and gaps, and what kernels and libraries take, come on top.
 """
 
 from __future__ import annotations

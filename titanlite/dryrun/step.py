@@ -63,8 +63,14 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         stack.enter_context(cpu_stands_for("cuda"))
         stack.enter_context(trace.watch_sizes())
         fakes = RecordedFakes(log.record, trace.record)
+        to_empty = nn.Module.to_empty
+
+        def to_empty_fakes(*arguments: Any, **named: Any) -> Any:
+            with fakes:
+                return to_empty(*arguments, **named)
+
         # Only the weights are fake while the model is built: process groups are looked up in real tensors.
-        with patch.object(nn.Module, "to_empty", _within(fakes, nn.Module.to_empty)):
+        with patch.object(nn.Module, "to_empty", to_empty_fakes):
             state = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
         trace.follow(state.model.module)
         _trace_phases(state, trace, recipe.parallel.offload)
@@ -100,14 +106,6 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-
-
-def _within(mode: FakeTensorMode, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        with mode:
-            return function(*arguments, **named)
-
-    return call
 
 
 def _eager(recipe: Recipe) -> Recipe:

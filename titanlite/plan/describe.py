@@ -1,6 +1,5 @@
-"""What a run will be, in plain numbers: sizes, batches, mesh, stages, what each rank keeps, bytes, operations.
-
-Arithmetic on the recipe alone, for any mesh; knows neither devices nor torch. Guesses neither time nor activations.
+"""What a run will be, by arithmetic on the recipe: sizes, batches, mesh, stages, what each rank keeps, operations; and
+its sharding plan as a table. Knows neither devices nor torch, guesses neither time nor activations.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
     stage_of = {name: stage.index for stage in stages for name in stage.modules}
     parameters, loads = [0] * len(stages), [0] * layout.pp
     for name, shape in shapes.items():
-        parameters[stage_of[module_within(name, stage_of)]] += prod(shape)
+        parameters[stage_of[module_within(name, stage_of.__contains__)]] += prod(shape)
     for stage in stages:
         loads[stage.rank] += stage.flops
     return {
@@ -150,8 +149,7 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
 def bubble_share(schedule: str, pp: int, stages_per_rank: int, microbatches: int) -> float | None:
     """The share of a step's time that a rank of an even pipeline idles (Narayanan et al. 2021, section 2.2).
 
-    (pp - 1) / (stages_per_rank x microbatches + pp - 1). None for the schedules that split the backward pass: theirs
-    follows from their timetable (`--show-schedule`), not from a formula.
+    None for the schedules that split the backward pass: theirs follows from their timetable (`--show-schedule`).
     """
     if splits_backward(schedule):
         return None
@@ -159,7 +157,7 @@ def bubble_share(schedule: str, pp: int, stages_per_rank: int, microbatches: int
 
 
 def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
-    """One row a rule of the plan, then one a parameter that no rule cuts, numbers in names left open.
+    """One row a rule of the model's sharding plan, then one a parameter that no rule cuts, numbers in names left open.
 
     `over` is the mesh dimension (tp, cp) that it concerns, `told` what its ranks communicate. `whole` and `local` are
     shapes of the weight for the first rank; for what sees more of the sequence than it is given, tokens.
@@ -198,7 +196,6 @@ def _between_ranks(rule: ShardingRule, recipe: Recipe) -> dict[str, Any]:
 
 
 def format_sharding_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for people."""
     cells = [("modules", "style", "over", "communicates", "whole -> local")]
     for row in rows:
         sizes = ""

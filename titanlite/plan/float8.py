@@ -1,7 +1,4 @@
-"""Which products run in float8, and how: what a recipe's name stands for, and which linears it is worth it for.
-
-Arithmetic on names and sizes, without torch: `titanlite check` says it, `float8.py` does it.
-"""
+"""Which products run in float8, and how: what a recipe's name stands for, and which linears it is worth it for."""
 
 from __future__ import annotations
 
@@ -210,12 +207,10 @@ def format_gathers(found: Sequence[Gather]) -> list[str]:
 
 def summarize_linears(found: Sequence[LinearDecision]) -> str:
     """`converted 224 of 225 linears; skipped: head (excluded)`."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for each in found:
-        names = reasons.setdefault(each.skipped or "", [])
-        if pattern_of(each.name) not in names:
-            names.append(pattern_of(each.name))
-    reasons.pop("", None)
+        if each.skipped is not None:
+            reasons.setdefault(each.skipped, {})[pattern_of(each.name)] = None
     skipped = ", ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
     converted = sum(each.skipped is None for each in found)
     return f"converted {converted} of {len(found)} linears{'; skipped: ' * bool(skipped)}{skipped}"

@@ -60,24 +60,16 @@ def _choice(recipe: Recipe, name: str, device: str) -> Choice:
 
 def describe_kernels(recipe: Recipe) -> str:
     """One line on what runs on a GPU; on a CPU all operations are PyTorch's own."""
-    found = choices(recipe)
-    parts = []
-    for kernel in sorted({choice.kernel for choice in found.values()}, key=lambda kernel: kernel == "torch"):
-        reasons: dict[str, list[str]] = {}
-        for name, choice in found.items():
-            if choice.kernel == kernel:
-                reasons.setdefault(choice.why, []).append(name)
-        parts += [
-            f"{', '.join(names)} by {kernel.replace('triton', 'Triton')} ({why})" for why, names in reasons.items()
-        ]
-    if any(choice.kernel != "torch" for choice in found.values()):
+    alike: dict[Choice, list[str]] = {}
+    for name, choice in choices(recipe).items():
+        alike.setdefault(choice, []).append(name)
+    kinds = sorted(alike, key=lambda choice: (choice.kernel == "torch", choice.kernel))
+    parts = [f"{', '.join(alike[k])} by {k.kernel.replace('triton', 'Triton')} ({k.why})" for k in kinds]
+    if kinds[0].kernel != "torch":
         parts[0] = f"on a GPU {parts[0]}"
-    return "; ".join([*parts, _HEAD[recipe.kernels.linear_cross_entropy]])
-
-
-_HEAD = {
-    "auto": "head and loss by chunks of large logits",
-    "torch": "head and loss by chunks, without Triton",
-    "off": "head and loss with all logits at once",
-}
-"""What `kernels.linear_cross_entropy` means."""
+    head = {
+        "auto": "head and loss by chunks of large logits",
+        "torch": "head and loss by chunks, without Triton",
+        "off": "head and loss with all logits at once",
+    }
+    return "; ".join([*parts, head[recipe.kernels.linear_cross_entropy]])

@@ -66,6 +66,7 @@ def launch_environment(environment: Mapping[str, str] = os.environ) -> Launch:
             number("MASTER_PORT")
     # Only a step has these: in the batch script around it there is one process, whatever the job's size.
     elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        step = environment["SLURM_STEP_ID"]  # `batch`, or another word, in a job script
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
         tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "8(x2),4"
         place = Launch(
@@ -74,7 +75,10 @@ def launch_environment(environment: Mapping[str, str] = os.environ) -> Launch:
             local_rank=number("SLURM_LOCALID", "0"),
             local_size=max(map(int, re.findall(r"(?:^|,)(\d+)", tasks)), default=1),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
-            port=number("MASTER_PORT") if environment.get("MASTER_PORT") else _slurm_port(environment),
+            # One for each step of each job, below those that Linux gives to outgoing connections.
+            port=number("MASTER_PORT")
+            if environment.get("MASTER_PORT")
+            else 10_000 + (31 * number("SLURM_JOB_ID", "0") + (int(step) if step.isdecimal() else 0)) % 20_000,
         )
     elif number("WORLD_SIZE", "1") > 1:
         raise UsageError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, and RANK is not set: {_FIX}")
@@ -94,7 +98,7 @@ def launch_environment_or_default() -> Launch:
 
 @dataclass(frozen=True)
 class Torchrun:
-    """What torchrun tells its processes about their life so far."""
+    """What torchrun tells its processes."""
 
     restarts: int
     """How often it has started them again."""
@@ -102,8 +106,8 @@ class Torchrun:
     agents: int
     """Machines (their torchruns) that take part."""
     names: tuple[str, ...]
-    """What the starts of this job have in common, and those of different jobs do not: the name of the folder that this
-    torchrun keeps, and, where machines come and go, the job's id at the rendezvous if it was given one."""
+    """What all starts of this job share and no other job has: the name of the folder that this torchrun keeps, and,
+    where machines come and go, the job's id at the rendezvous if it was given one."""
     elastic: bool
     """Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so."""
 
@@ -187,12 +191,6 @@ def _require(environment: Mapping[str, str], name: str) -> str:
     if not environment.get(name):
         raise UsageError(f"{name} is not set, though this process is one of a job's. {_FIX}")
     return environment[name]
-
-
-def _slurm_port(environment: Mapping[str, str]) -> int:
-    """One for each step of each job, below those that Linux gives to outgoing connections."""
-    step = environment["SLURM_STEP_ID"]  # `batch`, or another word, in a job script
-    return 10_000 + (31 * _number(environment, "SLURM_JOB_ID", "0") + (int(step) if step.isdecimal() else 0)) % 20_000
 
 
 def first_host(nodes: str) -> str:

@@ -7,8 +7,9 @@ says how far apart they may be. Activations and buffers depend on the program's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
@@ -31,7 +32,7 @@ FILE_BYTES = 2**29
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """How much of a parameter one rank has to do with. Sizes are shapes, possibly with no rows."""
+    """How much of a parameter one rank has to do with. Shapes may have no rows."""
 
     name: str
     whole: Shape
@@ -58,14 +59,15 @@ def local_parameters(
     # Both ends of a pipeline have the weight that they share.
     for name, other in [*zip(shapes, shapes, strict=True), *spec.tied(config).items()]:
         used, kept = (local_shape(shapes[other], placements.get(other), tp, cut) for cut in (ALONE, shard))
-        ranks[rank_of[module_within(name, rank_of)]][other] = LocalParameter(other, shapes[other], used, kept)
+        rank = rank_of[module_within(name, rank_of.__contains__)]
+        ranks[rank][other] = LocalParameter(other, shapes[other], used, kept)
     return [list(rank.values()) for rank in ranks]
 
 
-def module_within(parameter: str, modules: Collection[str]) -> str:
-    """Which of `modules`, none of which is in another, a parameter is in; empty if in none."""
+def module_within(parameter: str, is_one: Callable[[str], bool]) -> str:
+    """The outermost of the modules around a parameter which `is_one`; empty, the model itself, if none is."""
     parts = parameter.split(".")
-    return next((name for end in range(1, len(parts)) if (name := ".".join(parts[:end])) in modules), "")
+    return next((name for end in range(1, len(parts)) if is_one(name := ".".join(parts[:end]))), "")
 
 
 def count_elements(shapes: Iterable[Shape]) -> int:
@@ -133,20 +135,13 @@ def _gathered(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParamete
     tied = set(spec.tied(spec.configure(recipe.model)).values())
     units: dict[str, int] = {"": 0}
     for each in parameters:
-        unit = "" if each.name in tied else _shard_unit(each.name, spec.shard_units)
+        unit = "" if each.name in tied else module_within(each.name, partial(is_named_by, spec.shard_units))
         units[unit] = units.get(unit, 0) + prod(each.used)
     resting = units.pop("")
     if units and layout.pp == 1:
         resting += units.pop(next(reversed(units)))
     sizes, together = list(units.values()), 1 + max(parallel.prefetch, 1)
     return resting + max((sum(sizes[first : first + together]) for first in range(len(sizes))), default=0)
-
-
-def _shard_unit(parameter: str, patterns: tuple[str, ...]) -> str:
-    """The submodule that is gathered and released with this parameter; empty for the model itself."""
-    parts = parameter.split(".")
-    prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if is_named_by(patterns, prefix)), "")
 
 
 def part_count(rows: int, nbytes: int, copies: int, file_bytes: int) -> int:

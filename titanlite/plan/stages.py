@@ -1,7 +1,4 @@
-"""How a pipeline is laid out: which modules make a stage, which rank holds it, and what its schedule asks for.
-
-Pure functions of the recipe, without torch. Nothing here moves a tensor; `pipeline.py` does.
-"""
+"""How a pipeline is laid out: which modules make a stage, which rank holds it, and what its schedule asks for."""
 
 from __future__ import annotations
 

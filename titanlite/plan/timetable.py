@@ -1,7 +1,7 @@
 """A pipeline schedule as a timetable: what each rank does when, and how long it idles.
 
-Simulated from the action lists that torch's schedules run by, so that what is shown is what happens. Communication
-takes no time here. Torch is imported when actions are asked for; neither a device nor a process group is touched.
+Simulated from the action lists that torch's schedules run by; communication takes no time. Torch is imported when
+actions are asked for; neither a device nor a process group is touched.
 """
 
 from __future__ import annotations

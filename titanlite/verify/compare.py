@@ -1,7 +1,4 @@
-"""The same few steps twice: on the first rank alone, then on all of them as the recipe's layout says.
-
-After each step, the loss, the gradient norm and every weight are compared. Knows no files; prints nothing.
-"""
+"""The same few steps on the first rank alone and on all as the recipe's layout says, compared after each step."""
 
 from __future__ import annotations
 
@@ -74,8 +71,7 @@ def _try_step(recipe: Recipe, world: World) -> str:
     """The first line of the error of a step of `recipe` in one process; empty if there is none."""
     alone = reference_of(recipe).model_copy(update={"recompute": recipe.recompute, "compile": recipe.compile})
     try:
-        for _ in islice(_run(alone, World(0, 1, world.device)), 2):
-            pass
+        list(islice(_run(alone, World(0, 1, world.device)), 2))
     except Exception as error:  # whatever a device, a kernel or a compiler cannot do
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
@@ -159,13 +155,7 @@ def _split_weights(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def _compare_step(
-    step: int,
-    shards: Shards,
-    numbers: Tensor,
-    expected: _Snapshot,
-    shapes: Shapes,
-    tolerance: Tolerance,
-    world: World,
+    step: int, shards: Shards, numbers: Tensor, expected: _Snapshot, shapes: Shapes, tolerance: Tolerance, world: World
 ) -> StepDifference:
     """The differences after a step, the same on every rank."""
     off = _relative((numbers - expected.numbers).abs(), expected.numbers.abs())

@@ -1,6 +1,6 @@
-"""From a recipe to one of the same structure that runs in seconds: same layout, fewer and narrower layers, less data.
+"""A recipe of the same layout that runs in seconds, with a smaller model and less data; `check` accepts it too.
 
-Whatever `check` accepts at some world size, it accepts shrunken too. Pure functions, no torch.
+No torch.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     parts: dict[str, Any] = {}
     if layout.pp > 1 and pipeline.microbatches is not None:
         parts["microbatches"] = microbatches
-    if layout.pp > 1 and pipeline.blocks_per_stage is not None:
-        parts["blocks_per_stage"] = _blocks_per_stage(pipeline.blocks_per_stage)
+    if layout.pp > 1 and (real_blocks := pipeline.blocks_per_stage) is not None:
+        # None where there are none, one where there are few, two where there are more.
+        few = min(blocks for blocks in real_blocks if blocks)
+        parts["blocks_per_stage"] = tuple(min(blocks, 1 + (blocks > few)) for blocks in real_blocks)
     model = _model(recipe, layout, parts.get("blocks_per_stage"))
     return recipe.model_copy(
         update={
@@ -113,12 +115,6 @@ def _layers(recipe: Recipe, layout: Layout, real: int) -> int:
     recompute = recipe.recompute
     kinds = recompute.every + 1 if recompute.mode != "none" else 1
     return min(real, max(stages + (real % stages > 0), kinds, 2))
-
-
-def _blocks_per_stage(real: tuple[int, ...]) -> tuple[int, ...]:
-    """No blocks where there are none, one where there are few, two where there are more."""
-    few = min(blocks for blocks in real if blocks)
-    return tuple(min(blocks, 1 + (blocks > few)) for blocks in real)
 
 
 def _microbatches(recipe: Recipe, real: BatchPlan, layout: Layout) -> int:

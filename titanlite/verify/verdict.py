@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _TURNED_BY_CHANCE = 2
@@ -89,25 +89,20 @@ class Comparison:
 
     def first_difference(self) -> str | None:
         """A sentence about the first number past the tolerance; None if there is none."""
-        return next((sentence for row in self.rows for sentence in self._differences(row)), None)
-
-    def _differences(self, row: StepDifference) -> Iterator[str]:
-        for name, found, allowed in (
-            ("loss", row.loss, self.tolerance.loss),
-            ("gradient norm", row.grad_norm, self.tolerance.grad_norm),
-        ):
-            if not found.difference <= allowed:  # true of NaN
-                numbers = f"{found.here:.9g} with this layout and {found.reference:.9g} in one process"
-                excess = _format_excess(found.difference, allowed)
-                yield f"{self.compute}: the {name} of step {row.step} is {numbers}: {excess}"
-        if not row.weight.difference <= row.weight.allowed:
+        for row in self.rows:
             when = f"after step {row.step}" if row.step else "before the first step"
-            excess = _format_excess(row.weight.difference, row.weight.allowed)
-            yield f"{self.compute}: {when}, {row.weight.name} is not what it is in one process: {excess}"
-
-
-def _format_excess(difference: float, allowed: float) -> str:
-    return f"{difference:.1e} apart, relatively, and rounding explains {allowed:.1e}"
+            for name, found, allowed in (
+                (f"the loss of step {row.step}", row.loss, self.tolerance.loss),
+                (f"the gradient norm of step {row.step}", row.grad_norm, self.tolerance.grad_norm),
+                (f"{when}, {row.weight.name}", row.weight, row.weight.allowed),
+            ):
+                if not found.difference <= allowed:  # true of NaN
+                    numbers = "not what it is in one process"
+                    if isinstance(found, NumberDifference):
+                        numbers = f"{found.here:.9g} with this layout and {found.reference:.9g} in one process"
+                    excess = f"{found.difference:.1e} apart, relatively, and rounding explains {allowed:.1e}"
+                    return f"{self.compute}: {name} is {numbers}: {excess}"
+        return None
 
 
 def first_difference(comparisons: Sequence[Comparison]) -> str | None:
