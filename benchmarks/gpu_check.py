@@ -18,7 +18,7 @@ from typing import Any
 import matrix
 from matrix import Step
 from parts import ROOT, Part, run
-from titanlite_kernels.bench import printed
+from titanlite_kernels.bench import format_rows
 from train_step import breakdown_table
 
 DEADLINE_SECONDS = 520
@@ -136,7 +136,7 @@ def markdown(report: dict[str, Any]) -> str:
         got = row.get("result", {})
         if "rows" in got:
             roofs = f"a copy {got['copy_gb_per_second']:,} GB/s, a matrix product {got['matmul_tflops']} TFLOP/s"
-            pieces += [f"{row['name'].capitalize()} ({roofs}):", printed(got["rows"])]
+            pieces += [f"{row['name'].capitalize()} ({roofs}):", format_rows(got["rows"])]
         if got.get("breakdown"):
             pieces += [f"{row['name']}:", breakdown_table(got["breakdown"])]
     return "\n\n".join(pieces)
