@@ -156,9 +156,8 @@ def test_equal_checkpoints_however_they_are_cut(checkpoint: Run, tmp_path: Path)
 
 
 def test_differences_are_measured(checkpoint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from titanlite.checkpoint import compare
 
-    monkeypatch.setattr(compare, "_BLOCK_VALUES", 7)
+    monkeypatch.setattr(load, "_BLOCK_VALUES", 7)
     one = {
         "near": torch.arange(60.0).reshape(20, 3), "large": torch.tensor([2**60]), "nan": torch.zeros(2),
         "dtype": torch.ones(2), "shape": torch.ones(2), "gone": torch.ones(1),

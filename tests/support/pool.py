@@ -20,7 +20,7 @@ _SILENT = f"no answer in {TIMEOUT_SECONDS} s"
 
 _MODULES = (
     "titanlite.training.trainer", "titanlite.cli.main", "titanlite.cli.check", "titanlite.plan.describe",
-    "titanlite.cli.checkpoint", "titanlite.checkpoint.huggingface", "titanlite.checkpoint.compare",
+    "titanlite.cli.checkpoint", "titanlite.checkpoint.huggingface", "titanlite.checkpoint.load",
     "titanlite.cli.generate", "titanlite.models.llama", "titanlite.optim.adamw", "titanlite.optim.muon",
     "titanlite.corpus.corpora.files", "titanlite.observe.console", "titanlite.observe.jsonl", "torch.utils._triton",
     "torch.distributed.fsdp", "torch.distributed.pipelining", "torch.distributed.tensor.parallel",

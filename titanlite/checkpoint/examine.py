@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titanlite.checkpoint.format import (
+    DTYPES,
     MANIFEST,
     DamagedCheckpointError,
     Manifest,
@@ -88,33 +89,27 @@ def raise_if_deleted(folder: Path) -> Iterator[None]:
     try:
         yield
     except (DamagedCheckpointError, FileNotFoundError):
-        _refuse_deleted(folder)
-        raise
+        if folder.exists():
+            raise
+        raise CheckpointError(f"{folder} was deleted while it was read: a newer one has taken its place.") from None
 
 
 def summary(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds and what wrote it, in plain values. Raises `CheckpointError` without a valid manifest."""
     with raise_if_deleted(folder):
         manifest = read_manifest(folder)
-    tensors = [
-        {
-            "name": name,
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "chunks": len(entry.chunks),
-            "bytes": sum(map(entry.chunk_bytes, entry.chunks)),
-        }
-        for name, entry in manifest.tensors.items()
-    ]
+    tensors: list[dict[str, Any]] = [
+        {"name": name, "dtype": dtype, "shape": list(shape), "chunks": len(chunks),
+         "bytes": math.prod(shape) * DTYPES[dtype][0]}
+        for name, (dtype, shape, chunks) in manifest.tensors.items()
+    ]  # fmt: skip
     return {
         "path": str(folder),
         "step": manifest.step,
         "samples": manifest.samples,
         "tokens": manifest.tokens,
         "values": manifest.values,
-        "parameters": sum(
-            math.prod(entry.shape) for name, entry in manifest.tensors.items() if name.startswith("model.")
-        ),
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["name"].startswith("model.")),
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "environment": manifest.environment,
@@ -156,29 +151,28 @@ def find_corruption(folder: Path, deep: bool = False) -> Iterator[str]:
     meanwhile.
     """
     try:
-        manifest = read_manifest(folder)
+        with raise_if_deleted(folder):
+            manifest = read_manifest(folder)
     except DamagedCheckpointError as damage:
-        _refuse_deleted(folder)
         yield str(damage)
         return
     placed = chunks_by_file(manifest.tensors)
     for name, entry in manifest.files.items():
         path, chunks = folder / name, placed.get(name, [])
         try:
-            if deep and chunks:
-                from titanlite.checkpoint.load import find_nonfinite  # which needs torch
+            with raise_if_deleted(folder):
+                if deep and chunks:
+                    from titanlite.checkpoint.load import find_nonfinite  # which needs torch
 
-                if nonfinite := find_nonfinite(path, manifest.tensors, chunks, entry):
-                    names = ", ".join(nonfinite)
-                    raise DamagedCheckpointError(f"{path} is of no use: numbers that are not finite are in {names}.")
-            elif deep:
-                verify_file(path, entry)
-            else:
-                with open_regular(path, entry) as file:
-                    if chunks:
-                        check_table(path, read_table(path, file)[1], manifest.tensors, chunks)
+                    if nonfinite := find_nonfinite(path, manifest.tensors, chunks, entry):
+                        yield f"{path} is of no use: numbers that are not finite are in {', '.join(nonfinite)}."
+                elif deep:
+                    verify_file(path, entry)
+                else:
+                    with open_regular(path, entry) as file:
+                        if chunks:
+                            check_table(path, read_table(path, file)[1], manifest.tensors, chunks)
         except DamagedCheckpointError as damage:
-            _refuse_deleted(folder)
             yield str(damage)
 
 
@@ -187,8 +181,3 @@ def unlisted_files(folder: Path) -> list[str]:
     with raise_if_deleted(folder):
         listed = {MANIFEST, *read_manifest(folder).files}
         return sorted(path.name for path in folder.iterdir() if path.name not in listed)
-
-
-def _refuse_deleted(folder: Path) -> None:
-    if not folder.exists():
-        raise CheckpointError(f"{folder} was deleted while it was read: a newer checkpoint has taken its place.")

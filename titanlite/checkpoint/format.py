@@ -96,9 +96,6 @@ class TensorEntry(NamedTuple):
     shape: Extents
     chunks: tuple[Chunk, ...]
 
-    def chunk_bytes(self, chunk: Chunk) -> int:
-        return math.prod(chunk.shape) * DTYPES[self.dtype][0]
-
 
 class FileEntry(NamedTuple):
     """Size and content hash of one file."""
@@ -213,7 +210,7 @@ def _require_room(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEn
             if (chunk.file, chunk.key) in places:
                 raise ValueError(f"two chunks lie under '{chunk.key}' in {chunk.file}")
             places.add((chunk.file, chunk.key))
-            held[chunk.file] += entry.chunk_bytes(chunk)
+            held[chunk.file] += math.prod(chunk.shape) * DTYPES[entry.dtype][0]
     for file, size in held.items():
         if size > files[file].bytes:
             raise ValueError(f"{file} has {files[file].bytes} bytes, too few for its {size} bytes of tensors")

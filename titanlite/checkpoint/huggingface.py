@@ -1,6 +1,6 @@
 """Checkpoints to and from Hugging Face folders, tensor by tensor: a model larger than memory passes through.
 
-Which names and configs stand for what is the model family's knowledge (`ModelSpec`). No pickle is ever opened.
+No pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from titanlite.checkpoint.format import (
     encode,
     folder_name,
 )
-from titanlite.checkpoint.load import open_tensors, read_box
-from titanlite.checkpoint.plan import Box, group_by_size, row_blocks
+from titanlite.checkpoint.load import TensorFile, open_tensors, read_box
+from titanlite.checkpoint.plan import Box, group_by_size, row_blocks, whole_box
 from titanlite.checkpoint.save import (
     BLOCK_BYTES,
     CheckpointMetadata,
@@ -46,7 +46,6 @@ from titanlite.checkpoint.save import (
 from titanlite.checkpoint.storage import (
     begin,
     describe_file,
-    open_regular,
     pending,
     read_manifest,
     verify_file,
@@ -54,7 +53,7 @@ from titanlite.checkpoint.storage import (
 )
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
-from titanlite.files import sync_path
+from titanlite.files import read_file, read_json, sync_path
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.plan.memory import FILE_BYTES
@@ -78,7 +77,6 @@ TOKENIZER_FILES = (
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAX_JSON_BYTES = 2**26
 _CONTEXT = "max_position_embeddings"
-_DEFAULT_CONTEXT = 2048
 _READABLE = ("float64", "float32", "float16", "bfloat16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -90,9 +88,8 @@ class Written:
     folder: Path
     tensors: int
     nbytes: int
-    """Of the weights."""
     files: tuple[str, ...]
-    """Those of the weights."""
+    """Those of the weights, `nbytes` in sum beside their tables."""
     tokenizer_files: tuple[str, ...]
     without_tokenizer: str = ""
     """Why an import's run has no tokenizer; empty if it has one."""
@@ -104,7 +101,7 @@ def export_huggingface(
     """Write the weights of a committed checkpoint as a new folder that transformers' `from_pretrained` reads.
 
     The weights keep the dtype they are stored in, unless `dtype` (one of `EXPORT_DTYPES`) is given. Every file that is
-    read is compared with its hash first. Memory: a few times `stream.BLOCK_BYTES`, whatever the size of the model.
+    read is compared with its hash first. Memory: a few times `save.BLOCK_BYTES`, whatever the size of the model.
 
     Raises `UsageError` if `out` exists, `CheckpointError` if the checkpoint is not whole, is not that of its recipe's
     model, or if the disk refuses; `out` is then not there.
@@ -136,9 +133,9 @@ def export_huggingface(
         files = _write_shards(folder, sources, shard_bytes)
         for name in [*kept, *([GENERATION_CONFIG] if GENERATION_CONFIG in manifest.files else [])]:
             verify_file(checkpoint / name, manifest.files[name])
-            _copy(checkpoint / name, folder / name)
+            _write(folder / name, read_file(checkpoint / name))
         for name, content in exported.items():
-            _write_bytes(folder / name, content)
+            _write(folder / name, content)
         special = _special_tokens(folder, tokenizer)
         fields = {
             **spec.to_huggingface_config(config),
@@ -146,7 +143,7 @@ def export_huggingface(
             **{key: special.get(key) for key in SPECIAL_TOKENS},
             "torch_dtype": next(iter(sources.values())).dtype,
         }
-        _write_json(folder / CONFIG, fields)
+        _write(folder / CONFIG, fields)
     return Written(out, len(sources), _nbytes(sources), tuple(files), (*kept, *exported))
 
 
@@ -196,16 +193,16 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         checkpoint = run / "checkpoints" / folder_name(0)
         checkpoint.mkdir(parents=True)
         for name in kept:
-            _copy(_inside(folder, name), checkpoint / name)
+            _write(checkpoint / name, read_file(_inside(folder, name)))
         for name in tokenizer.files if tokenizer else ():
             (run / FOLDER).mkdir(exist_ok=True)
-            _copy(checkpoint / name, run / FOLDER / name)
+            _write(run / FOLDER / name, read_file(checkpoint / name))
             sync_path(run / FOLDER)
         if generation:
-            _write_bytes(checkpoint / GENERATION_CONFIG, generation)
+            _write(checkpoint / GENERATION_CONFIG, generation)
         fingerprint = tokenizer.fingerprint if tokenizer else UNKNOWN
         files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe), fingerprint)
-        _write_bytes(run / "recipe.toml", to_toml(recipe).encode())
+        _write(run / "recipe.toml", to_toml(recipe).encode())
         sync_path(checkpoint)
         sync_path(checkpoint.parent)
     return Written(out, len(sources), _nbytes(sources), tuple(files), tuple(kept), problem)
@@ -242,8 +239,7 @@ def _require_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], stored:
 
 
 def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer | None:
-    """What the run was trained with; None for imported weights that came without. Raises `UsageError` if it is not
-    there, or is another one by now."""
+    """What the run was trained with, or `UsageError`; None for imported weights that came without."""
     if manifest.values.get("tokenizer") == UNKNOWN:
         return None
     tokenizer = tokenizer_of_run(checkpoint.absolute().parent.parent, recipe.data)
@@ -260,7 +256,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]
     if tokenizer is None:
         return {}
     tokens = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
-    _write_json(folder / GENERATION_CONFIG, tokens)
+    _write(folder / GENERATION_CONFIG, tokens)
     return tokens
 
 
@@ -270,7 +266,7 @@ def _write_shards(folder: Path, sources: Mapping[str, Source], shard_bytes: int)
     if len(groups) > 1:
         files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": _nbytes(sources)}, "weight_map": places})
+        _write(folder / INDEX, {"metadata": {"total_size": _nbytes(sources)}, "weight_map": places})
     for file, names in zip(files, groups, strict=True):
         write_tensors(folder / file, {name: sources[name] for name in names})
     return files
@@ -289,30 +285,25 @@ class _Weight(NamedTuple):
 
 def _family(folder: Path, fields: Mapping[str, Any]) -> tuple[ModelSpec, Model]:
     classes = fields.get("architectures")
-    specs: list[ModelSpec] = [MODELS.get(family) for family in MODELS]
-    known = [name for spec in specs for name in spec.huggingface_classes]
-    for spec in specs:
-        if isinstance(classes, list) and len(classes) == 1 and classes[0] in spec.huggingface_classes:
-            try:
-                return spec, spec.from_huggingface_config(fields)
-            except UsageError as error:
-                raise UsageError(f"{folder / CONFIG} cannot be taken: {error}.") from None
-    raise UsageError(f"{folder / CONFIG} is of {_short(classes)}; only {', '.join(known)} can be imported.")
+    known: dict[str, ModelSpec] = {name: spec for spec in map(MODELS.get, MODELS) for name in spec.huggingface_classes}
+    spec = known.get(str(classes[0])) if isinstance(classes, list) and len(classes) == 1 else None
+    if spec is None:
+        raise UsageError(f"{folder / CONFIG} is of {_short(classes)}; only {', '.join(known)} can be imported.")
+    try:
+        return spec, spec.from_huggingface_config(fields)
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG} cannot be taken: {error}.") from None
 
 
 def _context(folder: Path, fields: Mapping[str, Any]) -> int:
-    length = fields.get(_CONTEXT, _DEFAULT_CONTEXT)
+    length = fields.get(_CONTEXT, 2048)
     if type(length) is not int or not 1 <= length < 2**63:
         raise UsageError(f"{folder / CONFIG} cannot be taken: its {_CONTEXT} is {_short(length)}.")
     return length
 
 
 def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _Weight]:
-    """The model's weights, by our names.
-
-    Raises `UsageError` for the first that is missing, of another shape, not a float, not expected, or not the same as
-    the one that it is tied to.
-    """
+    """The model's weights, by our names. Raises `UsageError` for the first that is not what the config asks for."""
     config = spec.configure(section)
     found, weights = _tables(folder), {}
     for name, other in spec.tied(config).items():
@@ -362,25 +353,26 @@ def _tables(folder: Path) -> dict[str, _Weight]:
     return {name: tables[file][name] for name, file in places.items()}
 
 
+@contextmanager
+def _open_weights(path: Path) -> Iterator[TensorFile]:
+    """`open_tensors` of a Hugging Face folder's file. Raises `UsageError`: it is the user's to mend."""
+    try:
+        with open_tensors(path) as file:
+            yield file
+    except DamagedCheckpointError as damage:
+        raise UsageError(str(damage)) from None
+
+
 def _table(path: Path) -> dict[str, _Weight]:
-    with _usage_errors(), open_tensors(path) as file:
+    with _open_weights(path) as file:
         return {name: _Weight(path, name, tensor) for name, tensor in file.table.items()}
 
 
 def _read_weight(weight: _Weight, box: Box) -> Tensor:
     values = torch.empty(box[1], dtype=getattr(torch, weight.tensor.dtype))
-    with _usage_errors(), open_tensors(weight.path) as file:
-        file.copy(weight.tensor, ((0,) * len(box[1]), weight.tensor.shape), box, values, box)
+    with _open_weights(weight.path) as file:
+        file.copy(weight.tensor, whole_box(weight.tensor.shape), box, values, box)
     return values
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """A file of a Hugging Face folder that cannot be read is the user's to mend."""
-    try:
-        yield
-    except DamagedCheckpointError as damage:
-        raise UsageError(str(damage)) from None
 
 
 def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
@@ -388,11 +380,10 @@ def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
     weight, same = found.get(name), found.get(other)
     if weight is None or same is None:  # a missing one is reported with all that are
         return
-    shape = weight.tensor.shape
-    equal = shape == same.tensor.shape and {weight.tensor.dtype, same.tensor.dtype} <= set(_READABLE)
-    blocks = row_blocks(((0,) * len(shape), shape), 8, BLOCK_BYTES) if equal else ()
-    if not equal or not all(
-        torch.equal(_read_weight(weight, box).double(), _read_weight(same, box).double()) for box in blocks
+    comparable = weight.tensor.shape == same.tensor.shape and {weight.tensor.dtype, same.tensor.dtype} <= {*_READABLE}
+    if not comparable or not all(
+        torch.equal(_read_weight(weight, box).double(), _read_weight(same, box).double())
+        for box in row_blocks(whole_box(weight.tensor.shape), 8, BLOCK_BYTES)
     ):
         raise UsageError(
             f"{weight.path}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
@@ -436,7 +427,7 @@ def _write_checkpoint(
         0, recipe=recipe, values={"tokenizer": tokenizer}, environment=environment(torch.device("cpu"))
     )
     manifest = merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)
-    _write_bytes(folder / MANIFEST, encode(manifest))
+    _write(folder / MANIFEST, encode(manifest))
     return list(table["files"])
 
 
@@ -445,10 +436,9 @@ def _write_checkpoint(
 
 @contextmanager
 def _new_folder(final: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `final` when all went well, and is gone otherwise.
+    """A hidden folder, for files that are synced, that becomes `final` when all went well, and is gone otherwise.
 
-    Files in it are synced by those who write them. Raises `UsageError` if `final` exists, `CheckpointError` if the
-    disk refuses.
+    Raises `UsageError` if `final` exists, `CheckpointError` if the disk refuses.
     """
     if os.path.lexists(final):
         raise UsageError(f"{final} exists already; name a folder that does not.")
@@ -484,15 +474,11 @@ def _inside(folder: Path, name: str) -> Path:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = _inside(folder, name)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UsageError(f"{folder / name} is too large to be what its name says.")
-        fields = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{folder / name} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+        fields = read_json(path) if path.stat().st_size <= MAX_JSON_BYTES else None
+    except (OSError, ValueError) as error:
         raise UsageError(f"{folder / name} is not JSON ({error}).") from None
     if not isinstance(fields, dict):
-        raise UsageError(f"{folder / name} is not a JSON object.")
+        raise UsageError(f"{folder / name} is not a JSON object of at most {MAX_JSON_BYTES} bytes.")
     return fields
 
 
@@ -500,19 +486,9 @@ def _json_text(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, indent=2).encode() + b"\n"
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    _write_bytes(path, _json_text(fields))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _write(path: Path, content: bytes | Mapping[str, Any]) -> None:
+    path.write_bytes(content if isinstance(content, bytes) else _json_text(content))
     sync_path(path)
-
-
-def _copy(source: Path, path: Path) -> None:
-    with open_regular(source) as file:
-        data = file.readall()
-    _write_bytes(path, data)
 
 
 def _short(value: object) -> str:

@@ -44,8 +44,9 @@ class CheckpointManager:
 
     Every one of the `ranks` processes of a run has one, over the same folder; what saves and loads is called by all of
     them and ends alike on all. With `background`, a save stops training only while this rank's part is copied to the
-    host's memory; there is one save at a time. `warn` gets, on rank 0, a sentence for whatever went wrong without
-    ending the run. Making one touches no file; a process that only reads needs no more than that.
+    host's memory; there is one save at a time, and `max_failures` may fail one after the other. `warn` gets, on rank 0,
+    a sentence for whatever went wrong without ending the run; `require_own`, called there before each save, raises
+    `RunFolderLost` if the run may not write any more. Making one touches no file.
     """
 
     def __init__(
@@ -58,10 +59,6 @@ class CheckpointManager:
         max_failures: int = 0,
         require_own: Callable[[], None] = lambda: None,
     ) -> None:
-        """`max_failures`: saves that may fail one after the other.
-
-        `require_own`, on rank 0 before each save, raises `RunFolderLost` if the run may not write any more.
-        """
         self.folder = folder
         self.current: int | None = None
         """Step of the checkpoint that this process last committed or loaded, known to be whole."""
@@ -97,7 +94,7 @@ class CheckpointManager:
         return storage.checkpoint_steps(self.folder)
 
     def latest(self) -> int | None:
-        """The newest committed step, whole or damaged; None if there is none."""
+        """The newest committed step, whole or damaged."""
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
@@ -106,10 +103,7 @@ class CheckpointManager:
     # --- saving
 
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
-        """Begin a checkpoint of a state, which may change once this returns; `result` and `wait` tell how it ended.
-
-        In the foreground it has ended by then. One that was begun before must have ended, since its memory is needed.
-        """
+        """Begin a checkpoint of a state, which may change once this returns; `result` and `wait` tell how it ended."""
         step = metadata.step
         self._note_extra(step, metadata.values)
         extra = frozenset(self._extra)
@@ -133,13 +127,11 @@ class CheckpointManager:
     def result(self) -> SaveResult | None:
         """How the save ended that was begun last; None if there is none, if it goes on, or if this was asked before."""
         saved = self._saver.result()
-        if saved is None:
-            return None
-        if saved.error is None:
+        if saved and saved.error:
+            self._failed.append(saved.error)
+        elif saved:
             self.current, self._failed = saved.step, []
             self._passed_over.discard(saved.step)
-        else:
-            self._failed.append(saved.error)
         return saved
 
     def wait(self) -> SaveResult | None:
@@ -198,10 +190,8 @@ class CheckpointManager:
         """Load the newest checkpoint that is whole, of those up to step `last`; None if there has never been one.
 
         Before one of a step is tried, `newer` may load something else that is of a later one; it is asked with step 0
-        once there is none to try.
-
-        Raises `CheckpointError` if there are some and none can be used, if one does not fit, or if there are ranks
-        that do not see the folder.
+        once there is none to try. Raises `CheckpointError` if there are some and none can be used, if one does not fit,
+        or if there are ranks that do not see the folder.
         """
         steps = self.agree_on_steps(last)
         damages: list[str] = []
@@ -222,17 +212,13 @@ class CheckpointManager:
             return other
         if self.agree_on_steps(last) != steps:  # a reader beside a run, which has saved and deleted meanwhile
             return self.load_latest(tensors, prefix, newer, last)
-        listed = "\n  ".join(damages)
         raise CheckpointError(
-            f"no usable checkpoint in {self.folder}; every one is damaged:\n  {listed}\n"
-            "Restore one of them from a copy, or start over with --fresh --force."
+            "\n  ".join([f"no usable checkpoint in {self.folder}; every one is damaged:", *damages])
+            + "\nRestore one of them from a copy, or start over with --fresh --force."
         )
 
     def begins_with(self, path: Path) -> Path:
-        """The newest checkpoint at `path` as rank 0 saw it when this run began; the run there may go on.
-
-        Raises as `examine.newest_at_first` does.
-        """
+        """`examine.newest_at_first` as rank 0 saw it when this run began; the run there may go on."""
         return Path(self._ranks.run_on_rank0(lambda: str(newest_at_first(path, self.folder / BEGINS_WITH))))
 
     def agree_on_steps(self, last: int | None = None) -> list[int]:
@@ -242,8 +228,16 @@ class CheckpointManager:
         """
         if self._ranks.size > 1:
             mark: str = self._ranks.run_on_rank0(lambda: storage.leave_mark(self.folder))
+
+            def look() -> None:
+                if not (self.folder / mark).exists():
+                    raise CheckpointError(
+                        f"{self.folder} is not the folder that the first rank writes to. Every machine must see the "
+                        "same one: set run.output_dir to a folder that they share."
+                    )
+
             try:
-                self._ranks.run_on_all_ranks(lambda: self._look_for(mark))
+                self._ranks.run_on_all_ranks(look)
             finally:
                 if self._ranks.is_first:
                     with suppress(OSError):  # the next start clears it
@@ -259,13 +253,6 @@ class CheckpointManager:
 
     def _note_extra(self, step: int, values: Mapping[str, Scalar]) -> None:
         (self._extra.add if BACK_TO in values else self._extra.discard)(step)
-
-    def _look_for(self, mark: str) -> None:
-        if not (self.folder / mark).exists():
-            raise CheckpointError(
-                f"{self.folder} is not the folder that the first rank writes to. Every machine must see the same one: "
-                "set run.output_dir to a folder that they share."
-            )
 
     def _make_ready(self, step: int, warn: Warn) -> None:
         """Before a save of `step`: the folder must be the run's own, and checkpoints that loading passed over go
@@ -298,10 +285,8 @@ class CheckpointManager:
             warn(str(error))
             return
         kept = self._best(steps)
-        regular = [step for step in steps if step not in extra]
-        old = storage.select_superseded(regular, self._keep.last, self._keep.every)
-        if self._keep.last:
-            old += [step for step in steps[:-1] if step in extra]
+        old = storage.select_superseded([s for s in steps if s not in extra], self._keep.last, self._keep.every)
+        old += [step for step in steps[:-1] if step in extra and self._keep.last]
         for step in old:
             if step not in kept:
                 storage.remove_or_warn(self.path(step), warn)

@@ -111,10 +111,10 @@ def _attempt(action: Callable[[], Any]) -> tuple[Message, Exception | None]:
 
 def _gravest(messages: list[Message]) -> Message:
     """The gravest failure, of the lowest rank that met it; empty without any."""
-    failures = [(rank, message) for rank, message in enumerate(messages) if "kind" in message]
+    kinds, failures = list(_KINDS), [(rank, message) for rank, message in enumerate(messages) if "kind" in message]
     if not failures:
         return {}
-    rank, worst = min(failures, key=lambda failure: (list(_KINDS).index(failure[1]["kind"]), failure[0]))
+    rank, worst = min(failures, key=lambda failure: kinds.index(failure[1]["kind"]))
     others = f" ({pluralize(len(failures) - 1, 'other rank')} failed too)" if len(failures) > 1 else ""
     return {"kind": worst["kind"], "text": f"rank {rank}: {worst['text']}{others}"}
 

@@ -1,7 +1,4 @@
-"""When a run saves beside its every so many steps: after so many minutes, and when a file asks for it.
-
-Only says when: what is saved is the trainer's, and `resilience.signals` sees to it that all ranks do it after one step.
-"""
+"""When a run saves beside its every so many steps: after so many minutes, and when a file asks for it."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from titanlite.files import cause
 
 SAVE_NOW = "save-now"
 """Name of the file in the run folder that asks for a checkpoint: `touch RUN/save-now`. Deleted once it is committed."""
-
 _LOOK_EVERY_SECONDS = 1.0
 """A look at a shared file system may take a while; steps may be short."""
-
 _RETRY_SECONDS = 30.0
 """After a save that failed, the next is asked for so much later: a full disk may have been cleared by then."""
 
 
 class SaveRequests:
-    """Asks once for each save that is due, and not again before it is known how it ended; on rank 0 alone."""
+    """Asks once for each save that is due, and not again before it is known how it ended; on rank 0 alone.
+
+    `file` asks for a save by being there; with `every_minutes` 0, the clock asks for none.
+    """
 
     def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None], is_rank0: bool = True) -> None:
-        """`file` asks for a save by being there; `every_minutes` 0: the clock asks for none."""
         self._file: Path | None = file if is_rank0 else None
         self._limit_seconds = 60 * every_minutes if is_rank0 and every_minutes else math.inf
         self._warn = warn

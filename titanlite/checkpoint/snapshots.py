@@ -94,8 +94,8 @@ class Generation(NamedTuple):
 class Snapshots:
     """The last snapshot of one run. Every rank has one; what is called is called by all and ends alike on all.
 
-    A snapshot that fails leaves the one before. With `background`, training stops only while this rank's part is copied
-    to other memory of the host. `warn` gets, on rank 0, a sentence for whatever went wrong without ending the run.
+    `memory` is a folder in memory, each machine's own; `checkpoints` the run's folder, which all see. The others are as
+    the `CheckpointManager`'s. A snapshot that fails leaves the one before.
     """
 
     def __init__(
@@ -107,10 +107,6 @@ class Snapshots:
         background: bool = False,
         require_own: Callable[[], None] = lambda: None,
     ) -> None:
-        """`memory`: a folder in memory, each machine's own. `checkpoints`: the run's folder, which all see.
-
-        `require_own`: as the `CheckpointManager`'s.
-        """
         self._file = checkpoints / GENERATION
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
@@ -145,10 +141,7 @@ class Snapshots:
         self._on_each_machine(lambda: _require_free(self._folder, needed[self._ranks.rank]))
 
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
-        """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended.
-
-        A generation must have begun, and the snapshot that was begun before must have ended.
-        """
+        """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended."""
         assert self._generation.name, "snapshots begin with a generation"
         values = {**metadata.values, _OF_GENERATION: self._generation.name}
         self.saves.begin(
@@ -156,10 +149,9 @@ class Snapshots:
         )
 
     def load_latest(self, tensors: Mapping[str, Shard], newer_than: int) -> Manifest | None:
-        """Load the newest whole snapshot of a step after `newer_than`; None if there is none.
+        """Load the newest whole snapshot of a step after `newer_than`. Raises `CheckpointError` if it does not fit.
 
-        Raises `CheckpointError` if it does not fit the model. Call `begin_generation` once the state is what the run
-        goes on from, this or another.
+        Call `begin_generation` once the state is what the run goes on from, this or another.
         """
         reports: list[Any] = self._on_each_machine(lambda: _list_held(self._folder), assemble)
         for snapshot in (Snapshot(*fields) for fields in reports):
@@ -174,13 +166,18 @@ class Snapshots:
         return None
 
     def begin_generation(self) -> None:
-        """Of the snapshots so far, here or on machines that are away, none but the one just loaded counts any more.
-
-        Raises `UsageError` if that cannot be written down.
+        """Of the snapshots so far, also on machines that are away, none but the one just loaded counts any more. Raises
+        `UsageError` if that cannot be written down.
         """
         self.saves.wait()
-        fields = self._ranks.run_on_rank0(lambda: _new_generation(self._file, self._loaded))
-        self._generation, self._loaded = Generation(*fields), ""
+
+        def draw() -> list[str]:
+            words, path = [os.urandom(8).hex(), self._loaded], self._file
+            with storage.wrap_os_errors(f"cannot write {path}, so no snapshots are kept", path, kind=UsageError):
+                replace_file(path, json.dumps(words).encode())
+            return words
+
+        self._generation, self._loaded = Generation(*self._ranks.run_on_rank0(draw)), ""
         self._on_each_machine(lambda: _clear(self._folder, self._generation))
 
     def close(self) -> None:
@@ -264,9 +261,8 @@ def replica_ranks(machines: Sequence[int]) -> list[int]:
     for rank, machine in enumerate(machines):
         ranks[machine].append(rank)
     order = sorted(ranks)
-    after = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-    others = [ranks[after[machine]] for machine in machines]
-    return [others[rank][ranks[machine].index(rank) % len(others[rank])] for rank, machine in enumerate(machines)]
+    after = {machine: ranks[order[place + 1 - len(order)]] for place, machine in enumerate(order)}
+    return [after[m][ranks[m].index(rank) % len(after[m])] for rank, m in enumerate(machines)]
 
 
 def plan_copies(sizes: Mapping[str, int], machines: Sequence[int]) -> list[Move]:
@@ -292,10 +288,8 @@ def plan_fetch(snapshot: Snapshot, machines: Sequence[int], wanted: Sequence[Seq
     Files that several machines hold come from the one that sends least.
     """
     moves, sent = [], Counter[int]()
-    seekers: dict[tuple[str, int], int] = {}
-    for rank, files in enumerate(wanted):
-        for file in files:
-            seekers.setdefault((file, machines[rank]), rank)
+    ranks = reversed(range(len(wanted)))  # so that the first of a machine's that want a file gets it
+    seekers = {(file, machines[rank]): rank for rank in ranks for file in wanted[rank]}
     for (file, machine), rank in sorted(seekers.items()):
         if machine not in snapshot.holders[file]:
             source = min(snapshot.holders[file], key=lambda holder: (sent[holder], holder))
@@ -328,9 +322,8 @@ def transfer(moves: Sequence[Move], folder: Path, ranks: Ranks) -> None:
     Raises `OSError` for what failed on this rank, after the last move: no rank is left waiting.
     """
     failures = [_transfer(move, folder, ranks) for move in moves if ranks.rank in (move.source, move.target)]
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    for failure in filter(None, failures):
+        raise failure
 
 
 def _transfer(move: Move, folder: Path, ranks: Ranks) -> OSError | None:
@@ -362,9 +355,9 @@ def _list_held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]
     for step in storage.checkpoint_steps(folder):
         place = folder / folder_name(step)
         files = {file: entry.bytes for file, entry in storage.read_manifest(place).files.items()}
-        here = {file: size for file, size in files.items() if _size(place / file) == size}
-        missing = [file for file in files if file not in here]
-        held.append((step, _digest(place), here, missing))
+        sizes = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
+        here = {file: size for file, size in files.items() if sizes.get(file) == size}
+        held.append((step, _digest(place), here, [file for file in files if file not in here]))
     return held
 
 
@@ -372,10 +365,6 @@ def _digest(folder: Path) -> str:
     """Of a snapshot's manifest; empty if it has none."""
     path = folder / MANIFEST
     return xxhash.xxh3_128_hexdigest(read_file(path)) if path.is_file() else ""
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
 
 
 def _run_name(path: Path) -> str:
@@ -392,13 +381,6 @@ def _read_generation(path: Path) -> Generation:
         return Generation(*(str(word) for word in read_json(path)))
     except (OSError, ValueError, TypeError):
         return Generation("")
-
-
-def _new_generation(path: Path, origin: str) -> Generation:
-    generation = Generation(os.urandom(8).hex(), origin)
-    with storage.wrap_os_errors(f"cannot write {path}, without which no snapshots are kept", path, kind=UsageError):
-        replace_file(path, json.dumps(generation).encode())
-    return generation
 
 
 def _machine_mark(folder: Path) -> str:
@@ -451,10 +433,9 @@ def _require_free(folder: Path, needed: int) -> None:
 
 
 def _remove_others(final: Path, warn: Warn) -> None:
-    for step in storage.checkpoint_steps(final.parent):
-        other = final.with_name(folder_name(step))
-        if other != final:
-            storage.remove_or_warn(other, warn)
+    for name in map(folder_name, storage.checkpoint_steps(final.parent)):
+        if name != final.name:
+            storage.remove_or_warn(final.with_name(name), warn)
 
 
 def _make_way(folder: Path, digest: str) -> None:

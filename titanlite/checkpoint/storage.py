@@ -28,23 +28,18 @@ from titanlite.checkpoint.format import (
 from titanlite.errors import CheckpointError, TitanliteError
 from titanlite.files import cause, open_file, sync_path
 
-HASH_BLOCK_BYTES = 2**22
-
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, ascending by number; times on disk mean nothing. Empty without a folder."""
-    with wrap_os_errors(f"cannot list the checkpoints in {folder}", folder):
-        try:
-            names = [entry.name for entry in os.scandir(folder) if step_of(entry.name) is not None and entry.is_dir()]
-        except FileNotFoundError:
-            return []
-    return sorted(step for name in names if (step := step_of(name)) is not None)
+    with wrap_os_errors(f"cannot list the checkpoints in {folder}", folder), suppress(FileNotFoundError):
+        found = ((step_of(entry.name), entry) for entry in os.scandir(folder))
+        return sorted(step for step, entry in found if step is not None and entry.is_dir())
+    return []
 
 
 def select_superseded(steps: Sequence[int], keep_last: int, keep_every: int = 0) -> list[int]:
-    """Of ascending `steps`, those that need not be kept: not the `keep_last` newest, nor multiples of `keep_every`.
-
-    0 means all for `keep_last`, and none for `keep_every`.
+    """Of ascending `steps`, those that need not be kept: not the `keep_last` newest (0: all), nor multiples of
+    `keep_every` (0: none).
     """
     older = steps[:-keep_last] if keep_last else []
     return [step for step in older if not (keep_every and step % keep_every == 0)]
@@ -62,8 +57,7 @@ def begin(final: Path) -> None:
 
 
 def commit(final: Path, manifest: bytes) -> str:
-    """Make what is pending, all files of it synced, and this manifest the checkpoint `final`, in place of the one there
-    is.
+    """Make what is pending, its files synced, and this manifest the checkpoint `final`, in place of the one there is.
 
     Raises `OSError` if `final` is not what was pending; `abandon` then brings back what it was. Once it is, no error
     undoes that: what is returned, if not empty, says why a loss of power might, and that older ones must stay.
@@ -126,14 +120,12 @@ def clear_leftovers(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if re.fullmatch(r"\.mark-[0-9a-f]+", path.name):
             path.unlink()
-        match = re.fullmatch(r"\.(step-[0-9]+)\.(writing|replaced|deleting)", path.name)
-        if match is None:
-            continue
-        final = folder / match[1]
-        if match[2] == "replaced" and not final.exists():
-            os.rename(path, final)  # killed between the two renames of a commit: the old one is still the one
-        else:
-            _delete(path)
+        elif match := re.fullmatch(r"\.(step-[0-9]+)\.(writing|replaced|deleting)", path.name):
+            final = folder / match[1]
+            if match[2] == "replaced" and not final.exists():
+                os.rename(path, final)  # killed between the two renames of a commit: the old one is still the one
+            else:
+                _delete(path)
 
 
 def remove(final: Path) -> None:
@@ -229,8 +221,7 @@ def describe_file(path: Path) -> FileEntry:
 
 
 def _hash(file: FileIO) -> str:
-    digest = xxhash.xxh3_128()
-    block = memoryview(bytearray(HASH_BLOCK_BYTES))
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(2**22))
     while count := file.readinto(block):
         digest.update(block[:count])
     return digest.hexdigest()

@@ -114,7 +114,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from titanlite.checkpoint.compare import compare_checkpoints
+    from titanlite.checkpoint.load import compare_checkpoints
 
     a, b = newest_at(arguments.a), newest_at(arguments.b)
     with raise_if_deleted(a), raise_if_deleted(b):
