@@ -70,8 +70,6 @@ def newest_at(path: Path) -> Path:
 def newest_at_first(path: Path, record: Path) -> Path:
     """`newest_at` as of the first time that it was asked for, which the file `record` tells of: the run there may have
     saved since. Asked anew for another path, and for a checkpoint that is gone.
-
-    Raises as `newest_at`, and `CheckpointError` if the answer cannot be recorded.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = read_json(record)
@@ -95,9 +93,17 @@ def raise_if_deleted(folder: Path) -> Iterator[None]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds and what wrote it, in plain values. Raises `CheckpointError` without a valid manifest."""
+    """What a checkpoint holds and what wrote it, in plain values; None for what the recipe in it does not say.
+
+    Raises `CheckpointError` without a valid manifest.
+    """
     with raise_if_deleted(folder):
         manifest = read_manifest(folder)
+    try:
+        recipe = parse_toml(manifest.recipe)
+    except ValueError:  # whichever titanlite's it is
+        recipe = {}
+    sections = {name: section for name, section in recipe.items() if isinstance(section, dict)}
     tensors: list[dict[str, Any]] = [
         {"name": name, "dtype": dtype, "shape": list(shape), "chunks": len(chunks),
          "bytes": math.prod(shape) * DTYPES[dtype][0]}
@@ -113,20 +119,11 @@ def summary(folder: Path) -> dict[str, Any]:
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "environment": manifest.environment,
-        **_writer(manifest),
+        "run": sections.get("run", {}).get("name"),
+        "preset": sections.get("model", {}).get("preset"),
+        "layout": sections.get("parallel"),
         "tensors": tensors,
     }
-
-
-def _writer(manifest: Manifest) -> dict[str, Any]:
-    """The run and its layout by the recipe in the manifest, whichever titanlite's it is; None where it says nothing."""
-    try:
-        recipe = parse_toml(manifest.recipe)
-    except ValueError:
-        recipe = {}
-    sections = {name: section for name, section in recipe.items() if isinstance(section, dict)}
-    run, model = sections.get("run", {}), sections.get("model", {})
-    return {"run": run.get("name"), "preset": model.get("preset"), "layout": sections.get("parallel")}
 
 
 def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
@@ -145,10 +142,7 @@ def recipe_of(manifest: Manifest, folder: Path) -> Recipe:
 
 def find_corruption(folder: Path, deep: bool = False) -> Iterator[str]:
     """Everything wrong with a checkpoint, one sentence a file; `deep` also reads every file, to compare its hash and to
-    look for numbers that are not finite.
-
-    Raises `NewerFormatError` for one that this titanlite cannot judge, and `CheckpointError` if it was deleted
-    meanwhile.
+    look for numbers that are not finite. Raises `NewerFormatError`, and `CheckpointError` if it was deleted meanwhile.
     """
     try:
         with raise_if_deleted(folder):

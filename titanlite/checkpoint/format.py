@@ -109,11 +109,9 @@ class Manifest:
     """Everything that a checkpoint holds, and what made it."""
 
     step: int
-    """Optimizer steps done."""
     samples: int
     """Samples consumed, which is the whole state of the data."""
     tokens: int
-    """Tokens trained on."""
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
     recipe: str
@@ -128,11 +126,7 @@ _FIELDS = set(Manifest.__dataclass_fields__)
 
 
 def manifest_from(fields: Mapping[str, Any]) -> Manifest:
-    """The manifest of JSON fields (without format, version and checksum).
-
-    Raises `ValueError` that names the place unless every value is of its type and within its limits, the chunks of
-    each tensor tile it, and lie in listed files that are large enough.
-    """
+    """The manifest of JSON fields (without format, version and checksum). Raises `ValueError` that names the place."""
     _require(set(fields) == _FIELDS, "manifest", f"the keys {sorted(_FIELDS)} and no others, not {sorted(fields)}")
     for key, limit in (("step", 2**32), ("samples", 2**62), ("tokens", 2**62)):  # with room for what a run adds to them
         _require(_is_size(fields[key], limit), key, f"a whole number from 0 to {limit - 1}")
@@ -254,11 +248,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes | str, source: str) -> Manifest:
-    """Read a manifest's text; `source` names it in errors.
-
-    Raises `NewerFormatError` if a later titanlite is needed, and `DamagedCheckpointError` for everything else that
-    is not a whole, consistent manifest.
-    """
+    """Read a manifest's text; `source` names it in errors. Raises `NewerFormatError` and `DamagedCheckpointError`."""
     try:
         fields = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

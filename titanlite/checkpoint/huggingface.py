@@ -60,6 +60,7 @@ from titanlite.plan.memory import FILE_BYTES
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
+from titanlite.text import pluralize
 
 PREFIX = "model."
 """What the weights' names begin with in a checkpoint."""
@@ -151,9 +152,8 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     """Make a new run folder with one checkpoint, of step 0, that holds the weights of a Hugging Face folder.
 
     Weights become masters: float32, or float64 if any of them is that wide; both hold what was read exactly. Tokenizer
-    files and the generation config are kept in the checkpoint, for the next export; a tokenizer.json also becomes the
-    run's tokenizer, and so does a rank file. Memory as for exporting. The recipe begins a run of another name with the
-    weights, from wherever it is started.
+    files and the generation config are kept in the checkpoint, for the next export; a tokenizer.json or a rank file
+    also becomes the run's tokenizer. The recipe begins a run of another name with the weights, from wherever it is.
 
     Raises `UsageError` if the folder cannot be taken (another architecture, pickles, missing or damaged files, names
     that lead out of it, weights that are not finite) or `out` exists, `CheckpointError` if the disk refuses; `out` is
@@ -164,11 +164,12 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         check_path(str(home))
         name = check_name(f"{home.name}-trained")
     except ValueError as error:
-        raise UsageError(
-            f"{_short(str(out))} cannot be the folder of a run that another begins with: {error}"
-        ) from None
+        raise UsageError(f"{_short(str(out))} cannot be the folder of a run to begin with: {error}") from None
     fields = _read_json(folder, CONFIG)
     spec, section = _family(folder, fields)
+    length = fields.get(_CONTEXT, 2048)
+    if type(length) is not int or not 1 <= length < 2**63:
+        raise UsageError(f"{folder / CONFIG} cannot be taken: its {_CONTEXT} is {_short(length)}.")
     found = _find_weights(folder, spec, section)
     dtypes = {weight.tensor.dtype for weight in found.values()}
     master = "float64" if "float64" in dtypes else "float32"
@@ -185,7 +186,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         run=Run(name=name),
         model=section,
         data=Data(tokenizer=str(home / FOLDER)) if tokenizer and tokenizer.files else Data(),
-        training=Training(sequence_length=_context(folder, fields)),
+        training=Training(sequence_length=length),
         precision=Precision.model_validate({"compute": "bfloat16" if dtypes == {"bfloat16"} else master}),
         checkpoint=Checkpoint(warm_start=str(home)),
     )
@@ -232,9 +233,7 @@ def _nbytes(sources: Mapping[str, Source]) -> int:
 def _require_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
     for name in [*wanted, *stored]:
         if wanted.get(name) != stored.get(name):
-            here, there = (
-                "missing" if shape is None else str(list(shape)) for shape in (stored.get(name), wanted.get(name))
-            )
+            here, there = ("missing" if shape is None else [*shape] for shape in (stored.get(name), wanted.get(name)))
             raise CheckpointError(f"{folder} is not its recipe's model: {name} is {here} in it, {there} in the model.")
 
 
@@ -295,13 +294,6 @@ def _family(folder: Path, fields: Mapping[str, Any]) -> tuple[ModelSpec, Model]:
         raise UsageError(f"{folder / CONFIG} cannot be taken: {error}.") from None
 
 
-def _context(folder: Path, fields: Mapping[str, Any]) -> int:
-    length = fields.get(_CONTEXT, 2048)
-    if type(length) is not int or not 1 <= length < 2**63:
-        raise UsageError(f"{folder / CONFIG} cannot be taken: its {_CONTEXT} is {_short(length)}.")
-    return length
-
-
 def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _Weight]:
     """The model's weights, by our names. Raises `UsageError` for the first that is not what the config asks for."""
     config = spec.configure(section)
@@ -313,15 +305,13 @@ def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _W
     wanted = {spec.to_huggingface(name): (name, shape) for name, shape in spec.shapes(config).items()}
     for theirs, (name, shape) in wanted.items():
         if theirs not in found:
-            missing = len(wanted.keys() - found.keys())
-            others = f" (and {missing - 1} more)" if missing > 1 else ""
-            raise UsageError(f"{folder} does not hold {theirs}{others}, which its {CONFIG} asks for.")
+            missing = pluralize(len(wanted.keys() - found.keys()), "tensor")
+            raise UsageError(f"{folder} does not hold {theirs} ({missing} in all), which its {CONFIG} asks for.")
         weights[name] = weight = found[theirs]
         if weight.tensor.shape != shape:
             raise UsageError(f"{weight.path}: {theirs} is {list(weight.tensor.shape)}, and by {CONFIG} {list(shape)}.")
         if weight.tensor.dtype not in _READABLE:
-            dtype, readable = _short(weight.tensor.dtype), ", ".join(_READABLE)
-            raise UsageError(f"{weight.path}: {theirs} is {dtype}; only {readable} can be imported.")
+            raise UsageError(f"{weight.path}: {theirs} is {_short(weight.tensor.dtype)}, not one of {_READABLE}.")
     for name in found.keys() - wanted.keys():
         raise UsageError(f"{found[name].path} holds {_short(name)}, which the model of its {CONFIG} has not.")
     return weights
@@ -332,8 +322,7 @@ def _tables(folder: Path) -> dict[str, _Weight]:
     if os.path.lexists(folder / SINGLE):
         return _table(_inside(folder, SINGLE))
     if not os.path.lexists(folder / INDEX):
-        pickles = sorted(name for name in os.listdir(folder) if name.endswith(_PICKLES))
-        if pickles:
+        if pickles := sorted(name for name in os.listdir(folder) if name.endswith(_PICKLES)):
             raise UsageError(
                 f"{folder} has its weights in {_short(pickles[0])}, a pickle, which can run any program when it is "
                 "opened; have transformers save it with safe_serialization where you trust it."

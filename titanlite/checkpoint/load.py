@@ -65,10 +65,10 @@ def load_state(
     """Copy the checkpoint's values into `into`, in place; called by every rank, each with its parts of the tensors.
 
     Each file is read whole by the rank that wants most of it, and compared with its hash; beside that, a rank reads its
-    own parts and no more. It holds them and `READERS` blocks of `read.BLOCK_BYTES`. `prefix` limits the reading to the
-    tensors whose names begin with it (`model.` for the weights alone). `convert` takes values of another floating-point
-    dtype, rounded to that of `into`. `own` is the manifest of folders that are each machine's own: a rank compares all
-    files with their hashes that it wants something of, and no others need be there.
+    own parts and no more. `prefix` limits the reading to the tensors whose names begin with it (`model.` for the
+    weights alone). `convert` takes values of another floating-point dtype, rounded to that of `into`. `own` is the
+    manifest of folders that are each machine's own: a rank compares all files with their hashes that it wants something
+    of, and no others need be there.
 
     Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
@@ -161,9 +161,7 @@ def read_chunks(
     expected: FileEntry | None = None,
 ) -> None:
     """Copy the parts that `into` has of a file's `chunks` of `stored`, and read no others; with `expected`, which needs
-    all chunks of the file, read every byte once, and compare with that.
-
-    Raises `DamagedCheckpointError`; what `into` then holds is undefined.
+    all chunks of the file, read every byte once, and compare with that. Raises `DamagedCheckpointError`.
     """
     with _open_checked(path, stored, chunks, expected) as file:
         targets = {chunk.key: (into[name], chunk.box) for name, chunk in chunks if name in into}
@@ -179,10 +177,7 @@ def read_chunks(
 def find_nonfinite(
     path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry
 ) -> list[str]:
-    """Read every byte of a file, compare with `expected`, and return the weights and moments in it that are not finite.
-
-    Raises `DamagedCheckpointError`.
-    """
+    """Read every byte of a file, compare with `expected`, and return the weights and moments that are not finite."""
     found: dict[str, None] = {}
     with _open_checked(path, stored, chunks, expected) as file:
         learned = {chunk.key: name for name, chunk in chunks if name.startswith(LEARNED)}
@@ -213,10 +208,7 @@ def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
 
 @contextmanager
 def open_tensors(path: Path, expected: FileEntry | None = None) -> Iterator[TensorFile]:
-    """A file, and its table; what is read in the block must be all of it if it is to have the hash that is `expected`.
-
-    Raises `DamagedCheckpointError`.
-    """
+    """A file, which must be read whole in the block if it is to be as `expected`. Raises `DamagedCheckpointError`."""
     with open_regular(path, expected) as file:
         tensors = TensorFile(path, file, hashed=expected is not None)
         yield tensors
@@ -263,12 +255,12 @@ class TensorFile:
         direct = target.device.type == "cpu" and target.dtype == dtype
         for block in row_blocks(without_short_runs(origin, box, RUN_BYTES // itemsize), itemsize, BLOCK_BYTES):
             part = overlap(block, target_box)
-            place = None if part is None else target[within(part, target_box)]
-            if direct and place is not None and part == block and place.is_contiguous():
+            place = target[within(part, target_box)] if part else target
+            if direct and part == block and place.is_contiguous():
                 self._read_runs(tensor, origin, block, place)
                 continue
             values = self.block(tensor, origin, block)
-            if part is not None and place is not None:
+            if part:
                 place.copy_(values[within(part, block)])
 
     def block(self, tensor: StoredTensor, origin: Box, block: Box) -> Tensor:
@@ -332,22 +324,22 @@ def without_short_runs(whole: Box, box: Box, elements: int) -> Box:
 
 # --- how far two checkpoints are apart, however each of them is cut
 
-_BLOCK_VALUES = 2**22
-"""Values compared at once, in float64; a row that has more is compared whole."""
+_BLOCK_VALUES = 2**22  # values compared at once, in float64; a row that has more is compared whole
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor in two checkpoints."""
+    """One tensor in two checkpoints: `dtype[shape]` in either, and None where there is none, or nothing to compare.
+
+    NaN is the same as NaN; differences are infinite where only one of the two is finite, or a number.
+    """
 
     name: str
     a: str | None
-    """`dtype[shape]` in the first; None: it has no such tensor."""
     b: str | None
     differing: int | None = None
-    """Values that are not the same; None where the shapes cannot be compared. NaN is the same as NaN."""
+    """Number of values that are not the same."""
     max_abs: float | None = None
-    """Largest |a - b|; infinite where only one of the two is finite, or a number."""
     max_rel: float | None = None
     """Largest |a - b| / max(|a|, |b|)."""
 
@@ -370,18 +362,14 @@ def compare_checkpoints(a: Path, b: Path, prefix: str = "") -> Iterator[Differen
         if not name.startswith(prefix):
             continue
         one, other = left.get(name), right.get(name)
-        texts = _text(one), _text(other)
+        x, y = (f"{entry.dtype}{list(entry.shape)}" if entry else None for entry in (one, other))
         if one is None or other is None or one.shape != other.shape:
-            yield Difference(name, *texts)
+            yield Difference(name, x, y)
             continue
         blocks = row_blocks(whole_box(one.shape), 1, _BLOCK_VALUES)
         parts = [_compare(read_box(a, one, block), read_box(b, other, block)) for block in blocks]
         counts, absolute, relative = zip(*parts, strict=True) if parts else ((), (), ())
-        yield Difference(name, *texts, sum(counts), max(absolute, default=0.0), max(relative, default=0.0))
-
-
-def _text(entry: TensorEntry | None) -> str | None:
-    return None if entry is None else f"{entry.dtype}{list(entry.shape)}"
+        yield Difference(name, x, y, sum(counts), max(absolute, default=0.0), max(relative, default=0.0))
 
 
 def _compare(x: Tensor, y: Tensor) -> tuple[int, float, float]:

@@ -70,8 +70,7 @@ class CheckpointManager:
         self._begun: int | None = None
         """Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any."""
         self._max_failures = max_failures
-        self._failed: list[CheckpointError] = []
-        """Of the saves since the last that was committed."""
+        self._failed: list[CheckpointError] = []  # of the saves since the last that was committed
         self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
         self._extra: set[int] = set()

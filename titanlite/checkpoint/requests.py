@@ -12,8 +12,7 @@ from titanlite.files import cause
 
 SAVE_NOW = "save-now"
 """Name of the file in the run folder that asks for a checkpoint: `touch RUN/save-now`. Deleted once it is committed."""
-_LOOK_EVERY_SECONDS = 1.0
-"""A look at a shared file system may take a while; steps may be short."""
+_LOOK_EVERY_SECONDS = 1.0  # a look at a shared file system may take a while; steps may be short
 _RETRY_SECONDS = 30.0
 """After a save that failed, the next is asked for so much later: a full disk may have been cleared by then."""
 

@@ -278,10 +278,8 @@ class BackgroundSaver:
         self._warn = warn
         self._background = background
         self._copies: dict[str, Tensor] = {}
-        self._thread: Thread | None = None
-        """That of the save whose result was not asked for yet."""
-        self._begun = 0, 0.0, 0.0
-        """Step of that save, when it began, and how long training stood still for that."""
+        self._thread: Thread | None = None  # that of the save whose result was not asked for yet
+        self._begun = 0, 0.0, 0.0  # step of that save, when it began, and how long training stood still for that
         self._ended: tuple[Exception | None, list[str], float] | None = None
         """What it raised, what it warned of, and when it ended."""
 

@@ -52,12 +52,9 @@ hold may be of steps that the run has taken otherwise since."""
 RUN_NAME = ".run"
 """File in the run's folder with a name that was drawn for it: containers that share the memory may have runs of one
 path. `--fresh` leaves it, and so finds what is to be cleared."""
-_OF_GENERATION = "snapshots"
-"""The value in a snapshot's manifest that says of which generation it is."""
-_LAST_SECONDS = 10.0
-"""For which the end of a run waits for a snapshot that is no longer needed."""
-_MARK = "machine"
-"""File by which ranks see that they are on one machine."""
+_OF_GENERATION = "snapshots"  # the value in a snapshot's manifest that says of which generation it is
+_LAST_SECONDS = 10.0  # for which the end of a run waits for a snapshot that is no longer needed
+_MARK = "machine"  # file by which ranks see that they are on one machine
 
 
 class Move(NamedTuple):
@@ -70,25 +67,13 @@ class Move(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A snapshot, by what all machines hold of it."""
+    """A snapshot, by what all machines hold of it: the manifest of this digest at least, and of its files some."""
 
     step: int
     digest: str
-    """Of its manifest."""
     machines: list[int]
-    """Those that hold something of it, the manifest at least."""
     sizes: dict[str, int]
-    """Bytes of each file."""
     holders: dict[str, list[int]]
-    """The machines that hold each of these."""
-
-
-class Generation(NamedTuple):
-    """The snapshots that count."""
-
-    name: str
-    origin: str = ""
-    """Digest of the manifest of one more, of an earlier generation: what this one begins with."""
 
 
 class Snapshots:
@@ -111,13 +96,12 @@ class Snapshots:
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
         self.saves = BackgroundSaver(self._warn, background)
-        self._loaded = ""
-        """Digest of the manifest of the one that was loaded, until a generation begins."""
+        self._loaded = ""  # digest of the manifest of the one that was loaded, until a generation begins
         self._require_own = require_own
         self._folder = memory  # one in it, once `prepare` knows the run
-        self._generation = Generation("")
-        self._machines = [0] * ranks.size
-        """By rank, its machine: the first rank that sees the same folder."""
+        self._generation, self._origin = "", ""
+        """Name of the generation that counts, and digest of the manifest of the snapshot that it begins with."""
+        self._machines = [0] * ranks.size  # by rank, its machine: the first rank that sees the same folder
 
     def prepare(self) -> None:
         """Make or find this machine's folder, and clear what a killed process left there. Raises `UsageError`."""
@@ -128,8 +112,8 @@ class Snapshots:
         self._machines = self._ranks.run_on_all_ranks(
             lambda: _machine_mark(self._folder), lambda marks: [marks.index(mark) for mark in marks]
         )
-        self._generation = Generation(*self._ranks.run_on_rank0(lambda: _read_generation(self._file)))
-        self._on_each_machine(lambda: _clear(self._folder, self._generation))
+        self._generation, self._origin = self._ranks.run_on_rank0(lambda: _read_generation(self._file))
+        self._on_each_machine(lambda: _clear(self._folder, self._generation, self._origin))
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
@@ -142,11 +126,9 @@ class Snapshots:
 
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended."""
-        assert self._generation.name, "snapshots begin with a generation"
-        values = {**metadata.values, _OF_GENERATION: self._generation.name}
-        self.saves.begin(
-            metadata.step, tensors, lambda plan, warn: self._write(plan, replace(metadata, values=values), warn)
-        )
+        assert self._generation, "snapshots begin with a generation"
+        metadata = replace(metadata, values={**metadata.values, _OF_GENERATION: self._generation})
+        self.saves.begin(metadata.step, tensors, lambda plan, warn: self._write(plan, metadata, warn))
 
     def load_latest(self, tensors: Mapping[str, Shard], newer_than: int) -> Manifest | None:
         """Load the newest whole snapshot of a step after `newer_than`. Raises `CheckpointError` if it does not fit.
@@ -177,8 +159,8 @@ class Snapshots:
                 replace_file(path, json.dumps(words).encode())
             return words
 
-        self._generation, self._loaded = Generation(*self._ranks.run_on_rank0(draw)), ""
-        self._on_each_machine(lambda: _clear(self._folder, self._generation))
+        (self._generation, self._origin), self._loaded = self._ranks.run_on_rank0(draw), ""
+        self._on_each_machine(lambda: _clear(self._folder, self._generation, self._origin))
 
     def close(self) -> None:
         """Free the memory: the state is on a disk by now. One that is on its way is not waited for long."""
@@ -229,7 +211,6 @@ class Snapshots:
         wanted = list(wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), tensors))
         plan = ranks.run_on_all_ranks(lambda: wanted, lambda lists: plan_fetch(snapshot, self._machines, lists))
         moves = [Move(*fields) for fields in plan]
-
         wrapped = storage.wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
         try:
             self._on_each_machine(wrapped(lambda: _make_way(folder, snapshot.digest)))
@@ -266,10 +247,10 @@ def replica_ranks(machines: Sequence[int]) -> list[int]:
 
 
 def plan_copies(sizes: Mapping[str, int], machines: Sequence[int]) -> list[Move]:
-    """The moves by which each file gets to the replica of the rank that wrote it.
+    """The moves by which each file gets to the replica of the rank that wrote it, in the order that all ranks follow.
 
-    All ranks follow the list in its order. It goes by turns, in each of which a machine sends or receives, so that no
-    chain of machines forms each of which waits for the one before.
+    It goes by turns, in each of which a machine sends or receives, so that no chain of machines forms each of which
+    waits for the one before.
     """
     order, replicas = sorted(set(machines)), replica_ranks(machines)
     odd_one_out = len(order) - 1 if len(order) % 2 else -1
@@ -375,12 +356,13 @@ def _run_name(path: Path) -> str:
         return read_file(path).decode(errors="replace")
 
 
-def _read_generation(path: Path) -> Generation:
-    """The run's generation; a nameless one, of no snapshots, if the file is not there or damaged."""
+def _read_generation(path: Path) -> tuple[str, str]:
+    """The run's generation and its origin; empty, of no snapshots, if the file is not there or damaged."""
     try:
-        return Generation(*(str(word) for word in read_json(path)))
+        name, origin = map(str, read_json(path))
+        return name, origin
     except (OSError, ValueError, TypeError):
-        return Generation("")
+        return "", ""
 
 
 def _machine_mark(folder: Path) -> str:
@@ -399,18 +381,17 @@ def _machine_mark(folder: Path) -> str:
         return read_file(folder / _MARK).decode(errors="replace")
 
 
-def _clear(folder: Path, generation: Generation) -> None:
+def _clear(folder: Path, generation: str, origin: str) -> None:
     """Remove what a killed process left, what cannot be read, and what does not count. Raises `UsageError`."""
     with storage.wrap_os_errors(f"cannot clear {folder}", folder, kind=UsageError):
         storage.clear_leftovers(folder)
         for step in storage.checkpoint_steps(folder):
             place = folder / folder_name(step)
-            try:
+            counts = origin != "" and _digest(place) == origin
+            with suppress(CheckpointError):
                 found = storage.read_manifest(place).values.get(_OF_GENERATION)
-                counts = bool(generation.name) and found == generation.name
-            except CheckpointError:
-                counts = False
-            if not counts and (not generation.origin or _digest(place) != generation.origin):
+                counts = counts or (generation != "" and found == generation)
+            if not counts:
                 storage.remove(place)
 
 
