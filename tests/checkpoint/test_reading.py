@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.checkpoint import load
@@ -168,6 +168,7 @@ def test_loading_holds_a_block_beside_its_part(tmp_path: Path) -> None:
 # --- the arithmetic
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_runs_are_the_places_of_a_boxs_cells(data: st.DataObject) -> None:
     axes = data.draw(st.lists(st.tuples(*(st.integers(1, 4) for _ in range(3))), max_size=4))
