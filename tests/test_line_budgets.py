@@ -17,7 +17,7 @@ LINES = {
     "titanlite/cli": 1300,
     "titanlite/recipe": 1451,
     "titanlite/plan": 2316,
-    "titanlite/corpus": 3246,
+    "titanlite/corpus": 3191,
     "titanlite/models": 1164,
     "titanlite/parallel": 2246,
     "titanlite/precision": 273,

@@ -18,8 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.corpus import token_file
-from titanlite.corpus.file_array import FileArray, OpenFile
-from titanlite.corpus.token_file import SourceInfo, TokenFile, TokenInfo, TokenizerInfo, TokenWriter
+from titanlite.corpus.token_file import (
+    FileArray,
+    OpenFile,
+    SourceInfo,
+    TokenFile,
+    TokenInfo,
+    TokenizerInfo,
+    TokenWriter,
+)
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import Source
 from titanlite.errors import DataError

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -23,11 +23,12 @@ from titanlite.corpus.corpora import CORPORA, Part, is_held_out
 from titanlite.corpus.corpora.files import FileFinder
 from titanlite.corpus.corpora.formats import divide
 from titanlite.corpus.corpora.json_lines import count_newlines
-from titanlite.corpus.file_array import FileArray, OpenFile
 from titanlite.corpus.token_file import (
     BLOCK,
     HELD_OUT,
+    FileArray,
     Int64,
+    OpenFile,
     Paths,
     SourceInfo,
     TokenFile,
@@ -96,27 +97,24 @@ def prepare(
     made_from, out = _hash_request(request, files), request.out
     parts = paths_of(out).parts
     try:
-        lock = _lock(request, parts, progress)
-        began_before = any(parts.glob("*.json"))
-        try:
-            done = _finished(request, made_from, files, began_before)
-            if done is None:
-                units, found = _write_parts(request, files, parts, progress)
-                if not lock.is_in_place():
-                    raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
-                done = _join(request, tokenizer, units, found, made_from, files, progress)
-            else:
-                progress.message(f"{out} is finished: nothing is left to do")
-            shutil.rmtree(parts, ignore_errors=True)
-            if parts.exists():
-                progress.message(f"cannot remove {parts}, which nothing needs any more")
-        except BaseException:
-            with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
-                if os.listdir(parts) == [".lock"]:
-                    shutil.rmtree(parts)
-            raise
-        finally:
-            lock.close()
+        with closing(_lock(request, parts, progress)) as lock:
+            try:
+                done = _finished(request, made_from, files, began_before=any(parts.glob("*.json")))
+                if done is None:
+                    units, found = _write_parts(request, files, parts, progress)
+                    if not lock.is_in_place():
+                        raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
+                    done = _join(request, tokenizer, units, found, made_from, files, progress)
+                else:
+                    progress.message(f"{out} is finished: nothing is left to do")
+                shutil.rmtree(parts, ignore_errors=True)
+                if parts.exists():
+                    progress.message(f"cannot remove {parts}, which nothing needs any more")
+            except BaseException:
+                with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
+                    if os.listdir(parts) == [".lock"]:
+                        shutil.rmtree(parts)
+                raise
     except OSError as error:
         raise DataError(
             f"cannot write or lock {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, "

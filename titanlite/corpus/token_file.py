@@ -7,23 +7,24 @@ In ours a document is one sequence (more only beyond 2^31 tokens) and ends with 
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
-from titanlite.corpus.file_array import RESTORE, FileArray, OpenFile
 from titanlite.corpus.tokenizers import Tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import replace_file, replacing, write_all
+from titanlite.files import open_file, replace_file, replacing, write_all
 from titanlite.recipe.paths import expand
 
 VERSION: Final = 1
@@ -40,7 +41,101 @@ LOOKED_AT = 1_000
 BLOCK = 2**20
 """Tokens, or documents, that are handled at a time."""
 
+GAP = 64
+"""Numbers between two wanted ones, up to which these are read together rather than apart."""
+RESTORE = "prepare it again, or copy it again from where it is whole."
+
 Int64 = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.integer[Any])
+
+
+class OpenFile:
+    """A file that stays open, and the same one whatever its name comes to mean, for as long as this object lives.
+
+    Read by `pread`: of a mapped file that is cut while it is read, the system sends SIGBUS, which ends the process with
+    nothing saved, and no check of the size before each look can exclude it; a short `pread` is an ordinary error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises `OSError`, also for what is no regular file."""
+        self.path = path
+        self._descriptor = open_file(path)
+        status = os.fstat(self._descriptor)
+        self.size, self.modified_ns = status.st_size, status.st_mtime_ns
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on. Raises `DataError` naming file and byte if they are not there."""
+        try:
+            data = os.pread(self._descriptor, size, offset)
+            while len(data) < size:  # the system gives at most 2 GiB at a time, and nothing past the end
+                more = os.pread(self._descriptor, size - len(data), offset + len(data))
+                if not more:
+                    raise DataError(
+                        f"{self.path}: cut short while it is in use: it ends at byte "
+                        f"{os.fstat(self._descriptor).st_size:,}, and had {self.size:,} bytes when it was opened; "
+                        f"{RESTORE}"
+                    )
+                data += more
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read from byte {offset:,} on ({error.strerror}); mend the disk, or its "
+                "connection."
+            ) from error
+        return data
+
+    def hash(self, pause: Callable[[float], bool]) -> str:
+        """xxh3_64 of all of it; see `TokenFile.verify_hashes`. Raises `DataError` if it cannot be read."""
+        digest, block_bytes = xxhash.xxh3_64(), 2**22
+        for offset in range(0, self.size, block_bytes):
+            begun = time.monotonic()
+            digest.update(self.read(offset, min(block_bytes, self.size - offset)))
+            if pause(time.monotonic() - begun):
+                break
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileArray(Generic[Number]):
+    """`count` numbers of a file from byte `offset` on: `array[7]`, `array[10:20]`, `array[[3, 4, 9]]`, each read anew,
+    so that they take no memory however many they are.
+
+    Its methods raise `DataError`, naming the file, for what cannot be read.
+    """
+
+    file: OpenFile
+    offset: int
+    dtype: np.dtype[Number]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            start, stop, _ = key.indices(self.count)
+            return self._read(start, stop)
+        if isinstance(key, np.ndarray):
+            return self._gather(key)
+        start = range(self.count)[key]
+        return self._read(start, start + 1)[0]
+
+    def _read(self, start: int, stop: int) -> npt.NDArray[Number]:
+        size = self.dtype.itemsize
+        return np.frombuffer(self.file.read(self.offset + start * size, max(0, stop - start) * size), self.dtype)
+
+    def _gather(self, places: npt.NDArray[np.int64]) -> npt.NDArray[Number]:
+        """Those at `places`, none negative; neighbours are read together."""
+        parts = [places]
+        if len(places) and int(places.max()) - int(places.min()) >= 4 * len(places):
+            parts = np.split(places, np.flatnonzero(np.abs(np.diff(places)) > GAP) + 1)
+        firsts = [int(part.min()) if len(part) else 0 for part in parts]
+        return np.concatenate(
+            [self._read(at, int(part.max(initial=0)) + 1)[part - at] for part, at in zip(parts, firsts, strict=True)]
+        )
 
 
 class _Section(BaseModel, extra="forbid", strict=True, frozen=True):
@@ -163,7 +258,7 @@ class TokenFile:
         try:
             index = _open_index(paths.idx)
             file = OpenFile(paths.bin)
-            _require_ends(paths, file.size, index)
+            _require_ends(paths, file, index)
             tokens = FileArray(file, 0, index.dtype, file.size // index.dtype.itemsize)
             info = _read_sidecar(paths, tokens, index.lengths.file.size) if paths.sidecar.exists() else None
         except OSError as error:
@@ -371,9 +466,8 @@ def _why_refused(paths: Paths, error: OSError) -> str:
 
 def _open_index(path: Path) -> Index:
     file = OpenFile(path)
-    size = file.size
-    if size < HEADER.size:
-        raise DataError(f"{path}: cut short: {size} bytes, and the header takes {HEADER.size}; {RESTORE}")
+    if file.size < HEADER.size:
+        raise DataError(f"{path}: cut short: {file.size} bytes, and the header takes {HEADER.size}; {RESTORE}")
     magic, version, code, count, entries = HEADER.unpack(file.read(0, HEADER.size))
     if magic != MAGIC:
         raise DataError(f"{path}: not an index of Megatron's format: byte 0 begins {magic!r}, not {MAGIC!r}.")
@@ -383,11 +477,7 @@ def _open_index(path: Path) -> Index:
         known = ", ".join(f"{code} {name}" for code, name in TYPES.items() if "int" in name)
         raise DataError(f"{path}: type {code} of ids (byte 17); token ids are one of {known}.")
     expected = HEADER.size + 12 * count + 8 * entries
-    if size != expected:
-        raise DataError(
-            f"{path}: {'cut short' if size < expected else 'too long'}: {size:,} bytes, and {count:,} sequences and "
-            f"{entries:,} document entries (bytes 18 to 33) take {expected:,}; {RESTORE}"
-        )
+    _require_size(file, expected, f"{count:,} sequences and {entries:,} document entries (bytes 18 to 33) take")
     if not count or entries < 2:
         raise DataError(f"{path}: holds no documents ({count:,} sequences, {entries:,} document entries).")
     return Index(
@@ -398,8 +488,14 @@ def _open_index(path: Path) -> Index:
     )
 
 
-def _require_ends(paths: Paths, size: int, index: Index) -> None:
-    """The ends of the index fit each other and the `.bin` of `size` bytes."""
+def _require_size(file: OpenFile, expected: int, why: str) -> None:
+    if file.size != expected:
+        found = f"{'cut short' if file.size < expected else 'too long'}: {file.size:,} bytes"
+        raise DataError(f"{file.path}: {found}, and {why} {expected:,}; {RESTORE}")
+
+
+def _require_ends(paths: Paths, file: OpenFile, index: Index) -> None:
+    """The ends of the index fit each other and `file`, the `.bin`."""
     lengths, pointers, sequences, itemsize = index.lengths, index.pointers, index.sequences, index.dtype.itemsize
     at, count = HEADER.size + 12 * len(lengths), len(lengths)
     if (sequences[0], sequences[-1]) != (0, count):
@@ -413,11 +509,7 @@ def _require_ends(paths: Paths, size: int, index: Index) -> None:
             f"{paths.idx}: damaged: sequences begin at byte {pointers[0]:,} and end at {end:,} of the .bin (read at "
             f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {RESTORE}"
         )
-    if size != end:
-        raise DataError(
-            f"{paths.bin}: {'cut short' if size < end else 'too long'}: {size:,} bytes, and its index ends at byte "
-            f"{end:,}; {RESTORE}"
-        )
+    _require_size(file, end, "its index ends at byte")
     if end == 0:
         raise DataError(f"{paths.bin}: holds no tokens.")
 

@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from titanlite.errors import DataError, UsageError
@@ -23,16 +23,7 @@ from titanlite.text import format_bytes, format_count
 SEPARATOR = "<|end_of_text|>"
 MIN_FREQUENCY = 2
 """Pairs that occur less often are not merged: a token that is seen once teaches nothing."""
-_BYTES = 256
 _PROGRESS_SECONDS = 15.0
-
-
-@dataclass
-class Count:
-    """What has been read so far."""
-
-    documents: int = 0
-    nbytes: int = 0
 
 
 def add_train_tokenizer_command(commands: Any) -> None:
@@ -89,18 +80,19 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
 
     special = (arguments.separator, *arguments.special_token)
     require_distinct(special, "--special-token")
-    if not _BYTES + len(special) <= arguments.vocab_size < 2**31:
-        least = f"{_BYTES} bytes and {len(special)} special tokens"
-        raise UsageError(f"--vocab-size {arguments.vocab_size}: must be at least {_BYTES + len(special)}, for {least}.")
+    least = 256 + len(special)
+    if not least <= arguments.vocab_size < 2**31:
+        parts = f"256 bytes and {len(special)} special tokens"
+        raise UsageError(f"--vocab-size {arguments.vocab_size}: must be at least {least}, for {parts}.")
     if not 0 <= arguments.held_out < 100:
         raise UsageError("--held-out must be a percentage from 0 to below 100.")
     file = arguments.out / "tokenizer.json"
     if file.exists() and not arguments.force:
         raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
-    read = Count()
+    read: Counter[str] = Counter()
     texts = _texts(arguments.inputs, Data(text_key=arguments.text_key), arguments.held_out, read)
     content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())
-    if not read.documents:
+    if not read["documents"]:
         raise DataError(f"{', '.join(arguments.inputs)}: no text at all; give a corpus with text in it.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +100,12 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         replace_file(file, content.encode())
     except OSError as error:
         raise UsageError(f"cannot write {file}: {cause(error, file)}.") from error
-    print(f"{file}: {size:,} tokens, of {format_count(read.documents)} documents, {format_bytes(read.nbytes)}")
+    print(f"{file}: {size:,} tokens, of {_describe(read)}")
     if size < arguments.vocab_size:
         print(f"fewer than --vocab-size {arguments.vocab_size}: no other pair of tokens occurs twice in the corpus.")
 
 
-def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Count) -> Iterator[str]:
+def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Counter[str]) -> Iterator[str]:
     """What is UTF-8 of all documents that are not held out; counted in `read`."""
     from titanlite.corpus.corpora import is_held_out, read_corpus
     from titanlite.corpus.tokenizers.pieces import split_utf8
@@ -122,9 +114,12 @@ def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: 
     for document in read_corpus(inputs, section):
         if is_held_out(document.name, held_out_percent):
             continue
-        read.documents += 1
-        read.nbytes += len(document.content)
+        read.update(documents=1, bytes=len(document.content))
         yield from split_utf8(document.content)[::2]
         if time.monotonic() - printed >= _PROGRESS_SECONDS:
             printed = time.monotonic()
-            print(f"read {format_count(read.documents)} documents, {format_bytes(read.nbytes)}", file=sys.stderr)
+            print(f"read {_describe(read)}", file=sys.stderr)
+
+
+def _describe(read: Counter[str]) -> str:
+    return f"{format_count(read['documents'])} documents, {format_bytes(read['bytes'])}"

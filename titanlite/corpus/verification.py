@@ -48,14 +48,11 @@ class Verification:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(_LAST_SECONDS)
-        return self._unverified(self._files)
-
-    def _unverified(self, files: Sequence[TokenFile]) -> list[TokenFile]:
-        return [file for file in files if not os.path.exists(self._marks[file.prefix])]
+        return [file for file in self._files if not os.path.exists(self._marks[file.prefix])]
 
     def _verify_all(self) -> None:
-        for file in self._unverified(self._own):
-            if self.failure is None and not self._stop.is_set():
+        for file in self._own:
+            if self.failure is None and not self._stop.is_set() and not os.path.exists(self._marks[file.prefix]):
                 self._verify(file)
 
     def _verify(self, file: TokenFile) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.file_array import FileArray
+from titanlite.corpus.token_file import FileArray
 from titanlite.corpus.tokenizers import Tokens
 
 Int64 = npt.NDArray[np.int64]

@@ -32,8 +32,6 @@ _NARROW_LIMIT = 65_500
 
 
 class Tokenizer(ABC):
-    """What the rest of titanlite asks of a tokenizer."""
-
     vocab_size: int
     """Ids are in [0, vocab_size); the model's embedding has at least `vocab_size` rows."""
     separator: int
@@ -112,11 +110,8 @@ def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequ
     Raises `UsageError` for an unknown name, and `DataError` for a file that cannot be used, or whose library is not
     installed.
     """
-    path = Path(name)
-    kind = name if name in TOKENIZERS else ""
-    if not kind:
-        path = _file(expand(path))
-        kind = path.suffix.lower()
+    path = Path(name) if name in TOKENIZERS else _file(expand(name))
+    kind = name if name in TOKENIZERS else path.suffix.lower()
     tokenizer: Tokenizer = TOKENIZERS.get(kind)(path, separator, tuple(special_tokens))
     return tokenizer
 
@@ -128,9 +123,7 @@ def describe_separator(tokenizer: Tokenizer) -> str:
 
 
 def separator_warning(tokenizer: Tokenizer, chosen: str | None) -> Finding | None:
-    """What is worth a warning if nothing was `chosen` as `data.separator`: a separator that ends a turn of a chat, say,
-    where the tokenizer has a token that is known to end a text.
-    """
+    """Where none was `chosen` as `data.separator` and the tokenizer's own ends a turn of a chat, say, not a text."""
     ends = [name for name in END_OF_TEXT if name in tokenizer.special_tokens]
     name = tokenizer.name_of(tokenizer.separator)
     if chosen is not None or name is None or name in END_OF_TEXT or not ends:
@@ -146,11 +139,9 @@ UNKNOWN = "unknown"
 
 
 def is_another(tokenizer: Tokenizer, recorded: object) -> bool:
-    """Whether weights were trained with another tokenizer, by the fingerprint `recorded` beside them (None: nothing is
-    known). Of an `UNKNOWN` one it is known that it was not the byte tokenizer, which has no files.
-    """
+    """Whether weights were trained with another tokenizer, by the fingerprint `recorded` beside them, if any is."""
     if recorded == UNKNOWN:
-        return not tokenizer.files
+        return not tokenizer.files  # it was not the byte tokenizer, which has none
     return recorded is not None and recorded != tokenizer.fingerprint
 
 
@@ -161,15 +152,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def _file(path: Path) -> Path:
     if os.path.isdir(path):
-        found = [path / file for file in FILES if (path / file).is_file()]
-        if not found:
+        found = next((path / file for file in FILES if (path / file).is_file()), None)
+        if found is None:
             raise UsageError(f"the folder '{path}' holds no tokenizer: neither {' nor '.join(FILES)}.")
-        return found[0]
-    suffixes = [entry for entry in TOKENIZERS if entry.startswith(".")]
-    names = [entry for entry in TOKENIZERS if not entry.startswith(".")]
+        return found
     if not os.path.isfile(path):
+        names = [entry for entry in TOKENIZERS if not entry.startswith(".")]
         hint = did_you_mean(str(path), names) or f"give {', '.join(map(repr, names))} or the path of a tokenizer."
         raise UsageError(f"there is no tokenizer '{path}' (looked for {os.path.abspath(path)}); {hint}")
-    if path.suffix.lower() not in suffixes:
+    if path.suffix.lower() not in (suffixes := [entry for entry in TOKENIZERS if entry.startswith(".")]):
         raise UsageError(f"'{path}' is no tokenizer by its name; their files end in {', '.join(suffixes)}.")
     return path

@@ -11,11 +11,10 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,10 +51,6 @@ LLAMA3_SPECIAL_TOKENS = (
 _LONGEST_RUN = 25_000
 """Of characters that are white space, or are not; as in Meta's release."""
 _RUNS = re.compile(r"\s+|\S+")
-_NO_RANKS = (
-    "a rank file's lines are a token in base64, a space and its rank (a SentencePiece model has the same name and is "
-    "none: have transformers save it as tokenizer.json)"
-)
 
 
 def rank_engine(name: str, ranks: Mapping[bytes, int], pattern: str) -> Any:
@@ -101,8 +96,7 @@ def json_of_ranks(ranks: Mapping[bytes, int], special: Iterable[str]) -> str:
     return str(byte_level_tokenizer(model, special).to_str(pretty=True))
 
 
-@dataclass(frozen=True)
-class Ranked:
+class Ranked(NamedTuple):
     """A JSON's tokens as tiktoken wants them."""
 
     ranks: Mapping[bytes, int]
@@ -151,15 +145,10 @@ def _pattern(step: Any) -> str | None:
     if not cuts:
         return GPT2_PATTERN if level.get("use_regex", True) else None
     cut = cuts[0]
-    if (cut["type"], cut["behavior"], cut["invert"], level.get("use_regex", True)) != (
-        "Split",
-        "Isolated",
-        False,
-        False,
-    ):
-        return None
+    is_plain = cut["type"] == "Split" and cut["behavior"] == "Isolated" and cut["invert"] is False
     regex = cut["pattern"].get("Regex")
-    return regex if regex in (LLAMA3_PATTERN, GPT2_PATTERN) else None
+    known = is_plain and level.get("use_regex", True) is False and regex in (LLAMA3_PATTERN, GPT2_PATTERN)
+    return regex if known else None
 
 
 def _merge_below(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
@@ -207,22 +196,22 @@ class RankTokenizer(PieceTokenizer):
         super().__init__(path, content, ids, choose_separator(path, ids, separator), len(self.ranks) + len(ids))
         self.files = {"tokenizer.model": path}
 
-    def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
-        return [self._encode_string(text) for text in texts]
-
     def piece_table(self) -> Mapping[int, bytes]:
         return {rank: token for token, rank in self.ranks.items()}
 
     def export(self) -> dict[str, bytes]:
         content = json_of_ranks(self.ranks, self.special_tokens).encode()
-        return {"tokenizer.json": content, CONFIG: config_json({}, self.separator_name)}
+        return {"tokenizer.json": content, CONFIG: config_json({}, self.name_of(self.separator))}
 
-    def _encode_string(self, text: str) -> Ids:
-        try:
-            ids = ranks_in(self._engine, text)
-        except ValueError:
-            ids = np.concatenate([ranks_in(self._engine, part) for part in _cut_runs(text)])
-        return ids.astype(self.dtype)
+    def encode_strings(self, texts: Sequence[str]) -> list[Ids]:
+        found: list[Ids] = []
+        for text in texts:
+            try:
+                ids = ranks_in(self._engine, text)
+            except ValueError:
+                ids = np.concatenate([ranks_in(self._engine, part) for part in _cut_runs(text)])
+            found.append(ids.astype(self.dtype))
+        return found
 
     @cached_property
     def _engine(self) -> Any:
@@ -237,10 +226,12 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
             continue
         try:
             encoded, rank = line.split()
-            token = base64.b64decode(encoded, validate=True)
-            value = int(rank)
+            token, value = base64.b64decode(encoded, validate=True), int(rank)
         except ValueError:
-            raise DataError(f"{path}:{number}: {_NO_RANKS}.") from None
+            raise DataError(
+                f"{path}:{number}: a rank file's lines are a token in base64, a space and its rank (a SentencePiece "
+                "model has the same name and is none: have transformers save it as tokenizer.json)."
+            ) from None
         if token in ranks or not token:
             raise DataError(f"{path}:{number}: the token {encoded.decode()} is {'there twice' if token else 'empty'}.")
         ranks[token] = value

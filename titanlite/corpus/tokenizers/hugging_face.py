@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,12 @@ class HuggingFaceTokenizer(PieceTokenizer):
         if fields["model"].get("dropout"):  # by which a text has other ids at each call
             fields["model"]["dropout"] = None
             self._content = json.dumps(fields).encode()
-        self._special = tuple(name for name in special if not added.get(name, (0, False))[1])
         names = {name: number for name, (number, is_special) in added.items() if is_special}
-        following = _next_id(path, vocabulary, added)
+        self._special = tuple(name for name in special if name not in names)
+        following = count(_next_id(path, vocabulary, added))
         for name in self._special:
             known = added[name][0] if name in added else vocabulary.get(name)
-            names[name] = following if known is None else known
-            following += known is None
+            names[name] = next(following) if known is None else known
         self._added = frozenset(added)
         config = path.with_name(CONFIG)
         self._config = _read_object(config, read_file(config)) if config.is_file() else {}
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     def export(self) -> dict[str, bytes]:
         content = self._load_engine().to_str(pretty=True).encode() if self._special else self._content
-        return {"tokenizer.json": content, CONFIG: config_json(self._config, self.separator_name)}
+        return {"tokenizer.json": content, CONFIG: config_json(self._config, self.name_of(self.separator))}
 
     @cached_property
     def _fast(self) -> tuple[Any, Ids] | None:

@@ -84,10 +84,8 @@ class PieceTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes, special: Mapping[str, int], separator: int, vocab_size: int) -> None:
         if vocab_size > MAX_IDS:
             raise DataError(f"{path} has ids up to {vocab_size - 1:,}, and no vocabulary is so large.")
-        self.path = path
-        self.special_tokens = dict(special)
-        self.separator = separator
-        self.vocab_size = vocab_size
+        self.path, self.special_tokens = path, dict(special)
+        self.separator, self.vocab_size = separator, vocab_size
         self.fingerprint = fingerprint_of(type(self).__name__, content, special, separator)
         self.dtype = token_dtype(vocab_size)
 
@@ -105,10 +103,6 @@ class PieceTokenizer(Tokenizer):
         with wrap_library_errors(self.path, self.library):
             table, special = self.piece_table(), set(self.special_tokens.values())
         return tuple(b"" if number in special else table.get(number, b"") for number in range(self.vocab_size))
-
-    @property
-    def separator_name(self) -> str:
-        return self.name_of(self.separator) or ""
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
         with wrap_library_errors(self.path, self.library):
@@ -202,7 +196,7 @@ def read_file(path: Path) -> bytes:
     return content
 
 
-def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
+def config_json(fields: Mapping[str, Any], separator: str | None) -> bytes:
     """`tokenizer_config.json` for transformers: its own fields, and the separator as the token that ends a text."""
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
@@ -210,8 +204,8 @@ def config_json(fields: Mapping[str, Any], separator: str) -> bytes:
 
 def require_distinct(names: Sequence[str], key: str = "data.special_tokens") -> None:
     """Raise `DataError` if `key` names one twice."""
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"{key} names '{twice}' twice; take one of them out.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{key} names '{twice[0]}' twice; take one of them out.")
 
 
 def choose_separator(path: Path, special: Mapping[str, int], wanted: str | None, declared: str | None = None) -> int:
@@ -234,5 +228,4 @@ def choose_separator(path: Path, special: Mapping[str, int], wanted: str | None,
 
 
 def _list(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in names]
-    return list_some(shown, 12) or "none"
+    return list_some([*map(repr, names)], 12) or "none"
