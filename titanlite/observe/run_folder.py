@@ -32,7 +32,7 @@ OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "st
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
     "data.workers", "data.prefetch", "data.skip_steps", "data.sources", "data.stages", "data.validation",
-    "training.microbatch", "parallel.*", "recompute.*", "compile.*", "kernels.*",
+    "training.microbatch", "parallel.*", "recompute.*", "compile.*", "kernels.*", "plugins.*",
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip
 """Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change

@@ -1,6 +1,6 @@
 """The loop of a run: takes it from step to step, and validates, saves, stops and goes back where the recipe says so.
 
-A step in six files: here, `training/feed.py`, `training/train_state.py`, `parallel/model.py`, `models/llama.py`,
+A step is read here, then in `training/feed.py`, `training/train_state.py`, `parallel/model.py`, `models/llama.py` and
 `models/layers.py`. Nothing calls back into the trainer; each package is handed values and returns values.
 """
 
