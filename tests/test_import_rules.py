@@ -65,7 +65,6 @@ WITHOUT_TORCH = (
         "checkpoint.requests",
         "resilience.crashes",
         "resilience.rank_table",
-        "resilience.sampling",
     ),
 )
 """Folders and modules all of which can be imported without torch."""

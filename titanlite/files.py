@@ -22,6 +22,9 @@ from typing import Any
 from titanlite.errors import UsageError
 from titanlite.text import format_bytes
 
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+"""Flags of `open_file` for a file that grows."""
+
 _LEASE_SECONDS = 120
 """NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
 
@@ -122,14 +125,11 @@ class Appender:
         self._warn = warn
         self._waiting = bytearray()
         self._failing = False
-        self._descriptor = self._opened()
-
-    def _opened(self) -> int:
-        return open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._descriptor = open_file(path, APPEND)
 
     def reopen(self) -> None:
         """Go on in the file that now has this name. Raises `OSError`."""
-        replaced, self._descriptor = self._descriptor, self._opened()
+        replaced, self._descriptor = self._descriptor, open_file(self._path, APPEND)
         os.close(replaced)
 
     def write(self, data: bytes) -> bool:

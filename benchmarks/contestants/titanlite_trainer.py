@@ -47,7 +47,7 @@ def main() -> None:
     gated = GatedSplit(**vars(data.train), gate=gate, global_batch=recipe.training.global_batch)
     with join_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
         logger = RunLogger()
-        logger.add_sink("jsonl", JsonlSink(folder / "metrics.jsonl", 0, logger.info))
+        logger.sinks["jsonl"] = JsonlSink(folder / "metrics.jsonl", 0, logger.info)
         checkpoints = CheckpointManager(folder / "checkpoints", logger.info, Ranks(world.rank, world.size))
         Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, logger).run()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from titanlite.models.layers import Linear
 from titanlite.models.llama_spec import PRESETS, SPEC
-from titanlite.parallel.float8_gather import Float8Gather, _local_parameters
+from titanlite.parallel.fsdp import Float8Gather, _local_parameters
 from titanlite.plan.float8 import SETTINGS, Cast, Gather, format_gathers, plan_gathers
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.recipe.sections import Float8

@@ -35,21 +35,23 @@ from titanlite.models.shard import Shard
 from titanlite.plan.rules.conflicts import guards
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
 from titanlite.resilience import coordinator
-from titanlite.resilience.coordinator import HangCoordinator
 from titanlite.resilience.crashes import history
 from titanlite.resilience.rank_table import (
     LEFT,
     HangReport,
+    Location,
     RankStatus,
     find_stragglers,
     format_report,
     format_table,
     lagging_ranks,
+    locate,
+    look_at,
     ranks_to_signal,
+    summarize,
     unresponsive_ranks,
 )
-from titanlite.resilience.sampling import Location, locate, look_at, summarize
-from titanlite.resilience.watchdog import silence
+from titanlite.resilience.watchdog import HangCoordinator, silence
 
 RANK = """
 import os, runpy, signal, sys, time

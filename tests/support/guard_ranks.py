@@ -54,7 +54,7 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
     assert not [finding for finding in apply_rules(recipe, world) if finding.severity == "error"]
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
     logger, kept, said = RunLogger(), Kept(), ""
-    logger.add_sink("kept", kept)
+    logger.sinks["kept"] = kept
     with pytest.MonkeyPatch.context() as patch:
         if fault is not None and fault[1] == rank:
             _inject(patch, fault[0], fault[2])

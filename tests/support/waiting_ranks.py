@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from titanlite.parallel.collectives import gather_sequence
 from titanlite.parallel.ring import _pass_on, _wait
-from titanlite.resilience.sampling import Location, look_at
+from titanlite.resilience.rank_table import Location, look_at
 
 _ENOUGH = 5
 """Looks in a row with the same answer."""

@@ -16,7 +16,7 @@ from statistics import median
 from typing import IO
 
 from titanlite.errors import UsageError
-from titanlite.files import cause, open_file
+from titanlite.files import APPEND, cause, open_file
 from titanlite.observe.rows import Row
 from titanlite.text import format_count
 
@@ -34,11 +34,17 @@ class PlainConsole:
     def __init__(self, stream: IO[str], total_steps: int) -> None:
         self._stream = stream
         self._total_steps = total_steps
-        self._pace = Pace()
+        self._seconds: deque[float] = deque(maxlen=50)
+        """What the last steps took: of these the median, for a step that compiles or waits says little."""
         self._gone = False
 
     def write(self, row: Row) -> None:
-        self.message(describe_row(row, self._total_steps, self._pace.add(row)))
+        if "step_seconds" in row:
+            self._seconds.append(row["step_seconds"])
+        self._show(row, median(self._seconds) if self._seconds else None)
+
+    def _show(self, row: Row, pace: float | None) -> None:
+        self.message(describe_row(row, self._total_steps, pace))
 
     def message(self, text: str) -> None:
         """A line, or several, for the reader."""
@@ -67,8 +73,7 @@ class LogFile(PlainConsole):
     def __init__(self, path: Path, total_steps: int) -> None:
         """Raises `UsageError` if the file cannot be written."""
         try:
-            descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            file = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
+            file = open(open_file(path, APPEND), "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
         except OSError as error:
             raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
         super().__init__(file, total_steps)
@@ -100,12 +105,13 @@ class TerminalConsole(PlainConsole):
         self._progress.start()
         self._progress.console.show_cursor(True)  # rich hides it, and a killed run could not give it back
 
-    def write(self, row: Row) -> None:
+    def _show(self, row: Row, pace: float | None) -> None:
         if "loss" not in row:
-            super().write(row)
+            super()._show(row, pace)
             return
-        found = _facts(row, self._total_steps, self._pace.add(row))
-        facts = "  ".join(f"{name} {text}" for name, text in found if name in _ON_THE_LINE)
+        facts = "  ".join(
+            f"{name} {text}" for name, text in _facts(row, self._total_steps, pace) if name in _ON_THE_LINE
+        )
         self._draw(lambda: self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True))
 
     def message(self, text: str) -> None:
@@ -120,19 +126,6 @@ class TerminalConsole(PlainConsole):
 _LONGEST_SECONDS = 10**13  # more than any run, and less than `timedelta` can hold
 _ON_THE_LINE = ("loss", "tokens/s", "mfu", "eta")
 _WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, "data wait": 7, "mem": 9}
-
-
-class Pace:
-    """Seconds that a step takes: the median of the last rows, for a step that compiles or waits says little."""
-
-    def __init__(self) -> None:
-        self._rows: deque[float] = deque(maxlen=50)
-
-    def add(self, row: Row) -> float | None:
-        """With this row counted; None before the first metrics row."""
-        if "step_seconds" in row:
-            self._rows.append(row["step_seconds"])
-        return median(self._rows) if self._rows else None
 
 
 def describe_row(row: Row, total_steps: int, pace: float | None = None) -> str:

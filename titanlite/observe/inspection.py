@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +21,13 @@ class NonfiniteFinder:
         self.step = 0
         for name, module in model.named_modules():
             if name:
-                module.register_forward_hook(self._forward_hook(name))
+                module.register_forward_hook(partial(self._look_at_output, name))
 
-    def _forward_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in filter(Tensor.is_floating_point, _tensors(output)):
-                self._look(name, module, "output", tensor)
-                if tensor.requires_grad:
-                    tensor.register_hook(  # type: ignore[no-untyped-call]
-                        lambda gradient: self._look(name, module, "gradient of the output", gradient)
-                    )
-
-        return hook
+    def _look_at_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in filter(Tensor.is_floating_point, _tensors(output)):
+            self._look(name, module, "output", tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._look, name, module, "gradient of the output"))  # type: ignore[no-untyped-call]
 
     def _look(self, name: str, module: nn.Module, what: str, tensor: Tensor) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
@@ -47,18 +43,13 @@ class NonfiniteFinder:
 def trace_shapes(model: nn.Module, info: Callable[[str], None]) -> Iterator[None]:
     """Print each module's name, type, input and output shapes as it finishes its forward pass."""
 
-    def hook(name: str) -> Callable[..., None]:
-        def show(module: nn.Module, inputs: Any, output: Any) -> None:
-            info(f"{name:32} {type(module).__name__:12} {_shapes(inputs):32} -> {_shapes(output)}")
+    def show(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        info(f"{name:32} {type(module).__name__:12} {_shapes(inputs):32} -> {_shapes(output)}")
 
-        return show
-
-    handles = [module.register_forward_hook(hook(name or "(model)")) for name, module in model.named_modules()]
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_hook(partial(show, name or "(model)")))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(value: Any) -> list[Tensor]:

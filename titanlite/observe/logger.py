@@ -37,18 +37,10 @@ class RunLogger:
     """Passes rows and messages on; closes what it passes them to."""
 
     def __init__(self) -> None:
-        self._consoles: list[PlainConsole] = []
-        self._sinks: dict[str, Sink] = {}
+        self.consoles: list[PlainConsole] = []
+        self.sinks: dict[str, Sink] = {}
         self._step = 0
         """That of the last row."""
-
-    def add_console(self, console: PlainConsole) -> None:
-        """Rows and messages go to `console` too from now on."""
-        self._consoles.append(console)
-
-    def add_sink(self, name: str, sink: Sink) -> None:
-        """Rows go to `sink` too from now on."""
-        self._sinks[name] = sink
 
     def open_sinks(self, recipe: Recipe, folder: Path, after_step: int) -> None:
         """Open `metrics.jsonl` and the sinks of the recipe, for rows of steps after `after_step`.
@@ -59,7 +51,7 @@ class RunLogger:
         asked = (_RECORD, *(["tensorboard"] if recipe.metrics.tensorboard else []), *recipe.metrics.sinks)
         for name in dict.fromkeys(asked):
             try:
-                self.add_sink(name, SINKS.get(name)(recipe, folder, after_step, self.info))
+                self.sinks[name] = SINKS.get(name)(recipe, folder, after_step, self.info)
             except UsageError:
                 raise
             except Exception as error:
@@ -69,7 +61,7 @@ class RunLogger:
         """A metrics, validation or event row."""
         self._step = row["step"]
         self._each_sink(lambda sink: sink.write(row))
-        for console in self._consoles:
+        for console in self.consoles:
             console.write(row)
 
     def event(self, step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> None:
@@ -82,7 +74,7 @@ class RunLogger:
 
     def info(self, text: str) -> None:
         """A message for the reader, not for the metrics."""
-        for console in self._consoles:
+        for console in self.consoles:
             console.message(text)
 
     def sync(self) -> None:
@@ -92,14 +84,14 @@ class RunLogger:
     def close(self) -> None:
         """Close every sink, then the consoles, which may have something to show about that."""
         self._each_sink(lambda sink: sink.close())
-        for console in self._consoles:
+        for console in self.consoles:
             console.close()
 
     def _each_sink(self, call: Callable[[Sink], None]) -> None:
-        for name in reversed([*self._sinks]):  # the record last, so that it has what became of the others
+        for name in reversed([*self.sinks]):  # the record last, so that it has what became of the others
             try:
-                if name in self._sinks:
-                    call(self._sinks[name])
+                if name in self.sinks:
+                    call(self.sinks[name])
             except Exception as error:
                 self._drop(name, error)
 
@@ -107,6 +99,6 @@ class RunLogger:
         """Report what a sink has raised, and use it no more: a server that is gone ends no run."""
         if name == _RECORD:
             raise error
-        self._sinks.pop(name, None)
+        self.sinks.pop(name, None)
         detail = f"the metrics sink '{name}' gets no more rows: {type(error).__name__}: {error}"
         self.event(self._step, "sink_failed", detail)

@@ -54,10 +54,6 @@ class Metrics:
             self._synchronise()
             self._window_start += self.clock() - before
 
-    def is_logged(self, step: int) -> bool:
-        """Whether the step with this number (from 1) has a row."""
-        return step == 1 or step % self.log_every == 0 or step == self.total_steps
-
     def record(
         self,
         step: int,
@@ -76,7 +72,7 @@ class Metrics:
         """
         self._window_steps += 1
         self._window_wait += data_wait_seconds
-        if not self.is_logged(step):
+        if step not in (1, self.total_steps) and step % self.log_every:
             return None
         loss_value, norm_value = loss.item(), grad_norm.item()  # waits for the device, so the clock is read after it
         seconds = max(self.clock() - self._window_start, 1e-9)

@@ -90,39 +90,29 @@ class Start:
 GO_ON = Start()
 
 
+@dataclass
 class RunFolder:
     """An opened run folder, locked for this process. Made by `open_run_folder`."""
 
-    def __init__(
-        self,
-        path: Path,
-        lock: Lock,
-        resumed: bool,
-        changes: Differences,
-        warn: Callable[[str], None],
-        found: dict[str, Any],
-        start: Start,
-        recipe_text: str,
-    ) -> None:
-        self.path = path
-        self.resumed = resumed
-        """Whether the folder held this run already."""
-        self.changes = changes
-        """Recipe keys that this start of the run changed: (before, now)."""
-        self.found = found
-        """What `status.json` said when the folder was opened; empty for a new run."""
-        self.start = start
-        """What this start of the run does."""
+    path: Path
+    recipe_text: str
+    start: Start
+    """What this start of the run does."""
+    warn: Callable[[str], None]
+    lock: Lock
+    resumed: bool
+    """Whether the folder held this run already."""
+    changes: Differences
+    """Recipe keys that this start of the run changed: (before, now)."""
+    found: dict[str, Any]
+    """What `status.json` said when the folder was opened; empty for a new run."""
+
+    def __post_init__(self) -> None:
+        self.recipe, self.status = self.path / "recipe.toml", self.path / "status.json"
+        self.checkpoints, self.logs = self.path / "checkpoints", self.path / "logs"
         self.attempt = _count(self.found) + 1
         """Which start of the run this is, from 1."""
-        self.recipe = path / "recipe.toml"
-        self.status = path / "status.json"
-        self.checkpoints = path / "checkpoints"
-        self.logs = path / "logs"
-        self._lock = lock
-        self._warn = warn
-        self._pending = start.once if resumed else ""
-        self._recipe_text = recipe_text
+        self._pending = self.start.once if self.resumed else ""
 
     def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> bool:
         """Say in `status.json` how the run stands; `exit_code` is None while it runs. A full disk only warns.
@@ -130,21 +120,21 @@ class RunFolder:
         Returns whether it stands there now.
         """
         try:
-            if not self._lock.is_in_place():
-                self._warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
+            if not self.lock.is_in_place():
+                self.warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
                 return False
             job = (self.attempt, self.start.job, self._pending)
             replace_file(self.status, _status(state, *job, step=step, exit_code=exit_code, reason=reason))
         except OSError as error:
-            self._warn(f"cannot write {self.status}: {cause(error, self.path)}.")
+            self.warn(f"cannot write {self.status}: {cause(error, self.path)}.")
             return False
         return True
 
     def require_own(self) -> None:
         """Raise `RunFolderLost` if the lock file was removed or replaced: another process may have come in since."""
-        if self.path.exists() and not self._lock.is_in_place():
+        if self.path.exists() and not self.lock.is_in_place():
             raise RunFolderLost(
-                f"{self._lock.path} was removed or replaced, so another process may use this folder by now: nothing "
+                f"{self.lock.path} was removed or replaced, so another process may use this folder by now: nothing "
                 "more is written there. Once none does, start the run again; it goes on from its last checkpoint."
             )
 
@@ -156,7 +146,7 @@ class RunFolder:
         """
         if self.changes:  # not before: a start may be refused by what its checkpoint says
             try:
-                replace_file(self.recipe, self._recipe_text.encode())
+                replace_file(self.recipe, self.recipe_text.encode())
             except OSError as error:
                 raise UsageError(f"cannot write {self.recipe}: {cause(error, self.path)}.") from error
         pending, self._pending = self._pending, ""
@@ -176,14 +166,15 @@ class RunFolder:
         """Make `files`, which may be there already, all that the run's folder `name` holds. Raises `UsageError`."""
         folder = self.path / name
         try:
+            if not files:
+                _delete(folder)
+                return
+            folder.mkdir(exist_ok=True)
             for file, source in files.items():
-                folder.mkdir(exist_ok=True)
                 replace_file(folder / file, source.read_bytes())
-            for path in folder.iterdir() if folder.exists() else ():
+            for path in folder.iterdir():
                 if path.name not in files:
                     _delete(path)
-            if not files and folder.exists():
-                folder.rmdir()
         except OSError as error:
             raise UsageError(f"cannot write {folder}: {cause(error, self.path)}.") from error
 
@@ -194,13 +185,13 @@ class RunFolder:
         if self.found.get("state") != "running":
             return ": ".join(str(self.found[key]) for key in ("state", "reason") if self.found.get(key))
         who = f"process {self.found.get('pid', '?')} on {self.found.get('host', '?')}"
-        if self._lock.is_new:
+        if self.lock.is_new:
             return f"{who}, whose lock file is gone; if that process still trains, it ends at its next save"
         return f"{who} ended without a status: it was killed, or its machine was lost"
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        self._lock.close()
+        self.lock.close()
 
 
 def open_run_folder(
@@ -274,7 +265,7 @@ def _open_locked(
         replace_file(path / "status.json", _status("running", 1, start.job))
     for name in ("checkpoints", "logs"):
         (path / name).mkdir(exist_ok=True)
-    return RunFolder(path, lock, resumed, changes, warn, found, start, text)
+    return RunFolder(path, text, start, warn, lock, resumed, changes, found)
 
 
 def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
@@ -303,17 +294,13 @@ def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> D
             f"{path} holds imported weights and no run: start {stored}, whose run begins with them in a folder of its "
             "own, or give this run another run.name."
         )
-    if _has_begun(path):
+    # A run that was refused before its first step may change altogether.
+    metrics = path / "metrics.jsonl"
+    if (metrics.is_file() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("[!.]*")):
         require_same_run(
             old, recipe, may_change, f"{path} holds a run", f"To go on with that run, start {stored}. {ways_out}"
         )
     return recipe_differences(old, recipe)
-
-
-def _has_begun(path: Path) -> bool:
-    """Whether a step was ever taken; a run that was refused before its first may change altogether."""
-    metrics = path / "metrics.jsonl"
-    return (metrics.is_file() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("[!.]*"))
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -6,19 +6,19 @@ In this order: pipeline stages, tensor parallelism, context parallelism, float8,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelConfig, ModelSpec
-from titanlite.parallel.compiled import compile_units, overlap_tensor_parallel
+from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.model import ForwardBackward, GradientAccumulation, ParallelModel, Sync
-from titanlite.parallel.recompute import recompute_units, set_memory_budget
 from titanlite.parallel.shards import Shards
+from titanlite.parallel.units import compile_units, overlap_tensor_parallel, recompute_units
 from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
@@ -29,7 +29,6 @@ from titanlite.precision.float8 import convert, multiplies_blocks, refresh_casts
 from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
-    from titanlite.parallel.meshes import Meshes
     from titanlite.plan.placement import Placement
 
 
@@ -37,39 +36,23 @@ def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) ->
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
     meshes, coordinates, localize = None, ORIGIN, None
+    tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else frozenset()
     if layout.size > 1:
-        # Imported here: FSDP costs half a second that a run on one device need not pay.
-        from titanlite.parallel.context import local_sequences
-        from titanlite.parallel.meshes import Meshes
-
-        ends_share_a_weight = layout.pp > 1 and bool(spec.tied(config))
-        meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight)
+        meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=bool(tied))
         coordinates = meshes.coordinates
-        if layout.cp > 1:
-            localize = partial(local_sequences, ranks=layout.cp, rank=coordinates.cp)
+    if layout.cp > 1:
+        # Imports within functions: one device need not pay half a second for FSDP and the like.
+        from titanlite.parallel.context import local_sequences
+
+        localize = partial(local_sequences, ranks=layout.cp, rank=coordinates.cp)
     builder = _Builder(spec, config, recipe, world, meshes)
-    module, shards, passes, cached = builder.pipeline(meshes) if meshes and layout.pp > 1 else builder.whole()
-    refresh = partial(refresh_casts, cached, compute_dtype(recipe.precision))
+    module, passes = builder.pipeline(meshes) if meshes and layout.pp > 1 else builder.whole()
+    shards = Shards(builder.parameters, meshes, builder.placements, tied)
+    refresh = partial(refresh_casts, builder.cached, compute_dtype(recipe.precision))
     return ParallelModel(module, world, shards, passes, coordinates, localize, refresh)
 
 
-class _Built(NamedTuple):
-    module: nn.Module
-    shards: Shards
-    passes: ForwardBackward
-    cached: Sequence[nn.Module]
-    """Linears whose casts need to be refreshed: see `convert`."""
-
-
-class _Applied(NamedTuple):
-    """What was done to a module."""
-
-    sync: Sync
-    placements: Mapping[str, Placement]
-    cached: Sequence[nn.Module]
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Builder:
     spec: ModelSpec
     config: ModelConfig
@@ -77,32 +60,28 @@ class _Builder:
     world: World
     meshes: Meshes | None
     """None on one rank."""
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Of what was built so far; where another stage has a tied parameter too, by the name that it is tied to."""
+    placements: dict[str, Placement] = field(default_factory=dict)
+    cached: list[nn.Module] = field(default_factory=list)
+    """Linears whose casts need to be refreshed: see `convert`."""
 
-    def whole(self) -> _Built:
+    def whole(self) -> tuple[nn.Module, ForwardBackward]:
         """The model with all its layers on this rank."""
         module = self._new_module()
-        applied = self._apply(module)
-        shards = Shards(dict(module.named_parameters()), self.meshes, applied.placements)
-        return _Built(module, shards, GradientAccumulation(module, applied.sync), applied.cached)
+        return module, GradientAccumulation(module, self._apply(module))
 
-    def pipeline(self, meshes: Meshes) -> _Built:
+    def pipeline(self, meshes: Meshes) -> tuple[nn.Module, ForwardBackward]:
         """The stages of the model that are on this rank."""
         from titanlite.parallel.pipeline import Pipeline, PipelineConfig, StageModule, keep_pieces
 
-        spec, config, recipe, layout = self.spec, self.config, self.recipe, meshes.layout
-        pieces, tied = spec.pieces(config, recipe.training.sequence_length), spec.tied(config)
-        stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
-        held, parameters, placements = [], {}, {}
-        cached: list[nn.Module] = []
+        config, recipe, layout = self.config, self.recipe, meshes.layout
+        pieces = self.spec.pieces(config, recipe.training.sequence_length)
+        stages, held = stage_split(pieces, recipe.parallel.pipeline, layout.pp), []
         for stage in stages:
-            if stage.rank != meshes.coordinates.pp:
-                continue
-            module = keep_pieces(self._new_module(), pieces, stage.modules)
-            applied = self._apply(module)
-            held.append(StageModule(stage, module, applied.sync))
-            parameters.update({tied.get(name, name): parameter for name, parameter in module.named_parameters()})
-            placements.update({tied.get(name, name): placement for name, placement in applied.placements.items()})
-            cached += applied.cached
+            if stage.rank == meshes.coordinates.pp:
+                module = keep_pieces(self._new_module(), pieces, stage.modules)
+                held.append(StageModule(stage, module, self._apply(module)))
         batches = batch_plan(recipe, layout, meshes.coordinates.data)
         positions = recipe.training.sequence_length // layout.cp
         settings = PipelineConfig(
@@ -113,10 +92,9 @@ class _Builder:
             dtype=compute_dtype(recipe.precision),
             sequence_length=positions,
         )
-        module = nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
-        shards = Shards(parameters, meshes, placements, tied=frozenset(tied.values()))
+        whole = nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
         passes = Pipeline(held, settings, meshes.pp, self.world.device)
-        return _Built(held[0].module if len(held) == 1 else module, shards, passes, cached)
+        return held[0].module if len(held) == 1 else whole, passes
 
     def _new_module(self) -> nn.Module:
         """The whole model on the meta device."""
@@ -136,7 +114,7 @@ class _Builder:
                 each.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(recipe.parallel.pipeline.schedule)
         return module
 
-    def _apply(self, module: nn.Module) -> _Applied:
+    def _apply(self, module: nn.Module) -> Sync:
         """Parallelise `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
         spec, recipe, meshes = self.spec, self.recipe, self.meshes
         offload = recipe.parallel.offload and meshes is not None
@@ -152,11 +130,10 @@ class _Builder:
             from titanlite.parallel.context import apply_context_parallel
 
             apply_context_parallel(module, spec.sharding(self.config), meshes.cp, recipe.parallel.cp_method)
-        cached = self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
+        self.cached += self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
         recompute_units(module, spec, recipe.recompute)
         if recipe.compile.enabled:
-            set_memory_budget(recipe.recompute.budget)
-            compile_units(module, spec)
+            compile_units(module, spec, recipe.recompute.budget)
         sync = Sync()
         if meshes:
             from titanlite.parallel.fsdp import apply_fsdp
@@ -164,7 +141,10 @@ class _Builder:
             sync = apply_fsdp(module, spec, meshes, recipe.parallel, recipe.precision)
         if not tied:
             module.to_empty(device=rests_on)
-        return _Applied(sync, placements, cached)
+        names = spec.tied(self.config)
+        self.parameters.update({names.get(name, name): parameter for name, parameter in module.named_parameters()})
+        self.placements.update({names.get(name, name): placement for name, placement in placements.items()})
+        return sync
 
     def _tensor_parallel(self, module: nn.Module, meshes: Meshes) -> Mapping[str, Placement]:
         from titanlite.parallel.tensor import Float8Cast, apply_tensor_parallel

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-from titanlite.files import open_file
+from titanlite.files import APPEND, open_file
 
 STACKS_SIGNAL = signal.SIGUSR2
 """Signal upon which a rank writes its stacks to its log and goes on."""
 
-_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _RECORDERS = {"nccl": "_dump_nccl_trace_json", "fr": "_dump_fr_trace_json"}
 """In `torch._C._distributed_c10d`, as far as this build of torch has them: NCCL's collectives, and all others. Their
 other form is a pickle, which would run code in whoever opens it."""
@@ -39,7 +38,7 @@ class StackDump:
         """`name` of the process stands before each paragraph."""
         self._logs, self._rank, self._name = logs, rank, name
         try:
-            self._file = open_file(log_path(logs, rank), _APPEND)
+            self._file = open_file(log_path(logs, rank), APPEND)
         except OSError:
             self._file = os.dup(2)  # a folder that cannot be used stops the run elsewhere, with a clearer error
         self.write(f"watched from now on; {STACKS_SIGNAL.name} has it write its stacks here")
@@ -88,7 +87,7 @@ def add_report(logs: Path, text: str) -> None:
     data = f"{_now()} {text}\n".encode()
     with suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, data)
-    with suppress(OSError), open(open_file(logs / "watchdog.log", _APPEND), "ab", buffering=0) as file:
+    with suppress(OSError), open(open_file(logs / "watchdog.log", APPEND), "ab", buffering=0) as file:
         file.write(data)
 
 

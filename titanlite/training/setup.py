@@ -83,11 +83,11 @@ def lock_run_folder(
 
     def lock() -> list[Any]:
         recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
-        logger.add_console(open_console(sys.stdout, steps, recipe.run.name))
+        logger.consoles.append(open_console(sys.stdout, steps, recipe.run.name))
         folder = open_run_folder(path, recipe, loaded.text, replace(start, job=tuple(job)), logger.info)
         stack.callback(folder.close)
         stack.enter_context(_status(folder, progress))
-        logger.add_console(LogFile(folder.logs / "console.log", steps))
+        logger.consoles.append(LogFile(folder.logs / "console.log", steps))
         folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
         attempts = crashes.attempts(path / "logs" / "crashes")
         folder.attempt = max(folder.attempt, 1 + max(attempts, default=0), 1 + last_start(path))

@@ -15,7 +15,7 @@ from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.batch import Batch
 from titanlite.parallel.context import _GatherKeys, apply_context_parallel, local_sequences
-from titanlite.parallel.recompute import _policy
+from titanlite.parallel.units import _policy
 
 PLAN = (ShardingRule("core", "attention"), ShardingRule("mask", "mask"))
 

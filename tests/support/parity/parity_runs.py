@@ -125,7 +125,7 @@ def _trainer(
     recipe = Recipe.model_validate_json(recipe_json)
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed)
     logger, kept = RunLogger(), _Kept()
-    logger.add_sink("kept", kept)
+    logger.sinks["kept"] = kept
     with _shared_folder(world) as scratch:
         checkpoints = CheckpointManager(Path(folder or scratch), print, Ranks(rank, world))
         snapshots = None
