@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, EINVAL, ENOSPC, ENOTSUP, ENXIO
 from io import FileIO
 from pathlib import Path
@@ -169,14 +170,14 @@ def cause(error: OSError, path: Path) -> str:
     return f"{text} ({format_bytes(shutil.disk_usage(standing).free)} free)"
 
 
+@dataclass(frozen=True)
 class Lock:
     """A lock file that this process holds until `close` or its own end."""
 
-    def __init__(self, path: Path, descriptor: int, is_new: bool) -> None:
-        self.path = path
-        self.is_new = is_new
-        """Whether there was none: the folder was never used, or its user's lock file was removed."""
-        self._descriptor = descriptor
+    path: Path
+    descriptor: int
+    is_new: bool
+    """Whether there was none: the folder was never used, or its user's lock file was removed."""
 
     def is_in_place(self) -> bool:
         """Whether the file that is locked still has this name: without it, the next process makes and locks another.
@@ -184,7 +185,7 @@ class Lock:
         A file system that does not answer just now has lost nothing.
         """
         try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
@@ -192,7 +193,7 @@ class Lock:
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None], must_wait: bool = False) -> Lock:

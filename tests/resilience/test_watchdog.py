@@ -34,7 +34,7 @@ from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.plan.rules.conflicts import guards
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
-from titanlite.resilience import coordinator
+from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import history
 from titanlite.resilience.rank_table import (
     LEFT,
@@ -276,7 +276,7 @@ def test_a_watchdog_slower_than_the_process_group_is_warned_of() -> None:
 def coordinators(monkeypatch: pytest.MonkeyPatch, count: int) -> list[HangCoordinator]:
     """Those of so many ranks, at work, of which one finds a hang."""
     store = HashStore()
-    monkeypatch.setattr(coordinator, "_get_default_store", lambda: store)
+    monkeypatch.setattr(watchdog, "_get_default_store", lambda: store)
     made = [HangCoordinator(rank(number), count, 0.02) for number in range(count)]
     made[-1].hang = True
     for one in made:
@@ -287,7 +287,7 @@ def coordinators(monkeypatch: pytest.MonkeyPatch, count: int) -> list[HangCoordi
 def test_ranks_agree_on_a_report_and_none_ends_before_all_have_written_their_stacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(coordinator, "_DUMPING_SECONDS", 120.0)
+    monkeypatch.setattr(watchdog, "_DUMPING_SECONDS", 120.0)
     ranks, events = coordinators(monkeypatch, 3), list[str]()
 
     def end(one: HangCoordinator) -> None:
@@ -310,7 +310,7 @@ def test_ranks_agree_on_a_report_and_none_ends_before_all_have_written_their_sta
 
 
 def test_a_rank_that_writes_no_stacks_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "_DUMPING_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "_DUMPING_SECONDS", 0.1)
     first, _ = coordinators(monkeypatch, 2)
     report = first.wait_for_report()
     assert report is not None

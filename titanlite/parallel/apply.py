@@ -16,7 +16,7 @@ from torch import nn
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelConfig, ModelSpec
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.model import ForwardBackward, GradientAccumulation, ParallelModel, Sync
+from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.units import compile_units, overlap_tensor_parallel, recompute_units
 from titanlite.parallel.world import World
@@ -29,27 +29,29 @@ from titanlite.precision.float8 import convert, multiplies_blocks, refresh_casts
 from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
+    from titanlite.parallel.pipeline import Pipeline
     from titanlite.plan.placement import Placement
 
 
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
-    meshes, coordinates, localize = None, ORIGIN, None
+    meshes, coordinates = None, ORIGIN
     tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else frozenset()
     if layout.size > 1:
         meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=bool(tied))
         coordinates = meshes.coordinates
-    if layout.cp > 1:
-        # Imports within functions: one device need not pay half a second for FSDP and the like.
-        from titanlite.parallel.context import local_sequences
-
-        localize = partial(local_sequences, ranks=layout.cp, rank=coordinates.cp)
     builder = _Builder(spec, config, recipe, world, meshes)
     module, passes = builder.pipeline(meshes) if meshes and layout.pp > 1 else builder.whole()
     shards = Shards(builder.parameters, meshes, builder.placements, tied)
     refresh = partial(refresh_casts, builder.cached, compute_dtype(recipe.precision))
-    return ParallelModel(module, world, shards, passes, coordinates, localize, refresh)
+    model = ParallelModel(module, world, shards, passes, coordinates, refresh)
+    if layout.cp > 1:
+        # Imports within functions: one device need not pay half a second for FSDP and the like.
+        from titanlite.parallel.context import local_sequences
+
+        model.localize = partial(local_sequences, ranks=layout.cp, rank=coordinates.cp)
+    return model
 
 
 @dataclass
@@ -66,12 +68,12 @@ class _Builder:
     cached: list[nn.Module] = field(default_factory=list)
     """Linears whose casts need to be refreshed: see `convert`."""
 
-    def whole(self) -> tuple[nn.Module, ForwardBackward]:
+    def whole(self) -> tuple[nn.Module, GradientAccumulation]:
         """The model with all its layers on this rank."""
         module = self._new_module()
         return module, GradientAccumulation(module, self._apply(module))
 
-    def pipeline(self, meshes: Meshes) -> tuple[nn.Module, ForwardBackward]:
+    def pipeline(self, meshes: Meshes) -> tuple[nn.Module, Pipeline]:
         """The stages of the model that are on this rank."""
         from titanlite.parallel.pipeline import Pipeline, PipelineConfig, StageModule, keep_pieces
 

@@ -149,11 +149,11 @@ def _local_parameters(unit: nn.Module, ranks: int) -> Iterator[_LocalParameter]:
             yield _LocalParameter(ceil_div(rows, ranks), prod(rest), isinstance(multiply, Float8Linear), fused)
 
 
+@dataclass(frozen=True)
 class Float8Gather:
     """An all-gather of a unit's parameters (torch's `AllGather`, by shape)."""
 
-    def __init__(self, parameters: Sequence[_LocalParameter]) -> None:
-        self._parameters = parameters
+    parameters: Sequence[_LocalParameter]
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for what is gathered."""
@@ -174,7 +174,7 @@ class Float8Gather:
 
     def _unpack(self, messages: Tensor, out: Tensor) -> None:
         """The values of the ranks' messages [ranks, bytes], all at once, into what is gathered [ranks, numbers]."""
-        parts = iter(unpack(messages, (part for each in self._parameters for part in each.parts(out.dtype))))
+        parts = iter(unpack(messages, (part for each in self.parameters for part in each.parts(out.dtype))))
         for parameter, values in self._split(out):
             if parameter.converted:
                 torch.mul(next(parts).to(values.dtype), next(parts).to(values.dtype), out=values)
@@ -183,6 +183,6 @@ class Float8Gather:
 
     def _split(self, flat: Tensor) -> Iterator[tuple[_LocalParameter, Tensor]]:
         """Each parameter with its [..., rows, columns] of `flat` [..., numbers]."""
-        pieces = flat.split([each.rows * each.columns for each in self._parameters], dim=-1)
-        for each, piece in zip(self._parameters, pieces, strict=True):
+        pieces = flat.split([each.rows * each.columns for each in self.parameters], dim=-1)
+        for each, piece in zip(self.parameters, pieces, strict=True):
             yield each, piece.unflatten(-1, (each.rows, each.columns))

@@ -90,7 +90,7 @@ class Pipeline:
         self._schedule = kind(stages, config.microbatches, loss_fn=_share_of_loss, scale_grads=False)
 
     def train(self, batch: Batch, valid: Tensor) -> Tensor:
-        """See `ForwardBackward`. Every microbatch of `batch` goes forward and backward as the schedule says."""
+        """See `GradientAccumulation`, by the schedule; zero on ranks that do not end with the loss."""
         first = [batch.tokens.flatten(0, 1)] if self._stages[0].is_first else []
         last = self._stages[-1].is_last
         losses: list[Tensor] = []
@@ -105,7 +105,7 @@ class Pipeline:
         return torch.cat(losses).detach().sum() if last else self._zero()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """See `ForwardBackward`. One microbatch after the other; ranks that have sent theirs on go to the next."""
+        """See `train`, forward alone: one microbatch after the other; ranks that have sent theirs on go to the next."""
         total = self._zero()
         keywords = self._keywords(batch)
         for index in range(batch.tokens.shape[0]):
@@ -115,7 +115,7 @@ class Pipeline:
         return total
 
     def after_evaluation(self) -> None:
-        """See `ForwardBackward`."""
+        """Called once the last batch was evaluated."""
         for stage in self._stages:
             stage.sync.after_evaluation()
 

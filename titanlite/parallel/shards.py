@@ -8,6 +8,7 @@ clipping, initialisation and checkpoints see plain tensors, each with its place 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -154,6 +155,7 @@ class MatrixPlacement(NamedTuple):
         return max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
 
 
+@dataclass(frozen=True)
 class MatrixExchange:
     """Sharded matrices to whole ones and back, each whole on one rank, the matrices divided evenly.
 
@@ -161,25 +163,23 @@ class MatrixExchange:
     takes a part of the matrices, and gathers what the others made of theirs.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup, placements: Mapping[str, MatrixPlacement]
-    ) -> None:
-        """`group`: the ranks that hold parts of one replica; `replicas`: those that hold the same parts."""
-        self._group = group
-        self._replicas = replicas
-        self._placements = placements
+    group: dist.ProcessGroup
+    """The ranks that hold parts of one replica."""
+    replicas: dist.ProcessGroup
+    """Those that hold the same parts."""
+    placements: Mapping[str, MatrixPlacement]
 
     def placement(self, name: str) -> MatrixPlacement:
-        return self._placements[name]
+        return self.placements[name]
 
     def collect(self, held: Tensor, placement: MatrixPlacement) -> Tensor:
         """[n, rows here, columns here] of n matrices -> [share, rows, columns]: those that are this rank's to work on,
         ceil(ceil(n / replicas) / ranks) of them.
         """
-        share = ceil_div(len(held), self._replicas.size())
-        held = held[self._replicas.rank() * share :][:share]  # the last replicas may have fewer, or none
+        share = ceil_div(len(held), self.replicas.size())
+        held = held[self.replicas.rank() * share :][:share]  # the last replicas may have fewer, or none
         count, rows, columns = held.shape
-        ranks, share = self._group.size(), ceil_div(share, self._group.size())
+        ranks, share = self.group.size(), ceil_div(share, self.group.size())
         sent = held.new_zeros(ranks * share, *placement.largest)
         sent[:count, :rows, :columns] = held
         received = self._all_to_all(sent).unflatten(0, (ranks, share))
@@ -190,21 +190,21 @@ class MatrixExchange:
 
     def give_back(self, whole: Tensor, placement: MatrixPlacement, count: int) -> Tensor:
         """The inverse of `collect`: -> [count, rows here, columns here]."""
-        sent = whole.new_zeros(self._group.size(), len(whole), *placement.largest)
+        sent = whole.new_zeros(self.group.size(), len(whole), *placement.largest)
         for part, (offset, size) in zip(sent, placement.slices, strict=True):
             _slice(part, (0, 0), size).copy_(_slice(whole, offset, size))
-        rows, columns = placement.slices[self._group.rank()][1]
-        own = self._all_to_all(sent).flatten(0, 1)[: ceil_div(count, self._replicas.size()), :rows, :columns]
-        if self._replicas.size() > 1:
-            own = all_gather(own.contiguous(), self._replicas)
+        rows, columns = placement.slices[self.group.rank()][1]
+        own = self._all_to_all(sent).flatten(0, 1)[: ceil_div(count, self.replicas.size()), :rows, :columns]
+        if self.replicas.size() > 1:
+            own = all_gather(own.contiguous(), self.replicas)
         return own[:count]
 
     def _all_to_all(self, sent: Tensor) -> Tensor:
         """An equal part of the leading rows to each rank, and one from each."""
-        if self._group.size() == 1:
+        if self.group.size() == 1:
             return sent
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self._group)
+        dist.all_to_all_single(received, sent, group=self.group)
         return received
 
 

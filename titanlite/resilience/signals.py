@@ -39,26 +39,21 @@ class Agreement:
     """Whether a checkpoint of this step was asked for."""
 
 
+@dataclass
 class StopRequests:
     """The first signal asks for a save and a stop at the step's end; a second one ends the process at once.
 
     So does the end of `grace_seconds` (0: no limit) after the first, if the run is then still within this context.
     """
 
-    def __init__(
-        self,
-        ranks: int,
-        is_rank0: bool,
-        grace_seconds: float = 0.0,
-        lost: Callable[[], str] = lambda: "what was not saved is lost",
-    ) -> None:
-        """`is_rank0`: this rank prints that it has received a signal. `lost` describes what an end now costs; empty:
-        nothing.
-        """
-        self._ranks = ranks
-        self._is_rank0 = is_rank0
-        self._grace_seconds = grace_seconds
-        self._lost = lost
+    ranks: int
+    is_rank0: bool
+    """Whether this rank prints that it has received a signal."""
+    grace_seconds: float = 0.0
+    lost: Callable[[], str] = lambda: "what was not saved is lost"
+    """Describes what an end now costs; empty: nothing."""
+
+    def __post_init__(self) -> None:
         self._signal: int | None = None
         self._signalled = False
         """Whether all ranks stop because of a signal to one of them, and not for a limit."""
@@ -105,16 +100,16 @@ class StopRequests:
         while True:
             seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             if not select.select([self._wakeup_read_fd], [], [], seconds)[0]:
-                lost = self._lost()
-                _print(f"resilience.grace_seconds = {self._grace_seconds:g} are over: {lost or 'all is saved'}")
+                lost = self.lost()
+                _print(f"resilience.grace_seconds = {self.grace_seconds:g} are over: {lost or 'all is saved'}")
                 os._exit(128 + (self._signal or 0) if lost else StoppedEarly.exit_code)
             received = os.read(self._wakeup_read_fd, 64)
             for number in self._previous.keys() & set(received):
                 now = time.monotonic()
                 if asked_at is None:
-                    asked_at, deadline = now, now + (self._grace_seconds or math.inf)
+                    asked_at, deadline = now, now + (self.grace_seconds or math.inf)
                     self._note(number)
-                    if self._is_rank0:
+                    if self.is_rank0:
                         _print("stopping after this step; a second signal ends the run at once, unsaved")
                 elif now - asked_at > _ECHO_SECONDS:
                     os._exit(128 + number)
@@ -129,7 +124,7 @@ class StopRequests:
         beside the step, and is not waited for.
         """
         received = signal.Signals(self._signal).name if self._signal is not None else None
-        if self._ranks == 1:
+        if self.ranks == 1:
             self._signalled = received is not None
             return Agreement(limit or received, save)
         limited = signalled = saved = False

@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +159,7 @@ class HangCoordinator(threading.Thread):
         self._straggling = set(found)
 
 
+@dataclass(eq=False)
 class Watchdog:
     """Watches the thread that enters it, on every rank.
 
@@ -170,23 +171,17 @@ class Watchdog:
     that is slow, while its host waits as long as every other, is not found.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        logs: Path,
-        rank: int = 0,
-        ranks: int = 1,
-        on_hang: Callable[[int, HangReport], None] | None = None,
-    ) -> None:
-        """`on_hang` is called with the last step that this rank has finished, before the process ends, in the watching
-        thread, while the watched one hangs.
-        """
-        self._seconds = seconds
-        self._logs = logs
-        self._ranks = ranks
-        self._on_hang = on_hang
+    seconds: float
+    logs: Path
+    rank: int = 0
+    ranks: int = 1
+    on_hang: Callable[[int, HangReport], None] = lambda step, report: None
+    """Called with the last step that this rank has finished, before the process ends, in the watching thread, while the
+    watched one hangs."""
+
+    def __post_init__(self) -> None:
         self._beat = Beat(0, "starting")
-        self._status = RankStatus(rank, platform.node(), os.getpid(), _pid_namespace())
+        self._status = RankStatus(self.rank, platform.node(), os.getpid(), _pid_namespace())
         self._coordinator: HangCoordinator | None = None
         self._left = threading.Event()
 
@@ -210,10 +205,10 @@ class Watchdog:
         return [found.popleft() for _ in range(len(found))] if found else []
 
     def __enter__(self) -> Watchdog:
-        if self._seconds:
-            self._stacks = StackDump(self._logs, self._status.rank, self._status.name)
-            if self._ranks > 1:
-                self._coordinator = HangCoordinator(self._status, self._ranks, min(self._seconds / 60, 2.0))
+        if self.seconds:
+            self._stacks = StackDump(self.logs, self.rank, self._status.name)
+            if self.ranks > 1:
+                self._coordinator = HangCoordinator(self._status, self.ranks, min(self.seconds / 60, 2.0))
                 self._coordinator.start()
             arguments = (threading.get_ident(),)
             self._watching = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
@@ -221,7 +216,7 @@ class Watchdog:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._seconds:
+        if self.seconds:
             self._left.set()
             self._watching.join()
             if self._coordinator is not None:
@@ -232,13 +227,13 @@ class Watchdog:
         beat, silent_seconds, looked_at, armed_at = self._beat, 0.0, time.monotonic(), -math.inf
         jitter = random.Random(self._status.rank)  # not to look at always the same point of a step
         looks: Counter[Location] = Counter()
-        while not self._left.wait(jitter.uniform(0.5, 1.5) * min(_LOOK_SECONDS, self._seconds / 20)):
+        while not self._left.wait(jitter.uniform(0.5, 1.5) * min(_LOOK_SECONDS, self.seconds / 20)):
             last, beat, now, seen = beat, self._beat, time.monotonic(), look_at(trainer)
             silent_seconds = silence(silent_seconds, now - looked_at) if beat is last else 0.0
             looked_at = now
-            if now - armed_at >= self._seconds / 4:
+            if now - armed_at >= self.seconds / 4:
                 armed_at = now
-                self._stacks.write_stacks_later(2 * self._seconds)
+                self._stacks.write_stacks_later(2 * self.seconds)
             looks[seen] += beat.phase == _TRAINING
             if looks.total() >= WINDOW_LOOKS:
                 waited, busiest = summarize(looks)
@@ -249,7 +244,7 @@ class Watchdog:
             )
             if self._coordinator is not None:
                 self._coordinator.status = self._status
-            late = silent_seconds >= self._seconds * (1 if beat.phase == _TRAINING else WATCHDOG_PATIENCE)
+            late = silent_seconds >= self.seconds * (1 if beat.phase == _TRAINING else WATCHDOG_PATIENCE)
             if late or (self._coordinator is not None and self._coordinator.hang):
                 self._end(late)
 
@@ -268,12 +263,11 @@ class Watchdog:
         alone = f"{status.name} is in {status.place} {status.stage}"
         reason = alone if coordinator is None else unknown
         report = agreed or HangReport(reason, "", status.rank, status.host, to_signal=[], dumping=1)
-        reason = f"no progress (resilience.watchdog_seconds = {self._seconds:g}): {report.reason}"
+        reason = f"no progress (resilience.watchdog_seconds = {self.seconds:g}): {report.reason}"
         if coordinator is None or agreed is None or coordinator.is_reporter:
-            add_report(self._logs, f"{reason}\n{report.table}".rstrip())
+            add_report(self.logs, f"{reason}\n{report.table}".rstrip())
         self._stacks.write(reason)
-        if self._on_hang is not None:
-            self._on_hang(status.step, replace(report, reason=reason))
+        self.on_hang(status.step, replace(report, reason=reason))
         if coordinator is not None and agreed is not None:
             # From now on trainers may go on. A process that was stopped does too, to end as all do.
             for pid in (pid for rank, pid in report.to_signal if rank == status.rank):
