@@ -110,7 +110,8 @@ class RunFolder:
     def __post_init__(self) -> None:
         self.recipe, self.status = self.path / "recipe.toml", self.path / "status.json"
         self.checkpoints, self.logs = self.path / "checkpoints", self.path / "logs"
-        self.attempt = _count(self.found) + 1
+        before = self.found.get("attempt", 1 if self.found else 0)  # the first starts were not counted
+        self.attempt = (before if isinstance(before, int) and 0 <= before < MAX_STARTS else 1) + 1
         """Which start of the run this is, from 1."""
         self._pending = self.start.once if self.resumed else ""
 
@@ -343,12 +344,6 @@ def _read_status(path: Path) -> dict[str, Any]:
         if isinstance(fields := read_json(path), dict):
             return fields
     return {}
-
-
-def _count(status: dict[str, Any]) -> int:
-    """Starts that a status knows of; one from before they were counted is of the first."""
-    attempt = status.get("attempt", 1 if status else 0)
-    return attempt if isinstance(attempt, int) and 0 <= attempt < MAX_STARTS else 1
 
 
 def _delete(path: Path) -> None:

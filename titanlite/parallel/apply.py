@@ -75,15 +75,11 @@ class _Builder:
 
     def pipeline(self, meshes: Meshes) -> tuple[nn.Module, Pipeline]:
         """The stages of the model that are on this rank."""
-        from titanlite.parallel.pipeline import Pipeline, PipelineConfig, StageModule, keep_pieces
+        from titanlite.parallel.pipeline import Pipeline, PipelineConfig, ScheduledStage, keep_pieces
 
         config, recipe, layout = self.config, self.recipe, meshes.layout
         pieces = self.spec.pieces(config, recipe.training.sequence_length)
-        stages, held = stage_split(pieces, recipe.parallel.pipeline, layout.pp), []
-        for stage in stages:
-            if stage.rank == meshes.coordinates.pp:
-                module = keep_pieces(self._new_module(), pieces, stage.modules)
-                held.append(StageModule(stage, module, self._apply(module)))
+        stages = stage_split(pieces, recipe.parallel.pipeline, layout.pp)
         batches = batch_plan(recipe, layout, meshes.coordinates.data)
         positions = recipe.training.sequence_length // layout.cp
         settings = PipelineConfig(
@@ -94,9 +90,14 @@ class _Builder:
             dtype=compute_dtype(recipe.precision),
             sequence_length=positions,
         )
-        whole = nn.ModuleDict({f"stage{each.stage.index}": each.module for each in held})
-        passes = Pipeline(held, settings, meshes.pp, self.world.device)
-        return held[0].module if len(held) == 1 else whole, passes
+        modules, held = nn.ModuleDict(), []
+        for stage in stages:
+            if stage.rank == meshes.coordinates.pp:
+                module = keep_pieces(self._new_module(), pieces, stage.modules)
+                sync = self._apply(module)
+                modules[f"stage{stage.index}"] = module
+                held.append(ScheduledStage(stage.index, module, sync, settings, meshes.pp, self.world.device))
+        return module if len(held) == 1 else modules, Pipeline(held, settings)
 
     def _new_module(self) -> nn.Module:
         """The whole model on the meta device."""

@@ -26,7 +26,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from titanlite.models.spec import Piece
 from titanlite.parallel.model import Sync
-from titanlite.plan.stages import Stage, rank_of_stage, splits_backward
+from titanlite.plan.stages import rank_of_stage, splits_backward
 
 if TYPE_CHECKING:
     from titanlite.parallel.batch import Batch
@@ -51,15 +51,6 @@ def keep_pieces(model: nn.Module, pieces: Sequence[Piece], kept: Sequence[str]) 
 
 
 @dataclass(frozen=True)
-class StageModule:
-    """A stage on this rank: its place, its module, and what FSDP does around its microbatches."""
-
-    stage: Stage
-    module: nn.Module
-    sync: Sync
-
-
-@dataclass(frozen=True)
 class PipelineConfig:
     """What all stages of a pipeline agree on."""
 
@@ -77,16 +68,11 @@ class PipelineConfig:
 class Pipeline:
     """The passes of a batch through the stages that this rank holds."""
 
-    def __init__(
-        self, held: Sequence[StageModule], config: PipelineConfig, group: dist.ProcessGroup, device: torch.device
-    ) -> None:
-        """`held`: in the order of computation. `group`: the ranks of this pipeline, by coordinate."""
-        positions = torch.arange(config.sequence_length, device=device)
-        self._config = config
-        self._stages = [_ScheduledStage(each, config, group, device, positions) for each in held]
-        self._device = device
+    def __init__(self, held: Sequence[ScheduledStage], config: PipelineConfig) -> None:
+        """`held`: in the order of computation."""
+        self._config, self._stages, self._device = config, held, held[0].device
         kind = get_schedule_class(config.schedule)
-        stages = self._stages[0] if issubclass(kind, PipelineScheduleSingle) else self._stages
+        stages = held[0] if issubclass(kind, PipelineScheduleSingle) else [*held]
         self._schedule = kind(stages, config.microbatches, loss_fn=_share_of_loss, scale_grads=False)
 
     def train(self, batch: Batch, valid: Tensor) -> Tensor:
@@ -168,25 +154,27 @@ def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:
     return token_losses / valid.to(token_losses.dtype)
 
 
-class _ScheduledStage(PipelineStage):
+class ScheduledStage(PipelineStage):
     """One stage as torch's schedules drive it."""
 
     def __init__(
         self,
-        held: StageModule,
+        index: int,
+        module: nn.Module,
+        sync: Sync,
         config: PipelineConfig,
         group: dist.ProcessGroup,
         device: torch.device,
-        positions: Tensor,
     ) -> None:
-        index, last = held.stage.index, config.stages - 1
+        """`sync`: what FSDP does around microbatches. `group`: the ranks of this pipeline, by coordinate."""
+        last = config.stages - 1
         hidden = torch.empty(config.hidden, dtype=config.dtype, device="meta", requires_grad=True)
         tokens = torch.empty(config.hidden[0], config.sequence_length, dtype=torch.int64, device="meta")
         wide = torch.promote_types(config.dtype, torch.float32)
         loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
         self._splits = splits_backward(config.schedule)
         super().__init__(
-            held.module if self._splits else HiddenFromSchedule(held.module),
+            module if self._splits else HiddenFromSchedule(module),
             index,
             config.stages,
             device,
@@ -194,8 +182,8 @@ class _ScheduledStage(PipelineStage):
             output_args=loss if index == last else hidden,
             group=group,
         )
-        self.sync = held.sync
-        self._positions = positions
+        self.sync = sync
+        self._positions = torch.arange(config.sequence_length, device=device)
         self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
         self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
 

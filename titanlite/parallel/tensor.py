@@ -128,16 +128,14 @@ class _Scatter(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
-    """`gather_sequence`, of numbers that travel as they are or in float8."""
-    return gather_sequence(x, group) if cast is None else _gather_in_float8(x, group, cast)
+    """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all.
 
-
-def _gather_in_float8(x: Tensor, group: dist.ProcessGroup, cast: Float8Cast) -> Tensor:
-    """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all, rounded to float8 with a scale a token.
-
-    Values and scales are one message. What arrives has x's dtype, in which float8 times a power of two is exact: a cast
-    to the same format with any such scale then rounds nothing but what is close to nothing.
+    With a `cast`, rounded to float8 a scale a token; values and scales are one message. What arrives has x's dtype,
+    in which float8 times a power of two is exact: a cast to the same format with any such scale then rounds nothing but
+    what is close to nothing.
     """
+    if cast is None:
+        return gather_sequence(x, group)
     batch, length, width = x.shape
     message = pack(quantise(x.flatten(0, 1), cast.cast, cast.fused))
     messages = all_gather(message, group).unflatten(0, (group.size(), -1))

@@ -163,10 +163,6 @@ class Guards:
             found.append(BadStep(step, "nonfinite_state", "stop" if action == "skip" else action, tensors=names))
         return found
 
-    def bad_validation(self, step: int, loss: float) -> BadStep:
-        """What a validation loss that is not finite means after this step."""
-        return BadStep(step, "nonfinite_validation", self.section.on_nonfinite, loss)
-
     def _read_device(self, suspect: Tensor | None = None) -> tuple[list[BadStep], bool]:
         """The bad ones among the steps that were not read yet, and the value of `suspect`."""
         unread, self._unread = self._unread, []
@@ -178,9 +174,10 @@ class Guards:
 
     def _describe(self, step: int, loss: float, norm: float, loss_z: float, norm_z: float) -> BadStep:
         kind: Kind = "gradient_spike" if norm_z > loss_z else "loss_spike"
-        if self.section.on_spike == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
-            return BadStep(step, "nonfinite", self.section.on_nonfinite, loss, norm, loss_z, norm_z)
-        return BadStep(step, kind, self.section.on_spike, loss, norm, loss_z, norm_z)
+        action = self.section.on_spike
+        if action == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
+            kind, action = "nonfinite", self.section.on_nonfinite
+        return BadStep(step, kind, action, loss, norm, loss_z, norm_z)
 
     def _count(self, skipped: int, rollbacks: int) -> None:
         self.skipped, self.rollbacks = skipped, rollbacks

@@ -224,7 +224,7 @@ class Trainer:
         self.history.validated = step, loss
         if not math.isfinite(loss):
             self._examine()  # raises if the weights are to blame
-            bad = self.state.guards.bad_validation(step, loss)
+            bad = BadStep(step, "nonfinite_validation", self.state.guards.section.on_nonfinite, loss)
             self._write_down(bad)
             if bad.action == "stop":
                 self._save_at_end()
