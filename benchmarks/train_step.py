@@ -29,8 +29,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from titanlite.cli.check import check_recipe
-from titanlite.observe.flops import mfu, peak_flops
-from titanlite.observe.metrics import peak_memory_bytes
+from titanlite.observe.metrics import mfu, peak_flops, peak_memory_bytes
 from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import batch_plan, require_layout

@@ -57,7 +57,7 @@ WITHOUT_TORCH = (
         "optim.muon",
         "optim.schedules",
     ),
-    *("models.spec", "models.llama_spec", "observe.flops", "observe.rows", "verify.shrink", "verify.verdict"),
+    *("models.spec", "models.llama_spec", "observe.jsonl", "verify.shrink", "verify.verdict"),
     *("data.audit", "data.read_log", "data.order", "data.packing", "data.fill_in"),
     *("checkpoint.format", "checkpoint.plan", "checkpoint.storage"),
     *(

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from titanlite.observe.console import PlainConsole, TerminalConsole, describe_row, open_console
-from titanlite.observe.rows import event_row, validation_row
+from titanlite.observe.jsonl import event_row, validation_row
 
 
 def metric(step, loss=2.34567, mfu=0.412, seconds=0.5):

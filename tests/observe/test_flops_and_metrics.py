@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titanlite.observe.flops import mfu, peak_flops
-from titanlite.observe.metrics import Metrics, peak_memory_bytes
-from titanlite.observe.rows import event_row, validation_row
+from titanlite.observe.jsonl import event_row, validation_row
+from titanlite.observe.metrics import Metrics, mfu, peak_flops, peak_memory_bytes
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.errors import UsageError
-from titanlite.observe.jsonl import JsonlSink, rewind
+from titanlite.observe.jsonl import JsonlSink, event_row, rewind, validation_row
 from titanlite.observe.logger import RunLogger
-from titanlite.observe.rows import event_row, validation_row
 from titanlite.observe.tensorboard import TensorBoardSink, frame_record
 from titanlite.plan.rules import apply_rules
 from titanlite.plan.sinks import SINKS

@@ -14,8 +14,8 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.data.splits import open_data
 from titanlite.errors import TitanliteError
+from titanlite.observe.jsonl import Row
 from titanlite.observe.logger import RunLogger
-from titanlite.observe.rows import Row
 from titanlite.parallel.model import ParallelModel
 from titanlite.parallel.world import World
 from titanlite.plan.rules import apply_rules

@@ -17,7 +17,7 @@ from typing import IO
 
 from titanlite.errors import UsageError
 from titanlite.files import APPEND, cause, open_file
-from titanlite.observe.rows import Row
+from titanlite.observe.jsonl import Row
 from titanlite.text import format_count
 
 

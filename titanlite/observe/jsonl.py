@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: the record of a run's rows, always written.
+"""Rows of metrics, and `metrics.jsonl`: the record of a run's rows, always written. No torch.
 
 A disk that fills up never ends the run: rows wait in memory until it takes them again, with a warning.
 """
@@ -7,13 +7,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from titanlite.errors import UsageError
 from titanlite.files import Appender, cause, read_file, replace_file
-from titanlite.observe.rows import Row
 from titanlite.recipe.sections import Recipe
+
+Row = dict[str, Any]
+"""A row of metrics: begins with its step. Metrics rows are made in `metrics.py`, the two other kinds here."""
+
+
+def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_name: str | None = None) -> Row:
+    """Row of a validation after `step` steps: mean loss in nats a token, and bits a byte of text; of several validation
+    sets each has a row, with its name.
+    """
+    row = {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
+    return row if set_name is None else {**row, "set": set_name}
+
+
+def event_row(step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> Row:
+    """Row of something that happened after `step` steps, such as a resume, a skipped step or a stop.
+
+    `values` are for machines what `detail` is for people; numbers in them are finite.
+    """
+    row = {"step": step, "event": event, "detail": detail}
+    return row if values is None else {**row, "values": dict(values)}
 
 
 def open_sink(recipe: Recipe, folder: Path, after_step: int, warn: Callable[[str], None]) -> JsonlSink:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from titanlite.errors import UsageError
 from titanlite.observe.console import PlainConsole
-from titanlite.observe.rows import Row, event_row
+from titanlite.observe.jsonl import Row, event_row
 from titanlite.plan.sinks import SINKS
 from titanlite.recipe.sections import Recipe
 

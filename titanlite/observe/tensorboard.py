@@ -11,7 +11,7 @@ from typing import Any
 
 from titanlite.errors import UsageError
 from titanlite.files import Appender, cause
-from titanlite.observe.rows import Row
+from titanlite.observe.jsonl import Row
 from titanlite.recipe.sections import Recipe
 
 

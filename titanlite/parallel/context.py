@@ -61,10 +61,8 @@ def apply_context_parallel(
     """
     attention, mask = (RingAttention, RingDocuments) if method == "ring" else (GatheredAttention, GatheredMask)
     for rule, name, _ in modules_by_rule(model, plan):
-        if rule.style == "attention":
-            replace_module(model, name, attention(group))
-        elif rule.style == "mask":
-            replace_module(model, name, mask(group))
+        if rule.style in ("attention", "mask"):
+            replace_module(model, name, (attention if rule.style == "attention" else mask)(group))
 
 
 class GatheredMask(GroupModule):

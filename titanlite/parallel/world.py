@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,40 +61,26 @@ class World:
         return int(bounds[0]) == -int(bounds[1])
 
 
-def all_gather_bytes(message: bytes, ranks: int) -> list[bytes]:
-    """All ranks' messages, of any length, by rank. Nothing is pickled."""
+def gather_bytes(
+    message: bytes, ranks: int, group: dist.ProcessGroup | None = None, on_all: bool = False
+) -> list[bytes]:
+    """All ranks' messages, of any length, by rank: `on_all`, or on the first of the group (of hosts) alone. No pickle."""
     if ranks == 1:
         return [message]
-    padded, lengths = _pad(message, ranks, None)
-    received = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(received, padded)
-    return _unpad(received, lengths)
-
-
-def gather_bytes(message: bytes, ranks: int, group: dist.ProcessGroup | None = None) -> list[bytes]:
-    """All ranks' messages, by rank, on the first one of the group (of hosts); nothing on the others."""
-    if ranks == 1:
-        return [message]
-    padded, lengths = _pad(message, ranks, group)
-    received = [torch.empty_like(padded) for _ in lengths] if dist.get_rank(group) == 0 else None
-    dist.gather(padded, received, group_dst=0, group=group)
-    return _unpad(received or (), lengths)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(lengths, torch.tensor([len(message)]), group)
+    padded = as_tensor(message.ljust(max(1, int(max(lengths))), b"\0"))
+    received = [torch.empty_like(padded) for _ in lengths] if on_all or dist.get_rank(group) == 0 else []
+    if on_all:
+        dist.all_gather(received, padded, group)
+    else:
+        dist.gather(padded, received or None, group_dst=0, group=group)
+    return [data[: int(length)].numpy().tobytes() for data, length in zip(received, lengths, strict=False)]
 
 
 def as_tensor(message: bytes) -> Tensor:
     """A copy of the bytes, at least one: uint8 [length]."""
     return torch.frombuffer(bytearray(message), dtype=torch.uint8)
-
-
-def _pad(message: bytes, ranks: int, group: dist.ProcessGroup | None) -> tuple[Tensor, list[int]]:
-    """The message in the length of the longest, and all their lengths."""
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
-    dist.all_gather(lengths, torch.tensor([len(message)]), group)
-    return as_tensor(message.ljust(max(1, int(max(lengths))), b"\0")), [int(length) for length in lengths]
-
-
-def _unpad(received: Sequence[Tensor], lengths: Sequence[int]) -> list[bytes]:
-    return [data[:length].numpy().tobytes() for data, length in zip(received, lengths, strict=False)]
 
 
 @contextmanager

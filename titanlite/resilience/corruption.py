@@ -18,7 +18,7 @@ from torch import Tensor
 
 from titanlite.errors import GuardStop
 from titanlite.models.shard import Shard
-from titanlite.parallel.world import all_gather_bytes
+from titanlite.parallel.world import gather_bytes
 from titanlite.text import list_some
 
 
@@ -52,7 +52,9 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
     copied = {_key(name, shard): (name, shard.tensor) for name, shard in held.items() if shard.copies > 1}
     sums = checksums(tensor for _, tensor in copied.values()).cpu()
     own = torch.stack((torch.tensor(list(copied)), sums), dim=1)
-    parts = [np.frombuffer(data, np.int64).reshape(-1, 2) for data in all_gather_bytes(own.numpy().tobytes(), ranks)]
+    parts = [
+        np.frombuffer(data, np.int64).reshape(-1, 2) for data in gather_bytes(own.numpy().tobytes(), ranks, on_all=True)
+    ]
     table = np.concatenate([np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)])
     different = _different_keys(table)
     if not different:
@@ -139,4 +141,4 @@ def _name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 def gather_json(value: object, ranks: int) -> list[Any]:
     """Every rank's value, by rank."""
-    return [json.loads(text) for text in all_gather_bytes(json.dumps(value).encode(), ranks)]
+    return [json.loads(text) for text in gather_bytes(json.dumps(value).encode(), ranks, on_all=True)]

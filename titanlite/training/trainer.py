@@ -24,10 +24,9 @@ from titanlite.data.read_log import NO_LOG, WENT_BACK, ReadLog
 from titanlite.data.splits import DataSplits
 from titanlite.errors import StoppedEarly
 from titanlite.models.shard import may_be_nonfinite
-from titanlite.observe.flops import peak_flops
 from titanlite.observe.inspection import trace_shapes
 from titanlite.observe.logger import RunLogger
-from titanlite.observe.metrics import Metrics
+from titanlite.observe.metrics import Metrics, peak_flops
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
 from titanlite.parallel.batch import Batch

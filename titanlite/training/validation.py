@@ -9,8 +9,8 @@ from titanlite.data.loader import UNREADABLE, validation_batches
 from titanlite.data.sources import Source
 from titanlite.data.splits import compression_baselines
 from titanlite.errors import DataError
+from titanlite.observe.jsonl import validation_row
 from titanlite.observe.logger import RunLogger
-from titanlite.observe.rows import validation_row
 from titanlite.parallel.model import ParallelModel
 from titanlite.plan.layout import BatchPlan
 

@@ -19,8 +19,8 @@ from titanlite.errors import StoppedEarly
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
+from titanlite.observe.jsonl import Row
 from titanlite.observe.logger import RunLogger
-from titanlite.observe.rows import Row
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.parallel.apply import build
 from titanlite.parallel.world import World
