@@ -64,7 +64,7 @@ class World:
 def gather_bytes(
     message: bytes, ranks: int, group: dist.ProcessGroup | None = None, on_all: bool = False
 ) -> list[bytes]:
-    """All ranks' messages, of any length, by rank: `on_all`, or on the first of the group (of hosts) alone. No pickle."""
+    """All ranks' messages, of any length, by rank: `on_all`, or on the first of the group alone. Nothing is pickled."""
     if ranks == 1:
         return [message]
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
