@@ -9,34 +9,19 @@ from titanlite.observe.jsonl import event_row, validation_row
 from titanlite.observe.metrics import Metrics, mfu, peak_flops, peak_memory_bytes
 
 
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA H20", 148),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA GB200", 2500),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40", 181),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("AMD Instinct MI300X", 1307),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA RTX A4000", None),
-        ("Tesla T4", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks_are_dense_and_a_card_that_is_not_known_has_none(name, teraflops):
-    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+PEAKS = {
+    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA H20": 148, "NVIDIA GH200 480GB": 989,
+    "NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA L4": 121, "NVIDIA L40": 181, "NVIDIA L40S": 362,
+    "NVIDIA GeForce RTX 4090": 165.2, "AMD Instinct MI300X": 1307, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA RTX A4000": None, "Tesla T4": None, "cpu": None,
+}  # fmt: skip
+"""Name of the card -> TFLOP/s."""
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peaks_are_dense_and_a_card_that_is_not_known_has_none(name):
+    assert peak_flops(name) == (None if PEAKS[name] is None else PEAKS[name] * 1e12)
 
 
 def test_mfu_of_an_8b_model_on_an_h100():
