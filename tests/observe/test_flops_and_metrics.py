@@ -8,7 +8,6 @@ import torch
 from titanlite.observe.jsonl import event_row, validation_row
 from titanlite.observe.metrics import Metrics, mfu, peak_flops, peak_memory_bytes
 
-
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
     "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA H20": 148, "NVIDIA GH200 480GB": 989,
