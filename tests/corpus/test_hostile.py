@@ -164,7 +164,7 @@ def read_token_file(number: int) -> None:
             at = source.locate(index)[1] * file.tokens.dtype.itemsize
             assert packing == "best_fit" or data[at : at + window.nbytes] == window.tobytes(), "foreign bytes"
     if file.info is not None:
-        describe_token_info(file.info)
+        list(describe_token_info(file.info))
         file.verify_hashes()
 
 

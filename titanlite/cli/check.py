@@ -48,13 +48,19 @@ Rows = Iterator[tuple[str, str]]
 def _model_rows(run: dict[str, Any]) -> Rows:
     looked_up = f"({format_count(run['embedding_parameters'])} only looked up)"
     yield "model", f"{describe_model(run)}: {format_count(run['parameters'])} parameters {looked_up}"
-    sizes = f"{run['layers']} layers, dim {run['dim']}, {run['heads']} heads ({run['kv_heads']} of keys and values)"
-    yield "", f"{sizes}, ffn_dim {run['ffn_dim']}, vocabulary {run['vocab_size']}"
+    yield "", format_sizes(run)
     scaling = run["rope_scaling"]
     scaled = "" if scaling is None else f" scaled by {scaling['factor']:g} from {scaling['original_context']} tokens"
     head = "shared with the embedding" if run["tie_embeddings"] else "apart from the embedding"
     norms = f"norm_eps {run['norm_eps']:g}, {'with' if run['qk_norm'] else 'no'} qk_norm"
     yield "", f"{run['architecture']}: rope_theta {run['rope_theta']:g}{scaled}, {norms}, head {head}"
+
+
+def format_sizes(run: dict[str, Any]) -> str:
+    """`4 layers, dim 128, …`."""
+    heads = f"{run['heads']} heads ({run['kv_heads']} of keys and values)"
+    blocks = f"{run['layers']} layers, dim {run['dim']}, {heads}, ffn_dim {run['ffn_dim']}"
+    return f"{blocks}, vocabulary {run['vocab_size']}"
 
 
 def _data_rows(data: dict[str, Any], recipe: Recipe, run: dict[str, Any]) -> Rows:

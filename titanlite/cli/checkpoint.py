@@ -178,18 +178,15 @@ def _export(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.huggingface import import_huggingface
 
-    written = import_huggingface(arguments.folder, arguments.out)
+    written, recipe = import_huggingface(arguments.folder, arguments.out), arguments.out / "recipe.toml"
     print(f"{arguments.folder} -> {_summarize(written)}")
     if written.tokenizer_files:
         print(f"kept for the next export: {', '.join(written.tokenizer_files)}.")
     if (tokenizer := arguments.out / "tokenizer").is_dir():
         print(f'titanlite generate uses {tokenizer}, and so do recipes by data.tokenizer = "{tokenizer}".')
     if written.without_tokenizer:
-        print(
-            f"no tokenizer: {written.without_tokenizer}. Text cannot be generated before data.tokenizer in "
-            f"{arguments.out / 'recipe.toml'} names one, such as a tokenizer.json of transformers."
-        )
-    print(f"train on: titanlite train {arguments.out / 'recipe.toml'} --training.steps=N --data.corpus=PATH")
+        print(f"no tokenizer: {written.without_tokenizer}. To generate text, name one as data.tokenizer in {recipe}.")
+    print(f"train on: titanlite train {recipe} --training.steps=N --data.corpus=PATH")
 
 
 def _summarize(written: Written) -> str:

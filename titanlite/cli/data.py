@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from titanlite.cli.reads import add_read_commands
@@ -105,19 +106,16 @@ def _verify(arguments: argparse.Namespace) -> None:
         print(f"{prefix}: whole: {file.documents:,} documents, {len(file.tokens):,} tokens")
 
 
-def describe_token_info(info: TokenInfo) -> list[str]:
+def describe_token_info(info: TokenInfo) -> Iterator[str]:
     """The statistics, for people."""
-    shares = ", ".join(f"{name} {count:,}" for name, count in info.lengths.items())
-    lines = [
-        f"documents        {info.documents:,}",
-        f"tokens           {info.tokens:,} as {info.dtype}, separators among them",
-        f"bytes per token  {info.text_bytes / info.tokens:.3f}",
-        f"lengths          {shares}",
-    ]
+    yield f"documents        {info.documents:,}"
+    yield f"tokens           {info.tokens:,} as {info.dtype}, separators among them"
+    yield f"bytes per token  {info.text_bytes / info.tokens:.3f}"
+    yield f"lengths          {', '.join(f'{name} {count:,}' for name, count in info.lengths.items())}"
     if info.duplicates:
-        lines.append(f"duplicates       {info.duplicates:,} dropped")
+        yield f"duplicates       {info.duplicates:,} dropped"
     if info.bad_lines:
-        lines += [f"bad lines        {info.bad_lines:,} skipped", *(f"  {line}" for line in info.bad_line_examples)]
-        if info.bad_lines > len(info.bad_line_examples):
-            lines.append(f"  and {info.bad_lines - len(info.bad_line_examples):,} more")
-    return lines
+        yield f"bad lines        {info.bad_lines:,} skipped"
+        yield from (f"  {line}" for line in info.bad_line_examples)
+    if (more := info.bad_lines - len(info.bad_line_examples)) > 0:
+        yield f"  and {more:,} more"

@@ -47,10 +47,8 @@ def main(argv: list[str]) -> int:
     model, manifest = load_model(arguments.run, recipe, device)
     tokenizer = tokenizer_of_run(arguments.run, recipe.data)
     if is_another(tokenizer, manifest.values.get("tokenizer")):
-        raise UsageError(
-            f"the weights of {arguments.run} belong to another tokenizer than {recipe.data.tokenizer!r} in its "
-            "recipe.toml; write the path of theirs there, as data.tokenizer."
-        )
+        problem = f"its weights belong to another tokenizer than {recipe.data.tokenizer!r}"
+        raise UsageError(f"{arguments.run}/recipe.toml: data.tokenizer: {problem}; write the path of theirs.")
     sampler = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     prompt = os.fsencode(arguments.prompt)  # its bytes as they were typed, UTF-8 or not
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -7,7 +7,7 @@ import json
 import sys
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,28 +84,25 @@ def _audit(arguments: argparse.Namespace) -> None:
         raise GuardStop(f"{run}: not every sample was read in its turn, and once{why}.")
 
 
-def _report(found: Audit, unsaved: int) -> list[str]:
+def _report(found: Audit, unsaved: int) -> Iterator[str]:
     others = f"; {pluralize(unsaved, 'step')} after the newest checkpoint do not count" if unsaved else ""
     layouts = ", ".join(f"{each['data_ranks']} (steps {_span(each['steps'])})" for each in found.layouts)
-    lines = [
-        f"steps       {found.steps}{others}",
-        f"samples     {found.samples}",
-        f"lost        {_spans(found.lost)}",
-        f"repeated    {_spans(found.repeated)}",
-        f"digest      {found.digest}",
-        f"restarts    {found.restarts}",
-        f"data ranks  {layouts or 'none'}",
-    ]
+    yield f"steps       {found.steps}{others}"
+    yield f"samples     {found.samples}"
+    yield f"lost        {_spans(found.lost)}"
+    yield f"repeated    {_spans(found.repeated)}"
+    yield f"digest      {found.digest}"
+    yield f"restarts    {found.restarts}"
+    yield f"data ranks  {layouts or 'none'}"
     if found.unrecorded:
-        lines.append(f"steps without a record  {_spans(found.unrecorded)}")
+        yield f"steps without a record  {_spans(found.unrecorded)}"
     if not found.in_order:
-        lines.append("order       a step read samples that come before those of the step before it")
+        yield "order       a step read samples that come before those of the step before it"
     for step in found.reordered:
-        lines.append(f"order       another one from step {step} on: some texts may be read twice, others never")
+        yield f"order       another one from step {step} on: some texts may be read twice, others never"
     for each in found.skipped:
         where = "before" if each["by"] == "data.skip_steps" else "after"
-        lines.append(f"passed over samples {_span(each['samples'])} {where} step {each['step']} ({each['by']})")
-    return lines
+        yield f"passed over samples {_span(each['samples'])} {where} step {each['step']} ({each['by']})"
 
 
 def _size(spans: Sequence[Span]) -> int:
@@ -184,14 +181,11 @@ def _require_same_order(run: Path, split: Split, step: int) -> None:
     if (change := max(reordered_steps(values), default=0)) > step:
         raise DataError(f"{run} went on in another order from step {change} on: the recipe of step {step} is not kept.")
     if step > last:
-        unknown = "whether its texts have changed since is not known"
-        print(f"warning: no checkpoint has step {step}, so {unknown}", file=sys.stderr)
+        print(f"warning: no checkpoint has step {step}: its texts may have changed since", file=sys.stderr)
     past = split.past(manifest.samples) if manifest else {}
     if any(values.get(key, value) != value for key, value in past.items()):
-        raise DataError(
-            f"the samples are not what {run} was trained on: a file of its text has changed since, or [data] of its "
-            "recipe.toml."
-        )
+        changed = "a file of its text has changed since, or [data] of its recipe.toml"
+        raise DataError(f"the samples are not what {run} was trained on: {changed}.")
 
 
 def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> dict[str, Any]:
@@ -203,14 +197,13 @@ def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> di
     stream, token = source.locate(window)
     file, document = "", None
     if isinstance(stream, TokenFile):
-        starts = stream.starts
-        file = str(stream.prefix)
+        file, starts = str(stream.prefix), stream.starts
         document = bisect_right(range(len(starts)), token, key=lambda each: int(starts[each])) - 1
     text = _readable(source.window(window), tokenizer)
     if limit and (more := len(text) - limit) > 0:
         text = f"{text[:limit]} … and {more} characters more"
-    return {"sample": number, "source": source.name, "window": window, "file": file, "token": token,
-            "document": document, "text": text}  # fmt: skip
+    place = {"window": window, "file": file, "token": token, "document": document}
+    return {"sample": number, "source": source.name, **place, "text": text}
 
 
 def _readable(tokens: Tokens, tokenizer: Tokenizer) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from titanlite.cli.check import check_recipe
+from titanlite.cli.check import check_recipe, format_sizes
 from titanlite.errors import EXIT_DONE, CommandLineError, GuardStop
 from titanlite.plan.describe import describe_run
 from titanlite.plan.launch import launch_environment
@@ -101,11 +101,8 @@ def _header(recipe: Recipe, world: int, device: str) -> Iterator[str]:
     }
     yield f"layout     {', '.join(part for part, shown in parts.items() if shown)}, on {world} x {device}"
     yield "reference  one process, nothing shared, recomputed or compiled"
-    heads = f"{run['heads']} heads ({run['kv_heads']} of keys and values)"
-    yield (
-        f"model      {run['preset']}, shrunken to {format_count(run['parameters'])} parameters: {run['layers']} layers,"
-        f" dim {run['dim']}, {heads}, ffn_dim {run['ffn_dim']}, vocabulary {run['vocab_size']}"
-    )
+    size = f"{format_count(run['parameters'])} parameters: {format_sizes(run)}"
+    yield f"model      {run['preset']}, shrunken to {size}"
     batch = f"{run['global_batch']} sequences x {run['sequence_length']} tokens"
     yield f"training   {run['steps']} steps of {batch}, {recipe.optimizer.name}"
 
@@ -133,7 +130,6 @@ def _verdict(found: Sequence[Comparison]) -> str:
         return "NOT the same"
     parts = []
     for each in found:
-        rows = each.rows
-        most = [max(getattr(row, part).difference for row in rows) for part in ("loss", "grad_norm", "weight")]
+        most = [max(getattr(row, part).difference for row in each.rows) for part in ("loss", "grad_norm", "weight")]
         parts.append("{}: loss {:.1e}, gradient norm {:.1e}, weights {:.1e}".format(each.compute, *most))
     return f"the same; at most apart in {'; in '.join(parts)}"

@@ -1,6 +1,7 @@
 """From a recipe file to a `Recipe`: its `extends` chain, the command line's overrides, and every error at once.
 
-Also the way back: a recipe as TOML, complete, so that a run can be repeated from what it wrote. Rules that look at
+Also the way back: a recipe as TOML, complete, so that a run can be repeated from what it wrote. Of a wrong value each
+key gets one finding, however many reasons pydantic has, with its fix where that can be known. Rules that look at
 several sections together are not here but in `titanlite/plan/rules`.
 """
 
@@ -9,23 +10,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
 from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
-from titanlite.recipe.explain import all_keys, key_schema, suggest_key
-from titanlite.recipe.faults import nest, to_findings
+from titanlite.recipe.explain import all_keys, describe_type, holds_keys, key_schema, suggest_key
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe, recipe_class
-from titanlite.recipe.toml import KeyPath, TomlSyntaxError, find_lines, find_paths, format_toml, parse_toml, parse_value
+from titanlite.recipe.toml import (
+    KeyPath,
+    TomlSyntaxError,
+    find_lines,
+    find_paths,
+    format_toml,
+    format_value,
+    parse_toml,
+    parse_value,
+)
 from titanlite.registry import did_you_mean, import_plugin, require_plugins
 
 COMMAND_LINE = "command line"
+_SHOWN_CHARACTERS = 60
+_OF_A_TEXT = ("value_error", "string_unicode")
 
 _SYNTAX_FIXES = {
     "invalid value": "text needs quotes, and booleans are true and false.",
@@ -94,7 +108,7 @@ def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
     try:
         recipe = recipe_class().model_validate(values)
     except ValidationError as error:
-        faults = [_locate(fault, layers, str(path)) for fault in to_findings(error, values)]
+        faults = [_locate(fault, layers, str(path)) for fault in _to_findings(error, values)]
         order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
         findings += sorted(faults, key=lambda fault: (order.index(fault.file), fault.line))
     if findings:
@@ -141,12 +155,10 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
     remaining = deque(argv)
     while remaining:
         word = remaining.popleft()
-        if not (word.startswith("--") and "." in word.partition("=")[0]):
-            own.append(word)
-            continue
-        if "=" not in word and remaining and not remaining[0].startswith("--"):
+        is_override = word.startswith("--") and "." in word.partition("=")[0]
+        if is_override and "=" not in word and remaining and not remaining[0].startswith("--"):
             word = f"{word}={remaining.popleft()}"
-        overrides.append(word)
+        (overrides if is_override else own).append(word)
     arguments, unknown = parser.parse_known_args(own)
     for word in unknown:
         option = word.partition("=")[0]
@@ -241,7 +253,7 @@ def _parse_overrides(words: Sequence[str]) -> tuple[_Layer, list[Finding]]:
         elif not equals:
             findings.append(Finding(flag[2:], "has no value;", f"write {flag}=VALUE.", COMMAND_LINE))
         else:
-            override = nest(path, _override_value(path, text))
+            override = _nest(path, _override_value(path, text))
             values = _merge(values, override)
             lines |= dict.fromkeys(find_paths(override), 0)
     return _Layer(COMMAND_LINE, values, lines), findings
@@ -288,3 +300,98 @@ def _locate(finding: Finding, layers: Sequence[_Layer], default_file: str) -> Fi
     file, line = next(places, (default_file, 0))
     extended_by = default_file if file not in (default_file, COMMAND_LINE) else ""
     return dataclasses.replace(finding, file=file, line=line, extended_by=extended_by)
+
+
+def _to_findings(error: ValidationError, values: dict[str, Any]) -> list[Finding]:
+    """One finding for each key that `error` complains about; `values` is what was validated."""
+    faults: dict[tuple[str, ...], Any] = {}
+    for fault in error.errors(include_url=False):
+        path = _key_path(fault["loc"])
+        # Of a value that may be text or a list, pydantic also reports why it is not the other one.
+        if path not in faults or (fault["type"] in _OF_A_TEXT and faults[path]["type"] not in _OF_A_TEXT):
+            faults[path] = fault
+    return [_to_finding(path, fault, _value_at(values, path)) for path, fault in faults.items()]
+
+
+def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The key within the recipe; what pydantic adds to it (an index of a value, the arm of a union) is left off."""
+    path: tuple[str, ...] = ()
+    for part in location:
+        schema = key_schema(path)
+        if schema is None or not holds_keys(schema):
+            break
+        path = (*path, str(part))
+    return path
+
+
+def _value_at(values: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        values = values[int(name)] if isinstance(values, list) else values.get(name)
+    return values
+
+
+def _to_finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        return Finding(key, *_unknown(path, value))
+    if fault["type"] == "missing" and fault["loc"][-1] == path[-1]:
+        return Finding(".".join(path[:-1]), f"has no {path[-1]};", f"write {path[-1]} = …")
+    if fault["type"] == "value_error":
+        return Finding(key, str(fault["ctx"]["error"]))
+    shown = "a table" if isinstance(value, dict) else format_value(value).encode("utf-8", "backslashreplace").decode()
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
+    if fault["type"] == "string_unicode":
+        return Finding(key, f"{shown} is not UTF-8;", "rename what it names, or name its folder, or use a glob.")
+    schema = key_schema(path) or {}
+    return Finding(key, f"must be {describe_type(schema)}, not {shown};", _find_fix(path, value, schema))
+
+
+def _unknown(path: tuple[str, ...], value: Any) -> tuple[str, str]:
+    """Problem and fix for a key or a section that does not exist."""
+    *table, name = path
+    known = list((key_schema(table) or {})["properties"])
+    what = "unknown section" if not table and isinstance(value, dict) else "unknown key"
+    where = f"[{'.'.join(table)}] has" if table else "a recipe has"
+    return f"{what};", suggest_key(name, known, table) or f"{where}: {', '.join(known)}."
+
+
+def _find_fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
+    if len(path) == 1 and "properties" in schema:
+        return f"write a table: [{path[0]}]."
+    if isinstance(value, str) and (near := did_you_mean(value, [*map(str, schema.get("enum", []))])):
+        return near
+    meanings = {format_value(each) for each in _readings(value) if _is_valid(path, each)}
+    if len(meanings) == 1:
+        return f"write {path[-1]} = {meanings.pop()}."
+    return f"see titanlite check --explain {'.'.join(path)}"
+
+
+def _readings(value: Any) -> Iterator[Any]:
+    """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
+    texts: list[str] = []
+    if isinstance(value, str):
+        texts = [value, value.lower()]
+        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
+            texts.append(value.replace(",", "_"))
+        if re.fullmatch(r"[0-9]+,[0-9]+", value):  # 1,500 may be either
+            texts.append(value.replace(",", "."))
+    elif isinstance(value, float) and value.is_integer():
+        texts = [str(int(value))]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        texts = [format_value(str(value))]
+    for text in texts:
+        with suppress(ValueError):
+            yield parse_value(text)
+
+
+def _is_valid(path: tuple[str, ...], value: Any) -> bool:
+    with suppress(ValidationError):
+        recipe_class().model_validate(_nest(path, value))
+        return True
+    return False
+
+
+def _nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """`value` within the tables that `path` names: {"training": {"steps": 5}}."""
+    *tables, name = path
+    return reduce(lambda inner, table: {table: inner}, reversed(tables), {name: value})

@@ -46,16 +46,15 @@ def guards(recipe: Recipe, world: int) -> Iterator[Finding]:
 def compiler(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What only the compiler can do, and what it leaves no room for."""
     recompute, compiled = recipe.recompute, recipe.compile.enabled
+    enable = "write compile.enabled = true, or"
     if recipe.parallel.async_tp and recipe.parallel.tp > 1 and not compiled:
         problem = "it is the compiler that splits the products and overlaps their parts with communication;"
-        yield Finding("parallel.async_tp", problem, "write compile.enabled = true, or async_tp = false.")
+        yield Finding("parallel.async_tp", problem, f"{enable} async_tp = false.")
     if recompute.budget is not None and not compiled:
         problem = "it is the compiler that chooses what to recompute within a budget;"
-        fix = 'write compile.enabled = true, or recompute.mode = "selective" instead.'
-        yield Finding("recompute.budget", problem, fix)
+        yield Finding("recompute.budget", problem, f'{enable} recompute.mode = "selective" instead.')
     if recompute.budget is not None and recompute.mode != "none":
-        problem = f'budget and mode = "{recompute.mode}" both choose what is recomputed;'
-        yield Finding("recompute.budget", problem, "give one of the two.")
+        yield Finding("recompute.budget", f'recompute.mode = "{recompute.mode}" chooses too;', "give one of the two.")
     for key in ("find_nonfinite", "trace_shapes"):
         if getattr(recipe.debug, key) and compiled:
             problem = "watches every module, and compile.enabled fuses them into one;"
@@ -91,8 +90,7 @@ def split_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
     other = "choose 1F1B or Interleaved1F1B."
     if spec is not None and spec.tied(find_config(recipe)) and schedule in V_SHAPED:
         problem = f"{schedule} has the first and the last stage on one rank, and they share the tied embedding;"
-        fix = "choose another schedule, or model.tie_embeddings = false."
-        yield Finding("parallel.pipeline.schedule", problem, fix)
+        yield Finding("parallel.pipeline.schedule", problem, f"write model.tie_embeddings = false, or {other}")
     if not splits_backward(schedule):
         return
     if recipe.parallel.zero_stage == 3:
@@ -105,8 +103,7 @@ def split_backward(recipe: Recipe, world: int) -> Iterator[Finding]:
     if recipe.compile.enabled:
         yield Finding("compile.enabled", f"{apart} compiled blocks only know both;", f"write false, or {other}")
     if recipe.precision.float8.enabled:
-        problem = f"{apart} float8 linears only know both;"
-        yield Finding("precision.float8.enabled", problem, f"write false, or {other}")
+        yield Finding("precision.float8.enabled", f"{apart} float8 linears only know both;", f"write false, or {other}")
     # Before 2.13, torch takes the sum of the gradients of a function with several results, such as the fused RMSNorm,
     # for the first one's, and frees functions written in Python that it comes back to, such as the loss by chunks.
     found = version("torch")
