@@ -227,8 +227,6 @@ class TestCheck:
         ("text", "place"),
         [
             ("[training]\nsteps = 0", ":2: training.steps: "),
-            ("extends = 'recipe.toml'", ":1: extends: "),
-            ("extends = 'nowhere.toml'", ":1: extends: "),
             ("[training\n", ":1: not TOML: "),
             ("[training]\nsteps=1\n[model]\nkv_heads=3", ":4: model.kv_heads: "),
             ("", ": training: "),

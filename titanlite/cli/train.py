@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 
 from titanlite.cli.check import check_recipe
@@ -34,7 +33,10 @@ def main(argv: list[str]) -> int:
     restarted, job = (under.restarts > 0, under.names) if under else (False, ())
     may_change = tuple(arguments.allow_change)
     start = Start(mode, arguments.force, may_change, arguments.from_step, restarted=restarted, job=job)
-    _require_keys(may_change)
+    for pattern in may_change:
+        if not fnmatch.filter(all_keys(), pattern):
+            hint = suggest_key(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
+            raise CommandLineError(f"--allow-change {pattern}: there is no such recipe key; {hint}")
     if arguments.force and not arguments.fresh:
         raise CommandLineError("--force does nothing without --fresh, with which it deletes the run in the folder.")
     loaded, launch = load_recipe(arguments.recipe, overrides), launch_environment()
@@ -53,11 +55,3 @@ def main(argv: list[str]) -> int:
 
     train(loaded, start)
     return EXIT_DONE
-
-
-def _require_keys(patterns: Sequence[str]) -> None:
-    """Raise `CommandLineError` if one of `--allow-change` is no key of a recipe, nor a pattern of some."""
-    for pattern in patterns:
-        if not fnmatch.filter(all_keys(), pattern):
-            hint = suggest_key(pattern) or "give a key such as optimizer.lr, or a pattern such as 'optimizer.*'"
-            raise CommandLineError(f"--allow-change {pattern}: there is no such recipe key; {hint}")

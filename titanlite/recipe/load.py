@@ -1,8 +1,6 @@
 """From a recipe file to a `Recipe`: its `extends` chain, the command line's overrides, and every error at once.
 
-Also the way back: a recipe as TOML, complete, so that a run can be repeated from what it wrote. Of a wrong value each
-key gets one finding, however many reasons pydantic has, with its fix where that can be known. Rules that look at
-several sections together are not here but in `titanlite/plan/rules`.
+Also the way back: a recipe as TOML, complete. Rules that look at several sections together are in `plan/rules`.
 """
 
 from __future__ import annotations
@@ -303,7 +301,7 @@ def _locate(finding: Finding, layers: Sequence[_Layer], default_file: str) -> Fi
 
 
 def _to_findings(error: ValidationError, values: dict[str, Any]) -> list[Finding]:
-    """One finding for each key that `error` complains about; `values` is what was validated."""
+    """One finding for each key of `values` that `error` complains about, however many reasons pydantic has."""
     faults: dict[tuple[str, ...], Any] = {}
     for fault in error.errors(include_url=False):
         path = _key_path(fault["loc"])

@@ -76,6 +76,6 @@ def sent(recipe: Recipe, world: int) -> Iterator[Finding]:
 def _decisions(recipe: Recipe, world: int) -> tuple[float8.LinearDecision, ...]:
     """None where the model's sizes do not fit together, which other rules report."""
     spec = find_spec(recipe)
-    if spec is None or any(next(rule(recipe, world), None) for rule in (heads, cuts)):
+    if spec is None or any(heads(recipe, world)) or any(cuts(recipe, world)):
         return ()
     return float8.decide_linears(spec, find_config(recipe), recipe.precision.float8)

@@ -68,8 +68,7 @@ def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
 def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Matrices whose parts are of different sizes: the ranks with less wait."""
     spec, config, tp = find_spec(recipe), find_config(recipe), recipe.parallel.tp
-    unsound = next(heads(recipe, world), None) is not None  # the sizes do not fit together: there are no parts
-    if spec is None or unsound or tp == 1 or tp > spec.cut_limit(config):
+    if spec is None or any(heads(recipe, world)) or tp == 1 or tp > spec.cut_limit(config):
         return
     names: dict[int, list[str]] = {}
     patterns = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
@@ -111,8 +110,8 @@ def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
     most, number = MAX_CHUNKS - _OTHER_PARTS, count_parts(recipe, spec, layout)
     if number > most:
         problem = f"a checkpoint would be a table of {number:,} parts, and {MAX_CHUNKS:,} can be read back;"
-        copies = ((layout.dp_replicate * each, layout.dp_shard // each) for each in divisors(layout.dp_shard))
-        meshes = (replace(layout, dp_replicate=one, dp_shard=other) for one, other in copies)
+        replicate, shard = layout.dp_replicate, layout.dp_shard
+        meshes = (replace(layout, dp_replicate=replicate * n, dp_shard=shard // n) for n in divisors(shard))
         fits = next((each for each in meshes if count_parts(recipe, spec, each) <= most), None)
         if fits is None:
             yield Finding("model", problem, "give a smaller model, or fewer ranks.")
@@ -137,7 +136,7 @@ def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:
 def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Sequences that are computed and weigh nothing, because the batch does not divide evenly."""
     layout = layout_of(recipe.parallel, world)
-    if layout is None or next(microbatches(recipe, world), None):
+    if layout is None or any(microbatches(recipe, world)):
         return
     training, plan, ranks = recipe.training, batch_plan(recipe, layout, 0), layout.data_ranks
     computed = plan.microbatches * plan.microbatch * ranks
