@@ -18,14 +18,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
 
 
-def test_the_committed_schema_is_that_of_the_code() -> None:
-    committed = (ROOT / "titanlite.schema.json").read_text(encoding="utf-8")
-    assert json.loads(committed) == json_schema(), "run: titanlite schema > titanlite.schema.json"
-
-
-def test_the_committed_reference_is_that_of_the_code() -> None:
-    committed = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    assert committed == reference_markdown(), "run: titanlite schema --markdown > docs/recipe.md"
+def test_what_is_committed_is_that_of_the_code() -> None:
+    schema, reference = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("titanlite.schema.json", "docs/recipe.md")
+    )
+    assert json.loads(schema) == json_schema(), "run: titanlite schema > titanlite.schema.json"
+    assert reference == reference_markdown(), "run: titanlite schema --markdown > docs/recipe.md"
 
 
 def test_the_schema_is_a_schema() -> None:

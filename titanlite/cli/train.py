@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     modes.add_argument("--fresh", action="store_true", help="start a new run; fail if the folder holds one")
     modes.add_argument("--from-step", type=int, metavar="N", help="go on from the checkpoint of step N, not the latest")
     parser.add_argument("--force", action="store_true", help="with --fresh: delete the run that the folder holds")
-    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="key that may differ now")
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="key that may change")
     arguments, overrides = parse_with_overrides(parser, argv)
     resumes = arguments.resume or arguments.from_step is not None
     mode: Mode = "resume" if resumes else "fresh" if arguments.fresh else "auto"
