@@ -19,9 +19,8 @@ SCHEMA = jsonschema.Draft202012Validator(json_schema())
 
 
 def test_what_is_committed_is_that_of_the_code() -> None:
-    schema, reference = (
-        (ROOT / name).read_text(encoding="utf-8") for name in ("titanlite.schema.json", "docs/recipe.md")
-    )
+    schema = (ROOT / "titanlite.schema.json").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert json.loads(schema) == json_schema(), "run: titanlite schema > titanlite.schema.json"
     assert reference == reference_markdown(), "run: titanlite schema --markdown > docs/recipe.md"
 

@@ -178,8 +178,7 @@ def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name in type(section).model_fields:
-        value = getattr(section, name)
+    for name, value in section:
         if isinstance(value, BaseModel):
             yield from _flat(value, f"{prefix}{name}.")
         else:
