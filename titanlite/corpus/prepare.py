@@ -135,12 +135,10 @@ def _hash_request(request: Request, files: Sequence[Piece]) -> str:
 def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
     while True:
         parts.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileNotFoundError):  # who held it is done, and has removed the folder
             return take_lock(
                 parts / ".lock", f"the prefix {request.out}", "give another --out", progress.message, request.shared
             )
-        except FileNotFoundError:  # who held it is done, and has removed the folder
-            continue
 
 
 def _finished(

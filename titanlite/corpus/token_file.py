@@ -269,10 +269,6 @@ class TokenFile:
         return TokenFile.open, (self.prefix,)  # another process opens it anew
 
     @property
-    def index(self) -> OpenFile:
-        return self.starts.pointers.file
-
-    @property
     def documents(self) -> int:
         return len(self.starts)
 
@@ -326,7 +322,10 @@ class TokenFile:
         `pause` is called after each block with the seconds that it took, and returns whether to give up.
         """
         assert self.info is not None, "without a sidecar nothing is known of it"
-        for file, expected in ((self.index, self.info.idx_xxh3_64), (self.tokens.file, self.info.bin_xxh3_64)):
+        for file, expected in (
+            (self.starts.lengths.file, self.info.idx_xxh3_64),
+            (self.tokens.file, self.info.bin_xxh3_64),
+        ):
             if file.hash(pause) != expected:
                 sidecar = paths_of(self.prefix).sidecar
                 raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")

@@ -22,13 +22,14 @@ import xxhash
 
 from titanlite.corpus.corpora import Document, Part, is_held_out
 from titanlite.corpus.corpora.files import FoundFile
-from titanlite.corpus.corpora.formats import read_documents, stop_at
+from titanlite.corpus.corpora.formats import read_documents
 from titanlite.corpus.token_file import BLOCK
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.files import cause, replace_file, replacing, write_all
 
 PART_VERSION = 2
+PART_FILES = ("tokens", "records", "json")
 EXAMPLES = 10
 """Bad lines that are listed one by one."""
 BATCH_BYTES = 2**20
@@ -109,7 +110,7 @@ class PartFile:
 
 def part_at(folder: Path, key: str) -> PartFile | None:
     """The part of that key, if it is whole. Raises `OSError`."""
-    tokens, records, about = _paths(folder, key)
+    tokens, records, about = (folder / f"{key}.{end}" for end in PART_FILES)
     try:
         summary = json.loads(about.read_bytes())
         sizes = tokens.stat().st_size, records.stat().st_size
@@ -124,7 +125,7 @@ def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Pat
 
     Raises `DataError` for texts that cannot be read, and `OSError` if the part cannot be written.
     """
-    tokens, records, about = _paths(folder, unit.key(settings))
+    tokens, records, about = (folder / f"{unit.key(settings)}.{end}" for end in PART_FILES)
     bad, dtype = _BadLines(settings.skip_bad_lines), token_dtype(tokenizer.vocab_size)
     documents: Counter[int] = Counter()  # by source
     hashes: Counter[int] = Counter()
@@ -169,10 +170,6 @@ def _open_tokenizer(settings: Settings) -> Tokenizer:
     return tokenizer
 
 
-def _paths(folder: Path, key: str) -> tuple[Path, Path, Path]:
-    return folder / f"{key}.tokens", folder / f"{key}.records", folder / f"{key}.json"
-
-
 class _BadLines:
     """Takes lines that have no text: stops at the first, or counts them."""
 
@@ -183,7 +180,7 @@ class _BadLines:
 
     def __call__(self, error: DataError) -> None:
         if not self._skip:
-            stop_at(error)
+            raise error
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(str(error).encode("utf-8", "backslashreplace").decode())

@@ -33,37 +33,34 @@ BINARY_SUFFIXES = (
 )  # fmt: skip
 """Refused: training on a compressed file's bytes, or a table's commas, would go unnoticed for a long while."""
 MAGIC = {
-    name: re.compile(pattern, re.DOTALL)
-    for name, pattern in {
-        "gzip": rb"\x1f\x8b",
-        "zstd": rb"[\x50-\x5f]\x2a\x4d\x18|\x28\xb5\x2f\xfd",
-        "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
-        "xz": rb"\xfd7zXZ\x00",
-        "lz4": rb"\x04\x22\x4d\x18",
-        "7z": rb"7z\xbc\xaf\x27\x1c",
-        "rar": rb"Rar!\x1a\x07",
-        "compress": rb"\x1f[\x9d\xa0]",
-        "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
-        "tar": rb".{257}ustar[\x00 ]",
-        "Parquet": rb"PAR[1E]",
-        "Arrow": rb"ARROW1|FEA1|\xff{4}.{2}\x00\x00.{4}",
-        "Avro": rb"Obj\x01",
-        "ORC": rb"ORC[\x00-\x1f]",
-        "safetensors": rb".{5}\x00{3}\{\"",
-        "GGUF": rb"GGUF.\x00\x00\x00",
-        "NumPy": rb"\x93NUMPY",
-        "HDF5": rb"\x89HDF\r\n\x1a\n",
-        "SQLite": rb"SQLite format 3\x00",
-        "pickle": rb"\x80[\x02-\x05]",
-        "token file": rb"MMIDIDX\x00\x00",
-        "PDF": rb"%PDF-\d",
-        "Office": rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
-        "image": rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a",
-        "sound or film": rb"RIFF.{4}(WAVE|AVI |WEBP)|OggS\x00|fLaC\x00|.{4}ftyp",
-        "program": rb"\x7fELF|\x00asm|\xca\xfe\xba\xbe|MZ.{58,}PE\x00\x00",
-        "UTF-16 or UTF-32": rb"\xff\xfe|(\x00\x00)?\xfe\xff",
-        "Git LFS pointer": rb"version https://git-lfs\.github\.com/spec/",
-    }.items()
+    "gzip": rb"\x1f\x8b",
+    "zstd": rb"[\x50-\x5f]\x2a\x4d\x18|\x28\xb5\x2f\xfd",
+    "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\x00",
+    "lz4": rb"\x04\x22\x4d\x18",
+    "7z": rb"7z\xbc\xaf\x27\x1c",
+    "rar": rb"Rar!\x1a\x07",
+    "compress": rb"\x1f[\x9d\xa0]",
+    "zip": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
+    "tar": rb".{257}ustar[\x00 ]",
+    "Parquet": rb"PAR[1E]",
+    "Arrow": rb"ARROW1|FEA1|\xff{4}.{2}\x00\x00.{4}",
+    "Avro": rb"Obj\x01",
+    "ORC": rb"ORC[\x00-\x1f]",
+    "safetensors": rb".{5}\x00{3}\{\"",
+    "GGUF": rb"GGUF.\x00\x00\x00",
+    "NumPy": rb"\x93NUMPY",
+    "HDF5": rb"\x89HDF\r\n\x1a\n",
+    "SQLite": rb"SQLite format 3\x00",
+    "pickle": rb"\x80[\x02-\x05]",
+    "token file": rb"MMIDIDX\x00\x00",
+    "PDF": rb"%PDF-\d",
+    "Office": rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+    "image": rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a",
+    "sound or film": rb"RIFF.{4}(WAVE|AVI |WEBP)|OggS\x00|fLaC\x00|.{4}ftyp",
+    "program": rb"\x7fELF|\x00asm|\xca\xfe\xba\xbe|MZ.{58,}PE\x00\x00",
+    "UTF-16 or UTF-32": rb"\xff\xfe|(\x00\x00)?\xfe\xff",
+    "Git LFS pointer": rb"version https://git-lfs\.github\.com/spec/",
 }
 """How files begin that are not text, or not in UTF-8, whatever their names are."""
 HEAD = 4096
@@ -75,10 +72,8 @@ def format_of(path: Path, text_key: str) -> str:
     no text.
     """
     suffix = path.suffix.lower()
-    if suffix in READERS:
-        return suffix
-    if suffix in TABLES:
-        return TABLES[suffix]
+    if suffix in READERS or suffix in TABLES:
+        return suffix if suffix in READERS else TABLES[suffix]
     refused: tuple[str, ...] = BINARY_SUFFIXES
     if suffix in PACKED:
         suffix, refused = Path(path.stem).suffix.lower(), (*BINARY_SUFFIXES, *PACKED, *TABLES)
@@ -88,7 +83,7 @@ def format_of(path: Path, text_key: str) -> str:
             f"{path}: a {name} file is not text; unpack or convert it to text or JSON lines, or leave it out."
         )
     head = read_unpacked(path, HEAD)
-    if kind := next((kind for kind, magic in MAGIC.items() if magic.match(head)), None):
+    if kind := next((kind for kind, magic in MAGIC.items() if re.match(magic, head, re.DOTALL)), None):
         raise DataError(
             f"{path}: begins as a {kind} file does, and its name says text; give it the name of what it is, convert it "
             "to UTF-8 text or JSON lines, or leave it out."
@@ -144,27 +139,24 @@ def _object(text: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def stop_at(error: DataError) -> None:
-    """What is done about a bad line where nothing else is asked for."""
-    raise error
-
-
 def read_documents(
     name: str,
     path: Path,
     format: str,
     text_key: str,
     part: Part | None = None,
-    on_bad: Callable[[DataError], None] = stop_at,
+    on_bad: Callable[[DataError], None] | None = None,
 ) -> Iterator[Document]:
     """The documents of a file, or of a part of it, that are not empty; named `name`, or `name:line`, `name:row`.
 
-    A line or row without a text is given to `on_bad`, and passed over if that returns. Raises `DataError` with file and
-    position for what cannot be read.
+    A line or row without a text is passed over after a call of `on_bad`. Raises `DataError` with file and position for
+    what cannot be read, such a line among it if there is no `on_bad`.
     """
     reader: Reader = READERS.get(format)
     for number, text in reader.read(path, text_key, part):
         if isinstance(text, DataError):
+            if on_bad is None:
+                raise text
             on_bad(text)
         elif text:
             yield Document(f"{name}:{number}" if number else name, text)

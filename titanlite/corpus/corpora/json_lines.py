@@ -32,13 +32,10 @@ JSON_LINES = Reader(_read, _divide)
 
 def count_newlines(path: Path, first: int, stop: int) -> int:
     """Newlines among bytes `first` to `stop`. Raises `DataError`."""
-    count = 0
-    with wrap_os_errors(path), open(path, "rb", buffering=0) as file:
+    with wrap_os_errors(path), open(path, "rb") as file:
         file.seek(first)
-        while first < stop and (block := file.read(min(BLOCK_BYTES, stop - first))):
-            count += block.count(b"\n")
-            first += len(block)
-    return count
+        sizes = (min(BLOCK_BYTES, stop - at) for at in range(first, stop, BLOCK_BYTES))
+        return sum(file.read(size).count(b"\n") for size in sizes)
 
 
 def read_lines(path: Path, part: Part | None = None) -> Iterator[tuple[int, bytes]]:

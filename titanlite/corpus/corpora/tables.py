@@ -18,7 +18,9 @@ ROWS_AT_ONCE = 1_000
 def _divide_parquet(path: Path, size: int, part_bytes: int) -> list[Part]:
     parts: list[Part] = []
     with _wrap_errors(path):
-        metadata = _pyarrow().parquet.ParquetFile(path).metadata
+        from pyarrow.parquet import ParquetFile
+
+        metadata = ParquetFile(path).metadata
         first = rows = before = held = 0
         for index in range(metadata.num_row_groups):
             held += metadata.row_group(index).total_byte_size
@@ -34,38 +36,43 @@ def _read_rows(
 ) -> Iterator[tuple[int, bytes | DataError]]:
     number = part.before if part else 0
     with _wrap_errors(path):
-        arrow = _pyarrow()
-        for column in read_columns(arrow, path, text_key, part):
+        import pyarrow  # takes long
+
+        for column in read_columns(path, text_key, part):
             # Offsets of a damaged file may point anywhere in this process's memory, so nothing is read before.
             column.validate(full=True)
-            for text in column.cast(arrow.large_binary()).to_pylist():
+            for text in column.cast(pyarrow.large_binary()).to_pylist():
                 number += 1
                 if text is None:
                     text = DataError(f"{path}:{number}: '{text_key}' is null; fill or delete the row.")
                 yield number, text
 
 
-def _parquet_columns(arrow: Any, path: Path, text_key: str, part: Part | None) -> Iterator[Any]:
-    file = arrow.parquet.ParquetFile(path, page_checksum_verification=True)
+def _parquet_columns(path: Path, text_key: str, part: Part | None) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(path, page_checksum_verification=True)
     _text_column(path, file.schema_arrow, text_key)
     groups = range(part.first, part.stop) if part else range(file.num_row_groups)
     for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=[text_key], use_threads=False):
         yield batch.column(text_key)  # a field of a struct may have the same path
 
 
-def _arrow_columns(arrow: Any, path: Path, text_key: str, part: Part | None) -> Iterator[Any]:
+def _arrow_columns(path: Path, text_key: str, part: Part | None) -> Iterator[Any]:
+    from pyarrow import OSFile, ipc
+
     def read(options: Any = None) -> Any:
         head = file.read(6)
         if head.startswith(b"FEA1"):
             raise DataError(f"{path}: Feather of version 1, which libraries stop reading; write it again as version 2.")
         is_file = head == b"ARROW1"
         file.seek(0)
-        return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(file, options=options)
+        return (ipc.open_file if is_file else ipc.open_stream)(file, options=options)
 
-    with arrow.OSFile(str(path)) as file:  # not mapped: a file that is cut while it is read must not be a SIGBUS
+    with OSFile(str(path)) as file:  # not mapped: a file that is cut while it is read must not be a SIGBUS
         column = _text_column(path, read().schema, text_key)
         file.seek(0)
-        batches = read(arrow.ipc.IpcReadOptions(included_fields=[column], use_threads=False))
+        batches = read(ipc.IpcReadOptions(included_fields=[column], use_threads=False))
         count = getattr(batches, "num_record_batches", None)  # a file's
         for batch in batches if count is None else map(batches.get_batch, range(count)):
             yield batch.column(0)
@@ -90,15 +97,6 @@ def _text_column(path: Path, schema: Any, text_key: str) -> int:
 
 PARQUET = Reader(partial(_read_rows, _parquet_columns), _divide_parquet)
 ARROW = Reader(partial(_read_rows, _arrow_columns))
-
-
-def _pyarrow() -> Any:
-    """The library, which takes long to import."""
-    import pyarrow
-    import pyarrow.ipc
-    import pyarrow.parquet
-
-    return pyarrow
 
 
 @contextmanager
