@@ -17,7 +17,7 @@ LINES = {
     "titanlite/cli": 1281,
     "titanlite/recipe": 1433,
     "titanlite/plan": 2312,
-    "titanlite/corpus": 3191,
+    "titanlite/corpus": 3166,
     "titanlite/models": 1164,
     "titanlite/parallel": 2146,
     "titanlite/precision": 273,

@@ -28,7 +28,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.corpus.corpora import READERS, Document, formats, json_lines, python_stdlib, read_corpus
+from titanlite.corpus.corpora import READERS, Document, files, formats, json_lines, read_corpus
 from titanlite.corpus.corpora.files import match_files
 from titanlite.errors import EXIT_RECIPE, DataError
 from titanlite.recipe.sections import Data
@@ -561,10 +561,10 @@ def test_stdlib_leaves_out_what_an_installation_adds(tmp_path: Path, monkeypatch
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"pass")
     (tmp_path / "empty.py").touch()
-    monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(files.sysconfig, "get_path", lambda name: str(tmp_path))
     assert [document.name for document in documents("python-stdlib")] == ["os.py", "test/test_os.py"]
 
 
 def test_stdlib_without_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(files.sysconfig, "get_path", lambda name: str(tmp_path))
     assert "installed without the source of its standard library" in refusal("python-stdlib")

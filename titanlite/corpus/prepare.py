@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -305,7 +306,7 @@ def _copy(part: PartFile, lengths: Int64, chosen: npt.NDArray[np.bool_], writer:
 def _sources(
     inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[Piece]
 ) -> tuple[SourceInfo, ...]:
-    documents, hashes, counts, sizes = ([0] * len(inputs) for _ in range(4))
+    documents, hashes, counts, sizes = (Counter[int]() for _ in range(4))
     for unit, part in zip(units, parts, strict=True):
         for source, count, total in part.summary["sources"]:
             documents[unit.source + source] += count
@@ -313,11 +314,13 @@ def _sources(
     for source, file, _ in files:
         counts[source] += 1
         sizes[source] += file.size
-    names = [entry.encode("utf-8", "backslashreplace").decode() for entry in inputs]
     return tuple(
-        SourceInfo(path=name, files=files, bytes=size, documents=count, texts_xxh3_128=f"{total % 2**128:032x}")
-        for name, files, size, count, total in zip(names, counts, sizes, documents, hashes, strict=True)
-    )
+        SourceInfo(
+            path=entry.encode("utf-8", "backslashreplace").decode(), files=counts[source], bytes=sizes[source],
+            documents=documents[source], texts_xxh3_128=f"{hashes[source] % 2**128:032x}",
+        )
+        for source, entry in enumerate(inputs)
+    )  # fmt: skip
 
 
 def texts_folder(run: Run) -> Path:

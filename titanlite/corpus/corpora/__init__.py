@@ -52,7 +52,7 @@ class Reader(NamedTuple):
     for a format that cannot be read so."""
 
 
-CORPORA = Registry("corpus", {"python-stdlib": "titanlite.corpus.corpora.python_stdlib:read_stdlib"})
+CORPORA = Registry("corpus", {"python-stdlib": "titanlite.corpus.corpora.files:read_stdlib"})
 READERS = Registry(
     "corpus reader",
     {

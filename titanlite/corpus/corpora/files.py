@@ -1,4 +1,4 @@
-"""Which files an entry of the user's names: a path, a glob or a folder each time it is asked."""
+"""Which files an entry of the user's names: a path, a glob or a folder each time it is asked; and Python's own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import json
 import os
 import re
 import stat
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from errno import EACCES, EPERM
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from titanlite.corpus.corpora import CORPORA, PACKED
+from titanlite.corpus.corpora import CORPORA, PACKED, Document, wrap_os_errors
 from titanlite.corpus.corpora.formats import TEXT_SUFFIXES, format_of, is_folder_text
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from titanlite.recipe.sections import Data
+
+_SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "config-")
+"""Beginnings of folder names: other people's code, and the build's own configuration."""
+_SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
+"""Beginnings of file names: written by the build or by the site."""
 
 
 class FoundFile(NamedTuple):
@@ -192,3 +201,33 @@ def _real(path: Path) -> str:
 
 
 _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
+
+
+def read_stdlib(section: Data) -> Iterator[Document]:
+    """The corpus that is always there: every `.py` file of this Python's standard library, tests among them, that is
+    not empty, in the order of its path; names are paths such as `json/decoder.py`.
+
+    Installations of one version differ at most by what their distributors patch or leave out. Raises `DataError` where
+    Python was installed without its source.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(_python_files(root))
+    if not paths:
+        raise DataError(
+            f"{root}: this Python was installed without the source of its standard library, which "
+            '`data.corpus = "python-stdlib"` reads; use a Python that has it, or set data.corpus to a text file.'
+        )
+    for path in paths:
+        with wrap_os_errors(root / path):
+            content = (root / path).read_bytes()
+        if content:
+            yield Document(path, content)
+
+
+def _python_files(root: Path) -> Iterator[str]:
+    """Paths below `root`, relative to it, with forward slashes; links to folders are not followed."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(_SKIPPED_FOLDERS)]
+        for name in files:
+            if name.endswith(".py") and not name.startswith(_SKIPPED_FILES):
+                yield Path(folder, name).relative_to(root).as_posix()
