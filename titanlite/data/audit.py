@@ -60,7 +60,6 @@ class Audit:
 
 
 def reordered_steps(values: Mapping[str, Any]) -> list[int]:
-    """The steps that the values of a checkpoint list as `REORDERED`."""
     return [int(step) for step in re.findall(r"\b[0-9]{1,18}\b", str(values.get(REORDERED, "")))]
 
 
@@ -98,11 +97,10 @@ def samples_of(records: Records) -> Samples:
 def audit(
     records: Records, last_step: int, end: int, begins_elsewhere: bool = False, reordered: Sequence[int] = ()
 ) -> Audit:
-    """Follow the history to `last_step`, by whose state the samples before `end` are read or passed over, and these
-    steps were the first to be `reordered`.
+    """Follow the history to `last_step`, by whose state the samples before `end` are read or passed over.
 
-    `begins_elsewhere`: the run may have begun with the state of another one, so that its first samples are not here; it
-    has if its first records go on from a later step than 0.
+    `begins_elsewhere`: the run may have begun with the state of another one; it has if its first records go on from a
+    later step than 0.
     """
     names = _stretches(records)
     begins_elsewhere = begins_elsewhere and names.size > 0 and bool(records["begun"][names.argmin()])

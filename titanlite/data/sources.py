@@ -205,9 +205,7 @@ def open_token_file(prefix: Path, section: Data, tokenizer: Tokenizer) -> TokenF
 
 
 def _with_fewer_special_tokens(fingerprint: str, section: Data, tokenizer: Tokenizer) -> bool:
-    """Whether it is of the tokenizer as it was before the last of `special_tokens` were appended: no text encodes to
-    these, so ids are the same.
-    """
+    """Whether it is of the tokenizer before the last `special_tokens` were appended: no text encodes to these."""
     for count in range(len(section.special_tokens)):
         with suppress(DataError):  # the separator is one of those to come
             fewer = open_tokenizer(section.tokenizer, section.separator, section.special_tokens[:count])

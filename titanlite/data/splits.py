@@ -118,7 +118,7 @@ def open_data(
     section: Data, sequence_length: int, seed: int, *, validated: bool = True, texts_folder: Path | None = None
 ) -> DataSplits:
     """Open the sources and, if `validated`, the validation sets: those that `data.validation` names or else the
-    sources' held-out parts, each a set with its source's name. `texts_folder`: as `open_streams` has it.
+    sources' held-out parts. `texts_folder`: as `open_streams` has it.
 
     Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
     """
@@ -158,8 +158,7 @@ def open_data(
 
 def require_samples(split: Split, samples: int) -> list[str]:
     """Lines about the sources of a run of `samples` samples: how often each is read, where there are several or one is
-    read more than once, and what best-fit packing makes of each. Raises `DataError` where they do not suffice. Padding
-    counts as tokens here, as wherever the tokens of a run are meant.
+    read more than once, and what best-fit packing makes of each. Raises `DataError` where they do not suffice.
     """
     end, length = split.schedule.end, split.sources[0].sequence_length
     if end is not None and end < samples:

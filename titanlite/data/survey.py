@@ -22,14 +22,11 @@ MOST_FILES = 1000
 
 
 def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
-    """The tokenizer, sources and validation sets of a recipe without errors, in plain values; and warnings of what is
-    missing, or cannot be read, on this machine.
-    """
+    """The data of a recipe without errors, in plain values; and warnings of what cannot be read on this machine."""
     tokenizer, findings = tokenizer_of(section), list[Finding]()
     sources = [_describe(*each, section, tokenizer, findings) for each in named_sources(section)]
     for named, source in zip(section.sources, sources, strict=False):
         source["weight"] = named.weight
-    sets = [_describe(*each, section, tokenizer, findings) for each in named_sets(section)]
     found = {
         "tokenizer": section.tokenizer,
         "tokenizer_tokens": tokenizer.vocab_size,
@@ -39,7 +36,7 @@ def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:
         "document_mask": section.document_mask,
         "sources": sources,
         "stages": [stage.model_dump() for stage in section.stages],
-        "validation": sets,
+        "validation": [_describe(*each, section, tokenizer, findings) for each in named_sets(section)],
     }
     return found, findings + find_shared_texts(section)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -14,13 +14,7 @@ from torch import Tensor
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "send", "recv"]
 
 _OPERATIONS: Mapping[str, Operation] = {
-    "allgather": "all-gather",
-    "reducescatter": "reduce-scatter",
-    "allreduce": "all-reduce",
-    "alltoall": "all-to-all",
-    "broadcast": "broadcast",
-    "send": "send", "isend": "send",
-    "recv": "recv", "irecv": "recv",
+    **{kind.replace("-", ""): kind for kind in get_args(Operation)}, "isend": "send", "irecv": "recv"
 }  # fmt: skip
 """How the names of torch's operations begin, without underscores; what follows are variants of them."""
 
@@ -63,17 +57,17 @@ def sum_traffic(collectives: Iterable[Collective]) -> list[Collective]:
 
 
 def in_order(collectives: Iterable[Collective]) -> list[tuple[Collective, int]]:
-    """The operations one after the other; equal neighbours are one, with how many they are."""
+    """Equal neighbours as one, with how many they are."""
     return [(each, len(list(equal))) for each, equal in groupby(collectives)]
 
 
 class CollectiveLog:
-    """Records the messages among the operations that it is shown."""
+    """Records the messages among the operations that it is shown.
+
+    `world_dimension`: the mesh's dimension that all ranks are in, if there is one: torch gives it the group of all.
+    """
 
     def __init__(self, world_dimension: str | None = None) -> None:
-        """`world_dimension`: the mesh's dimension that all ranks are in, if there is one: torch gives it the group of
-        all ranks.
-        """
         self.recorded: list[Collective] = []
         self._world_dimension = world_dimension or "world"
 
@@ -126,7 +120,7 @@ def _positions(operation: Any) -> tuple[Operation, int | None, int, int | None] 
 
 
 def _group(argument: Any) -> dist.ProcessGroup:
-    """A process group from how operations are given it: a name, or an object of TorchScript's that holds it."""
+    """From a name, or an object of TorchScript's that holds it."""
     if isinstance(argument, str):
         return dist.distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined, arg-type]
     return argument if isinstance(argument, dist.ProcessGroup) else dist.ProcessGroup.unbox(argument)

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from titanlite.dryrun.collectives import flatten
 
 Purpose = Literal["weights", "gathered", "gradients", "optimizer", "activations", "other"]
-"""- `weights`: what rests on the rank from step to step
-- `gathered`: weights as a pass uses them: brought together from other ranks, or cast to the compute dtype
-- `gradients` of weights, whole or cut, with the buffers in which they are summed over ranks
-- `optimizer`: its states
-- `activations`: what the forward pass (or its repetition) leaves for the backward pass
-- `other`: the batch, and what lives within a pass: temporaries, gradients of activations
-"""
+"""As docs/dry_run.md explains them."""
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 _FSDP_OPERATIONS: Mapping[str, Purpose] = {
@@ -71,7 +65,6 @@ class Memory:
 
     @property
     def peak(self) -> Moment:
-        """When most is held."""
         return max(self.by_phase.values(), key=lambda moment: moment.total)
 
 
@@ -158,7 +151,6 @@ class MemoryTrace:
         return len(self._events)
 
     def since(self, begin: int) -> Memory:
-        """What was held from the time `begin` on."""
         held: dict[Any, int] = dict.fromkeys((*PURPOSES, "host"), 0)
         for storage, change, _ in self._events[:begin]:
             held["host" if storage.on_host else storage.purpose or "other"] += change
@@ -176,12 +168,11 @@ class MemoryTrace:
     def _storage(self, tensor: Tensor) -> _Storage:
         handle = tensor.untyped_storage()
         key = handle._cdata
-        storage = self._storages.get(key)
-        if storage is None:
+        if key not in self._storages:
             storage = self._storages[key] = _Storage(handle.nbytes(), self._span if self._in_forward else None)
             storage.end = weakref.ref(handle, lambda _: self._free(key))
             self._add_event(storage, storage.bytes)
-        return storage
+        return self._storages[key]
 
     def _free(self, key: int) -> None:
         storage = self._storages.pop(key)

@@ -1,7 +1,7 @@
 """A rank's real program, at its real world size, run on fake tensors: it computes nothing and sends nothing.
 
 What is executed is the trainer's own step (`training/train_state.py`) with whatever `parallel.apply.build` makes of the
-recipe, but without a device and without the other ranks. Only compilation is left out: its code runs on a device alone.
+recipe. Only compilation is left out: its code runs on a device alone.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
-    """Run a step of a checked recipe as rank `rank` of `size`. The process must not be in a process group.
-
-    Raises `UsageError` if there is no such rank.
-    """
+    """Run a step of a checked recipe; this process must not be in a group. Raises `UsageError` for no such rank."""
     if not 0 <= rank < size:
         raise UsageError(f"--rank {rank}: the ranks count from 0 to {size - 1} (--world N).")
     layout = require_layout(recipe.parallel, size)

@@ -30,13 +30,10 @@ _MESSAGES: dict[Style, str] = {
     "attention": "keys and values: all-gather; backward reduce-scatter",
     "mask": "document numbers: all-gather",
 }
-_RING = "keys and values: passed round; backward also their gradients"
-_OF_TOKENS = ("gather", "attention", "mask")
-"""Styles of modules that see more of the sequence than they are given."""
 
 
 def describe_run(recipe: Recipe, world: int = 1) -> dict[str, Any]:
-    """What a recipe without errors will be on `world` ranks, in plain numbers."""
+    """A recipe without errors on `world` ranks."""
     standby = world - (world := active_ranks(recipe, world))
     spec, layout = spec_of(recipe.model.preset), require_layout(recipe.parallel, world)
     config, training = spec.configure(recipe.model), recipe.training
@@ -188,10 +185,10 @@ def _between_ranks(rule: ShardingRule, recipe: Recipe) -> dict[str, Any]:
     parallel, tokens = recipe.parallel, recipe.training.sequence_length
     part = tokens // parallel.cp
     if rule.style in ("attention", "mask"):
-        told = _RING if rule.style == "attention" and parallel.cp_method == "ring" else _MESSAGES[rule.style]
+        ring = rule.style == "attention" and parallel.cp_method == "ring"
+        told = "keys and values: passed round; backward also their gradients" if ring else _MESSAGES[rule.style]
         return {"over": "cp", "told": told, "whole": [tokens], "local": [part]}
-    gathers = rule.style == "gather"
-    seen, given = ([part], [part // parallel.tp]) if gathers else (None, None)
+    seen, given = ([part], [part // parallel.tp]) if rule.style == "gather" else (None, None)
     return {"over": "tp", "told": _MESSAGES[rule.style], "whole": seen, "local": given}
 
 
@@ -200,7 +197,7 @@ def format_sharding_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         sizes = ""
         if row["whole"] is not None:
-            unit = " tokens" * (row["style"] in _OF_TOKENS)
+            unit = " tokens" * (row["style"] in ("gather", "attention", "mask"))
             sizes = f"{format_shape(row['whole'])}{unit} -> {format_shape(row['local'])}"
         cells.append((row["modules"], row["style"], row["over"], row["told"], sizes))
     return "\n".join(format_table(cells))

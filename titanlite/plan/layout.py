@@ -29,7 +29,6 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
         return self.pp * self.data_ranks * self.cp * self.tp
 
     def weights(self, zero_stage: int) -> tuple[int, int]:
@@ -98,7 +97,6 @@ def require_layout(parallel: Parallel, world: int) -> Layout:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -158,15 +156,12 @@ class SampleSchedule:
 
 
 def sample_schedule(recipe: Recipe, step: int = 0, samples: int = 0) -> SampleSchedule:
-    """That of a run at `step`, with `samples` behind it."""
     return SampleSchedule(step, samples, recipe.training.global_batch, tuple(sorted(set(recipe.data.skip_steps))))
 
 
 def batch_plan(recipe: Recipe, layout: Layout, data_rank: int) -> BatchPlan:
-    """The batch arithmetic of a recipe for one data rank.
-
-    Without `training.microbatch`, a rank's sequences are one microbatch; under a pipeline, which needs several to keep
-    its stages busy, they are divided into `pipeline.microbatches`, or each is one.
+    """Without `training.microbatch`, a rank's sequences are one microbatch; under a pipeline, which needs several to
+    keep its stages busy, they are divided into `pipeline.microbatches`, or each is one.
     """
     training, pipeline = recipe.training, recipe.parallel.pipeline
     microbatch, least = training.microbatch, 1

@@ -70,7 +70,11 @@ def local_shape(shape: Shape, placement: Placement | None, tp: GroupRank, shard:
 def find_placements(shapes: Mapping[str, Shape], plan: Sequence[ShardingRule]) -> dict[str, Placement]:
     """How the plan's tp rules cut the parameters of these names and shapes; without those that they leave whole."""
     rules = [rule for rule in plan if rule.style in SHARD_DIMENSION]
-    by_pattern = {pattern: _rule_of(pattern, rules) for pattern in map(pattern_of, shapes)}
+    modules = {pattern: pattern.rpartition(".")[0] for pattern in map(pattern_of, shapes)}
+    by_pattern = {
+        pattern: next((rule for rule in rules if is_named_by((rule.pattern,), module)), None)
+        for pattern, module in modules.items()
+    }
     found: dict[str, Placement] = {}
     for name, shape in shapes.items():
         rule = by_pattern[pattern_of(name)]
@@ -78,11 +82,6 @@ def find_placements(shapes: Mapping[str, Shape], plan: Sequence[ShardingRule]) -
             dimension = SHARD_DIMENSION[rule.style]
             found[name] = Placement(dimension, shape[dimension], rule.unit)
     return found
-
-
-def _rule_of(parameter: str, rules: Sequence[ShardingRule]) -> ShardingRule | None:
-    module = parameter.rpartition(".")[0]
-    return next((rule for rule in rules if is_named_by((rule.pattern,), module)), None)
 
 
 def pattern_of(name: str) -> str:

@@ -129,10 +129,8 @@ def _balanced(costs: Sequence[int], stages: int) -> list[int]:
 
 
 def takes_microbatches(schedule: str, pp: int, microbatches: int) -> bool:
-    """Whether `schedule` can work through this many microbatches on `pp` ranks.
-
-    1F1B and DualPipeV must be able to fill all their stages. The interleaved ones go in max(1, n // pp) rounds of the
-    same number of microbatches.
+    """Whether `schedule` can work through this many microbatches on `pp` ranks: 1F1B and DualPipeV must fill all their
+    stages, the interleaved ones go in max(1, n // pp) rounds of the same number of microbatches.
     """
     if schedule in IN_ROUNDS:
         return microbatches % max(1, microbatches // pp) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from titanlite.plan.stages import Stage, stages_per_rank
@@ -53,7 +54,6 @@ class Timetable:
 
 
 def timetable(section: Pipeline, stages: Sequence[Stage], pp: int, microbatches: int) -> Timetable:
-    """The schedule of `[parallel.pipeline]` over these stages."""
     actions = schedule_actions(section, pp, microbatches)
     even = simulate(actions, [1.0] * len(stages))
     return Timetable(even, idle_share(even), idle_share(simulate(actions, [float(stage.flops) for stage in stages])))
@@ -147,26 +147,23 @@ def draw_timetable(plan: Timetable) -> str:
     several = any(len({slot.action.stage for slot in slots}) > 1 for slots in plan.even)
     rows = [_cells(slots, several) for slots in plan.even]
     width = 1 + max(len(cell) for row in rows for cell in row)
-    columns, title = max(len(row) for row in rows), len(f"rank {len(rows) - 1}  ")
+    title, shown = len(f"rank {len(rows) - 1}  "), _LINE // width
+    columns = list(zip_longest(*rows, fillvalue="."))
     lines = []
-    for first in range(0, columns, _LINE // width):
-        shown = range(first, min(first + _LINE // width, columns))
-        for rank, row in enumerate(rows):
-            cells = "".join((row[column] if column < len(row) else ".").ljust(width) for column in shown)
-            lines.append(f"{f'rank {rank}':<{title}}{cells}".rstrip())
+    for first in range(0, len(columns), shown):
+        for rank, cells in enumerate(zip(*columns[first : first + shown], strict=True)):
+            lines.append(f"{f'rank {rank}':<{title}}{''.join(cell.ljust(width) for cell in cells)}".rstrip())
         lines.append("")
     kinds = {slot.action.kind for slots in plan.even for slot in slots}
     backward = ", B backward (=: goes on)" * ("B" in kinds)
     halves = ", I and W backward for inputs and for weights" * ("I" in kinds)
     around = "before it the stage, behind it the microbatch" if several else "behind it the microbatch"
-    return "\n".join(
-        [
-            *lines,
-            f"F forward{backward}{halves}; {around}; . idle; a column is as long as a stage's forward pass.",
-            f"Ranks idle {plan.idle_if_even:.1%} of the time if all stages take as long,"
-            f" {plan.idle:.1%} by the stages' own operations; communication not counted.",
-        ]
-    )
+    lines += [
+        f"F forward{backward}{halves}; {around}; . idle; a column is as long as a stage's forward pass.",
+        f"Ranks idle {plan.idle_if_even:.1%} of the time if all stages take as long,"
+        f" {plan.idle:.1%} by the stages' own operations; communication not counted.",
+    ]
+    return "\n".join(lines)
 
 
 def _cells(slots: Sequence[Slot], several: bool) -> list[str]:
@@ -180,6 +177,6 @@ def _cells(slots: Sequence[Slot], several: bool) -> list[str]:
 
 
 def timetable_values(plan: Timetable) -> dict[str, Any]:
-    """The same as plain numbers: for each rank, [kind, stage, microbatch, start, end] of what it does."""
+    """As plain numbers: for each rank, [kind, stage, microbatch, start, end] of what it does."""
     ranks = [[[*slot.action, slot.start, slot.end] for slot in slots] for slots in plan.even]
     return {"ranks": ranks, "idle_share_if_even": plan.idle_if_even, "idle_share": plan.idle}

@@ -28,9 +28,8 @@ _REFERENCE_MICROBATCH = 16
 def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     """`recipe`, which `check` accepts on `world` ranks, with a small model, short sequences and `steps` steps.
 
-    `[parallel]`, `[precision]`, `[recompute]` and `[compile]` stay as they are, but for counts of blocks and
-    microbatches, and for float8, which is for wide matrices and would hide what is compared. The learning rate is at
-    its peak from the first step on, so that weights move, but not by much.
+    `[parallel]`, `[precision]`, `[recompute]` and `[compile]` stay, but for counts of blocks and microbatches, and for
+    float8, which would hide what is compared. The learning rate is at its peak from the first step on.
     """
     layout, pipeline, defaults = require_layout(recipe.parallel, world), recipe.parallel.pipeline, Recipe()
     real = batch_plan(recipe, layout, 0)

@@ -28,16 +28,14 @@ class Tolerance:
 
 
 def tolerance_in(compute: str, reduce: str, layers: int) -> Tolerance:
-    """How far rounding may drive two orders of the same sums apart, in a few steps of this many blocks that compute in
-    one format and send their gradients in another.
+    """How far rounding may drive two orders of the same sums apart, in a few steps of this many blocks.
 
-    In float64 rounding is some 1e-14 and mistakes are at least 1e-6: anything between would do.
-
-    Elsewhere, with u the unit of rounding of the coarser format: every block rounds anew, so that activations and
-    gradients are off by some u sqrt(blocks) of their size. The loss and the norm average them; their own sums, always
-    in float32 or more, add at most the root of their thousands of terms. Weights are another matter. Adam's first steps
-    go by gradients' signs, and of a gradient's elements a share of about that size is so near to zero that rounding
-    turns their sign. Each is then two steps off: a share s of them, 2 sqrt(s) of the way.
+    In float64 rounding is some 1e-14 and mistakes are at least 1e-6: anything between would do. Elsewhere, with u the
+    unit of rounding of the coarser format: every block rounds anew, so that activations and gradients are off by some
+    u sqrt(blocks) of their size. The loss and the norm average them; their own sums, always in float32 or more, add at
+    most the root of their thousands of terms. Weights: Adam's first steps go by gradients' signs, and of a gradient's
+    elements a share of about that size is so near to zero that rounding turns their sign. Each is then two steps off: a
+    share s of them, 2 sqrt(s) of the way.
     """
     if compute == "float64":
         return Tolerance(1e-9, 1e-9)
