@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,18 +153,13 @@ def _gaps_and_repeats(spans: Sequence[Span], first: int, end: int) -> tuple[list
 
     What lies beyond the state's place in the order will be read again by whoever goes on from it.
     """
-    gaps: list[Span] = []
-    repeated: list[Span] = []
-    for low, high in sorted(spans):
+    gaps, repeated = list[Span](), list[Span]()
+    for low, high in [*sorted(spans), (end, sys.maxsize)]:
         if low > first:
             gaps.append((first, low - 1))
         elif low < first:
             repeated.append((low, min(high, first - 1)))
         first = max(first, high + 1)
-    if first < end:
-        gaps.append((first, end - 1))
-    elif first > end:
-        repeated.append((end, first - 1))
     return gaps, repeated
 
 

@@ -83,25 +83,24 @@ class Source:
 
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
-        stream, number = self._locate(index)
-        tokens = self._packed[stream].window(self.streams[stream].tokens, number)
+        stream, packed, number = self._locate(index)
+        tokens = packed.window(stream.tokens, number)
         if tokens.max() >= self.tokenizer.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
-            where, first = self.locate(index)
             raise DataError(
-                f"source {self.name}, {getattr(where, 'prefix', 'its texts')}: ids {tokens.min()} to {tokens.max()} "
-                f"from token {first:,} on, and the tokenizer's are 0 to {self.tokenizer.vocab_size - 1:,}; the file is "
-                "damaged, or of another tokenizer."
+                f"source {self.name}, {getattr(stream, 'prefix', 'its texts')}: ids {tokens.min()} to {tokens.max()} "
+                f"from token {packed.first(number):,} on, and the tokenizer's are 0 to "
+                f"{self.tokenizer.vocab_size - 1:,}; the file is damaged, or of another tokenizer."
             )
         return tokens
 
     def locate(self, index: int) -> tuple[Stream, int]:
         """The stream that window `index` lies in, and the token there that it begins with."""
-        stream, number = self._locate(index)
-        return self.streams[stream], self._packed[stream].first(number)
+        stream, packed, number = self._locate(index)
+        return stream, packed.first(number)
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        stream = bisect_right(self._ends, index)
-        return stream, index - (self._ends[stream - 1] if stream else 0)
+    def _locate(self, index: int) -> tuple[Stream, Cut | BestFit, int]:
+        at = bisect_right(self._ends, index)
+        return self.streams[at], self._packed[at], index - (self._ends[at - 1] if at else 0)
 
     def packing_report(self) -> str | None:
         """What best-fit packing wastes and cuts, in words."""

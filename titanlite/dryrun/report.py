@@ -21,7 +21,12 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
     """A dry run as rank `rank` of `size`, in plain values. Raises `UsageError` if there is no such rank."""
-    run = dry_run(recipe, size, rank)
+    run, compiled = dry_run(recipe, size, rank), recipe.compile.enabled
+    needs_a_device = {
+        "compile.enabled": compiled,
+        "recompute.budget": compiled and recipe.recompute.budget is not None,
+        "parallel.async_tp": recipe.parallel.async_tp,
+    }
     return {
         "rank": rank,
         "place": asdict(run.coordinates),
@@ -42,19 +47,8 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
             {"name": name, "shape": list(shape), "whole": list(whole), "blocks": blocks}
             for name, shape, whole, blocks in _group_blocks(run)
         ],
-        "left_out": left_out(recipe),
+        "left_out": [key for key, is_used in needs_a_device.items() if is_used],
     }  # fmt: skip
-
-
-def left_out(recipe: Recipe) -> list[str]:
-    """Keys of the recipe that a dry run does not follow."""
-    compiled = recipe.compile.enabled
-    keys = {
-        "compile.enabled": compiled,
-        "recompute.budget": compiled and recipe.recompute.budget is not None,
-        "parallel.async_tp": recipe.parallel.async_tp,
-    }
-    return [key for key, is_used in keys.items() if is_used]
 
 
 def report(recipe: Recipe, size: int, rank: int) -> str:
@@ -109,9 +103,8 @@ def _group_blocks(run: DryRun) -> Iterator[tuple[str, Shape, Shape, str]]:
     """Parameters of blocks that are alike, as one: (name with `*`, shape here, whole shape, which blocks)."""
     alike: dict[tuple[str, Shape, Shape], list[int]] = {}
     for name, shape in run.shapes.items():
-        number = _NUMBER.search(name)
         key = (_NUMBER.sub(".*", name, count=1), shape, run.whole_shapes[name])
-        alike.setdefault(key, []).extend([int(number[1])] if number else [])
+        alike.setdefault(key, []).extend(map(int, _NUMBER.findall(name)[:1]))
     for key, numbers in alike.items():
         yield *key, _format_ranges(numbers)
 

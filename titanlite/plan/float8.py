@@ -76,17 +76,13 @@ def _cast_by_rows(cast: Cast, transposed: Cast | None) -> Cast | None:
     return Cast(cast.format, "row")
 
 
-_TENSOR, _ROW, _WIDE = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e5m2", "tensor")
-_FORWARD = Product(_ROW, _ROW, fast_accumulation=True)
-_BACKWARD = Product(_ROW, _ROW, fast_accumulation=False)
-_BLOCKS = Product(Cast("e4m3", "block"), Cast("e4m3", "block"), fast_accumulation=False)
+_TENSOR, _ROW, _BLOCK = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e4m3", "block")
+_FORWARD, _BACKWARD = (Product(_ROW, _ROW, fast_accumulation=fast) for fast in (True, False))
+_WIDE = Product(Cast("e5m2", "tensor"), _TENSOR, fast_accumulation=False)
+_BLOCKS = Product(_BLOCK, _BLOCK, fast_accumulation=False)
 
 SETTINGS: dict[str, Float8Settings] = {
-    "tensorwise": Float8Settings(
-        output=Product(_TENSOR, _TENSOR, fast_accumulation=True),
-        grad_input=Product(_WIDE, _TENSOR, fast_accumulation=False),
-        grad_weight=Product(_WIDE, _TENSOR, fast_accumulation=False),
-    ),
+    "tensorwise": Float8Settings(Product(_TENSOR, _TENSOR, fast_accumulation=True), _WIDE, _WIDE),
     "rowwise": Float8Settings(_FORWARD, _BACKWARD, _BACKWARD),
     # A weight has one scale in grad_input, so that it need not be read again along its columns.
     "rowwise_with_hp_grad_weight": Float8Settings(
@@ -121,22 +117,19 @@ def decide_linears(spec: ModelSpec, config: ModelConfig, section: Float8) -> tup
     tables = tuple(rule.pattern for rule in spec.sharding(config) if rule.style == "vocab")
     found = []
     for parameter, shape in shapes.items():
-        name = parameter.removesuffix(".weight")
-        if len(shape) == 2 and not is_named_by(tables, name):
-            reason = "shares the embedding's weight" if parameter in tied else _reason(section, name, *shape)
-            found.append(LinearDecision(name, shape, reason))
+        name, reason = parameter.removesuffix(".weight"), None
+        if len(shape) != 2 or is_named_by(tables, name):
+            continue
+        if parameter in tied:
+            reason = "shares the embedding's weight"
+        elif is_named_by(section.exclude, name):
+            reason = "excluded"
+        elif not aligned(shape, section):
+            reason = f"not in multiples of {SETTINGS[section.recipe].alignment}"
+        elif mean_size(*shape) < section.min_size:
+            reason = f"below min_size {section.min_size}"
+        found.append(LinearDecision(name, shape, reason))
     return tuple(found)
-
-
-def _reason(section: Float8, name: str, outputs: int, inputs: int) -> str | None:
-    """Why a linear of these sizes is not converted, if it is not."""
-    if is_named_by(section.exclude, name):
-        return "excluded"
-    if not aligned((outputs, inputs), section):
-        return f"not in multiples of {SETTINGS[section.recipe].alignment}"
-    if mean_size(outputs, inputs) < section.min_size:
-        return f"below min_size {section.min_size}"
-    return None
 
 
 def aligned(shape: Shape, section: Float8) -> bool:

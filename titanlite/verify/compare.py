@@ -150,7 +150,7 @@ def _run_alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
 
 
 def _split_weights(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
+    parts = torch.split(flat, [*map(math.prod, shapes.values())])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
