@@ -306,19 +306,14 @@ def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> D
 
 def _refuse_foreign(path: Path) -> None:
     """Raise `UsageError` if `path` is no folder, one with files that no run wrote and no run, or too long a name."""
-    size = len(os.fsencode(path))
-    if size > _LONGEST:
+    if len(os.fsencode(path)) > _LONGEST:
         raise UsageError(
-            f"the run folder's path has {size} bytes; with those of its files, which may not pass 4,095, no more than "
-            f"{_LONGEST} fit. Give a shorter run.name or run.output_dir."
+            f"the run folder's path has {len(os.fsencode(path))} bytes; with those of its files, which may not pass "
+            f"4,095, no more than {_LONGEST} fit. Give a shorter run.name or run.output_dir."
         )
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, so it cannot be the run folder; change run.name or run.output_dir.")
-    try:
-        listed = os.listdir(path) if path.exists() else []
-    except OSError as error:
-        raise UsageError(f"cannot read the run folder {path}: {cause(error, path)}.") from error
-    names = sorted(name for name in listed if not name.startswith("."))
+    names = sorted(name for name in (os.listdir(path) if path.exists() else ()) if not name.startswith("."))
     if names and not has_run(path):
         raise UsageError(f"{path} is no run folder: it holds {list_some(names, 3)}. Change run.name or run.output_dir.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -123,12 +123,16 @@ class _Builder:
         offload = recipe.parallel.offload and meshes is not None
         rests_on = torch.device("cpu") if offload else self.world.device
         placements = self._tensor_parallel(module, meshes) if meshes and meshes.layout.tp > 1 else {}
-        tied = {a: b for a, b in spec.tied(self.config).items() if _has(module, a) and _has(module, b)}
+        names = spec.tied(self.config)
+        here = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        tied = {name: other for name, other in names.items() if {name, other} <= here}
         if tied:
             # A tied weight would come apart when it leaves the meta device; models that tie are small enough to do so
             # before they are sharded.
             module.to_empty(device=rests_on)
-            _tie(module, tied)
+            for name, other in tied.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, module.get_parameter(other))
         if meshes and meshes.cp is not None:
             from titanlite.parallel.context import apply_context_parallel
 
@@ -144,7 +148,6 @@ class _Builder:
             sync = apply_fsdp(module, spec, meshes, recipe.parallel, recipe.precision)
         if not tied:
             module.to_empty(device=rests_on)
-        names = spec.tied(self.config)
         self.parameters.update({names.get(name, name): parameter for name, parameter in module.named_parameters()})
         self.placements.update({names.get(name, name): placement for name, placement in placements.items()})
         return sync
@@ -175,18 +178,3 @@ class _Builder:
     @property
     def _casts_by_kernel(self) -> bool:
         return QUANTISE in choose_kernels(self.recipe, self.world.device.type)
-
-
-def _has(model: nn.Module, parameter: str) -> bool:
-    """Whether the module of a parameter is in this part of the model."""
-    module: Any = model
-    for name in parameter.split("."):
-        module = getattr(module, name, None)
-    return module is not None
-
-
-def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Make parameters that are one by the model's definition one again."""
-    for name, other in tied.items():
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, model.get_parameter(other))

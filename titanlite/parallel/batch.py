@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,5 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            tokens=change(self.tokens),
-            labels=change(self.labels),
-            positions=None if self.positions is None else change(self.positions),
-            documents=None if self.documents is None else change(self.documents),
-        )
+        tensors: dict[str, Any] = {key: change(x) for key, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)

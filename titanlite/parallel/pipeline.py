@@ -136,17 +136,14 @@ def _unwrap_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         inner: BaseException = error
-        while inner.__cause__ is not None and _raised_in(inner).startswith("torch.distributed.pipelining"):
+        while inner.__cause__ is not None:
+            *_, (frame, _) = traceback.walk_tb(inner.__traceback__)  # that of the line which raised it
+            if not str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining"):
+                break
             inner = inner.__cause__
         if inner is error:
             raise
         raise inner from inner.__cause__  # never from `error`, whose cause it is
-
-
-def _raised_in(error: BaseException) -> str:
-    """Name of the module whose line raised it."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__"))
 
 
 def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:

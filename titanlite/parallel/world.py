@@ -118,11 +118,9 @@ def _keep_freed_memory() -> None:
 def _own_gpu(local_rank: int) -> int:
     """Number of this process's GPU among those that it sees. Raises `UsageError` if there are more ranks than GPUs."""
     seen = torch.cuda.device_count()
-    if local_rank < seen:
-        return local_rank
-    if seen == 1:
-        return 0  # the launcher shows each process its own alone; NCCL refuses a GPU that two ranks share
-    raise UsageError(f"{local_rank + 1} or more ranks were started on a machine with {seen} GPUs: start one a GPU.")
+    if seen > 1 and local_rank >= seen:
+        raise UsageError(f"{local_rank + 1} or more ranks were started on a machine with {seen} GPUs: start one a GPU.")
+    return local_rank if seen > 1 else 0  # if one, the launcher shows each process its own: NCCL refuses to share one
 
 
 @contextmanager
@@ -270,11 +268,7 @@ def is_peer_failure(error: BaseException) -> bool:
 
     NCCL's errors and those of the store have a type; gloo's are known by where they were raised.
     """
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:  # libraries that raise an error from what it caused make a ring
-        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "/gloo/" in str(cause)):
-            return True
+    causes = [error]
+    while (cause := causes[-1].__cause__) and cause not in causes:  # to raise an error from what it caused makes a ring
         causes.append(cause)
-        cause = cause.__cause__
-    return False
+    return any(isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "/gloo/" in str(e)) for e in causes)

@@ -184,16 +184,13 @@ def locate(frame: FrameType | None) -> Location:
         "/torch/distributed/" in frame.f_code.co_filename
         or not {"wait", "wait_tensor"}.isdisjoint(frame.f_code.co_names)
     )
-    while frame is not None and not _is_own(frame.f_code.co_filename):
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        if frame.f_code.co_filename.startswith(_PACKAGE):  # installed among them
+            break
         frame = frame.f_back
     if frame is None:
         return Location(waits, "?")
     return Location(waits, f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_code.co_name}")
-
-
-def _is_own(file: str) -> bool:
-    """Whether it is titanlite's or the user's, and not one of Python's, torch's or another library's."""
-    return file.startswith(_PACKAGE) or not file.startswith(_LIBRARIES)
 
 
 def look_at(thread: int) -> Location:
