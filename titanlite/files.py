@@ -125,7 +125,6 @@ class Appender:
         self._path = path
         self._warn = warn
         self._waiting = bytearray()
-        self._failing = False
         self._descriptor = open_file(path, APPEND)
 
     def reopen(self) -> None:
@@ -135,17 +134,15 @@ class Appender:
 
     def write(self, data: bytes) -> bool:
         """Whether nothing waits any more."""
+        failed_before = bool(self._waiting)
         self._waiting += data
         try:
             while self._waiting:
                 del self._waiting[: os.write(self._descriptor, self._waiting)]
         except OSError as error:
-            if not self._failing:
+            if not failed_before:
                 reason = cause(error, self._path)
                 self._warn(f"cannot write {self._path}: {reason}. What it is to hold is kept until it can be.")
-            self._failing = True
-        else:
-            self._failing = False
         return not self._waiting
 
     def sync(self) -> None:

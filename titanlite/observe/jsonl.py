@@ -28,10 +28,7 @@ def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_
 
 
 def event_row(step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> Row:
-    """Row of something that happened after `step` steps, such as a resume, a skipped step or a stop.
-
-    `values` are for machines what `detail` is for people; numbers in them are finite.
-    """
+    """Row of what happened after `step` steps. `values`, finite, are for machines what `detail` is for people."""
     row = {"step": step, "event": event, "detail": detail}
     return row if values is None else {**row, "values": dict(values)}
 

@@ -43,10 +43,7 @@ class RunLogger:
         """That of the last row."""
 
     def open_sinks(self, recipe: Recipe, folder: Path, after_step: int) -> None:
-        """Open `metrics.jsonl` and the sinks of the recipe, for rows of steps after `after_step`.
-
-        Raises `UsageError` where a sink does, for what the user can mend.
-        """
+        """Open the record and the recipe's sinks, for rows of steps after `after_step`. Raises their `UsageError`."""
         self._step = after_step
         asked = (_RECORD, *(["tensorboard"] if recipe.metrics.tensorboard else []), *recipe.metrics.sinks)
         for name in dict.fromkeys(asked):

@@ -116,10 +116,7 @@ class RunFolder:
         self._pending = self.start.once if self.resumed else ""
 
     def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> bool:
-        """Say in `status.json` how the run stands; `exit_code` is None while it runs. A full disk only warns.
-
-        Returns whether it stands there now.
-        """
+        """Whether `status.json` says how the run stands; a full disk only warns. `exit_code`: None while it runs."""
         try:
             if not self.lock.is_in_place():
                 self.warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
@@ -198,10 +195,7 @@ class RunFolder:
 def open_run_folder(
     path: Path, recipe: Recipe, recipe_text: str, start: Start, warn: Callable[[str], None]
 ) -> RunFolder:
-    """Create, resume or replace the run in `path`, as `start` says, and lock it.
-
-    Raises `UsageError` for whatever stands in the way, before anything is changed.
-    """
+    """Create, resume or replace the run in `path`, as `start` says, and lock it. Raises `UsageError` before changes."""
     with ExitStack() as undo:
         try:
             _refuse_foreign(path)

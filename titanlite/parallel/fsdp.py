@@ -35,8 +35,7 @@ from titanlite.recipe.sections import Parallel, Precision
 
 
 def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Parallel, precision: Precision) -> Sync:
-    """Cut the parameters of `model`, in place, over the ranks that compute with the same ones; returns what these do
-    around microbatches.
+    """Cut the parameters of `model`, in place, over ranks that compute with the same; returns their `Sync`.
 
     Weights travel in the compute dtype or in float8, gradients in the reduce dtype. Gradients are sums over all ranks,
     never means. With `parallel.offload`, what is cut rests in the host's memory.

@@ -94,10 +94,7 @@ class ParallelModel:
     """To this rank's part of each sequence."""
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Leave this step's gradients on the tensors of `shards.local()`; returns the loss of the global batch.
-
-        Nothing is read from the device.
-        """
+        """Leave gradients on the tensors of `shards.local()`; returns the global batch's loss, unread by the host."""
         return self.sum(self.compute(batch))
 
     def compute(self, batch: Batch) -> Tensor:

@@ -36,10 +36,7 @@ logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRI
 
 
 def keep_pieces(model: nn.Module, pieces: Sequence[Piece], kept: Sequence[str]) -> nn.Module:
-    """Take the modules of `pieces` that are not named in `kept` out of `model`, in place; the others keep their names.
-
-    Out of a ModuleDict they are deleted; as attributes they become None.
-    """
+    """Delete what is not `kept` of the `pieces` from `model`'s ModuleDicts, in place; other attributes become None."""
     for name in (name for piece in pieces for name in piece.modules if name not in kept):
         path, _, child = name.rpartition(".")
         parent = model.get_submodule(path)

@@ -47,8 +47,7 @@ class RingAttention(GroupModule):
 
 
 class _Block(NamedTuple):
-    """What a rank computes with the keys of another one: all of its queries or the back half, all of these keys or the
-    front half.
+    """What a rank computes with another's keys: all of its queries or the back half, all keys or the front half.
 
     Of a rank before this one, the front chunk precedes both of this rank's and the back one follows them. Of a later
     rank, both lie between this rank's. So half of the pairs are seen, and only a rank's own chunks in part.

@@ -32,9 +32,7 @@ class Shards:
         placements: Mapping[str, Placement] | None = None,
         tied: frozenset[str] = frozenset(),
     ) -> None:
-        """Without `meshes`: a model that is whole on its only rank. `tied`: parameters that both ends of a pipeline
-        hold a copy of.
-        """
+        """No `meshes`: a model that is whole on its only rank. `tied`: parameters that both ends of a pipeline hold."""
         self._meshes = meshes
         self._placements = dict(placements or {})
         self._parameters = dict(parameters)
@@ -85,9 +83,7 @@ class Shards:
         return torch.tensor([1 / shard.copies for shard in self.table.values()], dtype=like.dtype, device=like.device)
 
     def take_gradients(self) -> None:
-        """Hand the gradients that the backward pass left on the parameters to the tensors of `local`, summed over the
-        ranks that each have a part of the sum.
-        """
+        """Hand the parameters' gradients to the tensors of `local`, summed over ranks that have parts of the sum."""
         for name, parameter in self._parameters.items():
             held = self.table[name].tensor
             if held is not parameter:
@@ -116,9 +112,7 @@ class Shards:
         return found
 
     def exchange(self) -> MatrixExchange | None:
-        """How sharded matrices come together whole, and replicas divide the work; None where a rank is alone with its
-        part.
-        """
+        """How sharded matrices come together and replicas divide the work; None where a rank is alone with its part."""
         if self._meshes is None or self._meshes.matrix.size() * self._meshes.dp_replicate.size() == 1:
             return None
         tp, ranks = self._meshes.tp.size(), range(self._meshes.matrix.size())

@@ -264,10 +264,7 @@ def _answer(store: Store, other: int, start: str, until: float) -> None:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether `error` is what a rank meets when another has gone, rather than one of its own.
-
-    NCCL's errors and those of the store have a type; gloo's are known by where they were raised.
-    """
+    """Whether another rank's end caused `error`: of NCCL and the store known by type, of gloo by where it is raised."""
     causes = [error]
     while (cause := causes[-1].__cause__) and cause not in causes:  # to raise an error from what it caused makes a ring
         causes.append(cause)

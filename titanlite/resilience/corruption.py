@@ -23,10 +23,7 @@ from titanlite.text import list_some
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's 64-bit words, and of the bytes that are left over, modulo 2^64: an int64 scalar beside it.
-
-    It changes with any one bit that does.
-    """
+    """The sum of a tensor's 64-bit words and of the bytes left over, modulo 2^64 (int64): any bit changes it."""
     values = tensor.detach().contiguous().view(-1)
     if values.stride() != (1,) or values.storage_offset() * values.element_size() % 8:
         values = values.clone(memory_format=torch.contiguous_format)  # words are whole, at multiples of their size

@@ -64,10 +64,7 @@ def digest(recipe_text: str) -> str:
 
 
 def record(folder: Path, crash: Crash) -> None:
-    """Write a crash down, unless another rank's of the same start is there: that one is the cause.
-
-    Raises `OSError` if it cannot be written.
-    """
+    """Write a crash down, unless the same start has another rank's: that one is the cause. Raises `OSError`."""
     folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not begun anew
     try:
         descriptor = os.open(_path(folder, crash.attempt), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -137,10 +137,7 @@ def ranks_to_signal(table: Sequence[RankStatus], unresponsive: Collection[int]) 
 
 
 def find_stragglers(table: Sequence[RankStatus]) -> dict[int, str]:
-    """The ranks that others waited for in their last windows, each with a sentence for the log.
-
-    A straggler waits less than the others' median, by at least a fifth of the time.
-    """
+    """Ranks that waited a fifth of the last window less than the others' median, each with a sentence for the log."""
     waited = {row.rank: row.waited for row in table if row.waited is not None}
     found = {}
     for row in table:

@@ -62,10 +62,7 @@ class StackDump:
             os.write(self._file, f"{_now()} {self._name}: {text}\n".encode())
 
     def write_stacks_later(self, seconds: float) -> None:
-        """Write the stacks after `seconds`, unless this is called again before.
-
-        It takes no Python thread, so it shows a call that keeps the interpreter to itself.
-        """
+        """Write the stacks after `seconds`, even in a call that keeps the interpreter, unless this is called again."""
         faulthandler.dump_traceback_later(seconds, file=self._file)
 
     def write_stacks(self, why: str) -> None:
