@@ -446,7 +446,7 @@ def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(
     tmp_path: Path, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue 14, item 3: by values or by shape."""
-    monkeypatch.setattr(huggingface, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(save, "BLOCK_BYTES", 700)
     export_huggingface(saved(tmp_path, MODELS["tied, scaled rope"]), tmp_path / "hf")
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"][: shape[0]].clone()
@@ -503,7 +503,7 @@ def test_nothing_is_left_when_the_disk_refuses(tmp_path: Path, monkeypatch: pyte
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "write_tensors", full)
+    monkeypatch.setattr(save, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*out: No space left on device \(.* free\)"):
         export_huggingface(checkpoint, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["checkpoints"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from support.checkpoint_ranks import Ended, part
-from titanlite.checkpoint import snapshots
+from titanlite.checkpoint import save, snapshots
 from titanlite.checkpoint.ranks import Ranks, new_ranks
 from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.snapshots import Snapshots
@@ -88,7 +88,7 @@ def take_with_fault(rank: int, world: int, folder: str, machines: list[int], fau
 
 
 def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
-    write, real = snapshots.write_items, open
+    write, real = save.write_items, open
 
     def full(path: Path, mode: str, **names: Any) -> Any:
         if mode == "wb":
@@ -110,7 +110,7 @@ def _break(patch: pytest.MonkeyPatch, fault: str) -> None:
     if fault == "no memory for a copy":
         patch.setattr(snapshots, "open", full, raising=False)
     else:
-        patch.setattr(snapshots, "write_items", lost if fault == "a file is lost" else cut)
+        patch.setattr(save, "write_items", lost if fault == "a file is lost" else cut)
 
 
 def come_back(rank: int, world: int, folder: str, machines: list[int], away: int) -> int | None:

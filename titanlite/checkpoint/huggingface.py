@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titanlite.checkpoint import save, storage
 from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import (
     MANIFEST,
@@ -32,25 +33,6 @@ from titanlite.checkpoint.format import (
 )
 from titanlite.checkpoint.load import TensorFile, open_tensors, read_box
 from titanlite.checkpoint.plan import Box, group_by_size, row_blocks, whole_box
-from titanlite.checkpoint.save import (
-    BLOCK_BYTES,
-    CheckpointMetadata,
-    LocalSavePlan,
-    Source,
-    WriteItem,
-    environment,
-    merge_tables,
-    write_items,
-    write_tensors,
-)
-from titanlite.checkpoint.storage import (
-    begin,
-    describe_file,
-    pending,
-    read_manifest,
-    verify_file,
-    wrap_os_errors,
-)
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import read_file, read_json, sync_path
@@ -109,7 +91,7 @@ def export_huggingface(
     """
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise UsageError(f"weights can be exported as {' or '.join(EXPORT_DTYPES)}, not as {dtype}.")
-    manifest = read_manifest(checkpoint)
+    manifest = storage.read_manifest(checkpoint)
     recipe = recipe_of(manifest, checkpoint)
     spec = spec_of(recipe.model.preset)
     if not spec.huggingface_classes:
@@ -119,7 +101,7 @@ def export_huggingface(
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
     _require_shapes(checkpoint, shapes, {name: entry.shape for name, entry in stored.items()})
     for file in chunks_by_file(stored):
-        verify_file(checkpoint / file, manifest.files[file])
+        storage.verify_file(checkpoint / file, manifest.files[file])
     sources = {
         spec.to_huggingface(name.removeprefix(PREFIX)): _finite_source(
             CheckpointError, f"{checkpoint}: {name}", dtype or stored[name].dtype, shape,
@@ -133,7 +115,7 @@ def export_huggingface(
     with _new_folder(out) as folder:
         files = _write_shards(folder, sources, shard_bytes)
         for name in [*kept, *([GENERATION_CONFIG] if GENERATION_CONFIG in manifest.files else [])]:
-            verify_file(checkpoint / name, manifest.files[name])
+            storage.verify_file(checkpoint / name, manifest.files[name])
             _write(folder / name, read_file(checkpoint / name))
         for name, content in exported.items():
             _write(folder / name, content)
@@ -211,7 +193,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
 
 def _finite_source(
     kind: type[TitanliteError], name: str, dtype: str, shape: tuple[int, ...], read: Callable[[Box], Tensor]
-) -> Source:
+) -> save.Source:
     """A tensor as it is written. Reading it raises the `kind` of error for what is not finite in that dtype."""
 
     def read_finite(box: Box) -> Tensor:
@@ -220,10 +202,10 @@ def _finite_source(
             raise kind(f"{name} holds numbers that are not finite in {dtype}; nothing was written.")
         return block
 
-    return Source(dtype, shape, read_finite)
+    return save.Source(dtype, shape, read_finite)
 
 
-def _nbytes(sources: Mapping[str, Source]) -> int:
+def _nbytes(sources: Mapping[str, save.Source]) -> int:
     return sum(source.nbytes for source in sources.values())
 
 
@@ -259,7 +241,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]
     return tokens
 
 
-def _write_shards(folder: Path, sources: Mapping[str, Source], shard_bytes: int) -> list[str]:
+def _write_shards(folder: Path, sources: Mapping[str, save.Source], shard_bytes: int) -> list[str]:
     groups = group_by_size({name: source.nbytes for name, source in sources.items()}, shard_bytes)
     files = [SINGLE]
     if len(groups) > 1:
@@ -267,7 +249,7 @@ def _write_shards(folder: Path, sources: Mapping[str, Source], shard_bytes: int)
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         _write(folder / INDEX, {"metadata": {"total_size": _nbytes(sources)}, "weight_map": places})
     for file, names in zip(files, groups, strict=True):
-        write_tensors(folder / file, {name: sources[name] for name in names})
+        save.write_tensors(folder / file, {name: sources[name] for name in names})
     return files
 
 
@@ -372,7 +354,7 @@ def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
     comparable = weight.tensor.shape == same.tensor.shape and {weight.tensor.dtype, same.tensor.dtype} <= {*_READABLE}
     if not comparable or not all(
         torch.equal(_read_weight(weight, box).double(), _read_weight(same, box).double())
-        for box in row_blocks(whole_box(weight.tensor.shape), 8, BLOCK_BYTES)
+        for box in row_blocks(whole_box(weight.tensor.shape), 8, save.BLOCK_BYTES)
     ):
         raise UsageError(
             f"{weight.path}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
@@ -402,20 +384,20 @@ def _generation_config(folder: Path, fields: Mapping[str, Any]) -> bytes:
 
 
 def _write_checkpoint(
-    folder: Path, sources: Mapping[str, Source], file_bytes: int, recipe: str, tokenizer: str
+    folder: Path, sources: Mapping[str, save.Source], file_bytes: int, recipe: str, tokenizer: str
 ) -> list[str]:
     """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
-    plan = LocalSavePlan(
+    plan = save.LocalSavePlan(
         {name: {"dtype": source.dtype, "shape": list(source.shape)} for name, source in sources.items()},
-        {name: WriteItem(name, (0,) * len(source.shape), source) for name, source in sources.items()},
+        {name: save.WriteItem(name, (0,) * len(source.shape), source) for name, source in sources.items()},
         file_bytes,
     )
-    others = {name: describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
-    table = write_items(folder, plan)
-    metadata = CheckpointMetadata(
-        0, recipe=recipe, values={"tokenizer": tokenizer}, environment=environment(torch.device("cpu"))
+    others = {name: storage.describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
+    table = save.write_items(folder, plan)
+    metadata = save.CheckpointMetadata(
+        0, recipe=recipe, values={"tokenizer": tokenizer}, environment=save.environment(torch.device("cpu"))
     )
-    manifest = merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)
+    manifest = save.merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)
     _write(folder / MANIFEST, encode(manifest))
     return list(table["files"])
 
@@ -431,10 +413,10 @@ def _new_folder(final: Path) -> Iterator[Path]:
     """
     if os.path.lexists(final):
         raise UsageError(f"{final} exists already; name a folder that does not.")
-    hidden = pending(final)
+    hidden = storage.pending(final)
     try:
-        with wrap_os_errors(f"cannot write {final}", final):
-            begin(final)
+        with storage.wrap_os_errors(f"cannot write {final}", final):
+            storage.begin(final)
             yield hidden
             sync_path(hidden)
             os.rename(hidden, final)  # fails if another process has filled it meanwhile

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -115,9 +116,9 @@ def load_state(
 def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:
     """One line for each tensor of `into` that is not as it is stored, or not near enough to `convert`."""
     problems = [f"{name}: missing in the checkpoint" for name in into if name not in stored]
-    for name, entry in ((name, entry) for name, entry in stored.items() if name in into):
-        shape, dtype = into[name].shape, dtype_name(into[name].tensor)
-        convertible = convert and into[name].tensor.is_floating_point() and "float" in entry.dtype
+    for name in (name for name in stored if name in into):
+        entry, shape, tensor = stored[name], into[name].shape, into[name].tensor
+        dtype, convertible = dtype_name(tensor), convert and tensor.is_floating_point() and "float" in entry.dtype
         if shape != entry.shape:
             problems.append(f"{name}: shape {list(entry.shape)} in the checkpoint, {list(shape)} here")
         if dtype != entry.dtype and not convertible:
@@ -135,12 +136,11 @@ def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
 
 def wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: Mapping[str, Shard]) -> dict[str, int]:
     """Bytes that `into` has a part of, of each file that holds any."""
-    wanted: dict[str, int] = {}
+    wanted = Counter[str]()
     for file, chunks in placed.items():
         for name, chunk in chunks:
-            part = overlap(chunk.box, into[name].box) if name in into else None
-            if part is not None:
-                wanted[file] = wanted.get(file, 0) + DTYPES[stored[name].dtype][0] * math.prod(part[1])
+            if name in into and (part := overlap(chunk.box, into[name].box)):
+                wanted[file] += DTYPES[stored[name].dtype][0] * math.prod(part[1])
     return wanted
 
 
@@ -208,23 +208,22 @@ def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
 
 @contextmanager
 def open_tensors(path: Path, expected: FileEntry | None = None) -> Iterator[TensorFile]:
-    """A file, which must be read whole in the block if it is to be as `expected`. Raises `DamagedCheckpointError`."""
+    """A file of the expected size if one is. Raises `DamagedCheckpointError`."""
     with open_regular(path, expected) as file:
-        tensors = TensorFile(path, file, hashed=expected is not None)
-        yield tensors
-        if tensors.digest is not None and expected is not None:
-            require_hash(path, tensors.digest.hexdigest(), expected)
+        yield TensorFile(path, file, hashed=expected is not None)
 
 
 @contextmanager
 def _open_checked(
     path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry | None
 ) -> Iterator[TensorFile]:
-    """`open_tensors` of a file that must hold these chunks."""
+    """`open_tensors` of a file that must hold these chunks, and is read whole in the block where it is `expected`."""
     try:
         with open_tensors(path, expected) as file:
             check_table(path, file.table, stored, chunks)
             yield file
+            if expected is not None and file.digest is not None:
+                require_hash(path, file.digest.hexdigest(), expected)
     except DamagedCheckpointError:
         if expected is not None:
             verify_file(path, expected)  # if it is not the file that was written, that is what to say

@@ -92,10 +92,6 @@ class CheckpointManager:
         """Steps with a committed checkpoint, ascending."""
         return storage.checkpoint_steps(self.folder)
 
-    def latest(self) -> int | None:
-        """The newest committed step, whole or damaged."""
-        return max(self.steps(), default=None)
-
     def path(self, step: int) -> Path:
         return self.folder / folder_name(step)
 
@@ -160,7 +156,7 @@ class CheckpointManager:
 
     def load(self, step: int, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest:
         """Load one checkpoint into `tensors` (see `load_state`). Raises `CheckpointError`."""
-        manifest = load_state(self.path(step), tensors, prefix, self._ranks)
+        manifest = self.load_from(self.path(step), tensors, prefix)
         self.current = self._begun = step
         self._note_extra(step, manifest.values)
         return manifest

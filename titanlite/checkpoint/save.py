@@ -199,7 +199,8 @@ def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, A
     for number, keys in enumerate(group_by_size(sizes, plan.file_bytes)):
         file = f"tensors-{rank:05d}-{number:03d}.safetensors"  # see writer_of
         files[file] = write_tensors(folder / file, {key: _source(plan.items[key].values) for key in keys})._asdict()
-        for key, item in ((key, plan.items[key]) for key in keys):
+        for key in keys:
+            item = plan.items[key]
             chunk = {"offset": list(item.offset), "shape": list(item.values.shape), "file": file, "key": key}
             tensors[item.name]["chunks"].append(chunk)
     return {"tensors": tensors, "files": files}

@@ -23,21 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from titanlite.checkpoint import storage
+from titanlite.checkpoint import save, storage
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, chunks_by_file, encode, folder_name
 from titanlite.checkpoint.load import load_state, wanted_bytes
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.save import (
-    BackgroundSaver,
-    CheckpointMetadata,
-    LocalSavePlan,
-    Warn,
-    merge_tables,
-    plan_local_save,
-    wrap_write_errors,
-    write_items,
-    writer_of,
-)
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.files import read_file, read_json, replace_file
 from titanlite.models.shard import Shard
@@ -87,7 +76,7 @@ class Snapshots:
         self,
         memory: Path,
         checkpoints: Path,
-        warn: Warn,
+        warn: save.Warn,
         ranks: Ranks = ALONE,
         background: bool = False,
         require_own: Callable[[], None] = lambda: None,
@@ -95,7 +84,7 @@ class Snapshots:
         self._file = checkpoints / GENERATION
         self._ranks = ranks
         self._warn = warn if ranks.is_first else lambda text: None
-        self.saves = BackgroundSaver(self._warn, background)
+        self.saves = save.BackgroundSaver(self._warn, background)
         self._loaded = ""  # digest of the manifest of the one that was loaded, until a generation begins
         self._require_own = require_own
         self._folder = memory  # one in it, once `prepare` knows the run
@@ -117,14 +106,14 @@ class Snapshots:
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
-        sizes = self._ranks.run_on_all_ranks(lambda: plan_local_save(tensors).nbytes, lambda sizes: sizes)
+        sizes = self._ranks.run_on_all_ranks(lambda: save.plan_local_save(tensors).nbytes, lambda sizes: sizes)
         needed = Counter[int]()
         for rank, replica in enumerate(replica_ranks(self._machines)):
             for machine in {self._machines[rank], self._machines[replica]}:
                 needed[machine] += 2 * sizes[rank]
         self._on_each_machine(lambda: _require_free(self._folder, needed[self._ranks.rank]))
 
-    def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
+    def begin(self, tensors: Mapping[str, Shard], metadata: save.CheckpointMetadata) -> None:
         """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended."""
         assert self._generation, "snapshots begin with a generation"
         metadata = replace(metadata, values={**metadata.values, _OF_GENERATION: self._generation})
@@ -182,15 +171,15 @@ class Snapshots:
         """The first rank of each machine runs `action`; as `Ranks.run_on_all_ranks`, with None of the other ranks."""
         return self._ranks.run_on_all_ranks(lambda: action() if self._leads else None, decide)
 
-    def _write(self, plan: LocalSavePlan, metadata: CheckpointMetadata, warn: Warn) -> None:
+    def _write(self, plan: save.LocalSavePlan, metadata: save.CheckpointMetadata, warn: save.Warn) -> None:
         final, ranks, text = self._folder / folder_name(metadata.step), self._ranks, ""
-        pending, wrapped = storage.pending(final), wrap_write_errors(final, plan.nbytes, "snapshot")
+        pending, wrapped = storage.pending(final), save.wrap_write_errors(final, plan.nbytes, "snapshot")
         ranks.run_on_rank0(self._require_own)
         try:
             self._on_each_machine(wrapped(lambda: storage.begin(final)))
             text = ranks.run_on_all_ranks(
-                wrapped(lambda: write_items(pending, plan, ranks.rank)),
-                lambda tables: encode(merge_tables(tables, metadata)).decode(),
+                wrapped(lambda: save.write_items(pending, plan, ranks.rank)),
+                lambda tables: encode(save.merge_tables(tables, metadata)).decode(),
             )
             sizes = {file: entry["bytes"] for file, entry in json.loads(text)["files"].items()}
             ranks.run_on_all_ranks(wrapped(lambda: transfer(plan_copies(sizes, self._machines), pending, ranks)))
@@ -259,7 +248,7 @@ def plan_copies(sizes: Mapping[str, int], machines: Sequence[int]) -> list[Move]
         place = order.index(machines[move.source])
         return 2 if place == odd_one_out else place % 2
 
-    moves = [Move(file, size, writer_of(file), replicas[writer_of(file)]) for file, size in sizes.items()]
+    moves = [Move(file, size, save.writer_of(file), replicas[save.writer_of(file)]) for file, size in sizes.items()]
     return sorted((move for move in moves if move.source != move.target), key=turn)
 
 
@@ -413,7 +402,7 @@ def _require_free(folder: Path, needed: int) -> None:
         )
 
 
-def _remove_others(final: Path, warn: Warn) -> None:
+def _remove_others(final: Path, warn: save.Warn) -> None:
     for name in map(folder_name, storage.checkpoint_steps(final.parent)):
         if name != final.name:
             storage.remove_or_warn(final.with_name(name), warn)

@@ -186,12 +186,10 @@ def open_regular(path: Path, expected: FileEntry | None = None) -> Iterator[File
     """
     try:
         descriptor = open_file(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{path} is missing.") from None
     except OSError as error:
-        if path.is_symlink():
-            raise DamagedCheckpointError(f"{path} is a link, which no checkpoint holds.") from None
-        raise DamagedCheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+        why = "is a link, which no checkpoint holds" if path.is_symlink() else f"cannot be opened: {error.strerror}"
+        missing = isinstance(error, FileNotFoundError)
+        raise DamagedCheckpointError(f"{path} {'is missing' if missing else why}.") from error
     with open(descriptor, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if expected is not None and size != expected.bytes:

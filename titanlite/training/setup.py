@@ -138,7 +138,7 @@ def find_latest_step(
         checkpoints.prepare()
         if snapshots is None:
             forget(checkpoints.folder)
-        latest, records = checkpoints.latest() or 0, checkpoints.folder.parent / "logs" / "crashes"
+        latest, records = max(checkpoints.steps(), default=0), checkpoints.folder.parent / "logs" / "crashes"
         crashes.refuse_loop(records, loaded.recipe.resilience.max_crashes, latest, loaded.text)
         return latest
 
