@@ -18,7 +18,7 @@ from support import snapshot_ranks
 from support.pool import Pool
 from support.tiny import write_tiny
 
-from titanlite.checkpoint import snapshots
+from titanlite.checkpoint import save, snapshots
 from titanlite.checkpoint.format import MANIFEST, folder_name
 from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.snapshots import GENERATION, Snapshots, assemble, plan_copies, plan_fetch, replica_ranks
@@ -54,7 +54,7 @@ def test_any_machine_may_be_lost(machines: list[int], data: some.DataObject) -> 
     """By the plans alone: what they keep, put together without one machine, is whole, and each gets what it wants."""
     places = sorted(set(machines))
     sizes = {f"tensors-{rank:05d}-{number:03d}.safetensors": 5 for rank in range(len(machines)) for number in (0, 1)}
-    held = {place: {file for file in sizes if machines[snapshots.writer_of(file)] == place} for place in places}
+    held = {place: {file for file in sizes if machines[save.writer_of(file)] == place} for place in places}
     for move in plan_copies(sizes, machines):
         assert move.file in held[machines[move.source]] and machines[move.target] != machines[move.source]
         held[machines[move.target]].add(move.file)
