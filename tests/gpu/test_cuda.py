@@ -35,7 +35,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     from titanlite.parallel.units import compile_units
 
     model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
-    initialise(Shards.of(model).table, lambda name: initial_std(CONFIG, name), 0)
+    initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(CONFIG, name), 0)
     model.to(device)
     if compiled:
         compile_units(model, SPEC)
@@ -43,7 +43,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
         Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3)), SPEC, Weights.of(model), dtype
     )
     passes = GradientAccumulation(model, Sync())
-    parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards.of(model), passes)
+    parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards(dict(model.named_parameters())), passes)
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     curve = []
     for batch in train_loader(open_data(Data(), 128, 0).train, plan, 0, steps):

@@ -47,7 +47,7 @@ SHAPES = {
 def build(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
     model = SPEC.build(config, dtype)
     model.to(torch.promote_types(dtype, torch.float32))
-    initialise(Shards.of(model).table, lambda name: initial_std(config, name), seed)
+    initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(config, name), seed)
     return model
 
 

@@ -22,7 +22,7 @@ TAKEN, NOT_TAKEN = torch.tensor(True), torch.tensor(False)
 
 def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     model = SPEC.build(CONFIG, dtype).to(dtype)
-    initialise(Shards.of(model).table, lambda name: initial_std(CONFIG, name), 0)
+    initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(CONFIG, name), 0)
     return model
 
 

@@ -45,11 +45,6 @@ class Shards:
         if meshes is not None and meshes.ends is not None:
             self._summands.append(([shard.tensor for name, shard in self.table.items() if name in tied], meshes.ends))
 
-    @staticmethod
-    def of(model: nn.Module) -> Shards:
-        """Those of a model that is whole on its only rank."""
-        return Shards(dict(model.named_parameters()))
-
     def _shard(self, name: str, parameter: nn.Parameter, tied: bool) -> Shard:
         if self._meshes is None:
             return Shard.whole(parameter)
