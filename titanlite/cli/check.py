@@ -124,13 +124,13 @@ def _pipeline_rows(run: dict[str, Any]) -> Rows:
 
 
 def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
-    memory = {part: format_bytes(size) for part, size in run["state_bytes"].items()}
     optimizer, shape = recipe.optimizer, recipe.schedule
     rates = ", ".join(f"{key} {getattr(optimizer, key):g}" for key in optimizer_spec(optimizer.name).rates)
     yield "optimizer", f"{optimizer.name} ({rates}), {shape.name} schedule, {shape.warmup_steps} steps of warm-up"
-    parts = ", ".join(f"{part} {size}" for part, size in memory.items() if part != "total")
+    memory = {part: format_bytes(size) for part, size in run["state_bytes"].items()}
+    total = memory.pop("total")
     where = "; all but what is gathered in the host's" if recipe.parallel.offload else ""
-    yield "memory", f"{memory['total']} a rank without activations: {parts}{where}"
+    yield "memory", f"{total} a rank without activations: {', '.join(map(' '.join, memory.items()))}{where}"
     yield "", "the peak of a step is above that, by its activations: titanlite check --dry-run counts it"
     kept = f"the newest {recipe.checkpoint.keep_last}" if recipe.checkpoint.keep_last else "all"
     yield "disk", f"{format_bytes(run['checkpoint_bytes'])} a checkpoint, of which {kept} are kept"
@@ -139,12 +139,10 @@ def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
     yield "kernels", describe_kernels(recipe)
     if (float8 := run["float8"]) is not None:
         yield "float8", float8["summary"]
-        for name, factors in float8["settings"].items():
-            yield "", f"{name}: {_product(factors)}"
+        yield from (("", f"{name}: {_product(factors)}") for name, factors in float8["settings"].items())
         if float8["sends_weights"]:
             yield "", "sent, shards of weights: e4m3"
-        for gathered in float8["gathers_in_words"]:
-            yield "", f"sent over tp, {gathered}"
+        yield from (("", f"sent over tp, {gathered}") for gathered in float8["gathers_in_words"])
     yield "folder", str(expand(recipe.run.output_dir) / recipe.run.name)
 
 

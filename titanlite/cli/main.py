@@ -130,7 +130,7 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
     """The exit code for whoever started this process; torchrun takes anything but 0 for a failure to restart from."""
     codes = os.environ.get("TITANLITE_EXIT_CODE_FILE")
     if codes:
-        with open(codes, "a") as file:  # one short line of each rank, in the order they end: see scripts/train.sh
+        with open(codes, "a") as file:  # one short line of each rank, in the order they end: see scripts/torchrun.sh
             file.write(f"{code}\n")
     under = torchrun_environment_or_none()
     if under is None:
