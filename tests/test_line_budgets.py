@@ -23,7 +23,7 @@ LINES = {
     "titanlite/precision": 273,
     "titanlite/optim": 422,
     "titanlite/data": 1872,
-    "titanlite/checkpoint": 3026,
+    "titanlite/checkpoint": 2991,
     "titanlite/resilience": 1288,
     "titanlite/observe": 1000,
     "titanlite/training": 1541,
