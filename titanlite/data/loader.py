@@ -98,12 +98,11 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
                 raise
             names = {-number: number.name for number in signal.Signals}
             causes = ", ".join(f"{pid} ({names.get(code, f'exit code {code}')})" for pid, code in ended.items())
-            killed = set(ended.values()) <= _KILLED
-            fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
-            if killed:
+            if set(ended.values()) <= _KILLED:
                 fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
-            kind = WorkerKilled if killed else DataError
-            raise kind(f"a data worker ended, process {causes}; {fix}") from error
+                raise WorkerKilled(f"a data worker ended, process {causes}; {fix}") from error
+            fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
+            raise DataError(f"a data worker ended, process {causes}; {fix}") from error
         if read is None:
             return
         if isinstance(read, Exception):

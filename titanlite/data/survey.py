@@ -51,10 +51,9 @@ def find_shared_texts(section: Data) -> list[Finding]:
     seen: dict[Any, str] = {}
     shared: dict[tuple[str, str], list[str]] = {}
     texts = False
-    for source in (*sources, *sets):
-        _, paths, key = source
+    for _, paths, key in (*sources, *sets):
         for path, is_text in _find_files(paths, key, section):
-            texts = texts or (is_text and source in sources)
+            texts = texts or (is_text and not key.startswith("data.validation"))
             with suppress(OSError):
                 status = None if path in CORPORA else os.stat(path)
                 other = seen.setdefault((status.st_dev, status.st_ino) if status else path, key)
