@@ -26,7 +26,7 @@ LINES = {
     "titanlite/checkpoint": 2991,
     "titanlite/resilience": 1288,
     "titanlite/observe": 1000,
-    "titanlite/training": 1541,
+    "titanlite/training": 1539,
     "titanlite/verify": 442,
     "titanlite/dryrun": 688,
     "kernels": 2373,
