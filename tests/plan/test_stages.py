@@ -126,7 +126,7 @@ def test_rules_are_those_of_torchs_schedules(schedule: Any) -> None:
 
 
 def findings(microbatches: int, parallel: dict[str, Any], **sections: dict[str, Any]) -> list[tuple[str, str]]:
-    """What rules say of a pipeline of 5 blocks and so many microbatches."""
+    """Findings on a pipeline of 5 blocks with this many microbatches."""
     values = {"training": {"global_batch": microbatches}, "model": {"layers": 5}, "parallel": parallel, **sections}
     recipe, pp = Recipe.model_validate(values), parallel["pp"]
     found = (*rules.stages(recipe, pp), *rules.rounds(recipe, pp), *split_backward(recipe, pp))

@@ -1,4 +1,4 @@
-"""Runs that fail: what is written down, who is blamed, when it is given up, and what the launcher is told."""
+"""Runs that fail: the crash records, the rank that is blamed, when a run is given up, and the launcher's exit code."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_what_the_user_got_wrong_is_no_crash(folder: Path) -> None:
     assert train("--resilience.max_crashes=1") == 0
 
 
-def test_kills_are_no_crashes_and_are_told_of(folder: Path) -> None:
+def test_kills_are_no_crashes_and_are_reported(folder: Path) -> None:
     process = subprocess.Popen(program("kill@3@0", "--resilience.max_crashes=1"))
     assert process.wait() == -signal.SIGKILL
     assert status()["state"] == "running" and status()["pid"] == process.pid
@@ -215,7 +215,7 @@ def test_kills_are_no_crashes_and_are_told_of(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_rank_that_failed_is_the_one_that_is_heard(folder: Path) -> None:
+def test_the_rank_that_failed_is_the_one_that_is_reported(folder: Path) -> None:
     (first_code, first), (second_code, second) = ended(started("raise@4@1", "--resilience.max_crashes=1"))
     assert (first_code, second_code) == (1, 1)
     assert second.count("Traceback") == 1 and "ValueError: the sample is poisoned" in second
@@ -267,7 +267,7 @@ def test_torchrun_does_not_go_on_after_the_verdict(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told", "left"),
+    ("error", "code", "launcher_code", "left"),
     [
         pytest.param(None, 0, 0, 1, id="done"),
         pytest.param(StoppedEarly(), 75, 0, 0, id="a planned stop"),
@@ -277,19 +277,19 @@ def test_torchrun_does_not_go_on_after_the_verdict(folder: Path) -> None:
         pytest.param(ValueError(), 1, 1, 1, id="our mistake"),
     ],
 )
-def test_what_torchrun_is_told(
-    monkeypatch: pytest.MonkeyPatch, error: Exception | None, code: int, told: int, left: int
+def test_exit_code_for_torchrun(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, code: int, launcher_code: int, left: int
 ) -> None:
     monkeypatch.delenv("TITANLITE_EXIT_CODE_FILE", raising=False)
     assert _launcher_exit_code(code, error) == code
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(2 + left))
-    assert _launcher_exit_code(code, error) == told
+    assert _launcher_exit_code(code, error) == launcher_code
 
 
 @pytest.mark.parametrize(
-    ("agents", "elastic", "heard", "told"),
+    ("agents", "elastic", "received", "launcher_code"),
     [
         pytest.param(2, "1", False, 75, id="a machine leaves; this one is to be started again without it"),
         pytest.param(2, "1", True, 0, id="this machine leaves"),
@@ -297,17 +297,17 @@ def test_what_torchrun_is_told(
         pytest.param(1, "1", False, 0, id="another process of this machine was signalled"),
     ],
 )
-def test_what_torchrun_is_told_after_a_signal(
-    monkeypatch: pytest.MonkeyPatch, agents: int, elastic: str, heard: bool, told: int
+def test_exit_code_for_torchrun_after_a_signal(
+    monkeypatch: pytest.MonkeyPatch, agents: int, elastic: str, received: bool, launcher_code: int
 ) -> None:
     monkeypatch.setattr("titanlite.cli.main._AGENT_SECONDS", 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(agents))
     monkeypatch.setenv("TITANLITE_ELASTIC", elastic)
     stop = StoppedEarly()
-    stop.signalled, stop.received = True, heard
-    assert _launcher_exit_code(75, stop) == told
+    stop.signalled, stop.received = True, received
+    assert _launcher_exit_code(75, stop) == launcher_code
 
 
-def test_recipes_are_told_apart() -> None:
+def test_recipes_have_different_digests() -> None:
     assert digest("a") == digest("a") != digest("b")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from support.runs import KeptRows
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.data.splits import open_data
@@ -24,26 +24,6 @@ from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
 from titanlite.training.trainer import Trainer
 
-
-@dataclass
-class Kept:
-    """A sink that keeps the rows."""
-
-    rows: list[Row] = field(default_factory=list)
-
-    def write(self, row: Row) -> None:
-        self.rows.append(row)
-
-    def rewind(self, after_step: int) -> None:
-        self.rows = [row for row in self.rows if "event" in row or row["step"] <= after_step]
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 Ended = tuple[str, list[Row], dict[str, torch.Tensor]]
 """What the run ended with (empty: its last step), its rows, and what the rank then holds of the weights."""
 
@@ -53,7 +33,7 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
     recipe = Recipe.model_validate_json(recipe_json)
     assert not [finding for finding in apply_rules(recipe, world) if finding.severity == "error"]
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
-    logger, kept, said = RunLogger(), Kept(), ""
+    logger, kept, said = RunLogger(), KeptRows(), ""
     logger.sinks["kept"] = kept
     with pytest.MonkeyPatch.context() as patch:
         if fault is not None and fault[1] == rank:

@@ -13,6 +13,32 @@ from safetensors.torch import load_file, save_file
 
 from titanlite.checkpoint.format import MANIFEST, encode
 from titanlite.checkpoint.storage import describe_file, read_manifest
+from titanlite.observe.jsonl import Row
+
+Curve = dict[str, list[float]]
+
+
+class KeptRows:
+    """A sink that keeps the rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def rewind(self, after_step: int) -> None:
+        self.rows = [row for row in self.rows if "event" in row or row["step"] <= after_step]
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def curve(self) -> Curve:
+        keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
+        return {key: [row[key] for row in self.rows if key in row] for key in keys}
 
 
 def rows(run: str | Path = "tiny", event: str | None = None, key: str = "step") -> list[dict[str, Any]]:

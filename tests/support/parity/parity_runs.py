@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from support.runs import Curve, KeptRows
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.checkpoint.snapshots import Snapshots
@@ -19,7 +20,6 @@ from titanlite.errors import StoppedEarly
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
-from titanlite.observe.jsonl import Row
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.parallel.apply import build
@@ -28,32 +28,8 @@ from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
 from titanlite.training.trainer import Trainer
 
-Curve = dict[str, list[float]]
 Part = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 """Name, offset in the whole, shape of the whole, values."""
-
-
-class _Kept:
-    """A sink that keeps the rows."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def write(self, row: Row) -> None:
-        self.rows.append(row)
-
-    def rewind(self, after_step: int) -> None:
-        self.rows = [row for row in self.rows if "event" in row or row["step"] <= after_step]
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def curve(self) -> Curve:
-        keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
-        return {key: [row[key] for row in self.rows if key in row] for key in keys}
 
 
 def write_corpus(path: Path) -> str:
@@ -120,11 +96,11 @@ def _trainer(
     folder: str | None = None,
     start: Start = GO_ON,
     memory: str | None = None,
-) -> Iterator[tuple[Trainer, _Kept]]:
+) -> Iterator[tuple[Trainer, KeptRows]]:
     """`memory`: where the two machines that the ranks are on have a folder each, which stays as if they had crashed."""
     recipe = Recipe.model_validate_json(recipe_json)
     data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed)
-    logger, kept = RunLogger(), _Kept()
+    logger, kept = RunLogger(), KeptRows()
     logger.sinks["kept"] = kept
     with _shared_folder(world) as scratch:
         checkpoints = CheckpointManager(Path(folder or scratch), print, Ranks(rank, world))
