@@ -193,6 +193,14 @@ class Sandbox:
         """The step that the run went on from last."""
         return int(self.events("resumed", run)[-1]["step"])
 
+    def require_resume_from_only(self, step: int) -> None:
+        """The only checkpoint is that of `step`, undamaged, and the run resumes from it to the whole run's end."""
+        assert self.steps() == [step]
+        self.command("checkpoint", "verify", "runs/run", "--deep")
+        self.train()
+        assert self.resumed() == step
+        self.require_whole()
+
     def whole(self, *arguments: str, ranks: int = 1) -> tuple[Curve, dict[str, bytes]]:
         """Curve and last tensors of a run that nothing befalls; trained once for all sandboxes."""
         key = (ranks, arguments, (self.folder / "recipe.toml").read_text())
