@@ -21,8 +21,7 @@ REORDERED = "reordered"
 """The value of a checkpoint that lists, with spaces between, the steps which were the first to read by another order
 than the step before, in the history that led to its state."""
 
-Span = tuple[int, int]
-"""First and last sample, or step."""
+Span = tuple[int, int]  # First and last sample, or step
 Samples = npt.NDArray[np.int64]
 
 
@@ -30,17 +29,12 @@ Samples = npt.NDArray[np.int64]
 class Audit:
     """What was found."""
 
-    steps: int
-    """The steps of the history that have a record."""
+    steps: int  # The steps of the history that have a record
     samples: int
-    lost: tuple[Span, ...]
-    """Samples that no step read."""
-    repeated: tuple[Span, ...]
-    """Samples that were read again, a span for each time."""
-    in_order: bool
-    """Whether each step read samples later than those of the step before."""
-    unrecorded: tuple[Span, ...]
-    """Steps without a record."""
+    lost: tuple[Span, ...]  # Samples that no step read
+    repeated: tuple[Span, ...]  # Samples that were read again, a span for each time
+    in_order: bool  # Whether each step read samples later than those of the step before
+    unrecorded: tuple[Span, ...]  # Steps without a record
     skipped: tuple[dict[str, Any], ...]
     """Samples that were passed over: `step`, `by` (data.skip_steps or rollback) and `samples`, a span."""
     reordered: tuple[int, ...]
@@ -49,10 +43,8 @@ class Audit:
     digest: str
     """BLAKE2b (128 bits) of the numbers of the samples, 8 bytes each, little-endian, in the order of the steps and
     ascending within a step: equal for runs that read the same in the same steps, on whatever layouts."""
-    restarts: int
-    """Starts of the run after the first that read anything."""
-    layouts: tuple[dict[str, Any], ...]
-    """Data ranks by steps: `steps`, a span, and `data_ranks`."""
+    restarts: int  # Starts of the run after the first that read anything
+    layouts: tuple[dict[str, Any], ...]  # Data ranks by steps: `steps`, a span, and `data_ranks`
 
     @property
     def whole(self) -> bool:

@@ -44,15 +44,11 @@ class FilledIn:
     """A stream as it is read; its own tokens, as `[a:b]` or by their places. In memory, 16 bytes a document."""
 
     stream: Stream
-    own_ends: Int64
-    """End of each document in the stream, past its separator."""
-    first_document: int
-    """Number in the source of the stream's first document."""
+    own_ends: Int64  # End of each document in the stream, past its separator
+    first_document: int  # Number in the source of the stream's first document
     rate: float
-    markers: tuple[int, ...]
-    """Tokens before the prefix, the suffix and the middle."""
-    key: int
-    """64 bits; with a document's number they decide whether it is rearranged, and where it is cut."""
+    markers: tuple[int, ...]  # Tokens before the prefix, the suffix and the middle
+    key: int  # 64 bits; with a document's number they decide whether it is rearranged, and where it is cut
 
     @property
     def tokens(self) -> FilledIn:

@@ -110,8 +110,7 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
         yield read
 
 
-_ENDING_SECONDS = 5.0
-"""Above what the system takes to end a process, if it writes a core file too."""
+_ENDING_SECONDS = 5.0  # Above what the system takes to end a process, if it writes a core file too
 _KILLED = {-signal.SIGKILL, -signal.SIGTERM}
 """Exit codes of a worker that something outside has ended; any other end is its own, and may come again."""
 
@@ -124,15 +123,13 @@ class ReadAhead:
     def __init__(self, batches: Iterator[Batch], count: int, schedule: SampleSchedule) -> None:
         self.failure: Exception | None = None
         """What the batch met that comes after those that were read; raised once these are used up."""
-        self.step = schedule.step + 1
-        """That of the batch which was asked for last: what fails now is put down to it."""
+        self.step = schedule.step + 1  # That of the batch which was asked for last: what fails now is put down to it
         self._batches = batches
         self._count = count
         self._schedule = schedule
         self._next = self.step
         self._read: deque[Batch] = deque()
-        self._end: Exception | None = None
-        """Why there are no more to read."""
+        self._end: Exception | None = None  # Why there are no more to read
 
     def __next__(self) -> Batch:
         self.step = self._next

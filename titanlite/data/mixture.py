@@ -1,10 +1,10 @@
 """Which source each sample of a run comes from, and which of that source's samples it is, without a walk to it.
 
 Samples of a mixture go in blocks of `BLOCK`. Of a source with weight w (weights sum to 1) each has floor(BLOCK w),
-always in the same places, and perhaps one more: the spare places, fewer than there are sources, go to other sources in
-each block. A source that gets one in two blocks running gets the same one. So *any* `BLOCK` samples running, wherever
-they begin, hold floor(BLOCK w) or ceil(BLOCK w) of a source. Who gets a spare place repeats after `CYCLE` blocks:
-weights count in parts of BLOCK x CYCLE, exactly.
+always in the same places, and perhaps one more: the spare places in the block's middle, fewer than there are sources,
+go to other sources in each block. A source that gets one in two blocks running gets the same one. So *any* `BLOCK`
+samples running, wherever they begin, hold floor(BLOCK w) or ceil(BLOCK w) of a source. Who gets a spare place repeats
+after `CYCLE` blocks: weights count in parts of BLOCK x CYCLE, exactly.
 
 A run is a chain of mixtures: one ends where its stage does, or where a source has been read as often as it may be. All
 of it follows from weights and sizes: nothing is saved. Samples, sources and their samples are counted from 0.
@@ -13,7 +13,7 @@ of it follows from weights and sizes: nothing is saved. Samples, sources and the
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 BLOCK = 1000
 CYCLE = 1000
-_STRIDE = 619
-"""Coprime to `CYCLE`, and nearly its golden section: multiples of it, taken modulo CYCLE, are spread evenly."""
+_STRIDE = 619  # coprime to `CYCLE`, nearly its golden section: multiples of it, modulo CYCLE, are spread evenly
 
+Shares = tuple[int, ...]  # samples of each source in a cycle
+Counts = npt.NDArray[np.int64]  # [sources]
 Table = npt.NDArray[np.int16]
 Permutation = npt.NDArray[np.intp]
 
@@ -35,81 +36,79 @@ Permutation = npt.NDArray[np.intp]
 class Mixture:
     """Made by `build_mixture`."""
 
-    shares: tuple[int, ...]
-    """Samples of each source in a cycle."""
-    places: tuple[int, ...]
-    """[BLOCK]: the source that always has a place of the block, or -1 - j for the j-th spare place."""
-    before: Table
-    """[BLOCK, sources]: how many of the places before one always are the source's."""
-    spare: Table
-    """[CYCLE, spare places]: the source that has each, by block of the first cycle."""
-    earlier: Table
-    """[CYCLE, sources]: how many spare places the source has in the blocks of the cycle before one."""
-    turn: Permutation
-    """[spare places]: the place that the sources of each go to from one cycle to the next."""
+    only: int | None  # the source that has all samples, if one does
+    shares: Counts  # in a cycle
+    places: tuple[int, ...]  # [BLOCK]: the source that always has a place of the block, or -1 for a spare place
+    middle: int  # the first spare place
+    before: Table  # [BLOCK, sources]: how many of the places before one always are the source's
+    spare: Table  # [CYCLE, spare places]: the source that has each, by block of the first cycle
+    earlier: Table  # [CYCLE, sources]: how many spare places the source has in the blocks of the cycle before one
+    turn: Permutation  # [spare places]: the place that the sources of each go to from one cycle to the next
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, number among the source's samples) of sample `sample` of the mixture."""
-        if len(self.shares) == 1:
-            return 0, sample
+        if self.only is not None:
+            return self.only, sample
         cycle, block, place = _position(sample)
         source = self.places[place]
         if source < 0:
-            source = int(self.spare[block, _power(np.argsort(self.turn), cycle)[-1 - source]])
-        return source, self.count(source, sample)
+            (source,) = self.spare[block, self._spare_places(cycle) == place].tolist()
+        return source, int(self.counts(sample)[source])
 
-    def count(self, source: int, samples: int) -> int:
-        """How many of the first `samples` samples are of a source."""
-        cycle, block, place = _position(samples)
-        share = self.shares[source]
-        count = cycle * share + block * (share // CYCLE)
-        count += int(self.before[place, source]) + int(self.earlier[block, source])
-        if source in (spare := self.spare[block].tolist()):
-            count += -1 - _power(self.turn, cycle)[spare.index(source)] in self.places[:place]
-        return count
-
-    def counts(self, samples: int) -> tuple[int, ...]:
+    def counts(self, samples: int) -> Counts:
         """How many of the first `samples` samples are of each source."""
-        return tuple(self.count(source, samples) for source in range(len(self.shares)))
+        cycle, block, place = _position(samples)
+        counts: Counts = cycle * self.shares + block * (self.shares // CYCLE) + self.before[place] + self.earlier[block]
+        counts[self.spare[block]] += self._spare_places(cycle) < place
+        return counts
+
+    def _spare_places(self, cycle: int) -> Permutation:
+        """[spare places]: where in its blocks this cycle has the sources that `spare` lists."""
+        places: Permutation = np.arange(len(self.turn))
+        turn = self.turn
+        while cycle:  # `turn` is taken `cycle` times, by squaring
+            places = turn[places] if cycle & 1 else places
+            turn, cycle = turn[turn], cycle >> 1
+        return self.middle + places
 
 
 @lru_cache(maxsize=64)
-def build_mixture(weights: tuple[float, ...]) -> Mixture:
-    """The mixture of sources with these weights, finite and above 0; they need not sum to 1.
-
-    Shares are rounded to parts of BLOCK x CYCLE, none to nothing.
-    """
-    sources = len(weights)
-    assert 0 < sources < BLOCK and all(weight > 0 for weight in weights)
-    shares = _apportion([Fraction(weight) for weight in weights], BLOCK * CYCLE)
+def build_mixture(shares: Shares) -> Mixture:
+    """The mixture of sources with these shares, as `apportion` makes them."""
     always, sometimes = zip(*(divmod(share, CYCLE) for share in shares), strict=True)
-    places = _spread([*always, *[1] * (BLOCK - sum(always))])
-    places = [each if each < sources else sources - 1 - each for each in places]
+    spares = BLOCK - sum(always)
+    # A spare place goes where something that a block has once does: right into the middle, one after the other.
+    places = np.array(_spread([*always, *[1] * spares]))
+    places[places >= len(shares)] = -1
     spare = _assign_spare_places(sometimes)
     return Mixture(
-        shares=tuple(shares),
-        places=tuple(places),
-        before=_counts_before(np.array(places)[:, np.newaxis] == np.arange(sources)),
+        only=shares.index(BLOCK * CYCLE) if BLOCK * CYCLE in shares else None,
+        shares=np.array(shares),
+        places=tuple(places.tolist()),
+        middle=int(places.argmin()),
+        before=_counts_before(places[:, np.newaxis] == np.arange(len(shares))),
         spare=spare[:CYCLE],
-        earlier=_counts_before(_members(spare[:CYCLE], sources)),
+        earlier=_counts_before(_members(spare[:CYCLE], len(shares))),
         turn=np.argsort(spare[CYCLE]),  # block 0 has its sources in their order
     )
+
+
+def apportion(weights: Sequence[float]) -> Shares:
+    """Samples of each source in a cycle, by largest remainders: of a weight above 0 at least one, of 0 none."""
+    assert sum(weight > 0 for weight in weights) < BLOCK and min(weights) >= 0
+    exact = [Fraction(weight) for weight in weights]
+    scale = BLOCK * CYCLE / sum(exact)
+    shares = [max(weight > 0, floor(weight * scale)) for weight in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: shares[k] - exact[k] * scale)
+    for k in by_remainder[: max(0, BLOCK * CYCLE - sum(shares))]:
+        shares[k] += 1
+    shares[shares.index(max(shares))] -= max(0, sum(shares) - BLOCK * CYCLE)  # what raised others to 1
+    return tuple(shares)
 
 
 def _position(sample: int) -> tuple[int, int, int]:
     blocks, place = divmod(sample, BLOCK)
     return *divmod(blocks, CYCLE), place
-
-
-def _apportion(weights: Sequence[Fraction], total: int) -> list[int]:
-    """Whole numbers that sum to `total`, in the proportions of `weights`, by largest remainders; none is 0."""
-    scale = total / sum(weights)
-    shares = [max(1, floor(weight * scale)) for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda k: shares[k] - weights[k] * scale)
-    for k in by_remainder[: max(0, total - sum(shares))]:
-        shares[k] += 1
-    shares[shares.index(max(shares))] -= max(0, sum(shares) - total)  # what raised others to 1
-    return shares
 
 
 def _spread(counts: Sequence[int]) -> list[int]:
@@ -151,66 +150,47 @@ def _counts_before(has: npt.NDArray[np.bool_]) -> Table:
     return counts
 
 
-def _power(permutation: Permutation, times: int) -> Permutation:
-    """The permutation applied `times` times, by squaring."""
-    result: Permutation = np.arange(len(permutation))
-    while times:
-        if times & 1:
-            result = permutation[result]
-        permutation, times = permutation[permutation], times >> 1
-    return result
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Segment:
     """A part of the run with one mixture."""
 
-    first: int
-    """Its first sample."""
-    sources: tuple[int, ...]
-    """Those in the mixture."""
-    weights: tuple[float, ...]
-    shares: tuple[int, ...]
-    """Of these, in a cycle of the mixture."""
-    before: tuple[int, ...]
-    """Samples of every source that came earlier."""
+    first: int  # its first sample
+    shares: Shares
+    before: Counts  # samples of each source that came earlier
 
     @property
     def mixture(self) -> Mixture:
         """Its tables are large where there are many sources, so those of a few segments are kept."""
-        return build_mixture(self.weights)
+        return build_mixture(self.shares)
 
-    def counts(self, samples: int) -> list[int]:
-        """Samples of every source among the run's first `samples`, which end in this segment."""
-        counts = list(self.before)
-        for source, count in zip(self.sources, self.mixture.counts(samples - self.first), strict=True):
-            counts[source] += count
-        return counts
+    def counts(self, samples: int) -> Counts:
+        """Samples of each source among the run's first `samples`, which end in this segment."""
+        return self.before + self.mixture.counts(samples - self.first)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixtureSchedule:
     """Made by `build_schedule`."""
 
     segments: tuple[_Segment, ...]
-    end: int | None
-    """Samples that there are; None: no end, sources are read again and again."""
+    end: int | None  # samples that there are; None: no end, sources are read again and again
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, number among the source's samples) of sample `sample`, which must be before the end."""
         assert self.end is None or sample < self.end
         segment = self._segment(sample)
-        chosen, number = segment.mixture(sample - segment.first)
-        source = segment.sources[chosen]
-        return source, segment.before[source] + number
+        source, number = segment.mixture(sample - segment.first)
+        return source, int(segment.before[source]) + number
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples are of each source."""
-        return self._segment(samples).counts(samples)
+        counts: list[int] = self._segment(samples).counts(samples).tolist()
+        return counts
 
-    def before(self, samples: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        """All that decides the first `samples` samples: where each mixture begins, its sources and their shares."""
-        return [(each.first, each.sources, each.shares) for each in self.segments if each.first < samples]
+    def before(self, samples: int) -> list[tuple[int, dict[int, int]]]:
+        """All that decides the first `samples` samples: where each mixture begins, and its sources' shares."""
+        parts = [each for each in self.segments if each.first < samples]
+        return [(each.first, {k: share for k, share in enumerate(each.shares) if share}) for each in parts]
 
     def _segment(self, sample: int) -> _Segment:
         return self.segments[bisect_right(self.segments, sample, key=lambda each: each.first) - 1]
@@ -225,21 +205,18 @@ def build_schedule(
     part). Where a source is used up, the others share its part. The run ends where a stage has no source left.
     """
     segments: list[_Segment] = []
-    first, counts = 0, [0] * len(limits)
+    first, counts = 0, np.zeros(len(limits), np.int64)
     for until, weights in stages:
         while until is None or first < until:
-            left = [None if limit is None else limit - count for limit, count in zip(limits, counts, strict=True)]
-            sources = tuple(source for source, weight in enumerate(weights) if weight and left[source] != 0)
-            if not sources:
+            read = counts.tolist()
+            left = {k: limit - read[k] for k, limit in enumerate(limits) if limit is not None and weights[k]}
+            weights = [weight * (left.get(k) != 0) for k, weight in enumerate(weights)]
+            if not any(weights):
                 return MixtureSchedule(tuple(segments), first)
-            mixture = build_mixture(chosen := tuple(weights[source] for source in sources))
-            segments.append(_Segment(first, sources, chosen, mixture.shares, tuple(counts)))
-            limited = {at: samples for at, source in enumerate(sources) if (samples := left[source]) is not None}
-            cycles = {at: (samples - 1) // mixture.shares[at] for at, samples in limited.items()}
-            soonest = min(cycles.values(), default=0)  # the search takes long, where many sources are limited
-            ends = [first + _length(mixture, at, limited[at], soonest) for at in limited if cycles[at] == soonest]
-            if until is not None:
-                ends.append(until)
+            segments.append(_Segment(first, apportion(weights), counts))
+            ends = [] if until is None else [until]
+            if limited := {k: samples for k, samples in left.items() if samples}:
+                ends.append(first + _samples_until_used_up(segments[-1].mixture, limited))
             if not ends:
                 return MixtureSchedule(tuple(segments), None)
             first = min(ends)
@@ -247,7 +224,12 @@ def build_schedule(
     raise AssertionError("the last stage has no end")
 
 
-def _length(mixture: Mixture, source: int, samples: int, cycles: int) -> int:
-    """The shortest beginning of a mixture with `samples` of a source; it has `cycles` whole cycles."""
-    low = cycles * CYCLE * BLOCK
-    return low + bisect_left(range(CYCLE * BLOCK), samples, key=lambda length: mixture.count(source, low + length))
+def _samples_until_used_up(mixture: Mixture, left: Mapping[int, int]) -> int:
+    """The shortest beginning of a mixture that has as many samples of one of these sources as are left of it."""
+    sources, samples = np.array([*left]), np.array([*left.values()])
+    begun = CYCLE * BLOCK * int(((samples - 1) // mixture.shares[sources]).min())  # no cycle before uses one up
+
+    def is_one_used_up(more: int) -> bool:
+        return bool((mixture.counts(begun + more)[sources] >= samples).any())
+
+    return begun + bisect_left(range(CYCLE * BLOCK), True, key=is_one_used_up)

@@ -29,8 +29,7 @@ class Permutation:
     n: int
     rows: int
     columns: int
-    keys: tuple[int, ...]
-    """One 64-bit key a round, an even number of them."""
+    keys: tuple[int, ...]  # One 64-bit key a round, an even number of them
 
     def __call__(self, index: int) -> int:
         """Image of `index`, both in [0, n)."""

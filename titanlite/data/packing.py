@@ -76,15 +76,11 @@ class BestFit:
 
     sequence_length: int
     separator: int
-    starts: Int64
-    """First token of each piece, window by window; within one, in the order of the stream."""
-    lengths: npt.NDArray[np.int32]
-    """Tokens of each."""
-    ends: Int64
-    """Pieces up to the end of each window."""
+    starts: Int64  # First token of each piece, window by window; within one, in the order of the stream
+    lengths: npt.NDArray[np.int32]  # Tokens of each
+    ends: Int64  # Pieces up to the end of each window
     documents: int
-    cut: int
-    """Documents that did not fit into a window."""
+    cut: int  # Documents that did not fit into a window
 
     @property
     def windows(self) -> int:

@@ -22,8 +22,7 @@ from titanlite.files import Appender, cause, read_file
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.plan.layout import BatchPlan
 
-FOLDER = Path("logs") / "samples"
-"""Of a run."""
+FOLDER = Path("logs") / "samples"  # Of a run
 
 READ, SKIPPED, WENT_BACK, READ_STEPS = range(1, 5)
 """Kinds of records: samples that a step read; samples that were passed over before a step, by `data.skip_steps`; and
@@ -41,10 +40,8 @@ from 1; a rollback begins the next one.
 Of `READ_STEPS`, `count` is steps x 2^32 + batch: the steps from `step` on each read the rank's part of `batch` samples,
 the first step those from `first - rank` on, and each step those that follow.
 """
-_MOST = 2**24
-"""Samples of one batch, or steps of one record: far more than there ever are."""
-Records = npt.NDArray[Any]
-"""`[records]` of `RECORD`."""
+_MOST = 2**24  # Samples of one batch, or steps of one record: far more than there ever are
+Records = npt.NDArray[Any]  # `[records]` of `RECORD`
 
 
 class ReadLog:
@@ -56,10 +53,8 @@ class ReadLog:
     def __init__(self, path: Path | None, plan: BatchPlan, start: int, warn: Callable[[str], None]) -> None:
         self._plan, self._start = plan, start
         self._turn = self._begun = 0
-        self._next = (0, 0)
-        """The step that would go on with the stretch, and the rank's first sample then."""
-        self._unwritten = 0
-        """Steps up to there that have no record yet."""
+        self._next = (0, 0)  # The step that would go on with the stretch, and the rank's first sample then
+        self._unwritten = 0  # Steps up to there that have no record yet
         self._file: Appender | None = None
         if path is not None:
             try:

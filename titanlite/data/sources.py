@@ -50,8 +50,7 @@ class Source:
     streams: tuple[Stream, ...]
     tokenizer: Tokenizer
     sequence_length: int
-    document_mask: bool
-    """Batches carry positions and document numbers."""
+    document_mask: bool  # Batches carry positions and document numbers
     packing: Packing = "cut"
 
     @cached_property

@@ -24,8 +24,7 @@ from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, DataSource, Packing
 from titanlite.text import format_count
 
-ONLY_SOURCE = "corpus"
-"""Name of the source that `data.corpus` is. Not its path: a corpus that moves keeps its order."""
+ONLY_SOURCE = "corpus"  # Name of the source that `data.corpus` is. Not its path: a corpus that moves keeps its order.
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Split:
         source that they are of (`text/NAME`). What is to come later may differ.
         """
         names = [each.name for each in self.sources]
-        parts = [(first, [names[k] for k in chosen], shares) for first, chosen, shares in self.schedule.before(samples)]
+        before = self.schedule.before(samples)
+        parts = [(first, [names[k] for k in shares], tuple(shares.values())) for first, shares in before]
         read = [each for each, count in zip(self.sources, self.schedule.counts(samples), strict=True) if count]
         sizes = [(each.name, each.windows, each.packing, each.sequence_length) for each in read]
         order = xxhash.xxh3_64_hexdigest(repr((self.seed, parts, sizes)).encode())
@@ -77,8 +77,7 @@ class DataSplits:
     """The data of a run."""
 
     train: Split
-    validation: tuple[Source, ...]
-    """Sets by their names; none where a source has no held-out part and none was named."""
+    validation: tuple[Source, ...]  # Sets by their names; none where a source has no held-out part and none was named
     tokenizer: Tokenizer
 
     @property

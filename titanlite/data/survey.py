@@ -17,8 +17,7 @@ from titanlite.data.splits import named_sets, named_sources
 from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
 
-MOST_FILES = 1000
-"""Of an entry that are looked at."""
+MOST_FILES = 1000  # Of an entry that are looked at
 
 
 def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:

@@ -15,8 +15,7 @@ from titanlite.observe.jsonl import Row, event_row
 from titanlite.plan.sinks import SINKS
 from titanlite.recipe.sections import Recipe
 
-_RECORD = "jsonl"
-"""The sink that a run does not go on without."""
+_RECORD = "jsonl"  # The sink that a run does not go on without
 
 
 class Sink(Protocol):
@@ -39,8 +38,7 @@ class RunLogger:
     def __init__(self) -> None:
         self.consoles: list[PlainConsole] = []
         self.sinks: dict[str, Sink] = {}
-        self._step = 0
-        """That of the last row."""
+        self._step = 0  # That of the last row
 
     def open_sinks(self, recipe: Recipe, folder: Path, after_step: int) -> None:
         """Open the record and the recipe's sinks, for rows of steps after `after_step`. Raises their `UsageError`."""

@@ -38,8 +38,7 @@ MAY_CHANGE = (
 """Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change
 them. Of sources and stages that holds for what is still to come: the past is compared in training/restore.py."""
 
-_LONGEST = 3900
-"""Bytes of a run folder's path: what is written below it must be within the system's limit of 4,095 too."""
+_LONGEST = 3900  # Bytes of a run folder's path: what is written below it must be within the system's limit of 4,095 too
 
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]
@@ -52,15 +51,12 @@ class Start:
 
     mode: Mode = "auto"
     """`auto` resumes if there is a run and starts one if not; `resume` needs one; `fresh` refuses one."""
-    force: bool = False
-    """With `fresh`: delete the one there is."""
+    force: bool = False  # With `fresh`: delete the one there is
     may_change: tuple[str, ...] = ()
     """Keys, or patterns of keys, that may differ from the run's recipe although its numbers depend on them."""
-    step: int | None = None
-    """Go on from the checkpoint of this step; None: from the latest."""
+    step: int | None = None  # Go on from the checkpoint of this step; None: from the latest
 
-    restarted: bool = False
-    """Whether it is known that this is not the job's first start."""
+    restarted: bool = False  # Whether it is known that this is not the job's first start
     job: tuple[str, ...] = ()
     """Names of the launcher's job: each of its starts shares one with the start before, and none with another job's.
     Empty where the launcher gives none."""
@@ -96,16 +92,12 @@ class RunFolder:
 
     path: Path
     recipe_text: str
-    start: Start
-    """What this start of the run does."""
+    start: Start  # What this start of the run does
     warn: Callable[[str], None]
     lock: Lock
-    resumed: bool
-    """Whether the folder held this run already."""
-    changes: Differences
-    """Recipe keys that this start of the run changed: (before, now)."""
-    found: dict[str, Any]
-    """What `status.json` said when the folder was opened; empty for a new run."""
+    resumed: bool  # Whether the folder held this run already
+    changes: Differences  # Recipe keys that this start of the run changed: (before, now)
+    found: dict[str, Any]  # What `status.json` said when the folder was opened; empty for a new run
 
     def __post_init__(self) -> None:
         self.recipe, self.status = self.path / "recipe.toml", self.path / "status.json"
