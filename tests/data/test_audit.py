@@ -127,14 +127,8 @@ class Run:
                 batches = train_loader(SPLIT, plan, self.samples, reached, workers=workers, skipped=self.skipped)
                 own = [batch.samples for batch in batches]
             else:
-                own = [
-                    tuple(
-                        number
-                        for number in plan.samples(schedule.first_sample(self.step + taken))
-                        if number is not None
-                    )
-                    for taken in range(1, reached + 1)
-                ]
+                steps = range(self.step + 1, self.step + reached + 1)
+                own = [tuple(plan.samples(schedule.first_sample(step))) for step in steps]
             at = self.samples
             for step, samples in enumerate(own, self.step + 1):
                 if schedule.first_sample(step) > at:

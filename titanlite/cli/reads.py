@@ -166,7 +166,7 @@ def _planned(recipe: Recipe, step: int, rank: int | None, ranks: int | None) -> 
     ranks = ranks or 1
     _require_rank(rank, ranks)
     plan = BatchPlan(recipe.training.global_batch, ranks, rank or 0, 1)
-    return [number for number in plan.samples(sample_schedule(recipe).first_sample(step)) if number is not None]
+    return [*plan.samples(sample_schedule(recipe).first_sample(step))]
 
 
 def _require_rank(rank: int | None, ranks: int) -> None:

@@ -46,12 +46,11 @@ def train_loader(
     overfit_one_batch: bool = False,
     skipped: tuple[int, ...] = (),
 ) -> Iterator[Batch]:
-    """The batches of `steps` steps, the first of which begins with sample `first_sample`; the batches
-    `skipped`, as in `SampleSchedule`, are passed over.
+    """The batches of `steps` steps, of which the first begins with sample `first_sample`; the batches `skipped`, as in
+    `SampleSchedule`, are passed over. To resume is to begin with another sample.
 
-    To resume is to begin with another sample. With `workers`, processes start at once and keep `prefetch`
-    batches each ready; they end when the iterator is exhausted or dropped, and when this process dies. With
-    `overfit_one_batch` every step has those of sample 0.
+    With `workers`, processes start at once and keep `prefetch` batches each ready; they end when the iterator is
+    exhausted or dropped, and when this process dies. With `overfit_one_batch` every step has the batch of sample 0.
     """
     schedule = SampleSchedule(0, first_sample, plan.global_batch, skipped)
     others, handler = active_children(), signal.getsignal(signal.SIGCHLD) if workers else None
@@ -88,21 +87,9 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
         try:
             read = next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:
-            # What a worker had ready is asked of it, and that fails a little before it is known to have ended.
-            ending = wait([worker.sentinel for worker in workers], _ENDING_SECONDS if workers else 0)
-            for worker in workers:
-                if worker.sentinel in ending:
-                    worker.join(_ENDING_SECONDS)  # it has closed its files; its exit code is there a little later
-            ended = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
-            if not ended:
-                raise
-            names = {-number: number.name for number in signal.Signals}
-            causes = ", ".join(f"{pid} ({names.get(code, f'exit code {code}')})" for pid, code in ended.items())
-            if set(ended.values()) <= _KILLED:
-                fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
-                raise WorkerKilled(f"a data worker ended, process {causes}; {fix}") from error
-            fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
-            raise DataError(f"a data worker ended, process {causes}; {fix}") from error
+            if failure := _explain_end(workers):
+                raise failure from error
+            raise
         if read is None:
             return
         if isinstance(read, Exception):
@@ -110,48 +97,49 @@ def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) 
         yield read
 
 
-_ENDING_SECONDS = 5.0  # Above what the system takes to end a process, if it writes a core file too
-_KILLED = {-signal.SIGKILL, -signal.SIGTERM}
-"""Exit codes of a worker that something outside has ended; any other end is its own, and may come again."""
+def _explain_end(workers: Sequence[BaseProcess]) -> DataError | None:
+    """Why workers have ended, if any has. What one had ready is asked of it, and that fails a little before its end."""
+    ending = wait([worker.sentinel for worker in workers], _ENDING_SECONDS if workers else 0)
+    for worker in workers:
+        if worker.sentinel in ending:
+            worker.join(_ENDING_SECONDS)  # it has closed its files; its exit code is there a little later
+    ended = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+    if not ended:
+        return None
+    names = {-number: number.name for number in signal.Signals}
+    causes = ", ".join(f"{pid} ({names.get(code, f'exit code {code}')})" for pid, code in ended.items())
+    if set(ended.values()) <= _KILLED:
+        fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
+        return WorkerKilled(f"a data worker ended, process {causes}; {fix}")
+    fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
+    return DataError(f"a data worker ended, process {causes}; {fix}")
+
+
+_ENDING_SECONDS = 5.0  # above what the system takes to end a process, if it writes a core file too
+_KILLED = {-signal.SIGKILL, -signal.SIGTERM}  # something outside has ended it; any other end may come again
 
 
 class ReadAhead:
-    """Reads the batches of a `schedule`, `count` of them before they are asked for: one that cannot be read is known of
-    while there are steps left in which the ranks can agree to save and stop.
+    """Reads `count` batches before they are asked for: that one cannot be read is known while there are steps left in
+    which the ranks can agree to save and stop.
     """
 
-    def __init__(self, batches: Iterator[Batch], count: int, schedule: SampleSchedule) -> None:
-        self.failure: Exception | None = None
-        """What the batch met that comes after those that were read; raised once these are used up."""
-        self.step = schedule.step + 1  # That of the batch which was asked for last: what fails now is put down to it
-        self._batches = batches
-        self._count = count
-        self._schedule = schedule
-        self._next = self.step
-        self._read: deque[Batch] = deque()
-        self._end: Exception | None = None  # Why there are no more to read
+    def __init__(self, batches: Iterator[Batch], count: int) -> None:
+        self.ready: deque[Batch] = deque()
+        self.failure: Exception | None = None  # what the batch after these met; raised once they are used up
+        self._batches, self._count = batches, count
 
     def __next__(self) -> Batch:
-        self.step = self._next
-        while self._end is None and len(self._read) <= self._count:
+        while self.failure is None and len(self.ready) <= self._count:
             try:
-                self._read.append(next(self._batches))
-            except StopIteration as error:
-                self._end = error
+                self.ready.append(next(self._batches))
+            except StopIteration:
+                break
             except UNREADABLE as error:
-                self._end = self.failure = error
-        if not self._read:
-            raise self._end or StopIteration
-        self._next += 1
-        return self._read.popleft()
-
-    def unreadable(self, saved: str) -> DataError:
-        """The error of the batch that could not be read, with what is saved; its step is the one under way from now."""
-        self.step = self._next + len(self._read)
-        first, end = self._schedule.first_sample(self.step), self._schedule.end_sample(self.step)
-        what = f"step {self.step}: one of the samples {first} to {end - 1} cannot be read"
-        kind = WorkerKilled if isinstance(self.failure, WorkerKilled) else DataError
-        return kind(f"{what}: {str(self.failure).removesuffix('.')}.{saved}")
+                self.failure = error
+        if not self.ready:
+            raise self.failure or StopIteration
+        return self.ready.popleft()
 
 
 def validation_batches(
@@ -165,16 +153,15 @@ def validation_batches(
     """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for.
 
     The sequences (fewer where the source has no more) lie evenly over the source and are the same each time. Every
-    rank gets as many batches as any other; what is missing is padding. In place of a batch that cannot be read is
+    rank gets as many batches of the same shape, filled up with padding of zero weight. A batch that cannot be read is
     padding, which stands for NaN bytes, so that the sums of all ranks show it; why, is added to `failures`.
     """
     count = min(sequences, source.windows)
     plan = BatchPlan(count, data_ranks, data_rank, min(microbatch, ceil_div(count, data_ranks)))
-    chosen = plan.samples(0)
-    for start in range(0, len(chosen), plan.microbatch):
-        numbers = chosen[start : start + plan.microbatch]
+    for start in range(0, plan.microbatches * plan.microbatch, plan.microbatch):
+        numbers = plan.samples(0)[start : start + plan.microbatch]
         try:
-            windows = [source.window(number * source.windows // count) for number in numbers if number is not None]
+            windows = [source.window(number * source.windows // count) for number in numbers]
             label_bytes: float = sum(source.tokenizer.bytes_of(window[1:]) for window in windows)
         except UNREADABLE as error:
             if failures is None:
@@ -197,7 +184,7 @@ class _Steps(Dataset[Batch | Exception]):
     def __getitem__(self, first: int) -> Batch | Exception:
         numbers = self.plan.samples(0 if self.overfit_one_batch else first)
         try:
-            windows = [self.split.sample(number) for number in numbers if number is not None]
+            windows = [self.split.sample(number) for number in numbers]
         except UNREADABLE as error:
             return error
         shape = (self.plan.microbatches, self.plan.microbatch)
@@ -205,37 +192,28 @@ class _Steps(Dataset[Batch | Exception]):
 
 
 def _assemble(
-    like: Source, windows: Sequence[Tokens], numbers: Sequence[int | None], shape: tuple[int, int], sequences: int
+    like: Source, windows: Sequence[Tokens], numbers: Sequence[int], shape: tuple[int, int], sequences: int
 ) -> Batch:
     """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences, and each of them to
-    the sequence length.
+    the sequence length. Padding comes last, so that nothing which counts sees it: each separator opens a document.
 
-    They may be of any source that is `like` this one in its tokenizer and in what windows are. Padding comes last, so
-    that nothing which counts sees it; each separator opens a document.
+    They may be of any source that is `like` this one in its tokenizer and in what windows are.
     """
-    tokens = np.full((len(numbers), like.sequence_length), like.tokenizer.separator, np.int64)
+    tokens = np.full((shape[0] * shape[1], like.sequence_length), like.tokenizer.separator, np.int64)
     labels = np.full_like(tokens, IGNORED)
     for row, window in enumerate(windows):
         tokens[row, : len(window) - 1] = window[:-1]
         labels[row, : len(window) - 1] = window[1:]
     layout = document_layout(tokens, like.tokenizer.separator) if like.document_mask else ()
-    shaped = [torch.from_numpy(array).view(*shape, like.sequence_length) for array in (tokens, labels, *layout)]
-    return Batch(
-        tokens=shaped[0],
-        labels=shaped[1],
-        positions=shaped[2] if layout else None,
-        documents=shaped[3] if layout else None,
-        samples=tuple(number for number in numbers if number is not None),
-        sequences=sequences,
-        valid_tokens=sum(len(window) - 1 for window in windows),
-    )
+    inputs, targets, *places = (torch.from_numpy(array).view(*shape, -1) for array in (tokens, labels, *layout))
+    positions, documents = places or (None, None)
+    valid = sum(len(window) - 1 for window in windows)
+    return Batch(inputs, targets, positions, documents, tuple(numbers), sequences, valid)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Keep a worker alive through signals that are meant for the whole job.
-
-    The trainer answers them by finishing its step and saving, for which it still needs its workers; only a SIGTERM that
-    it sends itself (it is tearing them down) ends them.
+    """Keep a worker alive through signals that are meant for the whole job: the trainer answers them by finishing its
+    step and saving, for which it needs its workers. Only a SIGTERM of its own, when it tears them down, ends them.
     """
     signal.set_wakeup_fd(-1)  # inherited: what this process is sent would be received by the trainer
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -119,12 +119,9 @@ class BatchPlan:
         needed = ceil_div(ceil_div(self.global_batch, self.data_ranks), self.microbatch)
         return max(needed, self.least_microbatches)
 
-    def samples(self, first: int) -> list[int | None]:
-        """Sample numbers on this rank of the step that begins with sample `first`, `microbatches * microbatch` long;
-        None is padding.
-        """
-        mine: list[int | None] = list(range(first + self.data_rank, first + self.global_batch, self.data_ranks))
-        return mine + [None] * (self.microbatches * self.microbatch - len(mine))
+    def samples(self, first: int) -> range:
+        """Sample numbers on this rank of the step that begins with sample `first`; padding has none."""
+        return range(first + self.data_rank, first + self.global_batch, self.data_ranks)
 
 
 @dataclass(frozen=True)

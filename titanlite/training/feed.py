@@ -9,7 +9,7 @@ from titanlite.corpus.verification import Verification
 from titanlite.data.loader import ReadAhead, train_loader
 from titanlite.data.read_log import SKIPPED, ReadLog
 from titanlite.data.splits import DataSplits
-from titanlite.errors import DataError
+from titanlite.errors import DataError, WorkerKilled
 from titanlite.observe.logger import RunLogger
 from titanlite.parallel.batch import Batch
 from titanlite.parallel.world import World
@@ -97,12 +97,15 @@ class Feed:
 
     def explain(self, failure: Exception, saved: str) -> DataError:
         """The error that ends the run for this `failure`; `saved` says what is kept of it."""
+        reason = f"{str(failure).removesuffix('.')}.{saved}"
         if failure is self._ahead.failure:
-            error = self._ahead.unreadable(saved)
-            self._progress.under_way = self._ahead.step, self._schedule.first_sample(self._ahead.step)
-            return error
-        return DataError(f"{str(failure).removesuffix('.')}.{saved}")
+            step = self._progress.step + 1 + len(self._ahead.ready)
+            first, last = self.samples_of(step)
+            self._progress.under_way = step, first
+            kind = WorkerKilled if isinstance(failure, WorkerKilled) else DataError
+            return kind(f"step {step}: one of the samples {first} to {last} cannot be read: {reason}")
+        return DataError(reason)
 
     def _read_ahead(self, batches: Iterator[Batch]) -> ReadAhead:
         # An agreement among ranks takes two steps.
-        return ReadAhead(batches, 0 if self._world.size == 1 else 2, self._schedule)
+        return ReadAhead(batches, 0 if self._world.size == 1 else 2)
