@@ -20,24 +20,17 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
+from titanlite.recipe import toml
 from titanlite.recipe.explain import all_keys, describe_type, holds_keys, key_schema, suggest_key
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe, recipe_class
-from titanlite.recipe.toml import (
-    KeyPath,
-    TomlSyntaxError,
-    find_lines,
-    find_paths,
-    format_toml,
-    format_value,
-    parse_toml,
-    parse_value,
-)
+from titanlite.recipe.toml import format_value, parse_value
 from titanlite.registry import did_you_mean, import_plugin, require_plugins
 
 COMMAND_LINE = "command line"
 _SHOWN_CHARACTERS = 60
-_OF_A_TEXT = ("value_error", "string_unicode")
+_OF_A_TEXT = ("value_error", "string_unicode")  # complaints of pydantic about a value that is a text
+_PLUGINS = ("plugins", "modules")
 
 _SYNTAX_FIXES = {
     "invalid value": "text needs quotes, and booleans are true and false.",
@@ -49,11 +42,11 @@ _SYNTAX_FIXES = {
 
 @dataclass(frozen=True)
 class _Layer:
-    """Values as one file, or the command line, gives them, and the line of each key there (command line: 0)."""
+    """Values as one file, or the command line, gives them."""
 
     file: str
     values: dict[str, Any]
-    lines: Mapping[KeyPath, int]
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,8 @@ class LoadedRecipe:
 
     recipe: Recipe
     path: Path
-    text: str
-    """The resolved recipe as TOML: every key that has a value."""
-    layers: Sequence[_Layer] = field(repr=False)
-    """What gave its keys: the command line, the file, and what that extends."""
+    text: str  # the resolved recipe as TOML: every key that has a value
+    layers: Sequence[_Layer] = field(repr=False)  # what gave its keys: the command line, the file, what that extends
 
     def locate(self, findings: Iterable[Finding]) -> list[Finding]:
         """The same findings, each with the file and line where its key was set."""
@@ -95,39 +86,41 @@ def load_run_recipe(run: Path) -> Recipe:
 
 def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
     files, findings = _read_chain(path)
-    given, override_findings = _parse_overrides(overrides)
-    findings += override_findings
+    given, malformed = _parse_overrides(overrides)
+    findings += malformed
     layers = [given, *files]
     values: dict[str, Any] = {}
     for layer in reversed(layers):
         values = _merge(_drop_other_amount(values, layer.values), layer.values)
-    if failures := list(_plugin_failures(values, stored, str(path))):
-        raise RecipeError(findings + [_locate(failure, layers, str(path)) for failure in failures])
-    try:
-        recipe = recipe_class().model_validate(values)
-    except ValidationError as error:
-        faults = [_locate(fault, layers, str(path)) for fault in _to_findings(error, values)]
-        order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
-        findings += sorted(faults, key=lambda fault: (order.index(fault.file), fault.line))
+    failures = _import_plugins(values, stored, str(path))
+    if not failures:  # without them, other keys cannot be checked
+        try:
+            recipe = recipe_class().model_validate(values)
+        except ValidationError as error:
+            failures = _to_findings(error, values)
+    order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
+    located = (_locate(failure, layers, str(path)) for failure in failures)
+    findings += sorted(located, key=lambda finding: (order.index(finding.file), finding.line))
     if findings:
         raise RecipeError(findings)
     return LoadedRecipe(recipe, path, to_toml(recipe), layers)
 
 
-def _plugin_failures(values: Mapping[str, Any], stored: bool, where: str) -> Iterator[Finding]:
-    """Why plugins that a recipe names cannot be used; without them its other keys cannot be checked."""
+def _import_plugins(values: Mapping[str, Any], stored: bool, where: str) -> list[Finding]:
+    """Why plugins that a recipe names cannot be used."""
+    findings = []
     for module in plugin_modules(values):
         try:
             require_plugins([module], where) if stored else import_plugin(module)
         except UsageError as error:
-            fix = "" if stored else "install it, or set PYTHONPATH to the folder that holds it."
-            yield Finding("plugins.modules", f"{error};" if fix else str(error), fix)
+            fix = "" if stored else "; install it, or set PYTHONPATH to the folder that holds it."
+            findings.append(Finding("plugins.modules", f"{error}{fix}"))
+    return findings
 
 
 def plugin_modules(values: Mapping[str, Any]) -> list[str]:
     """The modules that a recipe's values name as plugins, as far as they are names."""
-    section = values.get("plugins")
-    modules = section.get("modules") if isinstance(section, dict) else None
+    modules = toml.value_at(values, _PLUGINS) if toml.holds(values, _PLUGINS) else None
     return [name for name in modules if isinstance(name, str) and name] if isinstance(modules, list) else []
 
 
@@ -168,7 +161,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
 
 def to_toml(recipe: Recipe) -> str:
     """The whole recipe as TOML, defaults included; reading it back gives an equal `Recipe`."""
-    return "# The resolved recipe of a run: every key that has a value.\n\n" + format_toml(recipe.model_dump())
+    return "# The resolved recipe of a run: every key that has a value.\n\n" + toml.format_toml(recipe.model_dump())
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -189,18 +182,18 @@ def _read_chain(path: Path) -> tuple[list[_Layer], list[Finding]]:
     """The file and what it extends, nearest first. A link that cannot be followed ends the chain with a finding."""
     layers: list[_Layer] = []
     named_by = Finding("", "")  # the `extends` that led to this file
-    while True:
-        try:
+    try:
+        while True:
             layer = _read_file(path)
             layers.append(layer)
             if "extends" not in layer.values:
                 return layers, []
-            named_by = Finding("extends", "", file=layer.file, line=layer.lines[("extends",)])
+            named_by = Finding("extends", "", file=layer.file, line=toml.find_line(layer.text, ["extends"]))
             path = _find_base(path, layer.values.pop("extends"), [layer.file for layer in layers])
-        except UsageError as error:
-            return layers, [dataclasses.replace(named_by, problem=str(error))]
-        except RecipeError as error:
-            return layers, error.findings
+    except UsageError as error:
+        return layers, [dataclasses.replace(named_by, problem=str(error))]
+    except RecipeError as error:
+        return layers, error.findings
 
 
 def _find_base(path: Path, base: Any, chain: Sequence[str]) -> Path:
@@ -218,45 +211,41 @@ def _read_file(path: Path) -> _Layer:
     """Raises `UsageError` if it is not there or cannot be read, and `RecipeError` if it is not TOML."""
     try:
         content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+        return _Layer(str(path), toml.parse_toml(text), text)
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob("*.toml")]
         fix = did_you_mean(path.name, siblings) or "check the path (`extends` is relative to the file that has it)."
         raise UsageError(f"there is no recipe '{path}'; {fix}") from None
     except OSError as error:
         raise UsageError(f"the recipe '{path}' cannot be read: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-        return _Layer(str(path), parse_toml(text), find_lines(text))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        problem = f"byte 0x{content[error.start]:02x} is not UTF-8, which TOML files must be;"
-        raise RecipeError([Finding("", problem, "save the file as UTF-8.", str(path), line)]) from None
-    except TomlSyntaxError as error:
-        fix = next((fix for complaint, fix in _SYNTAX_FIXES.items() if str(error).startswith(complaint)), "")
-        raise RecipeError([Finding("", f"not TOML: {error}{';' * bool(fix)}", fix, str(path), error.line)]) from None
+        problem, fix = f"byte 0x{content[error.start]:02x} is not UTF-8, which TOML is;", "save the file as UTF-8."
+    except toml.TomlSyntaxError as error:
+        fix = next((fix for complaint, fix in _SYNTAX_FIXES.items() if complaint in str(error)), "")
+        line, problem = error.line, f"not TOML: {error}{';' * bool(fix)}"
+    raise RecipeError([Finding("", problem, fix, str(path), line)])
 
 
 def _parse_overrides(words: Sequence[str]) -> tuple[_Layer, list[Finding]]:
     """What `--section.key=value` words give."""
     values: dict[str, Any] = {}
-    lines: dict[KeyPath, int] = {}
     findings: list[Finding] = []
     for word in words:
         flag, equals, text = word.partition("=")
-        path = tuple(flag[2:].split("."))
+        path = flag[2:].split(".")
         if not flag.startswith("--") or not all(path):
             problem, fix = f"'{word}' is not understood;", "overrides are written --section.key=value."
             findings.append(Finding("", problem, fix, COMMAND_LINE))
         elif not equals:
             findings.append(Finding(flag[2:], "has no value;", f"write {flag}=VALUE.", COMMAND_LINE))
         else:
-            override = _nest(path, _override_value(path, text))
-            values = _merge(values, override)
-            lines |= dict.fromkeys(find_paths(override), 0)
-    return _Layer(COMMAND_LINE, values, lines), findings
+            values = _merge(values, _nest(path, _override_value(path, text)))
+    return _Layer(COMMAND_LINE, values), findings
 
 
-def _override_value(path: tuple[str, ...], text: str) -> Any:
+def _override_value(path: Sequence[str], text: str) -> Any:
     """A TOML value, or the bare text where it is none, or where the key takes text and `text` only looks like a number
     or a date (`--run.name=2024-11-21`)."""
     try:
@@ -287,16 +276,13 @@ def _drop_other_amount(below: dict[str, Any], above: dict[str, Any]) -> dict[str
 
 def _locate(finding: Finding, layers: Sequence[_Layer], default_file: str) -> Finding:
     """`finding` with the place of its key; of the nearest table around it where the key itself is nowhere set."""
-    path: KeyPath = tuple(int(name) if name.isdigit() else name for name in finding.key.split("."))
-    places = (
-        (layer.file, layer.lines[path[:length]])
-        for length in range(len(path), 0, -1)
-        for layer in layers
-        if path[:length] in layer.lines
-    )
-    file, line = next(places, (default_file, 0))
-    extended_by = default_file if file not in (default_file, COMMAND_LINE) else ""
-    return dataclasses.replace(finding, file=file, line=line, extended_by=extended_by)
+    path = finding.key.split(".")
+    tables = [path[:length] for length in range(len(path), 0, -1)]
+    places = ((layer, table) for table in tables for layer in layers if toml.holds(layer.values, table))
+    layer, table = next(places, (_Layer(default_file, {}), path))
+    line = toml.find_line(layer.text, table) if layer.text else 0
+    extended_by = default_file if layer.file not in (default_file, COMMAND_LINE) else ""
+    return dataclasses.replace(finding, file=layer.file, line=line, extended_by=extended_by)
 
 
 def _to_findings(error: ValidationError, values: dict[str, Any]) -> list[Finding]:
@@ -307,7 +293,7 @@ def _to_findings(error: ValidationError, values: dict[str, Any]) -> list[Finding
         # Of a value that may be text or a list, pydantic also reports why it is not the other one.
         if path not in faults or (fault["type"] in _OF_A_TEXT and faults[path]["type"] not in _OF_A_TEXT):
             faults[path] = fault
-    return [_to_finding(path, fault, _value_at(values, path)) for path, fault in faults.items()]
+    return [_to_finding(path, fault, values) for path, fault in faults.items()]
 
 
 def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
@@ -321,20 +307,15 @@ def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
     return path
 
 
-def _value_at(values: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        values = values[int(name)] if isinstance(values, list) else values.get(name)
-    return values
-
-
-def _to_finding(path: tuple[str, ...], fault: Any, value: Any) -> Finding:
+def _to_finding(path: tuple[str, ...], fault: Any, values: dict[str, Any]) -> Finding:
     key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        return Finding(key, *_unknown(path, value))
     if fault["type"] == "missing" and fault["loc"][-1] == path[-1]:
         return Finding(".".join(path[:-1]), f"has no {path[-1]};", f"write {path[-1]} = …")
     if fault["type"] == "value_error":
         return Finding(key, str(fault["ctx"]["error"]))
+    value = toml.value_at(values, path)
+    if fault["type"] == "extra_forbidden":
+        return Finding(key, *_unknown(path, value))
     shown = "a table" if isinstance(value, dict) else format_value(value).encode("utf-8", "backslashreplace").decode()
     shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
     if fault["type"] == "string_unicode":
@@ -367,11 +348,9 @@ def _readings(value: Any) -> Iterator[Any]:
     """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
     texts: list[str] = []
     if isinstance(value, str):
-        texts = [value, value.lower()]
-        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
-            texts.append(value.replace(",", "_"))
-        if re.fullmatch(r"[0-9]+,[0-9]+", value):  # 1,500 may be either
-            texts.append(value.replace(",", "."))
+        texts = [value, value.lower(), value.replace(",", ".")]
+        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):  # 1,500 may be either
+            texts.append(value.replace(",", ""))
     elif isinstance(value, float) and value.is_integer():
         texts = [str(int(value))]
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -388,7 +367,7 @@ def _is_valid(path: tuple[str, ...], value: Any) -> bool:
     return False
 
 
-def _nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:
     """`value` within the tables that `path` names: {"training": {"steps": 5}}."""
     *tables, name = path
     return reduce(lambda inner, table: {table: inner}, reversed(tables), {name: value})

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from itertools import takewhile
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-KeyPath = tuple[str | int, ...]
-"""Where a value stands: names of tables and keys, and indices into arrays."""
 
 
 class TomlSyntaxError(ValueError):
@@ -50,70 +48,43 @@ def parse_value(text: str) -> Any:
     return values["value"]
 
 
-def find_lines(text: str) -> dict[KeyPath, int]:
-    """The line (from 1) of a valid document that first names each table, key and array element.
+def value_at(values: Any, path: Sequence[str]) -> Any:
+    """What stands at a key, whose part is an index where it names an element of an array.
 
-    A statement (a header, or a key with its value) is TOML by itself, and none of its beginnings is: lines are put
-    together until they are. An array over several lines is TOML once a bracket closes it; what follows is then read as
-    an array of its own. What is nested in an element of an array stands where the element begins.
+    Raises `LookupError`, `TypeError` or `ValueError` where there is nothing.
     """
-    lines: dict[KeyPath, int] = {}
-    table: KeyPath = ()
-    newest: dict[KeyPath, int] = {}  # array of tables -> index of its last one
-    array: KeyPath | None = None  # the one that is open, of which `elements` are read
-    elements = 0
-    chunk, start = "", 1
-    for number, line in enumerate(text.split("\n"), 1):
-        chunk += (line.lstrip(" \t,") if array and not chunk else line) + "\n"
-        statement = f"array = [{chunk}" if array else chunk
-        whole = _load_or_none(statement)
-        found = _load_or_none(f"{statement}]") if whole is None else whole
-        if found is None:
-            continue
-        below = list(find_paths(found))
-        if array:
-            paths = [(*array, elements + int(index), *rest) for _, index, *rest in below[1:]]
-        elif chunk.lstrip().startswith("["):
-            table = _find_table(below[-1], newest)
-            paths = [table[:length] for length in range(1, len(table) + 1)]
-        else:
-            paths = [(*table, *path) for path in below]
-            if whole is None:
-                array, elements = (*table, *takewhile(lambda part: isinstance(part, str), below[-1])), 0
-        for path in paths:
-            lines.setdefault(path, start)
-            elements += array is not None and len(path) == len(array) + 1
-        array = array if whole is None else None
-        chunk, start = "", number + 1
-    return lines
+    for name in path:
+        values = values[int(name)] if isinstance(values, list) else values[name]
+    return values
 
 
-def _load_or_none(text: str) -> dict[str, Any] | None:
-    try:
-        return parse_toml(text)
-    except TomlSyntaxError:
-        return None
+def holds(values: Any, path: Sequence[str]) -> bool:
+    """Whether there is something at a key."""
+    with suppress(LookupError, TypeError, ValueError):
+        value_at(values, path)
+        return True
+    return False
 
 
-def find_paths(value: Any) -> Iterator[KeyPath]:
-    """Where everything within a value stands, tables before what is in them."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, inner in items:
-        yield (name,)
-        yield from ((name, *path) for path in find_paths(inner))
+def find_line(text: str, path: Sequence[str]) -> int:
+    """The line (from 1) of a valid document that first names a table, key or array element, which it must hold.
 
+    A beginning of a document is TOML where a statement ends and, once a bracket closes it, where an element of an
+    array ends; the first one that holds the key is searched by halving. What is nested in an element of an array over
+    several lines stands where the element begins.
+    """
+    lines = text.split("\n")
 
-def _find_table(header: KeyPath, newest: dict[KeyPath, int]) -> KeyPath:
-    """Where a header's table is: a name of an array of tables means its last one; `[[name]]` adds one to `newest`."""
-    path: KeyPath = ()
-    for part in header:
-        if isinstance(part, int):
-            newest[path] = newest.get(path, -1) + 1
-        if path in newest:
-            path = (*path, newest[path])
-        if isinstance(part, str):
-            path = (*path, part)
-    return path
+    def parse_beginning(end: int) -> tuple[int, dict[str, Any]]:
+        """The longest beginning of at most `end` lines: its length and values."""
+        while True:
+            for bracket in ("", "]"):
+                with suppress(TomlSyntaxError):
+                    return end, parse_toml("\n".join([*lines[:end], bracket]))
+            end -= 1
+
+    first = bisect_left(range(len(lines)), True, key=lambda end: holds(parse_beginning(end)[1], path))
+    return parse_beginning(first - 1)[0] + 1
 
 
 def format_toml(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
