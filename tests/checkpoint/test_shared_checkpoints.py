@@ -230,7 +230,7 @@ def test_one_damaged_file_sends_all_ranks_to_the_checkpoint_before(pool: Pool, t
         ("shape", "model.stage-1: shape [5] in the checkpoint, [6] here"),
         ("fewer", "model.stage-1: in the checkpoint, but not in this model"),
         ("more", "model.more: missing in the checkpoint"),
-        ("elsewhere", "is not the folder that the first rank writes to"),
+        ("elsewhere", "rank 1 finds"),
     ],
 )
 def test_what_does_not_fit_one_rank_is_refused_by_all(pool: Pool, tmp_path: Path, strange: str, said: str):

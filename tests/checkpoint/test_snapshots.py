@@ -21,7 +21,7 @@ from support.tiny import write_tiny
 from titanlite.checkpoint import save, snapshots
 from titanlite.checkpoint.format import MANIFEST, folder_name
 from titanlite.checkpoint.save import CheckpointMetadata
-from titanlite.checkpoint.snapshots import GENERATION, Snapshots, assemble, plan_copies, plan_fetch, replica_ranks
+from titanlite.checkpoint.snapshots import GENERATION, Move, Snapshots, assemble, backup_machines, plan_moves
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main
 from titanlite.errors import UsageError
@@ -32,6 +32,13 @@ from titanlite.training.saving import usable_snapshots
 PAIRS, RING, UNEQUAL = [0, 0, 2, 2], [0, 1, 2], [0, 0, 0, 3]
 """Ranks on machines, these by their first rank."""
 SAID = ["going on from the snapshot of step 5 in memory."]
+
+
+def plan_copies(sizes: dict[str, int], machines: list[int]) -> list[Move]:
+    """By which each file gets to the machine after that of the rank that wrote it."""
+    backups, holders = backup_machines(machines), {file: [machines[save.writer_of(file)]] for file in sizes}
+    return plan_moves(sizes, holders, [(backups[holders[file][0]], file) for file in sizes], machines)
+
 
 some_machines = some.lists(some.integers(0, 4), min_size=1, max_size=9).map(
     lambda places: [places.index(place) for place in places]
@@ -66,8 +73,9 @@ def test_any_machine_may_be_lost(machines: list[int], data: some.DataObject) -> 
     wanted = [data.draw(some_files) for _ in machines]
     if lost is not None:
         held[lost] = set()
-    for file, size, source, target in plan_fetch(whole, machines, wanted):
-        assert file in held[source] and size == whole.sizes[file] and file in wanted[target]
+    seeking = [(machine, file) for machine, files in zip(machines, wanted, strict=True) for file in files]
+    for file, size, source, target in plan_moves(whole.sizes, whole.holders, seeking, machines):
+        assert file in held[machines[source]] and size == whole.sizes[file] and (machines[target], file) in seeking
         assert file not in held[machines[target]], "no machine gets what it has, or a file twice"
         held[machines[target]].add(file)
     for rank, files in enumerate(wanted):
@@ -75,14 +83,13 @@ def test_any_machine_may_be_lost(machines: list[int], data: some.DataObject) -> 
 
 
 def report(sizes: dict[str, int], held: set[str]) -> Any:
-    here = {file: sizes[file] for file in held}
-    return [[7, "digest", here, [file for file in sizes if file not in held]]]
+    return [[7, "digest", sizes, list(held)]]
 
 
 @given(some_machines)
 def test_in_each_turn_a_machine_sends_or_receives(machines: list[int]) -> None:
     sizes = {f"tensors-{rank:05d}-000.safetensors": 1 for rank in range(len(machines))}
-    assert all((machines[a] == machines[b]) == (len(set(machines)) == 1) for a, b in enumerate(replica_ranks(machines)))
+    assert all((a == b) == (len(set(machines)) == 1) for a, b in backup_machines(machines).items())
     turns, sends, receives = 1, set(), set()
     for move in plan_copies(sizes, machines):
         source, target = machines[move.source], machines[move.target]

@@ -30,8 +30,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**31
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
-MAX_DIMENSIONS = 4
-"""The work for a chunk doubles with each (see `tiles`)."""
+MAX_DIMENSIONS = 4  # The work for a chunk doubles with each (see `tiles`)
 
 DTYPES: dict[str, tuple[int, str]] = {
     "float64": (8, "F64"),
@@ -109,17 +108,14 @@ class Manifest:
     """Everything that a checkpoint holds, and what made it."""
 
     step: int
-    samples: int
-    """Samples consumed, which is the whole state of the data."""
+    samples: int  # Samples consumed, which is the whole state of the data
     tokens: int
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
-    recipe: str
-    """The resolved recipe, as TOML."""
+    recipe: str  # The resolved recipe, as TOML
     environment: Mapping[str, str]
     """What wrote it: versions, platform, device. For the reader's eye; loading does not depend on it."""
-    values: Mapping[str, Scalar]
-    """Small values beside the tensors, such as counters."""
+    values: Mapping[str, Scalar]  # Small values beside the tensors, such as counters
 
 
 _FIELDS = set(Manifest.__dataclass_fields__)
@@ -293,20 +289,16 @@ def _refuse_constant(text: str) -> NoReturn:
 
 # --- the table at the head of a safetensors file
 
-ChunksByFile = dict[str, list[tuple[str, Chunk]]]
-"""File -> (tensor, chunk) of what lies in it."""
-MAX_HEADER_BYTES = 10**8
-"""The library's own limit."""
+ChunksByFile = dict[str, list[tuple[str, Chunk]]]  # File -> (tensor, chunk) of what lies in it
+MAX_HEADER_BYTES = 10**8  # The library's own limit
 
 
 class StoredTensor(NamedTuple):
     """One tensor of a file."""
 
-    dtype: str
-    """torch's name, or safetensors' code of a dtype that no checkpoint holds."""
+    dtype: str  # torch's name, or safetensors' code of a dtype that no checkpoint holds
     shape: tuple[int, ...]
-    begin: int
-    """First byte in the file."""
+    begin: int  # First byte in the file
     nbytes: int
 
 

@@ -44,10 +44,8 @@ from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
 from titanlite.text import pluralize
 
-PREFIX = "model."
-"""What the weights' names begin with in a checkpoint."""
-SHARD_BYTES = 5 * 10**9
-"""Hugging Face's own limit for one file of weights."""
+PREFIX = "model."  # What the weights' names begin with in a checkpoint
+SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file of weights
 EXPORT_DTYPES = ("float32", "bfloat16")
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -71,11 +69,9 @@ class Written:
     folder: Path
     tensors: int
     nbytes: int
-    files: tuple[str, ...]
-    """Those of the weights, `nbytes` in sum beside their tables."""
+    files: tuple[str, ...]  # Those of the weights, `nbytes` in sum beside their tables
     tokenizer_files: tuple[str, ...]
-    without_tokenizer: str = ""
-    """Why an import's run has no tokenizer; empty if it has one."""
+    without_tokenizer: str = ""  # Why an import's run has no tokenizer; empty if it has one
 
 
 def export_huggingface(

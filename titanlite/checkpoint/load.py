@@ -51,8 +51,7 @@ from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
 from titanlite.text import pluralize
 
-READERS = 4
-"""Files that a rank reads at once, each hashed by a thread of its own."""
+READERS = 4  # Files that a rank reads at once, each hashed by a thread of its own
 
 
 def load_state(
@@ -149,8 +148,7 @@ def wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: 
 BLOCK_BYTES = 2**22
 """What is read at once: whole rows of about this size (one row, if that is larger). So small that it is still in the
 processor's cache when it is hashed and copied."""
-RUN_BYTES = 2**12
-"""Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway."""
+RUN_BYTES = 2**12  # Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway
 
 
 def read_chunks(
@@ -336,11 +334,9 @@ class Difference:
     name: str
     a: str | None
     b: str | None
-    differing: int | None = None
-    """Number of values that are not the same."""
+    differing: int | None = None  # Number of values that are not the same
     max_abs: float | None = None
-    max_rel: float | None = None
-    """Largest |a - b| / max(|a|, |b|)."""
+    max_rel: float | None = None  # Largest |a - b| / max(|a|, |b|)
 
     @property
     def is_none(self) -> bool:

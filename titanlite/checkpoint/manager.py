@@ -23,8 +23,7 @@ from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 from titanlite.text import pluralize
 
-VALIDATION_LOSS = "validation_loss"
-"""The value beside a checkpoint's tensors that tells which are the best ones."""
+VALIDATION_LOSS = "validation_loss"  # The value beside a checkpoint's tensors that tells which are the best ones
 BACK_TO = "rollback_to"
 """The value that names the step which a rollback goes back to, where that is an earlier one; -1: what the run began
 with. A checkpoint that has it stays until there is a newer one, and takes no other's place."""
@@ -221,22 +220,24 @@ class CheckpointManager:
 
         Raises `CheckpointError` before any training is lost to a folder that is another one on another machine.
         """
-        if self._ranks.size > 1:
-            mark: str = self._ranks.run_on_rank0(lambda: storage.leave_mark(self.folder))
+        ranks, folder = self._ranks, self.folder
 
-            def look() -> None:
-                if not (self.folder / mark).exists():
-                    raise CheckpointError(
-                        f"{self.folder} is not the folder that the first rank writes to. Every machine must see the "
-                        "same one: set run.output_dir to a folder that they share."
-                    )
+        def require_all(seen: list[bool]) -> None:
+            if not all(seen):
+                raise CheckpointError(
+                    f"what rank {seen.index(False)} finds at {folder} is not the folder that the first rank writes to. "
+                    "Every machine must see the same one: set run.output_dir to a folder that they share."
+                )
 
+        if ranks.size > 1:
+            wrapped = storage.wrap_os_errors(f"cannot write to {folder}", folder)
+            mark: str = ranks.run_on_rank0(wrapped(lambda: storage.leave_mark(folder)))
             try:
-                self._ranks.run_on_all_ranks(look)
+                ranks.run_on_all_ranks((folder / mark).exists, require_all)
             finally:
-                if self._ranks.is_first:
+                if ranks.is_first:
                     with suppress(OSError):  # the next start clears it
-                        os.remove(self.folder / mark)
+                        os.remove(folder / mark)
         return [step for step in self._ranks.run_on_rank0(self.steps) if last is None or step <= last]
 
     def set_aside_after(self, step: int) -> None:

@@ -24,8 +24,7 @@ _KINDS: dict[str, type[TitanliteError]] = {
     for kind in (GuardStop, UsageError, CheckpointError, RunFolderLost, NewerFormatError, DamagedCheckpointError)
 }
 """Errors that other ranks raise too, the gravest first: an older checkpoint mends damage and nothing else."""
-Message = dict[str, Any]
-"""`{"value": …}` of an action that succeeded, `{"kind": …, "text": …}` of one that failed."""
+Message = dict[str, Any]  # `{"value": …}` of an action that succeeded, `{"kind": …, "text": …}` of one that failed
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,8 @@ class Ranks:
         return self.rank == 0
 
     def run_on_rank0(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, which alone runs it; on every rank."""
-        if self.size == 1:
-            return action()
-        message, error = _attempt(action) if self.is_first else ({}, None)
-        return _result(self._broadcast(message), error)
+        """What `action` returns on rank 0, which alone runs it, once all ranks have come; on every rank."""
+        return self.run_on_all_ranks(lambda: None, lambda _: action())
 
     def run_on_all_ranks(
         self, action: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda results: None
@@ -59,15 +55,21 @@ class Ranks:
         """Every rank runs `action`, then rank 0 `decide` on the results, by rank; what that returns, on every rank."""
         if self.size == 1:
             return decide([action()])
-        own, error = _attempt(action)
-        messages = gather_bytes(json.dumps(own).encode(), self.size, self.group)
-        verdict: Message = {}
+        message, error = _attempt(action)
+        gathered = gather_bytes(json.dumps(message).encode(), self.size, self.group)
         if self.is_first:
-            results = list(map(json.loads, messages))
-            verdict = _gravest(results)
-            if not verdict:
-                verdict, error = _attempt(lambda: decide([result["value"] for result in results]))
-        return _result(self._broadcast(verdict), error)
+            messages = list(map(json.loads, gathered))
+            message = _gravest(messages)
+            if not message:
+                message, error = _attempt(lambda: decide([each["value"] for each in messages]))
+        message = self._broadcast(message)
+        if "kind" not in message:
+            return message["value"]
+        if error is not None and not isinstance(error, tuple(_KINDS.values())):
+            raise error
+        shared = _KINDS[message["kind"]](message["text"])
+        shared.on_all_ranks = True
+        raise shared from error
 
     def send(self, block: torch.Tensor, rank: int) -> None:
         """Send bytes (a CPU tensor) to another rank, which receives as many."""
@@ -88,8 +90,7 @@ class Ranks:
         return received
 
 
-ALONE = Ranks()
-"""A process without others."""
+ALONE = Ranks()  # A process without others
 
 
 def new_ranks(rank: int, size: int, timeout_seconds: float) -> Ranks:
@@ -117,14 +118,3 @@ def _gravest(messages: list[Message]) -> Message:
     rank, worst = min(failures, key=lambda failure: kinds.index(failure[1]["kind"]))
     others = f" ({pluralize(len(failures) - 1, 'other rank')} failed too)" if len(failures) > 1 else ""
     return {"kind": worst["kind"], "text": f"rank {rank}: {worst['text']}{others}"}
-
-
-def _result(message: Message, own: Exception | None) -> Any:
-    """The value of a success. Raises the error of the message, or `own` if that is not one of the user's."""
-    if "kind" not in message:
-        return message["value"]
-    if own is not None and not isinstance(own, tuple(_KINDS.values())):
-        raise own
-    error = _KINDS[message["kind"]](message["text"])
-    error.on_all_ranks = True
-    raise error from own

@@ -35,10 +35,8 @@ from titanlite.models.shard import Shard
 from titanlite.plan.memory import FILE_BYTES
 from titanlite.text import format_bytes
 
-BLOCK_BYTES = 2**26
-"""A tensor goes through memory in runs of rows of about this size (one row, if that is larger)."""
-BATCH_BYTES = 2**25
-"""As soon as this is written it is synced, while more is written."""
+BLOCK_BYTES = 2**26  # A tensor goes through memory in runs of rows of about this size (one row, if that is larger)
+BATCH_BYTES = 2**25  # As soon as this is written it is synced, while more is written
 Data = bytes | memoryview
 
 
@@ -46,11 +44,9 @@ Data = bytes | memoryview
 class Source:
     """A tensor that is still elsewhere."""
 
-    dtype: str
-    """torch's name of the dtype that it is written in."""
+    dtype: str  # torch's name of the dtype that it is written in
     shape: tuple[int, ...]
-    read: Callable[[Box], Tensor]
-    """Reads a box of it, in any dtype."""
+    read: Callable[[Box], Tensor]  # Reads a box of it, in any dtype
 
     @property
     def nbytes(self) -> int:
@@ -117,8 +113,7 @@ class WriteItem:
 
     name: str
     offset: tuple[int, ...]
-    values: Tensor | Source
-    """A view of what is trained, on any device, or a copy of it."""
+    values: Tensor | Source  # A view of what is trained, on any device, or a copy of it
 
 
 @dataclass(frozen=True)
@@ -261,10 +256,8 @@ class SaveResult:
     """How a save ended; the same on all ranks."""
 
     step: int
-    error: CheckpointError | None
-    """Why there is nothing of this step; None: it is committed."""
-    blocked_seconds: float
-    """How long training stood still for it."""
+    error: CheckpointError | None  # Why there is nothing of this step; None: it is committed
+    blocked_seconds: float  # How long training stood still for it
     seconds: float
 
 

@@ -1,8 +1,7 @@
 """Snapshots of a run in the memory of its machines: what a restart goes on from without reading a disk.
 
 Each machine keeps what its ranks hold, and a copy of what those of the machine before it hold, so that any one may be
-lost; in a folder on a file system in memory, which outlives the processes. That folder is a checkpoint some files of
-which lie on other machines. Machines go by the number of their first rank.
+lost; in a folder on a file system in memory, which outlives the processes: a checkpoint that lacks some of its files.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import json
 import os
 import shutil
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,7 @@ from titanlite.files import read_file, read_json, replace_file
 from titanlite.models.shard import Shard
 from titanlite.text import format_bytes
 
-BLOCK_BYTES = 2**24
-"""What is sent from machine to machine at once."""
+BLOCK_BYTES = 2**24  # What is sent from machine to machine at once
 GENERATION = ".snapshots"
 """File beside the run's checkpoints. Each start of a run begins a generation of snapshots, which this file names, with
 the digest of the one that the start went on from, if any. No others count: those that machines which are away still
@@ -43,7 +41,6 @@ RUN_NAME = ".run"
 path. `--fresh` leaves it, and so finds what is to be cleared."""
 _OF_GENERATION = "snapshots"  # the value in a snapshot's manifest that says of which generation it is
 _LAST_SECONDS = 10.0  # for which the end of a run waits for a snapshot that is no longer needed
-_MARK = "machine"  # file by which ranks see that they are on one machine
 
 
 class Move(NamedTuple):
@@ -56,11 +53,12 @@ class Move(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A snapshot, by what all machines hold of it: the manifest of this digest at least, and of its files some."""
+    """A snapshot by the digest of its manifest, the sizes of its files, and the machines that hold each (the manifest
+    too), by their first ranks.
+    """
 
     step: int
     digest: str
-    machines: list[int]
     sizes: dict[str, int]
     holders: dict[str, list[int]]
 
@@ -88,29 +86,30 @@ class Snapshots:
         self._loaded = ""  # digest of the manifest of the one that was loaded, until a generation begins
         self._require_own = require_own
         self._folder = memory  # one in it, once `prepare` knows the run
+        # Name of the generation that counts, and digest of the manifest of the snapshot that it begins with:
         self._generation, self._origin = "", ""
-        """Name of the generation that counts, and digest of the manifest of the snapshot that it begins with."""
         self._machines = [0] * ranks.size  # by rank, its machine: the first rank that sees the same folder
 
     def prepare(self) -> None:
         """Make or find this machine's folder, and clear what a killed process left there. Raises `UsageError`."""
-        checkpoints = self._file.parent
-        name: str = self._ranks.run_on_rank0(lambda: _run_name(checkpoints.with_name(RUN_NAME)))
+        checkpoints, ranks = self._file.parent, self._ranks
+        name: str = ranks.run_on_rank0(lambda: _run_name(checkpoints.with_name(RUN_NAME)))
         run = hashlib.sha256(os.fsencode(checkpoints.resolve()) + b"\0" + name.encode()).hexdigest()[:16]
         self._folder /= f"titanlite-{os.getuid()}-{run}"
-        self._machines = self._ranks.run_on_all_ranks(
-            lambda: _machine_mark(self._folder), lambda marks: [marks.index(mark) for mark in marks]
+        marks = ranks.run_on_all_ranks(lambda: _leave_mark(self._folder), lambda marks: marks)
+        self._machines = ranks.run_on_all_ranks(
+            lambda: next(rank for rank, mark in enumerate(marks) if (self._folder / mark).exists()), lambda seen: seen
         )
-        self._generation, self._origin = self._ranks.run_on_rank0(lambda: _read_generation(self._file))
+        self._generation, self._origin = ranks.run_on_rank0(lambda: _read_generation(self._file))
         self._on_each_machine(lambda: _clear(self._folder, self._generation, self._origin))
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
         sizes = self._ranks.run_on_all_ranks(lambda: save.plan_local_save(tensors).nbytes, lambda sizes: sizes)
-        needed = Counter[int]()
-        for rank, replica in enumerate(replica_ranks(self._machines)):
-            for machine in {self._machines[rank], self._machines[replica]}:
-                needed[machine] += 2 * sizes[rank]
+        needed, backups = Counter[int](), backup_machines(self._machines)
+        for machine, size in zip(self._machines, sizes, strict=True):
+            for keeper in {machine, backups[machine]}:
+                needed[keeper] += 2 * size
         self._on_each_machine(lambda: _require_free(self._folder, needed[self._ranks.rank]))
 
     def begin(self, tensors: Mapping[str, Shard], metadata: save.CheckpointMetadata) -> None:
@@ -124,8 +123,8 @@ class Snapshots:
 
         Call `begin_generation` once the state is what the run goes on from, this or another.
         """
-        reports: list[Any] = self._on_each_machine(lambda: _list_held(self._folder), assemble)
-        for snapshot in (Snapshot(*fields) for fields in reports):
+        for fields in self._on_each_machine(lambda: _list_held(self._folder), assemble):
+            snapshot = Snapshot(*fields)
             if snapshot.step <= newer_than:
                 break
             try:
@@ -172,34 +171,36 @@ class Snapshots:
         return self._ranks.run_on_all_ranks(lambda: action() if self._leads else None, decide)
 
     def _write(self, plan: save.LocalSavePlan, metadata: save.CheckpointMetadata, warn: save.Warn) -> None:
-        final, ranks, text = self._folder / folder_name(metadata.step), self._ranks, ""
+        final, ranks, machines = self._folder / folder_name(metadata.step), self._ranks, self._machines
         pending, wrapped = storage.pending(final), save.wrap_write_errors(final, plan.nbytes, "snapshot")
         ranks.run_on_rank0(self._require_own)
         try:
             self._on_each_machine(wrapped(lambda: storage.begin(final)))
-            text = ranks.run_on_all_ranks(
+            text: str = ranks.run_on_all_ranks(
                 wrapped(lambda: save.write_items(pending, plan, ranks.rank)),
                 lambda tables: encode(save.merge_tables(tables, metadata)).decode(),
             )
             sizes = {file: entry["bytes"] for file, entry in json.loads(text)["files"].items()}
-            ranks.run_on_all_ranks(wrapped(lambda: transfer(plan_copies(sizes, self._machines), pending, ranks)))
+            holders, backups = {file: [machines[save.writer_of(file)]] for file in sizes}, backup_machines(machines)
+            moves = plan_moves(sizes, holders, [(backups[one], file) for file, (one,) in holders.items()], machines)
+            ranks.run_on_all_ranks(wrapped(lambda: transfer(moves, pending, ranks)))
             self._on_each_machine(wrapped(lambda: storage.commit(final, text.encode())))
         except Exception:
-            self._on_each_machine(lambda: _undo(final, text.encode()))
+            self._on_each_machine(lambda: _undo(final))
             raise
         self._on_each_machine(lambda: _remove_others(final, warn))
 
     def _load(self, snapshot: Snapshot, tensors: Mapping[str, Shard]) -> Manifest:
         """Each machine gets the files that its ranks want and it lacks, for as long as they are read."""
-        ranks, folder = self._ranks, self._folder / folder_name(snapshot.step)
+        ranks, folder, first = self._ranks, self._folder / folder_name(snapshot.step), snapshot.holders[MANIFEST][0]
         text = ranks.run_on_all_ranks(
-            lambda: storage.manifest_text(folder) if ranks.rank == snapshot.machines[0] else None,
-            lambda texts: texts[snapshot.machines[0]],
+            lambda: storage.manifest_text(folder) if ranks.rank == first else None, lambda texts: texts[first]
         )
         manifest = storage.decode_manifest(folder, text)
-        wanted = list(wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), tensors))
-        plan = ranks.run_on_all_ranks(lambda: wanted, lambda lists: plan_fetch(snapshot, self._machines, lists))
-        moves = [Move(*fields) for fields in plan]
+        own = list(wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), tensors))
+        wanted = ranks.run_on_all_ranks(lambda: own, lambda lists: lists)
+        seeking = [(machine, file) for machine, files in zip(self._machines, wanted, strict=True) for file in files]
+        moves = plan_moves(snapshot.sizes, snapshot.holders, seeking, self._machines)
         wrapped = storage.wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
         try:
             self._on_each_machine(wrapped(lambda: _make_way(folder, snapshot.digest)))
@@ -222,65 +223,51 @@ def forget(checkpoints: Path) -> None:
 # --- who keeps, sends and gets what: the same on all ranks
 
 
-def replica_ranks(machines: Sequence[int]) -> list[int]:
-    """By rank, the one that keeps copies of its files: on the next machine, at the same place among its ranks.
+def backup_machines(machines: Sequence[int]) -> dict[int, int]:
+    """By machine, the one that keeps copies of its files: the next. A single machine is its own, and gets none."""
+    order = sorted(set(machines))
+    return dict(zip(order, order[1:] + order[:1], strict=True))
 
-    On a single machine that is the rank itself: there is no other to send a copy to.
+
+def plan_moves(
+    sizes: Mapping[str, int],
+    holders: Mapping[str, Sequence[int]],
+    wanted: Iterable[tuple[int, str]],
+    machines: Sequence[int],
+) -> list[Move]:
+    """The moves by which machines get the files that they want (machine, file) and do not hold, from rank to rank:
+    from and to the one there that moves least.
+
+    All ranks follow their order, so that none waits for ever. Copies go by turns, in each of which a machine sends or
+    receives, so that no chain of machines forms each of which waits for the one before.
     """
-    ranks: dict[int, list[int]] = defaultdict(list)
-    for rank, machine in enumerate(machines):
-        ranks[machine].append(rank)
-    order = sorted(ranks)
-    after = {machine: ranks[order[place + 1 - len(order)]] for place, machine in enumerate(order)}
-    return [after[m][ranks[m].index(rank) % len(after[m])] for rank, m in enumerate(machines)]
-
-
-def plan_copies(sizes: Mapping[str, int], machines: Sequence[int]) -> list[Move]:
-    """The moves by which each file gets to the replica of the rank that wrote it, in the order that all ranks follow.
-
-    It goes by turns, in each of which a machine sends or receives, so that no chain of machines forms each of which
-    waits for the one before.
-    """
-    order, replicas = sorted(set(machines)), replica_ranks(machines)
-    odd_one_out = len(order) - 1 if len(order) % 2 else -1
+    places, work, moves = sorted(set(machines)), [0] * len(machines), []
+    ranks = {place: [rank for rank, machine in enumerate(machines) if machine == place] for place in places}
 
     def turn(move: Move) -> int:
-        place = order.index(machines[move.source])
-        return 2 if place == odd_one_out else place % 2
+        place = places.index(machines[move.source])
+        return 2 if place == len(places) - 1 and place % 2 == 0 else place % 2
 
-    moves = [Move(file, size, save.writer_of(file), replicas[save.writer_of(file)]) for file, size in sizes.items()]
-    return sorted((move for move in moves if move.source != move.target), key=turn)
-
-
-def plan_fetch(snapshot: Snapshot, machines: Sequence[int], wanted: Sequence[Sequence[str]]) -> list[Move]:
-    """The moves by which each machine gets what its ranks want (files, by rank) and it does not hold.
-
-    Files that several machines hold come from the one that sends least.
-    """
-    moves, sent = [], Counter[int]()
-    ranks = reversed(range(len(wanted)))  # so that the first of a machine's that want a file gets it
-    seekers = {(file, machines[rank]): rank for rank in ranks for file in wanted[rank]}
-    for (file, machine), rank in sorted(seekers.items()):
-        if machine not in snapshot.holders[file]:
-            source = min(snapshot.holders[file], key=lambda holder: (sent[holder], holder))
-            sent[source] += snapshot.sizes[file]
-            moves.append(Move(file, snapshot.sizes[file], source, rank))
-    return moves
+    for machine, file in sorted(set(wanted)):
+        if machine not in holders[file]:
+            able = [rank for holder in holders[file] for rank in ranks[holder]], ranks[machine]
+            source, target = (min(candidates, key=work.__getitem__) for candidates in able)
+            moves.append(Move(file, sizes[file], source, target))
+            for rank in (source, target):
+                work[rank] += sizes[file]
+    return sorted(moves, key=turn)
 
 
 def assemble(reports: Sequence[Any]) -> list[Snapshot]:
     """What is whole of what the machines hold (`_list_held` of each, None of other ranks), newest first."""
     found: dict[tuple[int, str], Snapshot] = {}
-    lacking: dict[tuple[int, str], set[str]] = defaultdict(set)
     for machine, report in enumerate(reports):
-        for step, digest, here, missing in report or ():
-            snapshot = found.setdefault((step, digest), Snapshot(step, digest, [], {}, defaultdict(list)))
-            snapshot.machines.append(machine)
-            snapshot.sizes.update(here)
-            lacking[step, digest].update(missing)
-            for file in here:
+        for step, digest, sizes, held in report or ():
+            new = Snapshot(step, digest, sizes, {file: [] for file in (MANIFEST, *sizes)})
+            snapshot = found.setdefault((step, digest), new)
+            for file in (MANIFEST, *held):
                 snapshot.holders[file].append(machine)
-    return [found[key] for key in sorted(found, reverse=True) if lacking[key] <= found[key].sizes.keys()]
+    return [found[key] for key in sorted(found, reverse=True) if all(found[key].holders.values())]
 
 
 # --- files
@@ -320,14 +307,13 @@ def _transfer(move: Move, folder: Path, ranks: Ranks) -> OSError | None:
 
 
 def _list_held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]:
-    """This machine's snapshots: step, digest of the manifest, files with their sizes, and those that it lacks."""
+    """This machine's snapshots: step, digest of the manifest, sizes of the files, and those of them that are here."""
     held = []
     for step in storage.checkpoint_steps(folder):
         place = folder / folder_name(step)
-        files = {file: entry.bytes for file, entry in storage.read_manifest(place).files.items()}
-        sizes = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
-        here = {file: size for file, size in files.items() if sizes.get(file) == size}
-        held.append((step, _digest(place), here, [file for file in files if file not in here]))
+        sizes = {file: entry.bytes for file, entry in storage.read_manifest(place).files.items()}
+        here = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
+        held.append((step, _digest(place), sizes, [file for file in sizes if here.get(file) == sizes[file]]))
     return held
 
 
@@ -354,20 +340,15 @@ def _read_generation(path: Path) -> tuple[str, str]:
         return "", ""
 
 
-def _machine_mark(folder: Path) -> str:
-    """What tells the machine of this folder from others: the mark that whichever rank came first left there."""
+def _leave_mark(folder: Path) -> str:
+    """Make the folder, this user's own, and a file in it by which ranks see that they are on one machine."""
     fix = " Set resilience.snapshot_dir to a folder of a file system in memory, or resilience.snapshot_every = 0."
     with storage.wrap_os_errors(f"cannot keep snapshots in {folder}", folder, fix, UsageError):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise UsageError(f"{folder} was made by another user; it is not used. Delete it.")
-        mine = folder / f".mark-{os.urandom(8).hex()}"
-        mine.write_text(mine.name)
-        with suppress(FileExistsError):
-            os.link(mine, folder / _MARK)
-        mine.unlink()
-        return read_file(folder / _MARK).decode(errors="replace")
+        return storage.leave_mark(folder)
 
 
 def _clear(folder: Path, generation: str, origin: str) -> None:
@@ -375,20 +356,18 @@ def _clear(folder: Path, generation: str, origin: str) -> None:
     with storage.wrap_os_errors(f"cannot clear {folder}", folder, kind=UsageError):
         storage.clear_leftovers(folder)
         for step in storage.checkpoint_steps(folder):
-            place = folder / folder_name(step)
-            counts = origin != "" and _digest(place) == origin
+            place, counts = folder / folder_name(step), False
             with suppress(CheckpointError):
-                found = storage.read_manifest(place).values.get(_OF_GENERATION)
-                counts = counts or (generation != "" and found == generation)
+                values = storage.read_manifest(place).values
+                counts = values.get(_OF_GENERATION) == generation or _digest(place) == origin
             if not counts:
                 storage.remove(place)
 
 
-def _undo(final: Path, manifest: bytes) -> None:
+def _undo(final: Path) -> None:
     """Remove what there is of a snapshot, also where it is committed: elsewhere it is not."""
-    storage.abandon(final)
-    if manifest and _digest(final) == xxhash.xxh3_128_hexdigest(manifest):
-        shutil.rmtree(final, ignore_errors=True)
+    for folder in (storage.pending(final), final):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_free(folder: Path, needed: int) -> None:

@@ -107,11 +107,10 @@ def wrap_os_errors(
 
 
 def leave_mark(folder: Path) -> str:
-    """Make a file of a name that was never there, for other machines to look for; its name."""
-    with wrap_os_errors(f"cannot write to {folder}", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        mark = folder / f".mark-{os.urandom(8).hex()}"
-        mark.touch()
+    """Make a file of a name that was never there, for other processes to look for; its name. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".mark-{os.urandom(8).hex()}"
+    mark.touch()
     return mark.name
 
 
