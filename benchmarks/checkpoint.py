@@ -32,10 +32,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from single_device import FOREIGN_LIMIT, busy_core_seconds, quartiles, tell
 
-from titanlite.checkpoint.format import chunks_by_file
+from titanlite.checkpoint.format import CheckpointMetadata, chunks_by_file
 from titanlite.checkpoint.load import load_state, read_chunks
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import CheckpointMetadata, SaveResult
+from titanlite.checkpoint.save import SaveResult
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 

@@ -15,8 +15,9 @@ from support import background_ranks
 from support.pool import Pool
 
 from titanlite.checkpoint import manager, storage
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Retention
-from titanlite.checkpoint.save import BackgroundSaver, CheckpointMetadata
+from titanlite.checkpoint.save import BackgroundSaver
 from titanlite.data.read_log import NO_LOG
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard

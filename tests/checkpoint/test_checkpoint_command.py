@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from titanlite.checkpoint import load
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import CheckpointMetadata, environment, plan_local_save, save_state
+from titanlite.checkpoint.save import environment, plan_local_save, save_state
 from titanlite.cli.main import main
 from titanlite.models.shard import Shard
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from titanlite.checkpoint import manager, storage
-from titanlite.checkpoint.format import DTYPES, MANIFEST, NewerFormatError, _checksum, folder_name
+from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, NewerFormatError, _checksum, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager, Retention
 from titanlite.checkpoint.plan import group_by_size
-from titanlite.checkpoint.save import CheckpointMetadata, plan_local_save, save_state
+from titanlite.checkpoint.save import plan_local_save, save_state
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard

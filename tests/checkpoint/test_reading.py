@@ -20,9 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.checkpoint import load
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, chunks_by_file, encode
+from titanlite.checkpoint.format import (
+    MANIFEST,
+    CheckpointMetadata,
+    DamagedCheckpointError,
+    Manifest,
+    chunks_by_file,
+    encode,
+)
 from titanlite.checkpoint.load import load_state, read_chunks, runs, without_short_runs
-from titanlite.checkpoint.save import CheckpointMetadata, merge_tables, plan_local_save, write_items
+from titanlite.checkpoint.save import merge_tables, plan_local_save, write_items
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 

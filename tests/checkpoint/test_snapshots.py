@@ -19,8 +19,7 @@ from support.pool import Pool
 from support.tiny import write_tiny
 
 from titanlite.checkpoint import save, snapshots
-from titanlite.checkpoint.format import MANIFEST, folder_name
-from titanlite.checkpoint.save import CheckpointMetadata
+from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, folder_name
 from titanlite.checkpoint.snapshots import GENERATION, Move, Snapshots, assemble, backup_machines, plan_moves
 from titanlite.cli.main import run_command
 from titanlite.cli.train import main

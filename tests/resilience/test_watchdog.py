@@ -27,9 +27,8 @@ from support.tiny import write_tiny
 from torch.distributed import HashStore
 
 from titanlite.checkpoint import save
-from titanlite.checkpoint.format import FileEntry
+from titanlite.checkpoint.format import CheckpointMetadata, FileEntry
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.plan.rules.conflicts import guards

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import new_ranks
-from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.models.shard import Shard
 
 

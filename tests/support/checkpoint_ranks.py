@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from titanlite.checkpoint import load, save
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager, Retention
 from titanlite.checkpoint.ranks import Ranks
-from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.models.shard import Shard
 
 Ended = tuple[str, str]

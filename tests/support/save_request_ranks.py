@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.models.shard import Shard
 from titanlite.resilience.signals import StopRequests
 

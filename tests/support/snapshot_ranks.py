@@ -14,8 +14,8 @@ import torch
 
 from support.checkpoint_ranks import Ended, part
 from titanlite.checkpoint import save, snapshots
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.ranks import Ranks, new_ranks
-from titanlite.checkpoint.save import CheckpointMetadata
 from titanlite.checkpoint.snapshots import Snapshots
 
 

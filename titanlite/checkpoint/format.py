@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -104,26 +104,32 @@ class FileEntry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Everything that a checkpoint holds, and what made it."""
+class CheckpointMetadata:
+    """What a checkpoint says beside its tensors."""
 
     step: int
-    samples: int  # Samples consumed, which is the whole state of the data
-    tokens: int
-    tensors: Mapping[str, TensorEntry]
-    files: Mapping[str, FileEntry]
-    recipe: str  # The resolved recipe, as TOML
-    environment: Mapping[str, str]
+    samples: int = 0  # consumed, which is the whole state of the data
+    tokens: int = 0
+    recipe: str = ""  # the resolved one, as TOML
+    values: Mapping[str, Scalar] = field(default_factory=dict)  # small ones, such as counters
+    environment: Mapping[str, str] = field(default_factory=dict)
     """What wrote it: versions, platform, device. For the reader's eye; loading does not depend on it."""
-    values: Mapping[str, Scalar]  # Small values beside the tensors, such as counters
 
 
-_FIELDS = set(Manifest.__dataclass_fields__)
+@dataclass(frozen=True)
+class Manifest(CheckpointMetadata):
+    """Everything that a checkpoint holds, and what made it."""
+
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+
+_FIELDS = ("step", "samples", "tokens", "tensors", "files", "recipe", "environment", "values")  # in their order
 
 
 def manifest_from(fields: Mapping[str, Any]) -> Manifest:
     """The manifest of JSON fields (without format, version and checksum). Raises `ValueError` that names the place."""
-    _require(set(fields) == _FIELDS, "manifest", f"the keys {sorted(_FIELDS)} and no others, not {sorted(fields)}")
+    _require(fields.keys() == {*_FIELDS}, "manifest", f"the keys {_FIELDS} and no others, not {sorted(fields)}")
     for key, limit in (("step", 2**32), ("samples", 2**62), ("tokens", 2**62)):  # with room for what a run adds to them
         _require(_is_size(fields[key], limit), key, f"a whole number from 0 to {limit - 1}")
     for key in ("tensors", "files", "environment", "values"):
@@ -234,7 +240,8 @@ def encode(manifest: Manifest) -> bytes:
         for name, entry in manifest.tensors.items()
     }
     files = {name: entry._asdict() for name, entry in manifest.files.items()}
-    fields = {"format": FORMAT, "version": VERSION, **vars(manifest), "tensors": tensors, "files": files}
+    values = {**{key: getattr(manifest, key) for key in _FIELDS}, "tensors": tensors, "files": files}
+    fields = {"format": FORMAT, "version": VERSION, **values}
     text = json.dumps({"checksum": _checksum(fields), **fields}, separators=(",", ":"), allow_nan=False).encode()
     chunks = sum(len(entry.chunks) for entry in manifest.tensors.values())
     if chunks > MAX_CHUNKS or len(text) > MAX_MANIFEST_BYTES:

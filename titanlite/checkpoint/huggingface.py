@@ -24,6 +24,7 @@ from titanlite.checkpoint import save, storage
 from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import (
     MANIFEST,
+    CheckpointMetadata,
     DamagedCheckpointError,
     Manifest,
     StoredTensor,
@@ -189,7 +190,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
 
 def _finite_source(
     kind: type[TitanliteError], name: str, dtype: str, shape: tuple[int, ...], read: Callable[[Box], Tensor]
-) -> save.Source:
+) -> save.TensorSource:
     """A tensor as it is written. Reading it raises the `kind` of error for what is not finite in that dtype."""
 
     def read_finite(box: Box) -> Tensor:
@@ -198,10 +199,10 @@ def _finite_source(
             raise kind(f"{name} holds numbers that are not finite in {dtype}; nothing was written.")
         return block
 
-    return save.Source(dtype, shape, read_finite)
+    return save.TensorSource(dtype, shape, read_finite)
 
 
-def _nbytes(sources: Mapping[str, save.Source]) -> int:
+def _nbytes(sources: Mapping[str, save.TensorSource]) -> int:
     return sum(source.nbytes for source in sources.values())
 
 
@@ -237,7 +238,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]
     return tokens
 
 
-def _write_shards(folder: Path, sources: Mapping[str, save.Source], shard_bytes: int) -> list[str]:
+def _write_shards(folder: Path, sources: Mapping[str, save.TensorSource], shard_bytes: int) -> list[str]:
     groups = group_by_size({name: source.nbytes for name, source in sources.items()}, shard_bytes)
     files = [SINGLE]
     if len(groups) > 1:
@@ -380,7 +381,7 @@ def _generation_config(folder: Path, fields: Mapping[str, Any]) -> bytes:
 
 
 def _write_checkpoint(
-    folder: Path, sources: Mapping[str, save.Source], file_bytes: int, recipe: str, tokenizer: str
+    folder: Path, sources: Mapping[str, save.TensorSource], file_bytes: int, recipe: str, tokenizer: str
 ) -> list[str]:
     """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
     plan = save.LocalSavePlan(
@@ -390,7 +391,7 @@ def _write_checkpoint(
     )
     others = {name: storage.describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
     table = save.write_items(folder, plan)
-    metadata = save.CheckpointMetadata(
+    metadata = CheckpointMetadata(
         0, recipe=recipe, values={"tokenizer": tokenizer}, environment=save.environment(torch.device("cpu"))
     )
     manifest = save.merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)

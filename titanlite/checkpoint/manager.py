@@ -15,10 +15,10 @@ from pathlib import Path
 
 from titanlite.checkpoint import storage
 from titanlite.checkpoint.examine import BEGINS_WITH, newest_at_first
-from titanlite.checkpoint.format import DamagedCheckpointError, Manifest, Scalar, folder_name
+from titanlite.checkpoint.format import CheckpointMetadata, DamagedCheckpointError, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.checkpoint.save import BackgroundSaver, CheckpointMetadata, LocalSavePlan, SaveResult, Warn, save_state
+from titanlite.checkpoint.save import BackgroundSaver, LocalSavePlan, SaveResult, Warn, save_state
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 from titanlite.text import pluralize
@@ -69,7 +69,7 @@ class CheckpointManager:
         self._begun: int | None = None
         """Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any."""
         self._max_failures = max_failures
-        self._failed: list[CheckpointError] = []  # of the saves since the last that was committed
+        self._failed: list[Exception] = []  # of the saves since the last that was committed
         self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
         self._extra: set[int] = set()

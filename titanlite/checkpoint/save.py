@@ -12,7 +12,7 @@ import math
 import platform
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ import xxhash
 from torch import Tensor
 
 import titanlite
-from titanlite.checkpoint.format import DTYPES, FileEntry, Manifest, Scalar, encode, manifest_from
+from titanlite.checkpoint.format import DTYPES, CheckpointMetadata, FileEntry, Manifest, encode, manifest_from
 from titanlite.checkpoint.plan import Box, boxes_to_write, group_by_size, row_blocks, whole_box, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_os_errors
@@ -41,7 +41,7 @@ Data = bytes | memoryview
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """A tensor that is still elsewhere."""
 
     dtype: str  # torch's name of the dtype that it is written in
@@ -53,7 +53,7 @@ class Source:
         return math.prod(self.shape) * DTYPES[self.dtype][0]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
+def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> FileEntry:
     """Write and sync one file; its size and hash. The bytes depend on the tensors and their order. Raises `OSError`.
 
     Layout: 8 bytes little-endian length of the header; the header, JSON padded by spaces; then the values, those of
@@ -68,39 +68,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Source]) -> FileEntry:
         header[name] = {"dtype": code, "shape": tensors[name].shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = xxhash.xxh3_128(), 0
+    digest, size, unsynced = xxhash.xxh3_128(), 0, 0
     with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:
 
-        def hash_and_sync(batch: list[Data]) -> None:
-            for data in batch:
-                digest.update(data)
-            if size:
+        def hash_and_sync(data: Data, must_sync: bool) -> None:
+            digest.update(data)
+            if must_sync:
                 sync(file.fileno(), path)  # what was written before, so that the disk has work all the time
 
-        for batch in _batches(itertools.chain([struct.pack("<Q", len(text)) + text], _blocks(tensors, order))):
-            meanwhile = beside.submit(hash_and_sync, batch)
-            file.writelines(batch)
+        for data in itertools.chain([struct.pack("<Q", len(text)) + text], _blocks(tensors, order)):
+            meanwhile = beside.submit(hash_and_sync, data, unsynced >= BATCH_BYTES)
+            unsynced = len(data) if unsynced >= BATCH_BYTES else unsynced + len(data)
+            file.write(data)
             meanwhile.result()
-            size += sum(map(len, batch))
+            size += len(data)
         file.flush()
         sync(file.fileno(), path)
     return FileEntry(size, digest.hexdigest())
 
 
-def _batches(blocks: Iterable[Data]) -> Iterator[list[Data]]:
-    """The blocks, as many together as make up `BATCH_BYTES`."""
-    batch: list[Data] = []
-    size = 0
-    for data in blocks:
-        batch.append(data)
-        size += len(data)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def _blocks(tensors: Mapping[str, Source], order: Sequence[str]) -> Iterator[Data]:
+def _blocks(tensors: Mapping[str, TensorSource], order: Sequence[str]) -> Iterator[Data]:
     for source in (tensors[name] for name in order):
         for box in row_blocks(whole_box(source.shape), DTYPES[source.dtype][0], BLOCK_BYTES):
             block = source.read(box).to(getattr(torch, source.dtype)).contiguous()
@@ -113,7 +100,7 @@ class WriteItem:
 
     name: str
     offset: tuple[int, ...]
-    values: Tensor | Source  # A view of what is trained, on any device, or a copy of it
+    values: Tensor | TensorSource  # A view of what is trained, on any device, or a copy of it
 
 
 @dataclass(frozen=True)
@@ -129,18 +116,6 @@ class LocalSavePlan:
     @property
     def nbytes(self) -> int:
         return sum(item.values.nbytes for item in self.items.values())
-
-
-@dataclass(frozen=True)
-class CheckpointMetadata:
-    """What a checkpoint says beside its tensors; see `format.Manifest`. That of rank 0 is written."""
-
-    step: int
-    samples: int = 0
-    tokens: int = 0
-    recipe: str = ""
-    values: Mapping[str, Scalar] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None) -> LocalSavePlan:
@@ -241,24 +216,25 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _source(values: Tensor | Source) -> Source:
-    if isinstance(values, Source):
+def _source(values: Tensor | TensorSource) -> TensorSource:
+    if isinstance(values, TensorSource):
         return values
     origin = whole_box(values.shape)
-    return Source(dtype_name(values), origin[1], lambda box: values[within(box, origin)].cpu())
+    return TensorSource(dtype_name(values), origin[1], lambda box: values[within(box, origin)].cpu())
 
 
 Warn = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class SaveResult:
     """How a save ended; the same on all ranks."""
 
     step: int
-    error: CheckpointError | None  # Why there is nothing of this step; None: it is committed
-    blocked_seconds: float  # How long training stood still for it
-    seconds: float
+    error: Exception | None = None  # Why there is nothing of this step; None: it is committed
+    blocked_seconds: float = 0.0  # How long training stood still for it
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
 
 class BackgroundSaver:
@@ -272,31 +248,33 @@ class BackgroundSaver:
         self._warn = warn
         self._background = background
         self._copies: dict[str, Tensor] = {}
-        self._thread: Thread | None = None  # that of the save whose result was not asked for yet
-        self._begun = 0, 0.0, 0.0  # step of that save, when it began, and how long training stood still for that
-        self._ended: tuple[Exception | None, list[str], float] | None = None
-        """What it raised, what it warned of, and when it ended."""
+        self._saving: tuple[Thread, SaveResult] | None = None  # the save whose result was not asked for yet
 
     def begin(self, step: int, tensors: Mapping[str, Shard], write: Callable[[LocalSavePlan, Warn], None]) -> None:
         """Have `write` save what falls to this rank of a state, which may change once this returns."""
-        assert self._thread is None, "the memory of a save that was begun is needed: ask for its result first"
-        began, plan = time.monotonic(), plan_local_save(tensors)
+        assert self._saving is None, "the memory of a save that was begun is needed: ask for its result first"
+        began, plan, saved = time.monotonic(), plan_local_save(tensors), SaveResult(step)
         if self._background:
             plan = self._copy(plan)
 
         def run() -> None:
-            warnings: list[str] = []
             try:
-                write(plan, warnings.append)
-                self._ended = None, warnings, time.monotonic()
+                write(plan, saved.warnings.append)
             except Exception as error:  # for the thread that asks for the result
-                self._ended = error, warnings, time.monotonic()
+                saved.error = error
+            saved.seconds = time.monotonic() - began
 
         # A daemon: after an error that only this rank met, the save would wait for ranks that are gone. The watchdog
         # finds the thread by its name.
-        self._thread = Thread(target=run, name="checkpoint", daemon=True)
-        (self._thread.start if self._background else self._thread.run)()
-        self._begun = step, began, time.monotonic() - began
+        thread = Thread(target=run, name="checkpoint", daemon=True)
+        (thread.start if self._background else thread.run)()
+        saved.blocked_seconds = time.monotonic() - began
+        self._saving = thread, saved
+
+    def join(self, seconds: float | None = None) -> None:
+        """Return once the save has ended, or after so many seconds."""
+        if self._saving is not None and self._saving[0].is_alive():
+            self._saving[0].join(seconds)
 
     def wait(self) -> SaveResult | None:
         """`result`, once the save has ended."""
@@ -308,21 +286,14 @@ class BackgroundSaver:
 
         Raises what was not the disk's fault.
         """
-        if self._thread is None or self._thread.is_alive():
+        if self._saving is None or self._saving[0].is_alive():
             return None
-        assert self._ended is not None
-        (error, warnings, ended), (step, began, blocked_seconds) = self._ended, self._begun
-        self._thread = self._ended = None
-        if error is not None and not isinstance(error, CheckpointError):
-            raise error
-        for text in warnings:
+        (_, saved), self._saving = self._saving, None
+        if saved.error is not None and not isinstance(saved.error, CheckpointError):
+            raise saved.error
+        for text in saved.warnings:
             self._warn(text)
-        return SaveResult(step, error, blocked_seconds, ended - began)
-
-    def join(self, seconds: float | None = None) -> None:
-        """Return once the save has ended, or after so many seconds."""
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join(seconds)
+        return saved
 
     def _copy(self, plan: LocalSavePlan) -> LocalSavePlan:
         """The same plan, with copies of the values as they are now."""

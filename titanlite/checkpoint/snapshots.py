@@ -23,7 +23,15 @@ import torch
 import xxhash
 
 from titanlite.checkpoint import save, storage
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, chunks_by_file, encode, folder_name
+from titanlite.checkpoint.format import (
+    MANIFEST,
+    CheckpointMetadata,
+    DamagedCheckpointError,
+    Manifest,
+    chunks_by_file,
+    encode,
+    folder_name,
+)
 from titanlite.checkpoint.load import load_state, wanted_bytes
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.errors import CheckpointError, UsageError
@@ -112,7 +120,7 @@ class Snapshots:
                 needed[keeper] += 2 * size
         self._on_each_machine(lambda: _require_free(self._folder, needed[self._ranks.rank]))
 
-    def begin(self, tensors: Mapping[str, Shard], metadata: save.CheckpointMetadata) -> None:
+    def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended."""
         assert self._generation, "snapshots begin with a generation"
         metadata = replace(metadata, values={**metadata.values, _OF_GENERATION: self._generation})
@@ -170,7 +178,7 @@ class Snapshots:
         """The first rank of each machine runs `action`; as `Ranks.run_on_all_ranks`, with None of the other ranks."""
         return self._ranks.run_on_all_ranks(lambda: action() if self._leads else None, decide)
 
-    def _write(self, plan: save.LocalSavePlan, metadata: save.CheckpointMetadata, warn: save.Warn) -> None:
+    def _write(self, plan: save.LocalSavePlan, metadata: CheckpointMetadata, warn: save.Warn) -> None:
         final, ranks, machines = self._folder / folder_name(metadata.step), self._ranks, self._machines
         pending, wrapped = storage.pending(final), save.wrap_write_errors(final, plan.nbytes, "snapshot")
         ranks.run_on_rank0(self._require_own)

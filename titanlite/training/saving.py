@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
-from titanlite.checkpoint.save import CheckpointMetadata, SaveResult
+from titanlite.checkpoint.save import SaveResult
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.read_log import ReadLog
 from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly, UsageError

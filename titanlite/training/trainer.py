@@ -15,8 +15,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.save import CheckpointMetadata, environment
+from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.corpus.verification import Verification
 from titanlite.data.loader import UNREADABLE
