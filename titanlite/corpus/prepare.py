@@ -48,26 +48,21 @@ from titanlite.recipe.sections import Data, Run
 from titanlite.text import format_bytes
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
-UNITS = 1_024
-"""Aimed at for inputs that are neither small nor huge: enough for any number of processes."""
+UNITS = 1_024  # Aimed at for inputs that are neither small nor huge: enough for any number of processes
 UNIT_FILES = 4_096
-IN_MEMORY_BYTES = 2**25
-"""Texts of a recipe of up to this size, packed or not, are read by every rank for itself."""
+IN_MEMORY_BYTES = 2**25  # Texts of a recipe of up to this size, packed or not, are read by every rank for itself
 
 
 @dataclass(frozen=True)
 class Request:
     """What is to be prepared."""
 
-    inputs: tuple[str, ...]
-    """Files, folders and globs."""
-    out: Path
-    """The prefix."""
+    inputs: tuple[str, ...]  # Files, folders and globs
+    out: Path  # The prefix
     settings: Settings
     drop_duplicates: bool = False
     workers: int = 1
-    force: bool = False
-    """Whether token files of other inputs or settings, that are there, are to go."""
+    force: bool = False  # Whether token files of other inputs or settings, that are there, are to go
     shared: bool = False
     """Whether other processes may be making the same: the first does, the others wait for it and take what it made."""
 

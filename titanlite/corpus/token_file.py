@@ -32,17 +32,12 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 """Megatron's codes for the types of ids."""
-LONGEST_SEQUENCE = 2**31 - 1
-"""Tokens; a length takes 32 bits, with a sign."""
-HELD_OUT = "-validation"
-"""What the name of a file's held-out part ends with."""
-LOOKED_AT = 1_000
-"""Documents at either end of a file without a sidecar that must end with the separator."""
-BLOCK = 2**20
-"""Tokens, or documents, that are handled at a time."""
+LONGEST_SEQUENCE = 2**31 - 1  # Tokens; a length takes 32 bits, with a sign
+HELD_OUT = "-validation"  # What the name of a file's held-out part ends with
+LOOKED_AT = 1_000  # Documents at either end of a file without a sidecar that must end with the separator
+BLOCK = 2**20  # Tokens, or documents, that are handled at a time
 
-GAP = 64
-"""Numbers between two wanted ones, up to which these are read together rather than apart."""
+GAP = 64  # Numbers between two wanted ones, up to which these are read together rather than apart
 RESTORE = "prepare it again, or copy it again from where it is whole."
 
 Int64 = npt.NDArray[np.int64]
@@ -154,10 +149,8 @@ class SourceInfo(_Section):
 
     path: str
     files: int
-    bytes: int
-    """On the disk, as they lie there: perhaps compressed."""
-    documents: int
-    """Texts read, before duplicates were dropped."""
+    bytes: int  # On the disk, as they lie there: perhaps compressed
+    documents: int  # Texts read, before duplicates were dropped
     texts_xxh3_128: str
     """Sum, modulo 2^128, of the xxh3_128 of each text: the same however they are ordered, cut into files or packed."""
 
@@ -167,21 +160,17 @@ class TokenInfo(_Section):
 
     format: Literal["titanlite-tokens"]
     version: Literal[1]
-    made_from: str
-    """Hash of all that decides the file: inputs and settings."""
+    made_from: str  # Hash of all that decides the file: inputs and settings
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "int32"]
     documents: int
-    tokens: int
-    """With a separator after each document."""
+    tokens: int  # With a separator after each document
     text_bytes: int
     lengths: dict[str, int]
     """Documents by their tokens, the separator among them: under "2^k" those of 2^k to 2^(k+1) - 1."""
-    duplicates: int
-    """Documents dropped as equal to an earlier one; of a held-out part and its training part together."""
+    duplicates: int  # Documents dropped as equal to an earlier one; of a held-out part and its training part together
     bad_lines: int
-    bad_line_examples: tuple[str, ...]
-    """The first of them, as `file:line: what is wrong`."""
+    bad_line_examples: tuple[str, ...]  # The first of them, as `file:line: what is wrong`
     sources: tuple[SourceInfo, ...]
     bin_bytes: int
     bin_xxh3_64: str
@@ -195,8 +184,7 @@ class Paths(NamedTuple):
     bin: Path
     idx: Path
     sidecar: Path
-    parts: Path
-    """Folder of a `prepare` that has not ended."""
+    parts: Path  # Folder of a `prepare` that has not ended
 
 
 def paths_of(prefix: Path) -> Paths:
@@ -210,14 +198,10 @@ def paths_of(prefix: Path) -> Paths:
 class Index:
     """An opened `.idx`. Where documents begin, in tokens, `[documents]`, is looked up by `index[7]`, `index[10:20]`."""
 
-    lengths: FileArray[np.int32]
-    """Of each sequence, in tokens."""
-    pointers: FileArray[np.int64]
-    """Of each sequence, in bytes."""
-    sequences: FileArray[np.int64]
-    """First sequence of each document, and the number of all."""
-    dtype: np.dtype[np.integer[Any]]
-    """Of the ids."""
+    lengths: FileArray[np.int32]  # Of each sequence, in tokens
+    pointers: FileArray[np.int64]  # Of each sequence, in bytes
+    sequences: FileArray[np.int64]  # First sequence of each document, and the number of all
+    dtype: np.dtype[np.integer[Any]]  # Of the ids
 
     def __len__(self) -> int:
         return len(self.sequences) - 1
@@ -239,11 +223,9 @@ class TokenFile:
     """An opened token file. Nothing of it is kept in memory, however large it is."""
 
     prefix: Path
-    tokens: FileArray[np.integer[Any]]
-    """All documents, each followed by the separator, flat."""
+    tokens: FileArray[np.integer[Any]]  # All documents, each followed by the separator, flat
     starts: Index
-    info: TokenInfo | None
-    """The sidecar; None for a file that something else than titanlite made."""
+    info: TokenInfo | None  # The sidecar; None for a file that something else than titanlite made
 
     @classmethod
     def open(cls, prefix: Path | str) -> TokenFile:

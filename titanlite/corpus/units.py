@@ -30,11 +30,9 @@ from titanlite.files import cause, replace_file, replacing, write_all
 
 PART_VERSION = 2
 PART_FILES = ("tokens", "records", "json")
-EXAMPLES = 10
-"""Bad lines that are listed one by one."""
+EXAMPLES = 10  # Bad lines that are listed one by one
 BATCH_BYTES = 2**20
-BATCH_DOCUMENTS = 1_000
-"""Of texts that are given to the tokenizer at once, at most."""
+BATCH_DOCUMENTS = 1_000  # Of texts that are given to the tokenizer at once, at most
 
 RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8"), ("held", "?")])
 """What is kept of each document: tokens with its separator, bytes and xxh3_128 of its text, and on which side it is."""
@@ -47,8 +45,7 @@ class Settings:
     tokenizer: str
     separator: str | None
     special_tokens: tuple[str, ...]
-    fingerprint: str
-    """The tokenizer's, as it was when `prepare` began."""
+    fingerprint: str  # The tokenizer's, as it was when `prepare` began
     text_key: str
     skip_bad_lines: bool
     held_out_percent: float
@@ -61,8 +58,7 @@ class Settings:
 class Piece(NamedTuple):
     """A file, or a part of it."""
 
-    source: int
-    """Which of the inputs names it."""
+    source: int  # Which of the inputs names it
     file: FoundFile
     part: Part | None = None
 
@@ -71,8 +67,7 @@ class Unit(NamedTuple):
     """What is turned into one part file."""
 
     pieces: tuple[Piece, ...]
-    bytes: int
-    """Of the files; for the progress line."""
+    bytes: int  # Of the files; for the progress line
 
     def __str__(self) -> str:
         first, last = self.pieces[0].file.path, self.pieces[-1].file.path
@@ -100,8 +95,7 @@ class PartFile:
 
     tokens: Path
     records: Path
-    summary: dict[str, Any]
-    """As `write_part` makes it."""
+    summary: dict[str, Any]  # As `write_part` makes it
 
     def load(self) -> npt.NDArray[np.void]:
         """A `RECORD` for each document. Raises `OSError`."""

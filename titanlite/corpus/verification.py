@@ -16,8 +16,7 @@ from titanlite.corpus.units import key_of
 from titanlite.errors import DataError
 from titanlite.files import replace_file
 
-_LAST_SECONDS = 5.0
-"""For which the end waits for the file system to answer."""
+_LAST_SECONDS = 5.0  # For which the end waits for the file system to answer
 
 
 class Verification:
@@ -28,8 +27,7 @@ class Verification:
         self._files = [file for file in files if file.info is not None]
         self._own = self._files[rank::ranks]
         self._marks = {file.prefix: _mark(file, folder) for file in self._files}
-        self.failure: DataError | None = None
-        """The first damage that was found."""
+        self.failure: DataError | None = None  # The first damage that was found
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
 

@@ -30,8 +30,7 @@ _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
 
 
 class FoundFile(NamedTuple):
-    name: str
-    """Relative to what the entry fixes, so that it stays the same when the corpus moves."""
+    name: str  # Relative to what the entry fixes, so that it stays the same when the corpus moves
     path: Path
     format: str
     size: int

@@ -63,8 +63,7 @@ MAGIC = {
     "Git LFS pointer": rb"version https://git-lfs\.github\.com/spec/",
 }
 """How files begin that are not text, or not in UTF-8, whatever their names are."""
-HEAD = 4096
-"""Bytes that tell what a file is."""
+HEAD = 4096  # Bytes that tell what a file is
 
 
 def format_of(path: Path, text_key: str) -> str:

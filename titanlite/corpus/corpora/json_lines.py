@@ -10,8 +10,7 @@ from pathlib import Path
 from titanlite.corpus.corpora import BLOCK_BYTES, Part, Reader, missing_field, open_unpacked, wrap_os_errors
 from titanlite.errors import DataError
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Some editors begin a file with it, and it is not JSON."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some editors begin a file with it, and it is not JSON
 
 
 def _read(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:

@@ -48,8 +48,7 @@ LLAMA3_SPECIAL_TOKENS = (
     *(f"<|reserved_special_token_{number}|>" for number in range(5, 251)),
 )  # fmt: skip
 """Of Meta's release of April 2024; later ones give some of the reserved ones a meaning, and none another id."""
-_LONGEST_RUN = 25_000
-"""Of characters that are white space, or are not; as in Meta's release."""
+_LONGEST_RUN = 25_000  # Of characters that are white space, or are not; as in Meta's release
 _RUNS = re.compile(r"\s+|\S+")
 
 
@@ -100,8 +99,7 @@ class Ranked(NamedTuple):
     """A JSON's tokens as tiktoken wants them."""
 
     ranks: Mapping[bytes, int]
-    ids: tuple[int, ...]
-    """Of the tokens, by rank."""
+    ids: tuple[int, ...]  # Of the tokens, by rank
     pattern: str
 
 

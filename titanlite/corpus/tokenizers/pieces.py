@@ -24,11 +24,9 @@ from titanlite.registry import did_you_mean
 from titanlite.text import list_some
 
 CONFIG = "tokenizer_config.json"
-MAX_FILE_BYTES = 2**28
-"""Ten times what the largest vocabularies take."""
+MAX_FILE_BYTES = 2**28  # Ten times what the largest vocabularies take
 MAX_IDS = 2**24
-_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
-"""What `surrogateescape` makes of bytes that are not UTF-8."""
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # What `surrogateescape` makes of bytes that are not UTF-8
 
 
 @contextmanager
@@ -76,10 +74,8 @@ class PieceTokenizer(Tokenizer):
     """A vocabulary of pieces, and a library's way of cutting text into them."""
 
     library: str
-    unknown: str | None = None
-    """The special token that stands for text without any other."""
-    takes_any_bytes: bool
-    """Whether what is not UTF-8 can be encoded too, byte by byte."""
+    unknown: str | None = None  # The special token that stands for text without any other
+    takes_any_bytes: bool  # Whether what is not UTF-8 can be encoded too, byte by byte
 
     def __init__(self, path: Path, content: bytes, special: Mapping[str, int], separator: int, vocab_size: int) -> None:
         if vocab_size > MAX_IDS:
