@@ -71,7 +71,7 @@ def texts_of(prefix: Path | str) -> list[bytes]:
     assert file.tokens[-1] == 256
     ends = np.flatnonzero(file.tokens[:] == 256).tolist()
     starts = [0, *(end + 1 for end in ends[:-1])]
-    assert file.starts[:].tolist() == starts
+    assert file.document_bounds(0, file.documents).tolist() == [*starts, len(file.tokens)]
     return [file.tokens[start:end].astype(np.uint8).tobytes() for start, end in zip(starts, ends, strict=True)]
 
 

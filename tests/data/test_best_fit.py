@@ -128,7 +128,7 @@ def test_an_index_out_of_order_is_named(texts: Path, capsys: pytest.CaptureFixtu
     at = 34 + 4 * 150 + 8 * 70  # where document 70 begins in the .bin
     index[at : at + 8] = (2).to_bytes(8, "little")
     Path("tokens.idx").write_bytes(index)
-    with pytest.raises(DataError, match=r"tokens\.idx: damaged: document 69"):
+    with pytest.raises(DataError, match=r"tokens\.idx: damaged: document 70"):
         TokenFile.open("tokens").document_ends()
     capsys.readouterr()
 

@@ -197,8 +197,8 @@ def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> di
     stream, token = source.locate(window)
     file, document = "", None
     if isinstance(stream, TokenFile):
-        file, starts = str(stream.prefix), stream.starts
-        document = bisect_right(range(len(starts)), token, key=lambda each: int(starts[each])) - 1
+        file, numbers = str(stream.prefix), range(stream.documents)
+        document = bisect_right(numbers, token, key=lambda each: int(stream.document_bounds(each, each + 1)[0])) - 1
     text = _readable(source.window(window), tokenizer)
     if limit and (more := len(text) - limit) > 0:
         text = f"{text[:limit]} … and {more} characters more"

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
@@ -55,17 +56,14 @@ class OpenFile:
         """Raises `OSError`, also for what is no regular file."""
         self.path = path
         self._descriptor = open_file(path)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False  # a thread may still read then
         status = os.fstat(self._descriptor)
         self.size, self.modified_ns = status.st_size, status.st_mtime_ns
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on. Raises `DataError` naming file and byte if they are not there."""
+        data = b""
         try:
-            data = os.pread(self._descriptor, size, offset)
             while len(data) < size:  # the system gives at most 2 GiB at a time, and nothing past the end
                 more = os.pread(self._descriptor, size - len(data), offset + len(data))
                 if not more:
@@ -76,10 +74,8 @@ class OpenFile:
                     )
                 data += more
         except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be read from byte {offset:,} on ({error.strerror}); mend the disk, or its "
-                "connection."
-            ) from error
+            problem = f"cannot be read from byte {offset:,} on ({error.strerror})"
+            raise DataError(f"{self.path}: {problem}; mend the disk, or its connection.") from error
         return data
 
     def hash(self, pause: Callable[[float], bool]) -> str:
@@ -95,10 +91,8 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class FileArray(Generic[Number]):
-    """`count` numbers of a file from byte `offset` on: `array[7]`, `array[10:20]`, `array[[3, 4, 9]]`, each read anew,
-    so that they take no memory however many they are.
-
-    Its methods raise `DataError`, naming the file, for what cannot be read.
+    """`count` numbers of a file from byte `offset` on: `array[7]`, `array[10:20]`, `array[np.array([3, 4, 9])]`, read
+    anew each time, so that they take no memory. Raises `DataError`, naming the file, for what cannot be read.
     """
 
     file: OpenFile
@@ -110,26 +104,23 @@ class FileArray(Generic[Number]):
         return self.count
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            start, stop, _ = key.indices(self.count)
-            return self._read(start, stop)
         if isinstance(key, np.ndarray):
             return self._gather(key)
-        start = range(self.count)[key]
-        return self._read(start, start + 1)[0]
-
-    def _read(self, start: int, stop: int) -> npt.NDArray[Number]:
+        if not isinstance(key, slice):
+            start = range(self.count)[key]
+            return self[start : start + 1][0]
+        start, stop, _ = key.indices(self.count)
         size = self.dtype.itemsize
         return np.frombuffer(self.file.read(self.offset + start * size, max(0, stop - start) * size), self.dtype)
 
-    def _gather(self, places: npt.NDArray[np.int64]) -> npt.NDArray[Number]:
+    def _gather(self, places: Int64) -> npt.NDArray[Number]:
         """Those at `places`, none negative; neighbours are read together."""
-        parts = [places]
-        if len(places) and int(places.max()) - int(places.min()) >= 4 * len(places):
-            parts = np.split(places, np.flatnonzero(np.abs(np.diff(places)) > GAP) + 1)
-        firsts = [int(part.min()) if len(part) else 0 for part in parts]
+        runs = [places]
+        if len(places) and int(np.ptp(places)) >= 4 * len(places):
+            runs = np.split(places, np.flatnonzero(np.abs(np.diff(places)) > GAP) + 1)
+        firsts = [int(run.min(initial=self.count)) for run in runs]
         return np.concatenate(
-            [self._read(at, int(part.max(initial=0)) + 1)[part - at] for part, at in zip(parts, firsts, strict=True)]
+            [self[at : int(run.max(initial=0)) + 1][run - at] for at, run in zip(firsts, runs, strict=True)]
         )
 
 
@@ -195,36 +186,13 @@ def paths_of(prefix: Path) -> Paths:
 
 
 @dataclass(frozen=True)
-class Index:
-    """An opened `.idx`. Where documents begin, in tokens, `[documents]`, is looked up by `index[7]`, `index[10:20]`."""
-
-    lengths: FileArray[np.int32]  # Of each sequence, in tokens
-    pointers: FileArray[np.int64]  # Of each sequence, in bytes
-    sequences: FileArray[np.int64]  # First sequence of each document, and the number of all
-    dtype: np.dtype[np.integer[Any]]  # Of the ids
-
-    def __len__(self) -> int:
-        return len(self.sequences) - 1
-
-    def __getitem__(self, key: Any) -> Any:
-        first, last = replace(self.sequences, count=len(self))[key], len(self.pointers) - 1
-        begins = self.pointers[np.clip(first, 0, last)]
-        begins = np.where(first > last, self.end, begins) // self.dtype.itemsize  # of no sequences, at the file's end
-        return np.where(first < 0, -1, begins)  # damage, which is for those who look to name
-
-    @cached_property
-    def end(self) -> int:
-        """Of the last sequence, in bytes of the `.bin`."""
-        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class TokenFile:
     """An opened token file. Nothing of it is kept in memory, however large it is."""
 
     prefix: Path
     tokens: FileArray[np.integer[Any]]  # All documents, each followed by the separator, flat
-    starts: Index
+    pointers: FileArray[np.int64]  # Where each sequence begins, in bytes
+    sequences: FileArray[np.int64]  # First sequence of each document, and the number of all
     info: TokenInfo | None  # The sidecar; None for a file that something else than titanlite made
 
     @classmethod
@@ -238,21 +206,18 @@ class TokenFile:
             prefix = prefix.with_suffix("")
         paths = paths_of(prefix)
         try:
-            index = _open_index(paths.idx)
-            file = OpenFile(paths.bin)
-            _require_ends(paths, file, index)
-            tokens = FileArray(file, 0, index.dtype, file.size // index.dtype.itemsize)
-            info = _read_sidecar(paths, tokens, index.lengths.file.size) if paths.sidecar.exists() else None
+            tokens, pointers, sequences = _open_arrays(paths)
+            info = _read_sidecar(paths, tokens, pointers.file.size) if paths.sidecar.exists() else None
         except OSError as error:
             raise DataError(f"{error.filename or paths.bin}: {_why_refused(paths, error)}") from error
-        return cls(prefix, tokens, index, info)
+        return cls(prefix, tokens, pointers, sequences, info)
 
     def __reduce__(self) -> Any:
         return TokenFile.open, (self.prefix,)  # another process opens it anew
 
     @property
     def documents(self) -> int:
-        return len(self.starts)
+        return len(self.sequences) - 1
 
     @property
     def fingerprint(self) -> str:
@@ -264,21 +229,30 @@ class TokenFile:
             seen.update(block.data)
         return f"foreign-{seen.hexdigest()}"
 
+    def document_bounds(self, first: int, stop: int) -> Int64:
+        """Where documents `first` to `stop` begin and where the last ends, in tokens: `[stop - first + 1]`.
+
+        Raises `DataError` if they are not in order.
+        """
+        sequences = self.sequences[first : stop + 1]
+        wrong = _misplaced(sequences, len(self.pointers))
+        if not wrong.size:
+            begins = self.pointers[int(sequences[0]) : int(sequences[-1]) + 1]
+            begins = np.append(begins, self.tokens.file.size)  # past the last sequence
+            bounds: Int64 = begins[sequences - sequences[0]] // self.tokens.dtype.itemsize
+            wrong = _misplaced(bounds, len(self.tokens))
+            if not wrong.size:
+                return bounds
+        where = f"document {first + wrong[0]:,} begins before the one before it, or outside of the .bin"
+        raise _damaged(self.pointers.file.path, where)
+
     def document_ends(self) -> Int64:
         """End of each document, past its separator, in tokens; all of the index is read for it.
 
         Raises `DataError` if the documents are not in order.
         """
-        count = len(self.tokens)
-        begins = np.concatenate([self.starts[first : first + BLOCK] for first in range(0, self.documents, BLOCK)])
-        ends = np.append(begins[1:], count).astype(np.int64)
-        wrong = np.flatnonzero((begins < 0) | (ends < begins) | (ends > count))
-        if wrong.size:
-            raise DataError(
-                f"{paths_of(self.prefix).idx}: damaged: document {wrong[0]:,} is not between those before and after "
-                f"it; {RESTORE}"
-            )
-        return ends
+        firsts = range(0, self.documents, BLOCK)
+        return np.concatenate([self.document_bounds(at, min(at + BLOCK, self.documents))[1:] for at in firsts])
 
     def require_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
         """Raise `DataError` unless the file is of the tokenizer that `data.tokenizer` calls `name`.
@@ -304,40 +278,35 @@ class TokenFile:
         `pause` is called after each block with the seconds that it took, and returns whether to give up.
         """
         assert self.info is not None, "without a sidecar nothing is known of it"
-        for file, expected in (
-            (self.starts.lengths.file, self.info.idx_xxh3_64),
-            (self.tokens.file, self.info.bin_xxh3_64),
-        ):
+        index, ids = self.pointers.file, self.tokens.file
+        for file, expected in ((index, self.info.idx_xxh3_64), (ids, self.info.bin_xxh3_64)):
             if file.hash(pause) != expected:
-                sidecar = paths_of(self.prefix).sidecar
-                raise DataError(f"{file.path}: damaged: its hash is not that of {sidecar}; {RESTORE}")
+                raise _damaged(file.path, f"its hash is not that of {paths_of(self.prefix).sidecar}")
 
     def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int) -> None:
         """Of documents `first` to `stop` require the separator at the end, and of their first `BLOCK` ids the range."""
-        paths = paths_of(self.prefix)
-        begins = np.asarray(self.starts[first:stop])
-        end = int(self.starts[stop]) if stop < self.documents else len(self.tokens)
-        ends = np.append(begins[1:], end)
-        if begins[0] < 0 or (ends < begins).any() or end > len(self.tokens):
-            raise DataError(f"{paths.idx}: damaged: documents {first:,} to {stop - 1:,} are not in order; {RESTORE}")
-        (held,) = np.nonzero(ends > begins)
-        unended = held[self.tokens[ends[held] - 1] != separator]
-        if unended.size:
-            at = int(unended[0])
-            raise DataError(
-                f"{paths.bin}: document {first + at:,} (tokens {begins[at]:,} to {ends[at]:,}) does not end with the "
-                f"tokenizer's separator, {separator}; for a file of Megatron's, make it with --append-eod and the "
-                "same tokenizer, or prepare the texts with `titanlite data prepare`."
-            )
-        start = int(begins[0])
-        block = self.tokens[start : min(start + BLOCK, end)]
+        path, bounds = self.tokens.file.path, self.document_bounds(first, stop).tolist()
+        for number, (begin, end) in enumerate(pairwise(bounds), first):
+            if begin < end and self.tokens[end - 1] != separator:
+                raise DataError(
+                    f"{path}: document {number:,} (tokens {begin:,} to {end:,}) does not end with the tokenizer's "
+                    f"separator, {separator}; for a file of Megatron's, make it with --append-eod and the same "
+                    "tokenizer, or prepare the texts with `titanlite data prepare`."
+                )
+        start = bounds[0]
+        block = self.tokens[start : min(start + BLOCK, bounds[-1])]
         beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
         if beyond.size:
             at = start + int(beyond[0])
             raise DataError(
-                f"{paths.bin}: token {at:,} (byte {at * self.tokens.dtype.itemsize:,}) is {self.tokens[at]}, and the "
-                f"tokenizer's ids end at {vocab_size - 1:,}; the file is damaged, or of another tokenizer."
+                f"{path}: token {at:,} (byte {at * block.itemsize:,}) is {self.tokens[at]}, and the tokenizer's ids "
+                f"end at {vocab_size - 1:,}; the file is damaged, or of another tokenizer."
             )
+
+
+def _misplaced(numbers: Int64, last: int) -> Int64:
+    """Which are not from 0 to `last`, each at least the one before."""
+    return np.flatnonzero((numbers < 0) | (numbers > last) | np.append(False, numbers[1:] < numbers[:-1]))
 
 
 class TokenWriter:
@@ -354,7 +323,7 @@ class TokenWriter:
         self._lengths: list[Int64] = []  # of sequences, of one document or of a part of one
         self._sequences: list[Int64] = []  # how many each document takes
         self._histogram = np.zeros(64, np.int64)
-        self._tokens = self._counted = 0
+        self._tokens = 0
         self._stack = ExitStack()
         self._bin = self._stack.enter_context(replacing(self._paths.bin))
 
@@ -366,32 +335,28 @@ class TokenWriter:
 
     def extend(self, tokens: npt.ArrayLike) -> None:
         """The next tokens, flat."""
-        flat = np.asarray(tokens)
-        for start in range(0, len(flat), BLOCK):
-            block = np.ascontiguousarray(flat[start : start + BLOCK], self.dtype)
-            self._hash.update(block.data)
-            write_all(self._bin, block.data)
-        self._tokens += len(flat)
+        block = np.ascontiguousarray(tokens, self.dtype)
+        self._hash.update(block.data)
+        write_all(self._bin, block.data)
+        self._tokens += len(block)
 
     def end_documents(self, lengths: npt.ArrayLike) -> None:
         """Lengths of the next documents in tokens, separators among them."""
         counts = np.asarray(lengths, np.int64).reshape(-1)
-        pieces = -(-counts // LONGEST_SEQUENCE)
-        ends = np.cumsum(pieces)
-        sequences = np.full(int(pieces.sum()), LONGEST_SEQUENCE, np.int64)
-        sequences[ends - 1] = counts - (pieces - 1) * LONGEST_SEQUENCE
-        self._lengths.append(sequences)
-        self._sequences.append(pieces)
+        sequences = -(-counts // LONGEST_SEQUENCE)
+        lasts = np.cumsum(sequences) - 1
+        self._lengths.append(np.full(int(sequences.sum()), LONGEST_SEQUENCE, np.int64))
+        self._lengths[-1][lasts] = counts - (sequences - 1) * LONGEST_SEQUENCE
+        self._sequences.append(sequences)
         self._histogram += np.bincount(np.frexp(counts)[1] - 1, minlength=64)
         self.documents += len(counts)
-        self._counted += int(counts.sum())
 
     def commit(self, **info: Any) -> TokenInfo:
         """Finish, and let the file appear; `info` has the sidecar's fields that only the caller knows.
 
         The index comes last: without it nothing, Megatron included, takes the rest for a token file.
         """
-        assert self._tokens == self._counted, "every token is in a document"
+        assert self._tokens == sum(int(each.sum()) for each in self._lengths), "every token is in a document"
         with replacing(self._paths.idx) as file:
             digest = xxhash.xxh3_64()
             for block in self._index_blocks():
@@ -435,18 +400,15 @@ def _why_refused(paths: Paths, error: OSError) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read ({error.strerror}); mend its permissions or the disk."
     if paths.parts.exists():
-        return (
-            "missing: `titanlite data prepare` has not ended for this prefix (its parts are in "
-            f"{paths.parts}); start it again as before, and it goes on."
-        )
-    return (
-        f"missing; a token file is {paths.bin.name} and {paths.idx.name}, made by `titanlite data prepare` or by "
-        "Megatron."
-    )
+        why = f"`titanlite data prepare` has not ended for this prefix (its parts are in {paths.parts})"
+        return f"missing: {why}; start it again as before, and it goes on."
+    both = f"{paths.bin.name} and {paths.idx.name}"
+    return f"missing; a token file is {both}, made by `titanlite data prepare` or by Megatron."
 
 
-def _open_index(path: Path) -> Index:
-    file = OpenFile(path)
+def _open_arrays(paths: Paths) -> tuple[FileArray[np.integer[Any]], FileArray[np.int64], FileArray[np.int64]]:
+    """Ids, pointers and sequences of a `TokenFile`, whose sizes fit each other."""
+    path, file = paths.idx, OpenFile(paths.idx)
     if file.size < HEADER.size:
         raise DataError(f"{path}: cut short: {file.size} bytes, and the header takes {HEADER.size}; {RESTORE}")
     magic, version, code, count, entries = HEADER.unpack(file.read(0, HEADER.size))
@@ -461,12 +423,27 @@ def _open_index(path: Path) -> Index:
     _require_size(file, expected, f"{count:,} sequences and {entries:,} document entries (bytes 18 to 33) take")
     if not count or entries < 2:
         raise DataError(f"{path}: holds no documents ({count:,} sequences, {entries:,} document entries).")
-    return Index(
-        FileArray(file, HEADER.size, np.dtype("<i4"), count),
-        FileArray(file, HEADER.size + 4 * count, np.dtype("<i8"), count),
-        FileArray(file, HEADER.size + 12 * count, np.dtype("<i8"), entries),
-        np.dtype(TYPES[code]).newbyteorder("<"),
-    )
+    at, then = HEADER.size + 4 * count, HEADER.size + 12 * count
+    lengths = FileArray(file, HEADER.size, np.dtype("<i4"), count)
+    pointers = FileArray(file, at, np.dtype("<i8"), count)
+    sequences = FileArray(file, then, np.dtype("<i8"), entries)
+    if (sequences[0], sequences[-1]) != (0, count):
+        found = f"{sequences[0]:,} and end with {sequences[-1]:,} (bytes {then:,} and {file.size - 8:,})"
+        raise _damaged(path, f"documents begin with sequence {found}, not with 0 and {count:,}")
+    dtype = np.dtype(TYPES[code]).newbyteorder("<")
+    end = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
+    if pointers[0] != 0 or lengths[-1] < 0 or end % dtype.itemsize:
+        found = f"{pointers[0]:,} and end at {end:,} of the .bin (read at bytes {at:,} and {then - 8:,})"
+        raise _damaged(path, f"sequences begin at byte {found}")
+    ids = OpenFile(paths.bin)
+    _require_size(ids, end, "its index ends at byte")
+    if end == 0:
+        raise DataError(f"{paths.bin}: holds no tokens.")
+    return FileArray(ids, 0, dtype, end // dtype.itemsize), pointers, sequences
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(f"{path}: damaged: {what}; {RESTORE}")
 
 
 def _require_size(file: OpenFile, expected: int, why: str) -> None:
@@ -475,36 +452,16 @@ def _require_size(file: OpenFile, expected: int, why: str) -> None:
         raise DataError(f"{file.path}: {found}, and {why} {expected:,}; {RESTORE}")
 
 
-def _require_ends(paths: Paths, file: OpenFile, index: Index) -> None:
-    """The ends of the index fit each other and `file`, the `.bin`."""
-    lengths, pointers, sequences, itemsize = index.lengths, index.pointers, index.sequences, index.dtype.itemsize
-    at, count = HEADER.size + 12 * len(lengths), len(lengths)
-    if (sequences[0], sequences[-1]) != (0, count):
-        raise DataError(
-            f"{paths.idx}: damaged: documents begin with sequence {sequences[0]:,} and end with {sequences[-1]:,} "
-            f"(bytes {at:,} and {at + 8 * (len(sequences) - 1):,}), not with 0 and {count:,}; {RESTORE}"
-        )
-    end = index.end
-    if pointers[0] != 0 or lengths[-1] < 0 or end % itemsize:
-        raise DataError(
-            f"{paths.idx}: damaged: sequences begin at byte {pointers[0]:,} and end at {end:,} of the .bin (read at "
-            f"bytes {HEADER.size + 4 * count:,} and {at - 8:,}); {RESTORE}"
-        )
-    _require_size(file, end, "its index ends at byte")
-    if end == 0:
-        raise DataError(f"{paths.bin}: holds no tokens.")
-
-
 def _read_sidecar(paths: Paths, tokens: FileArray[Any], idx_bytes: int) -> TokenInfo:
     path = paths.sidecar
     try:
         info = TokenInfo.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = "".join(f"{key}: " for key in first["loc"])
         raise DataError(
-            f"{path}: not a sidecar that this titanlite knows: {where}{': ' if where else ''}{first['msg']}. If it is "
-            "damaged, prepare the file again; if it is another program's, give the token file another name."
+            f"{path}: not a sidecar that this titanlite knows: {where}{first['msg']}. If it is damaged, prepare the "
+            "file again; if it is another program's, give the token file another name."
         ) from error
     for what, found, expected in (
         (f"bytes of {paths.bin.name}", tokens.file.size, info.bin_bytes),

@@ -70,6 +70,6 @@ class Verification:
 def _mark(file: TokenFile, folder: Path) -> Path:
     """Of a file with this name, size, time and sidecar: empty if it is whole, or else what is wrong."""
     assert file.info is not None
-    both = file.tokens.file, file.starts.lengths.file
+    both = file.tokens.file, file.pointers.file
     parts = [(str(each.path.resolve()), each.size, each.modified_ns) for each in both]
     return folder / key_of([parts, file.info.bin_xxh3_64, file.info.idx_xxh3_64])
