@@ -579,11 +579,12 @@ def test_a_long_document_is_not_copied_whole(tmp_path: Path, monkeypatch: pytest
     text = os.urandom(50_500)
     (tmp_path / "a.txt").write_bytes(text)
     status = (tmp_path / "a.txt").stat()
-    settings = units.Settings("bytes", None, (), "", "text", False, 0.0)
+    request = units.Request((), tmp_path / "out", "bytes", None, (), "", "text", 0.0)
+    (tmp_path / "out.parts").mkdir()
     file = FoundFile("a.txt", tmp_path / "a.txt", "text", status.st_size, status.st_mtime_ns)
-    unit = units.Unit((units.Piece(0, file),), status.st_size)
-    units.write_part(unit, settings, open_tokenizer("bytes"), tmp_path)
-    part = units.part_at(tmp_path, unit.key(settings))
+    unit = units.Unit((file,), status.st_size)
+    units.write_part(unit, request, open_tokenizer("bytes"))
+    part = units.find_part(unit, request)
     assert part is not None
     assert np.fromfile(part.tokens, np.uint16).tolist() == [*text, 256]
     assert seen == [*[2_000] * 50, 1_000, 2, units.RECORD.itemsize]

@@ -18,7 +18,7 @@ import pytest
 from titanlite.corpus import prepare
 from titanlite.corpus.prepare import find_inputs
 from titanlite.corpus.token_file import TokenFile
-from titanlite.corpus.units import Settings
+from titanlite.corpus.units import Request
 from titanlite.data.splits import DataSplits, open_data
 from titanlite.errors import DataError
 from titanlite.recipe.sections import Data
@@ -111,16 +111,11 @@ def test_texts_that_change_meanwhile_are_not_kept(texts: Path, monkeypatch: pyte
 
 def test_of_other_settings_or_times_they_are_others(texts: Path) -> None:
     files = find_inputs(["in"], "text")
-    settings = Settings("bytes", None, (), "0", "text", False, 4.0)
-    others = [
-        replace(settings, fingerprint="1"),
-        replace(settings, text_key="t"),
-        replace(settings, held_out_percent=5),
-    ]
-    newer = files[0].file._replace(modified_ns=files[0].file.modified_ns + 1)
-    later = [files[0]._replace(file=newer), *files[1:]]
-    versions = [prepare._version_of(files, each) for each in (settings, *others)]
-    assert len({*versions, prepare._version_of(later, settings)}) == 5
+    request = Request(("in",), Path("out"), "bytes", None, (), "0", "text", 4.0)
+    others = [replace(request, fingerprint="1"), replace(request, text_key="t"), replace(request, held_out_percent=5)]
+    later = [files[0]._replace(modified_ns=files[0].modified_ns + 1), *files[1:]]
+    versions = [prepare._version_of(files, each) for each in (request, *others)]
+    assert len({*versions, prepare._version_of(later, request)}) == 5
 
 
 @pytest.mark.slow

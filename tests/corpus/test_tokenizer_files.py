@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import pickle
 import re
@@ -19,11 +18,10 @@ from support import bpe
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
-from titanlite.corpus.prepare import Request, find_inputs, prepare
+from titanlite.corpus.prepare import find_inputs, prepare
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
 from titanlite.corpus.tokenizers.byte_pairs import GPT2_PATTERN, LLAMA3_PATTERN, json_of_ranks, rank_engine
-from titanlite.corpus.units import Settings
-from titanlite.corpus.workers import Progress
+from titanlite.corpus.units import Request
 from titanlite.data.sources import open_streams
 from titanlite.errors import DataError, UsageError
 from titanlite.recipe.sections import Data
@@ -364,11 +362,10 @@ def test_what_a_library_raises_names_the_tokenizer_and_the_document(tmp_path: Pa
     section = Data(tokenizer=path, separator=separator)
     with pytest.raises(DataError, match=f"^texts.jsonl:2: {said}"):
         open_streams([str(tmp_path / "texts.jsonl")], "data.corpus", section, tokenizer)
-    settings = Settings(path, separator, (), tokenizer.fingerprint, "text", False, 0.0)
-    request = Request((str(tmp_path / "texts.jsonl"),), tmp_path / "out", settings)
-    files = find_inputs(request.inputs, "text")
-    with Progress(io.StringIO()) as progress, pytest.raises(DataError, match=f"^texts.jsonl:2: {said}"):
-        prepare(request, files, tokenizer, progress)
+    inputs = (str(tmp_path / "texts.jsonl"),)
+    request = Request(inputs, tmp_path / "out", path, separator, (), tokenizer.fingerprint, "text", 0.0)
+    with pytest.raises(DataError, match=f"^texts.jsonl:2: {said}"):
+        prepare(request, find_inputs(inputs, "text"), tokenizer)
 
 
 DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

@@ -58,11 +58,11 @@ def _add_prepare_commands(commands: Any) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from titanlite.corpus.prepare import Request, find_inputs, prepare
+    from titanlite.corpus.prepare import find_inputs, prepare
     from titanlite.corpus.token_file import paths_of
     from titanlite.corpus.tokenizers import describe_separator, open_tokenizer, separator_warning
-    from titanlite.corpus.units import Settings
-    from titanlite.corpus.workers import Progress, cores
+    from titanlite.corpus.units import Request
+    from titanlite.corpus.workers import cores
 
     if not 0 <= arguments.held_out < 100:
         raise UsageError("--held-out must be a percentage from 0 to below 100.")
@@ -74,19 +74,21 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"documents are separated by {describe_separator(tokenizer)}", file=sys.stderr)
     if finding := separator_warning(tokenizer, arguments.separator):
         print(f"warning: {finding.problem} give --separator.", file=sys.stderr)
-    settings = Settings(
+    request = Request(
+        inputs=tuple(arguments.inputs),
+        out=arguments.out,
         tokenizer=arguments.tokenizer,
         separator=arguments.separator,
         special_tokens=special,
         fingerprint=tokenizer.fingerprint,
         text_key=arguments.text_key,
-        skip_bad_lines=arguments.bad_lines == "skip",
         held_out_percent=arguments.held_out,
+        skip_bad_lines=arguments.bad_lines == "skip",
+        drop_duplicates=arguments.dedup,
+        workers=arguments.workers or cores(),
+        force=arguments.force,
     )
-    workers = arguments.workers or cores()
-    request = Request(tuple(arguments.inputs), arguments.out, settings, arguments.dedup, workers, arguments.force)
-    with Progress(sys.stderr) as progress:
-        made = prepare(request, find_inputs(request.inputs, settings.text_key), tokenizer, progress)
+    made = prepare(request, find_inputs(request.inputs, request.text_key), tokenizer)
     if arguments.json:
         print(json.dumps({str(prefix): info.model_dump() for prefix, info in made.items()}, indent=1))
         return

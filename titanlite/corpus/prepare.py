@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from titanlite.corpus.corpora import CORPORA, Part, is_held_out
-from titanlite.corpus.corpora.files import FileFinder
+from titanlite.corpus.corpora.files import FileFinder, FoundFile
 from titanlite.corpus.corpora.formats import divide
 from titanlite.corpus.corpora.json_lines import count_newlines
 from titanlite.corpus.token_file import (
     BLOCK,
-    HELD_OUT,
     FileArray,
     Int64,
     OpenFile,
@@ -39,7 +38,7 @@ from titanlite.corpus.token_file import (
     paths_of,
 )
 from titanlite.corpus.tokenizers import Tokenizer
-from titanlite.corpus.units import EXAMPLES, PART_VERSION, PartFile, Piece, Settings, Unit, key_of, part_at, write_unit
+from titanlite.corpus.units import EXAMPLES, PART_VERSION, PartFile, Request, Unit, find_part, key_of, write_unit
 from titanlite.corpus.workers import Progress, WorkerPool, cores
 from titanlite.errors import DataError, UsageError
 from titanlite.files import Lock, cause, take_lock
@@ -53,59 +52,28 @@ UNIT_FILES = 4_096
 IN_MEMORY_BYTES = 2**25  # Texts of a recipe of up to this size, packed or not, are read by every rank for itself
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be prepared."""
-
-    inputs: tuple[str, ...]  # Files, folders and globs
-    out: Path  # The prefix
-    settings: Settings
-    drop_duplicates: bool = False
-    workers: int = 1
-    force: bool = False  # Whether token files of other inputs or settings, that are there, are to go
-    shared: bool = False
-    """Whether other processes may be making the same: the first does, the others wait for it and take what it made."""
-
-    @property
-    def outputs(self) -> list[Path]:
-        """Prefixes: what is held out, if anything is, and the rest."""
-        held = [self.out.with_name(self.out.name + HELD_OUT)] if self.settings.held_out_percent else []
-        return [*held, self.out]
-
-
-def find_inputs(inputs: Sequence[str], text_key: str) -> list[Piece]:
+def find_inputs(inputs: Sequence[str], text_key: str) -> list[FoundFile]:
     """All files that the command's inputs name, in order. Raises `DataError`, and `UsageError` for a corpus' name."""
-    named = next((entry for entry in inputs if entry in CORPORA and not Path(entry).exists()), None)
-    if named is not None:
-        raise UsageError(f"'{named}' is for recipes, which read it as it is; give files, folders or globs.")
-    finder = FileFinder(text_key, "INPUT", ())
-    return [Piece(source, file) for source, entry in enumerate(inputs) for file in finder.find(entry)]
+    if named := [entry for entry in inputs if entry in CORPORA and not Path(entry).exists()]:
+        raise UsageError(f"'{named[0]}' is for recipes, which read it as it is; give files, folders or globs.")
+    return FileFinder(text_key, "INPUT", ()).find_all(inputs)
 
 
-def prepare(
-    request: Request, files: Sequence[Piece], tokenizer: Tokenizer, progress: Progress
-) -> dict[Path, TokenInfo]:
+def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) -> dict[Path, TokenInfo]:
     """Make the token files, or go on where an earlier start of the same request stopped; their sidecars by prefix.
 
     `files` are the inputs'. Raises `DataError` for texts that cannot be read and for a disk that takes no more,
     `UsageError` for what is in the way; parts that are done stay, and serve the next start.
     """
-    made_from, out = _hash_request(request, files), request.out
-    parts = paths_of(out).parts
+    out, parts = request.out, paths_of(request.out).parts
     try:
-        with closing(_lock(request, parts, progress)) as lock:
+        with Progress(sys.stderr) as progress, closing(_lock(request, parts, progress)) as lock:
             try:
-                done = _finished(request, made_from, files, began_before=any(parts.glob("*.json")))
-                if done is None:
-                    units, found = _write_parts(request, files, parts, progress)
-                    if not lock.is_in_place():
-                        raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
-                    done = _join(request, tokenizer, units, found, made_from, files, progress)
-                else:
-                    progress.message(f"{out} is finished: nothing is left to do")
+                done = _make(request, files, tokenizer, lock, progress)
                 shutil.rmtree(parts, ignore_errors=True)
                 if parts.exists():
                     progress.message(f"cannot remove {parts}, which nothing needs any more")
+                return done
             except BaseException:
                 with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
                     if os.listdir(parts) == [".lock"]:
@@ -116,16 +84,28 @@ def prepare(
             f"cannot write or lock {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, "
             "and the same command goes on; or choose another folder (--out, or run.output_dir of a recipe)."
         ) from error
-    return done
 
 
-def _hash_request(request: Request, files: Sequence[Piece]) -> str:
+def _make(
+    request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer, lock: Lock, progress: Progress
+) -> dict[Path, TokenInfo]:
+    made_from = _hash_request(request, files)
+    if done := _finished(request, made_from, files, began_before=any(lock.path.parent.glob("*.json"))):
+        progress.message(f"{request.out} is finished: nothing is left to do")
+        return done
+    found = _write_parts(request, files, progress)
+    if not lock.is_in_place():
+        raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
+    return _join(request, tokenizer, found, made_from, files, progress)
+
+
+def _hash_request(request: Request, files: Sequence[FoundFile]) -> str:
     texts: list[tuple[Any, ...]] = []
-    for source, file, _ in files:
+    for file in files:
         # Lines of JSON were once known by the name .jsonl alone, and what was made of others as one text is not this.
         by_content = file.format == "lines" and ".jsonl" not in file.name.lower()
-        texts.append((source, file.name, file.size, *(["lines"] if by_content else [])))
-    return key_of([request.settings.decisive, request.drop_duplicates, texts])
+        texts.append((file.source, file.name, file.size, *(["lines"] if by_content else [])))
+    return key_of([request.decisive, request.drop_duplicates, texts])
 
 
 def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
@@ -138,7 +118,7 @@ def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
 
 
 def _finished(
-    request: Request, made_from: str, files: Sequence[Piece], began_before: bool
+    request: Request, made_from: str, files: Sequence[FoundFile], began_before: bool
 ) -> dict[Path, TokenInfo] | None:
     """The sidecars, if an earlier start has made the very same; None if there is something to do.
 
@@ -147,9 +127,9 @@ def _finished(
     for prefix in request.outputs:
         paths = paths_of(prefix)
         there = [path for path in (paths.bin, paths.idx, paths.sidecar) if path.exists()]
-        if not there or (began_before and paths.idx not in there):
+        if request.shared or not there or (began_before and paths.idx not in there):
             continue
-        reason = "" if request.shared else _difference(paths, prefix, made_from, files)
+        reason = _difference(paths, prefix, made_from, files)
         if reason and request.force:
             return None
         if reason:
@@ -159,7 +139,7 @@ def _finished(
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 
 
-def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[Piece]) -> str:
+def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[FoundFile]) -> str:
     """Why a token file that is there is not what is asked for; empty if it is."""
     try:
         info = TokenFile.open(prefix).info
@@ -170,26 +150,23 @@ def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[Piec
     if info.made_from != made_from:
         return "it is of other inputs or settings"
     made_ns = paths.sidecar.stat().st_mtime_ns
-    newer = next((file.path for _, file, _ in files if file.modified_ns > made_ns), None)
+    newer = next((file.path for file in files if file.modified_ns > made_ns), None)
     return f"{newer} is newer" if newer else ""
 
 
-def _write_parts(
-    request: Request, files: Sequence[Piece], folder: Path, progress: Progress
-) -> tuple[list[Unit], list[PartFile]]:
+def _write_parts(request: Request, files: Sequence[FoundFile], progress: Progress) -> list[tuple[Unit, PartFile]]:
     """All units and their parts, in order; those that are not there yet are written."""
     with WorkerPool(request.workers) as workers:
         units = _units(files, workers)
-        keys = [unit.key(request.settings) for unit in units]
-        missing = [unit for unit, key in zip(units, keys, strict=True) if part_at(folder, key) is None]
+        missing = [unit for unit in units if find_part(unit, request) is None]
         total = sum(unit.bytes for unit in units)
         progress.message(f"tokenizing {format_bytes(total)} of texts into {request.out}")
         progress.begin("tokenizing", total, total - sum(unit.bytes for unit in missing))
-        for number, _ in workers.run(write_unit, [(unit, request.settings, folder) for unit in missing]):
+        for number, _ in workers.run(write_unit, [(unit, request) for unit in missing]):
             progress.advance(missing[number].bytes)
-    found = [part for key in keys if (part := part_at(folder, key))]
+    found = [(unit, part) for unit in units if (part := find_part(unit, request))]
     assert len(found) == len(units), "each unit that is done has its part"
-    return units, found
+    return found
 
 
 def unit_bytes(total: int) -> int:
@@ -197,29 +174,28 @@ def unit_bytes(total: int) -> int:
     return min(max(SMALLEST_UNIT_BYTES, 1 << (max(total, 1) // UNITS).bit_length()), LARGEST_UNIT_BYTES)
 
 
-def _units(files: Sequence[Piece], workers: WorkerPool) -> list[Unit]:
+def _units(files: Sequence[FoundFile], workers: WorkerPool) -> list[Unit]:
     """The inputs, cut and grouped, in order."""
-    limit = unit_bytes(sum(piece.file.size for piece in files))
-    parts = [divide(file.path, file.format, file.size, limit) or [] for _, file, _ in files]
-    _count_lines_before(files, parts, workers)
+    limit = unit_bytes(sum(file.size for file in files))
+    cuts = [divide(file.path, file.format, file.size, limit) or [] for file in files]
+    _count_lines_before(files, cuts, workers)
     units: list[Unit] = []
-    group: list[Piece] = []
+    group: list[FoundFile] = []
     grouped = 0
-    for piece, cut in zip(files, parts, strict=True):
-        size = piece.file.size
-        if group and (cut or grouped + size > limit or len(group) == UNIT_FILES):
+    for file, cut in zip(files, cuts, strict=True):
+        if group and (cut or grouped + file.size > limit or len(group) == UNIT_FILES):
             units.append(Unit(tuple(group), grouped))
             group, grouped = [], 0
-        units += [Unit((piece._replace(part=part),), size // len(cut)) for part in cut]
+        units += [Unit((file._replace(part=part),), file.size // len(cut)) for part in cut]
         if not cut:
-            group.append(piece)
-            grouped += size
+            group.append(file)
+            grouped += file.size
     return [*units, Unit(tuple(group), grouped)] if group else units
 
 
-def _count_lines_before(files: Sequence[Piece], parts: Sequence[list[Part]], workers: WorkerPool) -> None:
+def _count_lines_before(files: Sequence[FoundFile], cuts: Sequence[list[Part]], workers: WorkerPool) -> None:
     """Set `before` of parts of lines."""
-    of_lines = [(file.path, cut) for (_, file, _), cut in zip(files, parts, strict=True) if file.format == "lines"]
+    of_lines = [(file.path, cut) for file, cut in zip(files, cuts, strict=True) if file.format == "lines"]
     counts = sorted(workers.run(count_newlines, [(path, *part[:2]) for path, cut in of_lines for part in cut]))
     newlines = (count for _, count in counts)
     for _, cut in of_lines:
@@ -230,13 +206,13 @@ def _count_lines_before(files: Sequence[Piece], parts: Sequence[list[Part]], wor
 def _join(
     request: Request,
     tokenizer: Tokenizer,
-    units: Sequence[Unit],
-    parts: Sequence[PartFile],
+    found: Sequence[tuple[Unit, PartFile]],
     made_from: str,
-    files: Sequence[Piece],
+    files: Sequence[FoundFile],
     progress: Progress,
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
+    parts = [part for _, part in found]
     first_ones = _first_of_equals(parts) if request.drop_duplicates else None
     text_bytes = dict.fromkeys(request.outputs, 0)
     progress.begin("joining", sum(part.summary["token_bytes"] for part in parts), 0)
@@ -258,19 +234,19 @@ def _join(
         if empty := [prefix for prefix, writer in writers.items() if not writer.documents]:
             raise DataError(
                 f"{'all' if empty[0] == request.out else 'none'} of the {total:,} documents are held out by --held-out "
-                f"(data.validation_percent) {request.settings.held_out_percent:g}, which goes by a hash of their "
-                "names; give more documents, or another percentage."
+                f"(data.validation_percent) {request.held_out_percent:g}, which goes by a hash of their names; give "
+                "more documents, or another percentage."
             )
         shared: dict[str, Any] = {
             "made_from": made_from,
             "tokenizer": TokenizerInfo(
-                name=request.settings.tokenizer, fingerprint=tokenizer.fingerprint,
+                name=request.tokenizer, fingerprint=tokenizer.fingerprint,
                 vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,
             ),
             "duplicates": at - total,
             "bad_lines": sum(part.summary["bad"] for part in parts),
             "bad_line_examples": tuple(line for part in parts for line in part.summary["examples"])[:EXAMPLES],
-            "sources": _sources(request.inputs, units, parts, files),
+            "sources": _sources(request.inputs, found, files),
         }  # fmt: skip
         return {prefix: writer.commit(text_bytes=text_bytes[prefix], **shared) for prefix, writer in writers.items()}
 
@@ -299,19 +275,17 @@ def _copy(part: PartFile, lengths: Int64, chosen: npt.NDArray[np.bool_], writer:
 
 
 def _sources(
-    inputs: Sequence[str], units: Sequence[Unit], parts: Sequence[PartFile], files: Sequence[Piece]
+    inputs: Sequence[str], found: Sequence[tuple[Unit, PartFile]], files: Sequence[FoundFile]
 ) -> tuple[SourceInfo, ...]:
-    documents, hashes, counts, sizes = (Counter[int]() for _ in range(4))
-    for unit, part in zip(units, parts, strict=True):
+    documents, hashes = Counter[int](), Counter[int]()
+    for unit, part in found:
         for source, count, total in part.summary["sources"]:
             documents[unit.source + source] += count
             hashes[unit.source + source] += int(total, 16)
-    for source, file, _ in files:
-        counts[source] += 1
-        sizes[source] += file.size
+    sizes = [[file.size for file in files if file.source == source] for source in range(len(inputs))]
     return tuple(
         SourceInfo(
-            path=entry.encode("utf-8", "backslashreplace").decode(), files=counts[source], bytes=sizes[source],
+            path=entry.encode("utf-8", "backslashreplace").decode(), files=len(sizes[source]), bytes=sum(sizes[source]),
             documents=documents[source], texts_xxh3_128=f"{hashes[source] % 2**128:032x}",
         )
         for source, entry in enumerate(inputs)
@@ -335,31 +309,30 @@ def open_tokenized(
     """
     if any(entry in CORPORA for entry in paths):
         return None
-    finder = FileFinder(section.text_key)
-    files = [Piece(source, file) for source, entry in enumerate(paths) for file in finder.find(entry)]
-    size = sum(file.size for _, file, _ in files)
-    texts = [is_held_out(file.name, percent) for _, file, _ in files if file.format == "text"]
-    if size <= IN_MEMORY_BYTES or (percent and len(texts) == len(files) and len(set(texts)) < 2):
+    files = FileFinder(section.text_key).find_all(paths)
+    sides = {is_held_out(file.name, percent) if file.format == "text" else None for file in files}
+    if sum(file.size for file in files) <= IN_MEMORY_BYTES or (percent and len(sides) == 1 and None not in sides):
         return None
-    settings = Settings(
+    request = Request(
+        inputs=tuple(paths),
+        out=folder,
         tokenizer=section.tokenizer,
         separator=section.separator,
         special_tokens=tuple(section.special_tokens),
         fingerprint=tokenizer.fingerprint,
         text_key=section.text_key,
-        skip_bad_lines=False,
         held_out_percent=percent,
+        workers=cores(),
+        force=True,
+        shared=True,
     )
-    request = Request(
-        tuple(paths), folder / _version_of(files, settings), settings, workers=cores(), force=True, shared=True
-    )
+    request = replace(request, out=folder / _version_of(files, request))
     if not paths_of(request.out).idx.exists():  # which is the last to be there
-        with Progress(sys.stderr) as progress:
-            prepare(request, files, tokenizer, progress)
+        prepare(request, files, tokenizer)
     return tuple(map(TokenFile.open, reversed(request.outputs)))
 
 
-def _version_of(files: Sequence[Piece], settings: Settings) -> str:
+def _version_of(files: Sequence[FoundFile], request: Request) -> str:
     """Another one wherever the tokens may be others."""
-    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for _, file, _ in files]
-    return key_of([PART_VERSION, settings.decisive, texts])
+    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
+    return key_of([PART_VERSION, request.decisive, texts])

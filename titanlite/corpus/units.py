@@ -1,6 +1,6 @@
 """One unit of `titanlite data prepare`: a few files, or a part of one, turned into tokens in a part file.
 
-What a unit writes depends on it and on the settings alone, so it matters neither who writes it nor when; and whatever
+What a unit writes depends on it and on the request alone, so it matters neither who writes it nor when; and whatever
 is there of it under its key is whole.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.corpus.corpora import Document, Part, is_held_out
+from titanlite.corpus.corpora import Document, is_held_out
 from titanlite.corpus.corpora.files import FoundFile
 from titanlite.corpus.corpora.formats import read_documents
-from titanlite.corpus.token_file import BLOCK
+from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.files import cause, replace_file, replacing, write_all
 
 PART_VERSION = 2
-PART_FILES = ("tokens", "records", "json")
 EXAMPLES = 10  # Bad lines that are listed one by one
 BATCH_BYTES = 2**20
 BATCH_DOCUMENTS = 1_000  # Of texts that are given to the tokenizer at once, at most
@@ -39,49 +38,60 @@ RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high",
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides, beside the texts, what comes out."""
+class Request:
+    """What is to be prepared."""
 
+    inputs: tuple[str, ...]  # Files, folders and globs
+    out: Path  # The prefix
     tokenizer: str
     separator: str | None
     special_tokens: tuple[str, ...]
     fingerprint: str  # The tokenizer's, as it was when `prepare` began
     text_key: str
-    skip_bad_lines: bool
     held_out_percent: float
+    skip_bad_lines: bool = False
+    drop_duplicates: bool = False
+    workers: int = 1
+    force: bool = False  # Whether token files of other inputs or settings, that are there, are to go
+    shared: bool = False
+    """Whether other processes may be making the same: the first does, the others wait for it and take what it made."""
 
     @property
     def decisive(self) -> list[Any]:
+        """What decides, beside the texts, what a unit writes."""
         return [self.fingerprint, self.text_key, self.skip_bad_lines, self.held_out_percent]
 
-
-class Piece(NamedTuple):
-    """A file, or a part of it."""
-
-    source: int  # Which of the inputs names it
-    file: FoundFile
-    part: Part | None = None
+    @property
+    def outputs(self) -> list[Path]:
+        """Prefixes: what is held out, if anything is, and the rest."""
+        held = [self.out.with_name(self.out.name + HELD_OUT)] if self.held_out_percent else []
+        return [*held, self.out]
 
 
 class Unit(NamedTuple):
     """What is turned into one part file."""
 
-    pieces: tuple[Piece, ...]
+    files: tuple[FoundFile, ...]
     bytes: int  # Of the files; for the progress line
 
     def __str__(self) -> str:
-        first, last = self.pieces[0].file.path, self.pieces[-1].file.path
+        first, last = self.files[0].path, self.files[-1].path
         return f"{first}" if first == last else f"{first} to {last}"
 
     @property
     def source(self) -> int:
-        """Of its first piece: from it on the others' are counted, so that the part serves among other inputs too."""
-        return self.pieces[0].source
+        """Of its first file: from it on the others' are counted, so that the part serves among other inputs too."""
+        return self.files[0].source
 
-    def key(self, settings: Settings) -> str:
-        """Name of its part: a hash of all that decides what is in it."""
-        pieces = [(at - self.source, file.name, str(file.path), *file[2:], part) for at, file, part in self.pieces]
-        return key_of([PART_VERSION, settings.decisive, pieces])
+    def part_paths(self, request: Request) -> tuple[Path, Path, Path]:
+        """The files of its part: tokens, records, and the rest in JSON; named by all that decides what is in them."""
+        files = [
+            (file.source - self.source, file.name, str(file.path), file.format, file.size, file.modified_ns, file.part)
+            for file in self.files
+        ]
+        key = key_of([PART_VERSION, request.decisive, files])
+        parts = paths_of(request.out).parts
+        return parts / f"{key}.tokens", parts / f"{key}.records", parts / f"{key}.json"
 
 
 def key_of(value: Any) -> str:
@@ -89,8 +99,7 @@ def key_of(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-@dataclass(frozen=True)
-class PartFile:
+class PartFile(NamedTuple):
     """A finished part."""
 
     tokens: Path
@@ -102,9 +111,9 @@ class PartFile:
         return np.fromfile(self.records, RECORD)
 
 
-def part_at(folder: Path, key: str) -> PartFile | None:
-    """The part of that key, if it is whole. Raises `OSError`."""
-    tokens, records, about = (folder / f"{key}.{end}" for end in PART_FILES)
+def find_part(unit: Unit, request: Request) -> PartFile | None:
+    """The unit's part, if it is whole. Raises `OSError`."""
+    tokens, records, about = unit.part_paths(request)
     try:
         summary = json.loads(about.read_bytes())
         sizes = tokens.stat().st_size, records.stat().st_size
@@ -114,39 +123,11 @@ def part_at(folder: Path, key: str) -> PartFile | None:
     return PartFile(tokens, records, summary) if whole else None
 
 
-def write_part(unit: Unit, settings: Settings, tokenizer: Tokenizer, folder: Path) -> None:
-    """Read and tokenize a unit; its part is then in `folder`.
-
-    Raises `DataError` for texts that cannot be read, and `OSError` if the part cannot be written.
-    """
-    tokens, records, about = (folder / f"{unit.key(settings)}.{end}" for end in PART_FILES)
-    bad, dtype = _BadLines(settings.skip_bad_lines), token_dtype(tokenizer.vocab_size)
-    documents: Counter[int] = Counter()  # by source
-    hashes: Counter[int] = Counter()
-    writer = f"{os.getpid()}."  # an orphan of an earlier start may be at the same unit
-    with replacing(tokens, writer) as token_file, replacing(records, writer) as record_file:
-        for source, batch in _batches(unit, settings, bad):
-            texts, ids = _encode(batch, tokenizer, bad)
-            for block in _pack_blocks(ids, tokenizer.separator, dtype):
-                write_all(token_file, block.data)
-            table = _records_of(texts, ids, settings.held_out_percent)
-            write_all(record_file, table.view(np.uint8).data)
-            documents[source] += len(texts)
-            hashes[source] += (sum(table["high"].tolist()) << 64) + sum(table["low"].tolist())
-        token_bytes = token_file.tell()
-    summary = {
-        "documents": documents.total(), "token_bytes": token_bytes, "bad": bad.count, "examples": bad.examples,
-        "sources": [
-            [source - unit.source, count, f"{hashes[source] % 2**128:032x}"] for source, count in documents.items()
-        ],
-    }  # fmt: skip
-    replace_file(about, json.dumps(summary).encode())
-
-
-def write_unit(unit: Unit, settings: Settings, folder: Path) -> None:
-    """A task: write the unit's part into `folder`. Raises `DataError`."""
+def write_unit(unit: Unit, request: Request) -> None:
+    """A task: write the unit's part. Raises `DataError`."""
+    folder = paths_of(request.out).parts
     try:
-        write_part(unit, settings, _open_tokenizer(settings), folder)
+        write_part(unit, request, _open_tokenizer(request))
     except MemoryError:
         raise DataError(f"{unit}: does not fit into memory; take fewer --workers, or split it.") from None
     except OSError as error:
@@ -157,55 +138,70 @@ def write_unit(unit: Unit, settings: Settings, folder: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def _open_tokenizer(settings: Settings) -> Tokenizer:
-    tokenizer = open_tokenizer(settings.tokenizer, settings.separator, settings.special_tokens)
-    if tokenizer.fingerprint != settings.fingerprint:
-        raise DataError(f"the tokenizer '{settings.tokenizer}' changed while it was used; start again.")
+def _open_tokenizer(request: Request) -> Tokenizer:
+    tokenizer = open_tokenizer(request.tokenizer, request.separator, request.special_tokens)
+    if tokenizer.fingerprint != request.fingerprint:
+        raise DataError(f"the tokenizer '{request.tokenizer}' changed while it was used; start again.")
     return tokenizer
 
 
-class _BadLines:
-    """Takes lines that have no text: stops at the first, or counts them."""
+def write_part(unit: Unit, request: Request, tokenizer: Tokenizer) -> None:
+    """Read and tokenize a unit, and write its part.
 
-    def __init__(self, skip: bool) -> None:
-        self._skip = skip
-        self.count = 0
-        self.examples: list[str] = []
+    Raises `DataError` for texts that cannot be read, and `OSError` if the part cannot be written.
+    """
+    tokens, records, about = unit.part_paths(request)
+    dtype, bad, examples = token_dtype(tokenizer.vocab_size), 0, list[str]()
+    documents, hashes = Counter[int](), Counter[int]()  # by source
+    writer = f"{os.getpid()}."  # an orphan of an earlier start may be at the same unit
 
-    def __call__(self, error: DataError) -> None:
-        if not self._skip:
+    def on_bad(error: DataError) -> None:
+        nonlocal bad
+        if not request.skip_bad_lines:
             raise error
-        self.count += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(str(error).encode("utf-8", "backslashreplace").decode())
+        bad += 1
+        if bad <= EXAMPLES:
+            examples.append(str(error).encode("utf-8", "backslashreplace").decode())
+
+    with replacing(tokens, writer) as token_file, replacing(records, writer) as record_file:
+        for batch in _batches(unit, request.text_key, on_bad):
+            texts, ids = _encode(batch, tokenizer, on_bad)
+            for block in _pack_blocks(ids, tokenizer.separator, dtype):
+                write_all(token_file, block.data)
+            digests = [xxhash.xxh3_128_digest(text.content) for _, text in texts]
+            for (source, _), digest in zip(texts, digests, strict=True):
+                documents[source] += 1
+                hashes[source] += int.from_bytes(digest, "big")
+            table = np.zeros(len(texts), RECORD)
+            table["tokens"] = [len(numbers) + 1 for numbers in ids]
+            table["bytes"] = [len(text.content) for _, text in texts]
+            table["high"], table["low"] = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).T
+            if request.held_out_percent:
+                table["held"] = [is_held_out(text.name, request.held_out_percent) for _, text in texts]
+            write_all(record_file, table.view(np.uint8).data)
+        token_bytes = token_file.tell()
+    sources = [[source - unit.source, count, f"{hashes[source] % 2**128:032x}"] for source, count in documents.items()]
+    summary = {"documents": documents.total(), "token_bytes": token_bytes, "bad": bad, "examples": examples}
+    replace_file(about, json.dumps({**summary, "sources": sources}).encode())
 
 
-def _records_of(texts: Sequence[Document], ids: Sequence[Ids], held_out_percent: float) -> npt.NDArray[np.void]:
-    table = np.zeros(len(texts), RECORD)
-    table["tokens"] = [len(numbers) + 1 for numbers in ids]
-    table["bytes"] = [len(text.content) for text in texts]
-    hashes = np.frombuffer(b"".join(xxhash.xxh3_128_digest(text.content) for text in texts), ">u8").reshape(-1, 2)
-    table["high"], table["low"] = hashes[:, 0], hashes[:, 1]
-    if held_out_percent:
-        table["held"] = [is_held_out(text.name, held_out_percent) for text in texts]
-    return table
+Texts = list[tuple[int, Document]]  # with the source of each
 
 
-def _batches(unit: Unit, settings: Settings, bad: _BadLines) -> Iterator[tuple[int, list[Document]]]:
-    """The unit's documents, some at a time and each time of one source."""
-    batch: list[Document] = []
+def _batches(unit: Unit, text_key: str, on_bad: Callable[[DataError], None]) -> Iterator[Texts]:
+    """The unit's documents, some at a time."""
+    batch: Texts = []
     held = 0
-    for index, (source, file, part) in enumerate(unit.pieces):
-        for document in read_documents(file.name, file.path, file.format, settings.text_key, part, bad):
-            batch.append(document)
+    for file in unit.files:
+        for document in read_documents(file.name, file.path, file.format, text_key, file.part, on_bad):
+            batch.append((file.source, document))
             held += len(document.content)
             if held >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-                yield source, batch
+                yield batch
                 batch, held = [], 0
         _require_unchanged(file)
-        if batch and (index + 1 == len(unit.pieces) or unit.pieces[index + 1].source != source):
-            yield source, batch
-            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _require_unchanged(file: FoundFile) -> None:
@@ -218,18 +214,18 @@ def _require_unchanged(file: FoundFile) -> None:
         raise DataError(f"{file.path}: changed while it was read; start again when nothing writes to it.")
 
 
-def _encode(batch: list[Document], tokenizer: Tokenizer, bad: _BadLines) -> tuple[list[Document], list[Ids]]:
+def _encode(batch: Texts, tokenizer: Tokenizer, on_bad: Callable[[DataError], None]) -> tuple[Texts, list[Ids]]:
     """The texts that have ids, and these; those that the tokenizer refuses are bad lines."""
     try:
-        return batch, tokenizer.encode_batch([document.content for document in batch])
+        return batch, tokenizer.encode_batch([document.content for _, document in batch])
     except DataError:
         texts, ids = [], []
-        for document in batch:  # one by one, to say which it is
+        for source, document in batch:  # one by one, to say which it is
             try:
                 ids.append(tokenizer.encode(document.content))
-                texts.append(document)
+                texts.append((source, document))
             except DataError as error:
-                bad(DataError(f"{document.name}: {error}"))
+                on_bad(DataError(f"{document.name}: {error}"))
         return texts, ids
 
 
@@ -246,10 +242,8 @@ def _pack_blocks(ids: Sequence[Ids], separator: int, dtype: npt.DTypeLike) -> It
 
 def pack(documents: Sequence[Ids], separator: int, dtype: npt.DTypeLike = np.uint16) -> Tokens:
     """The stream: each document followed by one `separator`."""
-    stream: Tokens = np.empty(sum(map(len, documents)) + len(documents), dtype)
-    end = 0
-    for document in documents:
-        start, end = end, end + len(document) + 1
-        stream[start : end - 1] = document
-        stream[end - 1] = separator
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 1
+    stream: Tokens = np.full(lengths.sum(), separator, dtype)
+    for document, end in zip(documents, np.cumsum(lengths).tolist(), strict=True):
+        stream[end - 1 - len(document) : end - 1] = document
     return stream

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from titanlite.corpus.corpora import CORPORA, PACKED, Document, wrap_os_errors
+from titanlite.corpus.corpora import CORPORA, PACKED, Document, Part, wrap_os_errors
 from titanlite.corpus.corpora.formats import TEXT_SUFFIXES, format_of, is_folder_text
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
@@ -35,6 +35,8 @@ class FoundFile(NamedTuple):
     format: str
     size: int
     modified_ns: int
+    source: int = 0  # Which of the entries names it
+    part: Part | None = None  # If not all of it
 
 
 class FileFinder:
@@ -69,6 +71,10 @@ class FileFinder:
             if status.st_size == 0 and path == expand(entry):
                 raise DataError(f"{path}: the file is empty; give a file with text in it, or leave it out.")
             yield FoundFile(name, path, format_of(path, self._text_key), status.st_size, status.st_mtime_ns)
+
+    def find_all(self, entries: Sequence[str]) -> list[FoundFile]:
+        """Those of each entry, in order."""
+        return [file._replace(source=number) for number, entry in enumerate(entries) for file in self.find(entry)]
 
     def _paths(self, entry: str) -> list[tuple[str, Path]]:
         """The files of an entry as (name, path), in the order of their names."""
