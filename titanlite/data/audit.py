@@ -18,8 +18,8 @@ import numpy.typing as npt
 from titanlite.data.read_log import READ, SKIPPED, Records
 
 REORDERED = "reordered"
-"""The value of a checkpoint that lists, with spaces between, the steps which were the first to read by another order
-than the step before, in the history that led to its state."""
+"""The value of a checkpoint that lists, with spaces between, the steps of its history which were the first to read by
+another order than the step before."""
 
 Span = tuple[int, int]  # First and last sample, or step
 Samples = npt.NDArray[np.int64]
@@ -35,8 +35,7 @@ class Audit:
     repeated: tuple[Span, ...]  # Samples that were read again, a span for each time
     in_order: bool  # Whether each step read samples later than those of the step before
     unrecorded: tuple[Span, ...]  # Steps without a record
-    skipped: tuple[dict[str, Any], ...]
-    """Samples that were passed over: `step`, `by` (data.skip_steps or rollback) and `samples`, a span."""
+    skipped: tuple[dict[str, Any], ...]  # Passed over: `step`, `by` (data.skip_steps or rollback), `samples`, a span
     reordered: tuple[int, ...]
     """Steps from which on a resumed run read by another order than before: it may have read some texts twice and
     others never, which the numbers of samples do not show."""
@@ -92,8 +91,8 @@ def audit(
 ) -> Audit:
     """Follow the history to `last_step`, by whose state the samples before `end` are read or passed over.
 
-    `begins_elsewhere`: the run may have begun with the state of another one; it has if its first records go on from a
-    later step than 0.
+    `begins_elsewhere`: the run may have begun with another's state; it has if its first records go on from a later step
+    than 0.
     """
     names = _stretches(records)
     begins_elsewhere = begins_elsewhere and names.size > 0 and bool(records["begun"][names.argmin()])
@@ -112,20 +111,21 @@ def audit(
         last = int(samples[-1])
         steps.append(step)
         ranks = int(part["ranks"][0])
-        if not layouts or layouts[-1]["data_ranks"] != ranks:
-            layouts.append({"steps": (step, step), "data_ranks": ranks})
-        layouts[-1]["steps"] = (layouts[-1]["steps"][0], step)
-    begun = (steps[0] - 1 if steps else last_step) if begins_elsewhere else 0
-    first = min(spans, default=(end, end))[0] if begins_elsewhere else 0
+        begun = layouts.pop()["steps"][0] if layouts and layouts[-1]["data_ranks"] == ranks else step
+        layouts.append({"steps": (begun, step), "data_ranks": ranks})
+    first_step, first = 1, 0
+    if begins_elsewhere:
+        first_step, first = min(steps, default=last_step + 1), min(spans, default=(end, end))[0]
     gaps, repeated = _gaps_and_repeats(spans, first, end)
     skipped, lost = _explain_gaps(gaps, kept[kept["kind"] != READ])
+    unrecorded, _ = _gaps_and_repeats([(step, step) for step in steps], first_step, last_step + 1)
     return Audit(
         steps=len(steps),
         samples=count,
         lost=tuple(lost),
         repeated=tuple(repeated),
         in_order=in_order,
-        unrecorded=tuple(_gaps_and_repeats([(step, step) for step in steps], begun + 1, last_step + 1)[0]),
+        unrecorded=tuple(unrecorded),
         skipped=tuple(skipped),
         reordered=tuple(reordered),
         digest=digest.hexdigest(),
@@ -161,14 +161,9 @@ def _explain_gaps(gaps: Sequence[Span], passed: Records) -> tuple[list[dict[str,
     lost = list(gaps)
     fields = ("first", "count", "step", "kind")
     for first, count, step, kind in sorted({tuple(int(each[name]) for name in fields) for each in passed}):
-        last, left = first + count - 1, list[Span]()
-        by = "data.skip_steps" if kind == SKIPPED else "rollback"
-        for low, high in lost:
-            inside = max(low, first), min(high, last)
-            if inside[0] <= inside[1]:
-                skipped.append({"step": step, "by": by, "samples": inside})
-                left += [span for span in ((low, first - 1), (last + 1, high)) if span[0] <= span[1]]
-            else:
-                left.append((low, high))
-        lost = left
+        last, by = first + count - 1, "data.skip_steps" if kind == SKIPPED else "rollback"
+        inside = [(max(low, first), min(high, last)) for low, high in lost]
+        skipped += [{"step": step, "by": by, "samples": span} for span in inside if span[0] <= span[1]]
+        around = [span for low, high in lost for span in ((low, min(high, first - 1)), (max(low, last + 1), high))]
+        lost = [span for span in around if span[0] <= span[1]]
     return skipped, lost

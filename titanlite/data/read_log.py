@@ -1,10 +1,8 @@
-"""Which samples each step read, as the ranks themselves write it down: 40 bytes for each stretch of steps.
+"""Which samples each step read, as the ranks write it down: 40 bytes for each stretch of steps. No torch.
 
-`RUN/logs/samples/rank-00007.bin` is what data rank 7 read, in every start of the run. It only grows: what was read by
-steps that a kill or a rollback undid stays there, and `audit.py` tells which records count. No torch.
-
-The first step of a stretch is written at once, so that every start leaves a record. Those after it are written when the
-stretch ends, and before anything shows that they were taken: a row of metrics, a checkpoint, a snapshot.
+`RUN/logs/samples/rank-00007.bin` is what data rank 7 read, in every start of the run. It only grows: `audit.py` tells
+which records count. The first step of a stretch is written at once, so that every start leaves a record; those after it
+when the stretch ends, and before anything shows that they were taken: a row of metrics, a checkpoint, a snapshot.
 """
 
 from __future__ import annotations
@@ -22,11 +20,13 @@ from titanlite.files import Appender, cause, read_file
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.plan.layout import BatchPlan
 
-FOLDER = Path("logs") / "samples"  # Of a run
+FOLDER = Path("logs") / "samples"  # of a run
+Records = npt.NDArray[Any]  # `[records]` of `RECORD`
+_MOST = 2**24  # samples of one batch, or steps of one record: far more than there ever are
 
 READ, SKIPPED, WENT_BACK, READ_STEPS = range(1, 5)
-"""Kinds of records: samples that a step read; samples that were passed over before a step, by `data.skip_steps`; and
-after a step that the run went back to; samples that several steps read."""
+"""Kinds of records: samples that a step read; those passed over before a step, by `data.skip_steps`, and after a step
+that the run went back to; samples that several steps read."""
 
 RECORD = np.dtype(
     [(name, "<i8") for name in ("first", "count")]
@@ -37,11 +37,8 @@ RECORD = np.dtype(
 `rank` of `ranks` in `step` of a stretch that went on from step `begun`: the `turn`-th of the run's start `start`, both
 from 1; a rollback begins the next one.
 
-Of `READ_STEPS`, `count` is steps x 2^32 + batch: the steps from `step` on each read the rank's part of `batch` samples,
-the first step those from `first - rank` on, and each step those that follow.
-"""
-_MOST = 2**24  # Samples of one batch, or steps of one record: far more than there ever are
-Records = npt.NDArray[Any]  # `[records]` of `RECORD`
+Of `READ_STEPS`, `count` is steps x 2^32 + batch: from `step` on, each step read the rank's part of `batch` samples, the
+first of those from `first - rank` on, and the next ones of those that follow."""
 
 
 class ReadLog:
@@ -53,8 +50,8 @@ class ReadLog:
     def __init__(self, path: Path | None, plan: BatchPlan, start: int, warn: Callable[[str], None]) -> None:
         self._plan, self._start = plan, start
         self._turn = self._begun = 0
-        self._next = (0, 0)  # The step that would go on with the stretch, and the rank's first sample then
-        self._unwritten = 0  # Steps up to there that have no record yet
+        self._next = (0, 0)  # the step that would go on with the stretch, and the rank's first sample then
+        self._unwritten = 0  # steps up to there that have no record yet
         self._file: Appender | None = None
         if path is not None:
             try:
@@ -74,15 +71,15 @@ class ReadLog:
         """The rank's `samples` of a step."""
         if not samples:
             return
-        first, batch, ranks = samples[0], self._plan.global_batch, self._plan.data_ranks
-        planned = samples == tuple(range(first, first - self._plan.data_rank + batch, ranks))
+        first = samples[0]
+        planned = samples == tuple(self._plan.samples(first - self._plan.data_rank))
         if planned and (step, first) == self._next:
             self._unwritten += 1
         else:
             self.flush()
             for each in [samples] if planned else [[sample] for sample in samples]:
                 self._write(READ, step, each[0], len(each))  # what should not be is written down as it is
-        self._next = step + 1, samples[0] + batch
+        self._next = step + 1, first + self._plan.global_batch
 
     def passed_over(self, kind: int, step: int, first: int, end: int) -> None:
         """Samples `first` to `end - 1` are not read: `SKIPPED` by this step, or the run `WENT_BACK` to it."""
