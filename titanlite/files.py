@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from titanlite.errors import UsageError
+from titanlite.errors import TitanliteError, UsageError
 from titanlite.text import format_bytes
 
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -165,6 +165,15 @@ def cause(error: OSError, path: Path) -> str:
         return text
     standing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
     return f"{text} ({format_bytes(shutil.disk_usage(standing).free)} free)"
+
+
+@contextmanager
+def wrap_os_errors(what: str, path: Path, then: str = "", kind: type[TitanliteError] = UsageError) -> Iterator[None]:
+    """Turn an `OSError` in the block into an error that says `what` failed, why where `path` lies, and what `then`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {cause(error, path)}.{then}") from error
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,7 @@ def _read_generation(path: Path) -> tuple[str, str]:
 def _leave_mark(folder: Path) -> str:
     """Make the folder, this user's own, and a file in it by which ranks see that they are on one machine."""
     fix = " Set resilience.snapshot_dir to a folder of a file system in memory, or resilience.snapshot_every = 0."
-    with storage.wrap_os_errors(f"cannot keep snapshots in {folder}", folder, fix, UsageError):
+    with storage.wrap_os_errors(f"cannot keep snapshots in {folder}", folder, fix, kind=UsageError):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -11,11 +11,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
 import xxhash
 
+from titanlite import files
 from titanlite.checkpoint.format import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -25,7 +27,7 @@ from titanlite.checkpoint.format import (
     decode,
     step_of,
 )
-from titanlite.errors import CheckpointError, TitanliteError
+from titanlite.errors import CheckpointError
 from titanlite.files import cause, open_file, sync_path
 
 
@@ -95,15 +97,7 @@ def abandon(final: Path) -> None:
             os.rename(replaced, final)
 
 
-@contextmanager
-def wrap_os_errors(
-    what: str, path: Path, then: str = "", kind: type[TitanliteError] = CheckpointError
-) -> Iterator[None]:
-    """Turn an `OSError` in the block into an error that says `what` failed, why where `path` lies, and what `then`."""
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"{what}: {cause(error, path)}.{then}") from error
+wrap_os_errors = partial(files.wrap_os_errors, kind=CheckpointError)
 
 
 def leave_mark(folder: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titanlite.errors import DataError, UsageError
-from titanlite.files import cause, replace_file
+from titanlite.files import replace_file, wrap_os_errors
 from titanlite.recipe.paths import input_argument, path_argument
 from titanlite.recipe.sections import Data
 from titanlite.text import format_bytes, format_count
@@ -93,12 +93,10 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
     content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())
     if not read["documents"]:
         raise DataError(f"{', '.join(arguments.inputs)}: no text at all; give a corpus with text in it.")
-    try:
+    with wrap_os_errors(f"cannot write {file}", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file.with_name(CONFIG), config_json({}, arguments.separator))
         replace_file(file, content.encode())
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {cause(error, file)}.") from error
     print(f"{file}: {size:,} tokens, of {_describe(read)}")
     if size < arguments.vocab_size:
         print(f"fewer than --vocab-size {arguments.vocab_size}: no other pair of tokens occurs twice in the corpus.")

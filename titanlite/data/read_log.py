@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.errors import DataError, UsageError
-from titanlite.files import Appender, cause, read_file
+from titanlite.errors import DataError
+from titanlite.files import Appender, read_file, wrap_os_errors
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.plan.layout import BatchPlan
 
@@ -54,13 +54,11 @@ class ReadLog:
         self._unwritten = 0  # steps up to there that have no record yet
         self._file: Appender | None = None
         if path is not None:
-            try:
+            with wrap_os_errors(f"cannot write {path}", path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = Appender(path, warn)
                 size = path.stat().st_size
                 os.truncate(path, size - size % RECORD.itemsize)  # a record that a kill has cut in two
-            except OSError as error:
-                raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
 
     def begin(self, after_step: int) -> None:
         """The run goes on after this step: whatever later steps read before, they will read again."""
@@ -158,9 +156,7 @@ def last_start(run: Path) -> int:
 
 def _whole_records(path: Path) -> Records:
     """Those that a kill has not cut in two; zeros, which may stand for what a loss of power took, are none."""
-    try:
+    with wrap_os_errors(f"cannot read {path}", path, kind=DataError):
         data = read_file(path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {cause(error, path)}.") from error
     records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
     return records[records["start"] > 0]

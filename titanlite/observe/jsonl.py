@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from titanlite.errors import UsageError
-from titanlite.files import Appender, cause, read_file, replace_file
+from titanlite.files import Appender, cause, read_file, replace_file, wrap_os_errors
 from titanlite.recipe.sections import Recipe
 
 Row = dict[str, Any]
@@ -49,11 +48,9 @@ class JsonlSink:
     def __init__(self, path: Path, after_step: int, warn: Callable[[str], None]) -> None:
         """Raises `UsageError` if the file cannot be read or written."""
         self._path, self._warn = path, warn
-        try:
+        with wrap_os_errors(f"cannot write {path}", path):
             rewind(path, after_step)
             self._file = Appender(path, warn)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
 
     def write(self, row: Row) -> None:
         odd = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from titanlite.errors import UsageError
-from titanlite.files import Appender, cause
+from titanlite.files import Appender, wrap_os_errors
 from titanlite.observe.jsonl import Row
 from titanlite.recipe.sections import Recipe
 
@@ -28,11 +27,9 @@ class TensorBoardSink:
     def __init__(self, folder: Path, after_step: int, warn: Callable[[str], None]) -> None:
         """Raises `UsageError` if the folder cannot be written."""
         path = folder / f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{os.getpid()}"
-        try:
+        with wrap_os_errors(f"cannot write {path}", path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = Appender(path, warn)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
         self._begun = False
         self.rewind(after_step)
 
