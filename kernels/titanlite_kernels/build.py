@@ -29,21 +29,17 @@ class CannotBuild(Exception):
 class Build:
     """One kernel as an operation launches it at one shape."""
 
-    name: str
-    """operation.kernel, such as `rms_norm.forward`."""
-    kernel: Any
-    """The `jit` function."""
+    name: str  # operation.kernel, such as `rms_norm.forward`
+    kernel: Any  # The `jit` function
     signature: Mapping[str, str | int | float]
     """Argument -> `*bf16` and the like for a pointer, and for a number its value at this shape: as in a launch, Triton
     compiles an integer that is 1 as a constant, and uses it that an integer is a multiple of 16."""
     constexprs: Mapping[str, Any]
     num_warps: int
-    shape: str
-    """What is built, in words: `Llama 3 8B: 8,192 tokens x 4,096, bfloat16`."""
+    shape: str  # What is built, in words: `Llama 3 8B: 8,192 tokens x 4,096, bfloat16`
     minimal_bytes: int
     """What the operation must move between memory and chip at this shape, by the contract in its file."""
-    programs: int
-    """How many programs a launch at this shape has."""
+    programs: int  # How many programs a launch at this shape has
     num_stages: int = 3
     trips: tuple[float, ...] = ()
     """How often each loop runs whose bounds are no compile-time constants, in the order of the source; the mean over
@@ -51,26 +47,19 @@ class Build:
     cached: tuple[str, ...] = field(default=())
     """Pointers that programs share, small enough for the cache: what they point to counts once, as `minimal_bytes` says
     it, not once for each program."""
-    targets: tuple[str, ...] = tuple(TARGETS)
-    """Those that the kernel is for: not every device has every number format."""
+    targets: tuple[str, ...] = tuple(TARGETS)  # Those that the kernel is for: not every device has every number format
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What was read from one build for one target; the fields but `traffic` are a row's columns."""
 
-    registers: int
-    """Per thread."""
-    spill_bytes: int
-    """Per thread: registers that the compiler had to keep in memory."""
-    shared_bytes: int
-    """Per program."""
-    vector_bytes: int
-    """The widest load from global memory that a thread makes in one instruction."""
-    tensor_cores: str
-    """The family of matrix instructions: `wgmma`, `tcgen05`, `mma`, or nothing."""
-    moved_bytes: int
-    """Loaded and stored in all at the build's shape; `Build.cached` pointers left out."""
+    registers: int  # Per thread
+    spill_bytes: int  # Per thread: registers that the compiler had to keep in memory
+    shared_bytes: int  # Per program
+    vector_bytes: int  # The widest load from global memory that a thread makes in one instruction
+    tensor_cores: str  # The family of matrix instructions: `wgmma`, `tcgen05`, `mma`, or nothing
+    moved_bytes: int  # Loaded and stored in all at the build's shape; `Build.cached` pointers left out
 
 
 def compile_build(build: Build, target: str) -> Compiled:

@@ -23,8 +23,7 @@ from titanlite_kernels.optional_triton import cdiv, jit, multiprocessors, power_
 
 WIDEST_ROW = 32768
 """A program holds its row in registers; the largest values of wider ones are found by a launch of their own."""
-_CAPABILITY = (8, 9)
-"""GPUs that convert to float8."""
+_CAPABILITY = (8, 9)  # GPUs that convert to float8
 
 
 def quantise(matrix: Tensor, format: torch.dtype, scale: Scale) -> Float8:
@@ -154,8 +153,7 @@ def _by_rows(
     tl.store(scale + row, tl.div_rn(1.0, factor), mask=row < rows)
 
 
-_BLOCK = 8192
-"""Elements of a tile: 32 for each thread of `_WARPS`, in loads of 16 bytes."""
+_BLOCK = 8192  # Elements of a tile: 32 for each thread of `_WARPS`, in loads of 16 bytes
 _WARPS = 8
 _TURNED_TILE = (128, 64)
 """Rows and columns: 128 bytes in a row of bfloat16, and in a row of the transpose in float8, are a line of memory."""

@@ -10,22 +10,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Scale = Literal["tensor", "row"]
-"""One scale for a matrix, or one for each of its rows."""
+Scale = Literal["tensor", "row"]  # One scale for a matrix, or one for each of its rows
 
 SMALLEST = 2.0**-100
 """A largest value below this is treated as this, so that scales and their reciprocals stay in the range of float32."""
-EXPONENT = 0x7F800000
-"""The bits of a float32 that hold its exponent."""
+EXPONENT = 0x7F800000  # The bits of a float32 that hold its exponent
 
 
 class Float8(NamedTuple):
     """A matrix in float8: `values` * `scale`."""
 
-    values: Tensor
-    """[rows, columns], float8, contiguous."""
-    scale: Tensor
-    """[] or [rows, 1], float32, powers of two."""
+    values: Tensor  # [rows, columns], float8, contiguous
+    scale: Tensor  # [] or [rows, 1], float32, powers of two
 
 
 def power_of_two(largest: Tensor, format: torch.dtype) -> Tensor:

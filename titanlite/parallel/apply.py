@@ -60,13 +60,11 @@ class _Builder:
     config: ModelConfig
     recipe: Recipe
     world: World
-    meshes: Meshes | None
-    """None on one rank."""
+    meshes: Meshes | None  # None on one rank
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """Of what was built so far; where another stage has a tied parameter too, by the name that it is tied to."""
     placements: dict[str, Placement] = field(default_factory=dict)
-    cached: list[nn.Module] = field(default_factory=list)
-    """Linears whose casts need to be refreshed: see `convert`."""
+    cached: list[nn.Module] = field(default_factory=list)  # Linears whose casts need to be refreshed: see `convert`
 
     def whole(self) -> tuple[nn.Module, GradientAccumulation]:
         """The model with all its layers on this rank."""

@@ -14,20 +14,16 @@ from torch import Tensor
 class Batch:
     """One step's (or one validation pass's) sequences of one data rank; tensors are int64."""
 
-    tokens: Tensor
-    """Inputs, `[microbatches, microbatch, seq_len]`; padding is the separator."""
-    labels: Tensor
-    """The token after each input, same shape; padding is `IGNORED`."""
+    tokens: Tensor  # Inputs, `[microbatches, microbatch, seq_len]`; padding is the separator
+    labels: Tensor  # The token after each input, same shape; padding is `IGNORED`
     positions: Tensor | None
     """Position of each input within its document, same shape; None without `data.document_mask`."""
     documents: Tensor | None
     """Number of each input's document within its sequence, same shape; None without `data.document_mask`."""
     samples: tuple[int, ...]
     """Numbers of this rank's samples, in the order of the sequences; padding follows them and has none."""
-    sequences: int
-    """Sequences of all data ranks together, without padding."""
-    valid_tokens: int
-    """Labels of this rank that count."""
+    sequences: int  # Sequences of all data ranks together, without padding
+    valid_tokens: int  # Labels of this rank that count
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from which a copy to a GPU can run beside its work."""

@@ -130,8 +130,7 @@ class _LocalParameter:
     rows: int
     columns: int
     converted: bool
-    fused: bool
-    """Whether its cast is Triton's."""
+    fused: bool  # Whether its cast is Triton's
 
     def parts(self, dtype: torch.dtype) -> Sequence[Part]:
         """Of a message: its values, or float8 values and the scale of each row."""

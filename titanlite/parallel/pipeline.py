@@ -56,10 +56,8 @@ class PipelineConfig:
     microbatches: int
     hidden: tuple[int, int, int]
     """Shape of what one stage hands to the next: [microbatch, positions on this rank, width]."""
-    dtype: torch.dtype
-    """Of the hidden states."""
-    sequence_length: int
-    """Positions that the attention of a stage sees, where the batch does not say which these are."""
+    dtype: torch.dtype  # Of the hidden states
+    sequence_length: int  # Positions that the attention of a stage sees, where the batch does not say which these are
 
 
 class Pipeline:

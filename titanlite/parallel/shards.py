@@ -152,10 +152,8 @@ class MatrixExchange:
     takes a part of the matrices, and gathers what the others made of theirs.
     """
 
-    group: dist.ProcessGroup
-    """The ranks that hold parts of one replica."""
-    replicas: dist.ProcessGroup
-    """Those that hold the same parts."""
+    group: dist.ProcessGroup  # The ranks that hold parts of one replica
+    replicas: dist.ProcessGroup  # Those that hold the same parts
     placements: Mapping[str, MatrixPlacement]
 
     def placement(self, name: str) -> MatrixPlacement:

@@ -36,8 +36,7 @@ class Float8Cast(NamedTuple):
     """How numbers become float8 to travel."""
 
     cast: Cast
-    fused: bool
-    """By a fused kernel."""
+    fused: bool  # By a fused kernel
 
 
 def apply_tensor_parallel(

@@ -24,8 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, StoppedEarly, TitanliteError, UsageError
 from titanlite.plan.launch import STOP_SIGNALS, Launch, launch_environment
 
-_ENDED = "ended"
-"""Key under which ranks that stand by read how the run ended."""
+_ENDED = "ended"  # Key under which ranks that stand by read how the run ended
 _POLL_SECONDS = 0.5
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 

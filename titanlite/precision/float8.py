@@ -21,23 +21,17 @@ from titanlite.errors import UsageError
 from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_MANTISSA_BITS = 23
-"""Of a float32, below its exponent."""
-_KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")
-"""Buffers with a weight in float8."""
-_CAPABILITY = (8, 9)
-"""GPUs that multiply float8."""
-_BLOCKS_CAPABILITY = (10, 0)
-"""GPUs that multiply blocks of it with their scales."""
+_MANTISSA_BITS = 23  # Of a float32, below its exponent
+_KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")  # Buffers with a weight in float8
+_CAPABILITY = (8, 9)  # GPUs that multiply float8
+_BLOCKS_CAPABILITY = (10, 0)  # GPUs that multiply blocks of it with their scales
 
 
 class Quantised(NamedTuple):
     """A matrix in float8: `values` * `scale`. What is summed over in a product is its last dimension."""
 
-    values: Tensor
-    """[rows, columns], float8, contiguous."""
-    scale: Tensor
-    """[], [rows, 1], or [rows, columns / `BLOCK`], float32; in blocks, one that e8m0 has."""
+    values: Tensor  # [rows, columns], float8, contiguous
+    scale: Tensor  # [], [rows, 1], or [rows, columns / `BLOCK`], float32; in blocks, one that e8m0 has
 
     @property
     def in_blocks(self) -> bool:
