@@ -246,10 +246,7 @@ def turns_of(case: Case, operation: Operation, arguments: Sequence[Any]) -> dict
         return {"forward": forward}
     outputs = forward()
     gradients = [torch.randn_like(output) for output in outputs]
-    return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True),
-    }
+    return {"forward": forward, "backward": lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)}
 
 
 def contestants(case: Case, compiled: bool) -> dict[str, Operation]:

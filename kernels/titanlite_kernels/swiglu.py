@@ -113,7 +113,4 @@ def _build(kernel: Any, pointers: tuple[str, ...], tokens: int = 8192, width: in
     )
 
 
-BUILDS = (
-    _build(_forward, ("gate", "up", "out")),
-    _build(_backward, ("grad", "gate", "up", "grad_gate", "grad_up")),
-)
+BUILDS = (_build(_forward, ("gate", "up", "out")), _build(_backward, ("grad", "gate", "up", "grad_gate", "grad_up")))

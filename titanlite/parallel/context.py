@@ -50,10 +50,7 @@ def local_sequences(batch: Batch, ranks: int, rank: int) -> Batch:
 
 
 def apply_context_parallel(
-    model: nn.Module,
-    plan: Sequence[ShardingRule],
-    group: dist.ProcessGroup,
-    method: Literal["all-gather", "ring"],
+    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, method: Literal["all-gather", "ring"]
 ) -> None:
     """Replace, in place, what the cp rules of `plan` name for what sees all ranks' parts of the sequence.
 
