@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
 from titanlite.optim.base import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
-from titanlite.optim.muon import Alone, Muon, orthogonalise
+from titanlite.optim.muon import Muon, orthogonalise
 from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Optimizer, Recipe
 
@@ -80,18 +81,16 @@ def test_muon_multiplies_on_the_device_what_rests_on_the_host() -> None:
     """The device is one without memory; what comes back from the others is on the host, as if it had numbers."""
     places = []
 
-    class Elsewhere(Alone):
-        def collect(self, held: torch.Tensor, placement: Any) -> torch.Tensor:
-            places.append(held.device.type)
-            return held
+    class Elsewhere:
+        cuts: ClassVar = {"w": ((4, 6),)}
 
-        def give_back(self, whole: torch.Tensor, placement: Any, count: int) -> torch.Tensor:
-            places.append(whole.device.type)
-            return torch.ones(count, *placement.shape)
+        def apply(self, function: Callable[[torch.Tensor], torch.Tensor], held: torch.Tensor, cut: Any) -> torch.Tensor:
+            places.extend([held.device.type, function(held).device.type])
+            return torch.ones(held.shape)
 
     held = torch.nn.Parameter(torch.zeros(4, 6))
     held.grad = torch.ones(4, 6)
-    Muon({"w": held}, 0.9, 0.1, torch.float32, Elsewhere({"w": held}), torch.device("meta")).step(0.01, TAKEN)
+    Muon({"w": held}, 0.9, 0.1, torch.float32, Elsewhere(), torch.device("meta")).step(0.01, TAKEN)
     assert places == ["meta", "meta"] and (held == -0.01).all()
 
 

@@ -51,14 +51,12 @@ class Optimizer:
 class Exchange(Protocol):
     """How matrices that are cut over ranks come together, each whole on one of them."""
 
-    def placement(self, name: str) -> Any:
-        """How a matrix is cut, with its whole `shape`; matrices cut alike are exchanged together."""
+    @property
+    def cuts(self) -> Mapping[str, Any]:
+        """By name, how a matrix is cut: its whole shape and more. Matrices cut alike are exchanged together."""
 
-    def collect(self, held: Tensor, placement: Any) -> Tensor:
-        """[n, rows here, columns here] -> [this rank's share of n, rows, columns]."""
-
-    def give_back(self, whole: Tensor, placement: Any, count: int) -> Tensor:
-        """The inverse: -> [count, rows here, columns here]."""
+    def apply(self, function: Callable[[Tensor], Tensor], held: Tensor, cut: Any) -> Tensor:
+        """`function` of n whole matrices [share of n, rows, columns], from and to [n, rows here, columns here]."""
 
 
 @dataclass(frozen=True)

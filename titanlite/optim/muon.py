@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from titanlite.models.spec import ModelSpec
@@ -43,27 +43,6 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-@dataclass(frozen=True)
-class _Uncut:
-    shape: tuple[int, ...]
-
-
-class Alone:
-    """Nothing is cut: every matrix is whole already."""
-
-    def __init__(self, matrices: Mapping[str, Tensor]) -> None:
-        self._matrices = matrices
-
-    def placement(self, name: str) -> _Uncut:
-        return _Uncut(tuple(self._matrices[name].shape))
-
-    def collect(self, held: Tensor, placement: Any) -> Tensor:
-        return held
-
-    def give_back(self, whole: Tensor, placement: Any, count: int) -> Tensor:
-        return whole
-
-
 class Muon:
     """Nesterov momentum, orthogonalisation, decoupled weight decay; updates happen on the device, or not at all."""
 
@@ -85,10 +64,10 @@ class Muon:
         self.weight_decay = weight_decay
         self.dtype = dtype
         self.device = device
-        self._exchange = exchange or Alone(parameters)
+        self._exchange = exchange
         alike: dict[Any, dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in parameters.items():
-            alike[self._exchange.placement(name)][name] = parameter
+            alike[exchange.cuts[name] if exchange else (parameter.shape,)][name] = parameter
         self._groups = list(alike.items())
         self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for _, group in self._groups]
 
@@ -102,15 +81,16 @@ class Muon:
         """See `UpdateRule.step`."""
         import torch
 
+        change = partial(orthogonalise, dtype=self.dtype)
         with torch.no_grad():
-            for (placement, group), momenta in zip(self._groups, self._momenta, strict=True):
+            for (cut, group), momenta in zip(self._groups, self._momenta, strict=True):
                 parameters = list(group.values())
-                rows, columns = placement.shape
+                rows, columns = cut[0]
                 gradients = torch.stack([p.grad for p in parameters])  # type: ignore[misc]
                 moved = torch.lerp(gradients, momenta, self.momentum)
                 momenta.copy_(torch.where(taken, moved, momenta))
-                whole = self._exchange.collect(torch.lerp(gradients, moved, self.momentum).to(self.device), placement)
-                update = self._exchange.give_back(orthogonalise(whole, self.dtype), placement, len(parameters))
+                ahead = torch.lerp(gradients, moved, self.momentum).to(self.device)
+                update = self._exchange.apply(change, ahead, cut) if self._exchange else change(ahead)
                 update = update.to(momenta.device)
                 update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
                 # In the weights' dtype: a bool times a number would be float32, whatever the weights are.

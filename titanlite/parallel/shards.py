@@ -7,7 +7,7 @@ clipping, initialisation and checkpoints see plain tensors, each with its place 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,13 +111,11 @@ class Shards:
         if self._meshes is None or self._meshes.matrix.size() * self._meshes.dp_replicate.size() == 1:
             return None
         tp, ranks = self._meshes.tp.size(), range(self._meshes.matrix.size())
-        placements = {
-            name: MatrixPlacement(
-                shard.shape, tuple(self._local_slices(name, shard.shape, *divmod(rank, tp)) for rank in ranks)
-            )
+        cuts = {
+            name: MatrixCut(shard.shape, tuple(self._local_slices(name, shard.shape, *divmod(at, tp)) for at in ranks))
             for name, shard in self.table.items()
         }
-        return MatrixExchange(self._meshes.matrix, self._meshes.dp_replicate, placements)
+        return MatrixExchange(self._meshes.matrix, self._meshes.dp_replicate, cuts)
 
 
 def _all_reduce_gradients(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -131,17 +129,11 @@ def _all_reduce_gradients(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-class MatrixPlacement(NamedTuple):
+class MatrixCut(NamedTuple):
     """What each rank of the matrix group holds of a matrix. Equal ones are exchanged together."""
 
     shape: tuple[int, ...]
     slices: tuple[Slices, ...]
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        """The most rows and the most columns that a rank holds."""
-        sizes = [size for _, size in self.slices]
-        return max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
 
 
 @dataclass(frozen=True)
@@ -154,40 +146,28 @@ class MatrixExchange:
 
     group: dist.ProcessGroup  # The ranks that hold parts of one replica
     replicas: dist.ProcessGroup  # Those that hold the same parts
-    placements: Mapping[str, MatrixPlacement]
+    cuts: Mapping[str, MatrixCut]
 
-    def placement(self, name: str) -> MatrixPlacement:
-        return self.placements[name]
-
-    def collect(self, held: Tensor, placement: MatrixPlacement) -> Tensor:
-        """[n, rows here, columns here] of n matrices -> [share, rows, columns]: those that are this rank's to work on,
-        ceil(ceil(n / replicas) / ranks) of them.
-        """
-        share = ceil_div(len(held), self.replicas.size())
-        held = held[self.replicas.rank() * share :][:share]  # the last replicas may have fewer, or none
-        count, rows, columns = held.shape
-        ranks, share = self.group.size(), ceil_div(share, self.group.size())
-        sent = held.new_zeros(ranks * share, *placement.largest)
-        sent[:count, :rows, :columns] = held
-        received = self._all_to_all(sent).unflatten(0, (ranks, share))
-        whole = held.new_empty(share, *placement.shape)
-        for part, (offset, size) in zip(received, placement.slices, strict=True):
+    def apply(self, function: Callable[[Tensor], Tensor], held: Tensor, cut: MatrixCut) -> Tensor:
+        """See `optim.base.Exchange`; this rank works on ceil(ceil(n / replicas) / ranks) of the n matrices."""
+        ranks, of_replica = self.group.size(), ceil_div(len(held), self.replicas.size())
+        own = held[self.replicas.rank() * of_replica :][:of_replica]  # the last replicas may have fewer, or none
+        count, rows, columns = own.shape
+        share = ceil_div(of_replica, ranks)
+        largest = (max(sizes) for sizes in zip(*(size for _, size in cut.slices), strict=True))
+        parts = held.new_zeros(ranks, share, *largest)
+        parts.flatten(0, 1)[:count, :rows, :columns] = own
+        whole = held.new_empty(share, *cut.shape)
+        for part, (offset, size) in zip(self._all_to_all(parts), cut.slices, strict=True):
             _slice(whole, offset, size).copy_(_slice(part, (0, 0), size))
-        return whole
-
-    def give_back(self, whole: Tensor, placement: MatrixPlacement, count: int) -> Tensor:
-        """The inverse of `collect`: -> [count, rows here, columns here]."""
-        sent = whole.new_zeros(self.group.size(), len(whole), *placement.largest)
-        for part, (offset, size) in zip(sent, placement.slices, strict=True):
+        whole = function(whole)
+        for part, (offset, size) in zip(parts, cut.slices, strict=True):
             _slice(part, (0, 0), size).copy_(_slice(whole, offset, size))
-        rows, columns = placement.slices[self.group.rank()][1]
-        own = self._all_to_all(sent).flatten(0, 1)[: ceil_div(count, self.replicas.size()), :rows, :columns]
-        if self.replicas.size() > 1:
-            own = all_gather(own.contiguous(), self.replicas)
-        return own[:count]
+        own = self._all_to_all(parts).flatten(0, 1)[:of_replica, :rows, :columns]
+        return all_gather(own.contiguous(), self.replicas)[: len(held)] if self.replicas.size() > 1 else own
 
     def _all_to_all(self, sent: Tensor) -> Tensor:
-        """An equal part of the leading rows to each rank, and one from each."""
+        """An equal part of [ranks, …] to each rank, and one from each."""
         if self.group.size() == 1:
             return sent
         received = torch.empty_like(sent)
