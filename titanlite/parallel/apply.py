@@ -5,10 +5,9 @@ In this order: pipeline stages, tensor parallelism, context parallelism, float8,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -23,27 +22,37 @@ from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
 from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
+from titanlite.plan.placement import find_placements
 from titanlite.plan.stages import keeps_all_microbatches, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
-from titanlite.precision.float8 import convert, multiplies_blocks, refresh_casts, require_float8
+from titanlite.precision.float8 import convert, fuse_casts, multiplies_blocks, refresh_casts, require_float8
 from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from titanlite.parallel.pipeline import Pipeline
-    from titanlite.plan.placement import Placement
+
+T = TypeVar("T")
 
 
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
-    meshes, coordinates = None, ORIGIN
-    tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else frozenset()
+    meshes, coordinates, tied = None, ORIGIN, frozenset[str]()
     if layout.size > 1:
+        tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else tied
         meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=bool(tied))
         coordinates = meshes.coordinates
     builder = _Builder(spec, config, recipe, world, meshes)
-    module, passes = builder.pipeline(meshes) if meshes and layout.pp > 1 else builder.whole()
-    shards = Shards(builder.parameters, meshes, builder.placements, tied)
+    passes: Pipeline | GradientAccumulation
+    if meshes and layout.pp > 1:
+        module, passes = builder.pipeline(meshes)
+    else:
+        module = builder.new_module()
+        passes = GradientAccumulation(module, builder.apply(module))
+    placements = find_placements(spec.shapes(config), spec.sharding(config)) if layout.tp > 1 else {}
+    shards = Shards(builder.parameters, meshes, placements, tied)
     refresh = partial(refresh_casts, builder.cached, compute_dtype(recipe.precision))
     model = ParallelModel(module, world, shards, passes, coordinates, refresh)
     if layout.cp > 1:
@@ -63,13 +72,7 @@ class _Builder:
     meshes: Meshes | None  # None on one rank
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """Of what was built so far; where another stage has a tied parameter too, by the name that it is tied to."""
-    placements: dict[str, Placement] = field(default_factory=dict)
     cached: list[nn.Module] = field(default_factory=list)  # Linears whose casts need to be refreshed: see `convert`
-
-    def whole(self) -> tuple[nn.Module, GradientAccumulation]:
-        """The model with all its layers on this rank."""
-        module = self._new_module()
-        return module, GradientAccumulation(module, self._apply(module))
 
     def pipeline(self, meshes: Meshes) -> tuple[nn.Module, Pipeline]:
         """The stages of the model that are on this rank."""
@@ -91,13 +94,13 @@ class _Builder:
         modules, held = nn.ModuleDict(), []
         for stage in stages:
             if stage.rank == meshes.coordinates.pp:
-                module = keep_pieces(self._new_module(), pieces, stage.modules)
-                sync = self._apply(module)
+                module = keep_pieces(self.new_module(), pieces, stage.modules)
+                sync = self.apply(module)
                 modules[f"stage{stage.index}"] = module
                 held.append(ScheduledStage(stage.index, module, sync, settings, meshes.pp, self.world.device))
         return module if len(held) == 1 else modules, Pipeline(held, settings)
 
-    def _new_module(self) -> nn.Module:
+    def new_module(self) -> nn.Module:
         """The whole model on the meta device."""
         recipe = self.recipe
         with torch.device("meta"):
@@ -115,13 +118,14 @@ class _Builder:
                 each.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(recipe.parallel.pipeline.schedule)
         return module
 
-    def _apply(self, module: nn.Module) -> Sync:
+    def apply(self, module: nn.Module) -> Sync:
         """Parallelise `module`, on the meta device, in place; its parameters are then where they rest on this rank."""
-        spec, recipe, meshes = self.spec, self.recipe, self.meshes
+        spec, config, recipe, meshes = self.spec, self.config, self.recipe, self.meshes
         offload = recipe.parallel.offload and meshes is not None
         rests_on = torch.device("cpu") if offload else self.world.device
-        placements = self._tensor_parallel(module, meshes) if meshes and meshes.layout.tp > 1 else {}
-        names = spec.tied(self.config)
+        if meshes and meshes.layout.tp > 1:
+            self._tensor_parallel(module, meshes.tp)
+        names = spec.tied(config)
         here = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         tied = {name: other for name, other in names.items() if {name, other} <= here}
         if tied:
@@ -134,8 +138,10 @@ class _Builder:
         if meshes and meshes.cp is not None:
             from titanlite.parallel.context import apply_context_parallel
 
-            apply_context_parallel(module, spec.sharding(self.config), meshes.cp, recipe.parallel.cp_method)
-        self.cached += self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
+            apply_context_parallel(module, spec.sharding(config), meshes.cp, recipe.parallel.cp_method)
+        # Weights that rest unsharded where they are used are cast once a step, and outside of compiled code, which
+        # would not round them to the compute dtype first, as they are where they travel in it.
+        self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
         recompute_units(module, spec, recipe.recompute)
         if recipe.compile.enabled:
             compile_units(module, spec, recipe.recompute.budget)
@@ -147,32 +153,24 @@ class _Builder:
         if not tied:
             module.to_empty(device=rests_on)
         self.parameters.update({names.get(name, name): parameter for name, parameter in module.named_parameters()})
-        self.placements.update({names.get(name, name): placement for name, placement in placements.items()})
         return sync
 
-    def _tensor_parallel(self, module: nn.Module, meshes: Meshes) -> Mapping[str, Placement]:
-        from titanlite.parallel.tensor import Float8Cast, apply_tensor_parallel
+    def _tensor_parallel(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+        from titanlite.parallel.tensor import apply_tensor_parallel
 
         if self.recipe.parallel.async_tp:
-            overlap_tensor_parallel(meshes.tp, self.world.device)
+            overlap_tensor_parallel(group, self.world.device)
         found = plan_gathers(self.spec, self.config, self.recipe.precision.float8)
-        casts = {each.module: Float8Cast(each.cast, self._casts_by_kernel) for each in found if each.cast is not None}
-        return apply_tensor_parallel(module, self.spec.sharding(self.config), meshes.tp, casts)
+        casts = {each.module: self._fuse(each.cast) for each in found if each.cast is not None}
+        apply_tensor_parallel(module, self.spec.sharding(self.config), group, casts)
 
-    def _to_float8(self, module: nn.Module, cache: bool) -> Sequence[nn.Module]:
-        """Have linears multiply in float8, in place; returns those whose casts need to be refreshed each step.
-
-        `cache`: whether weights rest where they are used, and unsharded. These are cast once a step, and outside of
-        compiled code, which would not round them to the compute dtype first as they are where they travel in it.
-        Raises `UsageError` on a device that has no float8.
-        """
+    def _to_float8(self, module: nn.Module, cache: bool) -> None:
+        """Have linears multiply in float8, in place. Raises `UsageError` on a device that has no float8."""
         section, device = self.recipe.precision.float8, self.world.device
-        found = decide_linears(self.spec, self.config, section)
-        if found:
+        if found := decide_linears(self.spec, self.config, section):
             require_float8(device)
-        native = multiplies_blocks(device)
-        return convert(module, found, SETTINGS[section.recipe], cache, native, self._casts_by_kernel)
+            settings = self._fuse(SETTINGS[section.recipe])
+            self.cached += convert(module, found, settings, cache, multiplies_blocks(device))
 
-    @property
-    def _casts_by_kernel(self) -> bool:
-        return QUANTISE in choose_kernels(self.recipe, self.world.device.type)
+    def _fuse(self, casts: T) -> T:
+        return fuse_casts(casts) if QUANTISE in choose_kernels(self.recipe, self.world.device.type) else casts

@@ -27,7 +27,7 @@ from titanlite.models.spec import ModelSpec, is_named_by
 from titanlite.parallel.collectives import Part, all_gather, pack, rows_in_float8, unpack
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.model import Sync
-from titanlite.plan.float8 import SETTINGS, Cast
+from titanlite.plan.float8 import Cast
 from titanlite.plan.layout import ceil_div
 from titanlite.precision.casting import compute_dtype, reduce_dtype
 from titanlite.precision.float8 import Float8Linear, quantise
@@ -61,11 +61,11 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
         # The gradient of a table does not depend on its values.
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
     _prefetch(units, parallel.prefetch)
-    if precision.float8.all_gather and shards > 1 and SETTINGS[precision.float8.recipe].sent_weights is not None:
+    if precision.float8.all_gather and shards > 1:
         for module in modules:
             parameters = tuple(_local_parameters(module, shards))
             assert isinstance(module, FSDPModule)
-            if any(parameter.converted for parameter in parameters):
+            if any(parameter.cast for parameter in parameters):
                 module.set_custom_all_gather(Float8Gather(parameters))  # type: ignore[arg-type]
     assert isinstance(model, FSDPModule)
     return MicrobatchSync(model, stage)
@@ -120,8 +120,6 @@ class MicrobatchSync(Sync):
 
 # ---- weights that travel in float8 -----------------------------------------------------------------------------------
 
-_ROWS = Cast("e4m3", "row")
-
 
 @dataclass(frozen=True)
 class _LocalParameter:
@@ -129,22 +127,21 @@ class _LocalParameter:
 
     rows: int
     columns: int
-    converted: bool
-    fused: bool  # Whether its cast is Triton's
+    cast: Cast | None  # None: it is sent in the compute dtype
 
     def parts(self, dtype: torch.dtype) -> Sequence[Part]:
         """Of a message: its values, or float8 values and the scale of each row."""
         plain: Part = ((self.rows, self.columns), dtype)
-        return rows_in_float8(self.rows, self.columns, _ROWS) if self.converted else (plain,)
+        return rows_in_float8(self.rows, self.columns, self.cast) if self.cast else (plain,)
 
 
 def _local_parameters(unit: nn.Module, ranks: int) -> Iterator[_LocalParameter]:
     for module in unit.modules():
         multiply = getattr(module, "multiply", None)
+        cast = multiply.settings.sent_weights if isinstance(multiply, Float8Linear) else None
         for parameter in module.parameters(recurse=False):
             rows, *rest = parameter.shape
-            fused = isinstance(multiply, Float8Linear) and multiply.fused
-            yield _LocalParameter(ceil_div(rows, ranks), prod(rest), isinstance(multiply, Float8Linear), fused)
+            yield _LocalParameter(ceil_div(rows, ranks), prod(rest), cast)
 
 
 @dataclass(frozen=True)
@@ -167,14 +164,14 @@ class Float8Gather:
     def _message(self, flat: Tensor) -> Tensor:
         parts: list[Tensor] = []
         for parameter, values in self._split(flat):
-            parts += quantise(values, _ROWS, parameter.fused) if parameter.converted else (values,)
+            parts += quantise(values, parameter.cast) if parameter.cast else (values,)
         return pack(parts)
 
     def _unpack(self, messages: Tensor, out: Tensor) -> None:
         """The values of the ranks' messages [ranks, bytes], all at once, into what is gathered [ranks, numbers]."""
         parts = iter(unpack(messages, (part for each in self.parameters for part in each.parts(out.dtype))))
         for parameter, values in self._split(out):
-            if parameter.converted:
+            if parameter.cast:
                 torch.mul(next(parts).to(values.dtype), next(parts).to(values.dtype), out=values)
             else:
                 values.copy_(next(parts))

@@ -2,10 +2,6 @@
 
 Only hidden states and their gradients travel between ranks; all ranks of a pipeline have the same batch. Shapes are
 known before the first step, so nothing is negotiated and nothing is read from the device.
-
-Where the schedule computes whole backward passes, FSDP works in each stage as it does in a plain loop: in ZeRO stages
-2 and 3 gradients are reduced at every microbatch, below that once a step. Schedules that compute the gradients of
-weights apart bypass FSDP's hooks: there gradients are reduced once a step in stage 2 too, as torch arranges it.
 """
 
 from __future__ import annotations
@@ -89,29 +85,25 @@ class Pipeline:
         """See `train`, forward alone: one microbatch after the other; ranks that have sent theirs on go to the next."""
         total = self._zero()
         keywords = self._keywords(batch)
-        for index in range(batch.tokens.shape[0]):
-            loss = self._forward(batch.tokens[index], {name: tensor[index] for name, tensor in keywords.items()})
-            if loss is not None:
-                total += loss
+        for index, tokens in enumerate(batch.tokens):
+            result = tokens
+            for stage in self._stages:
+                if not stage.is_first and stage.source != stage.group_rank:
+                    shape = tokens.shape[0], *self._config.hidden[1:]
+                    result = torch.empty(shape, dtype=self._config.dtype, device=self._device)
+                    dist.recv(result, group=stage.group, group_src=stage.source)
+                given = {name: tensor[index] for name, tensor in keywords.items()}
+                result = stage.forward_maybe_with_nosync(result, **given)
+                if not stage.is_last and stage.destination != stage.group_rank:
+                    dist.send(result.contiguous(), group=stage.group, group_dst=stage.destination)
+            if self._stages[-1].is_last:
+                total += result
         return total
 
     def after_evaluation(self) -> None:
         """Called once the last batch was evaluated."""
         for stage in self._stages:
             stage.sync.after_evaluation()
-
-    def _forward(self, tokens: Tensor, keywords: dict[str, Tensor]) -> Tensor | None:
-        """One microbatch through this rank's stages; the sum of its token losses from the last stage."""
-        result = tokens
-        for stage in self._stages:
-            if not stage.is_first and stage.source != stage.group_rank:
-                shape = tokens.shape[0], *self._config.hidden[1:]
-                result = torch.empty(shape, dtype=self._config.dtype, device=self._device)
-                dist.recv(result, group=stage.group, group_src=stage.source)
-            result = stage.forward_maybe_with_nosync(result, **keywords)
-            if not stage.is_last and stage.destination != stage.group_rank:
-                dist.send(result.contiguous(), group=stage.group, group_dst=stage.destination)
-        return result if self._stages[-1].is_last else None
 
     def _keywords(self, batch: Batch) -> dict[str, Tensor]:
         """What stages are given beside their inputs, each [microbatches, microbatch, seq]."""
@@ -147,7 +139,12 @@ def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:
 
 
 class ScheduledStage(PipelineStage):
-    """One stage as torch's schedules drive it."""
+    """One stage as torch's schedules drive it.
+
+    Where these compute whole backward passes, FSDP works in a stage as it does in a plain loop, and they must not see
+    that the module is FSDP's: they would gather all of it at once, in stage 3 too, and reduce gradients once a step in
+    any stage. That is what those do that compute the gradients of weights apart, which bypasses FSDP's hooks.
+    """
 
     def __init__(
         self,
@@ -166,7 +163,7 @@ class ScheduledStage(PipelineStage):
         loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
         self._splits = splits_backward(config.schedule)
         super().__init__(
-            module if self._splits else HiddenFromSchedule(module),
+            module if self._splits else nn.ModuleList([module]),
             index,
             config.stages,
             device,
@@ -174,14 +171,14 @@ class ScheduledStage(PipelineStage):
             output_args=loss if index == last else hidden,
             group=group,
         )
-        self.sync = sync
+        self.sync, self._module = sync, module
         self._positions = torch.arange(config.sequence_length, device=device)
         self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
         self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
 
     def forward_maybe_with_nosync(self, *inputs: Tensor, **keywords: Tensor) -> Any:
         """The module's result. Positions are given to every stage: hidden states may be a part of the sequence."""
-        return self.submod(*inputs, **{"positions": self._positions, **keywords})
+        return self._module(*inputs, **{"positions": self._positions, **keywords})
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
@@ -206,16 +203,3 @@ class ScheduledStage(PipelineStage):
         """
         super()._warmup_backward_result(received_result)
         return torch.tensor([1], dtype=torch.int32)
-
-
-class HiddenFromSchedule(nn.Module):
-    """Keeps torch's schedules from seeing that a module is FSDP's: they would then gather all of it at once, in
-    stage 3 too, and reduce gradients once a step in any stage.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor, **keywords: Tensor) -> Any:
-        return self.module(*inputs, **keywords)

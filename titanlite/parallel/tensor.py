@@ -9,7 +9,7 @@ the communication, and the compiler sees it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,43 +28,33 @@ from titanlite.parallel.collectives import (
     unpack,
 )
 from titanlite.plan.float8 import Cast
-from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Placement
+from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, find_placements
 from titanlite.precision.float8 import quantise
 
 
-class Float8Cast(NamedTuple):
-    """How numbers become float8 to travel."""
-
-    cast: Cast
-    fused: bool  # By a fused kernel
-
-
 def apply_tensor_parallel(
-    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, casts: Mapping[str, Float8Cast]
-) -> dict[str, Placement]:
-    """Shard `model`, in place, as the tp rules of `plan` say; returns how, by parameter name.
+    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, casts: Mapping[str, Cast]
+) -> None:
+    """Shard `model`, in place, as the tp rules of `plan` say.
 
     Parameters in none of them are whole on every rank, and each rank's gradient of one is only a part of its sum.
     The model must be on the meta device or its values of no use. `casts` has the modules whose gathered inputs, or
-    gradients of outputs, travel in float8: `plan.float8.gathers`.
+    gradients of outputs, travel in float8: `plan.float8.plan_gathers`.
     """
-    placements: dict[str, Placement] = {}
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
     group_rank = GroupRank(group.rank(), group.size())
+    cuts = {name: (cut.dimension, *cut.local_range(group_rank)) for name, cut in find_placements(shapes, plan).items()}
     for rule, name, module in modules_by_rule(model, plan):
-        if rule.style == "loss":
-            head = placements[f"{name.rpartition('.')[0]}.weight"]
-            assert isinstance(module, TokenLoss)
-            replace_module(model, name, VocabularyLoss(group, head.local_range(group_rank)[0], module))
+        if isinstance(module, TokenLoss):
+            first = cuts[f"{name.rpartition('.')[0]}.weight"][1]
+            replace_module(model, name, VocabularyLoss(group, first, module))
             continue
-        dimension, first = SHARD_DIMENSION.get(rule.style), 0
-        if dimension is not None:
+        dimension, first, size = cuts.get(f"{name}.weight", (0, 0, 0))
+        if rule.style in SHARD_DIMENSION:
             weight = module.get_parameter("weight")
-            placements[f"{name}.weight"] = placement = Placement(dimension, weight.shape[dimension], rule.unit)
-            first, size = placement.local_range(group_rank)
             module.weight = nn.Parameter(torch.empty_like(weight.narrow(dimension, 0, size).contiguous()))
         if rule.style in ("gather", "row", "vocab"):
             module.forward = _forward(rule.style, module, group, first, casts.get(name))
-    return placements
 
 
 def modules_by_rule(model: nn.Module, plan: Sequence[ShardingRule]) -> Iterator[tuple[ShardingRule, str, nn.Module]]:
@@ -81,7 +71,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _forward(
-    style: Style, module: nn.Module, group: dist.ProcessGroup, first: int, cast: Float8Cast | None
+    style: Style, module: nn.Module, group: dist.ProcessGroup, first: int, cast: Cast | None
 ) -> Callable[..., Any]:
     """`module.forward` with the collectives that its style needs."""
     forward = module.forward
@@ -104,7 +94,7 @@ class _Gather(torch.autograd.Function):
     """Parts of the sequence to all of it; gradients, each rank's a summand, back to the part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cast: Cast | None) -> Tensor:
         ctx.group = group
         return _gather(x, group, cast)
 
@@ -117,7 +107,7 @@ class _Scatter(torch.autograd.Function):
     """Summands over all of the sequence to this rank's part of the sum; the opposite of `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cast: Cast | None) -> Tensor:
         ctx.group, ctx.cast = group, cast
         return scatter_sequence(x, group)
 
@@ -126,7 +116,7 @@ class _Scatter(torch.autograd.Function):
         return _gather(grad, ctx.group, ctx.cast), None, None
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Tensor:
+def _gather(x: Tensor, group: dist.ProcessGroup, cast: Cast | None) -> Tensor:
     """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all.
 
     With a `cast`, rounded to float8 a scale a token; values and scales are one message. What arrives has x's dtype,
@@ -136,12 +126,12 @@ def _gather(x: Tensor, group: dist.ProcessGroup, cast: Float8Cast | None) -> Ten
     if cast is None:
         return gather_sequence(x, group)
     batch, length, width = x.shape
-    message = pack(quantise(x.flatten(0, 1), cast.cast, cast.fused))
+    message = pack(quantise(x.flatten(0, 1), cast))
     messages = all_gather(message, group).unflatten(0, (group.size(), -1))
     rounded, scales = (
         # Put in order while they are bytes.
         part.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)
-        for part in unpack(messages, rows_in_float8(batch * length, width, cast.cast))
+        for part in unpack(messages, rows_in_float8(batch * length, width, cast))
     )
     return rounded.to(x.dtype) * scales.to(x.dtype)
 

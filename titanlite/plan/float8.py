@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
@@ -73,7 +73,7 @@ def _cast_by_rows(cast: Cast, transposed: Cast | None) -> Cast | None:
     """
     if transposed is None or cast.format != transposed.format or cast.scale == "block" or transposed.scale != "tensor":
         return None
-    return Cast(cast.format, "row")
+    return replace(cast, scale="row")
 
 
 _TENSOR, _ROW, _BLOCK = Cast("e4m3", "tensor"), Cast("e4m3", "row"), Cast("e4m3", "block")

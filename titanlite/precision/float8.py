@@ -1,14 +1,13 @@
 """Linear layers whose products are formed in float8, on `torch._scaled_mm`, with scales found anew at each use.
 
-What is multiplied is rounded, and nothing else: weights, their gradients and activations keep their formats, and there
-is no state to save. Scales are powers of two. Rounding to float8 then gives the same value whatever the scale, but for
-values so small that they lose bits: the numbers do not depend on how a batch or a weight is cut over ranks, to within
-2^-17 of the largest value (docs/float8.md), and no rank needs to ask others for theirs.
+What is multiplied is rounded, and nothing else; there is no state to save. Scales are powers of two, so that numbers do
+not depend on how a batch or a weight is cut over ranks (docs/float8.md), and no rank needs to ask others for theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titanlite.errors import UsageError
-from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision
+from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision, Product
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _MANTISSA_BITS = 23  # Of a float32, below its exponent
@@ -48,20 +47,33 @@ class Quantised(NamedTuple):
         return self.scale.expand(self.values.shape[0], 1).contiguous()
 
 
-def quantise(matrix: Tensor, cast: Cast, fused: bool = False) -> Quantised:
-    """`matrix` [rows, columns] in float8, contiguous whatever its strides; `fused`: by Triton where it can be."""
+class FusedCast(Cast):
+    """One by Triton where it can be."""
+
+
+def fuse_casts(part: Any) -> Any:
+    """The same settings, product or cast, with fused casts."""
+    if isinstance(part, Cast):
+        return FusedCast(part.format, part.scale)
+    if isinstance(part, Product | Float8Settings):
+        return replace(part, **{key: fuse_casts(each) for key, each in vars(part).items()})
+    return part
+
+
+def quantise(matrix: Tensor, cast: Cast) -> Quantised:
+    """`matrix` [rows, columns] in float8, contiguous whatever its strides."""
+    operation = _kernels().quantise if isinstance(cast, FusedCast) else quantise_reference
     if cast.scale == "block":
-        values, scale = quantise(matrix.reshape(-1, BLOCK), Cast(cast.format, "row"), fused)
+        values, scale = operation(matrix.reshape(-1, BLOCK), FORMATS[cast.format], "row")
         return Quantised(values.view(matrix.shape), scale.view(matrix.shape[0], -1))
-    operation = _kernels().quantise if fused else quantise_reference
     return Quantised(*operation(matrix, FORMATS[cast.format], cast.scale))
 
 
-def quantise_both(matrix: Tensor, plain: Cast, turned: Cast, fused: bool = False) -> tuple[Quantised, Quantised]:
+def quantise_both(matrix: Tensor, plain: Cast, turned: Cast) -> tuple[Quantised, Quantised]:
     """`matrix` [rows, columns] cast by `plain`, and its transpose cast by `turned`."""
     if plain != turned or plain.scale == "block":
-        return quantise(matrix, plain, fused), quantise(matrix.t(), turned, fused)
-    operation = _kernels().quantise_both if fused else quantise_both_reference
+        return quantise(matrix, plain), quantise(matrix.t(), turned)
+    operation = _kernels().quantise_both if isinstance(plain, FusedCast) else quantise_both_reference
     left, right = operation(matrix, FORMATS[plain.format], plain.scale)
     return Quantised(*left), Quantised(*right)
 
@@ -121,38 +133,36 @@ class _Float8Linear(torch.autograd.Function):
     """x [tokens, inputs], weight [outputs, inputs] -> [tokens, outputs] in x's dtype; so are both gradients formed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, settings: Float8Settings, native: bool, fused: bool, *kept: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, settings: Float8Settings, native: bool, *kept: Tensor) -> Tensor:
         """`kept`: the weight in float8 as both products with it take it, values and scale of each; or nothing."""
-        ctx.settings, ctx.native, ctx.fused, ctx.weight_dtype = settings, native, fused, weight.dtype
+        ctx.settings, ctx.native, ctx.weight_dtype = settings, native, weight.dtype
         how = settings.output
-        ready = Quantised(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right, fused)
+        ready = Quantised(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right)
         # Not the weight in float8: where weights are gathered anew for backward, it would stay whole.
         ctx.save_for_backward(x, *(kept[2:] if kept else (weight,)))
-        return product(quantise(x, how.left, fused), ready, x.dtype, how.fast_accumulation, native)
+        return product(quantise(x, how.left), ready, x.dtype, how.fast_accumulation, native)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        settings, fused, (for_input, for_weight, *_) = ctx.settings, ctx.fused, ctx.needs_input_grad
-        tokens, how, also = x.shape[0], settings.grad_input, settings.grad_weight
+        settings, (for_input, for_weight, *_) = ctx.settings, ctx.needs_input_grad
+        tokens, how, also, native = x.shape[0], settings.grad_input, settings.grad_weight, ctx.native
         if also is not None and tokens % settings.alignment:  # the sum over tokens
             grad, x = (F.pad(matrix, (0, 0, 0, -tokens % settings.alignment)) for matrix in (grad, x))
         if also is None:
-            plain = quantise(grad, how.left, fused)
+            plain = quantise(grad, how.left)
         else:
-            plain, turned = quantise_both(grad, how.left, also.left, fused)
+            plain, turned = quantise_both(grad, how.left, also.left)
         grad_input = grad_weight = None
         if for_input:
-            right = Quantised(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right, fused)
-            grad_input = product(plain, right, x.dtype, how.fast_accumulation, ctx.native)[:tokens]
+            right = Quantised(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right)
+            grad_input = product(plain, right, x.dtype, how.fast_accumulation, native)[:tokens]
         if for_weight and also is None:
             grad_weight = grad.t() @ x
         elif for_weight:
-            right = quantise(x.t(), also.right, fused)
-            grad_weight = product(turned, right, x.dtype, also.fast_accumulation, ctx.native)
+            right = quantise(x.t(), also.right)
+            grad_weight = product(turned, right, x.dtype, also.fast_accumulation, native)
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_input, grad_weight, *[None] * (len(ctx.needs_input_grad) - 2)
@@ -161,16 +171,13 @@ class _Float8Linear(torch.autograd.Function):
 class Float8Linear(nn.Module):
     """Takes the place of a linear's `multiply`; its weight stays where it is."""
 
-    def __init__(
-        self, settings: Float8Settings, weight: Tensor | None = None, native_blocks: bool = False, fused: bool = False
-    ) -> None:
+    def __init__(self, settings: Float8Settings, weight: Tensor | None = None, native_blocks: bool = False) -> None:
         """With a `weight`, there is room to keep it in float8 (twice, for the two products that it is a factor of).
-        `native_blocks`: see `multiplies_blocks`; `fused`: casts are Triton's where they can be.
+        `native_blocks`: see `multiplies_blocks`.
         """
         super().__init__()
         self.settings = settings
         self.native_blocks = native_blocks
-        self.fused = fused
         self._kept: tuple[str, ...] = ()
         if weight is not None:
             for name, tensor in zip(_KEPT, self._cast(weight.detach()), strict=True):
@@ -178,7 +185,7 @@ class Float8Linear(nn.Module):
             self._kept = _KEPT
 
     def _cast(self, weight: Tensor) -> tuple[Tensor, ...]:
-        plain, turned = quantise_both(weight, self.settings.output.right, self.settings.grad_input.right, self.fused)
+        plain, turned = quantise_both(weight, self.settings.output.right, self.settings.grad_input.right)
         return *plain, *turned
 
     def refresh(self, weight: Tensor) -> None:
@@ -190,7 +197,7 @@ class Float8Linear(nn.Module):
         """x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
         kept = tuple(self.get_buffer(name) for name in self._kept)
         result: Tensor = _Float8Linear.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, -2), weight, self.settings, self.native_blocks, self.fused, *kept
+            x.flatten(0, -2), weight, self.settings, self.native_blocks, *kept
         )
         return result.view(*x.shape[:-1], result.shape[-1])
 
@@ -208,15 +215,9 @@ def refresh_casts(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
 
 
 def convert(
-    model: nn.Module,
-    found: Sequence[LinearDecision],
-    settings: Float8Settings,
-    cache: bool,
-    native_blocks: bool = False,
-    fused: bool = False,
+    model: nn.Module, found: Sequence[LinearDecision], settings: Float8Settings, cache: bool, native: bool = False
 ) -> list[nn.Module]:
-    """Convert those of the linears in `found` that are in `model`, in place; `native_blocks`, `fused`: see
-    `Float8Linear`.
+    """Convert those of the linears in `found` that are in `model`, in place; `native`: see `multiplies_blocks`.
 
     With `cache`, for weights that rest whole where the model runs, a weight is cast once a step, instead of in every
     microbatch, twice: the returned ones need `refresh_casts` before each.
@@ -225,7 +226,7 @@ def convert(
     modules = [module for name, module in model.named_modules() if name in names]
     for module in modules:
         weight = module.get_parameter("weight") if cache else None
-        module.multiply = Float8Linear(settings, weight, native_blocks, fused)
+        module.multiply = Float8Linear(settings, weight, native)
     return modules if cache else []
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from support.parity.parity_runs import small_recipe
-from titanlite.parallel.tensor import Float8Cast, _Gather, _Scatter
+from titanlite.parallel.tensor import _Gather, _Scatter
 from titanlite.plan.float8 import Cast
 from titanlite.recipe.sections import Recipe
 
@@ -33,8 +33,8 @@ def sequences_gathered(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tenso
     """What a rank's part of them becomes on the way to a matrix, and as the gradient of what a matrix gave."""
     part = whole_sequences().chunk(ranks, 1)[rank]
     group = dist.group.WORLD
-    gathered: torch.Tensor = _Gather.apply(part, group, Float8Cast(Cast("e4m3", "row"), fused=False))
+    gathered: torch.Tensor = _Gather.apply(part, group, Cast("e4m3", "row"))
     summand = whole_sequences().requires_grad_()
-    _Scatter.apply(summand, group, Float8Cast(Cast("e5m2", "row"), fused=False)).backward(part)
+    _Scatter.apply(summand, group, Cast("e5m2", "row")).backward(part)
     assert summand.grad is not None
     return gathered, summand.grad
