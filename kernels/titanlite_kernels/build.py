@@ -10,10 +10,14 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
 
 from titanlite_kernels.optional_triton import INTERPRETING, triton
 
@@ -30,24 +34,44 @@ class Build:
     """One kernel as an operation launches it at one shape."""
 
     name: str  # operation.kernel, such as `rms_norm.forward`
-    kernel: Any  # The `jit` function
-    signature: Mapping[str, str | int | float]
-    """Argument -> `*bf16` and the like for a pointer, and for a number its value at this shape: as in a launch, Triton
-    compiles an integer that is 1 as a constant, and uses it that an integer is a multiple of 16."""
-    constexprs: Mapping[str, Any]
-    num_warps: int
+    launch: Callable[[torch.dtype], object]
+    """Runs the operation on tensors on the meta device, activations in the dtype given. Arguments that kernels have at
+    run time are given by position, constants by name."""
     shape: str  # What is built, in words: `Llama 3 8B: 8,192 tokens x 4,096, bfloat16`
     minimal_bytes: int
     """What the operation must move between memory and chip at this shape, by the contract in its file."""
-    programs: int  # How many programs a launch at this shape has
-    num_stages: int = 3
+    number: int = 0  # Which of the operation's launches it is
     trips: tuple[float, ...] = ()
     """How often each loop runs whose bounds are no compile-time constants, in the order of the source; the mean over
     the programs."""
-    cached: tuple[str, ...] = field(default=())
+    cached: tuple[str, ...] = ()
     """Pointers that programs share, small enough for the cache: what they point to counts once, as `minimal_bytes` says
     it, not once for each program."""
     targets: tuple[str, ...] = tuple(TARGETS)  # Those that the kernel is for: not every device has every number format
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what it was launched with."""
+
+    kernel: Any  # The `jit` function
+    programs: int
+    values: Mapping[str, Any]  # Argument -> tensor or number
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]  # `num_warps`, and more
+
+
+def record_launch(build: Build, dtype: torch.dtype) -> Launch:
+    """What `build.launch` would launch."""
+    with patch.object(torch.library, "wrap_triton") as wrap:
+        build.launch(dtype)
+    taken = wrap.return_value.__getitem__
+    kernel = wrap.call_args_list[build.number].args[0]
+    call, (grid,) = taken.return_value.call_args_list[build.number], taken.call_args_list[build.number].args
+    constants = {name: value for name, value in call.kwargs.items() if name in kernel.arg_names}
+    options = {name: value for name, value in call.kwargs.items() if name not in constants}
+    values = dict(zip((name for name in kernel.arg_names if name not in constants), call.args, strict=True))
+    return Launch(kernel, prod(grid), values, constants, options)
 
 
 @dataclass(frozen=True)
@@ -59,10 +83,11 @@ class Compiled:
     shared_bytes: int  # Per program
     vector_bytes: int  # The widest load from global memory that a thread makes in one instruction
     tensor_cores: str  # The family of matrix instructions: `wgmma`, `tcgen05`, `mma`, or nothing
+    warps: int  # Of a program
     moved_bytes: int  # Loaded and stored in all at the build's shape; `Build.cached` pointers left out
 
 
-def compile_build(build: Build, target: str) -> Compiled:
+def compile_build(build: Build, target: str, dtype: torch.dtype = torch.bfloat16) -> Compiled:
     """Compile for one of `TARGETS` and read the result. Raises CannotBuild without a usable Triton."""
     if triton is None:
         raise CannotBuild("Triton is not installed: pip install 'triton>=3.6' (Linux)")
@@ -71,11 +96,12 @@ def compile_build(build: Build, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _specialise(build)
+    launch = record_launch(build, dtype)
+    signature, constants, attributes = _specialise(launch)
     compiled = triton.compile(
-        ASTSource(build.kernel, signature, constants, attributes),
+        ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", TARGETS[target], 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": True},
+        options={"num_stages": 3, "enable_fp_fusion": True, **launch.options},
     )
     registers, spills = _resources(compiled.asm["cubin"])
     return Compiled(
@@ -84,32 +110,39 @@ def compile_build(build: Build, target: str) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         vector_bytes=widest_load(compiled.asm["ptx"]),
         tensor_cores=matrix_instructions(compiled.asm["ptx"]),
-        moved_bytes=round(build.programs * _moved_by_a_program(build, compiled.asm["ttir"])),
+        warps=launch.options["num_warps"],
+        moved_bytes=round(launch.programs * _moved_by_a_program(build, launch, compiled.asm["ttir"])),
     )
 
 
-def _specialise(build: Build) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Types, constants and attributes of the arguments, as Triton's own launcher would derive them."""
-    names = build.kernel.arg_names
-    assert set(names) == set(build.signature) | set(build.constexprs), f"{build.name}: {names} is what it takes"
-    ones = {name: 1 for name, value in build.signature.items() if isinstance(value, int) and value == 1}
-    constants = dict(build.constexprs) | ones
-    signature = {name: "constexpr" if name in constants else _type(build.signature[name]) for name in names}
-    aligned = [
-        index
-        for index, name in enumerate(names)
-        if name not in constants
-        and (signature[name].startswith("*") or (signature[name] in ("i32", "i64") and build.signature[name] % 16 == 0))
-    ]
-    return signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned}
+def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types, constants and attributes of the arguments, as Triton's own launcher would derive them: an integer that is
+    1 is a constant, and that one is a multiple of 16 is made use of.
+    """
+    ones = {name: 1 for name, value in launch.values.items() if isinstance(value, int) and value == 1}
+    constants = {**launch.constants, **ones}
+    signature: dict[str, str] = {}
+    attributes = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value: Any = launch.values.get(name)
+        signature[name] = "constexpr" if name in constants else _type(value)
+        if signature[name][0] == "*" or (signature[name][0] == "i" and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
-def _type(value: str | int | float) -> str:
-    if isinstance(value, str):
-        return value
+def _type(value: Tensor | int | float) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_POINTERS[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
     return "i32" if value < 2**31 else "i64"
+
+
+_POINTERS = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -148,9 +181,9 @@ _CARRIED = re.compile(r"(%\w+) = (%\w+)")
 _CONSTANT = re.compile(r"(%\w+) = arith\.constant (-?\d+) : i\d+")
 
 
-def _moved_by_a_program(build: Build, ttir: str) -> float:
+def _moved_by_a_program(build: Build, launch: Launch, ttir: str) -> float:
     """Bytes that one program loads and stores, masked lanes included, `build.cached` pointers left out."""
-    pointers = [name for name in build.kernel.arg_names if str(build.signature.get(name, "")).startswith("*")]
+    pointers = [name for name, value in launch.values.items() if isinstance(value, Tensor)]
     moved: defaultdict[str, float] = defaultdict(float)
     base: dict[str, str] = {}  # value -> the argument that it points into
     constants: dict[str, int] = {}

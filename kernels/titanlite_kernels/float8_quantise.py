@@ -12,7 +12,6 @@ transpose is contiguous is read as it lies, and written the other way.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,86 +263,43 @@ def _(matrix: Tensor, format: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor
 # ---- what `python -m titanlite_kernels.inspect` compiles ------------------------------------------------------------
 
 
-_NAMES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
-_CPU = torch.device("cpu")
+def _build(
+    kernel: str, shape: tuple[str, int, int], format: torch.dtype = torch.float8_e4m3fn, *,
+    by_row: bool = True, plain: bool = True, turned: bool = True,
+) -> Build:  # fmt: skip
+    def launch(dtype: torch.dtype) -> None:
+        _launch(torch.empty(rows, columns, dtype=dtype, device=device), format, by_row, plain, turned)
 
-
-def _build(kernel: Any, way: str, arguments: dict[str, Any], shape: tuple[str, int, int], **more: Any) -> Build:
-    name, rows, columns = shape
+    what, rows, columns = shape
+    device, finds = torch.device("meta"), kernel.startswith("largest")
+    way = f"_{'rows' if by_row else 'tensor'}_{'both' if plain and turned else 'turned' if turned else 'plain'}"
+    trips = {
+        "largest": (cdiv(rows * columns, _BLOCK) / _parts(device),),
+        "largest_by": (cdiv(rows, _tile(columns, 512)[0]) / _spans(rows, columns, device)[1],),
+    }
     return Build(
-        name=f"float8_quantise.{kernel.__name__.strip('_')}{way}",
-        kernel=kernel,
-        signature={"matrix": "*bf16", **arguments},
-        shape=f"Llama 3 8B: {name}, {rows:,} x {columns:,}, bfloat16",
+        name=f"float8_quantise.{kernel}{'' if kernel in ('largest', 'by_rows') else way}",
+        launch=launch,
+        number=0 if finds else -1,
+        shape=f"Llama 3 8B: {what}, {rows:,} x {columns:,}, bfloat16",
+        minimal_bytes=(2 + (0 if finds else plain + turned)) * rows * columns,
+        trips=trips.get(kernel, ()),
+        cached=() if kernel == "largest" else ("largest", "scale", "turned_scale"),
         targets=("sm_90", "sm_100"),
-        **more,
     )
 
 
-def _largest_build(shape: tuple[str, int, int]) -> Build:
-    elements, programs = shape[1] * shape[2], _parts(_CPU)
-    return _build(
-        _largest, "", {"largest": "*i32", "elements": elements, "tiles": cdiv(elements, _BLOCK)}, shape,
-        constexprs={"BLOCK": _BLOCK}, num_warps=_WARPS,
-        minimal_bytes=2 * elements, programs=programs, trips=(cdiv(elements, _BLOCK) / programs,),
-    )  # fmt: skip
-
-
-def _largest_by_build(shape: tuple[str, int, int], plain: bool) -> Build:
-    _, rows, columns = shape
-    (block_rows, block_columns), (across, spans) = _tile(columns, 512), _spans(rows, columns, _CPU)
-    return _build(
-        _largest_by, _way(True, plain, True), {"largest": "*i32", "rows": rows, "columns": columns}, shape,
-        constexprs={"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BY_ROW": plain, "BY_COLUMN": True},
-        num_warps=_WARPS, minimal_bytes=2 * rows * columns, programs=across * spans,
-        trips=(cdiv(rows, block_rows) / spans,), cached=("largest",),
-    )  # fmt: skip
-
-
-def _cast_build(shape: tuple[str, int, int], format: torch.dtype, by_row: bool, plain: bool, turned: bool) -> Build:
-    _, rows, columns = shape
-    block_rows, block_columns = _cast_tile(columns, turned)
-    values = f"*{_NAMES[format]}"
-    tensors = {"largest": "*i32", "values": values, "scale": "*fp32", "turned": values, "turned_scale": "*fp32"}
-    numbers = {"rows": rows, "columns": columns, "parts": _parts(_CPU)}
-    return _build(
-        _cast, _way(by_row, plain, turned), tensors | numbers, shape,
-        constexprs={
-            "MAX": torch.finfo(format).max, "PARTS": 0 if by_row else power_of_two(_parts(_CPU)),
-            "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "PLAIN": plain, "TURNED": turned,
-        },
-        num_warps=_WARPS, minimal_bytes=(2 + plain + turned) * rows * columns,
-        programs=cdiv(rows, block_rows) * cdiv(columns, block_columns), cached=("largest", "scale", "turned_scale"),
-    )  # fmt: skip
-
-
-def _by_rows_build(shape: tuple[str, int, int]) -> Build:
-    _, rows, columns = shape
-    block_rows, block_columns = _tile(columns, WIDEST_ROW)
-    return _build(
-        _by_rows, "", {"values": "*fp8e4nv", "scale": "*fp32", "rows": rows, "columns": columns}, shape,
-        constexprs={"MAX": 448.0, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns},
-        num_warps=_row_warps(block_columns), minimal_bytes=3 * rows * columns,
-        programs=cdiv(rows, block_rows), cached=("scale",),
-    )  # fmt: skip
-
-
-def _way(by_row: bool, plain: bool, turned: bool) -> str:
-    return f"_{'rows' if by_row else 'tensor'}_{'both' if plain and turned else 'turned' if turned else 'plain'}"
-
-
 _ACTIVATIONS, _HIDDEN, _WEIGHT = ("activations", 8192, 4096), ("hidden", 8192, 14336), ("weight", 14336, 4096)
-_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 BUILDS = (
-    _largest_build(_ACTIVATIONS),
-    _cast_build(_ACTIVATIONS, _E4M3, by_row=False, plain=True, turned=False),
-    _cast_build(_ACTIVATIONS, _E4M3, by_row=False, plain=False, turned=True),
-    _by_rows_build(_ACTIVATIONS),
-    _by_rows_build(_HIDDEN),
-    _largest_by_build(_ACTIVATIONS, plain=False),
-    _largest_by_build(_ACTIVATIONS, plain=True),
-    _cast_build(_ACTIVATIONS, _E4M3, by_row=True, plain=False, turned=True),
-    *(_cast_build(shape, _E5M2, by_row=False, plain=True, turned=True) for shape in (_ACTIVATIONS, _HIDDEN)),
-    *(_cast_build(shape, _E4M3, by_row=True, plain=True, turned=True) for shape in (_ACTIVATIONS, _HIDDEN, _WEIGHT)),
+    _build("largest", _ACTIVATIONS, by_row=False, turned=False),
+    _build("cast", _ACTIVATIONS, by_row=False, turned=False),
+    _build("cast", _ACTIVATIONS, by_row=False, plain=False),
+    _build("by_rows", _ACTIVATIONS, turned=False),
+    _build("by_rows", _HIDDEN, turned=False),
+    _build("largest_by", _ACTIVATIONS, plain=False),
+    _build("largest_by", _ACTIVATIONS),
+    _build("cast", _ACTIVATIONS, plain=False),
+    *(_build("cast", shape, torch.float8_e5m2, by_row=False) for shape in (_ACTIVATIONS, _HIDDEN)),
+    *(_build("cast", shape) for shape in (_ACTIVATIONS, _HIDDEN, _WEIGHT)),
 )

@@ -35,7 +35,7 @@ def row(build: Build, target: str) -> dict[str, Any]:
         "vector_bytes": compiled.vector_bytes,
         "bytes_over_minimum": round(compiled.moved_bytes / build.minimal_bytes, 3),
         "tensor_cores": compiled.tensor_cores,
-        "warps": build.num_warps,
+        "warps": compiled.warps,
         "shape": build.shape,
     }
 

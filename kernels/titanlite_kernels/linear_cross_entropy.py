@@ -558,31 +558,24 @@ def _(logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(3, logits.shape[0], dtype=torch.float64)
 
 
-def _builds() -> tuple[Build, ...]:
-    kinds = {
-        "statistics": ({"GIVEN": False, "GRADIENT": False}, 1),
-        "gradient": ({"GIVEN": True, "GRADIENT": True}, 2),
-        "statistics_and_gradient": ({"GIVEN": False, "GRADIENT": True}, 2),
-    }
-    rows = CHUNK
-    return tuple(
-        Build(
-            name=f"linear_cross_entropy.{name}",
-            kernel=_rows,
-            signature={
-                "logits": "*bf16", "labels": "*i64", "statistics": "*fp64", "scale": "*fp32",
-                "rows": rows, "columns": columns, "stride": columns, "first": 0, "z_loss": 0.0,
-            },
-            constexprs={**flags, "BLOCK": BLOCK},
-            num_warps=WARPS,
-            shape=f"Llama 3{of}: {rows:,} tokens x {columns:,}, bfloat16",
-            minimal_bytes=passes * 2 * rows * columns,
-            programs=rows,
-            trips=(cdiv(columns, BLOCK),) * (2 if name == "statistics_and_gradient" else 1),
-        )
-        for of, columns in (("", 128_256), (" over tp 8", 16_032))
-        for name, (flags, passes) in kinds.items()
-    )  # fmt: skip
+def _build(name: str, of: str, columns: int) -> Build:
+    def launch(dtype: torch.dtype) -> None:
+        logits, scale = torch.empty(CHUNK, columns, dtype=dtype, device="meta"), torch.empty(CHUNK, device="meta")
+        labels, statistics = (torch.empty(size, device="meta") for size in (CHUNK, (3, CHUNK)))
+        flags = {"GIVEN": name == "gradient", "GRADIENT": name != "statistics"}
+        _launch(logits, labels.long(), statistics.double(), scale, 0, 0.0, **flags)
+
+    return Build(
+        name=f"linear_cross_entropy.{name}",
+        launch=launch,
+        shape=f"Llama 3{of}: {CHUNK:,} tokens x {columns:,}, bfloat16",
+        minimal_bytes=(1 if name == "statistics" else 2) * 2 * CHUNK * columns,
+        trips=(cdiv(columns, BLOCK),) * (2 if name == "statistics_and_gradient" else 1),
+    )
 
 
-BUILDS = _builds()
+BUILDS = tuple(
+    _build(name, of, columns)
+    for of, columns in (("", 128_256), (" over tp 8", 16_032))
+    for name in ("statistics", "gradient", "statistics_and_gradient")
+)

@@ -139,6 +139,10 @@ def _backward_warps(block: int, rows: int) -> int:
     return max(1, block * rows // 512)  # 16 values a thread: x, its gradient, the weight and its gradient
 
 
+def _backward_programs(tiles: int, device: torch.device) -> int:
+    return min(tiles, 2 * multiprocessors(device))
+
+
 def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -163,7 +167,7 @@ def _launch_backward(
     dim = x.shape[-1]
     block, tile = _tile(dim)
     rows = x.numel() // dim
-    programs = min(cdiv(rows, tile), 2 * multiprocessors(x.device))
+    programs = _backward_programs(cdiv(rows, tile), x.device)
     wide = torch.float64 if x.dtype == torch.float32 else torch.float32
     partial = torch.empty(programs, dim, dtype=wide, device=x.device)
     if rows:
@@ -250,26 +254,20 @@ add_rms_norm_op.register_autograd(_differentiate_added, setup_context=_save_adde
 # ---- what `python -m titanlite_kernels.inspect` compiles ------------------------------------------------------------
 
 
-def _build(kernel: Any, model: str, dim: int, tokens: int, adds: bool) -> Build:
-    forward = kernel is _forward
-    block, tile = _tile(dim)
-    tiles = cdiv(tokens, tile)
-    programs = tiles if forward else min(tiles, 2 * 132)
-    large = ("x", "residual", "y", "summed") if forward else ("grad", "grad_summed", "x", "grad_x")
-    moved = len(large) if adds else len(large) - (2 if forward else 1)
-    pointers = dict.fromkeys(large, "*bf16") | {"weight": "*fp32"}
-    if not forward:
-        pointers["partial_grad_weight"] = "*fp32"
+def _build(backward: bool, model: str, dim: int, tokens: int, adds: bool) -> Build:
+    def launch(dtype: torch.dtype) -> None:
+        x, weight = torch.empty(tokens, dim, dtype=dtype, device="meta"), torch.empty(dim, device="meta")
+        other = x if adds else None
+        _launch_backward(x, other, x, weight, 1e-5) if backward else _launch_forward(x, other, weight, 1e-5)
+
+    tiles = cdiv(tokens, _tile(dim)[1])
+    passes = 3 + adds if backward else 2 + 2 * adds
     return Build(
-        name=f"{'add_' if adds else ''}rms_norm.{kernel.__name__.strip('_')}",
-        kernel=kernel,
-        signature={**pointers, "rows": tokens},
-        constexprs={"EPS": 1e-5, "DIM": dim, "BLOCK": block, "ROWS": tile, "ADDS": adds},
-        num_warps=(_forward_warps if forward else _backward_warps)(block, tile),
+        name=f"{'add_' * adds}rms_norm.{'backward' if backward else 'forward'}",
+        launch=launch,
         shape=f"Llama 3 {model}: {tokens:,} x {dim:,}, bfloat16",
-        minimal_bytes=moved * 2 * tokens * dim,
-        programs=programs,
-        trips=() if forward else (tiles / programs,),
+        minimal_bytes=passes * 2 * tokens * dim,
+        trips=(tiles / _backward_programs(tiles, torch.device("meta")),) if backward else (),
         cached=("weight",),
     )
 
@@ -277,9 +275,9 @@ def _build(kernel: Any, model: str, dim: int, tokens: int, adds: bool) -> Build:
 _SHAPES = (("8B", 4096, 8192), ("70B", 8192, 8192), ("8B heads", 128, 8192 * 32))
 
 BUILDS = tuple(
-    _build(kernel, *shape, adds)
+    _build(backward, *shape, adds)
     for adds in (False, True)
-    for kernel in (_forward, _backward)
+    for backward in (False, True)
     for shape in _SHAPES
     if not (adds and shape[1] == 128)
 )

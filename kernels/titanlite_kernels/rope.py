@@ -95,8 +95,7 @@ def _warps(heads: int, head_dim: int) -> int:
     return min(16, max(1, power_of_two(heads) * power_of_two(head_dim) // 1024))
 
 
-@torch.library.triton_op("titanlite_kernels::rope", mutates_args=())
-def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     batch, seq, heads, head_dim = q.shape
     kv_heads, half = k.shape[2], head_dim // 2
@@ -114,6 +113,9 @@ def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+rope_op: Any = torch.library.triton_op("titanlite_kernels::rope", _launch, mutates_args=())
 
 
 @rope_op.register_fake
@@ -134,26 +136,19 @@ def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Te
 rope_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _build(model: str, heads: int, inverse: bool, seq: int = 8192, kv_heads: int = 8, head_dim: int = 128) -> Build:
-    half = head_dim // 2
+def _build(model: str, heads: int, inverse: bool) -> Build:
+    seq, kv_heads, head_dim = 8192, 8, 128
+
+    def launch(dtype: torch.dtype) -> None:
+        q, k = (torch.empty(1, seq, count, head_dim, dtype=dtype, device="meta") for count in (heads, kv_heads))
+        angles = torch.empty(1, seq, 1, head_dim, device="meta")
+        _launch(q, k, angles, angles, inverse)
+
     return Build(
         name=f"rope.{'backward' if inverse else 'forward'}",
-        kernel=_rotate,
-        signature={
-            **dict.fromkeys(("q", "k", "q_out", "k_out"), "*bf16"),
-            **{"cos": "*fp32", "sin": "*fp32", "seq": seq, "cos_batch": 0, "cos_seq": head_dim},
-            **{"sin_batch": 0, "sin_seq": head_dim},
-            **{"q_batch": seq * heads * head_dim, "q_seq": heads * head_dim, "q_head": head_dim},
-            **{"k_batch": seq * kv_heads * head_dim, "k_seq": kv_heads * head_dim, "k_head": head_dim},
-        },
-        constexprs={
-            **{"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_BLOCK": heads, "KV_HEAD_BLOCK": kv_heads},
-            **{"HALF": half, "HALF_BLOCK": half, "INVERSE": inverse},
-        },
-        num_warps=_warps(heads, head_dim),
+        launch=launch,
         shape=f"Llama 3 {model}: {seq:,} tokens x ({heads} + {kv_heads}) heads x {head_dim}, bfloat16",
-        minimal_bytes=2 * 2 * seq * (heads + kv_heads) * head_dim + 2 * 4 * seq * half,
-        programs=seq,
+        minimal_bytes=2 * 2 * seq * (heads + kv_heads) * head_dim + 2 * 4 * seq * head_dim // 2,
     )
 
 

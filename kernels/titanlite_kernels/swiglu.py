@@ -7,6 +7,7 @@ Bytes, for n elements of b bytes: forward 3nb (two read, one written), backward 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,8 +58,7 @@ def _backward(grad, gate, up, grad_gate, grad_up, elements, BLOCK: tl.constexpr)
     tl.store(grad_gate + start + at, d * u * sigmoid * (1 + g * (1 - sigmoid)), mask=inside)
 
 
-@torch.library.triton_op("titanlite_kernels::swiglu", mutates_args=())
-def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
+def _launch_forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     if n := gate.numel():
@@ -66,13 +66,18 @@ def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@torch.library.triton_op("titanlite_kernels::swiglu_backward", mutates_args=())
-def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if n := gate.numel():
         wrap_triton(_backward)[(cdiv(n, BLOCK),)](grad, gate, up, grad_gate, grad_up, n, BLOCK=BLOCK, num_warps=WARPS)
     return grad_gate, grad_up
+
+
+swiglu_op: Any = torch.library.triton_op("titanlite_kernels::swiglu", _launch_forward, mutates_args=())
+swiglu_backward_op: Any = torch.library.triton_op(
+    "titanlite_kernels::swiglu_backward", _launch_backward, mutates_args=()
+)
 
 
 @swiglu_op.register_fake
@@ -99,18 +104,15 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 swiglu_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _build(kernel: Any, pointers: tuple[str, ...], tokens: int = 8192, width: int = 14336) -> Build:
-    n = tokens * width
+def _build(name: str, operation: Callable[..., object], taken: int, moved: int) -> Build:
+    """For an operation that takes so many tensors, and moves so many in all."""
+    tokens, width = 8192, 14336
     return Build(
-        name=f"swiglu.{kernel.__name__.strip('_')}",
-        kernel=kernel,
-        signature={**dict.fromkeys(pointers, "*bf16"), "elements": n},
-        constexprs={"BLOCK": BLOCK},
-        num_warps=WARPS,
+        name=f"swiglu.{name}",
+        launch=lambda dtype: operation(*[torch.empty(tokens, width, dtype=dtype, device="meta")] * taken),
         shape=f"Llama 3 8B: {tokens:,} x {width:,}, bfloat16",
-        minimal_bytes=len(pointers) * 2 * n,
-        programs=cdiv(n, BLOCK),
+        minimal_bytes=moved * 2 * tokens * width,
     )
 
 
-BUILDS = (_build(_forward, ("gate", "up", "out")), _build(_backward, ("grad", "gate", "up", "grad_gate", "grad_up")))
+BUILDS = _build("forward", _launch_forward, 2, 3), _build("backward", _launch_backward, 3, 5)

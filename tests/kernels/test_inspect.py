@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from titanlite_kernels import inspect
 from titanlite_kernels.build import Build, CannotBuild, compile_build, matrix_instructions, widest_load
-from titanlite_kernels.optional_triton import INSTALLED, jit, tl
+from titanlite_kernels.optional_triton import INSTALLED, jit, tl, wrap_triton
 
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="needs Triton: pip install 'triton>=3.6' (Linux)")
 
@@ -27,15 +28,16 @@ def known_traffic(x, table, scale, out, total, repeats, SIDE: tl.constexpr):
     tl.store(out + at, product)
 
 
+def launch_traffic(dtype: torch.dtype) -> None:
+    narrow, wide = torch.empty(1, dtype=dtype, device="meta"), torch.empty(1, device="meta")
+    wrap_triton(known_traffic)[(2,)](narrow, narrow, wide, wide, wide, 5, SIDE=64, num_warps=4)
+
+
 TRAFFIC = Build(
     name="known.traffic",
-    kernel=known_traffic,
-    signature={"x": "*bf16", "table": "*bf16", "scale": "*fp32", "out": "*fp32", "total": "*fp32", "repeats": 5},
-    constexprs={"SIDE": 64},
-    num_warps=4,
+    launch=launch_traffic,
     shape="5 x 3 tiles of 64 x 64, twice",
     minimal_bytes=1,
-    programs=2,
     trips=(5,),
 )
 TILE = 64 * 64
@@ -49,15 +51,16 @@ def too_many_values(x, out, SIZE: tl.constexpr):
     tl.store(out + at, values / tl.sum(values))
 
 
+def launch_too_many(dtype: torch.dtype) -> None:
+    wide = torch.empty(1, device="meta")
+    wrap_triton(too_many_values)[(1,)](wide, wide, SIZE=8192, num_warps=1)
+
+
 SPILLING = Build(
     name="too.many",
-    kernel=too_many_values,
-    signature={"x": "*fp32", "out": "*fp32"},
-    constexprs={"SIZE": 8192},
-    num_warps=1,
+    launch=launch_too_many,
     shape="256 values a thread, each in a register",
     minimal_bytes=2 * 4 * 8192,
-    programs=1,
 )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -52,11 +51,7 @@ def test_built_without_spills_and_with_wide_loads(build: Build, target: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [*(b for b in rms_norm.BUILDS if "70B" not in b.shape), *rope.BUILDS, *swiglu.BUILDS])
 def test_float32_is_built_without_spills_although_it_is_computed_in_float64(build: Build) -> None:
-    wider = {"*bf16": "*fp32", "*fp32": "*fp64" if "rms_norm.backward" in build.name else "*fp32"}
-    signature = {name: wider.get(str(value), value) for name, value in build.signature.items()} | (
-        {"weight": "*fp32"} if "weight" in build.signature else {}
-    )
-    assert compile_build(replace(build, signature=signature), "sm_90").spill_bytes == 0
+    assert compile_build(build, "sm_90", torch.float32).spill_bytes == 0
 
 
 @needs_triton

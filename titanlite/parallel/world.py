@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,20 +106,24 @@ def _keep_freed_memory() -> None:
     By default glibc maps large blocks anew each time, and the kernel clears every page of them again: 34,000 page
     faults a step of a 5 M-parameter model, 5 % of its time. The resident size then stays at its peak.
     """
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _own_gpu(local_rank: int) -> int:
-    """Number of this process's GPU among those that it sees. Raises `UsageError` if there are more ranks than GPUs."""
+def _own_device(local_rank: int) -> torch.device:
+    """Raises `UsageError` if there are more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        _keep_freed_memory()
+        return torch.device("cpu")
     seen = torch.cuda.device_count()
     if seen > 1 and local_rank >= seen:
         raise UsageError(f"{local_rank + 1} or more ranks were started on a machine with {seen} GPUs: start one a GPU.")
-    return local_rank if seen > 1 else 0  # if one, the launcher shows each process its own: NCCL refuses to share one
+    # If one, the launcher shows each process its own: NCCL refuses to share one.
+    device = torch.device("cuda", local_rank if seen > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
@@ -134,13 +138,7 @@ def join_world(deterministic: bool, timeout_seconds: float, size: int | None = N
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", _own_gpu(place.local_rank))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        _keep_freed_memory()
-    world = World(place.rank, size or place.size, device)
+    world = World(place.rank, size or place.size, _own_device(place.local_rank))
     if place.size == 1:
         yield world
         return
@@ -149,7 +147,7 @@ def join_world(deterministic: bool, timeout_seconds: float, size: int | None = N
         if world.size > 1:
             # gloo beside nccl: stop requests are agreed on between hosts without touching the GPU's queue.
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
                 store=PrefixStore("group", store),
                 rank=world.rank,
                 world_size=world.size,
@@ -212,16 +210,15 @@ def open_store(place: Launch, timeout_seconds: float) -> Store:
         store = _connect(url, place, timeout_seconds)
         if place.rank == 0:
             start = uuid4().hex
-            for other in range(1, place.size):
-                _answer(store, other, start, time.monotonic() + timeout_seconds)
+            _answer(store, start, place.size, time.monotonic() + timeout_seconds)
         else:
             name = uuid4().hex
             store.set(f"asks/{place.rank}", name)
             store.wait([f"answer/{name}"], limit)
             start = store.get(f"answer/{name}").decode()
             store.set(f"{start}/{place.rank}", "")
-    except (dist.DistError, TimeoutError) as error:
-        reason = str(error).partition("\n")[0]
+    except (dist.DistError, TimeoutError, futures.TimeoutError) as error:  # two types up to Python 3.10
+        reason = str(error).partition("\n")[0] or "there was no answer"
         raise UsageError(
             f"rank {place.rank} of {place.size} could not meet the others at {at} within {timeout_seconds:g} s "
             f"(parallel.timeout_seconds): {reason}. The first rank listens there: see to it that it was started, "
@@ -231,10 +228,8 @@ def open_store(place: Launch, timeout_seconds: float) -> Store:
 
 
 def _connect(url: str, place: Launch, seconds: float) -> Store:
-    """Raises `TimeoutError` a little after torch should have: for the first answer of a program that listens but is no
-    store, it waits for ever.
-    """
-    connected: Future[Store] = Future()
+    """Raises `TimeoutError` a little after torch should have: for a program that is no store it waits for ever."""
+    connected: futures.Future[Store] = futures.Future()
 
     def run() -> None:
         try:
@@ -242,24 +237,19 @@ def _connect(url: str, place: Launch, seconds: float) -> Store:
         except Exception as error:  # for the thread that waits
             connected.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds + 2.0)
-    if thread.is_alive():
-        raise TimeoutError("there was no answer")
-    return connected.result()
+    threading.Thread(target=run, daemon=True).start()
+    return connected.result(seconds + 2.0)
 
 
-def _answer(store: Store, other: int, start: str, until: float) -> None:
-    """Give rank `other` the name of this start, for each new name that it asks under: the first may be an old one."""
-    answered = b""
-    while not store.check([f"{start}/{other}"]):
-        if store.check([f"asks/{other}"]) and (name := store.get(f"asks/{other}")) != answered:
-            store.set(f"answer/{name.decode()}", start)
-            answered = name
-        if time.monotonic() > until:
-            raise TimeoutError(f"rank {other} did not come")
-        time.sleep(0.002)
+def _answer(store: Store, start: str, size: int, until: float) -> None:
+    """Give other ranks the name of this start, under every name that they ask under: the first may be an old one."""
+    for other in range(1, size):
+        while not store.check([f"{start}/{other}"]):
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
+            if time.monotonic() > until:
+                raise TimeoutError(f"rank {other} did not come")
+            time.sleep(0.002)
 
 
 def is_peer_failure(error: BaseException) -> bool:
