@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
-from titanlite.parallel import ring
+from titanlite.parallel import context
 from titanlite.parallel.context import _attend_to_the_last
 
 pytestmark = pytest.mark.gpu
@@ -53,12 +53,12 @@ def test_blocks_of_a_ring(heads: int, kv_heads: int, head_dim: int) -> None:
     mask = torch.ones(128, 256, dtype=torch.bool, device="cuda").tril(128)
     whole = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
     first, own = slice(0, 128), slice(128, 256)
-    part, lse = ring.attend(q, k[:, :, own], v[:, :, own], True, None)
+    part, lse = context.attend(q, k[:, :, own], v[:, :, own], True, None)
     out = part.float()
-    ring._merge(out, lse, *ring.attend(q, k[:, :, first], v[:, :, first], False, None))
+    context._merge(out, lse, *context.attend(q, k[:, :, first], v[:, :, first], False, None))
     close(out, whole)
     parts = [
-        ring.attend_backward(grad, q, k[:, :, keys], v[:, :, keys], out.to(q.dtype), lse, keys is own, None)
+        context.attend_backward(grad, q, k[:, :, keys], v[:, :, keys], out.to(q.dtype), lse, keys is own, None)
         for keys in (first, own)
     ]
     (q_first, k_first, v_first), (q_own, k_own, v_own) = parts

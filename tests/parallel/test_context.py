@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
-from titanlite.parallel import ring
+from titanlite.parallel import context
 from titanlite.parallel.batch import Batch
 from titanlite.parallel.context import _attend_to_the_last, apply_context_parallel, local_sequences
 
@@ -60,7 +60,7 @@ def test_a_ring_forms_every_pair_once(ranks: int, chunk: int) -> None:
     times = torch.zeros(tokens.numel(), tokens.numel(), dtype=torch.int64)
     for rank in range(ranks):
         for owner in range(ranks):
-            block = ring._Block.of(rank, owner, 2 * chunk)
+            block = context._Block.of(rank, owner, 2 * chunk)
             queries, keys = places[rank][block.queries], places[owner][block.keys]
             seen = torch.ones(len(queries), len(keys), dtype=torch.int64)
             times[queries.unsqueeze(1), keys] += seen.tril() if owner == rank else seen
@@ -91,9 +91,9 @@ def by_autograd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bo
 def test_a_block_and_its_gradients(
     case: str, kernel: bool, heads: int, kv_heads: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring, "_ROWS", rows)
+    monkeypatch.setattr(context, "_ROWS", rows)
     if not kernel:
-        monkeypatch.setattr(ring, "_has_kernel", lambda q, mask: False)
+        monkeypatch.setattr(context, "_has_kernel", lambda q, mask: False)
     causal = case.startswith("causal")
     q, grad = random(2, heads, 5, 8), random(2, heads, 5, 8)
     k, v = random(2, kv_heads, 5 if causal else 7, 8), random(2, kv_heads, 5 if causal else 7, 8)
@@ -103,9 +103,9 @@ def test_a_block_and_its_gradients(
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     seen = mask.tril() if mask is not None and causal else mask
     expected = by_autograd(*inputs, seen, causal and mask is None)
-    out, lse = ring.attend(q, k, v, causal, mask)
+    out, lse = context.attend(q, k, v, causal, mask)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    grads = ring.attend_backward(grad, q, k, v, out, lse, causal, mask)
+    grads = context.attend_backward(grad, q, k, v, out, lse, causal, mask)
     for found, correct in zip(grads, torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(found, correct, rtol=1e-12, atol=1e-12)
 
@@ -114,8 +114,8 @@ def test_parts_merge_to_the_whole_where_a_query_sees_nothing_of_one() -> None:
     q, k, v = random(2, 4, 5, 8), random(2, 4, 6, 8), random(2, 4, 6, 8)
     mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
     mask[:, :, 3, 3:] = False
-    out, lse = ring.attend(q, k[:, :, :3], v[:, :, :3], False, mask[..., :3])
-    ring._merge(out, lse, *ring.attend(q, k[:, :, 3:], v[:, :, 3:], False, mask[..., 3:]))
+    out, lse = context.attend(q, k[:, :, :3], v[:, :, :3], False, mask[..., :3])
+    context._merge(out, lse, *context.attend(q, k[:, :, 3:], v[:, :, 3:], False, mask[..., 3:]))
     torch.testing.assert_close(out, by_autograd(q, k, v, mask, False), rtol=1e-12, atol=1e-12)
 
 
@@ -123,10 +123,10 @@ def test_cuda_kernels_give_the_shapes_that_are_counted_on() -> None:
     with FakeTensorMode():
         q = torch.empty(2, 64, 8, 16, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         k = torch.empty(2, 128, 2, 16, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-        assert ring.takes_flash(q) and not ring.takes_flash(torch.empty(2, 8, 64, 16, device="cuda"))
-        out, lse = ring.attend(q, k, k, False, None)
+        assert context.takes_flash(q) and not context.takes_flash(torch.empty(2, 8, 64, 16, device="cuda"))
+        out, lse = context.attend(q, k, k, False, None)
         assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
-        grads = ring.attend_backward(out, q, k, k, out, lse, False, None)
+        grads = context.attend_backward(out, q, k, k, out, lse, False, None)
         assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
 
 

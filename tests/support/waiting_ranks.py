@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from titanlite.parallel.collectives import gather_sequence
-from titanlite.parallel.ring import _pass_on, _wait
+from titanlite.parallel.context import _pass_on, _wait
 from titanlite.resilience.rank_table import Location, look_at
 
 _ENOUGH = 5

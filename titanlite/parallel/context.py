@@ -1,44 +1,41 @@
 """Context parallelism: each rank of the cp group has a part of every sequence, and attention alone looks beyond it.
 
 A sequence is cut into 2 x ranks chunks, and rank r takes the r-th from the front and the r-th from the back: under a
-causal mask, every rank then has the same work (Llama 3 paper, section 3.3.2). Keys and values are gathered here;
-`ring.py` passes them round instead.
+causal mask, every rank then has the same work (Llama 3 paper, section 3.3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titanlite.models.layers import causal_attention
+from titanlite.models.layers import at_least_float32, by_float32_units, causal_attention, device_kind
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.collectives import SEQUENCE, all_gather, gather_sequence, reduce_scatter
-from titanlite.parallel.ring import GroupModule, RingAttention, RingDocuments, takes_flash
 from titanlite.parallel.tensor import modules_by_rule, replace_module
 
 if TYPE_CHECKING:
     from titanlite.parallel.batch import Batch
 
 
-def chunks_of(ranks: int, rank: int) -> tuple[int, int]:
-    """Which two of a sequence's 2 x ranks chunks a rank has, in this order."""
-    return rank, 2 * ranks - 1 - rank
+def _local_part(whole: Tensor, ranks: int, rank: int) -> Tensor:
+    """A rank's part of [..., seq]: its chunk from the front, then that from the back."""
+    chunks = whole.chunk(2 * ranks, dim=-1)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim=-1)
 
 
 def local_sequences(batch: Batch, ranks: int, rank: int) -> Batch:
-    """The batch with a cp rank's part of the sequences' tokens, labels, positions and documents: its chunk from the
-    front, then that from the back. Positions are those in whole sequences if it had none, and so are counts.
+    """The batch with a cp rank's part of the sequences' tokens, labels, positions and documents.
+
+    Positions are those in whole sequences if it had none, and so are counts.
     """
-
-    def part(whole: Tensor) -> Tensor:
-        chunks = whole.chunk(2 * ranks, dim=-1)
-        return torch.cat([chunks[index] for index in chunks_of(ranks, rank)], dim=-1)
-
+    part = partial(_local_part, ranks=ranks, rank=rank)
     tokens = part(batch.tokens)
     if batch.positions is not None:
         positions = part(batch.positions)
@@ -62,6 +59,17 @@ def apply_context_parallel(
             replace_module(model, name, (attention if rule.style == "attention" else mask)(group))
 
 
+class GroupModule(nn.Module):
+    """A module whose work is divided among the ranks of a group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+
+# ---- all ranks' keys and values, gathered first ----------------------------------------------------------------------
+
+
 class GatheredMask(GroupModule):
     """Keeps attention within documents, for this rank's queries and all ranks' keys."""
 
@@ -70,9 +78,8 @@ class GatheredMask(GroupModule):
         ranks = self.group.size()
         dealt = gather_sequence(documents, self.group).unflatten(1, (ranks, 2, -1))
         every = _in_order(dealt.movedim(2, 0), dim=1)
-        chunk = documents.shape[1] // 2
         positions = torch.arange(every.shape[1], device=documents.device)
-        own = torch.cat([positions.narrow(0, index * chunk, chunk) for index in chunks_of(ranks, self.group.rank())])
+        own = _local_part(positions, ranks, self.group.rank())
         same = documents.unsqueeze(-1) == every.unsqueeze(-2)
         return (same & (positions <= own.unsqueeze(-1))).unsqueeze(1)
 
@@ -82,12 +89,12 @@ class GatheredAttention(GroupModule):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """As in `causal_attention`, with this rank's part of each sequence; mask: as `GatheredMask` builds it."""
-        chunk = q.shape[SEQUENCE] // 2
+        chunk, ranks, rank = q.shape[SEQUENCE] // 2, self.group.size(), self.group.rank()
         if mask is not None:
-            k, v = _GatherKeys.apply(k, v, self.group, (2 * self.group.size(),))
+            k, v = _GatherKeys.apply(k, v, self.group, (2 * ranks,))
             return causal_attention(q, k, v, mask, False)
         assert causal, "a model that sees what follows needs no balance, and has none here"
-        seen = tuple(index + 1 for index in chunks_of(self.group.size(), self.group.rank()))
+        seen = rank + 1, 2 * ranks - rank  # chunks up to the end of either of its own
         front_k, front_v, back_k, back_v = _GatherKeys.apply(k, v, self.group, seen)
         front = _attend_to_the_last(q[:, :chunk], front_k, front_v)
         return torch.cat((front, _attend_to_the_last(q[:, chunk:], back_k, back_v)), dim=SEQUENCE)
@@ -144,3 +151,234 @@ def _in_order(dealt: Tensor, dim: int) -> Tensor:
     """[front and back, …, rank, chunk, …], rank being `dim` of what the two are of -> […, sequence, …]."""
     fronts, backs = dealt
     return torch.cat((fronts, backs.flip(dim)), dim).flatten(dim, dim + 1)
+
+
+# ---- keys and values that pass from rank to rank, never all on one: ring attention (Liu et al. 2023) -----------------
+
+
+class RingDocuments(GroupModule):
+    """All ranks' document numbers, from which `RingAttention` makes the masks of its blocks."""
+
+    def forward(self, documents: Tensor) -> Tensor:
+        """[batch, seq here] -> [batch, ranks, seq here]"""
+        return gather_sequence(documents, self.group).unflatten(1, (self.group.size(), -1))
+
+
+class RingAttention(GroupModule):
+    """Causal attention of this rank's queries to all ranks' keys and values, which pass by."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """As in `causal_attention`, with this rank's part of each sequence; mask: as `RingDocuments` builds it."""
+        assert causal or mask is not None, "a model that sees what follows needs no balance, and has none here"
+        dtype = q.dtype
+        if by_float32_units(q):
+            q, k, v = q.float(), k.float(), v.float()
+        out = _Ring.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.group)
+        return out.transpose(1, 2).to(dtype)
+
+
+class _Block(NamedTuple):
+    """What a rank computes with another's keys: all of its queries or the back half, all keys or the front half.
+
+    Of a rank before this one, the front chunk precedes both of this rank's and the back one follows them. Of a later
+    rank, both lie between this rank's. So half of the pairs are seen, and only a rank's own chunks in part.
+    """
+
+    rank: int
+    owner: int  # Rank that the keys came from
+    queries: slice
+    keys: slice
+
+    @staticmethod
+    def of(rank: int, owner: int, length: int) -> _Block:
+        """For `length` queries and keys a rank."""
+        front, back, both = slice(0, length // 2), slice(length // 2, length), slice(0, length)
+        queries = back if owner > rank else both
+        return _Block(rank, owner, queries, front if owner < rank else both)
+
+    def same_document(self, documents: Tensor | None) -> Tensor | None:
+        """[batch, 1, queries, keys]: are both in one document?"""
+        if documents is None:
+            return None
+        ours, theirs = documents[:, self.rank, self.queries], documents[:, self.owner, self.keys]
+        return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).unsqueeze(1)
+
+
+class _Ring(torch.autograd.Function):
+    """Tensors are [batch, heads, seq here, head_dim]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        steps = _steps(k, v, group)
+        block, keys, values = next(steps)
+        part, part_lse = attend(q, keys, values, True, block.same_document(documents))
+        # Copies: what a kernel gave may be kept for recomputation, and is not to be written on.
+        out, lse = part.to(torch.promote_types(q.dtype, torch.float32), copy=True), part_lse.clone()
+        for block, keys, values in steps:
+            seen = block.queries
+            part, part_lse = attend(q[:, :, seen], keys, values, False, block.same_document(documents))
+            _merge(out[:, :, seen], lse[:, :, seen], part, part_lse)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, documents, out, lse)
+        ctx.group = group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, documents, out, lse = ctx.saved_tensors
+        steps = _steps(k, v, ctx.group)
+        block, keys, values = next(steps)
+        same = block.same_document(documents)
+        q_grad, *parts = attend_backward(grad, q, keys, values, out, lse, True, same)
+        q_grad = q_grad.to(torch.promote_types(q.dtype, torch.float32), copy=True)
+        coming = _pass_on(torch.stack(parts).to(q_grad.dtype), ctx.group)
+        for block, keys, values in steps:
+            seen, same = block.queries, block.same_document(documents)
+            q_part, *parts = attend_backward(
+                grad[:, :, seen], q[:, :, seen], keys, values, out[:, :, seen], lse[:, :, seen], False, same
+            )
+            q_grad[:, :, seen] += q_part
+            # What others added to the gradients of these keys left the neighbour before this rank began with them.
+            grads = _wait(coming)
+            grads[..., block.keys, :] += torch.stack(parts)
+            coming = _pass_on(grads, ctx.group)
+        k_grad, v_grad = _wait(coming).to(k.dtype)  # home again
+        return q_grad.to(q.dtype), k_grad, v_grad, None, None
+
+
+def _steps(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[_Block, Tensor, Tensor]]:
+    """What to compute with which keys and values, this rank's own first; the next are under way meanwhile."""
+    ranks, rank = group.size(), group.rank()
+    here = torch.stack((k, v))
+    for step in range(ranks):
+        coming = _pass_on(here, group) if step < ranks - 1 else None
+        block = _Block.of(rank, (rank - step) % ranks, k.shape[2])
+        keys, values = here[..., block.keys, :]
+        yield block, keys, values
+        if coming is not None:
+            here = _wait(coming)
+
+
+def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send `x` to the next rank; returns what the one before sends, to be waited for by `_wait`."""
+    ranks, rank = group.size(), group.rank()
+    # Of all collectives the one that the compiler knows and that moves nothing but this. Its splits are rows.
+    sent, received = [0] * ranks, [0] * ranks
+    sent[(rank + 1) % ranks] = received[(rank - 1) % ranks] = x.shape[0]
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.group_name)
+
+
+def _wait(coming: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(coming)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Take other keys' part into `out` and `lse`, in place (Milakov & Gimelshein 2018, section 3.1).
+
+    out [batch, heads, seq, head_dim], lse [batch, heads, seq]: the log of the summed exponentials of the scores, and
+    -inf in `part_lse` where a query saw none of these keys.
+    """
+    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+    out.lerp_(part.to(out.dtype), weight.to(out.dtype))
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+# ---- attention with what it takes to merge it: the log of the summed exponentials of scores --------------------------
+
+
+def takes_flash(q: Tensor) -> bool:
+    """Whether CUDA's flash attention kernels take queries like `q` [batch, heads, seq, head_dim]."""
+    halves = q.dtype in (torch.bfloat16, torch.float16)
+    return device_kind(q) == "cuda" and halves and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention with the log-sum-exp of each query's scores: ([batch, heads, seq, head_dim], [batch, heads, seq]).
+
+    k and v may have fewer heads and other lengths; `causal` is for equal lengths. mask [batch, 1, seq, keys] says which
+    keys a query may see; for it there is no kernel.
+    """
+    if not _has_kernel(q, mask):
+        return _attend_by_products(q, k, v, _and_causal(mask, q) if causal else mask)
+    if device_kind(q) == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    # Not the operation above this one: selective recomputation keeps that, and a ring's parts are much in all.
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False
+    )
+    return out.transpose(1, 2), lse
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, where `out` and `lse` are over all keys that the queries see, also those not in `k`."""
+    if not _has_kernel(q, mask):
+        return _attend_by_products_backward(grad, q, k, v, out, lse, _and_causal(mask, q) if causal else mask)
+    if device_kind(q) == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # random state of the dropout that there is not
+    grads = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused
+    )
+    q_grad, k_grad, v_grad = (x.transpose(1, 2) for x in grads)
+    return q_grad, k_grad, v_grad
+
+
+def _has_kernel(q: Tensor, mask: Tensor | None) -> bool:
+    return mask is None and (takes_flash(q) or device_kind(q) == "cpu")
+
+
+def _and_causal(mask: Tensor | None, q: Tensor) -> Tensor:
+    if mask is not None:
+        return mask.tril()
+    return torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+
+
+_ROWS = 256  # Queries whose scores are in memory at a time where no kernel forms them piece by piece
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    outs, lses = [], []
+    for first in range(0, q.shape[2], _ROWS):
+        scores, values = _scores(q, k, mask, first), at_least_float32(v).unsqueeze(2)
+        lse = scores.logsumexp(-1, keepdim=True)
+        # A query that sees none of these keys has an lse of -inf, and weights of 0 rather than of inf - inf.
+        weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)).exp()
+        outs.append((weights @ values).flatten(1, 2).to(q.dtype))
+        lses.append(lse.squeeze(-1).flatten(1, 2))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _attend_by_products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5
+    keys, values = at_least_float32(k), at_least_float32(v)
+    q_grads, k_grad, v_grad = [], torch.zeros_like(keys), torch.zeros_like(values)
+    for first in range(0, q.shape[2], _ROWS):
+        queries, grads, outs = (_rows(x, k, first) for x in (q, grad, out))
+        weights = (_scores(q, k, mask, first) - _rows(lse.unsqueeze(-1), k, first)).exp()
+        v_grad += (weights.transpose(-2, -1) @ grads).sum(2)
+        of_weights = grads @ values.unsqueeze(2).transpose(-2, -1)
+        of_scores = weights * (of_weights - (grads * outs).sum(-1, keepdim=True)) * scale
+        q_grads.append((of_scores @ keys.unsqueeze(2)).flatten(1, 2).to(q.dtype))
+        k_grad += (of_scores.transpose(-2, -1) @ queries).sum(2)
+    return torch.cat(q_grads, dim=2), k_grad.to(k.dtype), v_grad.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, first: int) -> Tensor:
+    """Of the queries from `first` on, [batch, kv_heads, heads of each, _ROWS, keys]; -inf where a key is not seen."""
+    products = _rows(q, k, first) @ at_least_float32(k).unsqueeze(2).transpose(-2, -1) * q.shape[-1] ** -0.5
+    if mask is None:
+        return products
+    return products.masked_fill(~mask[:, :, first : first + _ROWS].unsqueeze(2), -torch.inf)
+
+
+def _rows(x: Tensor, k: Tensor, first: int) -> Tensor:
+    """[batch, heads, seq, …] -> [batch, kv_heads, heads of each, _ROWS, …], in at least float32."""
+    return at_least_float32(x[:, :, first : first + _ROWS].unflatten(1, (k.shape[1], -1)))
