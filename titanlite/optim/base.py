@@ -90,12 +90,7 @@ class OptimizerSpec:
 
 
 OPTIMIZERS = Registry("optimizer", {name: f"titanlite.optim.{name}:SPEC" for name in ("adamw", "muon")})
-
-
-def optimizer_spec(name: str) -> OptimizerSpec:
-    """The optimizer that `optimizer.name` names. Raises `UsageError` with the nearest known name."""
-    spec: OptimizerSpec = OPTIMIZERS.get(name)
-    return spec
+optimizer_spec: Callable[[str], OptimizerSpec] = OPTIMIZERS.get
 
 
 def build_optimizer(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from titanlite.recipe.sections import Schedule as Section
 from titanlite.registry import Registry
@@ -24,12 +25,8 @@ class LrSchedule:
     """Keys of `[schedule]` that it reads, besides `name` and `warmup_steps`; `check` warns of others that are set."""
 
 
-def _linear(step: int, section: Section, total: int) -> float:
-    return _decay("linear", step, section.decay_steps or total - section.warmup_steps, section, total)
-
-
-def _cosine(step: int, section: Section, total: int) -> float:
-    return _decay("cosine", step, section.decay_steps or total - section.warmup_steps, section, total)
+def _fall(shape: str, step: int, section: Section, total: int) -> float:
+    return _decay(shape, step, section.decay_steps or total - section.warmup_steps, section, total)
 
 
 def _wsd(step: int, section: Section, total: int) -> float:
@@ -51,24 +48,19 @@ def _decay(shape: str, step: int, decay_steps: int, section: Section, total: int
 
 
 CONSTANT = LrSchedule(lambda step, section, total: 1.0)
-LINEAR = LrSchedule(_linear, ("decay_steps", "final_lr_ratio"))
-COSINE = LrSchedule(_cosine, ("decay_steps", "final_lr_ratio"))
-"""Half a cosine (Loshchilov & Hutter 2017, without restarts)."""
+LINEAR = LrSchedule(partial(_fall, "linear"), ("decay_steps", "final_lr_ratio"))
+# Half a cosine (Loshchilov & Hutter 2017, without restarts).
+COSINE = LrSchedule(partial(_fall, "cosine"), ("decay_steps", "final_lr_ratio"))
+# Inverse square root (Vaswani et al. 2017, section 5.3), never below the final ratio.
 SQRT = LrSchedule(_sqrt, ("final_lr_ratio",))
-"""Inverse square root (Vaswani et al. 2017, section 5.3), never below the final ratio."""
+# Warm-up, stable, decay (Hu et al. 2024, MiniCPM): flat, then `decay_shape` over `decay_steps`.
 WSD = LrSchedule(_wsd, ("decay_steps", "decay_shape", "final_lr_ratio"))
-"""Warm-up, stable, decay (Hu et al. 2024, MiniCPM): flat, then `decay_shape` over `decay_steps`."""
 
 SCHEDULES = Registry(
     "schedule",
     {name: f"titanlite.optim.schedules:{name.upper()}" for name in ("constant", "linear", "cosine", "sqrt", "wsd")},
 )
-
-
-def schedule_named(name: str) -> LrSchedule:
-    """The schedule that `schedule.name` names. Raises `UsageError` with the nearest known name."""
-    schedule: LrSchedule = SCHEDULES.get(name)
-    return schedule
+schedule_named: Callable[[str], LrSchedule] = SCHEDULES.get
 
 
 def lr_factor(step: int, section: Section, total: int) -> float:

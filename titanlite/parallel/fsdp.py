@@ -1,14 +1,5 @@
-"""ZeRO stages and HSDP on FSDP2: what is cut over the data ranks, and when it is gathered or summed.
-
-Stage 0 keeps everything on every rank and sums gradients once a step. Stage 1 cuts the optimizer's states: gradients
-add up unsharded over the microbatches and are reduce-scattered once. Stage 2 reduce-scatters them at every
-microbatch, and keeps the weights gathered from forward to backward. Stage 3 gathers the weights anew for each
-(Rajbhandari et al. 2020, section 5; Zhao et al. 2023 for the sharding itself).
-
-Sharded weights may travel in float8, half the bytes of bfloat16: ranks hold whole rows, so each casts its own with a
-scale a row; what arrives is bfloat16 again, every value one that float8 has. Casting that for a product changes nothing
-but values close to nothing beside the largest, since all scales are powers of two: the largest value of a whole weight
-need not be known first.
+"""ZeRO stages (Rajbhandari et al. 2020, section 5) and HSDP on FSDP2 (Zhao et al. 2023): what is cut over the data
+ranks, and when it is gathered or summed: docs/layouts.md has the table.
 """
 
 from __future__ import annotations
@@ -90,7 +81,11 @@ def _prefetch(units: list[FSDPModule], depth: int) -> None:
 
 
 class MicrobatchSync(Sync):
-    """Sets, before each microbatch's backward, what a sharded model communicates and what it keeps."""
+    """Sets, before each microbatch's backward, what a sharded model communicates and what it keeps.
+
+    Stages 0 and 1 add gradients up over the microbatches and sum them over ranks once; stage 2 at every microbatch,
+    with weights gathered from forward to backward; stage 3 gathers them anew for each.
+    """
 
     def __init__(self, model: FSDPModule, stage: int) -> None:
         self._model = model
@@ -118,7 +113,8 @@ class MicrobatchSync(Sync):
             module.reshard()
 
 
-# ---- weights that travel in float8 -----------------------------------------------------------------------------------
+# ---- weights that travel in float8: ranks hold whole rows and cast their own with a scale a row; what arrives has the
+# compute dtype again. As scales are powers of two, a product's cast of it rounds only what is close to nothing.
 
 
 @dataclass(frozen=True)
