@@ -156,7 +156,7 @@ class Arena:
 
         def read() -> None:
             for file, chunks in chunks_by_file(manifest.tensors).items():
-                read_chunks(self.saved / file, manifest.tensors, chunks, self._into())
+                read_chunks(self.saved / file, chunks, self._into())
 
         return self._timed(read)
 

@@ -49,9 +49,9 @@ def write_rows(folder: Path, whole: torch.Tensor, ranks: int) -> Manifest:
 def read_box(folder: Path, manifest: Manifest, into: Shard) -> None:
     """As a rank that verifies none of the files."""
     for file, chunks in chunks_by_file(manifest.tensors).items():
-        wanted = [(name, chunk) for name, chunk in chunks if load.overlap((chunk.offset, chunk.shape), into.box)]
+        wanted = [part for part in chunks if load.overlap(part[-1].box, into.box)]
         if wanted:
-            read_chunks(folder / file, manifest.tensors, wanted, {"w": into})
+            read_chunks(folder / file, wanted, {"w": into})
 
 
 @pytest.fixture

@@ -158,14 +158,14 @@ def find_corruption(folder: Path, deep: bool = False) -> Iterator[str]:
                 if deep and chunks:
                     from titanlite.checkpoint.load import find_nonfinite  # which needs torch
 
-                    if nonfinite := find_nonfinite(path, manifest.tensors, chunks, entry):
+                    if nonfinite := find_nonfinite(path, chunks, entry):
                         yield f"{path} is of no use: numbers that are not finite are in {', '.join(nonfinite)}."
                 elif deep:
                     verify_file(path, entry)
                 else:
                     with open_regular(path, entry) as file:
                         if chunks:
-                            check_table(path, read_table(path, file)[1], manifest.tensors, chunks)
+                            check_table(path, read_table(path, file)[1], chunks)
         except DamagedCheckpointError as damage:
             yield str(damage)
 

@@ -296,7 +296,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 # --- the table at the head of a safetensors file
 
-ChunksByFile = dict[str, list[tuple[str, Chunk]]]  # File -> (tensor, chunk) of what lies in it
+Chunks = list[tuple[str, str, Chunk]]  # name and dtype of a tensor, and a part of it
 MAX_HEADER_BYTES = 10**8  # The library's own limit
 
 
@@ -309,11 +309,12 @@ class StoredTensor(NamedTuple):
     nbytes: int
 
 
-def chunks_by_file(tensors: Mapping[str, TensorEntry]) -> ChunksByFile:
-    placed: ChunksByFile = {}
+def chunks_by_file(tensors: Mapping[str, TensorEntry]) -> dict[str, Chunks]:
+    """What lies in each file."""
+    placed: dict[str, Chunks] = {}
     for name, entry in tensors.items():
         for chunk in entry.chunks:
-            placed.setdefault(chunk.file, []).append((name, chunk))
+            placed.setdefault(chunk.file, []).append((name, entry.dtype, chunk))
     return placed
 
 
@@ -350,13 +351,11 @@ def read_table(path: Path, file: FileIO) -> tuple[bytes, dict[str, StoredTensor]
     return header, table
 
 
-def check_table(
-    path: Path, table: Mapping[str, StoredTensor], stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]]
-) -> None:
-    """A file must hold the chunks of `stored` that its manifest puts there. Raises `DamagedCheckpointError`."""
-    for name, chunk in chunks:
+def check_table(path: Path, table: Mapping[str, StoredTensor], chunks: Chunks) -> None:
+    """A file must hold the chunks that its manifest puts there. Raises `DamagedCheckpointError`."""
+    for _, dtype, chunk in chunks:
         found = table.get(chunk.key)
         if found is None:
             raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
-        if (found.dtype, found.shape) != (stored[name].dtype, chunk.shape):
+        if (found.dtype, found.shape) != (dtype, chunk.shape):
             raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")

@@ -325,7 +325,7 @@ def _tables(folder: Path) -> dict[str, _Weight]:
 def _open_weights(path: Path) -> Iterator[TensorFile]:
     """`open_tensors` of a Hugging Face folder's file. Raises `UsageError`: it is the user's to mend."""
     try:
-        with open_tensors(path) as file:
+        with open_tensors(path, []) as file:
             yield file
     except DamagedCheckpointError as damage:
         raise UsageError(str(damage)) from None

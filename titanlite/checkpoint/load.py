@@ -25,8 +25,7 @@ from titanlite.checkpoint.examine import find_corruption
 from titanlite.checkpoint.format import (
     DTYPES,
     LEARNED,
-    Chunk,
-    ChunksByFile,
+    Chunks,
     DamagedCheckpointError,
     FileEntry,
     Manifest,
@@ -80,7 +79,7 @@ def load_state(
 
     def compare() -> list[Any]:
         problems = find_mismatches(stored, into, convert)
-        wanted = {} if problems else wanted_bytes(stored, placed, into)
+        wanted = {} if problems else wanted_bytes(placed, into)
         return [problems, [name for name in stored if name not in into], wanted]
 
     def share(found: list[list[Any]]) -> list[list[str]]:
@@ -96,19 +95,25 @@ def load_state(
         return assign_files({file: manifest.files[file].bytes for file in placed}, wanted)
 
     shares = ranks.run_on_all_ranks(compare, share)
-    wanted = wanted_bytes(stored, placed, into)
+    wanted = wanted_bytes(placed, into)
     verified = set(shares[ranks.rank] if own is None else wanted)
 
     def fill(file: str) -> None:
         expected = manifest.files[file] if file in verified else None
-        read_chunks(folder / file, manifest.tensors, placed[file], into, expected)
+        read_chunks(folder / file, placed[file], into, expected)
 
     def read() -> None:
         with ThreadPoolExecutor(READERS) as readers:
             list(readers.map(fill, [file for file in placed if file in wanted or file in verified]))
 
+    def require_finite() -> None:
+        learned = {name: shard.tensor for name, shard in into.items() if name.startswith(LEARNED)}
+        for name, tensor in learned.items() if may_be_nonfinite(learned.values()) else ():
+            if not is_finite(tensor):  # however whole the files are
+                raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
+
     ranks.run_on_all_ranks(read)
-    ranks.run_on_all_ranks(lambda: _require_finite(folder, into))
+    ranks.run_on_all_ranks(require_finite)
     return manifest
 
 
@@ -125,21 +130,13 @@ def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard]
     return problems
 
 
-def _require_finite(folder: Path, into: Mapping[str, Shard]) -> None:
-    """Raises `DamagedCheckpointError` for weights and moments that are not finite, however whole their files are."""
-    learned = {name: each.tensor for name, each in into.items() if name.startswith(LEARNED)}
-    for name, tensor in learned.items() if may_be_nonfinite(learned.values()) else ():
-        if not is_finite(tensor):
-            raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
-
-
-def wanted_bytes(stored: Mapping[str, TensorEntry], placed: ChunksByFile, into: Mapping[str, Shard]) -> dict[str, int]:
+def wanted_bytes(placed: Mapping[str, Chunks], into: Mapping[str, Shard]) -> dict[str, int]:
     """Bytes that `into` has a part of, of each file that holds any."""
     wanted = Counter[str]()
     for file, chunks in placed.items():
-        for name, chunk in chunks:
+        for name, dtype, chunk in chunks:
             if name in into and (part := overlap(chunk.box, into[name].box)):
-                wanted[file] += DTYPES[stored[name].dtype][0] * math.prod(part[1])
+                wanted[file] += DTYPES[dtype][0] * math.prod(part[1])
     return wanted
 
 
@@ -151,18 +148,12 @@ processor's cache when it is hashed and copied."""
 RUN_BYTES = 2**12  # Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway
 
 
-def read_chunks(
-    path: Path,
-    stored: Mapping[str, TensorEntry],
-    chunks: list[tuple[str, Chunk]],
-    into: Mapping[str, Shard],
-    expected: FileEntry | None = None,
-) -> None:
-    """Copy the parts that `into` has of a file's `chunks` of `stored`, and read no others; with `expected`, which needs
-    all chunks of the file, read every byte once, and compare with that. Raises `DamagedCheckpointError`.
+def read_chunks(path: Path, chunks: Chunks, into: Mapping[str, Shard], expected: FileEntry | None = None) -> None:
+    """Copy the parts that `into` has of a file's `chunks`, and read no others; with `expected`, which needs all chunks
+    of the file, read every byte once, and compare with that. Raises `DamagedCheckpointError`.
     """
-    with _open_checked(path, stored, chunks, expected) as file:
-        targets = {chunk.key: (into[name], chunk.box) for name, chunk in chunks if name in into}
+    with open_tensors(path, chunks, expected) as file:
+        targets = {chunk.key: (into[name], chunk.box) for name, _, chunk in chunks if name in into}
         for key, tensor in file.table.items():
             shard, origin = targets.get(key, (None, None))
             part = overlap(origin, shard.box) if shard and origin else None
@@ -172,13 +163,11 @@ def read_chunks(
                 file.skip(tensor)
 
 
-def find_nonfinite(
-    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry
-) -> list[str]:
+def find_nonfinite(path: Path, chunks: Chunks, expected: FileEntry) -> list[str]:
     """Read every byte of a file, compare with `expected`, and return the weights and moments that are not finite."""
     found: dict[str, None] = {}
-    with _open_checked(path, stored, chunks, expected) as file:
-        learned = {chunk.key: name for name, chunk in chunks if name.startswith(LEARNED)}
+    with open_tensors(path, chunks, expected) as file:
+        learned = {chunk.key: name for name, _, chunk in chunks if name.startswith(LEARNED)}
         for key, tensor in file.table.items():
             if key not in learned:
                 file.skip(tensor)
@@ -196,29 +185,21 @@ def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
     values = torch.empty(box[1], dtype=getattr(torch, entry.dtype))
     for chunk in entry.chunks:
         if part := overlap(chunk.box, box):
-            with open_tensors(folder / chunk.file) as file:
-                tensor = file.table.get(chunk.key)
-                if tensor is None or (tensor.dtype, tensor.shape) != (entry.dtype, chunk.shape):
-                    raise DamagedCheckpointError(f"{file.path} holds '{chunk.key}' otherwise than its manifest says.")
-                file.copy(tensor, chunk.box, part, values, box)
+            with open_tensors(folder / chunk.file, [("", entry.dtype, chunk)]) as file:
+                file.copy(file.table[chunk.key], chunk.box, part, values, box)
     return values
 
 
 @contextmanager
-def open_tensors(path: Path, expected: FileEntry | None = None) -> Iterator[TensorFile]:
-    """A file of the expected size if one is. Raises `DamagedCheckpointError`."""
-    with open_regular(path, expected) as file:
-        yield TensorFile(path, file, hashed=expected is not None)
+def open_tensors(path: Path, chunks: Chunks, expected: FileEntry | None = None) -> Iterator[TensorFile]:
+    """A file that must hold these chunks and, where it is `expected`, is read whole in the block, to compare its hash.
 
-
-@contextmanager
-def _open_checked(
-    path: Path, stored: Mapping[str, TensorEntry], chunks: list[tuple[str, Chunk]], expected: FileEntry | None
-) -> Iterator[TensorFile]:
-    """`open_tensors` of a file that must hold these chunks, and is read whole in the block where it is `expected`."""
+    Raises `DamagedCheckpointError`.
+    """
     try:
-        with open_tensors(path, expected) as file:
-            check_table(path, file.table, stored, chunks)
+        with open_regular(path, expected) as opened:
+            file = TensorFile(path, opened, hashed=expected is not None)
+            check_table(path, file.table, chunks)
             yield file
             if expected is not None and file.digest is not None:
                 require_hash(path, file.digest.hexdigest(), expected)

@@ -205,7 +205,7 @@ class Snapshots:
             lambda: storage.manifest_text(folder) if ranks.rank == first else None, lambda texts: texts[first]
         )
         manifest = storage.decode_manifest(folder, text)
-        own = list(wanted_bytes(manifest.tensors, chunks_by_file(manifest.tensors), tensors))
+        own = list(wanted_bytes(chunks_by_file(manifest.tensors), tensors))
         wanted = ranks.run_on_all_ranks(lambda: own, lambda lists: lists)
         seeking = [(machine, file) for machine, files in zip(self._machines, wanted, strict=True) for file in files]
         moves = plan_moves(snapshot.sizes, snapshot.holders, seeking, self._machines)
