@@ -16,8 +16,8 @@ from support.runs import curve, rows, spoil_weight, steps, tensors
 from support.tiny import train
 
 from titanlite.checkpoint import manager
-from titanlite.checkpoint.examine import newest_at_first
 from titanlite.checkpoint.format import folder_name
+from titanlite.checkpoint.storage import BEGINS_WITH, newest_at_first
 from titanlite.cli.main import main as cli
 from titanlite.data.splits import Split
 from titanlite.errors import CheckpointError
@@ -153,21 +153,21 @@ def test_what_a_path_meant_at_first_it_means_until_that_is_gone(tmp_path: Path) 
         (folder := checkpoints / folder_name(step)).mkdir(parents=True)
         return folder
 
-    run, record = tmp_path / "run", tmp_path / "record"
+    run = tmp_path / "run"
     checkpoints = run / "checkpoints"
     two = save(2)
-    assert newest_at_first(run, record) == two
+    assert newest_at_first(run, tmp_path) == two
     four = save(4)
-    assert newest_at_first(run, record) == two
-    assert newest_at_first(checkpoints, record) == four, "another path"
+    assert newest_at_first(run, tmp_path) == two
+    assert newest_at_first(checkpoints, tmp_path) == four, "another path"
     six = save(6)
-    assert newest_at_first(checkpoints, record) == four
+    assert newest_at_first(checkpoints, tmp_path) == four
     four.rmdir()
-    assert newest_at_first(checkpoints, record) == six
-    record.write_text("[")
-    assert newest_at_first(checkpoints, record) == six
+    assert newest_at_first(checkpoints, tmp_path) == six
+    (tmp_path / BEGINS_WITH).write_text("[")
+    assert newest_at_first(checkpoints, tmp_path) == six
     with pytest.raises(CheckpointError, match=r"cannot write .*nowhere"):
-        newest_at_first(run, tmp_path / "nowhere" / "record")
+        newest_at_first(run, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("key", ["warm_start", "resume_from"])

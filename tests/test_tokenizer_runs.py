@@ -14,8 +14,7 @@ from support import bpe
 from support.tiny import write_tiny
 from transformers import AutoTokenizer
 
-from titanlite.checkpoint.examine import newest_at
-from titanlite.checkpoint.storage import read_manifest
+from titanlite.checkpoint.storage import newest_at, read_manifest
 from titanlite.cli.main import main as cli
 from titanlite.corpus.tokenizers import describe_separator, open_tokenizer
 from titanlite.data.splits import open_data

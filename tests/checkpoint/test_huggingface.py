@@ -20,11 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from titanlite.checkpoint import huggingface, save
-from titanlite.checkpoint.examine import find_corruption, newest_at, recipe_of
 from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, encode
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
 from titanlite.checkpoint.save import merge_tables, plan_local_save, save_state, write_items
-from titanlite.checkpoint.storage import pending, read_manifest
+from titanlite.checkpoint.storage import find_corruption, newest_at, pending, read_manifest, recipe_of
 from titanlite.cli.main import main as cli
 from titanlite.data.splits import open_data
 from titanlite.errors import CheckpointError, UsageError

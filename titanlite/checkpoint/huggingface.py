@@ -20,18 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titanlite.checkpoint import save, storage
-from titanlite.checkpoint.examine import recipe_of
-from titanlite.checkpoint.format import (
-    MANIFEST,
-    CheckpointMetadata,
-    DamagedCheckpointError,
-    Manifest,
-    StoredTensor,
-    chunks_by_file,
-    encode,
-    folder_name,
-)
+from titanlite.checkpoint import format, save, storage
+from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, StoredTensor
 from titanlite.checkpoint.load import TensorFile, open_tensors, read_box
 from titanlite.checkpoint.plan import Box, group_by_size, row_blocks, whole_box
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
@@ -89,7 +79,7 @@ def export_huggingface(
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise UsageError(f"weights can be exported as {' or '.join(EXPORT_DTYPES)}, not as {dtype}.")
     manifest = storage.read_manifest(checkpoint)
-    recipe = recipe_of(manifest, checkpoint)
+    recipe = storage.recipe_of(manifest, checkpoint)
     spec = spec_of(recipe.model.preset)
     if not spec.huggingface_classes:
         raise UsageError(f"no class of Hugging Face's transformers computes the model family {spec.family}.")
@@ -97,7 +87,7 @@ def export_huggingface(
     shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
     _require_shapes(checkpoint, shapes, {name: entry.shape for name, entry in stored.items()})
-    for file in chunks_by_file(stored):
+    for file in format.chunks_by_file(stored):
         storage.verify_file(checkpoint / file, manifest.files[file])
     sources = {
         spec.to_huggingface(name.removeprefix(PREFIX)): _finite_source(
@@ -170,7 +160,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         checkpoint=Checkpoint(warm_start=str(home)),
     )
     with _new_folder(out) as run:
-        checkpoint = run / "checkpoints" / folder_name(0)
+        checkpoint = run / "checkpoints" / format.folder_name(0)
         checkpoint.mkdir(parents=True)
         for name in kept:
             _write(checkpoint / name, read_file(_inside(folder, name)))
@@ -391,11 +381,11 @@ def _write_checkpoint(
     )
     others = {name: storage.describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
     table = save.write_items(folder, plan)
-    metadata = CheckpointMetadata(
+    metadata = format.CheckpointMetadata(
         0, recipe=recipe, values={"tokenizer": tokenizer}, environment=save.environment(torch.device("cpu"))
     )
     manifest = save.merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)
-    _write(folder / MANIFEST, encode(manifest))
+    _write(folder / MANIFEST, format.encode(manifest))
     return list(table["files"])
 
 

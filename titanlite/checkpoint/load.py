@@ -21,31 +21,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from titanlite.checkpoint.examine import find_corruption
-from titanlite.checkpoint.format import (
-    DTYPES,
-    LEARNED,
-    Chunks,
-    DamagedCheckpointError,
-    FileEntry,
-    Manifest,
-    StoredTensor,
-    TensorEntry,
-    check_table,
-    chunks_by_file,
-    read_table,
-)
+from titanlite.checkpoint import format, storage
+from titanlite.checkpoint.format import DTYPES, Chunks, DamagedCheckpointError, Manifest, TensorEntry, check_table
 from titanlite.checkpoint.plan import Box, assign_files, overlap, row_blocks, whole_box, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import dtype_name
-from titanlite.checkpoint.storage import (
-    decode_manifest,
-    manifest_text,
-    open_regular,
-    read_manifest,
-    require_hash,
-    verify_file,
-)
+from titanlite.checkpoint.storage import open_regular, require_hash, verify_file
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
 from titanlite.text import pluralize
@@ -73,9 +54,9 @@ def load_state(
     or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
     manifest says, or a weight or a moment is not finite: then `into` holds anything, and needs other values.
     """
-    manifest = own or decode_manifest(folder, ranks.run_on_rank0(lambda: manifest_text(folder)))
+    manifest = own or storage.decode_manifest(folder, ranks.run_on_rank0(lambda: storage.manifest_text(folder)))
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
-    placed = chunks_by_file(stored)
+    placed = format.chunks_by_file(stored)
 
     def compare() -> list[Any]:
         problems = find_mismatches(stored, into, convert)
@@ -107,7 +88,7 @@ def load_state(
             list(readers.map(fill, [file for file in placed if file in wanted or file in verified]))
 
     def require_finite() -> None:
-        learned = {name: shard.tensor for name, shard in into.items() if name.startswith(LEARNED)}
+        learned = {name: shard.tensor for name, shard in into.items() if name.startswith(format.LEARNED)}
         for name, tensor in learned.items() if may_be_nonfinite(learned.values()) else ():
             if not is_finite(tensor):  # however whole the files are
                 raise DamagedCheckpointError(f"{folder} is of no use: {name} holds numbers that are not finite.")
@@ -148,7 +129,9 @@ processor's cache when it is hashed and copied."""
 RUN_BYTES = 2**12  # Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway
 
 
-def read_chunks(path: Path, chunks: Chunks, into: Mapping[str, Shard], expected: FileEntry | None = None) -> None:
+def read_chunks(
+    path: Path, chunks: Chunks, into: Mapping[str, Shard], expected: format.FileEntry | None = None
+) -> None:
     """Copy the parts that `into` has of a file's `chunks`, and read no others; with `expected`, which needs all chunks
     of the file, read every byte once, and compare with that. Raises `DamagedCheckpointError`.
     """
@@ -163,11 +146,11 @@ def read_chunks(path: Path, chunks: Chunks, into: Mapping[str, Shard], expected:
                 file.skip(tensor)
 
 
-def find_nonfinite(path: Path, chunks: Chunks, expected: FileEntry) -> list[str]:
+def find_nonfinite(path: Path, chunks: Chunks, expected: format.FileEntry) -> list[str]:
     """Read every byte of a file, compare with `expected`, and return the weights and moments that are not finite."""
     found: dict[str, None] = {}
     with open_tensors(path, chunks, expected) as file:
-        learned = {chunk.key: name for name, _, chunk in chunks if name.startswith(LEARNED)}
+        learned = {chunk.key: name for name, _, chunk in chunks if name.startswith(format.LEARNED)}
         for key, tensor in file.table.items():
             if key not in learned:
                 file.skip(tensor)
@@ -191,7 +174,7 @@ def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
 
 
 @contextmanager
-def open_tensors(path: Path, chunks: Chunks, expected: FileEntry | None = None) -> Iterator[TensorFile]:
+def open_tensors(path: Path, chunks: Chunks, expected: format.FileEntry | None = None) -> Iterator[TensorFile]:
     """A file that must hold these chunks and, where it is `expected`, is read whole in the block, to compare its hash.
 
     Raises `DamagedCheckpointError`.
@@ -216,16 +199,16 @@ class TensorFile:
         self.path = path
         self._file = file
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        header, self.table = read_table(path, file)
+        header, self.table = format.read_table(path, file)
         self.digest = xxhash.xxh3_128(header) if hashed else None
 
-    def skip(self, tensor: StoredTensor) -> None:
+    def skip(self, tensor: format.StoredTensor) -> None:
         """Read the bytes of a tensor, for the digest alone."""
         block = self._memory(min(tensor.nbytes, BLOCK_BYTES)).numpy().data
         for first in range(0, tensor.nbytes, BLOCK_BYTES):
             self._fill(tensor.begin + first, block[: tensor.nbytes - first])
 
-    def copy(self, tensor: StoredTensor, origin: Box, box: Box, target: Tensor, target_box: Box) -> None:
+    def copy(self, tensor: format.StoredTensor, origin: Box, box: Box, target: Tensor, target_box: Box) -> None:
         """Read `box` of a tensor that is the box `origin` of a whole, and copy what `target`, the box `target_box` of
         the same whole, has of it. The numbers are rounded to the target's dtype.
         """
@@ -241,7 +224,7 @@ class TensorFile:
             if part:
                 place.copy_(values[within(part, block)])
 
-    def block(self, tensor: StoredTensor, origin: Box, block: Box) -> Tensor:
+    def block(self, tensor: format.StoredTensor, origin: Box, block: Box) -> Tensor:
         """The values of a box, in memory that the next call overwrites."""
         dtype, itemsize = getattr(torch, tensor.dtype), DTYPES[tensor.dtype][0]
         values = self._memory(itemsize * math.prod(block[1])).view(dtype).view(block[1])
@@ -254,7 +237,7 @@ class TensorFile:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch[:size]
 
-    def _read_runs(self, tensor: StoredTensor, origin: Box, block: Box, values: Tensor) -> None:
+    def _read_runs(self, tensor: format.StoredTensor, origin: Box, block: Box, values: Tensor) -> None:
         memory, done = values.view(-1).view(torch.uint8).numpy().data, 0
         itemsize = values.element_size()
         for first, count in runs(origin, block):
@@ -331,9 +314,9 @@ def compare_checkpoints(a: Path, b: Path, prefix: str = "") -> Iterator[Differen
     Raises `DamagedCheckpointError` if a file of one is not as its manifest says; hashes are not compared.
     """
     for folder in (a, b):
-        for damage in find_corruption(folder):
+        for damage in storage.find_corruption(folder):
             raise DamagedCheckpointError(damage)
-    left, right = read_manifest(a).tensors, read_manifest(b).tensors
+    left, right = storage.read_manifest(a).tensors, storage.read_manifest(b).tensors
     for name in dict.fromkeys([*left, *right]):
         if not name.startswith(prefix):
             continue

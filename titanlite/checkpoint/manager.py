@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.examine import BEGINS_WITH, newest_at_first
 from titanlite.checkpoint.format import CheckpointMetadata, DamagedCheckpointError, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
@@ -212,8 +211,8 @@ class CheckpointManager:
         )
 
     def begins_with(self, path: Path) -> Path:
-        """`examine.newest_at_first` as rank 0 saw it when this run began; the run there may go on."""
-        return Path(self._ranks.run_on_rank0(lambda: str(newest_at_first(path, self.folder / BEGINS_WITH))))
+        """`storage.newest_at_first` as rank 0 saw it when this run began; the run there may go on."""
+        return Path(self._ranks.run_on_rank0(lambda: str(storage.newest_at_first(path, self.folder))))
 
     def agree_on_steps(self, last: int | None = None) -> list[int]:
         """Steps (up to `last`) with a committed checkpoint, on all ranks those that rank 0 sees.

@@ -22,16 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from titanlite.checkpoint import save, storage
-from titanlite.checkpoint.format import (
-    MANIFEST,
-    CheckpointMetadata,
-    DamagedCheckpointError,
-    Manifest,
-    chunks_by_file,
-    encode,
-    folder_name,
-)
+from titanlite.checkpoint import format, save, storage
+from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, DamagedCheckpointError, Manifest, folder_name
 from titanlite.checkpoint.load import load_state, wanted_bytes
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.errors import CheckpointError, UsageError
@@ -186,7 +178,7 @@ class Snapshots:
             self._on_each_machine(wrapped(lambda: storage.begin(final)))
             text: str = ranks.run_on_all_ranks(
                 wrapped(lambda: save.write_items(pending, plan, ranks.rank)),
-                lambda tables: encode(save.merge_tables(tables, metadata)).decode(),
+                lambda tables: format.encode(save.merge_tables(tables, metadata)).decode(),
             )
             sizes = {file: entry["bytes"] for file, entry in json.loads(text)["files"].items()}
             holders, backups = {file: [machines[save.writer_of(file)]] for file in sizes}, backup_machines(machines)
@@ -205,7 +197,7 @@ class Snapshots:
             lambda: storage.manifest_text(folder) if ranks.rank == first else None, lambda texts: texts[first]
         )
         manifest = storage.decode_manifest(folder, text)
-        own = list(wanted_bytes(chunks_by_file(manifest.tensors), tensors))
+        own = list(wanted_bytes(format.chunks_by_file(manifest.tensors), tensors))
         wanted = ranks.run_on_all_ranks(lambda: own, lambda lists: lists)
         seeking = [(machine, file) for machine, files in zip(self._machines, wanted, strict=True) for file in files]
         moves = plan_moves(snapshot.sizes, snapshot.holders, seeking, self._machines)

@@ -16,14 +16,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.examine import (
-    checkpoints_at,
-    find_corruption,
-    newest_at,
-    raise_if_deleted,
-    summary,
-    unlisted_files,
-)
 from titanlite.checkpoint.format import step_of
 from titanlite.errors import EXIT_DONE, CheckpointError, UsageError
 from titanlite.recipe.paths import path_argument
@@ -71,8 +63,8 @@ def main(argv: list[str]) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    found = checkpoints_at(arguments.path)
-    report = {**summary(found[-1]), "steps": [step_of(folder.name) for folder in found]}
+    found = storage.checkpoints_at(arguments.path)
+    report = {**storage.summary(found[-1]), "steps": [step_of(folder.name) for folder in found]}
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
@@ -96,9 +88,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     reports: list[dict[str, Any]] = []
-    for folder in checkpoints_at(arguments.path):
-        found = list(find_corruption(folder, arguments.deep))
-        extra = [] if found else unlisted_files(folder)
+    for folder in storage.checkpoints_at(arguments.path):
+        found = list(storage.find_corruption(folder, arguments.deep))
+        extra = [] if found else storage.unlisted_files(folder)
         reports.append({"path": str(folder), "whole": not found, "damages": found, "not_listed": extra})
         if not arguments.json:
             checked = "sizes, headers, hashes and finite numbers" if arguments.deep else "sizes and headers"
@@ -116,8 +108,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _diff(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.load import compare_checkpoints
 
-    a, b = newest_at(arguments.a), newest_at(arguments.b)
-    with raise_if_deleted(a), raise_if_deleted(b):
+    a, b = storage.newest_at(arguments.a), storage.newest_at(arguments.b)
+    with storage.raise_if_deleted(a), storage.raise_if_deleted(b):
         found = list(compare_checkpoints(a, b, arguments.prefix))
     apart = [difference for difference in found if not difference.is_none]
     if arguments.json:
@@ -140,11 +132,11 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _prune(arguments: argparse.Namespace) -> None:
     if arguments.keep_last < 1 or arguments.keep_every < 0:
         raise UsageError("--keep-last must be at least 1, and --keep-every at least 0.")
-    folders = checkpoints_at(arguments.path)
+    folders = storage.checkpoints_at(arguments.path)
     if folders == [arguments.path]:
         raise UsageError(f"{arguments.path} is one checkpoint; give the run folder that it belongs to.")
     found = {step: folder for folder in folders if (step := step_of(folder.name)) is not None}
-    damaged = {step: first for step, folder in found.items() for first in islice(find_corruption(folder), 1)}
+    damaged = {step: first for step, folder in found.items() for first in islice(storage.find_corruption(folder), 1)}
     whole = [step for step in found if step not in damaged]
     if not whole:
         raise CheckpointError(f"no checkpoint in {arguments.path} is whole, so none is deleted.")
@@ -167,8 +159,8 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from titanlite.checkpoint.huggingface import export_huggingface
 
-    checkpoint = newest_at(arguments.checkpoint)
-    with raise_if_deleted(checkpoint):
+    checkpoint = storage.newest_at(arguments.checkpoint)
+    with storage.raise_if_deleted(checkpoint):
         written = export_huggingface(checkpoint, arguments.out, arguments.dtype)
     print(f"{checkpoint} -> {_summarize(written)}")
     if not written.tokenizer_files:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import Manifest
+from titanlite.checkpoint.storage import recipe_of
 from titanlite.corpus.tokenizers import is_another, tokenizer_of_run
 from titanlite.errors import CheckpointError, UsageError
 from titanlite.models.spec import spec_of

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.checkpoint.examine import BEGINS_WITH
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
-from titanlite.checkpoint.storage import checkpoint_steps, read_manifest
+from titanlite.checkpoint.storage import BEGINS_WITH, checkpoint_steps, read_manifest
 from titanlite.corpus.prepare import texts_folder
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import Tokenizer, Tokens

@@ -12,12 +12,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from titanlite.checkpoint.examine import recipe_of
 from titanlite.checkpoint.format import Manifest
 from titanlite.checkpoint.manager import BACK_TO, CheckpointManager
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.snapshots import Snapshots
-from titanlite.checkpoint.storage import read_manifest
+from titanlite.checkpoint.storage import read_manifest, recipe_of
 from titanlite.corpus.tokenizers import UNKNOWN, is_another
 from titanlite.data.audit import reordered_steps as listed
 from titanlite.data.splits import DataSplits
