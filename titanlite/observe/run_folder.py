@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from titanlite.errors import RunFolderLost, UsageError
-from titanlite.files import Lock, cause, read_file, read_json, replace_file, take_lock
+from titanlite.files import Lock, cause, read_file, read_json, replace_file, take_lock, wrap_os_errors
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
@@ -29,44 +29,37 @@ from titanlite.text import format_bytes, list_some
 OWNED = ("metrics.jsonl", "tensorboard", "checkpoints", "logs", "tokenizer", "status.json", "recipe.toml")
 """What a run writes, besides `.lock`. The recipe is written first: what has none is no run."""
 
+# Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change them.
+# Of sources and stages that holds for what is still to come: the past is compared in training/restore.py.
 MAY_CHANGE = (
     "run.name", "run.output_dir", "run.stop_after_*", "metrics.*", "checkpoint.*", "validation.*", "resilience.*",
     "data.workers", "data.prefetch", "data.skip_steps", "data.sources", "data.stages", "data.validation",
     "training.microbatch", "parallel.*", "recompute.*", "compile.*", "kernels.*", "plugins.*",
     "debug.trace_shapes", "debug.find_nonfinite",
 )  # fmt: skip
-"""Recipe keys that leave the numbers of the steps before alone, but for rounding, so that a resumed run may change
-them. Of sources and stages that holds for what is still to come: the past is compared in training/restore.py."""
-
-_LONGEST = 3900  # Bytes of a run folder's path: what is written below it must be within the system's limit of 4,095 too
+_LONGEST = 3900  # bytes of a run folder's path: what is written below it must be within the system's limit of 4,095 too
 
 Mode = Literal["auto", "resume", "fresh"]
 State = Literal["running", "done", "stopped", "failed"]
-Differences = dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Start:
     """What the command line asks for of the run that the folder may hold."""
 
-    mode: Mode = "auto"
-    """`auto` resumes if there is a run and starts one if not; `resume` needs one; `fresh` refuses one."""
-    force: bool = False  # With `fresh`: delete the one there is
-    may_change: tuple[str, ...] = ()
-    """Keys, or patterns of keys, that may differ from the run's recipe although its numbers depend on them."""
-    step: int | None = None  # Go on from the checkpoint of this step; None: from the latest
-
-    restarted: bool = False  # Whether it is known that this is not the job's first start
+    mode: Mode = "auto"  # resumes the run that is there or starts one; `resume` needs one, `fresh` refuses one
+    force: bool = False  # with `fresh`: delete the one there is
+    may_change: tuple[str, ...] = ()  # recipe keys, or patterns, that may change though numbers depend on them
+    step: int | None = None  # go on from the checkpoint of this step; None: from the latest
+    restarted: bool = False  # it is known that this is not the job's first start
     job: tuple[str, ...] = ()
-    """Names of the launcher's job: each of its starts shares one with the start before, and none with another job's.
-    Empty where the launcher gives none."""
+    """Names of the launcher's job, if it gives any: each of its starts shares one with the start before, and none with
+    another job's."""
 
     @property
     def once(self) -> str:
-        """What is to be done once, by the first start of a job that can, as its option; or empty."""
-        if self.mode == "fresh":
-            return "--fresh"
-        return "" if self.step is None else f"--from-step {self.step}"
+        """The option of what is to be done once, by the first start of a job that can; or empty."""
+        return "--fresh" if self.mode == "fresh" else "" if self.step is None else f"--from-step {self.step}"
 
     @property
     def again(self) -> Start:
@@ -74,7 +67,7 @@ class Start:
         return replace(self, mode="auto", force=False, step=None)
 
     def still(self, pending: str) -> Start:
-        """What is done while the `pending` part of that is not, allowed as it was and perhaps begun."""
+        """What is done while `pending`, such an option, is not done, and perhaps begun; it was allowed then."""
         option, _, step = pending.partition(" ")
         if option == "--fresh":
             return replace(self.again, mode="fresh", force=True)
@@ -92,29 +85,28 @@ class RunFolder:
 
     path: Path
     recipe_text: str
-    start: Start  # What this start of the run does
+    start: Start  # what this start of the run does
     warn: Callable[[str], None]
     lock: Lock
-    resumed: bool  # Whether the folder held this run already
-    changes: Differences  # Recipe keys that this start of the run changed: (before, now)
-    found: dict[str, Any]  # What `status.json` said when the folder was opened; empty for a new run
+    resumed: bool  # the folder held this run already
+    changes: dict[str, tuple[Any, Any]]  # recipe keys that this start of the run changed: (before, now)
+    found: dict[str, Any]  # what `status.json` said when the folder was opened; empty for a new run
 
     def __post_init__(self) -> None:
         self.recipe, self.status = self.path / "recipe.toml", self.path / "status.json"
         self.checkpoints, self.logs = self.path / "checkpoints", self.path / "logs"
         before = self.found.get("attempt", 1 if self.found else 0)  # the first starts were not counted
-        self.attempt = (before if isinstance(before, int) and 0 <= before < MAX_STARTS else 1) + 1
-        """Which start of the run this is, from 1."""
+        self.attempt = (before if isinstance(before, int) and 0 <= before < MAX_STARTS else 1) + 1  # from 1
         self._pending = self.start.once if self.resumed else ""
 
     def write_status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> bool:
         """Whether `status.json` says how the run stands; a full disk only warns. `exit_code`: None while it runs."""
+        if not self.lock.is_in_place():
+            self.warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
+            return False
         try:
-            if not self.lock.is_in_place():
-                self.warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
-                return False
-            job = (self.attempt, self.start.job, self._pending)
-            replace_file(self.status, _status(state, *job, step=step, exit_code=exit_code, reason=reason))
+            now = (state, self.start, self._pending, self.attempt)
+            replace_file(self.status, _status(*now, step, exit_code, reason))
         except OSError as error:
             self.warn(f"cannot write {self.status}: {cause(error, self.path)}.")
             return False
@@ -129,16 +121,12 @@ class RunFolder:
             )
 
     def settle(self, step: int) -> None:
-        """Say that the run goes on after `step`, by the recipe of this start, and that what was asked for once is done:
-        no restart does it again.
-
-        Raises `UsageError` where something was and this cannot be written: a restart would undo what was trained since.
+        """Write down that the run goes on after `step`, by the recipe of this start, and that what was asked for once
+        is done: no restart does it again. Raises `UsageError` where one would, for this cannot be written.
         """
         if self.changes:  # not before: a start may be refused by what its checkpoint says
-            try:
+            with wrap_os_errors(f"cannot write {self.recipe}", self.path):
                 replace_file(self.recipe, self.recipe_text.encode())
-            except OSError as error:
-                raise UsageError(f"cannot write {self.recipe}: {cause(error, self.path)}.") from error
         pending, self._pending = self._pending, ""
         if not self.write_status("running", step) and pending:
             raise UsageError(f"{self.status} cannot be written, so a restart would not know that {pending} is done.")
@@ -155,7 +143,7 @@ class RunFolder:
     def keep(self, name: str, files: Mapping[str, Path]) -> None:
         """Make `files`, which may be there already, all that the run's folder `name` holds. Raises `UsageError`."""
         folder = self.path / name
-        try:
+        with wrap_os_errors(f"cannot write {folder}", self.path):
             if not files:
                 _delete(folder)
                 return
@@ -165,8 +153,6 @@ class RunFolder:
             for path in folder.iterdir():
                 if path.name not in files:
                     _delete(path)
-        except OSError as error:
-            raise UsageError(f"cannot write {folder}: {cause(error, self.path)}.") from error
 
     def last_end(self) -> str:
         """How the start before this one ended, for the reader; empty for a new run."""
@@ -188,21 +174,20 @@ def open_run_folder(
     path: Path, recipe: Recipe, recipe_text: str, start: Start, warn: Callable[[str], None]
 ) -> RunFolder:
     """Create, resume or replace the run in `path`, as `start` says, and lock it. Raises `UsageError` before changes."""
-    with ExitStack() as undo:
+    try:
+        _refuse_foreign(path)
+        if start.mode == "resume" and not has_run(path):
+            raise UsageError(f"there is no run to resume in {path}; to start one, drop --resume or --from-step.")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
         try:
-            _refuse_foreign(path)
-            if start.mode == "resume" and not has_run(path):
-                raise UsageError(f"there is no run to resume in {path}; to start one, drop --resume or --from-step.")
-            path.mkdir(parents=True, exist_ok=True)
-            lock = take_lock(path / ".lock", f"the run folder {path}", "give this run another run.name", warn)
-            undo.callback(lock.close)
-            folder = _open_locked(path, recipe, recipe_text, start, warn, lock)
-        except OSError as error:
-            name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else str(path)
-            where = f"{name}: " if name != str(path) else ""
-            raise UsageError(f"cannot use the run folder {path}: {where}{cause(error, path)}.") from error
-        undo.pop_all()
-    return folder
+            return _open_locked(path, recipe, recipe_text, start, warn, lock)
+        except BaseException:
+            lock.close()
+            raise
+    except OSError as error:
+        what = f"cannot use the run folder {path}: {error.filename or path}"
+        raise UsageError(f"{what}: {cause(error, path)}.") from error
 
 
 def has_run(path: Path) -> bool:
@@ -211,18 +196,12 @@ def has_run(path: Path) -> bool:
 
 
 def require_same_run(old: Recipe, new: Recipe, may_change: Sequence[str], what: str, ways_out: str) -> None:
-    """Raise `UsageError` with the difference if `new` cannot go on from a checkpoint of `old` as the same run.
-
-    Keys that match `may_change`, which the user named, are left to the user. The message begins with `what`, "… holds
-    a run", and ends with the `ways_out`.
+    """Raise `UsageError` with the difference if `new` cannot go on from a checkpoint of `old` as the same run, but for
+    keys that match `may_change`. The message begins with `what`, "… holds a run", and ends with the `ways_out`.
     """
-    forbidden = {
-        key: values
-        for key, values in recipe_differences(old, new).items()
-        if not any(fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *may_change))
-    }
-    if forbidden:
-        lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in forbidden.items())
+    patterns, different = (*MAY_CHANGE, *may_change), recipe_differences(old, new)
+    if forbidden := [key for key in different if not any(fnmatchcase(key, pattern) for pattern in patterns)]:
+        lines = "\n".join("  {}: {!r} there, {!r} here".format(key, *different[key]) for key in forbidden)
         named = " ".join(f"--allow-change {key}" for key in forbidden)
         raise UsageError(f"{what} of another recipe:\n{lines}\n{ways_out} If you mean the change: {named}")
 
@@ -239,7 +218,7 @@ def _open_locked(
                 "or add --force to delete the old one with its checkpoints."
             )
         if resumed:  # until its recipe and status are replaced, the status of the old run has that it is to be deleted
-            replace_file(path / "status.json", _status("running", 1, start.job, start.once))
+            replace_file(path / "status.json", _status("running", start, start.once))
         for name in OWNED:
             if name not in ("status.json", "recipe.toml"):
                 _delete(path / name)
@@ -249,7 +228,7 @@ def _open_locked(
     changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if not resumed:
         replace_file(path / "recipe.toml", text.encode())
-        replace_file(path / "status.json", _status("running", 1, start.job))
+        replace_file(path / "status.json", _status("running", start))
     for name in ("checkpoints", "logs"):
         (path / name).mkdir(exist_ok=True)
     return RunFolder(path, text, start, warn, lock, resumed, changes, found)
@@ -257,9 +236,7 @@ def _open_locked(
 
 def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
     """What this start is to do: what it was asked for, or, if an earlier start of its job has been here, what is left
-    of that start's work.
-
-    A restart that cannot tell does nothing that was not begun, for it might undo what its job has trained.
+    of that. A restart that cannot tell does nothing that was not begun, for it might undo what its job has trained.
     """
     names, pending = found.get("job"), str(found.get("pending", ""))
     if set(start.job) & set(map(str, names if isinstance(names, list) else [names])):
@@ -269,8 +246,8 @@ def _still_to_do(start: Start, found: dict[str, Any]) -> Start:
     return start.still(pending if pending == start.once else "")
 
 
-def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> Differences:
-    """What the recipe changes in the run of `path`. Raises `UsageError` with the difference if it may not."""
+def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """What the recipe changes in the run of `path`. Raises `UsageError` if it may not."""
     ways_out = "Give the new run another run.name, or delete the old one with --fresh --force."
     stored = path / "recipe.toml"
     if not stored.is_file():
@@ -284,9 +261,8 @@ def _allowed_changes(path: Path, recipe: Recipe, may_change: Sequence[str]) -> D
     # A run that was refused before its first step may change altogether.
     metrics = path / "metrics.jsonl"
     if (metrics.is_file() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("[!.]*")):
-        require_same_run(
-            old, recipe, may_change, f"{path} holds a run", f"To go on with that run, start {stored}. {ways_out}"
-        )
+        ways_out = f"To go on with that run, start {stored}. {ways_out}"
+        require_same_run(old, recipe, may_change, f"{path} holds a run", ways_out)
     return recipe_differences(old, recipe)
 
 
@@ -306,16 +282,16 @@ def _refuse_foreign(path: Path) -> None:
 
 def _status(
     state: State,
-    attempt: int,
-    job: tuple[str, ...],
+    start: Start,
     pending: str = "",
+    attempt: int = 1,
     step: int = 0,
-    exit_code: int | None = None,
-    reason: str = "",
+    code: int | None = None,
+    why: str = "",
 ) -> bytes:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    process = {"attempt": attempt, "job": job, "pending": pending, "pid": os.getpid(), "host": platform.node()}
-    fields = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "time": now, **process}
+    process = {"attempt": attempt, "job": start.job, "pending": pending, "pid": os.getpid(), "host": platform.node()}
+    fields = {"state": state, "exit_code": code, "step": step, "reason": why, "time": now, **process}
     return json.dumps(fields, indent=1).encode() + b"\n"
 
 
