@@ -59,7 +59,9 @@ class Start:
     @property
     def once(self) -> str:
         """The option of what is to be done once, by the first start of a job that can; or empty."""
-        return "--fresh" if self.mode == "fresh" else "" if self.step is None else f"--from-step {self.step}"
+        if self.mode == "fresh":
+            return "--fresh"
+        return "" if self.step is None else f"--from-step {self.step}"
 
     @property
     def again(self) -> Start:
@@ -286,12 +288,12 @@ def _status(
     pending: str = "",
     attempt: int = 1,
     step: int = 0,
-    code: int | None = None,
-    why: str = "",
+    exit_code: int | None = None,
+    reason: str = "",
 ) -> bytes:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     process = {"attempt": attempt, "job": start.job, "pending": pending, "pid": os.getpid(), "host": platform.node()}
-    fields = {"state": state, "exit_code": code, "step": step, "reason": why, "time": now, **process}
+    fields = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "time": now, **process}
     return json.dumps(fields, indent=1).encode() + b"\n"
 
 
