@@ -143,21 +143,18 @@ class ReadAhead:
 
 
 def validation_batches(
-    source: Source,
-    sequences: int,
-    microbatch: int,
-    data_ranks: int,
-    data_rank: int,
-    failures: list[Exception] | None = None,
+    source: Source, sequences: int, plan: BatchPlan, failures: list[Exception] | None = None
 ) -> Iterator[tuple[Batch, float]]:
-    """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for.
+    """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for. `plan`
+    has the ranks, and the most sequences of a microbatch.
 
     The sequences (fewer where the source has no more) lie evenly over the source and are the same each time. Every
     rank gets as many batches of the same shape, filled up with padding of zero weight. A batch that cannot be read is
     padding, which stands for NaN bytes, so that the sums of all ranks show it; why, is added to `failures`.
     """
     count = min(sequences, source.windows)
-    plan = BatchPlan(count, data_ranks, data_rank, min(microbatch, ceil_div(count, data_ranks)))
+    microbatch = min(plan.microbatch, ceil_div(count, plan.data_ranks))
+    plan = BatchPlan(count, plan.data_ranks, plan.data_rank, microbatch)
     for start in range(0, plan.microbatches * plan.microbatch, plan.microbatch):
         numbers = plan.samples(0)[start : start + plan.microbatch]
         try:

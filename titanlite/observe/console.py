@@ -1,8 +1,4 @@
-"""What the person at the keyboard, or the log of a job, sees of a run.
-
-On a terminal one progress line that stays at the bottom while everything else scrolls above it; elsewhere plain lines.
-Both take the same rows as the other sinks.
-"""
+"""What the person at the keyboard, or the log of a job, sees of a run: the rows that the sinks take, and messages."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO
 
-from titanlite.errors import UsageError
-from titanlite.files import APPEND, cause, open_file
+from titanlite.files import APPEND, open_file, wrap_os_errors
 from titanlite.observe.jsonl import Row
 from titanlite.text import format_count
 
@@ -34,8 +29,7 @@ class PlainConsole:
     def __init__(self, stream: IO[str], total_steps: int) -> None:
         self._stream = stream
         self._total_steps = total_steps
-        self._seconds: deque[float] = deque(maxlen=50)
-        """What the last steps took: of these the median, for a step that compiles or waits says little."""
+        self._seconds: deque[float] = deque(maxlen=50)  # what steps took: their median, for one may compile or wait
         self._gone = False
 
     def write(self, row: Row) -> None:
@@ -72,10 +66,8 @@ class LogFile(PlainConsole):
 
     def __init__(self, path: Path, total_steps: int) -> None:
         """Raises `UsageError` if the file cannot be written."""
-        try:
+        with wrap_os_errors(f"cannot write {path}", path):
             file = open(open_file(path, APPEND), "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - see `close`
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {cause(error, path)}.") from error
         super().__init__(file, total_steps)
 
     def close(self) -> None:
@@ -109,9 +101,8 @@ class TerminalConsole(PlainConsole):
         if "loss" not in row:
             super()._show(row, pace)
             return
-        facts = "  ".join(
-            f"{name} {text}" for name, text in _facts(row, self._total_steps, pace) if name in _ON_THE_LINE
-        )
+        shown = [fact for fact in _facts(row, self._total_steps, pace) if fact[0] in _ON_THE_LINE]
+        facts = "  ".join(map(" ".join, shown))
         self._draw(lambda: self._progress.update(self._task, completed=row["step"], facts=facts, refresh=True))
 
     def message(self, text: str) -> None:
@@ -129,9 +120,8 @@ _WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, 
 
 
 def describe_row(row: Row, total_steps: int, pace: float | None = None) -> str:
-    """A row as one line of text, its columns at the same places in every row of a run.
-
-    `pace`: seconds that the steps to come will take each; the row's own if not given.
+    """A row as one line of text, its columns at the same places in every row of a run. `pace`: seconds that the steps
+    to come will take each; the row's own if not given.
     """
     step = f"step {row['step']:>{len(str(total_steps))}}/{total_steps}"
     if "event" in row:

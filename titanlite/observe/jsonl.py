@@ -14,8 +14,7 @@ from typing import Any
 from titanlite.files import Appender, cause, read_file, replace_file, wrap_os_errors
 from titanlite.recipe.sections import Recipe
 
-Row = dict[str, Any]
-"""A row of metrics: begins with its step. Metrics rows are made in `metrics.py`, the two other kinds here."""
+Row = dict[str, Any]  # of metrics: begins with its step; metrics rows are made in `metrics.py`, the other kinds here
 
 
 def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_name: str | None = None) -> Row:

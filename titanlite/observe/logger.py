@@ -1,6 +1,5 @@
-"""Everything that a run logs, in one place: rows to every sink and console, messages to the consoles.
-
-On ranks other than the first a logger has neither, and logs nothing.
+"""Everything that a run logs, in one place: rows to every sink and console, messages to the consoles. On ranks other
+than the first a logger has neither, and logs nothing.
 """
 
 from __future__ import annotations
@@ -83,10 +82,10 @@ class RunLogger:
             console.close()
 
     def _each_sink(self, call: Callable[[Sink], None]) -> None:
-        for name in reversed([*self.sinks]):  # the record last, so that it has what became of the others
+        for name, sink in reversed(self.sinks.copy().items()):  # the record last: it has what became of the others
             try:
                 if name in self.sinks:
-                    call(self.sinks[name])
+                    call(sink)
             except Exception as error:
                 self._drop(name, error)
 

@@ -1,7 +1,5 @@
-"""What a training step is worth knowing by, measured without making the device wait.
-
-Turns what the trainer hands over each step into rows; where rows go is the sinks' matter. Also how much a card could
-do, and how much of that a run uses (MFU).
+"""Rows of metrics out of what the trainer hands over each step, measured without making the device wait; and how much
+a card could do, of which MFU is the part that a run uses.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from titanlite.observe.jsonl import Row
 
@@ -56,20 +55,13 @@ class Metrics:
             self._window_start += self.clock() - before
 
     def record(
-        self,
-        step: int,
-        loss: torch.Tensor,
-        grad_norm: torch.Tensor,
-        lr: float,
-        samples: int,
-        tokens: int,
-        data_wait_seconds: float,
+        self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, samples: int, tokens: int, data_wait_seconds: float
     ) -> Row | None:
         """Count one finished step; returns its row if it is logged, and only then reads the device.
 
         `loss` and `grad_norm` are scalars of this step over the global batch, on any device; `samples` and `tokens`
-        count from the start of the run. In the row, `step_seconds` and `data_wait_seconds` are means over the steps
-        since the row before, and the rates come from the same window.
+        count from the start of the run. Seconds in the row are means over the steps since the row before, and rates
+        come from the same window.
         """
         self._window_steps += 1
         self._window_wait += data_wait_seconds
@@ -110,6 +102,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+# Pattern in the driver's name of the card, and FLOP/s; the first that matches a whole word holds. Makers' figures for
+# dense bf16 matrix products with float32 accumulation: data sheets that quote structured sparsity are halved. A card
+# that is not listed has no MFU rather than a guessed one.
 _PEAKS: tuple[tuple[str, float], ...] = (
     (r"GB200", 2500e12),
     (r"B[23]00", 2250e12),
@@ -128,11 +123,6 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     (r"RTX 3090", 71.2e12),
     (r"MI3(?:00|25)X", 1307e12),
 )
-"""Pattern in the driver's name of the card → FLOP/s; the first that matches a whole word holds.
-
-Makers' figures for dense bf16 matrix products with float32 accumulation: data sheets that quote structured sparsity are
-halved. A card that is not listed has no MFU rather than a guessed one.
-"""
 
 
 def peak_flops(device_name: str) -> float | None:

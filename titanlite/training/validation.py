@@ -37,15 +37,7 @@ class Validation:
         losses = []
         for text in self._sets:
             failures: list[Exception] = []
-            batches = validation_batches(
-                text,
-                self._sequences,
-                self._plan.microbatch,
-                self._plan.data_ranks,
-                self._plan.data_rank,
-                failures,
-            )
-            result = self._model.evaluate(batches)
+            result = self._model.evaluate(validation_batches(text, self._sequences, self._plan, failures))
             if failures:
                 said = f"validation after step {step}: the set {text.name} cannot be read: {failures[0]}"
                 self.failure = DataError(said)
