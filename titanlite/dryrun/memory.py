@@ -34,12 +34,10 @@ _FSDP_OPERATIONS: Mapping[str, Purpose] = {
 @dataclass
 class _Storage:
     bytes: int
-    forward_span: int | None
-    """Number of the span of forward computation that made it, if one did."""
+    forward_span: int | None  # Number of the span of forward computation that made it, if one did
     purpose: Purpose | None = None
     on_host: bool = False
-    end: weakref.ref[torch.UntypedStorage] | None = None
-    """Calls when the storage is freed."""
+    end: weakref.ref[torch.UntypedStorage] | None = None  # Calls when the storage is freed
 
 
 @dataclass(frozen=True)
@@ -48,20 +46,16 @@ class Moment:
 
     total: int
     by_purpose: Mapping[Purpose, int]
-    where: str
-    """What the rank was doing: phase, module, operation."""
+    where: str  # What the rank was doing: phase, module, operation
 
 
 @dataclass(frozen=True)
 class Memory:
     """What a stretch of the program holds on its device."""
 
-    by_phase: Mapping[str, Moment]
-    """`forward`, `backward` … -> when most was held in it."""
-    most: Mapping[Purpose, int]
-    """Bytes for each purpose at its own highest."""
-    host_bytes: int
-    """Most bytes in the host's memory, beside all this."""
+    by_phase: Mapping[str, Moment]  # `forward`, `backward` … -> when most was held in it
+    most: Mapping[Purpose, int]  # Bytes for each purpose at its own highest
+    host_bytes: int  # Most bytes in the host's memory, beside all this
 
     @property
     def peak(self) -> Moment:
@@ -76,8 +70,7 @@ class MemoryTrace:
         """What the program is doing; within `passes`, the trace tells forward and backward apart by itself."""
         self._storages: dict[int, _Storage] = {}
         self._events: list[tuple[_Storage, int, tuple[str, str, Any]]] = []
-        self._modules: list[str] = []
-        """Names of the modules whose forward is running, innermost last."""
+        self._modules: list[str] = []  # Names of the modules whose forward is running, innermost last
         self._backward_module = ""
         self._operation: Any = None
         self._span = 0

@@ -39,13 +39,10 @@ class DryRun:
     """
 
     coordinates: Coordinates
-    collectives: list[Collective]
-    """Its messages, in order."""
+    collectives: list[Collective]  # Its messages, in order
     memory: Memory
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of its part of each parameter."""
-    whole_shapes: Mapping[str, tuple[int, ...]]
-    """Of these parameters in whole."""
+    shapes: Mapping[str, tuple[int, ...]]  # Of its part of each parameter
+    whole_shapes: Mapping[str, tuple[int, ...]]  # Of these parameters in whole
 
 
 def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:

@@ -20,12 +20,9 @@ def _rotate(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     return rope(q, k, rotation.cos, rotation.sin)
 
 
-RMS_NORM = rms_norm, add_rms_norm
-"""(x, weight, eps) -> normed, and (x, residual, weight, eps) -> (normed sum, sum)."""
-ROPE = _rotate
-"""(q, k, rotation) -> q and k turned."""
-SWIGLU = swiglu
-"""(gate, up) -> silu(gate) * up."""
+RMS_NORM = rms_norm, add_rms_norm  # (x, weight, eps) -> normed, and (x, residual, weight, eps) -> (normed sum, sum)
+ROPE = _rotate  # (q, k, rotation) -> q and k turned
+SWIGLU = swiglu  # (gate, up) -> silu(gate) * up
 
 
 def use_kernels(model: nn.Module, kernels: Mapping[str, Any]) -> None:

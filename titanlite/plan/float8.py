@@ -10,10 +10,8 @@ from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
 from titanlite.plan.placement import Shape, pattern_of
 from titanlite.recipe.sections import Float8
 
-ALIGNMENT = 16
-"""Sizes that the matrix units' float8 products take are multiples of this."""
-BLOCK = 32
-"""Neighbours that share a scale in the formats of the OCP Microscaling specification (MX, version 1.0)."""
+ALIGNMENT = 16  # Sizes that the matrix units' float8 products take are multiples of this
+BLOCK = 32  # Neighbours that share a scale in the formats of the OCP Microscaling specification (MX, version 1.0)
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,8 @@ class LinearDecision:
     """Whether one linear is converted."""
 
     name: str
-    shape: Shape
-    """[outputs, inputs] of its weight, in whole."""
-    skipped: str | None
-    """Why it stays as it is; None: it is converted."""
+    shape: Shape  # [outputs, inputs] of its weight, in whole
+    skipped: str | None  # Why it stays as it is; None: it is converted
 
 
 def decide_linears(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[LinearDecision, ...]:
@@ -154,10 +150,8 @@ class Gather:
     module: str
     what: Literal["inputs", "gradients"]
     """Inputs of its `column` linears, or gradients of the outputs of a `row` linear."""
-    cast: Cast | None
-    """How it travels; None: in the compute dtype."""
-    why: str | None
-    """Why it is not sent in float8."""
+    cast: Cast | None  # How it travels; None: in the compute dtype
+    why: str | None  # Why it is not sent in float8
 
 
 def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gather, ...]:

@@ -8,10 +8,8 @@ from titanlite.errors import UsageError
 from titanlite.recipe.sections import Recipe
 from titanlite.registry import Registry
 
-OPERATIONS = ("rms_norm", "rope", "swiglu")
-"""Every model's."""
-QUANTISE = "float8_quantise"
-"""With `precision.float8` alone."""
+OPERATIONS = ("rms_norm", "rope", "swiglu")  # Every model's
+QUANTISE = "float8_quantise"  # With `precision.float8` alone
 
 KERNELS = {
     name: Registry(f"kernel of {name}", {"triton": f"titanlite.models.fused:{name.upper()}"}) for name in OPERATIONS
@@ -22,8 +20,7 @@ KERNELS = {
 class Choice(NamedTuple):
     """How one operation runs."""
 
-    kernel: str
-    """`torch` for PyTorch's own operations, `triton`, or a plugin's name."""
+    kernel: str  # `torch` for PyTorch's own operations, `triton`, or a plugin's name
     why: str
 
 

@@ -19,17 +19,14 @@ from titanlite.errors import UsageError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What schedulers, launchers and users send to have a job end."""
 
-MAX_STARTS = 2**31
-"""A number of a start from here on is none: the file that says so is damaged."""
+MAX_STARTS = 2**31  # A number of a start from here on is none: the file that says so is damaged
 
 _FIX = (
     "Start the run by torchrun or srun, which set all that the ranks need; or, alone, without RANK, WORLD_SIZE and "
     "Slurm's variables."
 )
-_PRINTING_SECONDS = 60.0
-"""Within these the first rank comes to where another one failed, or never."""
-_SRUN_SECONDS = 3.0
-"""For which others wait, so that it has printed its error."""
+_PRINTING_SECONDS = 60.0  # Within these the first rank comes to where another one failed, or never
+_SRUN_SECONDS = 3.0  # For which others wait, so that it has printed its error
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,9 @@ class Launch:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    """Number among those of its machine: which GPU is its own."""
-    local_size: int = 1
-    """How many there are on its machine (at most, where Slurm has put more on some than on others)."""
-    address: str | None = None
-    """Where the ranks meet: set if the launcher did not tell torch itself."""
+    local_rank: int = 0  # Number among those of its machine: which GPU is its own
+    local_size: int = 1  # How many there are on its machine (at most, where Slurm has put more on some than on others)
+    address: str | None = None  # Where the ranks meet: set if the launcher did not tell torch itself
     port: int | None = None
 
     @property
@@ -100,16 +94,13 @@ def launch_environment_or_default() -> Launch:
 class Torchrun:
     """What torchrun tells its processes."""
 
-    restarts: int
-    """How often it has started them again."""
+    restarts: int  # How often it has started them again
     restarts_left: int
-    agents: int
-    """Machines (their torchruns) that take part."""
+    agents: int  # Machines (their torchruns) that take part
     names: tuple[str, ...]
     """What all starts of this job share and no other job has: the name of the folder that this torchrun keeps, and,
     where machines come and go, the job's id at the rendezvous if it was given one."""
-    elastic: bool
-    """Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so."""
+    elastic: bool  # Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so
 
 
 def torchrun_environment(environment: Mapping[str, str] = os.environ) -> Torchrun | None:

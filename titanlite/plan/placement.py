@@ -10,8 +10,7 @@ from titanlite.models.spec import ShardingRule, Style, is_named_by
 from titanlite.plan.layout import ceil_div
 
 Shape = tuple[int, ...]
-Slices = tuple[Shape, Shape]
-"""Offset in the whole tensor, and shape."""
+Slices = tuple[Shape, Shape]  # Offset in the whole tensor, and shape
 
 SHARD_DIMENSION: Mapping[Style, int] = {"vocab": 0, "column": 0, "row": 1}
 """Which dimension of a module's weight its style cuts; the other styles cut no weight."""
@@ -22,10 +21,8 @@ class Placement:
     """How tensor parallelism cuts a parameter: one dimension, between units."""
 
     dimension: int
-    size: int
-    """Of that dimension, in whole."""
-    unit: int
-    """Divides `size`."""
+    size: int  # Of that dimension, in whole
+    unit: int  # Divides `size`
 
     @property
     def units(self) -> int:

@@ -12,26 +12,19 @@ from titanlite.plan.layout import Layout
 from titanlite.recipe.sections import Pipeline, Recipe
 
 _ONE_STAGE = ("GPipe", "1F1B")
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules with the first and the last stage on the first rank."""
-IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
-"""Schedules that take the microbatches in rounds of equal size."""
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # Schedules with the first and the last stage on the first rank
+IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")  # Schedules that take the microbatches in rounds of equal size
 
 
 @dataclass(frozen=True)
 class Stage:
     """Consecutive pieces of a model on one rank of its pipeline."""
 
-    index: int
-    """Place in the order of computation, from 0."""
-    rank: int
-    """Coordinate in the pipeline of the rank that holds it."""
-    modules: tuple[str, ...]
-    """Names of the submodules."""
-    blocks: int
-    """Pieces between the embedding's and the head's."""
-    flops: int
-    """Operations of a training step per token."""
+    index: int  # Place in the order of computation, from 0
+    rank: int  # Coordinate in the pipeline of the rank that holds it
+    modules: tuple[str, ...]  # Names of the submodules
+    blocks: int  # Pieces between the embedding's and the head's
+    flops: int  # Operations of a training step per token
 
 
 def fixes_stages(schedule: str) -> bool:

@@ -17,15 +17,13 @@ from titanlite.recipe.sections import Pipeline
 _UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """Time of each kind of action, in forward passes; I and W are the halves of B."""
 
-_LINE = 120
-"""Characters in a line of the drawing, beyond the rank's name."""
+_LINE = 120  # Characters in a line of the drawing, beyond the rank's name
 
 
 class Action(NamedTuple):
     """One pass of one microbatch through one stage."""
 
-    kind: str
-    """F forward, B backward, I and W its two halves."""
+    kind: str  # F forward, B backward, I and W its two halves
     stage: int
     microbatch: int
 
@@ -38,19 +36,16 @@ class Slot(NamedTuple):
     end: float
 
 
-Timeline = list[list[Slot]]
-"""The slots of each rank, in order."""
+Timeline = list[list[Slot]]  # The slots of each rank, in order
 
 
 @dataclass(frozen=True)
 class Timetable:
     """A pipeline's schedule, simulated."""
 
-    even: Timeline
-    """With stages of equal cost; in forward passes of a stage."""
+    even: Timeline  # With stages of equal cost; in forward passes of a stage
     idle_if_even: float
-    idle: float
-    """With each stage's own share of the operations."""
+    idle: float  # With each stage's own share of the operations
 
 
 def timetable(section: Pipeline, stages: Sequence[Stage], pp: int, microbatches: int) -> Timetable:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 _TURNED_BY_CHANCE = 2
 """Elements of a weight that may always move the other way: in a short vector, one is a large share."""
 
-_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}
-"""A format's unit of rounding."""
+_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}  # A format's unit of rounding
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,7 @@ class Tolerance:
 
     loss: float
     grad_norm: float
-    turned: float = 0.0
-    """Share of a weight's elements that may have moved the other way, apart from a few."""
+    turned: float = 0.0  # Share of a weight's elements that may have moved the other way, apart from a few
 
     def of_weight(self, elements: int) -> float:
         """For a weight of this size, as part of the distance that it has come from its initial value."""
@@ -49,8 +47,7 @@ class NumberDifference:
 
     here: float
     reference: float
-    difference: float
-    """Relative to the reference; infinite where either is not finite."""
+    difference: float  # Relative to the reference; infinite where either is not finite
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ class WeightDifference:
     name: str
     difference: float
     """Norm of what separates them, relative to the distance that the weight has come (step 0: to its norm)."""
-    allowed: float
-    """How much of that rounding explains."""
+    allowed: float  # How much of that rounding explains
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,7 @@ class StepDifference:
     step: int
     loss: NumberDifference
     grad_norm: NumberDifference
-    weight: WeightDifference
-    """The one that differs most, by what its size allows."""
+    weight: WeightDifference  # The one that differs most, by what its size allows
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,7 @@ class Comparison:
 
     compute: str
     tolerance: Tolerance
-    notes: tuple[str, ...]
-    """What could not be done as the recipe says, and why; on the first rank only."""
+    notes: tuple[str, ...]  # What could not be done as the recipe says, and why; on the first rank only
     rows: tuple[StepDifference, ...]
 
     def first_difference(self) -> str | None:
