@@ -208,7 +208,7 @@ def _view(recipe: Recipe, arguments: argparse.Namespace, data: dict[str, Any]) -
             raise UsageError("--show-schedule: parallel.pp is 1, and one stage has no schedule.")
         microbatches = batch_plan(recipe, layout, 0).microbatches
         made = timetable.timetable(recipe.parallel.pipeline, stages_of(recipe, layout), layout.pp, microbatches)
-        return {"schedule": timetable.timetable_values(made)} if arguments.json else timetable.draw_timetable(made)
+        return {"schedule": made} if arguments.json else timetable.draw_timetable(made)
     if arguments.dry_run:
         from titanlite.dryrun.report import describe_dry_run, report  # needs torch
 

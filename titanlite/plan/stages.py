@@ -11,9 +11,9 @@ from titanlite.models.spec import Piece, spec_of
 from titanlite.plan.layout import Layout
 from titanlite.recipe.sections import Pipeline, Recipe
 
-_ONE_STAGE = ("GPipe", "1F1B")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # Schedules with the first and the last stage on the first rank
 IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")  # Schedules that take the microbatches in rounds of equal size
+_STAGES = {"GPipe": 1, "1F1B": 1, **dict.fromkeys(V_SHAPED, 2)}  # that a rank holds, where the schedule fixes it
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,11 @@ class Stage:
 
 def fixes_stages(schedule: str) -> bool:
     """Whether the schedule itself says how many stages a rank holds."""
-    return schedule in (*_ONE_STAGE, *V_SHAPED)
+    return schedule in _STAGES
 
 
 def stages_per_rank(pipeline: Pipeline) -> int:
-    """Stages that each rank holds, which the schedule fixes or leaves open."""
-    if pipeline.schedule in _ONE_STAGE:
-        return 1
-    return 2 if pipeline.schedule in V_SHAPED else pipeline.stages_per_rank
+    return _STAGES.get(pipeline.schedule, pipeline.stages_per_rank)
 
 
 def rank_of_stage(schedule: str, index: int, pp: int) -> int:
@@ -103,18 +100,31 @@ def _balanced(costs: Sequence[int], stages: int) -> list[int]:
         middle = (limit + enough) // 2
         limit, enough = (limit, middle) if latest(middle)[-1] == pieces else (middle, enough)
 
+    earliest = [pieces]  # where stages end, last to first, if those that follow have room for the rest
+    for stage in reversed(range(1, stages)):
+        earliest.append(max(stage, bisect_left(sums, sums[earliest[-1]] - enough)))
+
     def value(first: int, last: int) -> int:
         without_blocks = min(last, pieces - 1) <= max(first, 1)
         return (sums[last] - sums[first]) ** 2 + without_blocks * sums[-1] ** 2 * 2
 
     # Where a stage ends -> the value of the best cut up to there (the least is best), and where the stage begins.
     cuts: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
-    for stage, end in enumerate(latest(enough), 1):
-        before, row = cuts[-1], dict[int, tuple[int, int]]()
-        for last in range(stage, end + 1):
-            begins = range(max(stage - 1, bisect_left(sums, sums[last] - enough)), last)
-            row[last] = min((before[first][0] + value(first, last), first) for first in begins if first in before)
-        cuts.append(row)
+
+    def fill(ends: range, begins: range) -> None:
+        """The last row of `cuts`, from its middle on, since stages that end earlier begin no later."""
+        if ends:
+            half = len(ends) // 2
+            end = ends[half]
+            able = range(max(begins.start, bisect_left(sums, sums[end] - enough)), min(begins.stop, end))
+            cuts[-1][end] = min((cuts[-2][begin][0] + value(begin, end), begin) for begin in able)
+            fill(ends[:half], range(begins.start, cuts[-1][end][1] + 1))
+            fill(ends[half + 1 :], range(cuts[-1][end][1], begins.stop))
+
+    for first, last in zip(reversed(earliest), latest(enough), strict=True):
+        begins = range(min(cuts[-1]), max(cuts[-1]) + 1)
+        cuts.append({})
+        fill(range(first, last + 1), begins)
     ends = [pieces]
     for row in cuts[:1:-1]:
         ends.append(row[ends[-1]][1])
