@@ -9,7 +9,7 @@ from support.recipes import pipeline, recipe
 from titanlite.cli.check import format_description
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
-from titanlite.plan.describe import bubble_share, describe_run, format_sharding_table, sharding_table
+from titanlite.plan.describe import describe_run, format_sharding_table, sharding_table
 from titanlite.plan.memory import checkpoint_bytes
 from titanlite.plan.placement import pattern_of
 from titanlite.recipe.sections import Recipe
@@ -164,8 +164,13 @@ class TestDescribe:
         [("GPipe", 1, 3 / 11), ("1F1B", 1, 3 / 11), ("Interleaved1F1B", 2, 3 / 19), ("LoopedBFS", 4, 3 / 35)],
     )
     def test_bubbles_of_four_ranks_and_eight_microbatches(self, schedule: str, stages: int, share: float) -> None:
-        assert bubble_share(schedule, 4, stages, 8) == pytest.approx(share)
-        assert bubble_share("ZBVZeroBubble", 4, 2, 8) is None
+        keys = pipeline(schedule, 4, layers=16, stages_per_rank=max(stages, 2))
+        run = describe_run(recipe(**keys, training__global_batch=8), world=4)
+        assert run["pipeline"]["bubble_share"] == pytest.approx(share)
+
+    def test_bubbles_of_split_backward_passes_follow_from_the_timetable(self) -> None:
+        run = describe_run(recipe(**pipeline("ZBVZeroBubble", 4, layers=16)), world=4)
+        assert run["pipeline"]["bubble_share"] is None
 
     def test_a_checkpoint_holds_everything_whatever_the_layout(self) -> None:
         parameters = describe_run(recipe())["parameters"]

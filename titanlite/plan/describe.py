@@ -1,6 +1,4 @@
-"""What a run will be, by arithmetic on the recipe: sizes, batches, mesh, stages, what each rank keeps, operations; and
-its sharding plan as a table. Knows neither devices nor torch, guesses neither time nor activations.
-"""
+"""What a run will be, by arithmetic on the recipe: sizes, batches, mesh, stages, operations; and its sharding plan."""
 
 from __future__ import annotations
 
@@ -9,17 +7,16 @@ from dataclasses import asdict, fields
 from math import prod
 from typing import Any
 
-from titanlite.models.spec import ModelConfig, ModelSpec, ShardingRule, Style, spec_of
+from titanlite.models.spec import ModelConfig, ModelSpec, Style, spec_of
 from titanlite.plan.float8 import SETTINGS, decide_linears, format_gathers, plan_gathers, summarize_linears
 from titanlite.plan.layout import ORIGIN, Layout, active_ranks, batch_plan, require_layout, total_steps
 from titanlite.plan.memory import checkpoint_bytes, count_elements, local_parameters, module_within, state_bytes
-from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Shape, find_placements, local_shape, pattern_of
+from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Shape, find_placements, local_slices, pattern_of
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Model, Recipe
 from titanlite.text import format_shape, format_table
 
-WEIGHTS_DEPEND_NOT_ON = ("init_std", "depth_scaled_init")
-"""Keys of `[model]` that say nothing of a model whose weights are there."""
+WEIGHTS_DEPEND_NOT_ON = ("init_std", "depth_scaled_init")  # keys of `[model]` that weights make superfluous
 
 _MESSAGES: dict[Style, str] = {
     "vocab": "rows found: reduce-scatter; backward all-gather",
@@ -30,6 +27,7 @@ _MESSAGES: dict[Style, str] = {
     "attention": "keys and values: all-gather; backward reduce-scatter",
     "mask": "document numbers: all-gather",
 }
+_RING = "keys and values: passed round; backward also their gradients"
 
 
 def describe_run(recipe: Recipe, world: int = 1) -> dict[str, Any]:
@@ -124,9 +122,11 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
         parameters[stage_of[module_within(name, stage_of.__contains__)]] += prod(shape)
     for stage in stages:
         loads[stage.rank] += stage.flops
+    passes = len(stages) // layout.pp * microbatches
     return {
         "schedule": schedule,
-        "bubble_share": bubble_share(schedule, layout.pp, len(stages) // layout.pp, microbatches),
+        # Of an even pipeline (Narayanan et al. 2021, section 2.2); of split backward passes, see `--show-schedule`.
+        "bubble_share": None if splits_backward(schedule) else (layout.pp - 1) / (passes + layout.pp - 1),
         # The ranks' mean share of the operations over the largest one: 1 is even.
         "balance": sum(loads) / layout.pp / max(loads),
         "stages": [
@@ -143,53 +143,33 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
     }
 
 
-def bubble_share(schedule: str, pp: int, stages_per_rank: int, microbatches: int) -> float | None:
-    """The share of a step's time that a rank of an even pipeline idles (Narayanan et al. 2021, section 2.2).
-
-    None for the schedules that split the backward pass: theirs follows from their timetable (`--show-schedule`).
-    """
-    if splits_backward(schedule):
-        return None
-    return (pp - 1) / (stages_per_rank * microbatches + pp - 1)
-
-
 def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
     """One row a rule of the model's sharding plan, then one a parameter that no rule cuts, numbers in names left open.
 
     `over` is the mesh dimension (tp, cp) that it concerns, `told` what its ranks communicate. `whole` and `local` are
     shapes of the weight for the first rank; for what sees more of the sequence than it is given, tokens.
     """
-    spec = spec_of(recipe.model.preset)
-    config = spec.configure(recipe.model)
-    plan, tied = spec.sharding(config), spec.tied(config)
+    spec, parallel, tokens = spec_of(recipe.model.preset), recipe.parallel, recipe.training.sequence_length
+    config, part = spec.configure(recipe.model), tokens // parallel.cp
+    plan = spec.sharding(config)
     shapes = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
-    shapes |= {pattern_of(name): shapes[pattern_of(other)] for name, other in tied.items()}
-    placements, tp = find_placements(shapes, plan), GroupRank(0, recipe.parallel.tp)
-    rows = []
+    shapes |= {pattern_of(name): shapes[pattern_of(other)] for name, other in spec.tied(config).items()}
+    placements, tp = find_placements(shapes, plan), GroupRank(0, parallel.tp)
+    seen = {"gather": ([part], [part // parallel.tp]), "attention": ([tokens], [part]), "mask": ([tokens], [part])}
+    messages = {**_MESSAGES, "attention": _RING if parallel.cp_method == "ring" else _MESSAGES["attention"]}
+    rows: list[dict[str, Any]] = []
     for rule in plan:
-        weight = f"{rule.pattern}.weight"
-        row = {"modules": rule.pattern, "style": rule.style, **_between_ranks(rule, recipe)}
+        over, weight = "cp" if rule.style in ("attention", "mask") else "tp", f"{rule.pattern}.weight"
+        whole, local = seen.get(rule.style, (None, None))
         if rule.style in SHARD_DIMENSION and weight in shapes:
-            local = local_shape(shapes[weight], placements[weight], tp)
-            row |= {"whole": list(shapes[weight]), "local": list(local)}
-        rows.append(row)
+            whole, local = map(list, (shapes[weight], local_slices(shapes[weight], placements[weight], tp)[1]))
+        sizes = {"told": messages[rule.style], "whole": whole, "local": local}
+        rows.append({"modules": rule.pattern, "style": rule.style, "over": over, **sizes})
     for name, shape in shapes.items():
         if name not in placements:
-            same = {"told": "gradient: all-reduce, once a step", "whole": list(shape), "local": list(shape)}
-            rows.append({"modules": name.removesuffix(".weight"), "style": "whole", "over": "tp", **same})
+            sizes = {"told": "gradient: all-reduce, once a step", "whole": list(shape), "local": list(shape)}
+            rows.append({"modules": name.removesuffix(".weight"), "style": "whole", "over": "tp", **sizes})
     return rows
-
-
-def _between_ranks(rule: ShardingRule, recipe: Recipe) -> dict[str, Any]:
-    """Over which dimension a module communicates what, and the tokens that it sees and is given."""
-    parallel, tokens = recipe.parallel, recipe.training.sequence_length
-    part = tokens // parallel.cp
-    if rule.style in ("attention", "mask"):
-        ring = rule.style == "attention" and parallel.cp_method == "ring"
-        told = "keys and values: passed round; backward also their gradients" if ring else _MESSAGES[rule.style]
-        return {"over": "cp", "told": told, "whole": [tokens], "local": [part]}
-    seen, given = ([part], [part // parallel.tp]) if rule.style == "gather" else (None, None)
-    return {"over": "tp", "told": _MESSAGES[rule.style], "whole": seen, "local": given}
 
 
 def format_sharding_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -47,20 +47,10 @@ class Float8Settings:
         """Sizes, and numbers of tokens, must be multiples of this."""
         return BLOCK if self.output.left.scale == "block" else ALIGNMENT
 
-    # How a factor can be cast by who has some of its rows, before it is for its products; None if it cannot.
-
     @property
     def sent_weights(self) -> Cast | None:
+        """How a rank casts its rows of a weight before it sends them; None if it cannot."""
         return _cast_by_rows(self.output.right, self.grad_input.right)
-
-    @property
-    def sent_inputs(self) -> Cast | None:
-        return _cast_by_rows(self.output.left, self.grad_weight.right if self.grad_weight else None)
-
-    @property
-    def sent_gradients(self) -> Cast | None:
-        """Of the linear's outputs."""
-        return _cast_by_rows(self.grad_input.left, self.grad_weight.left if self.grad_weight else None)
 
 
 def _cast_by_rows(cast: Cast, transposed: Cast | None) -> Cast | None:
@@ -94,18 +84,13 @@ the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_o
 
 @dataclass(frozen=True)
 class LinearDecision:
-    """Whether one linear is converted."""
-
     name: str
     shape: Shape  # [outputs, inputs] of its weight, in whole
     skipped: str | None  # Why it stays as it is; None: it is converted
 
 
 def decide_linears(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[LinearDecision, ...]:
-    """One for each linear of the model; none where float8 is not enabled.
-
-    They do not depend on the layout, as the numbers must not: whole sizes count.
-    """
+    """One for each linear of the model, by its whole size on any layout; none where float8 is not enabled."""
     if not section.enabled:
         return ()
     shapes, tied = spec.shapes(config), spec.tied(config)
@@ -155,10 +140,7 @@ class Gather:
 
 
 def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gather, ...]:
-    """All of a model's, in the order of its linears; none where `all_gather` is not on.
-
-    Inputs are sent in float8 where every linear that takes them is converted.
-    """
+    """All of a model's, none where `all_gather` is off. Inputs need every linear that takes them to be converted."""
     if not (section.enabled and section.all_gather):
         return ()
     settings = SETTINGS[section.recipe]
@@ -173,7 +155,11 @@ def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple
             around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
             gathering = next(module for module in around if is_named_by(patterns["gather"], module))
             takers.setdefault((gathering, "inputs"), []).append(each)
-    casts = {"inputs": settings.sent_inputs, "gradients": settings.sent_gradients}
+    right, left = (settings.grad_weight.right, settings.grad_weight.left) if settings.grad_weight else (None, None)
+    casts = {
+        "inputs": _cast_by_rows(settings.output.left, right),
+        "gradients": _cast_by_rows(settings.grad_input.left, left),
+    }
     found = []
     for (module, what), linears in takers.items():
         why = None if casts[what] is not None else f"{section.recipe} takes them more exactly"

@@ -16,15 +16,11 @@ from typing import NoReturn
 
 from titanlite.errors import UsageError
 
+# What schedulers, launchers and users send to have a job end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What schedulers, launchers and users send to have a job end."""
-
 MAX_STARTS = 2**31  # A number of a start from here on is none: the file that says so is damaged
 
-_FIX = (
-    "Start the run by torchrun or srun, which set all that the ranks need; or, alone, without RANK, WORLD_SIZE and "
-    "Slurm's variables."
-)
+_FIX = "Start the run by torchrun or srun, which set these; or, alone, without RANK, WORLD_SIZE and Slurm's variables."
 _PRINTING_SECONDS = 60.0  # Within these the first rank comes to where another one failed, or never
 _SRUN_SECONDS = 3.0  # For which others wait, so that it has printed its error
 
@@ -48,8 +44,7 @@ class Launch:
 def launch_environment(environment: Mapping[str, str] = os.environ) -> Launch:
     """This process's place: `RANK` and its kin (torchrun), else a Slurm step's variables (srun), else alone.
 
-    A Slurm job's first machine is where its ranks meet, on a port that follows from the job's number. Raises
-    `UsageError` for variables that are set in part, or to nonsense.
+    Raises `UsageError` for variables that are set in part, or to nonsense.
     """
     number = partial(_number, environment)
     if "RANK" in environment:
@@ -63,16 +58,15 @@ def launch_environment(environment: Mapping[str, str] = os.environ) -> Launch:
         step = environment["SLURM_STEP_ID"]  # `batch`, or another word, in a job script
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
         tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "8(x2),4"
+        # One for each step of each job, below those that Linux gives to outgoing connections.
+        free_port = 10_000 + (31 * number("SLURM_JOB_ID", "0") + (int(step) if step.isdecimal() else 0)) % 20_000
         place = Launch(
             rank=number(names[0]),
             size=number(names[1]),
             local_rank=number("SLURM_LOCALID", "0"),
             local_size=max(map(int, re.findall(r"(?:^|,)(\d+)", tasks)), default=1),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
-            # One for each step of each job, below those that Linux gives to outgoing connections.
-            port=number("MASTER_PORT")
-            if environment.get("MASTER_PORT")
-            else 10_000 + (31 * number("SLURM_JOB_ID", "0") + (int(step) if step.isdecimal() else 0)) % 20_000,
+            port=number("MASTER_PORT") if environment.get("MASTER_PORT") else free_port,
         )
     elif number("WORLD_SIZE", "1") > 1:
         raise UsageError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, and RANK is not set: {_FIX}")
@@ -131,8 +125,7 @@ def torchrun_environment_or_none() -> Torchrun | None:
 def prints_for_all() -> bool:
     """Whether this rank prints the error that all ranks end with: the first one, or of each torchrun's the first.
 
-    torchrun kills its other ranks when the first of them ends: so those wait here until theirs has printed it
-    (`mark_printed`), and print it themselves if it does not come to that.
+    torchrun kills its ranks when one ends: so others wait until the first has printed (`mark_printed`), or print it.
     """
     place, mark = launch_environment_or_default(), _printed_mark()
     if mark is None:
@@ -159,10 +152,9 @@ def _printed_mark() -> Path | None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End with `code`. With other ranks: at once, since threads of a process group that something still refers to
-    abort the interpreter when it is taken down.
-    """
+    """End with `code`."""
     if launch_environment_or_default().size > 1:
+        # At once: threads of a process group that something still refers to abort the interpreter's usual end.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,7 +1,7 @@
-"""The mesh and the batch as arithmetic: where a rank is, and which samples it takes in a step. No torch.
+"""The mesh and the batch as arithmetic: where a rank is, and which samples it takes in a step.
 
-The samples of a step do not depend on the layout: the step that finds p samples read takes samples p … p + B - 1 of the
-run, B being `training.global_batch`. Of D data ranks, rank r takes those at positions ≡ r (mod D).
+On any layout, the step that finds p samples read takes samples p … p + B - 1 of the run, B being
+`training.global_batch`. Of D data ranks, rank r takes those at positions ≡ r (mod D).
 """
 
 from __future__ import annotations
@@ -66,23 +66,18 @@ ORIGIN = Coordinates(pp=0, data=0, cp=0, tp=0)  # The first rank's, and those of
 
 
 def layout_of(parallel: Parallel, world: int) -> Layout | None:
-    """The mesh that `[parallel]` asks for on `world` ranks; None if its degrees do not multiply to that.
-
-    `dp_shard = -1` takes the ranks that are left; in stage 0 nothing is cut, and they are copies.
-    """
+    """The mesh that `[parallel]` asks for on `world` ranks; None if its degrees do not multiply to that."""
     replicate, shard = parallel.dp_replicate, parallel.dp_shard
     if shard == -1:
-        shard = world // (replicate * parallel.cp * parallel.tp * parallel.pp)
+        shard = world // (replicate * parallel.cp * parallel.tp * parallel.pp)  # the ranks that are left
     if parallel.zero_stage == 0:
-        replicate, shard = replicate * shard, 1
+        replicate, shard = replicate * shard, 1  # nothing is cut
     layout = Layout(replicate, shard, parallel.cp, parallel.tp, parallel.pp)
     return layout if layout.size == world else None
 
 
 def active_ranks(recipe: Recipe, launched: int) -> int:
-    """How many of the ranks that were launched train: all, or under `resilience.standby` those of the largest mesh that
-    fits. If none fits, all: the rule `mesh` then says why.
-    """
+    """How many of the launched ranks train: all, or under `resilience.standby` those of the largest mesh that fits."""
     if not recipe.resilience.standby:
         return launched
     return next((size for size in range(launched, 0, -1) if layout_of(recipe.parallel, size)), launched)
@@ -101,10 +96,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A data rank's part of a step: `microbatches` passes over `microbatch` sequences each.
-
-    Sequences that the last microbatch lacks are padding, of zero weight.
-    """
+    """A data rank's part of a step: `microbatches` passes over `microbatch` sequences each, the last ones padding."""
 
     global_batch: int
     data_ranks: int
@@ -114,7 +106,7 @@ class BatchPlan:
 
     @property
     def microbatches(self) -> int:
-        """The same on every rank, so that collectives pair up: ceil(ceil(global / ranks) / microbatch)."""
+        """The same on every rank, so that collectives pair up."""
         needed = ceil_div(ceil_div(self.global_batch, self.data_ranks), self.microbatch)
         return max(needed, self.least_microbatches)
 
@@ -127,8 +119,8 @@ class BatchPlan:
 class SampleSchedule:
     """Which samples each step after `step` reads; up to it, `samples` were read or skipped.
 
-    Batch b holds the samples from (b - 1) x `global_batch` on, and steps take the batches in order, but for the
-    `skipped` ones. What is skipped thus depends on the order of samples alone, not on where a run was resumed.
+    Steps take batches in order, but for the `skipped` ones; batch b holds the samples from (b - 1) x `global_batch` on,
+    wherever a run was resumed.
     """
 
     step: int

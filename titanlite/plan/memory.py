@@ -1,7 +1,6 @@
 """The bytes that a rank holds from step to step, and gathers for a pass; the parts that a checkpoint is cut into.
 
-By arithmetic. `titanlite check` prints the bytes, and a dry run what it measured beside them: docs/dry_run.md
-says how far apart they may be. Activations and buffers depend on the program's order: only a dry run knows them.
+By arithmetic; docs/dry_run.md says how far from that a dry run may measure. Activations are known to dry runs only.
 """
 
 from __future__ import annotations
@@ -16,23 +15,21 @@ from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import decide_linears
 from titanlite.plan.layout import Coordinates, Layout, ceil_div
-from titanlite.plan.placement import ALONE, GroupRank, Placement, Shape, find_placements, local_shape
+from titanlite.plan.placement import ALONE, GroupRank, Placement, Shape, find_placements, local_slices
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Recipe
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+# At about 150 bytes each. 405B on 16,384 ranks (tp 8 x pp 16 x 128) make 2.8 million with AdamW's moments; 70B that
+# 4,096 ranks cut make 7.4 million. The rule `layout.parts` refuses a run that would make more.
 MAX_CHUNKS = 2**23
-"""At about 150 bytes each. 405B on 16,384 ranks (tp 8 x pp 16 x 128) make 2.8 million with AdamW's moments; 70B that
-4,096 ranks cut make 7.4 million. The rule `layout.parts` refuses a run that would make more."""
-SHARED_BYTES = 2**24
-"""A box is cut so that the processes that have it share its writing, but not into parts smaller than this."""
-FILE_BYTES = 2**29
-"""A new file begins when the one before would grow past this. Files are what is read at once, and by whom."""
+SHARED_BYTES = 2**24  # a box is cut so that the processes that have it share its writing, but into no smaller parts
+FILE_BYTES = 2**29  # a new file begins when the one before would grow past this
 
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """How much of a parameter one rank has to do with. Shapes may have no rows."""
+    """A parameter on one rank. Shapes may have no rows."""
 
     name: str
     whole: Shape
@@ -43,10 +40,7 @@ class LocalParameter:
 def local_parameters(
     recipe: Recipe, layout: Layout, tp_rank: int = 0, shard_rank: int = 0
 ) -> list[list[LocalParameter]]:
-    """For each rank of a pipeline, the parameters that its stages compute with.
-
-    Ranks 0 of a tensor parallel group, and of those that weights are sharded over, keep the most.
-    """
+    """For each rank of a pipeline, the parameters that its stages compute with. Ranks 0 of the groups keep the most."""
     spec = spec_of(recipe.model.preset)
     config = spec.configure(recipe.model)
     shapes = spec.shapes(config)
@@ -56,7 +50,7 @@ def local_parameters(
     ranks: list[dict[str, LocalParameter]] = [{} for _ in range(layout.pp)]
     # Both ends of a pipeline have the weight that they share.
     for name, other in [*zip(shapes, shapes, strict=True), *spec.tied(config).items()]:
-        used, kept = (local_shape(shapes[other], placements.get(other), tp, cut) for cut in (ALONE, shard))
+        used, kept = (local_slices(shapes[other], placements.get(other), tp, cut)[1] for cut in (ALONE, shard))
         rank = rank_of[module_within(name, rank_of.__contains__)]
         ranks[rank][other] = LocalParameter(other, shapes[other], used, kept)
     return [list(rank.values()) for rank in ranks]
@@ -74,20 +68,18 @@ def count_elements(shapes: Iterable[Shape]) -> int:
 
 def rank_state_bytes(recipe: Recipe, layout: Layout, at: Coordinates) -> dict[str, int]:
     """`state_bytes` of the rank at these coordinates."""
-    shards = layout.weights(recipe.parallel.zero_stage)[1]
-    shard_rank = (at.data * layout.cp + at.cp) % shards
+    shard_rank = (at.data * layout.cp + at.cp) % layout.weights(recipe.parallel.zero_stage)[1]
     return state_bytes(recipe, layout, local_parameters(recipe, layout, at.tp, shard_rank)[at.pp])
 
 
 def state_bytes(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> dict[str, int]:
     """Bytes on one rank of what lives from step to step, and of the weights gathered for a pass.
 
-    The optimizer's states are as many as its spec says, in the weights' own format. What the ZeRO stage does not cut is
-    there in whole: gradients below stage 2, gathered weights below stage 3. Schedules that split the backward pass sum
-    gradients once a step in any stage, and have them in whole until then.
+    What the ZeRO stage does not cut is there in whole: gradients below stage 2, gathered weights below stage 3.
+    Schedules that split the backward pass sum gradients once a step in any stage, and have them in whole until then.
     """
-    is_matrix = spec_of(recipe.model.preset).is_block_matrix
-    states, stage = optimizer_spec(recipe.optimizer.name).states, recipe.parallel.zero_stage
+    spec, stage = spec_of(recipe.model.preset), recipe.parallel.zero_stage
+    states = optimizer_spec(recipe.optimizer.name).states
     width = max(4, _BYTES[recipe.precision.compute])
     kept, used = (count_elements(getattr(each, part) for each in parameters) for part in ("kept", "used"))
     once_a_step = stage < 2 or (layout.pp > 1 and splits_backward(recipe.parallel.pipeline.schedule))
@@ -95,10 +87,13 @@ def state_bytes(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParame
         "weights": width * kept,
         "gathered": _BYTES[recipe.precision.compute] * _gathered(recipe, layout, parameters),
         "gradients": width * (used if once_a_step else kept),
-        "optimizer": width * sum(prod(each.kept) * states(is_matrix(each.name)) for each in parameters),
+        "optimizer": width * sum(prod(each.kept) * states(spec.is_block_matrix(each.name)) for each in parameters),
     }
-    if copies := _float8_copies(recipe, layout, parameters):
-        parts["float8"] = copies
+    linears = decide_linears(spec, spec.configure(recipe.model), recipe.precision.float8)
+    converted = {f"{each.name}.weight" for each in linears if each.skipped is None}
+    casts = 2 * count_elements(each.used for each in parameters if each.name in converted)  # one for each product
+    if casts and layout.weights(stage)[1] == 1 and not recipe.parallel.offload:
+        parts["float8"] = casts  # once a step, of weights that rest whole
     return {**parts, "total": sum(parts.values())}
 
 
@@ -109,21 +104,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return states["weights"] + states["optimizer"]
 
 
-def _float8_copies(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> int:
-    """Bytes of the weights that are cast once a step, which are those that rest whole; for each of two products."""
-    if layout.weights(recipe.parallel.zero_stage)[1] > 1 or recipe.parallel.offload:
-        return 0
-    spec = spec_of(recipe.model.preset)
-    linears = decide_linears(spec, spec.configure(recipe.model), recipe.precision.float8)
-    converted = {f"{each.name}.weight" for each in linears if each.skipped is None}
-    return 2 * count_elements(each.used for each in parameters if each.name in converted)
-
-
 def _gathered(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> int:
-    """Parameters that lie gathered, in the compute dtype, at the fullest moment of a pass.
-
-    Below stage 3 these are all. In stage 3 they are the ones outside the units, the unit at work, those asked for ahead
-    of it (one at least, in backward), and the last unit, which backward begins with, where no pipeline comes between.
+    """Parameters that lie gathered, in the compute dtype, at the fullest moment of a pass. In stage 3 they are the ones
+    outside the units, the unit at work, those asked for ahead of it (one at least, in backward), and the last unit,
+    which backward begins with, where no pipeline comes between; below it, all.
     """
     parallel, spec = recipe.parallel, spec_of(recipe.model.preset)
     if layout.data_ranks * layout.cp == 1 and not parallel.offload:
@@ -161,7 +145,7 @@ def count_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int
     number = 0
     for (shape, placement, holders), tensors in alike.items():
         for rank in range(layout.tp if placement else 1):
-            size = local_shape(shape, placement, GroupRank(rank, layout.tp))
+            size = local_slices(shape, placement, GroupRank(rank, layout.tp))[1]
             rows = max(1, ceil_div(size[0], cut))
             for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
                 nbytes = width * height * prod(size[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from titanlite.models.spec import ShardingRule, Style, is_named_by
@@ -45,10 +46,8 @@ ALONE = GroupRank(0, 1)
 
 
 def local_slices(shape: Shape, placement: Placement | None, tp: GroupRank, shard: GroupRank = ALONE) -> Slices:
-    """What the rank with these coordinates holds of a parameter.
-
-    Its tensor parallel part if there is a `placement`, and of that ceil(rows / ranks) leading rows, as FSDP2 shards:
-    the last ranks may have fewer, or none.
+    """What a rank holds of a parameter: its tensor parallel part if there is a `placement`, and of that ceil(rows /
+    ranks) leading rows, as FSDP2 shards: the last ranks may have fewer, or none.
     """
     offset, size = [0] * len(shape), list(shape)
     if placement is not None:
@@ -59,23 +58,17 @@ def local_slices(shape: Shape, placement: Placement | None, tp: GroupRank, shard
     return tuple(offset), tuple(size)
 
 
-def local_shape(shape: Shape, placement: Placement | None, tp: GroupRank, shard: GroupRank = ALONE) -> Shape:
-    """The shape of `local_slices`."""
-    return local_slices(shape, placement, tp, shard)[1]
-
-
 def find_placements(shapes: Mapping[str, Shape], plan: Sequence[ShardingRule]) -> dict[str, Placement]:
     """How the plan's tp rules cut the parameters of these names and shapes; without those that they leave whole."""
     rules = [rule for rule in plan if rule.style in SHARD_DIMENSION]
-    modules = {pattern: pattern.rpartition(".")[0] for pattern in map(pattern_of, shapes)}
-    by_pattern = {
-        pattern: next((rule for rule in rules if is_named_by((rule.pattern,), module)), None)
-        for pattern, module in modules.items()
-    }
+
+    @cache
+    def find_rule(module: str) -> ShardingRule | None:
+        return next((rule for rule in rules if is_named_by((rule.pattern,), module)), None)
+
     found: dict[str, Placement] = {}
     for name, shape in shapes.items():
-        rule = by_pattern[pattern_of(name)]
-        if rule is not None:
+        if (rule := find_rule(pattern_of(name).rpartition(".")[0])) is not None:
             dimension = SHARD_DIMENSION[rule.style]
             found[name] = Placement(dimension, shape[dimension], rule.unit)
     return found

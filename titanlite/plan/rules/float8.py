@@ -8,7 +8,7 @@ from titanlite.errors import Finding
 from titanlite.models.spec import is_named_by
 from titanlite.plan import float8
 from titanlite.plan.layout import layout_of
-from titanlite.plan.placement import GroupRank, find_placements, local_shape, pattern_of
+from titanlite.plan.placement import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.plan.rules.layout import cuts
 from titanlite.plan.rules.lookup import find_config, find_spec, warning
 from titanlite.plan.rules.run import heads
@@ -45,7 +45,7 @@ def shares(recipe: Recipe, world: int) -> Iterator[Finding]:
     cut = find_placements({name: each.shape for name, each in converted.items()}, spec.sharding(find_config(recipe)))
     for name, placement in cut.items():
         whole, module = converted[name].shape, name.removesuffix(".weight")
-        parts = {local_shape(whole, placement, GroupRank(rank, tp)) for rank in range(tp)}
+        parts = {local_slices(whole, placement, GroupRank(rank, tp))[1] for rank in range(tp)}
         misfit = next((part for part in sorted(parts) if not float8.aligned(part, section)), None)
         rows, columns = min(parts)
         if misfit is not None:
