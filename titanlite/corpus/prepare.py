@@ -23,7 +23,7 @@ import numpy.typing as npt
 from titanlite.corpus.corpora import CORPORA, Part, is_held_out
 from titanlite.corpus.corpora.files import FileFinder, FoundFile
 from titanlite.corpus.corpora.formats import divide
-from titanlite.corpus.corpora.json_lines import count_newlines
+from titanlite.corpus.corpora.readers import count_newlines
 from titanlite.corpus.token_file import (
     BLOCK,
     FileArray,

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.corpus.corpora import Document, is_held_out
+from titanlite.corpus.corpora import Document, is_held_out, wrap_os_errors
 from titanlite.corpus.corpora.files import FoundFile
 from titanlite.corpus.corpora.formats import read_documents
 from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
@@ -206,10 +206,8 @@ def _batches(unit: Unit, text_key: str, on_bad: Callable[[DataError], None]) -> 
 
 def _require_unchanged(file: FoundFile) -> None:
     """Raises `DataError` if a file is another one than when the units were made."""
-    try:
+    with wrap_os_errors(file.path):
         status = file.path.stat()
-    except OSError as error:
-        raise DataError(f"{file.path}: cannot be read ({error.strerror}) any more.") from error
     if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
         raise DataError(f"{file.path}: changed while it was read; start again when nothing writes to it.")
 

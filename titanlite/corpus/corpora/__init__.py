@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from titanlite.errors import DataError
-from titanlite.registry import Registry, did_you_mean
+from titanlite.registry import Registry
 
 if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
     from titanlite.recipe.sections import Data
@@ -56,10 +56,10 @@ CORPORA = Registry("corpus", {"python-stdlib": "titanlite.corpus.corpora.files:r
 READERS = Registry(
     "corpus reader",
     {
-        "text": "titanlite.corpus.corpora.formats:TEXT",
-        "lines": "titanlite.corpus.corpora.json_lines:JSON_LINES",
-        "parquet": "titanlite.corpus.corpora.tables:PARQUET",
-        "arrow": "titanlite.corpus.corpora.tables:ARROW",
+        "text": "titanlite.corpus.corpora.readers:TEXT",
+        "lines": "titanlite.corpus.corpora.readers:JSON_LINES",
+        "parquet": "titanlite.corpus.corpora.readers:PARQUET",
+        "arrow": "titanlite.corpus.corpora.readers:ARROW",
     },
 )
 """By format. One whose name is a suffix, such as `.csv`, is that of all files with this suffix."""
@@ -86,12 +86,6 @@ def is_held_out(name: str, percent: float) -> bool:
     """Whether the document called `name` is for validation: by its name alone, so that it stays on its side."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < percent / 100 * 2**64
-
-
-def missing_field(what: str, text_key: str, fields: list[str]) -> DataError:
-    """For a record, or table, without the text."""
-    hint = did_you_mean(text_key, fields) or f"it has {', '.join(map(repr, fields[:8])) or 'none'}"
-    return DataError(f"{what} '{text_key}' ({hint}); set data.text_key (--text-key) to the field that holds the text.")
 
 
 @contextmanager
@@ -121,7 +115,7 @@ def wrap_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # Arrow's, of packed files
             hint = " by zstd -d --long=31" if "too much memory" in str(error) else ""
-            raise DataError(
-                f"{path}: damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
-            ) from error
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions, or leave it out.") from error
+            why = f"damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
+        else:
+            why = f"cannot be read ({error.strerror}); mend it or its permissions, or leave it out."
+        raise DataError(f"{path}: {why}") from error

@@ -9,7 +9,6 @@ import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from errno import EACCES, EPERM
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -57,15 +56,11 @@ class FileFinder:
         for name, path in self._paths(entry):
             place = _real(path)
             if place in self._found:
-                raise DataError(
-                    f"{path}: {self._key} names it twice, by '{self._found[place]}' and by '{entry}', and would read "
-                    "it twice; take one of them out."
-                )
+                both = f"by '{self._found[place]}' and by '{entry}'"
+                raise DataError(f"{path}: {self._key} names it twice, {both}; take one of them out.")
             self._found[place] = entry
-            try:
+            with wrap_os_errors(path):
                 status = path.stat()
-            except OSError as error:
-                raise self._unreadable(path, error) from error
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{path}: not a regular file, and data must stay to be read again; leave it out.")
             if status.st_size == 0 and path == expand(entry):
@@ -80,74 +75,67 @@ class FileFinder:
         """The files of an entry as (name, path), in the order of their names."""
         path = expand(entry)
         try:
-            is_folder = stat.S_ISDIR(path.stat().st_mode)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            with wrap_os_errors(path):
+                is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (DataError, ValueError) as error:  # ValueError: a NUL in the name
             if glob.has_magic(entry):
                 return _match(str(path), entry, self._key)
-            if not isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
-                raise self._unreadable(path, error) from error
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError | None):
+                raise
             others = "".join(f", or '{name}'" for name in self._corpora)
             hint = did_you_mean(entry, list(self._corpora)) or f"give a path, a glob, a list of them{others}."
-            raise DataError(
-                f"{path}: {self._key} names no file or folder (looked for {os.path.abspath(path)}); {hint}"
-            ) from error
+            where = f"{self._key} names no file or folder (looked for {os.path.abspath(path)})"
+            raise DataError(f"{path}: {where}; {hint}") from error
         return _in_folder(path, entry, self._text_key) if is_folder else [(path.name, path)]
-
-    def _unreadable(self, path: Path, error: OSError) -> DataError:
-        mend = "mend its permissions" if error.errno in (EACCES, EPERM) else "mend it"
-        return DataError(f"{path}: cannot be read ({error.strerror}); {mend}, or leave it out of {self._key}.")
 
 
 def _in_folder(path: Path, entry: str, text_key: str) -> list[tuple[str, Path]]:
-    if (path / "dataset_dict.json").exists() or all(
-        (path / name).exists() for name in ("state.json", "dataset_info.json")
-    ):
-        return _shards(path)
+    state, info, splits = (path / f"{name}.json" for name in ("state", "dataset_info", "dataset_dict"))
+    if splits.exists():
+        found = sorted(path.parent.name for path in path.glob("*/state.json"))
+        one = path / (found or ["train"])[0]
+        raise DataError(f"{path}: a dataset of several splits ({', '.join(found)}); give one of them, such as '{one}'.")
+    if state.exists() and info.exists():
+        return _shards(state)
     files = (Path(parent, name) for parent, names in _walk(path) for name in names)
-    found = _once((file.relative_to(path).as_posix(), file) for file in files if is_folder_text(file, text_key))
-    if not found:
+    texts = _once((file.relative_to(path).as_posix(), file) for file in files if is_folder_text(file, text_key))
+    if not texts:
         raise DataError(
             f"{path}: the folder has no text; of folders, files ending in {', '.join(TEXT_SUFFIXES)} (also with "
             f"{' or '.join(PACKED)} after it) or .parquet are taken, hidden ones left out. For others write a glob "
             f"such as '{entry.rstrip('/')}/**/*.py'."
         )
-    return found
+    return texts
 
 
-def _shards(folder: Path) -> list[tuple[str, Path]]:
-    """The files of a Hugging Face dataset that `save_to_disk` wrote to the folder, in the dataset's order."""
-    if (folder / "dataset_dict.json").exists():
-        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        raise DataError(f"{folder}: a dataset of several splits ({', '.join(splits)}); give one of them, such as "
-                        f"'{folder / (splits or ['train'])[0]}'.")  # fmt: skip
-    path = folder / "state.json"
+def _shards(path: Path) -> list[tuple[str, Path]]:
+    """The files of a Hugging Face dataset whose state `save_to_disk` wrote to `path`, in the dataset's order."""
     try:
         state = json.loads(path.read_bytes())
         files = [dict(file) for file in state["_data_files"]]
         names = [file.pop("filename") for file in files]
         chosen = [key for key in state if key.startswith("_indices") and state[key]] + [*filter(None, files)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not the state of a Hugging Face dataset ({error!r}); save the dataset again, or "
-                        "write a glob for the folder's own files.") from error  # fmt: skip
+        fix = "save the dataset again, or write a glob for the folder's own files."
+        raise DataError(f"{path}: not the state of a Hugging Face dataset ({error!r}); {fix}") from error
     if chosen:
-        raise DataError(f"{path}: the dataset is a choice of its files' rows ({chosen[0]}), and all of them would be "
-                        "read; save dataset.flatten_indices() instead.")  # fmt: skip
+        problem = f"the dataset is a choice of its files' rows ({chosen[0]}), and all of them would be read"
+        raise DataError(f"{path}: {problem}; save dataset.flatten_indices() instead.")
     for name in names:
         if type(name) is not str or not re.fullmatch(r"[^/\\\0\ud800-\udfff]+\.arrow", name):
-            raise DataError(f"{path}: names {name!r}, and a dataset's files are .arrow files in its folder; save the "
-                            "dataset again.")  # fmt: skip
-    return [(name, folder / name) for name in names]
+            problem = f"names {name!r}, and a dataset's files are .arrow files in its folder"
+            raise DataError(f"{path}: {problem}; save the dataset again.")
+    return [(name, path.with_name(name)) for name in names]
 
 
-def _match(pattern: str, entry: str, entries: str) -> list[tuple[str, Path]]:
+def _match(pattern: str, entry: str, key: str) -> list[tuple[str, Path]]:
     matches = list(match_files(pattern))
     files = [Path(match) for match in matches if not os.path.isdir(match)]
     if not files:
-        raise DataError(
-            f"{pattern}: matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
-            if matches
-            else f"{pattern}: no file matches ({entries}; looked from {os.getcwd()}); mend the pattern."
-        )
+        why = f"no file matches ({key}; looked from {os.getcwd()}); mend the pattern."
+        if matches:
+            why = f"matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
+        raise DataError(f"{pattern}: {why}")
     parts = Path(pattern).parts
     fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
     return _once((file.relative_to(fixed).as_posix(), file) for file in files)
@@ -174,14 +162,13 @@ def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
     """
 
     def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions.") from error
+        with wrap_os_errors(Path(error.filename)):
+            raise error
 
     entered: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
-        try:
+        with wrap_os_errors(Path(parent)):  # a link, say, that was listed and cannot be followed
             status = os.stat(parent)
-        except OSError as error:  # of a link, say, that was listed and cannot be followed
-            refuse(error)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()
             continue
@@ -218,10 +205,8 @@ def read_stdlib(section: Data) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(_python_files(root))
     if not paths:
-        raise DataError(
-            f"{root}: this Python was installed without the source of its standard library, which "
-            '`data.corpus = "python-stdlib"` reads; use a Python that has it, or set data.corpus to a text file.'
-        )
+        fix = 'use a Python that has it, or set data.corpus (now "python-stdlib") to a text file.'
+        raise DataError(f"{root}: this Python was installed without the source of its standard library; {fix}")
     for path in paths:
         with wrap_os_errors(root / path):
             content = (root / path).read_bytes()

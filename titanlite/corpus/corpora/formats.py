@@ -1,7 +1,6 @@
 """What is in a file, by its name and by how it begins: text (any bytes, one document), lines of JSON, tables.
 
-Text and lines may be packed by gzip or zstd. Lines that are not, and Parquet, can be read in parts, so that many
-processes share a large file.
+Text and lines may be packed by gzip or zstd.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.corpus.corpora import PACKED, READERS, Document, Part, Reader, read_unpacked
-from titanlite.corpus.corpora.json_lines import BYTE_ORDER_MARK, read_lines
+from titanlite.corpus.corpora.readers import BYTE_ORDER_MARK, read_lines
 from titanlite.errors import DataError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -169,6 +168,3 @@ def divide(path: Path, format: str, size: int, part_bytes: int) -> list[Part] | 
     if reader.divide is None or size <= part_bytes or path.suffix.lower() in PACKED:
         return None
     return reader.divide(path, size, part_bytes)
-
-
-TEXT = Reader(lambda path, text_key, part: iter([(0, read_unpacked(path))]))

@@ -1,0 +1,184 @@
+"""The readers: text as it is, lines of JSON, rows of Parquet and of Arrow (streams, as datasets are saved, and files).
+
+Lines that are not packed, and Parquet, can be read in parts, so that many processes share a large file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from titanlite.corpus.corpora import BLOCK_BYTES, Part, Reader, open_unpacked, read_unpacked, wrap_os_errors
+from titanlite.errors import DataError
+from titanlite.registry import did_you_mean
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some editors begin a file with it, and it is not JSON
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+ROWS_AT_ONCE = 1_000
+
+
+def _read_lines(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
+    for number, line in read_lines(path, part):
+        try:
+            yield number, _text_of(line, text_key)
+        except DataError as error:
+            yield number, DataError(f"{path}:{number}: {error}")
+
+
+def _divide_lines(path: Path, size: int, part_bytes: int) -> list[Part]:
+    """The newlines before each part are not counted here: `before` is 0."""
+    return [Part(first, min(first + part_bytes, size), 0) for first in range(0, size, part_bytes)]
+
+
+def count_newlines(path: Path, first: int, stop: int) -> int:
+    """Newlines among bytes `first` to `stop`. Raises `DataError`."""
+    with wrap_os_errors(path), open(path, "rb") as file:
+        file.seek(first)
+        sizes = (min(BLOCK_BYTES, stop - at) for at in range(first, stop, BLOCK_BYTES))
+        return sum(file.read(size).count(b"\n") for size in sizes)
+
+
+def read_lines(path: Path, part: Part | None = None) -> Iterator[tuple[int, bytes]]:
+    """Numbers and contents of the lines that hold anything but white space."""
+    with open_unpacked(path) as file:
+        number, at, stop = 0, 0, part.stop if part else sys.maxsize
+        if part and part.first:
+            file.seek(part.first - 1)
+            rest = file.readline(stop - part.first + 1)  # of the line before; if it is long, of no line but that
+            number, at = part.before + (rest != b"\n"), part.first - 1 + len(rest)
+        while at < stop and (line := file.readline()):
+            at += len(line)
+            number += 1
+            if number == 1:
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            if line := line.rstrip():
+                yield number, line
+
+
+def _text_of(line: bytes, text_key: str) -> bytes:
+    """The text of one line, in UTF-8. Raises `DataError`."""
+    try:
+        record = json.loads(line.decode())
+        if not isinstance(record, dict):
+            raise DataError(f'a JSON object is wanted, such as {{"{text_key}": "..."}}; mend or delete the line.')
+        if text_key not in record:
+            raise _missing("no field", text_key, list(record))
+        text = record[text_key]
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise DataError(f"field '{text_key}' is not a string but {kind}; set data.text_key, or mend the line.")
+        return text.encode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at position {error.start + 1} of the line"
+        why = f"not UTF-8: {byte}; convert the file to UTF-8."
+    except UnicodeEncodeError as error:
+        why = (
+            f"field '{text_key}' has half of a surrogate pair at character {error.start + 1}; mend or delete the line."
+        )
+    except json.JSONDecodeError as error:
+        why = f"invalid JSON at column {error.colno}: {error.msg}; a .jsonl file holds one JSON object a line, mend or "
+        why += "delete this one (plain text wants another suffix, such as .txt)."
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousands deep
+        why = f"JSON that cannot be read ({error}); mend or delete the line."
+    raise DataError(why)
+
+
+def _missing(what: str, text_key: str, fields: list[str]) -> DataError:
+    """For a record, or table, without the text."""
+    hint = did_you_mean(text_key, fields) or f"it has {', '.join(map(repr, fields[:8])) or 'none'}"
+    return DataError(f"{what} '{text_key}' ({hint}); set data.text_key (--text-key) to the field that holds the text.")
+
+
+def _divide_parquet(path: Path, size: int, part_bytes: int) -> list[Part]:
+    parts: list[Part] = []
+    with _wrap_errors(path):
+        from pyarrow.parquet import ParquetFile
+
+        metadata = ParquetFile(path).metadata
+        first = rows = before = held = 0
+        for index in range(metadata.num_row_groups):
+            held += metadata.row_group(index).total_byte_size
+            rows += metadata.row_group(index).num_rows
+            if held >= part_bytes or index == metadata.num_row_groups - 1:
+                parts.append(Part(first, index + 1, before))
+                first, before, held, rows = index + 1, before + rows, 0, 0
+    return parts
+
+
+def _read_rows(
+    read_columns: Callable[..., Iterator[Any]], path: Path, text_key: str, part: Part | None
+) -> Iterator[tuple[int, bytes | DataError]]:
+    number = part.before if part else 0
+    with _wrap_errors(path):
+        import pyarrow  # takes long
+
+        for column in read_columns(path, text_key, part):
+            # Offsets of a damaged file may point anywhere in this process's memory, so nothing is read before.
+            column.validate(full=True)
+            for text in column.cast(pyarrow.large_binary()).to_pylist():
+                number += 1
+                if text is None:
+                    text = DataError(f"{path}:{number}: '{text_key}' is null; fill or delete the row.")
+                yield number, text
+
+
+def _parquet_columns(path: Path, text_key: str, part: Part | None) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(path, page_checksum_verification=True)
+    _text_column(path, file.schema_arrow, text_key)
+    groups = range(part.first, part.stop) if part else range(file.num_row_groups)
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=[text_key], use_threads=False):
+        yield batch.column(text_key)  # a field of a struct may have the same path
+
+
+def _arrow_columns(path: Path, text_key: str, part: Part | None) -> Iterator[Any]:
+    from pyarrow import OSFile, ipc
+
+    with OSFile(str(path)) as file:  # not mapped: a file that is cut while it is read must not be a SIGBUS
+        head = file.read(6)
+        if head.startswith(b"FEA1"):
+            raise DataError(f"{path}: Feather of version 1, which libraries stop reading; write it again as version 2.")
+        is_file = head == b"ARROW1"
+        read = ipc.open_file if is_file else ipc.open_stream
+        file.seek(0)
+        column = _text_column(path, read(file).schema, text_key)
+        file.seek(0)
+        batches = read(file, options=ipc.IpcReadOptions(included_fields=[column], use_threads=False))
+        for batch in map(batches.get_batch, range(batches.num_record_batches)) if is_file else batches:
+            yield batch.column(0)
+
+
+def _text_column(path: Path, schema: Any, text_key: str) -> int:
+    """Which column has the text. Raises `DataError` if none has that name, more than one, or one of something else."""
+    found = schema.get_all_field_indices(text_key)
+    if not found:
+        raise _missing(f"{path}: no column", text_key, schema.names)
+    if len(found) > 1:
+        raise DataError(f"{path}: column '{text_key}' is there {len(found)} times; name each otherwise.")
+    kind = schema.field(found[0]).type
+    of = kind.value_type if str(kind).startswith("dictionary<") else kind
+    if str(of) not in TEXT_TYPES:
+        raise DataError(f"{path}: column '{text_key}' is not text but {kind}; set data.text_key to one that is.")
+    return int(found[0])
+
+
+@contextmanager
+def _wrap_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file also KeyError, UnicodeDecodeError, OverflowError ...
+        raise DataError(f"{path}: cannot be read ({error}); fetch or write it again, or leave it out.") from error
+
+
+TEXT = Reader(lambda path, text_key, part: iter([(0, read_unpacked(path))]))
+JSON_LINES = Reader(_read_lines, _divide_lines)
+PARQUET = Reader(partial(_read_rows, _parquet_columns), _divide_parquet)
+ARROW = Reader(partial(_read_rows, _arrow_columns))
