@@ -75,7 +75,8 @@ def train_bpe(
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
-    from titanlite.corpus.tokenizers.pieces import CONFIG, config_json, require_distinct
+    from titanlite.corpus.tokenizers import require_distinct
+    from titanlite.corpus.tokenizers.pieces import CONFIG, config_json
 
     special = (arguments.separator, *arguments.special_token)
     require_distinct(special, "--special-token")

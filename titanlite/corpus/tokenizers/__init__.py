@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.errors import Finding, UsageError
+from titanlite.errors import DataError, Finding, UsageError
 from titanlite.recipe.paths import expand
 from titanlite.registry import Registry, did_you_mean
 
@@ -110,10 +110,17 @@ def open_tokenizer(name: str, separator: str | None = None, special_tokens: Sequ
     Raises `UsageError` for an unknown name, and `DataError` for a file that cannot be used, or whose library is not
     installed.
     """
+    require_distinct(special_tokens)
     path = Path(name) if name in TOKENIZERS else _file(expand(name))
     kind = name if name in TOKENIZERS else path.suffix.lower()
     tokenizer: Tokenizer = TOKENIZERS.get(kind)(path, separator, tuple(special_tokens))
     return tokenizer
+
+
+def require_distinct(names: Sequence[str], key: str = "data.special_tokens") -> None:
+    """Raise `DataError` if `key` names one twice."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{key} names '{twice[0]}' twice; take one of them out.")
 
 
 def describe_separator(tokenizer: Tokenizer) -> str:

@@ -20,14 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titanlite.corpus.tokenizers import Ids
-from titanlite.corpus.tokenizers.pieces import (
-    CONFIG,
-    PieceTokenizer,
-    choose_separator,
-    config_json,
-    read_file,
-    require_distinct,
-)
+from titanlite.corpus.tokenizers.pieces import CONFIG, PieceTokenizer, config_json, read_file
 from titanlite.errors import DataError
 
 LLAMA3_PATTERN = (
@@ -164,9 +157,9 @@ def _merge_below(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
 
 # GPT-2's characters for bytes: each byte that can be printed is itself, the others are characters from 256 on.
 _PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
-_CHARACTERS = {byte: chr(byte) for byte in _PRINTED} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
-_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(256 + number): byte for number, byte in enumerate(sorted({*range(256)} - {*_PRINTED}))}
+_CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 
 
 def bytes_of_characters(token: str) -> bytes:
@@ -186,12 +179,10 @@ class RankTokenizer(PieceTokenizer):
 
     def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
         """Raises `DataError`."""
-        require_distinct(special)
         content = read_file(path)
         self.ranks = _read_ranks(path, content)
-        names = special or LLAMA3_SPECIAL_TOKENS
-        ids = {name: number for number, name in enumerate(names, len(self.ranks))}
-        super().__init__(path, content, ids, choose_separator(path, ids, separator), len(self.ranks) + len(ids))
+        ids = {name: number for number, name in enumerate(special or LLAMA3_SPECIAL_TOKENS, len(self.ranks))}
+        super().__init__(path, content, ids, len(self.ranks) + len(ids), separator)
         self.files = {"tokenizer.model": path}
 
     def piece_table(self) -> Mapping[int, bytes]:

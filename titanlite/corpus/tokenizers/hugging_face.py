@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,7 @@ import numpy.typing as npt
 
 from titanlite.corpus.tokenizers import Ids
 from titanlite.corpus.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
-from titanlite.corpus.tokenizers.pieces import (
-    CONFIG,
-    PieceTokenizer,
-    choose_separator,
-    config_json,
-    read_file,
-    require_distinct,
-    wrap_library_errors,
-)
+from titanlite.corpus.tokenizers.pieces import CONFIG, PieceTokenizer, config_json, read_file, wrap_library_errors
 from titanlite.errors import DataError
 
 _NO_TOKEN = "titanlite: no token for unknown text"
@@ -48,29 +40,33 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
         """Raises `DataError`."""
-        require_distinct(special)
         content = self._content = read_file(path)
         fields = _read_object(path, content)
         vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
         _require_little_growth(path, fields)
-        if fields["model"].get("dropout"):  # by which a text has other ids at each call
-            fields["model"]["dropout"] = None
+        model = fields["model"]
+        if model.get("dropout"):  # by which a text has other ids at each call
+            model["dropout"] = None
             self._content = json.dumps(fields).encode()
-        names = {name: number for name, (number, is_special) in added.items() if is_special}
-        self._special = tuple(name for name in special if name not in names)
-        following = count(_next_id(path, vocabulary, added))
-        for name in self._special:
-            known = added[name][0] if name in added else vocabulary.get(name)
-            names[name] = next(following) if known is None else known
         self._added = frozenset(added)
+        own = [name for name, (_, is_special) in added.items() if is_special]
+        self._special = tuple(name for name in special if name not in own)
+        ids, following = dict(vocabulary), len(vocabulary)  # from there the library counts on, holes or not
+        for name in (*added, *self._special):
+            number = ids.setdefault(name, following)
+            if name in added and added[name][0] != number:
+                given = f"id {added[name][0]} by the file, and is {number}"
+                raise DataError(f"{path}: the added token '{name}' has {given}.")
+            following = max(following, number + 1)
         config = path.with_name(CONFIG)
         self._config = _read_object(config, read_file(config)) if config.is_file() else {}
         declared = self._config.get("eos_token")
         declared = declared.get("content") if isinstance(declared, dict) else declared
-        chosen = choose_separator(path, names, separator, declared if isinstance(declared, str) else None)
-        size = max([-1, *vocabulary.values(), *(number for number, _ in added.values()), *names.values()]) + 1
-        super().__init__(path, content, names, chosen, size)
-        self.unknown = _unknown_token(fields["model"])
+        names, size = {name: ids[name] for name in (*own, *self._special)}, max([-1, *ids.values()]) + 1
+        super().__init__(path, content, names, size, separator, declared if isinstance(declared, str) else None)
+        self.unknown = model.get("unk_token")
+        if isinstance(model["vocab"], list):  # Unigram's
+            self.unknown = next((name for name, number in vocabulary.items() if number == model.get("unk_id")), None)
         self.files = {"tokenizer.json": path, **({CONFIG: config} if self._config else {})}
         decoders = [step.get("type") for step in _steps(fields, "decoder")]
         self._is_byte_level, self._falls_back_to_bytes = "ByteLevel" in decoders, "ByteFallback" in decoders
@@ -190,27 +186,6 @@ def _added_tokens(path: Path, fields: Fields) -> dict[str, tuple[int, bool]]:
     raise DataError(f"{path}: added_tokens is not a list of tokens with content, id and special.")
 
 
-def _next_id(path: Path, vocabulary: Mapping[str, int], added: Mapping[str, tuple[int, bool]]) -> int:
-    """The next id that the library gives out, which does so itself for the added tokens that the vocabulary lacks.
-
-    It begins after the vocabulary's length, holes or not. Raises `DataError` where the file says otherwise.
-    """
-    following = len(vocabulary)
-    for name, (number, _) in added.items():
-        expected = vocabulary.get(name, following)
-        if number != expected:
-            raise DataError(f"{path}: the added token '{name}' has id {number} by the file, and is {expected}.")
-        following = max(following, number + 1)
-    return following
-
-
-def _unknown_token(model: Fields) -> str | None:
-    number, vocabulary, token = model.get("unk_id"), model["vocab"], model.get("unk_token")
-    if isinstance(vocabulary, list):  # Unigram's
-        return str(vocabulary[number][0]) if type(number) is int and 0 <= number < len(vocabulary) else None
-    return token if isinstance(token, str) else None
-
-
 def _steps(fields: Fields, name: str) -> Iterator[Fields]:
     """The normalizer, pre-tokenizer or decoder, and the parts of sequences of them."""
     steps = [fields.get(name)]
@@ -226,27 +201,23 @@ def _require_little_growth(path: Path, fields: Fields) -> None:
     process.
     """
     for name in ("normalizer", "pre_tokenizer", "decoder"):
-        growth = 1.0
-        for step in _steps(fields, name):
-            pattern, content = step.get("pattern"), step.get("content")
-            if isinstance(pattern, dict) and isinstance(content, str):  # Replace; a regex may match what is empty
-                least = pattern.get("String")
-                growth *= max(1.0, len(content) / len(least) if isinstance(least, str) and least else 1 + len(content))
-            elif step.get("type") == "ByteLevel":
-                growth *= 2
-            elif step.get("type") == "Precompiled":
-                growth *= _longest_replacement(step.get("precompiled_charsmap"))
-            if growth > _MAX_GROWTH:
-                raise DataError(f"{path}: its {name} may make a text {growth:,.0f} times as long; mend or replace it.")
+        growth = prod(max(1.0, _growth(step)) for step in _steps(fields, name))
+        if growth > _MAX_GROWTH:
+            raise DataError(f"{path}: its {name} may make a text {growth:,.0f} times as long; mend or replace it.")
 
 
-def _longest_replacement(charsmap: Any) -> int:
-    """Bytes of the longest text that one of SentencePiece's maps of characters puts for another one."""
-    try:
-        content = base64.b64decode(charsmap)
-    except (TypeError, ValueError):  # the library will say what is wrong
-        return 1
-    return max(1, *map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")))
+def _growth(step: Fields) -> float:
+    """Times that a step may make a text longer."""
+    pattern, content = step.get("pattern"), step.get("content")
+    if isinstance(pattern, dict) and isinstance(content, str):  # Replace; a regex may match what is empty
+        least = pattern.get("String")
+        return len(content) / len(least) if isinstance(least, str) and least else 1.0 + len(content)
+    if step.get("type") == "Precompiled":  # SentencePiece's map of characters, and after it what they become
+        charsmap: Any = step.get("precompiled_charsmap")
+        with suppress(TypeError, ValueError):  # the library will say what is wrong
+            table = base64.b64decode(charsmap)
+            return float(max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0"))))
+    return 2.0 if step.get("type") == "ByteLevel" else 1.0
 
 
 def _lost_blank(fields: Fields, vocabulary: Mapping[str, int]) -> bytes | None:

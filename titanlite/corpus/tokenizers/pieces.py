@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,6 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, name: Path | None = None, separator: str | None = None, special: Sequence[str] = ()) -> None:
         if separator is not None:
             raise DataError("data.separator: the byte tokenizer's separator is 256 and has no name; leave it out.")
-        require_distinct(special)
         self.files: dict[str, Path] = {}
         self.special_tokens = {token: number for number, token in enumerate(special, self.separator + 1)}
         self.vocab_size = self.separator + 1 + len(special)
@@ -77,12 +76,16 @@ class PieceTokenizer(Tokenizer):
     unknown: str | None = None  # The special token that stands for text without any other
     takes_any_bytes: bool  # Whether what is not UTF-8 can be encoded too, byte by byte
 
-    def __init__(self, path: Path, content: bytes, special: Mapping[str, int], separator: int, vocab_size: int) -> None:
+    def __init__(
+        self, path: Path, content: bytes, special: Mapping[str, int], vocab_size: int,
+        separator: str | None, declared: str | None = None,
+    ) -> None:  # fmt: skip
+        """The separator is what the recipe wants, or else what the file declares to end a text."""
         if vocab_size > MAX_IDS:
             raise DataError(f"{path} has ids up to {vocab_size - 1:,}, and no vocabulary is so large.")
-        self.path, self.special_tokens = path, dict(special)
-        self.separator, self.vocab_size = separator, vocab_size
-        self.fingerprint = fingerprint_of(type(self).__name__, content, special, separator)
+        self.path, self.special_tokens, self.vocab_size = path, dict(special), vocab_size
+        self.separator = special[_choose_separator(path, special, separator, declared)]
+        self.fingerprint = fingerprint_of(type(self).__name__, content, special, self.separator)
         self.dtype = token_dtype(vocab_size)
 
     @abstractmethod
@@ -139,24 +142,19 @@ class PieceTokenizer(Tokenizer):
         """The parts that are UTF-8 as texts of their own, each byte between them as its own id."""
         parts = split_utf8(text)
         if len(parts) > 1 and not self.takes_any_bytes:
+            where = f"byte {ord(parts[1][0]) - 0xDC00:#04x} at position {len(parts[0].encode()) + 1} of the text"
             raise DataError(
-                f"not UTF-8: byte {ord(parts[1][0]) - 0xDC00:#04x} at position {len(parts[0].encode()) + 1} of the "
-                f"text, and {self.path} is not byte-level: it takes UTF-8 alone. Convert the text, or leave it out."
+                f"not UTF-8: {where}, and {self.path} takes nothing else; convert the text, or leave it out."
             )
         found: list[Ids] = [np.empty(0, self.dtype)] * len(parts)
         found[::2] = self.encode_strings(parts[::2])
-        found[1::2] = map(self._ids_of_bytes, parts[1::2])
+        for number, part in enumerate(parts[1::2]):
+            data = part.encode("utf-8", "surrogateescape")
+            if missing := set(data) - self._byte_ids.keys():
+                what = f"the byte {min(missing):#04x}, which is in the text and not UTF-8 there"
+                raise DataError(f"{self.path} has no token for {what}; convert the text to UTF-8.")
+            found[2 * number + 1] = np.array([self._byte_ids[byte] for byte in data], self.dtype)
         return np.concatenate(found)
-
-    def _ids_of_bytes(self, escaped: str) -> Ids:
-        data = escaped.encode("utf-8", "surrogateescape")
-        missing = set(data) - self._byte_ids.keys()
-        if missing:
-            raise DataError(
-                f"{self.path} has no token for the byte {min(missing):#04x}, which is in the text and not UTF-8 there; "
-                "convert the text to UTF-8."
-            )
-        return np.fromiter(map(self._byte_ids.__getitem__, data), self.dtype, len(data))
 
 
 def split_utf8(text: bytes) -> list[str]:
@@ -198,30 +196,20 @@ def config_json(fields: Mapping[str, Any], separator: str | None) -> bytes:
     return json.dumps({**defaults, **fields, "eos_token": separator}, indent=2).encode() + b"\n"
 
 
-def require_distinct(names: Sequence[str], key: str = "data.special_tokens") -> None:
-    """Raise `DataError` if `key` names one twice."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{key} names '{twice[0]}' twice; take one of them out.")
-
-
-def choose_separator(path: Path, special: Mapping[str, int], wanted: str | None, declared: str | None = None) -> int:
-    """The id that stands between documents: of the special token that the recipe wants, of the one that the file
-    declares to end a text, or of the one that is known to. Raises `DataError` if there is none or more than one.
+def _choose_separator(path: Path, special: Mapping[str, int], wanted: str | None, declared: str | None) -> str:
+    """What stands between documents: the special token that the recipe wants, the one that the file declares to end a
+    text, or the one that is known to. Raises `DataError` if there is none or more than one.
     """
-    name = declared if wanted is None else wanted
-    if name is not None:
+    listed = list_some([*map(repr, special)], 12) or "none"
+    if (name := declared if wanted is None else wanted) is not None:
         if name not in special:
             key = "eos_token of tokenizer_config.json beside it" if wanted is None else "data.separator"
-            hint = did_you_mean(name, list(special)) or f"it has {_list(special)}."
+            hint = did_you_mean(name, list(special)) or f"it has {listed}."
             raise DataError(f"{path} has no special token '{name}' ({key}); {hint}")
-        return special[name]
+        return name
     known = [name for name in END_OF_TEXT if name in special]
     if len(known) == 1:
-        return special[known[0]]
-    found = f"several special tokens that may end a document: {_list(known)}" if known else ""
-    found = found or f"no special token that is known to end a document; it has {_list(special)}"
+        return known[0]
+    found = f"several special tokens that may end a document: {', '.join(map(repr, known))}"
+    found = found if known else f"no special token that is known to end a document; it has {listed}"
     raise DataError(f"{path} has {found}. Name the one to put between documents as data.separator.")
-
-
-def _list(names: Iterable[str]) -> str:
-    return list_some([*map(repr, names)], 12) or "none"
