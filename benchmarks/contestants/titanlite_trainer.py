@@ -19,6 +19,7 @@ from titanlite.observe.jsonl import JsonlSink
 from titanlite.observe.logger import RunLogger
 from titanlite.parallel.world import join_world
 from titanlite.recipe.load import load_recipe
+from titanlite.training.setup import Run
 from titanlite.training.trainer import Trainer
 
 
@@ -49,7 +50,7 @@ def main() -> None:
         logger = RunLogger()
         logger.sinks["jsonl"] = JsonlSink(folder / "metrics.jsonl", 0, logger.info)
         checkpoints = CheckpointManager(folder / "checkpoints", logger.info, Ranks(world.rank, world.size))
-        Trainer(recipe, loaded.text, world, replace(data, train=gated), checkpoints, logger).run()
+        Trainer(Run(recipe, loaded.text, world, replace(data, train=gated), checkpoints, logger)).train()
 
 
 if __name__ == "__main__":

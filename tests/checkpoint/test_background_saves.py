@@ -18,12 +18,13 @@ from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Retention
 from titanlite.checkpoint.save import BackgroundSaver
-from titanlite.data.read_log import NO_LOG
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 from titanlite.observe.logger import RunLogger
-from titanlite.resilience.watchdog import OFF
+from titanlite.parallel.world import World
+from titanlite.recipe.sections import Recipe
 from titanlite.training.saving import Saving
+from titanlite.training.setup import Run
 
 
 def begin(checkpoints: CheckpointManager, step: int, weights: torch.Tensor, **values: Any) -> None:
@@ -116,7 +117,8 @@ def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, backgrou
         raise RunFolderLost("taken")
 
     checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=99, require_own=refuse)
-    saving = Saving(checkpoints, None, RunLogger(), NO_LOG, OFF, 0.0, is_rank0=False)
+    nothing: Any = None
+    saving = Saving(Run(Recipe(), "", World(1, 2, torch.device("cpu")), nothing, checkpoints, RunLogger()))
     state = {"w": Shard.whole(torch.zeros(3))}
     saving.begin(state, CheckpointMetadata(1))
     checkpoints.close()

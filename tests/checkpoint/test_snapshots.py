@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,8 +26,9 @@ from titanlite.cli.main import run_command
 from titanlite.cli.train import main
 from titanlite.errors import UsageError
 from titanlite.models.shard import Shard
-from titanlite.training import trainer
+from titanlite.observe.run_folder import Start
 from titanlite.training.saving import usable_snapshots
+from titanlite.training.train_state import TrainState
 
 PAIRS, RING, UNEQUAL = [0, 0, 2, 2], [0, 1, 2], [0, 0, 0, 3]
 """Ranks on machines, these by their first rank."""
@@ -254,15 +256,15 @@ def curve(name: str) -> list[tuple[Any, ...]]:
 
 def killed(train: Callable[..., int], step: int, *words: str) -> None:
     """A run that dies in `step`."""
-    take_step = trainer.Trainer._train_step
+    take_step = TrainState.step
 
-    def dies(self: trainer.Trainer, *arguments: Any) -> None:
-        if self.progress.step + 1 == step:
+    def dies(self: TrainState, number: int, *rest: Any) -> Any:
+        if number == step:
             raise RuntimeError("the process dies")
-        take_step(self, *arguments)
+        return take_step(self, number, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_train_step", dies)
+        patch.setattr(TrainState, "step", dies)
         with pytest.raises(RuntimeError, match="dies"):
             train(*words)
 
@@ -344,11 +346,13 @@ def test_a_rollback_goes_to_the_same_step_with_snapshots_or_without(
 
 def test_a_restart_goes_on_without_snapshots_where_they_do_not_fit(tmp_path: Path) -> None:
     said: list[str] = []
+    logger = SimpleNamespace(info=said.append)
     for restarted in (False, True):
         none = Snapshots(tmp_path / "nowhere", tmp_path, pytest.fail)
+        run: Any = SimpleNamespace(snapshots=none, start=Start(restarted=restarted), logger=logger)
         if restarted:
-            assert usable_snapshots(none, {}, restarted, said.append) is None
+            assert usable_snapshots(run, {}) is None
         else:
             with pytest.raises(UsageError):
-                usable_snapshots(none, {}, restarted, said.append)
+                usable_snapshots(run, {})
     assert "no snapshots are taken" in said[0] and len(said) == 1

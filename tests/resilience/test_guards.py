@@ -23,9 +23,11 @@ from titanlite.data.loader import train_loader
 from titanlite.errors import GuardStop
 from titanlite.models.shard import may_be_nonfinite
 from titanlite.parallel.model import Evaluation, ParallelModel
+from titanlite.parallel.world import World
 from titanlite.recipe.sections import Resilience
+from titanlite.resilience import guards as judging
 from titanlite.resilience.guards import Guards, RollBack, nonfinite_names
-from titanlite.training import feed, trainer
+from titanlite.training import feed
 from titanlite.training.train_state import TrainState
 
 CPU = torch.device("cpu")
@@ -301,14 +303,14 @@ def test_a_restart_neither_forgets_that_the_run_went_back_nor_reads_what_it_pass
     keys = ("--resilience.on_spike=rollback", "--data.workers=1")
     assert train(*keys, "--run.name=whole") == 0
     with monkeypatch.context() as patch:
-        after_step = trainer.Trainer._after_step
+        take_step = TrainState.step
 
-        def dies(self: trainer.Trainer) -> None:
-            after_step(self)
-            if self.state.guards.rollbacks and self.progress.step == 22:
+        def dies(self: TrainState, number: int, *rest: Any) -> Any:
+            if self.guards.rollbacks and number == 23:
                 raise KeyboardInterrupt
+            return take_step(self, number, *rest)
 
-        patch.setattr(trainer.Trainer, "_after_step", dies)
+        patch.setattr(TrainState, "step", dies)
         assert train(*keys, "--run.name=parts") not in (0, 75)
     assert train(*keys, "--run.name=parts") == 0
     assert curve("parts") == curve("whole")
@@ -411,7 +413,7 @@ def test_a_ruined_checkpoint_of_an_older_titanlite_is_passed_over_on_the_way_bac
     folder: Path, ruin: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     ruin(20, name)
-    monkeypatch.setattr(trainer, "may_be_nonfinite", lambda tensors: torch.zeros((), dtype=torch.bool))
+    monkeypatch.setattr(judging, "may_be_nonfinite", lambda tensors: torch.zeros((), dtype=torch.bool))
     assert train("--resilience.on_nonfinite=rollback") == 0
     assert [(row["step"], row["values"]["to_step"]) for row in rows("tiny", "rollback")] == [(24, 10)]
     assert damaged("tiny") == []
@@ -431,10 +433,10 @@ def test_an_update_that_ruins_the_weights_each_time_ends_the_run(
 def test_large_values_are_no_false_alarm() -> None:
     large = {"a": torch.full((9,), 1e30), "b": torch.zeros(0), "c": torch.ones(3, dtype=torch.float64)}
     assert may_be_nonfinite(large.values()), "their squares overflow"
-    guards = Guards(Resilience(), CPU)
-    assert guards.review(7, torch.tensor(True), lambda: nonfinite_names(large, 1)) == []
+    world, guards = World(0, 1, CPU), Guards(Resilience(), CPU)
+    assert nonfinite_names(large, world) == "" and guards.review(7) == []
     large["c"][1] = INF
-    (bad,) = guards.review(7, torch.tensor(True), lambda: nonfinite_names(large, 1))
+    (bad,) = guards.review(7, nonfinite_names(large, world))
     assert (bad.step, bad.kind, bad.tensors, bad.action) == (7, "nonfinite_state", "c", "stop")
     sound = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.zeros(0), torch.ones(2, dtype=torch.int64)]
     assert not may_be_nonfinite(sound) and not may_be_nonfinite(sound[2:])

@@ -21,6 +21,7 @@ from titanlite.parallel.world import World
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
+from titanlite.training.setup import Run
 from titanlite.training.train_state import TrainState
 from titanlite.training.trainer import Trainer
 
@@ -39,9 +40,11 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
         if fault is not None and fault[1] == rank:
             _inject(patch, fault[0], fault[2])
         checkpoints = CheckpointManager(Path(folder), print, Ranks(rank, world))
-        trainer = Trainer(recipe, to_toml(recipe), World(rank, world, torch.device("cpu")), data, checkpoints, logger)
+        trainer = Trainer(
+            Run(recipe, to_toml(recipe), World(rank, world, torch.device("cpu")), data, checkpoints, logger)
+        )
         try:
-            trainer.run()
+            trainer.train()
         except TitanliteError as error:
             said = f"{type(error).__name__}: {error}"
     weights = {name: shard.tensor.detach().clone() for name, shard in trainer.state.shards.table.items()}

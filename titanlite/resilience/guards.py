@@ -8,7 +8,7 @@ decided by the recipe and done by the trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from titanlite.errors import GuardStop
-from titanlite.models.shard import is_finite
+from titanlite.models.shard import is_finite, may_be_nonfinite
+from titanlite.parallel.world import World
 from titanlite.recipe.sections import LONGEST_SPIKE_WINDOW, Resilience
 from titanlite.resilience.corruption import gather_json
 from titanlite.text import list_some
@@ -53,30 +54,46 @@ class BadStep:
     @property
     def outcome(self) -> str:
         """What became of the step."""
-        return {
-            "nonfinite_state": "not saved",
-            "nonfinite_validation": "not saved" if self.action == "rollback" else "saved without this loss",
-        }.get(self.kind, "not applied")
+        if self.kind == "nonfinite_validation" and self.action != "rollback":
+            return "saved without this loss"
+        return "not saved" if self.kind in ("nonfinite_state", "nonfinite_validation") else "not applied"
 
     def __str__(self) -> str:
-        if self.kind == "nonfinite_state":
-            return f"an update left values that are not finite in {self.tensors}"
-        if self.kind == "nonfinite_validation":
-            return f"the validation loss is {self.loss:g}"
-        if self.kind == "nonfinite":
-            return f"the loss is {self.loss:g} and the gradient norm {self.grad_norm:g}"
-        what, value, z = (
-            ("loss", self.loss, self.loss_z)
-            if self.kind == "loss_spike"
-            else ("gradient norm", self.grad_norm, self.grad_norm_z)
-        )
-        return f"the {what} {value:g} is {z:.1f} deviations above the median of the steps before"
+        return _KINDS[self.kind][0].format(self)
 
     def values(self) -> dict[str, Any]:
         """What is known of it, for machines; numbers that are not finite are None."""
         numbers = {name: getattr(self, name) for name in ("loss", "grad_norm", "loss_z", "grad_norm_z")}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         return {"kind": self.kind, **finite, "action": self.action}
+
+
+_ABOVE = "deviations above the median of the steps before"
+_KINDS: dict[Kind, tuple[str, str]] = {
+    "nonfinite": (
+        "the loss is {0.loss:g} and the gradient norm {0.grad_norm:g}",
+        "Lower optimizer.lr or lengthen schedule.warmup_steps; debug.find_nonfinite = true names the module; "
+        "resilience.on_nonfinite = 'skip' passes over such steps.",
+    ),
+    "loss_spike": (
+        f"the loss {{0.loss:g}} is {{0.loss_z:.1f}} {_ABOVE}",
+        "Look at the samples that metrics.jsonl names; lower optimizer.lr, or raise resilience.spike_zscore.",
+    ),
+    "gradient_spike": (
+        f"the gradient norm {{0.grad_norm:g}} is {{0.grad_norm_z:.1f}} {_ABOVE}",
+        "Lower optimizer.lr or optimizer.clip_norm, or raise resilience.spike_zscore.",
+    ),
+    "nonfinite_state": (
+        "an update left values that are not finite in {0.tensors}",
+        "The checkpoints from before are there. Lower optimizer.lr, or raise optimizer.eps; "
+        "resilience.on_nonfinite = 'rollback' goes back by itself.",
+    ),
+    "nonfinite_validation": (
+        "the validation loss is {0.loss:g}",
+        "Look at the validation text and at what precision.compute holds; resilience.on_nonfinite = 'skip' goes on.",
+    ),
+}
+"""What happened, and what to do about it."""
 
 
 class RollBack(Exception):
@@ -131,7 +148,7 @@ class Guards:
             appended = torch.cat((self._history[1:], numbers.unsqueeze(0)))
             self._history.copy_(torch.where(taken, appended, self._history))
         if len(self._unread) == _MOST_UNREAD:
-            self._read += self._read_device()[0]
+            self._read_device()
         return taken
 
     def _z_scores(self, numbers: Tensor) -> Tensor:
@@ -144,33 +161,31 @@ class Guards:
         deviation = torch.maximum(_MAD_TO_DEVIATION * _median((window - median).abs()), _LEAST_DEVIATION * median)
         return torch.where(window[0] == _NONE, math.nan, (numbers - median) / deviation)
 
-    def review(self, step: int = 0, suspect: Tensor | None = None, find: Callable[[], str] = str) -> list[BadStep]:
+    def review(self, step: int = 0, nonfinite: str = "") -> list[BadStep]:
         """The bad steps since the last review. Reads the device: call it only on logged steps, and before a save.
 
-        There, `suspect` is whether the state after `step` may hold values that are not finite (`may_be_nonfinite`);
-        if so, `find` names the tensors that do.
+        There, `nonfinite` names the tensors of the state after `step` that hold what is not finite.
         """
-        found, is_suspect = self._read_device(suspect)
-        found, self._read = self._read + found, []
+        self._read_device()
+        found, self._read = self._read, []
         skipped = [bad.step for bad in found if bad.action == "skip"]
         for each in skipped:
             first, last = self.skips_in_a_row
             self.skips_in_a_row = (first if each == last + 1 else each, each)
         if skipped:
             self._count(self.skipped + len(skipped), self.rollbacks)
-        if is_suspect and not any(bad.action != "skip" for bad in found) and (names := find()):
+        if nonfinite and len(skipped) == len(found):  # what halts comes before
             action = self.section.on_nonfinite  # to skip is too late: the update is applied
-            found.append(BadStep(step, "nonfinite_state", "stop" if action == "skip" else action, tensors=names))
+            action = "stop" if action == "skip" else action
+            found.append(BadStep(step, "nonfinite_state", action, tensors=nonfinite))
         return found
 
-    def _read_device(self, suspect: Tensor | None = None) -> tuple[list[BadStep], bool]:
-        """The bad ones among the steps that were not read yet, and the value of `suspect`."""
+    def _read_device(self) -> None:
+        """Keep the bad ones among the steps that were not read yet."""
         unread, self._unread = self._unread, []
-        wanted = [bad for _, bad, _ in unread] + ([] if suspect is None else [suspect.to(self._halted.device)])
-        flags = torch.stack(wanted).tolist() if wanted else []
-        is_suspect = suspect is not None and flags.pop()
-        pairs = zip(flags, unread, strict=True)
-        return [self._describe(step, *values.tolist()) for bad, (step, _, values) in pairs if bad], is_suspect
+        bad = torch.stack([bad for _, bad, _ in unread]).tolist() if unread else []
+        pairs = zip(bad, unread, strict=True)
+        self._read += [self._describe(step, *values.tolist()) for is_bad, (step, _, values) in pairs if is_bad]
 
     def _describe(self, step: int, loss: float, norm: float, loss_z: float, norm_z: float) -> BadStep:
         kind: Kind = "gradient_spike" if norm_z > loss_z else "loss_spike"
@@ -188,22 +203,16 @@ class Guards:
         if not bad:
             return
         last, section = bad[-1], self.section  # after a step that halts, none is listed
-        problem = f"step {last.step}: {last}."
-        outcome = f"{problem} The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
-        if last.action == "stop":
-            raise GuardStop(f"{outcome} {_ADVICE[last.kind]}")
+        reason = f"step {last.step}: {last}. The {'state' if 'saved' in last.outcome else 'step'} was {last.outcome}."
         if last.action == "rollback":
-            if self.rollbacks >= section.max_rollbacks:
-                raise GuardStop(
-                    f"{outcome} The run went back {self.rollbacks} times; resilience.max_rollbacks = "
-                    f"{section.max_rollbacks}. {_ADVICE[last.kind]}"
-                )
-            raise RollBack(last)
-        if self.skipped > section.max_skips:
-            raise GuardStop(
-                f"{problem} With it {self.skipped} steps were passed over, more than "
-                f"resilience.max_skips = {section.max_skips} allows. {_ADVICE[last.kind]}"
-            )
+            if self.rollbacks < section.max_rollbacks:
+                raise RollBack(last)
+            reason += f" The run went back {self.rollbacks} times; resilience.max_rollbacks = {section.max_rollbacks}."
+        elif last.action == "skip":
+            if self.skipped <= section.max_skips:
+                return
+            reason += f" With it {self.skipped} steps were skipped; resilience.max_skips = {section.max_skips}."
+        raise GuardStop(f"{reason} {_KINDS[last.kind][1]}")
 
     def require_good_end(self, step: int, validation_loss: float | None) -> None:
         """A run that took no more steps before its last, or ends with a model that makes no numbers, is not done:
@@ -242,22 +251,13 @@ class Guards:
         return {"history": self._history, "counts": self._counts}
 
 
-def nonfinite_names(tensors: Mapping[str, Tensor], ranks: int) -> str:
-    """Names of the tensors that hold inf or NaN on any of the `ranks`, which all call this with theirs; empty: none."""
+def nonfinite_names(tensors: Mapping[str, Tensor], world: World) -> str:
+    """Names of the tensors that hold inf or NaN on any rank; all ranks call this with theirs. Empty: none does."""
+    suspect = may_be_nonfinite(tensors.values()).int().to(world.device)  # of a rank without any: on the host
+    if not world.reduce(suspect, "max"):
+        return ""
     own = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    return list_some(list(dict.fromkeys(name for names in gather_json(own, ranks) for name in names)))
-
-
-_ADVICE = {
-    "nonfinite": "Lower optimizer.lr or lengthen schedule.warmup_steps; debug.find_nonfinite = true names the module; "
-    "resilience.on_nonfinite = 'skip' passes over such steps.",
-    "loss_spike": "Look at the samples that metrics.jsonl names; lower optimizer.lr, or raise resilience.spike_zscore.",
-    "gradient_spike": "Lower optimizer.lr or optimizer.clip_norm, or raise resilience.spike_zscore.",
-    "nonfinite_state": "The checkpoints from before are there. Lower optimizer.lr, or raise optimizer.eps; "
-    "resilience.on_nonfinite = 'rollback' goes back by itself.",
-    "nonfinite_validation": "Look at the validation text, and at what precision.compute can hold; "
-    "resilience.on_nonfinite = 'skip' goes on.",
-}
+    return list_some(list(dict.fromkeys(name for names in gather_json(own, world.size) for name in names)))
 
 
 def _median(window: Tensor) -> Tensor:

@@ -18,20 +18,20 @@ from titanlite.errors import OtherRankFailed, TitanliteError, WorkerKilled
 from titanlite.files import cause
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.run_folder import GO_ON, RunFolder, Start
-from titanlite.parallel.world import World, explain_full_memory, is_peer_failure, join_world
+from titanlite.parallel.world import explain_full_memory, is_peer_failure, join_world
 from titanlite.plan.describe import describe_model, describe_run
 from titanlite.plan.launch import launch_environment, torchrun_environment
 from titanlite.plan.layout import active_ranks
 from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
-from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
 from titanlite.resilience.rank_table import HangReport
 from titanlite.resilience.stacks import log_path
 from titanlite.resilience.watchdog import Watchdog
 from titanlite.text import format_count, pluralize
 from titanlite.training import setup
-from titanlite.training.progress import RunProgress
+from titanlite.training.progress import Progress
+from titanlite.training.setup import Run
 from titanlite.training.trainer import Trainer
 
 
@@ -39,73 +39,69 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     """Run a checked recipe to its end. Raises `TitanliteError` of the type that says how else it ended."""
     recipe, timeout = loaded.recipe, loaded.recipe.parallel.timeout_seconds
     path = expand(recipe.run.output_dir) / recipe.run.name
-    opened = _open_data_or_error(recipe)
-    progress = RunProgress()
+    opened = setup.try_to_open_data(recipe)
+    progress = Progress()
     with ExitStack() as stack:
         active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(join_world(recipe.run.deterministic, timeout, active))
         ranks = Ranks(world.rank, world.size)
-        data, notes = setup.open_on_all_ranks(ranks, opened)
+        ranks.run_on_all_ranks(lambda: opened.result() and None)
+        data, notes = opened.result()
         logger = stack.enter_context(closing(RunLogger()))
         # No rank looks for checkpoints before the first one has locked and cleared the folder.
         folder, start, attempt = setup.lock_run_folder(stack, ranks, loaded, path, start, logger, progress)
         checkpoints, snapshots = setup.open_checkpoints(recipe, path, world, logger, folder)
         progress.under_way = setup.find_latest_step(ranks, loaded, checkpoints, snapshots) + 1, None
-        crash = CrashRecorder(path / "logs" / "crashes", attempt, world, loaded, progress)
+        run = Run(recipe, loaded.text, world, data, checkpoints, logger, start, snapshots=snapshots, progress=progress)
+        crash = CrashRecorder(path / "logs" / "crashes", attempt, run)
 
-        def on_hang(step: int, report: HangReport) -> None:
-            _record_hang(logger, folder, crash, path / "logs", step, report)
+        def record_hang(step: int, report: HangReport) -> None:
+            """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
+            if folder is not None:
+                folder.write_status("failed", step, TitanliteError.exit_code, report.reason)
+                logger.event(step, "hung", report.reason)
+            stacks = f"the stacks of all threads are in {log_path(path / 'logs', report.rank)}"
+            hang = crash.describe("Hang", report.reason, stacks)
+            crash.write(replace(hang, rank=report.rank, host=report.host))
 
-        watchdog = Watchdog(recipe.resilience.watchdog_seconds, path / "logs", world.rank, world.size, on_hang)
-        with crash.recorded(), watchdog, explain_full_memory():
-            read_log = stack.enter_context(closing(setup.open_read_log(recipe, path, world, attempt, logger)))
-            verification = setup.begin_verification(stack, data, path, ranks, logger)
-            trainer = Trainer(
-                recipe, loaded.text, world, data, checkpoints, logger, start, watchdog, snapshots, read_log,
-                verification, progress,
-            )  # fmt: skip
+        seconds = recipe.resilience.watchdog_seconds
+        run.watchdog = Watchdog(seconds, path / "logs", world.rank, world.size, record_hang)
+        with crash.recorded(), run.watchdog, explain_full_memory():
+            run.read_log = stack.enter_context(closing(setup.open_read_log(recipe, path, world, attempt, logger)))
+            run.verification = setup.begin_verification(stack, data, path, ranks, logger)
+            trainer = Trainer(run)
             hosts = ranks.run_on_all_ranks(platform.node, lambda hosts: hosts)
             if folder is not None:
-                _begin(logger, folder, trainer, hosts, notes)
+                _begin(run, folder, hosts, notes)
             begun_at = progress.step
-            trainer.run()
-            if folder is not None:
-                logger.info(_end_in_words(folder.path, trainer, begun_at))
-
-
-def _open_data_or_error(recipe: Recipe) -> setup.OpenedData | TitanliteError:
-    try:
-        return setup.open_run_data(recipe)
-    except TitanliteError as error:
-        return error
+            trainer.train()
+            logger.info(_end_in_words(path, run, begun_at))
 
 
 class CrashRecorder:
     """Writes down what fails on this rank, so that the next start can tell a step that fails again and again."""
 
-    def __init__(self, folder: Path, attempt: int, world: World, loaded: LoadedRecipe, progress: RunProgress) -> None:
+    def __init__(self, folder: Path, attempt: int, run: Run) -> None:
         self._folder = folder
         self._attempt = attempt
-        self._world = world
-        self._loaded = loaded
-        self._progress = progress
+        self._run = run
 
     def describe(self, kind: str, message: str, stack: str) -> crashes.Crash:
         """The record of a failure in the step that is under way."""
-        (step, first), under = self._progress.under_way, torchrun_environment()
+        (step, first), under, run = self._run.progress.under_way, torchrun_environment(), self._run
         return crashes.Crash(
             attempt=self._attempt,
             restart=under.restarts if under else 0,
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             step=step,
-            samples=(first, first + self._loaded.recipe.training.global_batch - 1) if first is not None else (),
-            rank=self._world.rank,
-            ranks=self._world.size,
+            samples=(first, first + run.recipe.training.global_batch - 1) if first is not None else (),
+            rank=run.world.rank,
+            ranks=run.world.size,
             host=platform.node(),
             kind=kind,
             message=message,
             traceback=stack,
-            recipe=crashes.digest(self._loaded.text),
+            recipe=crashes.digest(run.recipe_text),
         )
 
     def write(self, crash: crashes.Crash) -> None:
@@ -137,64 +133,31 @@ class CrashRecorder:
             raise
 
 
-def _begin(logger: RunLogger, folder: RunFolder, trainer: Trainer, hosts: list[str], notes: list[str]) -> None:
+def _begin(run: Run, folder: RunFolder, hosts: list[str], notes: list[str]) -> None:
     """Open the files that rows go to, and print what starts; `hosts` are the ranks' machines."""
-    progress, data = trainer.progress, trainer.feed.data
-    logger.open_sinks(trainer.recipe, folder.path, progress.step)
+    step, logger, recipe, data = run.progress.step, run.logger, run.recipe, run.data
+    logger.open_sinks(recipe, folder.path, step)
     folder.keep(FOLDER, data.tokenizer.files)
-    folder.settle(progress.step)
-    run = describe_run(trainer.recipe, trainer.world.size)
+    folder.settle(step)
+    facts = describe_run(recipe, run.world.size)
     logger.info(
-        f"{folder.path}: {describe_model(run)}, {format_count(run['parameters'])} parameters, {run['steps']} steps of "
-        f"{run['global_batch']} x {run['sequence_length']} tokens, {trainer.recipe.precision.compute} on "
-        f"{trainer.world.size} x {trainer.world.device.type}; trains on {format_count(data.train.tokens)} "
-        f"tokens, {data.train.windows} sequences an epoch"
+        f"{folder.path}: {describe_model(facts)}, {format_count(facts['parameters'])} parameters, {facts['steps']} "
+        f"steps of {facts['global_batch']} x {facts['sequence_length']} tokens, {recipe.precision.compute} on "
+        f"{run.world.size} x {run.world.device.type}; trains on {format_count(data.train.tokens)} tokens, "
+        f"{data.train.windows} sequences an epoch"
     )
     for line in notes:
         logger.info(line)
-    if run["float8"] is not None:
-        logger.info(f"float8 ({run['float8']['recipe']}): {run['float8']['summary']}")
-    logger.event(progress.step, "started", _start_in_words(folder, hosts))
+    if facts["float8"] is not None:
+        logger.info(f"float8 ({facts['float8']['recipe']}): {facts['float8']['summary']}")
+    logger.event(step, "started", _start_in_words(folder, hosts))
     if folder.resumed:
-        old, new = folder.changes.get("data.skip_steps", ((), ()))
-        past = progress.samples // trainer.recipe.training.global_batch
-        late = [batch for batch in new if batch not in old and batch <= past]
+        samples, (old, new) = run.progress.samples, folder.changes.get("data.skip_steps", ((), ()))
+        late = [batch for batch in new if batch not in old and batch <= samples // recipe.training.global_batch]
         if late:
-            logger.info(f"data.skip_steps: no effect of {late}: the run is past them, at sample {progress.samples}.")
+            logger.info(f"data.skip_steps: no effect of {late}: the run is past them, at sample {samples}.")
         changed = "".join(f"; {key}: {old!r} -> {new!r}" for key, (old, new) in folder.changes.items())
-        logger.event(progress.step, "resumed", f"from {folder.path}{changed}")
-
-
-def _end_in_words(path: Path, trainer: Trainer, begun_at: int) -> str:
-    """What is there at the end, and what to do with it."""
-    run, steps = shlex.quote(str(path)), trainer.total_steps
-    if begun_at == steps:
-        key = "training.steps" if trainer.recipe.training.tokens is None else "training.tokens"
-        return (
-            f"nothing is left to train: {path} has taken all of its {pluralize(steps, 'step')}. To train on, raise "
-            f"{key} and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={run}"
-        )
-    loss = "" if trainer.validation_loss is None else f", validation loss {trainer.validation_loss:.4f}"
-    return (
-        f"done: {pluralize(steps, 'step')}{loss}; the checkpoint is {trainer.saving.checkpoints.path(steps)}. Next: "
-        f"titanlite generate {run} --prompt TEXT, or titanlite checkpoint export-hf {run} FOLDER"
-    )
-
-
-def _record_hang(
-    logger: RunLogger,
-    folder: RunFolder | None,
-    crash: CrashRecorder,
-    logs: Path,
-    step: int,
-    report: HangReport,
-) -> None:
-    """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
-    if folder is not None:
-        folder.write_status("failed", step, TitanliteError.exit_code, report.reason)
-        logger.event(step, "hung", report.reason)
-    stacks = f"the stacks of all threads are in {log_path(logs, report.rank)}"
-    crash.write(replace(crash.describe("Hang", report.reason, stacks), rank=report.rank, host=report.host))
+        logger.event(step, "resumed", f"from {folder.path}{changed}")
 
 
 def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
@@ -204,7 +167,21 @@ def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
     ranks = f"{pluralize(len(hosts), 'rank')} on {', '.join(machines[:8])}{' …' if len(machines) > 8 else ''}"
     standby = launch_environment().size - len(hosts)
     waiting = f", {standby} standing by" if standby else ""
-    last = folder.last_end()
-    return f"start {folder.attempt} of this run{restart}, {ranks}{waiting}" + (
-        f"; the last one: {last}" if last else ""
+    last = f"; the last one: {end}" if (end := folder.last_end()) else ""
+    return f"start {folder.attempt} of this run{restart}, {ranks}{waiting}{last}"
+
+
+def _end_in_words(path: Path, run: Run, begun_at: int) -> str:
+    """What is there at the end, and what to do with it."""
+    it, steps, loss = shlex.quote(str(path)), run.total_steps, run.progress.validation_loss
+    if begun_at == steps:
+        key = "training.steps" if run.recipe.training.tokens is None else "training.tokens"
+        return (
+            f"nothing is left to train: {path} has taken all of its {pluralize(steps, 'step')}. To train on, raise "
+            f"{key} and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={it}"
+        )
+    validated = "" if loss is None else f", validation loss {loss:.4f}"
+    return (
+        f"done: {pluralize(steps, 'step')}{validated}; the checkpoint is {run.checkpoints.path(steps)}. Next: "
+        f"titanlite generate {it} --prompt TEXT, or titanlite checkpoint export-hf {it} FOLDER"
     )

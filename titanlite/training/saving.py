@@ -6,67 +6,60 @@ The trainer says which state after which step; when a save is due on all ranks i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from titanlite.checkpoint.format import CheckpointMetadata
-from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import SaveResult
 from titanlite.checkpoint.snapshots import Snapshots
-from titanlite.data.read_log import ReadLog
 from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly, UsageError
 from titanlite.models.shard import Shard
-from titanlite.observe.logger import RunLogger
-from titanlite.resilience.watchdog import Watchdog
+from titanlite.training.setup import Run
 
-_LONGEST_PAUSE_SECONDS = 30.0
-"""Between two attempts to save what a run ends with."""
-_SHORT_SECONDS = 1.0
-"""Shorter waits are not logged."""
+_LONGEST_PAUSE_SECONDS = 30.0  # between two attempts to save what a run ends with
+_SHORT_SECONDS = 1.0  # shorter waits are not logged
 
 
-def usable_snapshots(
-    snapshots: Snapshots | None, state: Mapping[str, Shard], restarted: bool, say: Callable[[str], None]
-) -> Snapshots | None:
-    """The snapshots, if the machines can keep any of `state`. A restart resumes without rather than not at all."""
-    if snapshots is None:
+def usable_snapshots(run: Run, state: Mapping[str, Shard]) -> Snapshots | None:
+    """The run's, if the machines can keep any of `state`. A restart resumes without rather than not at all."""
+    if run.snapshots is None:
         return None
     try:
-        snapshots.prepare()
-        snapshots.require_room(state)
+        run.snapshots.prepare()
+        run.snapshots.require_room(state)
     except UsageError as error:
-        if not restarted:
+        if not run.start.restarted:
             raise
-        say(f"warning: no snapshots are taken: {error}")
+        run.logger.info(f"warning: no snapshots are taken: {error}")
         return None
-    return snapshots
+    return run.snapshots
 
 
 class Saving:
-    """Saves of one run, and their log. What it does, all ranks do after the same step."""
+    """Saves of one run, and their log. What it does, all ranks do after the same step.
 
-    def __init__(
-        self,
-        checkpoints: CheckpointManager,
-        snapshots: Snapshots | None,
-        logger: RunLogger,
-        read_log: ReadLog,
-        watchdog: Watchdog,
-        every_minutes: float,
-        is_rank0: bool,
-    ) -> None:
-        """`is_rank0`: it alone reads the clock and looks for the file that asks for a save."""
-        self.checkpoints = checkpoints
-        self.snapshots = snapshots
-        self._logger = logger
-        self._read_log = read_log
-        self._watchdog = watchdog
-        self._requests = SaveRequests(checkpoints.folder.parent / SAVE_NOW, every_minutes, logger.info, is_rank0)
-        self._lost = False
-        """Whether a save has found that the run folder may be another process's."""
-        self._snapshots_fail: bool | None = None
-        """Whether the last one did; None before the first."""
+    At the end of its context a save in the background ends too, if no rank that is gone may be waited for.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        file, every = run.checkpoints.folder.parent / SAVE_NOW, run.recipe.checkpoint.every_minutes
+        self._requests = SaveRequests(file, every, run.logger.info, run.world.is_first)
+        self._lost = False  # whether a save has found that the run folder may be another process's
+        self._snapshots_fail: bool | None = None  # whether the last one did; None before the first
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        run = self._run
+        if error is None or isinstance(error, StoppedEarly):
+            if run.snapshots is not None:
+                run.snapshots.close()  # the state is on a disk
+        elif type(error) is GuardStop or (run.world.size == 1 and isinstance(error, Exception)):
+            # What ends all ranks alike is a guard; any other error may be this rank's alone.
+            run.checkpoints.close()
+            self._note(run.checkpoints.result())
 
     def due(self) -> bool:
         """Whether the clock or the user asks for a checkpoint, on this rank; or the loss of the run folder does, which
@@ -74,80 +67,56 @@ class Saving:
         """
         return self._lost or self._requests.due()
 
-    def covers(self, step: int) -> bool:
-        """Whether there is a checkpoint of `step`, or one is being written: another would be none the better."""
-        return self.checkpoints.covers(step)
-
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a checkpoint, once the one before has ended. Raises `CheckpointError` if too many have failed."""
         self._requests.begun()
-        if self.covers(metadata.step):
+        if self._run.checkpoints.covers(metadata.step):
             return
-        with self._watchdog.during("saving"):
-            self._note(self._wait_logged(self.checkpoints.wait, "checkpoint", metadata.step))
+        with self._run.watchdog.during("saving"):
+            self._note(self._wait_logged(self._run.checkpoints.wait, "checkpoint", metadata.step))
             self._sync()
-            self.checkpoints.begin(tensors, metadata)
+            self._run.checkpoints.begin(tensors, metadata)
         self.look()
 
     def commit(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Return once there is a checkpoint of this state. Raises `CheckpointError` when that has failed too often."""
-        pause = 1.0
-        while self.checkpoints.current != metadata.step:
-            with self._watchdog.during("saving"):
+        checkpoints, pause = self._run.checkpoints, 1.0
+        while checkpoints.current != metadata.step:
+            with self._run.watchdog.during("saving"):
                 self.begin(tensors, metadata)
-                self._note(self.checkpoints.wait())
-                if self.checkpoints.current != metadata.step:
+                self._note(checkpoints.wait())
+                if checkpoints.current != metadata.step:
                     time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def commit_instead(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """As `commit`, in place of the checkpoint that there may be of the same step, and of all snapshots."""
-        self.checkpoints.forget_current()
+        self._run.checkpoints.forget_current()
         self.commit(tensors, metadata)
-        if self.snapshots is not None:
-            self.snapshots.begin_generation()
+        if self._run.snapshots is not None:
+            self._run.snapshots.begin_generation()
 
     def take_snapshot(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a snapshot, once the one before has ended."""
-        assert self.snapshots is not None, "the recipe asks for none"
-        with self._watchdog.during("saving"):
-            self._note_snapshot(self._wait_logged(self.snapshots.saves.wait, "snapshot", metadata.step))
+        snapshots = self._run.snapshots
+        assert snapshots is not None, "the recipe asks for none"
+        with self._run.watchdog.during("saving"):
+            self._note_snapshot(self._wait_logged(snapshots.saves.wait, "snapshot", metadata.step))
             self._sync()
-            self.snapshots.begin(tensors, metadata)
+            snapshots.begin(tensors, metadata)
 
-    def look(self) -> None:
-        """Log what has ended."""
-        self._note(self.checkpoints.result())
-        if self.snapshots is not None:
-            self._note_snapshot(self.snapshots.saves.result())
-
-    def settle(self) -> None:
-        """Return once nothing is being written. Raises `CheckpointError` if too many saves have failed."""
-        self._note(self.checkpoints.wait())
-        if self.snapshots is not None:
-            self._note_snapshot(self.snapshots.saves.wait())
-
-    @contextmanager
-    def finished(self, alone: bool) -> Iterator[None]:
-        """Let a save in the background end before an error ends the run, unless it may wait for ranks that are gone.
-
-        What ends all ranks alike is a guard; any other error may be this rank's alone, if it is not `alone`.
+    def look(self, wait: bool = False) -> None:
+        """Log what has ended; `wait` until nothing is being written. Raises `CheckpointError` then, if too many saves
+        have failed.
         """
-        try:
-            yield
-        except StoppedEarly:
-            self._free_memory()
-            raise
-        except Exception as error:
-            if alone or type(error) is GuardStop:
-                self.checkpoints.close()
-                self._note(self.checkpoints.result())
-            raise
-        self._free_memory()
+        checkpoints, snapshots = self._run.checkpoints, self._run.snapshots
+        self._note(checkpoints.wait() if wait else checkpoints.result())
+        if snapshots is not None:
+            self._note_snapshot(snapshots.saves.wait() if wait else snapshots.saves.result())
 
-    def describe_loss(self, step: int) -> str:
-        """What would be lost if the process ended now, after `step`; empty for nothing."""
-        current = self.checkpoints.current
+    def describe_loss(self) -> str:
+        """What would be lost if the process ended now; empty for nothing."""
+        current, step = self._run.checkpoints.current, self._run.progress.step
         if current == step:
             return ""
         kept = f"up to step {current}" if current is not None else "nothing of this start"
@@ -160,18 +129,13 @@ class Saving:
         seconds = time.monotonic() - before
         if seconds > _SHORT_SECONDS:
             text = f"training stood still for {seconds:.1f} s until the {what} before was complete"
-            self._logger.event(step, "waited", text)
+            self._run.logger.event(step, "waited", text)
         return saved
 
     def _sync(self) -> None:
         """No row of a step that is kept, nor what it read, may be lost with the machine's power."""
-        self._logger.sync()
-        self._read_log.sync()
-
-    def _free_memory(self) -> None:
-        """The run has ended with its state on a disk."""
-        if self.snapshots is not None:
-            self.snapshots.close()
+        self._run.logger.sync()
+        self._run.read_log.sync()
 
     def _note(self, saved: SaveResult | None) -> None:
         """Log how a save ended, if one has."""
@@ -179,10 +143,11 @@ class Saving:
             return
         if saved.error is not None:
             self._lost = self._lost or isinstance(saved.error, RunFolderLost)
-            self._logger.event(saved.step, "save_failed", str(saved.error))
+            self._run.logger.event(saved.step, "save_failed", str(saved.error))
             self._requests.failed()
             return
-        self._logger.event(saved.step, "checkpoint", f"{self.checkpoints.path(saved.step)}; {_describe_time(saved)}")
+        path = self._run.checkpoints.path(saved.step)
+        self._run.logger.event(saved.step, "checkpoint", f"{path}; {_describe_time(saved)}")
         self._requests.saved()
 
     def _note_snapshot(self, saved: SaveResult | None) -> None:
@@ -192,7 +157,7 @@ class Saving:
         self._snapshots_fail = saved.error is not None
         self._lost = self._lost or isinstance(saved.error, RunFolderLost)
         text = f"kept in memory; {_describe_time(saved)}; from now on only a change of this is logged"
-        self._logger.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or text))
+        self._run.logger.event(saved.step, "snapshot_failed" if saved.error else "snapshot", str(saved.error or text))
 
 
 def _describe_time(saved: SaveResult) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,57 @@ from titanlite.checkpoint.snapshots import Snapshots, forget
 from titanlite.corpus.prepare import texts_folder
 from titanlite.corpus.tokenizers import describe_separator
 from titanlite.corpus.verification import Verification
-from titanlite.data.read_log import ReadLog, last_start, log_path
+from titanlite.data.read_log import NO_LOG, ReadLog, last_start, log_path
 from titanlite.data.splits import DataSplits, open_data, require_samples
 from titanlite.data.survey import find_shared_texts
 from titanlite.errors import EXIT_DONE, StoppedEarly, TitanliteError
 from titanlite.observe.console import LogFile, open_console
 from titanlite.observe.logger import RunLogger
-from titanlite.observe.run_folder import RunFolder, Start, open_run_folder
+from titanlite.observe.run_folder import GO_ON, RunFolder, Start, open_run_folder
 from titanlite.parallel.world import World
 from titanlite.plan.launch import launch_environment
-from titanlite.plan.layout import batch_plan, require_layout, sample_schedule, total_steps
+from titanlite.plan.layout import BatchPlan, Coordinates, batch_plan, require_layout, sample_schedule, total_steps
 from titanlite.plan.memory import checkpoint_bytes
 from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience import crashes
+from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.text import list_some
-from titanlite.training.progress import RunProgress
+from titanlite.training.progress import Progress
 
 OpenedData = tuple[DataSplits, list[str]]
 """A run's data, and what is to be printed about it."""
+
+
+@dataclass
+class Run:
+    """What one run has on one rank, beside the state that it trains."""
+
+    recipe: Recipe
+    recipe_text: str
+    world: World
+    data: DataSplits
+    checkpoints: CheckpointManager
+    logger: RunLogger
+    start: Start = GO_ON
+    watchdog: Watchdog = OFF
+    snapshots: Snapshots | None = None
+    read_log: ReadLog = NO_LOG
+    verification: Verification | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return total_steps(self.recipe.training)
+
+
+def rank_plan(recipe: Recipe, world: World) -> tuple[BatchPlan, Coordinates]:
+    """This rank's part of each step, and where in the mesh it is."""
+    layout = require_layout(recipe.parallel, world.size)
+    coordinates = layout.coordinates(world.rank)
+    return batch_plan(recipe, layout, coordinates.data), coordinates
 
 
 def open_run_data(recipe: Recipe) -> OpenedData:
@@ -52,15 +84,13 @@ def open_run_data(recipe: Recipe) -> OpenedData:
     return data, [*reading, f"documents are separated by {describe_separator(data.tokenizer)}"]
 
 
-def open_on_all_ranks(ranks: Ranks, opened: OpenedData | TitanliteError) -> OpenedData:
-    """The data, once all ranks have theirs; else all raise the error of one: none waits, and torchrun restarts none."""
-
-    def require() -> None:
-        if isinstance(opened, TitanliteError):
-            raise opened
-
-    ranks.run_on_all_ranks(require)
-    assert not isinstance(opened, TitanliteError)
+def try_to_open_data(recipe: Recipe) -> Future[OpenedData]:
+    """`open_run_data`, whose error this rank raises once it has met the others: all end with it, and none waits."""
+    opened: Future[OpenedData] = Future()
+    try:
+        opened.set_result(open_run_data(recipe))
+    except TitanliteError as error:
+        opened.set_exception(error)
     return opened
 
 
@@ -71,7 +101,7 @@ def lock_run_folder(
     path: Path,
     start: Start,
     logger: RunLogger,
-    progress: RunProgress,
+    progress: Progress,
 ) -> tuple[RunFolder | None, Start, int]:
     """Lock and clear the run's folder, on the first rank, until `stack` ends, with its console and its `status.json`.
 
@@ -85,20 +115,19 @@ def lock_run_folder(
         recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
         logger.consoles.append(open_console(sys.stdout, steps, recipe.run.name))
         folder = open_run_folder(path, recipe, loaded.text, replace(start, job=tuple(job)), logger.info)
+        folders.append(folder)
         stack.callback(folder.close)
         stack.enter_context(_status(folder, progress))
         logger.consoles.append(LogFile(folder.logs / "console.log", steps))
         folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
         attempts = crashes.attempts(path / "logs" / "crashes")
         folder.attempt = max(folder.attempt, 1 + max(attempts, default=0), 1 + last_start(path))
-        folders.append(folder)
         return [folder.start.mode, folder.start.step, folder.start.restarted, folder.attempt]
 
     mode, step, restarted, attempt = ranks.run_on_rank0(lock)
     if start.mode != "auto" and (mode, step) != (start.mode, start.step):
         logger.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
-    folder = folders[0] if folders else None
-    return folder, replace(start, mode=mode, step=step, restarted=restarted), attempt
+    return next(iter(folders), None), replace(start, mode=mode, step=step, restarted=restarted), attempt
 
 
 def open_checkpoints(
@@ -148,9 +177,7 @@ def find_latest_step(
 
 def open_read_log(recipe: Recipe, path: Path, world: World, attempt: int, logger: RunLogger) -> ReadLog:
     """This rank's record of the samples that it reads: one rank of each data rank keeps one."""
-    layout = require_layout(recipe.parallel, world.size)
-    coordinates = layout.coordinates(world.rank)
-    plan = batch_plan(recipe, layout, coordinates.data)
+    plan, coordinates = rank_plan(recipe, world)
     return ReadLog(log_path(path, plan.data_rank) if coordinates.is_batch_leader else None, plan, attempt, logger.info)
 
 
@@ -169,18 +196,15 @@ def begin_verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ra
 
 
 @contextmanager
-def _status(folder: RunFolder, progress: RunProgress) -> Iterator[None]:
+def _status(folder: RunFolder, progress: Progress) -> Iterator[None]:
     """Keep `status.json` true: running now, and at the end how it ended."""
     folder.write_status("running", progress.step)
     try:
         yield
-    except StoppedEarly as stop:
-        folder.write_status("stopped", progress.step, stop.exit_code, str(stop))
-        raise
-    except TitanliteError as error:
-        folder.write_status("failed", progress.step, error.exit_code, str(error))
-        raise
     except BaseException as error:
-        folder.write_status("failed", progress.step, 1, f"{type(error).__name__}: {error}")
+        code, reason = 1, f"{type(error).__name__}: {error}"
+        if isinstance(error, TitanliteError):
+            code, reason = error.exit_code, str(error)
+        folder.write_status("stopped" if isinstance(error, StoppedEarly) else "failed", progress.step, code, reason)
         raise
     folder.write_status("done", progress.step, EXIT_DONE)

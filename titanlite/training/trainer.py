@@ -11,84 +11,50 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from titanlite.checkpoint.format import CheckpointMetadata
-from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import environment
-from titanlite.checkpoint.snapshots import Snapshots
-from titanlite.corpus.verification import Verification
-from titanlite.data.loader import UNREADABLE
-from titanlite.data.read_log import NO_LOG, WENT_BACK, ReadLog
-from titanlite.data.splits import DataSplits
+from titanlite.data.read_log import WENT_BACK
 from titanlite.errors import StoppedEarly
-from titanlite.models.shard import may_be_nonfinite
 from titanlite.observe.inspection import trace_shapes
-from titanlite.observe.logger import RunLogger
 from titanlite.observe.metrics import Metrics, peak_flops
-from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.batch import Batch
-from titanlite.parallel.world import World
-from titanlite.plan.layout import batch_plan, require_layout, total_steps
-from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import compare_replicas
 from titanlite.resilience.guards import BadStep, RollBack, nonfinite_names
 from titanlite.resilience.signals import StopRequests
-from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.training.feed import Feed
-from titanlite.training.progress import History, RunProgress
-from titanlite.training.restore import reordered_steps, restore
+from titanlite.training.restore import restore
 from titanlite.training.saving import Saving, usable_snapshots
+from titanlite.training.setup import Run, rank_plan
 from titanlite.training.train_state import TrainState
-from titanlite.training.validation import Validation
+from titanlite.training.validation import validate
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
+_ANOTHER_UNREADABLE = "another rank cannot read its data"
 
 
 class Trainer:
-    """One run on one rank. `run` trains from the latest checkpoint (or the beginning) to the end."""
+    """One run on one rank. `train` takes it from the latest checkpoint (or the beginning) to the end."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        recipe_text: str,
-        world: World,
-        data: DataSplits,
-        checkpoints: CheckpointManager,
-        logger: RunLogger,
-        start: Start = GO_ON,
-        watchdog: Watchdog = OFF,
-        snapshots: Snapshots | None = None,
-        read_log: ReadLog = NO_LOG,
-        verification: Verification | None = None,
-        progress: RunProgress | None = None,
-    ) -> None:
-        """Build model, optimizer and guards on the device, with the values of the checkpoint that `start` means, if
-        there is one. `progress` is kept up to date.
+    def __init__(self, run: Run) -> None:
+        """Build model, optimizer and guards on the device, with the values of the checkpoint that `run.start` means, if
+        there is one. `run.progress` is kept up to date.
         """
-        self.recipe = recipe
-        self.recipe_text = recipe_text
-        self.world = world
-        self.logger = logger
-        self.watchdog = watchdog
-        self.progress = progress or RunProgress()
+        recipe, world = run.recipe, run.world
         self.state = TrainState(recipe, world)
-        self._start = start
-        snapshots = usable_snapshots(snapshots, self.state.shards_by_name(), start.restarted, logger.info)
-        every = recipe.checkpoint.every_minutes
-        self.saving = Saving(checkpoints, snapshots, logger, read_log, watchdog, every, world.is_first)
-        self._restore(data, start)
-        layout = require_layout(recipe.parallel, world.size)
-        plan = batch_plan(recipe, layout, layout.coordinates(world.rank).data)
-        self.feed = Feed(recipe, world, data, plan, self.progress, logger, read_log, verification)
-        self.validation = Validation(data.validation, recipe.validation.sequences, plan, self.state.model, logger)
+        self.run = run
+        run.snapshots = usable_snapshots(run, self.state.shards_by_name())
+        self.saving = Saving(run)
+        restore(self.state, run, run.start)
+        self._plan, _ = rank_plan(recipe, world)
+        self._feed: Feed
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.metrics = Metrics(
-            total_steps=total_steps(recipe.training),
+            total_steps=run.total_steps,
             log_every=recipe.metrics.log_every,
             devices=world.size,
             device=world.device,
@@ -96,230 +62,186 @@ class Trainer:
             peak_flops=peak_flops(card),
         )
 
-    def _restore(self, data: DataSplits, start: Start, last: int | None = None) -> None:
-        """Begin, or resume from a checkpoint (up to step `last`, if given) or a snapshot, as `start` says."""
-        snapshots = self.saving.snapshots if last is None else None
-        manifest = restore(
-            self.state, self.state.shards_by_name(), self.recipe, self.world, self.saving.checkpoints, snapshots,
-            data, start, self.logger.info, last,
-        )  # fmt: skip
-        self.history = History.of(manifest, reordered_steps(manifest, data, self.logger.info))
-        self.progress.step = manifest.step if manifest is not None else 0
-        self.progress.samples = manifest.samples if manifest is not None else 0
-        self.progress.tokens = manifest.tokens if manifest is not None else 0
-        self.state.guards.skips_in_a_row = self.history.skips
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return total_steps(self.recipe.training)
-
-    @property
-    def validation_loss(self) -> float | None:
-        """On the first set after the step that the run is at; None if the model was not validated then."""
-        return self.history.validation_loss(self.progress.step)
-
-    def run(self) -> None:
+    def train(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
-        started = time.monotonic()
-        self.watchdog.beat(self.progress.step, "starting")
-        self.metrics.start(tokens=self.progress.tokens)
-        grace = self.recipe.resilience.grace_seconds
-        stop_requests = StopRequests(
-            self.world.size, self.world.is_first, grace, lambda: self.saving.describe_loss(self.progress.step)
-        )
-        with stop_requests, _collecting_garbage_seldom(), self.saving.finished(self.world.size == 1):
+        run, started = self.run, time.monotonic()
+        run.watchdog.beat(run.progress.step, "starting")
+        self.metrics.start(tokens=run.progress.tokens)
+        run.read_log.begin(run.progress.step)
+        grace = run.recipe.resilience.grace_seconds
+        requests = StopRequests(run.world.size, run.world.is_first, grace, self.saving.describe_loss)
+        with requests, _collecting_garbage_seldom(), self.saving:
             while True:
                 try:
-                    self._stop_if(self._step_limit())
-                    self._train(stop_requests, started)
+                    self._take_steps(requests, started)
                     return
                 except RollBack as back:
-                    self._roll_back(back.bad)
+                    bad = back.bad
+                self._roll_back(bad)
 
-    def _train(self, stop_requests: StopRequests, started: float) -> None:
-        """From the step and the sample that the run is at to the end. Raises what `run` does, or `RollBack`."""
-        for batch, wait_seconds in self._batches():
-            self._train_step(batch, wait_seconds)
-            self._after_step()
-            unreadable = "data cannot be read" if self._data_failure is not None else None
-            agreement = stop_requests.agree(self._time_limit(started) or unreadable, self.saving.due())
-            self._stop_if(self._step_limit() or agreement.stop)
+    def _take_steps(self, requests: StopRequests, started: float) -> None:
+        """From the step and the sample that the run is at to the end; the host only queues work, where nothing is
+        logged, validated or saved. Raises what `train` does, or `RollBack`.
+        """
+        run, progress, recipe, tracing = self.run, self.run.progress, self.run.recipe, ExitStack()
+        self._stop_if(self._step_limit())
+        feed = self._feed = Feed(run, self._plan)
+        if recipe.debug.trace_shapes:
+            tracing.enter_context(trace_shapes(self.state.model.module, run.logger.info))
+        for batch, wait_seconds in feed.batches():
+            progress.step += 1
+            progress.samples = feed.record(progress.step, batch.samples)
+            progress.tokens += recipe.training.global_batch * recipe.training.sequence_length
+            factor = lr_factor(progress.step, recipe.schedule, run.total_steps)
+            loss, norm = self.state.step(progress.step, batch, factor)
+            row = self.metrics.record(
+                step=progress.step,
+                loss=loss,
+                grad_norm=norm,
+                lr=recipe.optimizer.lr * factor,
+                samples=progress.samples,
+                tokens=progress.tokens,
+                data_wait_seconds=wait_seconds,
+            )
+            tracing.close()
+            if row is not None:
+                run.read_log.flush()  # whoever sees the row can have the step's samples shown
+                run.logger.write(row)
+                self._review()
+                for sentence in run.watchdog.stragglers():
+                    run.logger.event(progress.step, "straggler", sentence)
+            run.watchdog.beat(progress.step)
+            if progress.step % _COLLECT_EVERY == 0:
+                gc.collect(1)
+            self._do_what_is_due()
+            limit = self._time_limit(started) or ("data cannot be read" if feed.failure is not None else None)
+            agreement = requests.agree(limit, self.saving.due())
+            self._stop_if(self._step_limit() or agreement.stop, feed.failure)
             if agreement.save:
                 with self.metrics.paused():
                     self._save()
             self.saving.look()
-        self._save_at_end()  # a signal waits for this one too
-        alike = self.world.all_equal(int(self._data_failure is None))
-        self._raise_unreadable()
-        step = self.progress.step
-        if not alike:
-            raise StoppedEarly(f"all {step} steps are taken and saved, but another rank cannot read its data")
-        self.state.guards.require_good_end(step, self.validation_loss)
+        self._save(at_end=True)  # a signal waits for this one too
+        failure = feed.failure
+        if not run.world.all_equal(int(failure is None)) or failure is not None:
+            self._stop(_ANOTHER_UNREADABLE, failure)
+        self.state.guards.require_good_end(progress.step, progress.validation_loss)
 
-    def _batches(self) -> Iterator[tuple[Batch, float]]:
-        """The remaining steps' batches, each with the seconds it was waited for."""
-        with ExitStack() as first_step:
-            if self.recipe.debug.trace_shapes:
-                first_step.enter_context(trace_shapes(self.state.model.module, self.logger.info))
-            try:
-                for batch in self.feed.batches():
-                    yield batch
-                    first_step.close()
-            except UNREADABLE as error:
-                raise self.feed.explain(error, self._saved_alone()) from error
+    def _do_what_is_due(self) -> None:
+        """Compare, validate and save after as many steps as the recipe says."""
+        recipe, step, last = self.run.recipe, self.run.progress.step, self.run.progress.step == self.run.total_steps
 
-    def _train_step(self, batch: Batch, wait_seconds: float) -> None:
-        """One optimizer step; the host only queues work, unless this step is logged."""
-        progress = self.progress
-        progress.step += 1
-        progress.samples = self.feed.record(progress.step, batch.samples)
-        progress.tokens += self.feed.plan.global_batch * self.recipe.training.sequence_length
-        factor = lr_factor(progress.step, self.recipe.schedule, self.total_steps)
-        loss, norm = self.state.step(progress.step, batch, factor)
-        row = self.metrics.record(
-            step=progress.step,
-            loss=loss,
-            grad_norm=norm,
-            lr=self.recipe.optimizer.lr * factor,
-            samples=progress.samples,
-            tokens=progress.tokens,
-            data_wait_seconds=wait_seconds,
-        )
-        if row is not None:
-            self.feed.read_log.flush()  # whoever sees the row can have the step's samples shown
-            self.logger.write(row)
-            self._review()
-            for sentence in self.watchdog.stragglers():
-                self.logger.event(progress.step, "straggler", sentence)
-        self.watchdog.beat(progress.step)
+        def due(every: int) -> bool:
+            return every > 0 and step % every == 0
 
-    def _after_step(self) -> None:
-        step, last = self.progress.step, self.progress.step == self.total_steps
-        if step % _COLLECT_EVERY == 0:
-            gc.collect(1)
-        every = self.recipe.resilience.check_replicas_every
-        if every and step % every == 0:
-            with self.metrics.paused():
-                self._compare_replicas()
-        every = self.recipe.validation.every_steps
-        if every and (last or step % every == 0):
-            with self.metrics.paused(), self.watchdog.during("validating"):
+        compares = due(recipe.resilience.check_replicas_every)
+        validates = due(recipe.validation.every_steps) or (last and recipe.validation.every_steps > 0)
+        saves = due(recipe.checkpoint.every_steps) and not last
+        keeps = due(recipe.resilience.snapshot_every) and not last and self.run.snapshots is not None
+        if not (compares or validates or saves or keeps):
+            return
+        with self.metrics.paused():
+            if compares:
+                compare_replicas(step, self.state.shards_by_name(), self.run.world.size)
+            if validates:
                 self._validate(last)
-        every = self.recipe.checkpoint.every_steps
-        if every and step % every == 0 and not last:
-            with self.metrics.paused():
+            if saves:
                 self._save()
-        every = self.recipe.resilience.snapshot_every
-        if self.saving.snapshots is not None and step % every == 0 and not last:
-            with self.metrics.paused():
+            if keeps:
                 self._examine()
                 self.saving.take_snapshot(self.state.shards_by_name(), self._metadata())
 
     def _validate(self, last: bool) -> None:
-        step = self.progress.step
-        loss = self.validation.loss_after(step, last)
-        if loss is None:
-            return
-        self.history.validated = step, loss
-        if not math.isfinite(loss):
-            self._examine()  # raises if the weights are to blame
-            bad = BadStep(step, "nonfinite_validation", self.state.guards.section.on_nonfinite, loss)
-            self._write_down(bad)
-            if bad.action == "stop":
-                self._save_at_end()
-            self.state.guards.act([bad])
+        step, guards = self.run.progress.step, self.state.guards
+        with self.run.watchdog.during("validating"):
+            loss, failure = validate(self.run, self._plan, self.state.model, last)
+            if loss is None:
+                self._stop(_ANOTHER_UNREADABLE, failure)
+            self.run.progress.validated = step, loss
+            if not math.isfinite(loss):
+                self._examine()  # raises if the weights are to blame
+                bad = BadStep(step, "nonfinite_validation", guards.section.on_nonfinite, loss)
+                self._write_down(bad)
+                if bad.action == "stop":
+                    self._save(at_end=True)
+                guards.act([bad])
 
     # ---- saving and stopping
 
-    def _save(self) -> None:
-        """Begin a checkpoint of this step; a run whose numbers went bad stops here instead."""
+    def _save(self, at_end: bool = False) -> None:
+        """Begin a checkpoint of this step; `at_end`, return once it is committed. A run whose numbers went bad stops
+        here instead.
+        """
         self._examine()
-        self.history.back_to, self.history.gone_back = self.progress.step, False
-        self.saving.begin(self.state.shards_by_name(), self._metadata())
-
-    def _save_at_end(self) -> None:
-        """Return once this step is committed."""
-        self._examine()
-        if self.progress.step == self.total_steps or not self.recipe.checkpoint.every_steps:
-            self.history.back_to, self.history.gone_back = self.progress.step, False
-        self.saving.commit(self.state.shards_by_name(), self._metadata())
-
-    def _saved_alone(self) -> str:
-        """Save before an error, if there are no other ranks to agree with."""
-        if self.world.size > 1 or self.progress.step == 0:
-            return ""
-        self._save_at_end()
-        return f" The state after step {self.progress.step} is saved."
+        progress = self.run.progress
+        if not at_end or progress.step == self.run.total_steps or not self.run.recipe.checkpoint.every_steps:
+            progress.back_to, progress.gone_back = progress.step, False
+        save = self.saving.commit if at_end else self.saving.begin
+        save(self.state.shards_by_name(), self._metadata())
 
     def _metadata(self) -> CheckpointMetadata:
         """What a checkpoint of this step says beside the tensors."""
-        data, guards, progress = self.feed.data, self.state.guards, self.progress
+        run, guards, data, progress = self.run, self.state.guards, self.run.data, self.run.progress
         values = {
             **data.train.past(progress.samples),
             **data.validation_texts,
             "tokenizer": data.tokenizer.fingerprint,
-            **self.history.values(progress.step, guards.skips_in_a_row, guards.goes_back),
+            **progress.values(guards.skips_in_a_row, guards.goes_back),
         }
         place = progress.step, progress.samples, progress.tokens
-        return CheckpointMetadata(*place, self.recipe_text, values, environment(self.world.device))
+        return CheckpointMetadata(*place, run.recipe_text, values, environment(run.world.device))
 
-    def _stop_if(self, reason: str | None) -> None:
-        """Save and raise `StoppedEarly` if there is a reason to and the run has more steps to go."""
-        step, total = self.progress.step, self.total_steps
-        if reason and step < total:
-            self._save_at_end()
-            self._raise_unreadable()
-            raise StoppedEarly(f"stopped after step {step} of {total} ({reason}); state saved")
+    def _stop_if(self, reason: str | None, failure: Exception | None = None) -> None:
+        """`_stop` if there is a reason to and the run has more steps to go."""
+        if reason and self.run.progress.step < self.run.total_steps:
+            self._stop(reason, failure)
+
+    def _stop(self, reason: str, failure: Exception | None) -> NoReturn:
+        """Save, and raise `StoppedEarly`, or, for the `failure` of this rank to read its data, its error."""
+        self._save(at_end=True)
+        step = self.run.progress.step
+        if failure is not None:
+            raise self._feed.explain(failure, f" The state after step {step} is saved.") from failure
+        raise StoppedEarly(f"stopped after step {step} of {self.run.total_steps} ({reason}); state saved")
 
     def _step_limit(self) -> str | None:
-        limit = self.recipe.run.stop_after_step
-        return f"run.stop_after_step = {limit}" if limit is not None and self.progress.step >= limit else None
+        limit = self.run.recipe.run.stop_after_step
+        return f"run.stop_after_step = {limit}" if limit is not None and self.run.progress.step >= limit else None
 
     def _time_limit(self, started: float) -> str | None:
-        limit = self.recipe.run.stop_after_minutes
+        limit = self.run.recipe.run.stop_after_minutes
         over = limit is not None and time.monotonic() - started >= 60 * limit
         return f"run.stop_after_minutes = {limit:g}" if over else None
-
-    @property
-    def _data_failure(self) -> Exception | None:
-        """Why this rank cannot go on with its data."""
-        return self.feed.failure or self.validation.failure
-
-    def _raise_unreadable(self) -> None:
-        """Raise why this rank cannot go on with its data, if there is a reason. The state is saved."""
-        if (failure := self._data_failure) is not None:
-            raise self.feed.explain(failure, f" The state after step {self.progress.step} is saved.") from failure
 
     # ---- judging the state and the last steps
 
     def _examine(self) -> None:
         """Raise as the recipe says if what is to be saved is not good."""
-        if self.saving.covers(self.progress.step):
+        world, step, shards = self.run.world, self.run.progress.step, self.state.shards_by_name()
+        if self.run.checkpoints.covers(step):
             self._review()
             return
-        suspect = may_be_nonfinite(self._learned().values()).to(self.world.device)  # of a rank without any: on the host
-        self._review(self.world.reduce(suspect.int(), "max").bool())
-        if self.recipe.resilience.check_replicas_every:
-            self._compare_replicas()
+        learned = {name: shard.tensor for name, shard in shards.items() if not name.startswith("guards.")}
+        self._review(nonfinite_names(learned, world))
+        if self.run.recipe.resilience.check_replicas_every:
+            compare_replicas(step, shards, world.size)
 
-    def _review(self, suspect: Tensor | None = None) -> None:
-        """Write down what went bad since the last review; `suspect`: whether the state may hold inf or NaN.
+    def _review(self, nonfinite: str = "") -> None:
+        """Write down what went bad since the last review; `nonfinite`: what of the state is not finite.
 
         Raises `GuardStop` or `RollBack` as the recipe says.
         """
-        find_names = lambda: nonfinite_names(self._learned(), self.world.size)  # noqa: E731
-        found = self.state.guards.review(self.progress.step, suspect, find_names)
+        found = self.state.guards.review(self.run.progress.step, nonfinite)
         for bad in found:
             self._write_down(bad)
         self.state.guards.act(found)
 
     def _write_down(self, bad: BadStep) -> None:
-        first, last = self.feed.samples_of(bad.step)
+        first, end = self._feed.samples_of(bad.step)
         skipped = bad.action == "skip" and bad.outcome == "not applied"
-        of = f" ({self.state.guards.skipped} of at most {self.recipe.resilience.max_skips})" * skipped
-        said = f"{bad}; {bad.outcome}: {bad.action}{of}; samples {first} to {last}"
-        self.logger.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, last]})
+        of = f" ({self.state.guards.skipped} of at most {self.run.recipe.resilience.max_skips})" * skipped
+        said = f"{bad}; {bad.outcome}: {bad.action}{of}; samples {first} to {end - 1}"
+        self.run.logger.event(bad.step, bad.kind, said, {**bad.values(), "samples": [first, end - 1]})
 
     def _roll_back(self, bad: BadStep) -> None:
         """Go back to the newest checkpoint, or to the beginning, and on from there with samples not yet read.
@@ -330,38 +252,30 @@ class Trainer:
         The state gone back to is saved at once with the place in the data: a run that is killed before its next save
         must not meet the same samples again, nor forget that it went back.
         """
-        progress, guards, history = self.progress, self.state.guards, self.history
+        run, progress, guards = self.run, self.run.progress, self.state.guards
         left, read, counts = progress.step, progress.samples, (guards.skipped, guards.rollbacks + 1)
-        again = history.gone_back and (bad.step == history.back_to + 1 or bad.outcome != "not applied")
-        with self.watchdog.during("going back"):
-            self.saving.settle()
-            last = history.back_to - again
-            oldest = min(
-                self.saving.checkpoints.agree_on_steps(), default=-1
-            )  # that again, if there is none further back
-            self._restore(self.feed.data, self._start.again, last=max(last, oldest) if last >= 0 else last)
-        self.history.back_to, self.history.gone_back = progress.step, True
+        again = progress.gone_back and (bad.step == progress.back_to + 1 or bad.outcome != "not applied")
+        with run.watchdog.during("going back"):
+            self.saving.look(wait=True)
+            last, steps = progress.back_to - again, run.checkpoints.agree_on_steps()
+            if last >= 0:  # if there is none further back, to that again
+                last = max([last, *steps[:1]])
+            restore(self.state, run, run.start.again, last)
+        progress.back_to, progress.gone_back = progress.step, True
         guards.roll_back(*counts)
         first, progress.samples = progress.samples, read
-        self.feed.restart()
-        self.feed.read_log.passed_over(WENT_BACK, progress.step, first, read)
-        self.logger.rewind(progress.step)
+        del self._feed  # its workers end
+        run.read_log.begin(progress.step)
+        run.read_log.passed_over(WENT_BACK, progress.step, first, read)
+        run.logger.rewind(progress.step)
         said = (
             f"step {bad.step}: {bad}. From step {left} back to {progress.step}, past samples {first} to {read - 1} "
-            f"({guards.rollbacks} of at most {self.recipe.resilience.max_rollbacks})"
+            f"({guards.rollbacks} of at most {run.recipe.resilience.max_rollbacks})"
         )
-        self.logger.event(left, "rollback", said, {"to_step": progress.step, "samples": [first, read - 1]})
+        run.logger.event(left, "rollback", said, {"to_step": progress.step, "samples": [first, read - 1]})
         # What it was loaded from says that less was read.
         self.saving.commit_instead(self.state.shards_by_name(), self._metadata())
         self.metrics.start(tokens=progress.tokens)
-
-    def _compare_replicas(self) -> None:
-        compare_replicas(self.progress.step, self.state.shards_by_name(), self.world.size)
-
-    def _learned(self) -> dict[str, Tensor]:
-        """Weights and moments, by the names that they have in a checkpoint."""
-        shards = self.state.shards_by_name()
-        return {name: shard.tensor for name, shard in shards.items() if not name.startswith("guards.")}
 
 
 @contextmanager

@@ -34,11 +34,11 @@ def main() -> None:
     from titanlite.training.train_state import TrainState
     from titanlite.training.trainer import Trainer
 
-    run, take_step, taken = Trainer.run, TrainState.step, itertools.count()
+    train_run, take_step, taken = Trainer.train, TrainState.step, itertools.count()
 
     def noted_run(self: Trainer) -> None:
-        note("loaded", step=self.progress.step, rank=self.world.rank, ranks=self.world.size)
-        run(self)
+        note("loaded", step=self.run.progress.step, rank=self.run.world.rank, ranks=self.run.world.size)
+        train_run(self)
 
     def noted_step(self: TrainState, number: int, batch: Any, factor: float) -> Any:
         if not HURRY.exists():
@@ -48,7 +48,7 @@ def main() -> None:
         note("step", step=number, samples=batch.samples)
         return result
 
-    Trainer.run, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
+    Trainer.train, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
     code = run_as_launched(train, sys.argv[1:])
     note("end", code=code)
     end_process(code)

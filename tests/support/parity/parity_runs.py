@@ -26,6 +26,7 @@ from titanlite.parallel.apply import build
 from titanlite.parallel.world import World
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
+from titanlite.training.setup import Run
 from titanlite.training.trainer import Trainer
 
 Part = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
@@ -60,7 +61,7 @@ def small_recipe(corpus: str, **sections: dict[str, Any]) -> Recipe:
 def train(rank: int, world: int, recipe_json: str, folder: str | None = None) -> tuple[Curve, list[Part]]:
     """Run it (from the checkpoint in `folder`, if there is one); the curve, and what this rank holds of the weights."""
     with _trainer(rank, world, recipe_json, folder) as (trainer, kept):
-        trainer.run()
+        trainer.train()
     return kept.curve(), _held(trainer.state.shards.table)
 
 
@@ -69,7 +70,7 @@ def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, me
     in `memory`.
     """
     with _trainer(rank, world, recipe_json, folder, memory=memory) as (trainer, _), suppress(StoppedEarly):
-        trainer.run()
+        trainer.train()
     return _held(trainer.state.shards_by_name())
 
 
@@ -84,7 +85,7 @@ def train_on(
     """What this rank holds of the state that the run begins with; then as `train`."""
     with _trainer(rank, world, recipe_json, folder, Start(may_change=may_change), memory) as (trainer, kept):
         begun = _held(trainer.state.shards_by_name())
-        trainer.run()
+        trainer.train()
     return begun, kept.curve(), _held(trainer.state.shards.table)
 
 
@@ -113,7 +114,8 @@ def _trainer(
             snapshots.prepare()
             snapshots.close = lambda: None  # type: ignore[method-assign]
         place = World(rank, world, torch.device("cpu"))
-        yield Trainer(recipe, to_toml(recipe), place, data, checkpoints, logger, start, snapshots=snapshots), kept
+        run = Run(recipe, to_toml(recipe), place, data, checkpoints, logger, start, snapshots=snapshots)
+        yield Trainer(run), kept
 
 
 def _held(table: Mapping[str, Shard]) -> list[Part]:
