@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -41,14 +42,10 @@ from titanlite.resilience.rank_table import (
     Location,
     RankStatus,
     find_stragglers,
-    format_report,
-    format_table,
     lagging_ranks,
     locate,
     look_at,
-    ranks_to_signal,
     summarize,
-    unresponsive_ranks,
 )
 from titanlite.resilience.watchdog import HangCoordinator, silence
 
@@ -118,60 +115,53 @@ some_table = some.lists(
 ).map(lambda table: [replace(row, rank=number, pid=100 + number) for number, row in enumerate(table)])
 
 
+def lagging(table: list[RankStatus], stopped: Collection[int] = ()) -> tuple[str, list[int]]:
+    why, rows = lagging_ranks(table, stopped)
+    return why, [row.rank for row in rows]
+
+
 def test_lagging_are_those_that_do_not_run_then_those_that_do_not_wait_then_those_behind() -> None:
-    table = [rank(0), rank(1, waits=False, place="a.py:read"), rank(2, step=3), rank(3)]
-    assert list(lagging_ranks(table, {3})) == [3]
-    assert list(lagging_ranks(table, ())) == [1] and "a.py:read" in lagging_ranks(table, ())[1]
+    table = [rank(0), rank(1, waits=False), rank(2, step=3), rank(3)]
+    assert lagging(table, {3})[1] == [3] and "does not run" in lagging(table, {3})[0]
+    assert lagging(table)[1] == [1] and "waits for no other" in lagging(table)[0]
     table[1] = rank(1)
-    assert list(lagging_ranks(table, ())) == [2] and "step 4" in lagging_ranks(table, ())[2]
+    assert lagging(table)[1] == [2] and "fewer steps" in lagging(table)[0]
     table[2] = rank(2)
-    assert lagging_ranks(table, ()) == {} and "no rank stands out" in format_report(table, {})
+    assert lagging(table) == ("", [])
     table[2] = rank(2, phase=LEFT, waits=False)
-    assert list(lagging_ranks(table, ())) == [2] and "left" in lagging_ranks(table, ())[2]
+    assert lagging(table)[1] == [2]
+    assert lagging([rank(0)])[1] == [0], "alone, it is nobody else"
 
 
 @given(some_table, some.data())
-def test_the_report_names_the_lagging_ranks_and_no_other(table: list[RankStatus], data: some.DataObject) -> None:
-    unresponsive = data.draw(some.sets(some.sampled_from(range(len(table)))))
-    lagging = lagging_ranks(table, unresponsive)
-    if unresponsive:
-        assert set(lagging) == unresponsive
-    else:
-        assert len(lagging) < len(table), "of ranks that all run, some wait for the others"
-        assert all(not table[one].waits or table[one].step < max(row.step for row in table) for one in lagging)
-    report = format_report(table, lagging)
-    assert all((row.name in report) == (row.rank in lagging) for row in table)
-    assert all(row.name in format_table(table) for row in table)
-
-
-@given(some_table, some.data())
-def test_one_neighbour_signals_a_process_that_does_not_run(table: list[RankStatus], data: some.DataObject) -> None:
-    unresponsive = data.draw(some.sets(some.sampled_from(range(len(table)))))
+def test_the_report_names_the_lagging_ranks_and_one_neighbour_signals_those_that_do_not_run(
+    table: list[RankStatus], data: some.DataObject
+) -> None:
+    stopped = data.draw(some.sets(some.sampled_from([row.rank for row in table if row.phase != LEFT] or [-1]))) - {-1}
+    late = lagging(table, stopped)[1]
+    if stopped:
+        assert set(late) == stopped
+    elif len(table) > 1:
+        assert len(late) < len(table), "of ranks that all run, some wait for the others"
+        assert all(not table[one].waits or table[one].step < max(row.step for row in table) for one in late)
+    report = HangReport.of(table, [replace(row, updates=int(row.rank not in stopped)) for row in table])
+    assert all((row.name in report.reason) == (row.rank in late) and row.name in report.table for row in table)
+    assert report.rank in late or not late
     expected = set()
-    for one in unresponsive:
-        beside = [
-            row.rank for row in table if row.rank not in unresponsive and row.pid_namespace == table[one].pid_namespace
-        ]
+    for one in stopped:
+        running = (row for row in table if row.rank not in stopped)
+        beside = [row.rank for row in running if row.pid_namespace == table[one].pid_namespace]
         expected |= {(min(beside), 100 + one)} if beside else set()
-    found = ranks_to_signal(table, unresponsive)
-    assert len(found) == len(expected) and set(found) == expected
-
-
-def test_a_report_says_who_is_to_blame_who_is_signalled_and_how_many_write_their_stacks() -> None:
-    before = [rank(0), rank(1, waits=False, host="elsewhere"), rank(2)]
-    after = [replace(row, updates=1) for row in before]
-    report = HangReport.of(before, after)
-    assert (report.rank, report.host) == (1, "elsewhere")
-    assert "no rank stands out" in HangReport.of(before[::2], after[::2]).reason
-    before = [rank(0, updates=1), rank(1, updates=1), rank(2, updates=1, pid_namespace="dead"), rank(3, phase=LEFT)]
-    report = HangReport.of(before, [replace(before[0], updates=2), *before[1:]])
-    assert (report.to_signal, report.dumping) == ([(0, 101)], 2)
+    assert len(report.to_signal) == len(expected) and set(report.to_signal) == expected
 
 
 def test_a_rank_without_updates_does_not_run() -> None:
-    before = [rank(0, updates=3), rank(1, updates=5), rank(2, updates=7)]
-    after = [rank(0, updates=4), rank(1, updates=5), rank(2, updates=7, phase=LEFT), rank(3, updates=1)]
-    assert unresponsive_ranks(before, after) == {1}
+    before = [rank(0, updates=3), rank(1, updates=5, host="elsewhere"), rank(2, updates=7)]
+    after = [rank(0, updates=4), before[1], rank(2, updates=7, phase=LEFT), rank(3, updates=1)]
+    report = HangReport.of(before, after)
+    assert (report.rank, report.host, report.to_signal) == (1, "elsewhere", [(0, 101)])
+    assert "after step 4, training" in report.reason
+    assert "no rank stands out" in HangReport.of(before[:1], after[:1] + after[3:]).reason
 
 
 @given(some_table)
@@ -283,37 +273,10 @@ def coordinators(monkeypatch: pytest.MonkeyPatch, count: int) -> list[HangCoordi
     return made
 
 
-def test_ranks_agree_on_a_report_and_none_ends_before_all_have_written_their_stacks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(watchdog, "_DUMPING_SECONDS", 120.0)
-    ranks, events = coordinators(monkeypatch, 3), list[str]()
-
-    def end(one: HangCoordinator) -> None:
-        report = one.wait_for_report()
-        assert report is not None
-        events.append("stacks")
-        one.wait_for_dumps(report)
-        events.append("end")
-
-    ending = [threading.Thread(target=end, args=(one,)) for one in ranks]
-    for thread in ending[:2]:
-        thread.start()
-    while ranks[0]._store.add("dumped", 0) < 2:
-        time.sleep(0.01)
-    ending[2].start()  # a process that was stopped, and is signalled
-    for thread in ending:
-        thread.join()
-    assert events == ["stacks"] * 3 + ["end"] * 3
-    assert [one.is_reporter for one in ranks].count(True) == 1 and len({str(one.report) for one in ranks}) == 1
-
-
-def test_a_rank_that_writes_no_stacks_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_DUMPING_SECONDS", 0.1)
-    first, _ = coordinators(monkeypatch, 2)
-    report = first.wait_for_report()
-    assert report is not None
-    first.wait_for_dumps(report)
+def test_ranks_agree_on_a_report_that_one_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = coordinators(monkeypatch, 3)
+    assert None not in [one.wait_for_report() for one in ranks]
+    assert [one.is_reporter for one in ranks] == [False, False, True] and len({str(one.report) for one in ranks}) == 1
 
 
 def environment() -> dict[str, str]:
@@ -343,7 +306,7 @@ def test_a_process_writes_its_stacks_when_asked_and_ends_when_it_hangs(tmp_path:
     assert "in on_and_on" in asked and "in on_and_on" in hung and f"process {one.pid}" in hung
     report = (tmp_path / "watchdog.log").read_text()
     assert report == errors.decode() and "after step 7, training" in report and "<string>:on_and_on" in report
-    assert (tmp_path / "hung").read_text() == "7 0 " + report.partition(" ")[2].rstrip("\n")
+    assert (tmp_path / "hung").read_text() == "7 0 " + report.splitlines()[0].partition(" ")[2]
 
 
 def test_a_fatal_signal_leaves_stacks(tmp_path: Path) -> None:

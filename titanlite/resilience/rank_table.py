@@ -20,9 +20,7 @@ from typing import NamedTuple
 
 _STRAGGLES_FROM = 0.2
 """Share of its time that a straggler waits less than the others do: so much of theirs is lost to it."""
-
-LEFT = "left"
-"""Phase of a rank that needs no watching any more."""
+LEFT = "left"  # phase of a rank that needs no watching any more
 
 
 @dataclass(frozen=True)
@@ -32,23 +30,17 @@ class RankStatus:
     rank: int
     host: str
     pid: int
-    pid_namespace: str
-    """Equal for processes that can signal each other by `pid`."""
-    step: int = 0
-    """The last step that it finished."""
+    pid_namespace: str  # equal for processes that can signal each other by `pid`
+    step: int = 0  # the last one that it finished
     phase: str = "starting"
-    silent_seconds: float = 0.0
-    """Time since the last beat of its trainer."""
-    waits: bool = False
-    """Whether its trainer waits for other ranks right now."""
-    place: str = "?"
-    """`file:function` of titanlite or the user in which its trainer is."""
+    silent_seconds: float = 0.0  # since the last beat of its trainer
+    waits: bool = False  # whether its trainer waits for other ranks right now
+    place: str = "?"  # `file:function` of titanlite or the user in which its trainer is
     waited: float | None = None
     """Share of the last full window of training in which it waited for other ranks; None before the first has ended."""
     busiest: str = ""
     """Where it was most often in that window while it did not wait, and for which share of the time."""
-    updates: int = 0
-    """Goes up with every update of the row: a process that does not run makes none."""
+    updates: int = 0  # goes up with every update of the row: a process that does not run makes none
 
     @property
     def name(self) -> str:
@@ -59,6 +51,11 @@ class RankStatus:
         """How far it has come."""
         return f"after step {self.step}, {self.phase}"
 
+    @property
+    def last_seen(self) -> str:
+        verb = "waits for others" if self.waits else "is"
+        return f"{self.stage} for {self.silent_seconds:.0f} s, {verb} in {self.place}"
+
 
 @dataclass(frozen=True)
 class HangReport:
@@ -66,74 +63,43 @@ class HangReport:
 
     reason: str
     table: str
-    rank: int
-    """One that holds up the run; if none stands out, any."""
-    host: str
-    """That rank's."""
-    to_signal: list[tuple[int, int]]
-    """(rank, pid): the rank signals the process, so that its stacks are written too."""
-    dumping: int
-    """How many ranks write their stacks: those that run, and those that are signalled."""
+    rank: int  # one that holds up the run; if none stands out, any
+    host: str  # that rank's
+    to_signal: list[tuple[int, int]]  # (rank, pid): the rank signals the process, so that its stacks are written too
 
     @classmethod
     def of(cls, before: Sequence[RankStatus], after: Sequence[RankStatus]) -> HangReport:
-        """What follows from two readings of the table."""
-        unresponsive = unresponsive_ranks(before, after)
-        lagging = lagging_ranks(after, unresponsive)
-        blamed = next((row for row in after if row.rank in lagging), after[0])
-        to_signal = ranks_to_signal(after, unresponsive)
-        running = sum(row.phase != LEFT and row.rank not in unresponsive for row in after)
-        reason, table = format_report(after, lagging), format_table(after)
-        return cls(reason, table, blamed.rank, blamed.host, to_signal, running + len(to_signal))
+        """What follows from two readings of the table: a rank that made no update between them does not run."""
+        updates = {row.rank: row.updates for row in before}
+        stopped = {row.rank for row in after if row.phase != LEFT and updates.get(row.rank) == row.updates}
+        why, lagging = lagging_ranks(after, stopped)
+        lines = [f"{row.name} holds up the run: it {why}; {row.last_seen}" for row in lagging]
+        reason = "\n".join(lines) or "no rank stands out: all wait for each other (a lost message, unlike collectives)"
+        blamed = lagging[0] if lagging else after[0]
+        # Beside a process that does not run, the first rank that does signals it.
+        runs = {row.pid_namespace: row.rank for row in reversed(after) if row.rank not in stopped}
+        found = [row for row in after if row.rank in stopped and row.pid_namespace in runs]
+        to_signal = [(runs[row.pid_namespace], row.pid) for row in found]
+        table = "\n".join(f"  {row.name} {row.last_seen}" for row in after)
+        return cls(reason, table, blamed.rank, blamed.host, to_signal)
 
 
-def unresponsive_ranks(before: Sequence[RankStatus], after: Sequence[RankStatus]) -> set[int]:
-    """Ranks that made no update from one reading to the next, other than those that left: they do not run."""
-    updates = {row.rank: row.updates for row in before}
-    return {row.rank for row in after if row.phase != LEFT and updates.get(row.rank) == row.updates}
+def lagging_ranks(table: Sequence[RankStatus], stopped: Collection[int]) -> tuple[str, list[RankStatus]]:
+    """The ranks that the others wait for, and the reason to think so; none where all wait for each other.
 
-
-def lagging_ranks(table: Sequence[RankStatus], unresponsive: Collection[int]) -> dict[int, str]:
-    """The ranks that the others wait for, each with the reason to think so; none where all wait for each other.
-
-    These are the `unresponsive`, or else those that do not wait while others do, or else those with fewer steps.
+    These are those `stopped`, or else those that do not wait while others do, or else those with fewer steps.
     """
-    if unresponsive:
-        why = "it does not run at all (stopped, dead, or in a call that lets no other thread of the process run)"
-        return {row.rank: f"{why}; last seen {row.stage}" for row in table if row.rank in unresponsive}
-    busy = [row for row in table if not row.waits]
-    if 0 < len(busy) < len(table):
-        return {
-            row.rank: "it has left the run"
-            if row.phase == LEFT
-            else f"it waits for no other rank, and is in {row.place} {row.stage} for {row.silent_seconds:.0f} s"
-            for row in busy
-        }
-    first = max((row.step for row in table), default=0)
-    return {row.rank: f"it waits {row.stage}; others finished step {first}" for row in table if row.step < first}
-
-
-def format_report(table: Sequence[RankStatus], lagging: dict[int, str]) -> str:
-    """Which rank holds up the run and why, a line each."""
-    lines = [f"{row.name} holds up the run: {lagging[row.rank]}" for row in table if row.rank in lagging]
-    return "\n".join(lines or ["no rank stands out: all wait for each other (a lost message, or unlike collectives)"])
-
-
-def format_table(table: Sequence[RankStatus]) -> str:
-    """Every rank on a line."""
-    return "\n".join(
-        f"  {row.name} {row.stage} for {row.silent_seconds:.0f} s, "
-        f"{'waits for others in' if row.waits else 'is in'} {row.place}"
-        for row in table
-    )
-
-
-def ranks_to_signal(table: Sequence[RankStatus], unresponsive: Collection[int]) -> list[tuple[int, int]]:
-    """(rank, pid): the first rank that runs beside an unresponsive process, and that process."""
-    runs = {row.pid_namespace: row.rank for row in reversed(table) if row.rank not in unresponsive}
-    return [
-        (runs[row.pid_namespace], row.pid) for row in table if row.rank in unresponsive and row.pid_namespace in runs
-    ]
+    busy = [row for row in table if not row.waits or len(table) == 1]
+    if len(busy) == len(table) > 1:
+        busy = []
+    reasons = {
+        "does not run at all (stopped, dead, or in a call that lets no other thread of the process run)": [
+            row for row in table if row.rank in stopped
+        ],
+        "waits for no other rank": busy,
+        "has finished fewer steps than others": [row for row in table if row.step < max(each.step for each in table)],
+    }
+    return next(((why, found) for why, found in reasons.items() if found), ("", []))
 
 
 def find_stragglers(table: Sequence[RankStatus]) -> dict[int, str]:
@@ -158,17 +124,14 @@ _DISPATCH = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_library/"
 """Files of torch whose frames say nothing: what they do, they do for the caller."""
 _JOINS = ("join", "_wait_for_tstate_lock")
 """Functions of `threading` in which a thread waits for another one to end; the second before Python 3.13."""
-_SAVING_THREAD = "checkpoint"
-"""Name of the thread in which `checkpoint/save.py` saves."""
+_SAVING_THREAD = "checkpoint"  # name of the thread in which `checkpoint/save.py` saves
 
 
 class Location(NamedTuple):
     """Where a thread is."""
 
-    waits: bool
-    """For other ranks."""
-    place: str
-    """Innermost `folder/file:function` of titanlite or the user."""
+    waits: bool  # for other ranks
+    place: str  # innermost `folder/file:function` of titanlite or the user
 
 
 def locate(frame: FrameType | None) -> Location:

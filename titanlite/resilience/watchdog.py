@@ -1,30 +1,34 @@
 """Ends a rank whose run makes no progress, after it has left what tells why; and names ranks that slow the others down.
 
-A thread beside the trainer, which gets a beat after every step. It writes stacks (`stacks.py`), and finds out with the
-other ranks which of them holds up the run (`rank_table.py`). They share their table through the process group's store:
-collectives need the very threads that hang.
+A thread beside the trainer, which gets a beat after every step. It finds out with the other ranks which of them holds
+up the run (`rank_table.py`). They share their table through the process group's store: collectives need the very
+threads that hang.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
 import platform
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
 
+import torch
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from titanlite.errors import TitanliteError
+from titanlite.files import APPEND, open_file
 from titanlite.recipe.sections import WATCHDOG_PATIENCE
 from titanlite.resilience.rank_table import (
     LEFT,
@@ -35,7 +39,6 @@ from titanlite.resilience.rank_table import (
     look_at,
     summarize,
 )
-from titanlite.resilience.stacks import STACKS_SIGNAL, StackDump, add_report
 
 WINDOW_LOOKS = 600
 """Looks at a training rank, about a minute of them, from which its share of waiting is taken and compared."""
@@ -43,23 +46,68 @@ _LOOK_SECONDS = 0.1
 _MOST_A_LOOK = 1.0
 """Seconds that count as silence between two looks, however many passed: a process that was stopped and goes on, all
 ranks of a suspended job for instance, has not been silent meanwhile."""
-_ENDING_SECONDS = 30.0
-"""After so long the process ends, whether it could write all that it should or not."""
+_ENDING_SECONDS = 30.0  # after which the process ends, whether it could write all that it should or not
+_OTHERS_SECONDS = 5.0
+"""Between what a rank writes and its end, which ends the others: its launcher kills them, and the store may go."""
 _TRAINING = "training"
+_STACKS_SIGNAL = signal.SIGUSR2  # upon which a rank writes its stacks to its log and goes on
+_RECORDERS = {"nccl": "_dump_nccl_trace_json", "fr": "_dump_fr_trace_json"}
+"""In `torch._C._distributed_c10d`, as far as this build of torch has them: NCCL's collectives, and all others. Their
+other form is a pickle, which would run code in whoever opens it."""
+_FOUND, _REPORT = "found", "report"  # keys of the store: how many ranks have found a hang, and what follows
+_READINGS_APART = 3  # periods between two readings that tell who still runs
 
 
-class Beat(NamedTuple):
-    """A sign of life; each is an object of its own, which distinguishes it from the next."""
-
-    step: int
-    phase: str
+def log_path(logs: Path, rank: int) -> Path:
+    """The file that has a rank's stacks."""
+    return logs / f"rank-{rank:05d}.log"
 
 
-_HANG, _REPORTERS, _REPORT, _DUMPED = "hang", "reporters", "report", "dumped"
-_READINGS_APART = 3
-"""Periods between two readings that tell who still runs."""
-_DUMPING_SECONDS = 10.0
-"""A rank that has written its stacks waits this long for the others; one that is stuck in the system never ends."""
+class StackLog:
+    """`RUN/logs/rank-00003.log`, which every start of the run adds to; where it cannot be opened, standard error.
+
+    It takes the stacks of all threads, without a lock and without reading another file.
+    """
+
+    def __init__(self, logs: Path, rank: int, name: str) -> None:
+        """`name` of the process stands before each paragraph."""
+        self._logs, self._rank, self._name = logs, rank, name
+        try:
+            self.file = open_file(log_path(logs, rank), APPEND)
+        except OSError:
+            self.file = os.dup(2)  # a folder that cannot be used stops the run elsewhere, with a clearer error
+        self.write(f"watched from now on; {_STACKS_SIGNAL.name} has it write its stacks here")
+        # A handler that is there already is the user's, or that of the program around the run.
+        self._handles_faults = not faulthandler.is_enabled()
+        if self._handles_faults:
+            faulthandler.enable(self.file)
+        faulthandler.register(_STACKS_SIGNAL, self.file)
+
+    def close(self) -> None:
+        """Put the signals back, and close the file."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(_STACKS_SIGNAL)
+        if self._handles_faults:
+            faulthandler.disable()
+        os.close(self.file)
+
+    def write(self, text: str) -> None:
+        """Add a paragraph with the time. A full disk loses it."""
+        with suppress(OSError):
+            os.write(self.file, f"{_now()} {self._name}: {text}\n".encode())
+
+    def write_stacks(self, why: str) -> None:
+        """Write the stacks of all threads now, and what the flight recorder holds in a file beside them."""
+        self.write(why)
+        with suppress(OSError):
+            faulthandler.dump_traceback(self.file)
+        for kind, function in _RECORDERS.items():
+            dump = getattr(getattr(torch._C, "_distributed_c10d", None), function, None)
+            text = dump() if dump is not None else b"{}"
+            with suppress(OSError, ValueError):
+                if json.loads(text).get("entries"):
+                    stamp = _now().replace(":", "")
+                    (self._logs / f"flight-{kind}-{self._rank:05d}-{stamp}.json").write_bytes(text)
 
 
 class HangCoordinator(threading.Thread):
@@ -71,21 +119,15 @@ class HangCoordinator(threading.Thread):
     def __init__(self, status: RankStatus, ranks: int, period_seconds: float) -> None:
         """Needs the default process group, whose store it gets a client of its own for."""
         super().__init__(name="watchdog-store", daemon=True)
-        self.status = status
-        """This rank's row; put another in its place whenever something changes."""
-        self.hang = False
-        """Whether a rank has found that the run stands still; set it to say so."""
-        self.report: HangReport | None = None
-        """What the ranks agreed on; None while the store does not answer."""
-        self.is_reporter = False
-        """Whether this rank is the one to print the report."""
-        self.stragglers: deque[str] = deque()
-        """On rank 0: sentences on stragglers that are not logged yet."""
+        self.status = status  # this rank's row; put another in its place whenever something changes
+        self.hang = False  # whether a rank has found that the run stands still; set it to say so
+        self.report: HangReport | None = None  # what the ranks agreed on; None while the store does not answer
+        self.is_reporter = False  # whether this rank is the one to print the report
+        self.stragglers: deque[str] = deque()  # on rank 0: sentences on stragglers that are not logged yet
         self._straggling: set[int] = set()
         self._updates = 0
         self._left = threading.Event()
         self._keys = [f"rank-{rank}" for rank in range(ranks)]
-        self._key = self._keys[status.rank]
         self._period = period_seconds
         # Its own connection: the trainer may be blocked within its client. The group's store is new at every start.
         self._store = PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
@@ -100,38 +142,30 @@ class HangCoordinator(threading.Thread):
         self.join(timeout=2 * self._period * _READINGS_APART + 10.0)
         return self.report
 
-    def wait_for_dumps(self, report: HangReport) -> None:
-        """Say that this rank has written its stacks, and return once all ranks have, or some seconds later.
-
-        The end of any one ends the others: its launcher kills them, and the store may be gone with it.
-        """
-        until = time.monotonic() + _DUMPING_SECONDS
-        with suppress(RuntimeError):
-            dumped = self._store.add(_DUMPED, 1)
-            while dumped < report.dumping and time.monotonic() < until:
-                time.sleep(self._period / 4)
-                dumped = self._store.add(_DUMPED, 0)
-
     def run(self) -> None:
         with suppress(RuntimeError):  # the store is gone: what is known by now has to do
             compared = None
             while not self._left.wait(self._period):
                 self._update()
-                if self.hang:
-                    self._store.set(_HANG, "1")
-                self.hang = self.hang or self._store.check([_HANG])
-                if self.hang:
+                finds = self.hang
+                found = self._store.add(_FOUND, int(finds))
+                if found:
+                    self.is_reporter, self.hang = finds and found == 1, True
                     self.report = self._agree()
                     return
                 if self.status.rank == 0 and self.status.waited is not compared:  # a window has ended
                     compared = self.status.waited
-                    self._note_stragglers()
+                    slow = find_stragglers(self._table())
+                    # Each once, for as long as it lasts.
+                    self.stragglers.extend(sentence for rank, sentence in slow.items() if rank not in self._straggling)
+                    self._straggling = set(slow)
             self.status = replace(self.status, phase=LEFT)
             self._update()
 
     def _update(self) -> None:
         self._updates += 1
-        self._store.set(self._key, json.dumps(asdict(replace(self.status, updates=self._updates))))
+        row = asdict(replace(self.status, updates=self._updates))
+        self._store.set(self._keys[self.status.rank], json.dumps(row))
 
     def _table(self) -> list[RankStatus]:
         """Every rank that has a row yet, in order."""
@@ -140,23 +174,14 @@ class HangCoordinator(threading.Thread):
 
     def _agree(self) -> HangReport:
         """One rank makes the report, the others read it. Rows are updated meanwhile, which shows who runs."""
-        self.is_reporter = self._store.add(_REPORTERS, 1) == 1
-        if self.is_reporter:
-            before = self._table()
-            for _ in range(_READINGS_APART):
-                time.sleep(self._period)
-                self._update()
-            self._store.set(_REPORT, json.dumps(asdict(HangReport.of(before, self._table()))))
+        before, readings = self._table() if self.is_reporter else [], 0
         while not self._store.check([_REPORT]):
             time.sleep(self._period)
             self._update()
+            readings += 1
+            if self.is_reporter and readings == _READINGS_APART:
+                self._store.set(_REPORT, json.dumps(asdict(HangReport.of(before, self._table()))))
         return HangReport(**json.loads(self._store.get(_REPORT)))
-
-    def _note_stragglers(self) -> None:
-        """Keep what is found of each straggler once, for as long as it lasts."""
-        found = find_stragglers(self._table())
-        self.stragglers.extend(sentence for rank, sentence in found.items() if rank not in self._straggling)
-        self._straggling = set(found)
 
 
 @dataclass(eq=False)
@@ -180,14 +205,14 @@ class Watchdog:
     watched one hangs."""
 
     def __post_init__(self) -> None:
-        self._beat = Beat(0, "starting")
+        self._beat = (0, "starting")  # step and phase; each is an object of its own, which tells it from the next
         self._status = RankStatus(self.rank, platform.node(), os.getpid(), _pid_namespace())
         self._coordinator: HangCoordinator | None = None
         self._left = threading.Event()
 
     def beat(self, step: int, phase: str = _TRAINING) -> None:
         """A sign of life from the watched thread, which has finished `step` and goes on to this `phase`."""
-        self._beat = Beat(step, phase)
+        self._beat = (step, phase)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -206,7 +231,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
-            self._stacks = StackDump(self.logs, self.rank, self._status.name)
+            self._stacks = StackLog(self.logs, self.rank, self._status.name)
             if self.ranks > 1:
                 self._coordinator = HangCoordinator(self._status, self.ranks, min(self.seconds / 60, 2.0))
                 self._coordinator.start()
@@ -225,26 +250,25 @@ class Watchdog:
 
     def _watch(self, trainer: int) -> None:
         beat, silent_seconds, looked_at, armed_at = self._beat, 0.0, time.monotonic(), -math.inf
-        jitter = random.Random(self._status.rank)  # not to look at always the same point of a step
+        jitter = random.Random(self.rank)  # not to look at always the same point of a step
         looks: Counter[Location] = Counter()
         while not self._left.wait(jitter.uniform(0.5, 1.5) * min(_LOOK_SECONDS, self.seconds / 20)):
             last, beat, now, seen = beat, self._beat, time.monotonic(), look_at(trainer)
             silent_seconds = silence(silent_seconds, now - looked_at) if beat is last else 0.0
             looked_at = now
             if now - armed_at >= self.seconds / 4:
-                armed_at = now
-                self._stacks.write_stacks_later(2 * self.seconds)
-            looks[seen] += beat.phase == _TRAINING
+                armed_at = now  # for a call that keeps the interpreter, in which this thread cannot write them
+                faulthandler.dump_traceback_later(2 * self.seconds, file=self._stacks.file)
+            step, phase = beat
+            changes = {"step": step, "phase": phase, "silent_seconds": silent_seconds, **seen._asdict()}
+            looks[seen] += phase == _TRAINING
             if looks.total() >= WINDOW_LOOKS:
-                waited, busiest = summarize(looks)
-                self._status = replace(self._status, waited=waited, busiest=busiest)
+                changes["waited"], changes["busiest"] = summarize(looks)
                 looks.clear()
-            self._status = replace(
-                self._status, step=beat.step, phase=beat.phase, silent_seconds=silent_seconds, **seen._asdict()
-            )
+            self._status = replace(self._status, **changes)
             if self._coordinator is not None:
                 self._coordinator.status = self._status
-            late = silent_seconds >= self.seconds * (1 if beat.phase == _TRAINING else WATCHDOG_PATIENCE)
+            late = silent_seconds >= self.seconds * (1 if phase == _TRAINING else WATCHDOG_PATIENCE)
             if late or (self._coordinator is not None and self._coordinator.hang):
                 self._end(late)
 
@@ -258,23 +282,21 @@ class Watchdog:
             coordinator.hang = True
         why = f"no sign of life for {status.silent_seconds:.0f} s" if late else "another rank gives no sign of life"
         self._stacks.write_stacks(f"{why}; stacks {status.stage}:")
-        agreed = coordinator.wait_for_report() if coordinator is not None else None
+        agreed = coordinator.wait_for_report() if coordinator is not None else HangReport.of([], [status])
         unknown = "who holds it up is unknown: the store, at rank 0 or its launcher, does not answer"
-        alone = f"{status.name} is in {status.place} {status.stage}"
-        reason = alone if coordinator is None else unknown
-        report = agreed or HangReport(reason, "", status.rank, status.host, to_signal=[], dumping=1)
+        report = agreed or HangReport(unknown, "", status.rank, status.host, to_signal=[])
         reason = f"no progress (resilience.watchdog_seconds = {self.seconds:g}): {report.reason}"
         if coordinator is None or agreed is None or coordinator.is_reporter:
-            add_report(self.logs, f"{reason}\n{report.table}".rstrip())
+            _print_report(self.logs, f"{reason}\n{report.table}".rstrip())
         self._stacks.write(reason)
         self.on_hang(status.step, replace(report, reason=reason))
-        if coordinator is not None and agreed is not None:
-            # From now on trainers may go on. A process that was stopped does too, to end as all do.
-            for pid in (pid for rank, pid in report.to_signal if rank == status.rank):
-                with suppress(OSError):
-                    os.kill(pid, STACKS_SIGNAL)
-                    os.kill(pid, signal.SIGCONT)
-            coordinator.wait_for_dumps(report)
+        # From now on trainers may go on. A process that was stopped does too, to end as all do.
+        for pid in (pid for rank, pid in report.to_signal if rank == status.rank):
+            with suppress(OSError):
+                os.kill(pid, _STACKS_SIGNAL)
+                os.kill(pid, signal.SIGCONT)
+        if coordinator is not None:
+            time.sleep(_OTHERS_SECONDS)
         os._exit(TitanliteError.exit_code)
 
 
@@ -283,11 +305,24 @@ def silence(seconds: float, passed: float) -> float:
     return seconds + min(passed, _MOST_A_LOOK)
 
 
+def _print_report(logs: Path, text: str) -> None:
+    """Say on standard error and in `RUN/logs/watchdog.log` why the run stands still."""
+    data = f"{_now()} {text}\n".encode()
+    with suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, data)
+    with suppress(OSError), open(open_file(logs / "watchdog.log", APPEND), "ab", buffering=0) as file:
+        file.write(data)
+
+
 def _pid_namespace() -> str:
     """A name that processes share if they know each other by the same number: containers of one machine do not."""
     with suppress(OSError):
         return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
     return platform.node()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 OFF = Watchdog(0.0, Path())

@@ -26,8 +26,7 @@ from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.resilience import crashes
 from titanlite.resilience.rank_table import HangReport
-from titanlite.resilience.stacks import log_path
-from titanlite.resilience.watchdog import Watchdog
+from titanlite.resilience.watchdog import Watchdog, log_path
 from titanlite.text import format_count, pluralize
 from titanlite.training import setup
 from titanlite.training.progress import Progress
