@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
 from typing import Any
@@ -16,52 +15,42 @@ _ROUNDS = 8
 _MASK = 2**64 - 1
 
 
-@dataclass(frozen=True)
-class Permutation:
-    """A keyed bijection of [0, n): a Feistel network over a `rows x columns` grid just large enough to hold n.
-
-    Each round shifts one coordinate, modulo its range, by a hash of the other: invertible whatever the hash is. An
-    image in the few cells beyond n is sent through again until it falls below n (cycle walking); the grid has fewer
-    than `rows` such cells, about sqrt(n), so that is rare. A grid, unlike the usual pair of bit strings, fits any n:
-    the next power of four may be four times as large. Python integers only, so every platform gives the same order.
-    """
-
-    n: int
-    rows: int
-    columns: int
-    keys: tuple[int, ...]  # One 64-bit key a round, an even number of them
-
-    def __call__(self, index: int) -> int:
-        """Image of `index`, both in [0, n)."""
-        assert 0 <= index < self.n
-        rows, columns = self.rows, self.columns
-        while True:
-            here, there = divmod(index, columns)
-            for key in self.keys:
-                here, there = there, (here + mix64(there + key)) % rows
-                rows, columns = columns, rows
-            index = here * columns + there
-            if index < self.n:
-                return index
-
-
-@lru_cache(maxsize=256)
-def permutation(n: int, seed: int, source: str, epoch: int) -> Permutation:
-    """The permutation of [0, n), n >= 1, that belongs to one epoch of one source under one seed."""
-    assert n >= 1
-    # The name comes last: with two integers before it, no two triples are written alike.
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{source}".encode(), digest_size=8 * _ROUNDS).digest()
-    rows = isqrt(n - 1) + 1
-    return Permutation(n=n, rows=rows, columns=-(-n // rows), keys=struct.unpack(f"<{_ROUNDS}Q", digest))
-
-
 def sample_position(sample: int, n: int, seed: int, source: str) -> int:
     """Place, in [0, n), of the source's sample number `sample` (from 0, over all epochs).
 
     Every run of n samples from a multiple of n on (an epoch) visits each place once, each epoch in its own order.
     """
     epoch, index = divmod(sample, n)
-    return permutation(n, seed, source, epoch)(index)
+    return _permute(index, n, _keys(seed, source, epoch))
+
+
+def _permute(index: int, n: int, keys: tuple[int, ...]) -> int:
+    """Image of `index` by a keyed bijection of [0, n): a Feistel network over a `rows x columns` grid just large enough
+    to hold n.
+
+    Each round shifts one coordinate, modulo its range, by a hash of the other: invertible whatever the hash is. An
+    image in the few cells beyond n is sent through again until it falls below n (cycle walking); the grid has fewer
+    than `rows` such cells, about sqrt(n), so that is rare. A grid, unlike the usual pair of bit strings, fits any n:
+    the next power of four may be four times as large. Python integers only, so every platform gives the same order.
+    """
+    rows = isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    while True:
+        here, there = divmod(index, columns)
+        for key in keys:  # an even number of them, so that rows are rows again
+            here, there = there, (here + mix64(there + key)) % rows
+            rows, columns = columns, rows
+        index = here * columns + there
+        if index < n:
+            return index
+
+
+@lru_cache(maxsize=256)
+def _keys(seed: int, source: str, epoch: int) -> tuple[int, ...]:
+    """One of 64 bits a round."""
+    # The name comes last: with two integers before it, no two triples are written alike.
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{source}".encode(), digest_size=8 * _ROUNDS).digest()
+    return struct.unpack(f"<{_ROUNDS}Q", digest)
 
 
 def mix64(x: Any) -> Any:
