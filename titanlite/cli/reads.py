@@ -193,7 +193,8 @@ def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> di
     `file` is empty where texts were tokenized as they were read; then there is no document either.
     """
     source, window = split.place(number)
-    stream, token = source.locate(window)
+    stream, packed, number_there = source.locate(window)
+    token = packed.first(number_there)
     file, document = "", None
     if isinstance(stream, TokenFile):
         file, numbers = str(stream.prefix), range(stream.documents)

@@ -1,12 +1,4 @@
-"""Documents into windows of equal length: cut out of one stream, or packed so that none that fits is cut. Numpy alone.
-
-`Cut`: window w holds tokens w*L to w*L + L inclusive, so that its inputs are the first L, its labels the last L, and
-over all windows each token but the stream's first is a label once. Fewer than L tokens at the end are not used.
-
-`BestFit` is best-fit decreasing (Ding et al. 2024, 'Fewer truncations improve language modeling'): the longest document
-first, each into the fullest window that still has room for it. Windows with equal room are all alike, so equal
-documents are dealt to equal windows at once: the work grows with the lengths that there are, not with the documents.
-"""
+"""Documents into windows of equal length: cut out of one stream, or packed so that none that fits is cut. No torch."""
 
 from __future__ import annotations
 
@@ -31,23 +23,25 @@ class Sliced(Protocol):
 
 
 class Stream(Protocol):
-    """Documents, each followed by the separator."""
+    """Documents, each followed by the separator: all `tokens`, flat, the `fingerprint` equal where they are, and the
+    end of each document, past its separator, in tokens.
+    """
 
     @property
-    def tokens(self) -> Sliced:
-        """All of them, flat."""
+    def tokens(self) -> Sliced: ...
 
     @property
-    def fingerprint(self) -> str:
-        """Equal where all tokens are."""
+    def fingerprint(self) -> str: ...
 
-    def document_ends(self) -> Int64:
-        """End of each document, past its separator, in tokens."""
+    def document_ends(self) -> Int64: ...
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A stream of `tokens` tokens, cut."""
+    """A stream of `tokens` tokens, cut: window w holds tokens w*L to w*L + L inclusive, so that its inputs are the
+    first L, its labels the last L, and over all windows each token but the stream's first is a label once. Fewer than L
+    tokens at the end are not used.
+    """
 
     tokens: int
     sequence_length: int
@@ -69,18 +63,16 @@ class Cut:
 @dataclass(frozen=True)
 class BestFit:
     """Where the pieces of a stream lie in windows; made by `pack_best_fit`. A piece is a document with the separator
-    that follows it, or a part of one that is too long for a window.
-
-    In memory, 12 bytes a piece and 8 a window; some five times as much while it is made.
+    that follows it, or a part of one that is too long for a window. 12 bytes a piece and 8 a window.
     """
 
     sequence_length: int
     separator: int
-    starts: Int64  # First token of each piece, window by window; within one, in the order of the stream
-    lengths: npt.NDArray[np.int32]  # Tokens of each
-    ends: Int64  # Pieces up to the end of each window
+    starts: Int64  # first token of each piece, window by window; within one, in the order of the stream
+    lengths: npt.NDArray[np.int32]  # tokens of each
+    ends: Int64  # pieces up to the end of each window
     documents: int
-    cut: int  # Documents that did not fit into a window
+    cut: int  # documents that did not fit into a window
 
     @property
     def windows(self) -> int:
@@ -96,10 +88,8 @@ class BestFit:
         return int(self.starts[self.ends[index - 1] if index else 0])
 
     def window(self, stream: Sliced, index: int) -> Tokens:
-        """Inputs and labels of window `index`: at most `sequence_length` + 1 tokens; what is missing is padding.
-
-        The separator, then pieces. But of a document that is cut, a part that fills the window comes after the token
-        before it, as it does where windows are cut out of the stream. The rest of it comes after the separator.
+        """Inputs and labels of window `index`: the separator, then pieces, at most `sequence_length` + 1 tokens. Of a
+        document that is cut, a part that fills the window comes after the token before it instead, as in `Cut`.
         """
         first = self.ends[index - 1] if index else 0
         starts, lengths = self.starts[first : self.ends[index]], self.lengths[first : self.ends[index]]
@@ -120,20 +110,21 @@ def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
     As a label the separator ends a document; as an input it opens the next one, at position 0. So the first token
     of a document is predicted from the separator alone, no label is lost, nothing is seen across the boundary, and
     `separator + prompt` is how generation begins a document. A document that the window's edge cuts counts its
-    positions from the edge: only differences matter to rotary embeddings. Documents are numbered from 0 in each window.
+    positions from the edge: only differences matter to rotary embeddings, as of numbers only equality does.
     """
     opens = inputs == separator
     index = np.arange(inputs.shape[-1], dtype=np.int64)
     starts = np.maximum.accumulate(np.where(opens, index, 0), axis=-1)
-    # A separator in first place opens number 1; number 0 is then absent: numbers are only compared.
     return index - starts, np.cumsum(opens, axis=-1, dtype=np.int64)
 
 
 def pack_best_fit(document_ends: Int64, sequence_length: int, separator: int) -> BestFit:
-    """Pack documents that follow each other in a stream from its first token on, each with the separator at its end.
+    """Pack documents that follow each other in a stream from its first token on, each with the separator at its end, by
+    best-fit decreasing (Ding et al. 2024, 'Fewer truncations improve language modeling'): the longest first, each into
+    the fullest window that still has room for it. All of it is whole numbers, and the same everywhere.
 
     A document longer than a window becomes parts of `sequence_length` tokens, which fill windows of their own, and a
-    rest that is packed like a document. All of it is whole numbers, and the same everywhere.
+    rest that is packed like a document. It takes some five times the memory of its result.
     """
     lengths = np.diff(document_ends, prepend=0)
     parts = -(-lengths // sequence_length)  # none of a document without any token
@@ -155,7 +146,11 @@ def pack_best_fit(document_ends: Int64, sequence_length: int, separator: int) ->
 
 
 def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> tuple[Int64, int]:
-    """The window, from 0, that each piece goes to, and their number. Of equal pieces, the first go first."""
+    """The window, from 0, that each piece goes to, and their number. Of equal pieces, the first go first.
+
+    Windows with equal room are all alike, so equal pieces are dealt to equal windows at once: the work grows with the
+    lengths that there are, not with the pieces.
+    """
     # Of 16 bits, numpy sorts in linear time.
     by_length = np.argsort((room - lengths).astype(np.min_scalar_type(room)), kind="stable")
     counts = np.bincount(lengths, minlength=room + 1)

@@ -50,25 +50,25 @@ class Source:
     streams: tuple[Stream, ...]
     tokenizer: Tokenizer
     sequence_length: int
-    document_mask: bool  # Batches carry positions and document numbers
+    document_mask: bool  # batches carry positions and document numbers
     packing: Packing = "cut"
 
     @cached_property
-    def _packed(self) -> tuple[Cut | BestFit, ...]:
+    def _packed(self) -> list[Cut | BestFit]:
         """How each stream lies in windows."""
+        length, separator = self.sequence_length, self.tokenizer.separator
         if self.packing == "cut":
-            return tuple(Cut(len(each.tokens), self.sequence_length) for each in self.streams)
-        separator = self.tokenizer.separator
-        return tuple(pack_best_fit(each.document_ends(), self.sequence_length, separator) for each in self.streams)
+            return [Cut(len(each.tokens), length) for each in self.streams]
+        return [pack_best_fit(each.document_ends(), length, separator) for each in self.streams]
 
     @cached_property
-    def _ends(self) -> tuple[int, ...]:
-        """Windows up to the end of each stream."""
-        return tuple(accumulate(each.windows for each in self._packed))
+    def _begins(self) -> list[int]:
+        """The first window of each stream, and the number of all."""
+        return list(accumulate((each.windows for each in self._packed), initial=0))
 
     @property
     def windows(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._begins[-1]
 
     @property
     def tokens(self) -> int:
@@ -82,7 +82,7 @@ class Source:
 
     def window(self, index: int) -> Tokens:
         """Inputs and labels of window `index`: `[sequence_length + 1]` tokens, fewer where it is to be padded."""
-        stream, packed, number = self._locate(index)
+        stream, packed, number = self.locate(index)
         tokens = packed.window(stream.tokens, number)
         if tokens.max() >= self.tokenizer.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             raise DataError(
@@ -92,14 +92,10 @@ class Source:
             )
         return tokens
 
-    def locate(self, index: int) -> tuple[Stream, int]:
-        """The stream that window `index` lies in, and the token there that it begins with."""
-        stream, packed, number = self._locate(index)
-        return stream, packed.first(number)
-
-    def _locate(self, index: int) -> tuple[Stream, Cut | BestFit, int]:
-        at = bisect_right(self._ends, index)
-        return self.streams[at], self._packed[at], index - (self._ends[at - 1] if at else 0)
+    def locate(self, index: int) -> tuple[Stream, Cut | BestFit, int]:
+        """The stream that window `index` lies in, how that is packed, and which of its windows it is."""
+        at = bisect_right(self._begins, index) - 1
+        return self.streams[at], self._packed[at], index - self._begins[at]
 
     def packing_report(self) -> str | None:
         """What best-fit packing wastes and cuts, in words."""
@@ -107,7 +103,7 @@ class Source:
         if not packed:
             return None
         padding = 1 - sum(each.labels for each in packed) / (self.windows * self.sequence_length)
-        cut, documents = (sum(count) for count in zip(*((each.cut, each.documents) for each in packed), strict=True))
+        cut, documents = sum(each.cut for each in packed), sum(each.documents for each in packed)
         return (
             f"source {self.name} is packed into {self.windows:,} sequences and {100 * padding:.3g} % padding; {cut:,} "
             f"of {documents:,} documents ({100 * cut / documents:.3g} %) are longer than a sequence and cut"
@@ -141,23 +137,19 @@ def open_streams(
     """
     training: list[Stream] = []
     validation: list[Stream] = []
-    texts: list[str] = []
-    named: dict[Path, tuple[Path, str]] = {}
-    for path in paths:
-        prefixes = find_token_files(path)
-        texts += [] if prefixes else [path]
-        for prefix in prefixes:
-            file = open_token_file(prefix, section, tokenizer)
-            other = named.setdefault(file.tokens.file.path.resolve(), (prefix, path))
-            if other != (prefix, path) or prefixes.count(prefix) > 1 or paths.count(path) > 1:
-                raise DataError(
-                    f"{prefix}: {key} names it twice, by '{other[1]}' and by '{path}'; take one of them out."
-                )
-            training.append(file)
-            held_out = prefix.with_name(prefix.name + HELD_OUT)
-            if hold_out and paths_of(held_out).idx.exists():
-                validation.append(_open_held_out(held_out, file, section, tokenizer))
-    if texts:
+    found = [(path, find_token_files(path)) for path in paths]
+    named: dict[Path, str] = {}
+    for path, prefix in ((path, prefix) for path, prefixes in found for prefix in prefixes):
+        file = open_token_file(prefix, section, tokenizer)
+        place = file.tokens.file.path.resolve()
+        if place in named:
+            raise DataError(f"{prefix}: {key} names it twice, by '{named[place]}' and by '{path}'; take one out.")
+        named[place] = path
+        training.append(file)
+        held_out = prefix.with_name(prefix.name + HELD_OUT)
+        if hold_out and paths_of(held_out).idx.exists():
+            validation.append(_open_held_out(held_out, file, section, tokenizer))
+    if texts := [path for path, prefixes in found if not prefixes]:
         percent = section.validation_percent if hold_out else 0.0
         files = texts_folder and open_tokenized(texts, section, tokenizer, percent, texts_folder)
         kept, *held = files or _read(texts, key, section, tokenizer, percent)
@@ -169,8 +161,7 @@ def open_streams(
 def _open_held_out(prefix: Path, file: TokenFile, section: Data, tokenizer: Tokenizer) -> TokenFile:
     """What was held out of other texts, or in another share, may be among those that are trained on."""
     held_out = open_token_file(prefix, section, tokenizer)
-    one, other = (each.info.made_from if each.info else None for each in (file, held_out))
-    if one != other:
+    if (file.info and file.info.made_from) != (held_out.info and held_out.info.made_from):
         raise DataError(
             f"{held_out.prefix}: belongs to another prepare than {file.prefix}, so what it holds may be trained on; "
             "prepare both again with --held-out, or delete it."
@@ -226,9 +217,7 @@ def _read(paths: Sequence[str], key: str, section: Data, tokenizer: Tokenizer, p
     if not kept and not held:
         raise DataError(f"{key} = {list(paths)!r} holds no text at all; give one with text in it.")
     if percent and not (kept and held):  # of each document, the beginning and the last `percent`
-        whole = kept or held
-        cuts = [len(ids) - round(len(ids) * percent / 100) for ids in whole]
-        kept = [ids[:cut] for ids, cut in zip(whole, cuts, strict=True) if cut]
-        held = [ids[cut:] for ids, cut in zip(whole, cuts, strict=True) if cut < len(ids)]
+        cut = [(ids, len(ids) - round(len(ids) * percent / 100)) for ids in kept or held]
+        kept, held = [ids[:end] for ids, end in cut if end], [ids[end:] for ids, end in cut if end < len(ids)]
     dtype, separator = token_dtype(tokenizer.vocab_size), tokenizer.separator
     return Texts(pack(kept, separator, dtype), separator), Texts(pack(held, separator, dtype), separator)
