@@ -23,14 +23,14 @@ from support.tiny import train
 from titanlite.cli.main import _launcher_exit_code
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.resilience import watchdog
-from titanlite.resilience.crashes import Crash, attempts, digest, find_loop, history, record
+from titanlite.resilience.crashes import Crash, attempts, digest, history, record, refuse_loop
 from titanlite.training.train_state import TrainState
 
 TINY = SECTIONS
 
 CRASH = Crash(
     attempt=1, restart=0, time="2026-01-01T00:00:00+00:00", step=7, samples=(24, 27), rank=1, ranks=4, host="node7",
-    kind="ValueError", message="no", traceback="", recipe="r",
+    kind="ValueError", message="no", traceback="", recipe=digest("r"),
 )  # fmt: skip
 
 
@@ -76,13 +76,17 @@ def starts() -> list[str]:
         pytest.param([], 1, 0, False, id="never"),
     ],
 )
-def test_when_a_run_is_given_up(steps: list[int], limit: int, committed: int, stops: bool) -> None:
-    crashes = [replace(CRASH, attempt=attempt, step=step) for attempt, step in enumerate(steps, 1)]
-    said = find_loop(crashes, limit, committed, "r")
-    assert (said is not None) == stops
-    assert find_loop(crashes, limit, committed, "another") is None
-    if stops:
-        assert said and all(word in said for word in ("samples 24 to 27", "rank 1 of 4 on node7", "ValueError: no"))
+def test_when_a_run_is_given_up(tmp_path: Path, steps: list[int], limit: int, committed: int, stops: bool) -> None:
+    for attempt, step in enumerate(steps, 1):
+        record(tmp_path, replace(CRASH, attempt=attempt, step=step))
+    refuse_loop(tmp_path, limit, committed, "another")
+    if not stops:
+        refuse_loop(tmp_path, limit, committed, "r")
+        return
+    with pytest.raises(GuardStop) as refused:
+        refuse_loop(tmp_path, limit, committed, "r")
+    said = str(refused.value)
+    assert all(word in said for word in ("samples 24 to 27", "rank 1 of 4 on node7", "ValueError: no"))
 
 
 def test_the_first_record_of_a_start_stays(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
         for now in range(1, steps + 1):
             if now == step and rank == 0:
                 (Path(folder) / SAVE_NOW).touch()
-            if requests.agree(None, now >= step and asks.due()).save:
+            if requests.agree(None, now >= step and asks.due())[1]:
                 state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
                 checkpoints.begin(state, CheckpointMetadata(now))
                 checkpoints.wait()
@@ -41,4 +41,4 @@ def agreements(rank: int, world: int, steps: int) -> list[tuple[str | None, bool
             requests.agree("limit" if step == 2 and rank == world - 1 else None, step == 1 and rank == 0)
             for step in range(1, steps + 1)
         ]
-    return [(agreement.stop, agreement.save) for agreement in said]
+    return said

@@ -48,31 +48,29 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
         return
     copied = {_key(name, shard): (name, shard.tensor) for name, shard in held.items() if shard.copies > 1}
     sums = checksums(tensor for _, tensor in copied.values()).cpu()
-    own = torch.stack((torch.tensor(list(copied)), sums), dim=1)
-    parts = [
-        np.frombuffer(data, np.int64).reshape(-1, 2) for data in gather_bytes(own.numpy().tobytes(), ranks, on_all=True)
-    ]
-    table = np.concatenate([np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)])
-    different = _different_keys(table)
+    own = torch.stack((torch.tensor(list(copied)), sums), dim=1).numpy().tobytes()
+    parts = [np.frombuffer(data, np.int64).reshape(-1, 2) for data in gather_bytes(own, ranks, on_all=True)]
+    table = np.concatenate([np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)])  # rank, key, checksum
+    keys, counts = np.unique(np.unique(table[:, 1:], axis=0)[:, 0], return_counts=True)
+    different: list[int] = keys[counts > 1].tolist()
     if not different:
         return
-    names = {str(key): name for key, (name, _) in copied.items() if key in different}
-    hosts_and_names = gather_json([platform.node(), names], ranks)
-    hosts = [host for host, _ in hosts_and_names]
-    names = {key: name for _, known in hosts_and_names for key, name in known.items()}
+    answers = gather_json([platform.node(), [(key, copied[key][0]) for key in different if key in copied]], ranks)
+    names = {key: name for _, known in answers for key, name in known}
     found: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
     for key in different:
-        found.setdefault(_blamed_ranks(table, key), []).append(names[str(key)])
+        rows = {rank: value for rank, _, value in table[table[:, 1] == key].tolist()}
+        (usual, votes), *_ = Counter(rows.values()).most_common(1)
+        majority = 2 * votes > len(rows)
+        blamed = tuple(rank for rank, value in rows.items() if not majority or value != usual)
+        found.setdefault((majority, blamed), []).append(names[key])
+    hosts = [host for host, _ in answers]
     lines = [
-        f"{_name_ranks(blamed, hosts)} {'differ from most copies of' if majority else 'hold different copies of'} "
+        f"\n  {_name_ranks(blamed, hosts)} {'differ from most copies of' if majority else 'hold different copies of'} "
         f"{list_some(tensors)}"
         for (majority, blamed), tensors in found.items()
     ]
-    raise GuardStop(
-        f"step {step}: copies of the same values differ in their bits, which no arithmetic explains (a device or its "
-        "memory is at fault):\n  " + "\n  ".join(lines) + "\n"
-        "This state is not saved. Start again without that machine, or test it: the run goes on from its checkpoint."
-    )
+    raise _fault(step, "copies of the same values differ in their bits", "".join(lines) + "\nThis state is not saved.")
 
 
 def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Tensor, ranks: int) -> None:
@@ -97,10 +95,13 @@ def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Ten
     else:
         sums = list_some(answers[saw[0]][1])
         where = f"{_name_ranks(saw, hosts)} got other sums ({sums}): the fault is on one of the ranks that add to them."
-    raise GuardStop(
-        f"step {step}: the same batch, computed twice, gave other bits, which no arithmetic explains (a device or its "
-        f"memory is at fault). {where} The step was not applied. Start again without that machine, or test it: the run "
-        "goes on from its last checkpoint."
+    raise _fault(step, "the same batch, computed twice, gave other bits", f" {where} The step was not applied.")
+
+
+def _fault(step: int, what: str, where: str) -> GuardStop:
+    return GuardStop(
+        f"step {step}: {what}, which no arithmetic explains (a device or its memory is at fault).{where} Start again "
+        "without that machine, or test it: the run goes on from its last checkpoint."
     )
 
 
@@ -108,26 +109,6 @@ def _key(name: str, shard: Shard) -> int:
     """63 bits that stand for this part of this tensor on every rank."""
     part = f"{name} {shard.offset} {tuple(shard.tensor.shape)}"
     return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little") >> 1
-
-
-Table = np.ndarray[tuple[int, int], np.dtype[np.int64]]
-"""[parts of all ranks, 3]: rank, key and checksum."""
-
-
-def _different_keys(table: Table) -> list[int]:
-    """Keys with more than one checksum."""
-    _, keys, sums = table.T
-    order = np.lexsort((sums, keys))
-    keys, sums = keys[order], sums[order]
-    return sorted({int(key) for key in keys[1:][(keys[1:] == keys[:-1]) & (sums[1:] != sums[:-1])]})
-
-
-def _blamed_ranks(table: Table, key: int) -> tuple[bool, tuple[int, ...]]:
-    """Whether most copies agree, and the ranks with the others; all that have a copy where there is no majority."""
-    rows = {int(rank): int(found) for rank, _, found in table[table[:, 1] == key]}
-    (usual, votes), *_ = Counter(rows.values()).most_common(1)
-    majority = 2 * votes > len(rows)
-    return majority, tuple(rank for rank, found in rows.items() if not majority or found != usual)
 
 
 def _name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,25 +25,19 @@ from titanlite.plan.launch import MAX_STARTS
 class Crash:
     """How one start of a run failed."""
 
-    attempt: int
-    """Number of the start in the run's life, from 1."""
-    restart: int
-    """How often torchrun had started its processes again, 0 without it."""
-    time: str
-    """ISO 8601, UTC."""
-    step: int
-    """The step under way, from 1; before the first of this start was, the one that it would have been."""
+    attempt: int  # number of the start in the run's life, from 1
+    restart: int  # how often torchrun had started its processes again, 0 without it
+    time: str  # ISO 8601, UTC
+    step: int  # the step under way, from 1; before the first of this start was, the one that it would have been
     samples: tuple[()] | tuple[int, int]
     """First and last sample of that step, over all ranks; empty if it had not begun."""
     rank: int
     ranks: int
     host: str
-    kind: str
-    """Type of the exception."""
+    kind: str  # type of the exception
     message: str
     traceback: str
-    recipe: str
-    """`digest` of the recipe."""
+    recipe: str  # `digest` of the recipe
 
     @property
     def where(self) -> str:
@@ -66,11 +58,7 @@ def digest(recipe_text: str) -> str:
 def record(folder: Path, crash: Crash) -> None:
     """Write a crash down, unless the same start has another rank's: that one is the cause. Raises `OSError`."""
     folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not begun anew
-    try:
-        descriptor = os.open(_path(folder, crash.attempt), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except FileExistsError:
-        return
-    with open(descriptor, "w", encoding="utf-8") as file:
+    with suppress(FileExistsError), open(_path(folder, crash.attempt), "x", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(crash), file, indent=1)
         file.flush()
         sync(file.fileno(), folder)
@@ -98,33 +86,25 @@ def _read(folder: Path, attempt: int) -> Crash | None:
     return None
 
 
-def find_loop(crashes: Sequence[Crash], limit: int, committed: int, recipe: str) -> str | None:
-    """Why this run should not be started again; None if it may be.
-
-    `crashes` are the run's, in their order, `committed` the step of its newest checkpoint (0: none), `recipe` the
-    digest of what it would be started with. Its last `limit` crashes (0: no limit) must have been at one step that no
-    checkpoint is past, under this recipe.
+def refuse_loop(folder: Path, limit: int, committed: int, recipe_text: str) -> None:
+    """Raise `GuardStop` if a run should not be started again: its last `limit` crashes (0: no limit) were at one step
+    that no checkpoint is past, under this recipe. `committed` is the step of its newest checkpoint (0: none).
     """
-    last = crashes[-limit:] if limit else []
-    if not last or len(last) < limit or {(crash.step, crash.recipe) for crash in last} != {(last[-1].step, recipe)}:
-        return None
+    last = history(folder)[-limit:] if limit else []
+    if not last or len(last) < limit:
+        return
     crash = last[-1]
-    if crash.step <= committed:
-        return None
+    same = {(each.step, each.recipe) for each in last} == {(crash.step, digest(recipe_text))}
+    if not same or crash.step <= committed:
+        return
     step = f"step {crash.step}"
     what = f"{step} (samples {crash.samples[0]} to {crash.samples[1]})" if crash.samples else f"starting with {step}"
     times = "once" if limit == 1 else f"{limit} times in a row"
-    return f"{what} has failed {times}, with no checkpoint past it; the last time on {crash.where}: {crash.what}"
-
-
-def refuse_loop(folder: Path, limit: int, committed: int, recipe_text: str) -> None:
-    """Raise `GuardStop` with the reason if `find_loop` has one."""
-    reason = find_loop(history(folder), limit, committed, digest(recipe_text))
-    if reason is not None:
-        raise GuardStop(
-            f"{reason}\nThe run is not started again (resilience.max_crashes = {limit}). Once the cause is mended, "
-            f"delete {folder}, where the tracebacks are; a changed recipe is tried in any case."
-        )
+    raise GuardStop(
+        f"{what} has failed {times}, with no checkpoint past it; the last time on {crash.where}: {crash.what}\n"
+        f"The run is not started again (resilience.max_crashes = {limit}). Once the cause is mended, delete {folder}, "
+        "where the tracebacks are; a changed recipe is tried in any case."
+    )
 
 
 def root_cause(folder: Path, attempt: int, rank: int, error: Exception) -> str:

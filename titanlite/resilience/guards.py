@@ -24,12 +24,9 @@ from titanlite.text import list_some
 
 _MOST_UNREAD = 1024
 """Steps whose numbers wait on the device; where reviews are further apart, the host reads them all the same."""
-_MAD_TO_DEVIATION = 1.4826
-"""Of normally distributed numbers, the standard deviation over the median absolute deviation."""
-_LEAST_DEVIATION = 0.01
-"""Of the median: where the history is flat, what is noise in any other run must not stand out."""
-_NONE = -1.0
-"""Fills the history before the first steps; neither a norm nor a loss is negative."""
+_MAD_TO_DEVIATION = 1.4826  # of normally distributed numbers, the standard deviation over the median absolute deviation
+_LEAST_DEVIATION = 0.01  # of the median: where the history is flat, what is noise in any other run must not stand out
+_NONE = -1.0  # fills the history before the first steps; neither a norm nor a loss is negative
 
 
 Kind = Literal["nonfinite", "loss_spike", "gradient_spike", "nonfinite_state", "nonfinite_validation"]
@@ -42,14 +39,12 @@ class BadStep:
     step: int
     kind: Kind
     action: Literal["stop", "skip", "rollback"]
-    loss: float = math.nan
-    """The validation loss, for that kind."""
+    loss: float = math.nan  # the validation loss, for that kind
     grad_norm: float = math.nan
     loss_z: float = math.nan
     """Standard deviations above the median of the steps before; NaN where these were too few to say."""
     grad_norm_z: float = math.nan
-    tensors: str = ""
-    """Names of the weights and moments that are not finite."""
+    tensors: str = ""  # names of the weights and moments that are not finite
 
     @property
     def outcome(self) -> str:
@@ -109,10 +104,8 @@ class Guards:
 
     def __init__(self, section: Resilience, device: torch.device) -> None:
         self.section = section
-        self.skipped = 0
-        """Steps passed over in this run, as of the last review."""
-        self.rollbacks = 0
-        """How often the run went back."""
+        self.skipped = 0  # steps passed over in this run, as of the last review
+        self.rollbacks = 0  # how often the run went back
         self.skips_in_a_row = (1, 0)
         """First and last of the steps skipped one after the other, as of the last review; last < first: none."""
         self.goes_back = "rollback" in (section.on_nonfinite, section.on_spike)
@@ -123,8 +116,7 @@ class Guards:
         self._history = torch.full((LONGEST_SPIKE_WINDOW, 2), _NONE, dtype=torch.float64, device=device)
         """Loss and gradient norm of the steps taken, the newest last; as long as any recipe's window, so that one may
         change when a run goes on."""
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        """`skipped` and `rollbacks`, for the checkpoint."""
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # `skipped` and `rollbacks`, for the checkpoint
         self._unread: list[tuple[int, Tensor, Tensor]] = []
         """Steps: number, whether it was bad, [loss, gradient norm, z-score of each]."""
         self._read: list[BadStep] = []
@@ -183,16 +175,15 @@ class Guards:
     def _read_device(self) -> None:
         """Keep the bad ones among the steps that were not read yet."""
         unread, self._unread = self._unread, []
-        bad = torch.stack([bad for _, bad, _ in unread]).tolist() if unread else []
-        pairs = zip(bad, unread, strict=True)
-        self._read += [self._describe(step, *values.tolist()) for is_bad, (step, _, values) in pairs if is_bad]
-
-    def _describe(self, step: int, loss: float, norm: float, loss_z: float, norm_z: float) -> BadStep:
-        kind: Kind = "gradient_spike" if norm_z > loss_z else "loss_spike"
-        action = self.section.on_spike
-        if action == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
-            kind, action = "nonfinite", self.section.on_nonfinite
-        return BadStep(step, kind, action, loss, norm, loss_z, norm_z)
+        flags = torch.stack([bad for _, bad, _ in unread]).tolist() if unread else []
+        for bad, (step, _, values) in zip(flags, unread, strict=True):
+            if bad:
+                loss, norm, loss_z, norm_z = values.tolist()
+                kind: Kind = "gradient_spike" if norm_z > loss_z else "loss_spike"
+                action = self.section.on_spike
+                if action == "off" or not (math.isfinite(loss) and math.isfinite(norm)):
+                    kind, action = "nonfinite", self.section.on_nonfinite
+                self._read.append(BadStep(step, kind, action, loss, norm, loss_z, norm_z))
 
     def _count(self, skipped: int, rollbacks: int) -> None:
         self.skipped, self.rollbacks = skipped, rollbacks

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -25,18 +24,7 @@ from titanlite.plan.launch import STOP_SIGNALS
 
 _ECHO_SECONDS = 1.0
 """Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""
-_CLOSE = b"\0"
-"""What ends the listener; no signal has this number."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all ranks do after a step: the same on each, but for the text of the reason."""
-
-    stop: str | None
-    """Why the run stops here; None: it goes on."""
-    save: bool
-    """Whether a checkpoint of this step was asked for."""
+_CLOSE = b"\0"  # what ends the listener; no signal has this number
 
 
 @dataclass
@@ -47,16 +35,13 @@ class StopRequests:
     """
 
     ranks: int
-    is_rank0: bool
-    """Whether this rank prints that it has received a signal."""
+    is_rank0: bool  # whether this rank prints that it has received a signal
     grace_seconds: float = 0.0
-    lost: Callable[[], str] = lambda: "what was not saved is lost"
-    """Describes what an end now costs; empty: nothing."""
+    lost: Callable[[], str] = lambda: "what was not saved is lost"  # describes what an end now costs; empty: nothing
 
     def __post_init__(self) -> None:
         self._signal: int | None = None
-        self._signalled = False
-        """Whether all ranks stop because of a signal to one of them, and not for a limit."""
+        self._signalled = False  # whether all ranks stop because of a signal to one of them, and not for a limit
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequests:
@@ -65,16 +50,14 @@ class StopRequests:
         # What the user's shell ignores (nohup: SIGHUP) stays ignored.
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         # In the main thread too, so that a signal between two steps counts for the next one.
-        self._previous = {number: signal.signal(number, lambda number, frame: self._note(number)) for number in handled}
+        self._previous = {number: signal.signal(number, self._note) for number in handled}
         # The system's own handler writes the number of each signal here, whatever the main thread is at.
         self._previous_wakeup_fd = signal.set_wakeup_fd(self._wakeup_write_fd, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         signal.set_wakeup_fd(self._previous_wakeup_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -90,34 +73,31 @@ class StopRequests:
         if self._pending is not None and alike:
             self._pending[0].wait()
 
-    def _note(self, number: int) -> None:
+    def _note(self, number: int, frame: object = None) -> None:
         self._signal = self._signal or number
 
     def _listen(self) -> None:
         """In the listener's thread: notes the first signal, and ends the process on a second one or for the time."""
-        asked_at: float | None = None
-        deadline = math.inf
-        while True:
+        asked_at, deadline, received = math.inf, math.inf, b""
+        while _CLOSE not in received:
             seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             if not select.select([self._wakeup_read_fd], [], [], seconds)[0]:
                 lost = self.lost()
                 _print(f"resilience.grace_seconds = {self.grace_seconds:g} are over: {lost or 'all is saved'}")
                 os._exit(128 + (self._signal or 0) if lost else StoppedEarly.exit_code)
-            received = os.read(self._wakeup_read_fd, 64)
+            received, now = os.read(self._wakeup_read_fd, 64), time.monotonic()
             for number in self._previous.keys() & set(received):
-                now = time.monotonic()
-                if asked_at is None:
+                if now - asked_at > _ECHO_SECONDS:
+                    os._exit(128 + number)
+                if asked_at == math.inf:
                     asked_at, deadline = now, now + (self.grace_seconds or math.inf)
                     self._note(number)
                     if self.is_rank0:
                         _print("stopping after this step; a second signal ends the run at once, unsaved")
-                elif now - asked_at > _ECHO_SECONDS:
-                    os._exit(128 + number)
-            if _CLOSE in received:
-                return
 
-    def agree(self, limit: str | None, save: bool = False) -> Agreement:
-        """What is done after this step; the same on every rank.
+    def agree(self, limit: str | None, save: bool = False) -> tuple[str | None, bool]:
+        """Why the run stops after this step (None: it goes on), and whether it saves: the same on every rank, but for
+        the text of the reason.
 
         `limit` is a reason to stop that this rank's own clock may give before another's, `save` whether this rank asks
         for a checkpoint. With several ranks the answer is that of the step before: the exchange runs on the hosts,
@@ -126,7 +106,7 @@ class StopRequests:
         received = signal.Signals(self._signal).name if self._signal is not None else None
         if self.ranks == 1:
             self._signalled = received is not None
-            return Agreement(limit or received, save)
+            return limit or received, save
         limited = signalled = saved = False
         if self._pending is not None:
             work, flags = self._pending
@@ -137,8 +117,7 @@ class StopRequests:
         work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = (work, flags)
-        stop = (limit or received or "another rank was asked to stop") if limited or signalled else None
-        return Agreement(stop, saved)
+        return (limit or received or "another rank was asked to stop") if limited or signalled else None, saved
 
 
 def _print(text: str) -> None:

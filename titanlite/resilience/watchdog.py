@@ -30,15 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from titanlite.errors import TitanliteError
 from titanlite.files import APPEND, open_file
 from titanlite.recipe.sections import WATCHDOG_PATIENCE
-from titanlite.resilience.rank_table import (
-    LEFT,
-    HangReport,
-    Location,
-    RankStatus,
-    find_stragglers,
-    look_at,
-    summarize,
-)
+from titanlite.resilience.rank_table import LEFT, HangReport, Location, RankStatus, find_stragglers, look_at, summarize
 
 WINDOW_LOOKS = 600
 """Looks at a training rank, about a minute of them, from which its share of waiting is taken and compared."""

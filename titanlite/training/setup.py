@@ -35,8 +35,7 @@ from titanlite.resilience.watchdog import OFF, Watchdog
 from titanlite.text import list_some
 from titanlite.training.progress import Progress
 
-OpenedData = tuple[DataSplits, list[str]]
-"""A run's data, and what is to be printed about it."""
+OpenedData = tuple[DataSplits, list[str]]  # a run's data, and what is to be printed about it
 
 
 @dataclass

@@ -30,8 +30,7 @@ class TrainState:
         self.config = self.spec.configure(recipe.model)
         self.model = build(self.spec, self.config, recipe, world)
         self.shards = self.model.shards
-        self.weights = self.shards.local()
-        """Parameter name -> what this rank holds of it."""
+        self.weights = self.shards.local()  # parameter name -> what this rank holds of it
         weights = Weights(self.weights, self.shards.exchange(), world.device)
         self.optimizer = build_optimizer(recipe, self.spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)

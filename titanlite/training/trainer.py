@@ -115,9 +115,9 @@ class Trainer:
                 gc.collect(1)
             self._do_what_is_due()
             limit = self._time_limit(started) or ("data cannot be read" if feed.failure is not None else None)
-            agreement = requests.agree(limit, self.saving.due())
-            self._stop_if(self._step_limit() or agreement.stop, feed.failure)
-            if agreement.save:
+            stop, save = requests.agree(limit, self.saving.due())
+            self._stop_if(self._step_limit() or stop, feed.failure)
+            if save:
                 with self.metrics.paused():
                     self._save()
             self.saving.look()
