@@ -430,6 +430,17 @@ def test_what_is_damaged_or_hostile_is_refused(damage: Callable[[Path], object],
     refused(folder, tmp_path / "run", said)
 
 
+def test_a_config_that_the_disk_does_not_give_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    folder = exported(tmp_path)
+    monkeypatch.setattr(huggingface, "read_json", refuse)
+    refused(folder, tmp_path / "run", "config.json cannot be read: Input/output error")
+
+
 def test_what_follows_from_the_config_is_not_read(tmp_path: Path) -> None:
     """Old Llama files hold the rotation's frequencies, and some tied models their head once more."""
     export_huggingface(saved(tmp_path, MODELS["tied, scaled rope"]), tmp_path / "hf")

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,7 +26,7 @@ from titanlite.checkpoint.load import TensorFile, open_tensors, read_box
 from titanlite.checkpoint.plan import Box, group_by_size, row_blocks, whole_box
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
-from titanlite.files import read_file, read_json, sync_path
+from titanlite.files import read_file, read_json, replace_file, sync_path, wrap_os_errors
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
 from titanlite.plan.memory import FILE_BYTES
@@ -47,6 +47,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+KEPT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)  # What an import keeps as it is, for the next export
 MAX_JSON_BYTES = 2**26
 _CONTEXT = "max_position_embeddings"
 _READABLE = ("float64", "float32", "float16", "bfloat16")
@@ -96,25 +97,31 @@ def export_huggingface(
         )
         for name, shape in shapes.items()
     }  # fmt: skip
-    kept = [name for name in TOKENIZER_FILES if name in manifest.files]
-    tokenizer = None if kept else _tokenizer(checkpoint, manifest, recipe)
+    kept = [name for name in KEPT_FILES if name in manifest.files]
+    tokenizer_files = [name for name in kept if name in TOKENIZER_FILES]
+    tokenizer = None if tokenizer_files else _tokenizer(checkpoint, manifest, recipe)
     exported = {} if tokenizer is None else tokenizer.export()
     with _new_folder(out) as folder:
         files = _write_shards(folder, sources, shard_bytes)
-        for name in [*kept, *([GENERATION_CONFIG] if GENERATION_CONFIG in manifest.files else [])]:
+        for name in kept:
             storage.verify_file(checkpoint / name, manifest.files[name])
-            _write(folder / name, read_file(checkpoint / name))
+            replace_file(folder / name, read_file(checkpoint / name))
         for name, content in exported.items():
-            _write(folder / name, content)
-        special = _special_tokens(folder, tokenizer)
+            replace_file(folder / name, content)
+        special: dict[str, Any] = {}
+        if GENERATION_CONFIG in kept:
+            special = _read_json(folder, GENERATION_CONFIG)
+        elif tokenizer is not None:
+            special = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
+            _write_json(folder / GENERATION_CONFIG, special)
         fields = {
             **spec.to_huggingface_config(config),
             _CONTEXT: recipe.training.sequence_length,
             **{key: special.get(key) for key in SPECIAL_TOKENS},
             "torch_dtype": next(iter(sources.values())).dtype,
         }
-        _write(folder / CONFIG, fields)
-    return Written(out, len(sources), _nbytes(sources), tuple(files), (*kept, *exported))
+        _write_json(folder / CONFIG, fields)
+    return Written(out, len(sources), _nbytes(sources), tuple(files), (*tokenizer_files, *exported))
 
 
 def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
@@ -148,9 +155,12 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         )
         for name, weight in found.items()
     }
-    kept = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
-    generation = _generation_config(folder, fields)
-    tokenizer, problem = _find_tokenizer(folder, kept, generation)
+    kept = [name for name in KEPT_FILES if os.path.lexists(folder / name)]
+    tokenizer_files = tuple(name for name in kept if name in TOKENIZER_FILES)
+    special = {key: fields[key] for key in SPECIAL_TOKENS if fields.get(key) is not None}
+    if GENERATION_CONFIG in kept:
+        special = _read_json(folder, GENERATION_CONFIG)
+    tokenizer, problem = _find_tokenizer(folder, bool(tokenizer_files), special)
     recipe = Recipe(
         run=Run(name=name),
         model=section,
@@ -163,19 +173,17 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         checkpoint = run / "checkpoints" / format.folder_name(0)
         checkpoint.mkdir(parents=True)
         for name in kept:
-            _write(checkpoint / name, read_file(_inside(folder, name)))
+            replace_file(checkpoint / name, read_file(_inside(folder, name)))
         for name in tokenizer.files if tokenizer else ():
             (run / FOLDER).mkdir(exist_ok=True)
-            _write(run / FOLDER / name, read_file(checkpoint / name))
-            sync_path(run / FOLDER)
-        if generation:
-            _write(checkpoint / GENERATION_CONFIG, generation)
+            replace_file(run / FOLDER / name, read_file(checkpoint / name))
+        if special and GENERATION_CONFIG not in kept:
+            _write_json(checkpoint / GENERATION_CONFIG, special)
         fingerprint = tokenizer.fingerprint if tokenizer else UNKNOWN
         files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe), fingerprint)
-        _write(run / "recipe.toml", to_toml(recipe).encode())
-        sync_path(checkpoint)
+        replace_file(run / "recipe.toml", to_toml(recipe).encode())
         sync_path(checkpoint.parent)
-    return Written(out, len(sources), _nbytes(sources), tuple(files), tuple(kept), problem)
+    return Written(out, len(sources), _nbytes(sources), tuple(files), tokenizer_files, problem)
 
 
 def _finite_source(
@@ -217,24 +225,13 @@ def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenize
     return tokenizer
 
 
-def _special_tokens(folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Those that stand beside the weights; if none do, the run's separator, which is then written."""
-    if (folder / GENERATION_CONFIG).exists():
-        return _read_json(folder, GENERATION_CONFIG)
-    if tokenizer is None:
-        return {}
-    tokens = {"bos_token_id": tokenizer.separator, "eos_token_id": tokenizer.separator}
-    _write(folder / GENERATION_CONFIG, tokens)
-    return tokens
-
-
 def _write_shards(folder: Path, sources: Mapping[str, save.TensorSource], shard_bytes: int) -> list[str]:
     groups = group_by_size({name: source.nbytes for name, source in sources.items()}, shard_bytes)
     files = [SINGLE]
     if len(groups) > 1:
         files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        _write(folder / INDEX, {"metadata": {"total_size": _nbytes(sources)}, "weight_map": places})
+        _write_json(folder / INDEX, {"metadata": {"total_size": _nbytes(sources)}, "weight_map": places})
     for file, names in zip(files, groups, strict=True):
         save.write_tensors(folder / file, {name: sources[name] for name in names})
     return files
@@ -289,7 +286,7 @@ def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _W
 def _tables(folder: Path) -> dict[str, _Weight]:
     """Every tensor of the folder's weights. Raises `UsageError`."""
     if os.path.lexists(folder / SINGLE):
-        return _table(_inside(folder, SINGLE))
+        return _table(folder, SINGLE)
     if not os.path.lexists(folder / INDEX):
         if pickles := sorted(name for name in os.listdir(folder) if name.endswith(_PICKLES)):
             raise UsageError(
@@ -300,12 +297,11 @@ def _tables(folder: Path) -> dict[str, _Weight]:
     places = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UsageError(f"{folder / INDEX} has no weight_map.")
-    tables: dict[str, dict[str, _Weight]] = {}
-    for name, file in places.items():
+    for file in places.values():
         if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors", file):
             raise UsageError(f"{folder / INDEX} names {_short(file)}, which is not a safetensors file beside it.")
-        if file not in tables:
-            tables[file] = _table(_inside(folder, file))
+    tables = {file: _table(folder, file) for file in sorted(set(places.values()))}
+    for name, file in places.items():
         if name not in tables[file]:
             raise UsageError(f"{folder / file} does not hold {_short(name)}, which {INDEX} says it does.")
     return {name: tables[file][name] for name, file in places.items()}
@@ -321,9 +317,10 @@ def _open_weights(path: Path) -> Iterator[TensorFile]:
         raise UsageError(str(damage)) from None
 
 
-def _table(path: Path) -> dict[str, _Weight]:
-    with _open_weights(path) as file:
-        return {name: _Weight(path, name, tensor) for name, tensor in file.table.items()}
+def _table(folder: Path, file: str) -> dict[str, _Weight]:
+    path = _inside(folder, file)
+    with _open_weights(path) as opened:
+        return {name: _Weight(path, name, tensor) for name, tensor in opened.table.items()}
 
 
 def _read_weight(weight: _Weight, box: Box) -> Tensor:
@@ -349,25 +346,16 @@ def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
         )
 
 
-def _find_tokenizer(folder: Path, kept: Sequence[str], generation: bytes) -> tuple[Tokenizer | None, str]:
+def _find_tokenizer(folder: Path, has_files: bool, special: Mapping[str, Any]) -> tuple[Tokenizer | None, str]:
     """The folder's tokenizer, or why there is none. Weights of the byte tokenizer are known by their special tokens."""
-    if not kept:
+    if not has_files:
         tokenizer = open_tokenizer("bytes")
-        known = generation and json.loads(generation).get("eos_token_id") == tokenizer.separator
+        known = special.get("eos_token_id") == tokenizer.separator
         return (tokenizer, "") if known else (None, f"{folder} holds no tokenizer")
     try:
         return open_tokenizer(str(folder)), ""
     except UsageError as error:
         return None, f"its tokenizer cannot be read: {error}"
-
-
-def _generation_config(folder: Path, fields: Mapping[str, Any]) -> bytes:
-    """The folder's own, as it is; made from the special tokens in its config if it has none; empty without these."""
-    if os.path.lexists(folder / GENERATION_CONFIG):
-        _read_json(folder, GENERATION_CONFIG)
-        return _inside(folder, GENERATION_CONFIG).read_bytes()
-    tokens = {key: fields[key] for key in SPECIAL_TOKENS if fields.get(key) is not None}
-    return _json_text(tokens) if tokens else b""
 
 
 def _write_checkpoint(
@@ -385,7 +373,7 @@ def _write_checkpoint(
         0, recipe=recipe, values={"tokenizer": tokenizer}, environment=save.environment(torch.device("cpu"))
     )
     manifest = save.merge_tables([{**table, "files": {**others, **table["files"]}}], metadata)
-    _write(folder / MANIFEST, format.encode(manifest))
+    replace_file(folder / MANIFEST, format.encode(manifest))
     return list(table["files"])
 
 
@@ -430,23 +418,20 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = _inside(folder, name)
+    path, fields = _inside(folder, name), None
     try:
-        fields = read_json(path) if path.stat().st_size <= MAX_JSON_BYTES else None
-    except (OSError, ValueError) as error:
+        with wrap_os_errors(f"{folder / name} cannot be read", path):
+            if path.stat().st_size <= MAX_JSON_BYTES:
+                fields = read_json(path)
+    except ValueError as error:
         raise UsageError(f"{folder / name} is not JSON ({error}).") from None
     if not isinstance(fields, dict):
         raise UsageError(f"{folder / name} is not a JSON object of at most {MAX_JSON_BYTES} bytes.")
     return fields
 
 
-def _json_text(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, indent=2).encode() + b"\n"
-
-
-def _write(path: Path, content: bytes | Mapping[str, Any]) -> None:
-    path.write_bytes(content if isinstance(content, bytes) else _json_text(content))
-    sync_path(path)
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    replace_file(path, json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def _short(value: object) -> str:
