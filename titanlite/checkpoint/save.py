@@ -42,15 +42,20 @@ Data = bytes | memoryview
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor that is still elsewhere."""
+    """A tensor that is written block by block, wherever it is."""
 
     dtype: str  # torch's name of the dtype that it is written in
     shape: tuple[int, ...]
-    read: Callable[[Box], Tensor]  # Reads a box of it, in any dtype
+    read: Callable[[Box], Tensor]  # Reads a box of it, in any dtype, on any device
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorSource:
+        whole = whole_box(tensor.shape)
+        return TensorSource(dtype_name(tensor), whole[1], lambda box: tensor[within(box, whole)])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> FileEntry:
@@ -90,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> FileEntry:
 def _blocks(tensors: Mapping[str, TensorSource], order: Sequence[str]) -> Iterator[Data]:
     for source in (tensors[name] for name in order):
         for box in row_blocks(whole_box(source.shape), DTYPES[source.dtype][0], BLOCK_BYTES):
-            block = source.read(box).to(getattr(torch, source.dtype)).contiguous()
+            block = source.read(box).to("cpu", getattr(torch, source.dtype)).contiguous()
             yield block.flatten().view(torch.uint8).numpy().data
 
 
@@ -100,7 +105,7 @@ class WriteItem:
 
     name: str
     offset: tuple[int, ...]
-    values: Tensor | TensorSource  # A view of what is trained, on any device, or a copy of it
+    source: TensorSource
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class LocalSavePlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(item.values.nbytes for item in self.items.values())
+        return sum(item.source.nbytes for item in self.items.values())
 
 
 def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None) -> LocalSavePlan:
@@ -132,7 +137,7 @@ def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None)
             table[name] = {"dtype": dtype_name(tensor), "shape": list(shard.shape)}
         for part in mine:
             key = name if part[1] == shard.shape else f"{name}@{','.join(map(str, part[0]))}"
-            items[key] = WriteItem(name, part[0], tensor[within(part, box)])
+            items[key] = WriteItem(name, part[0], TensorSource.of(tensor[within(part, box)]))
     return LocalSavePlan(table, items, file_bytes)
 
 
@@ -165,13 +170,13 @@ def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, A
     """Write and sync this rank's files; its table of tensors and files for `merge_tables`. Raises `OSError`."""
     tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in plan.tensors.items()}
     files = {}
-    sizes = {key: item.values.nbytes for key, item in plan.items.items()}
+    sizes = {key: item.source.nbytes for key, item in plan.items.items()}
     for number, keys in enumerate(group_by_size(sizes, plan.file_bytes)):
         file = f"tensors-{rank:05d}-{number:03d}.safetensors"  # see writer_of
-        files[file] = write_tensors(folder / file, {key: _source(plan.items[key].values) for key in keys})._asdict()
+        files[file] = write_tensors(folder / file, {key: plan.items[key].source for key in keys})._asdict()
         for key in keys:
             item = plan.items[key]
-            chunk = {"offset": list(item.offset), "shape": list(item.values.shape), "file": file, "key": key}
+            chunk = {"offset": list(item.offset), "shape": list(item.source.shape), "file": file, "key": key}
             tensors[item.name]["chunks"].append(chunk)
     return {"tensors": tensors, "files": files}
 
@@ -214,13 +219,6 @@ def environment(device: torch.device) -> dict[str, str]:
 def dtype_name(tensor: Tensor) -> str:
     """torch's own name of the dtype, such as `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _source(values: Tensor | TensorSource) -> TensorSource:
-    if isinstance(values, TensorSource):
-        return values
-    origin = whole_box(values.shape)
-    return TensorSource(dtype_name(values), origin[1], lambda box: values[within(box, origin)].cpu())
 
 
 Warn = Callable[[str], None]
@@ -297,7 +295,7 @@ class BackgroundSaver:
 
     def _copy(self, plan: LocalSavePlan) -> LocalSavePlan:
         """The same plan, with copies of the values as they are now."""
-        values = {key: item.values for key, item in plan.items.items() if isinstance(item.values, Tensor)}
+        values = {key: item.source.read(whole_box(item.source.shape)) for key, item in plan.items.items()}
         if self._copies.keys() != values.keys():
             # Pinned: only to such memory does a GPU copy without the host's help.
             self._copies = {
@@ -308,5 +306,5 @@ class BackgroundSaver:
             self._copies[key].copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in values.values()):
             torch.cuda.current_stream().synchronize()
-        items = {key: replace(item, values=self._copies[key]) for key, item in plan.items.items()}
+        items = {key: replace(item, source=TensorSource.of(self._copies[key])) for key, item in plan.items.items()}
         return replace(plan, items=items)

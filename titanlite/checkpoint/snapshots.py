@@ -27,7 +27,7 @@ from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, DamagedChe
 from titanlite.checkpoint.load import load_state, wanted_bytes
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.files import read_file, read_json, replace_file
+from titanlite.files import read_file, read_json, replace_file, wrap_os_errors
 from titanlite.models.shard import Shard
 from titanlite.text import format_bytes
 
@@ -110,7 +110,18 @@ class Snapshots:
         for machine, size in zip(self._machines, sizes, strict=True):
             for keeper in {machine, backups[machine]}:
                 needed[keeper] += 2 * size
-        self._on_each_machine(lambda: _require_free(self._folder, needed[self._ranks.rank]))
+
+        def require_free() -> None:
+            own = sum(path.stat().st_size for path in self._folder.rglob("tensors-*"))
+            free, wanted = shutil.disk_usage(self._folder).free + own, needed[self._ranks.rank]
+            if free < wanted:
+                raise UsageError(
+                    f"{self._folder.parent} has {format_bytes(free)} free, and two snapshots of this machine's part "
+                    f"need {format_bytes(wanted)}. Make it larger, set resilience.snapshot_dir to another folder in "
+                    "memory, or resilience.snapshot_every = 0."
+                )
+
+        self._on_each_machine(require_free)
 
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a snapshot of a state, which may change once this returns; `saves` tells how it ended."""
@@ -143,7 +154,7 @@ class Snapshots:
 
         def draw() -> list[str]:
             words, path = [os.urandom(8).hex(), self._loaded], self._file
-            with storage.wrap_os_errors(f"cannot write {path}, so no snapshots are kept", path, kind=UsageError):
+            with wrap_os_errors(f"cannot write {path}, so no snapshots are kept", path):
                 replace_file(path, json.dumps(words).encode())
             return words
 
@@ -188,7 +199,13 @@ class Snapshots:
         except Exception:
             self._on_each_machine(lambda: _undo(final))
             raise
-        self._on_each_machine(lambda: _remove_others(final, warn))
+
+        def remove_old() -> None:
+            for step in storage.checkpoint_steps(self._folder):
+                if step != metadata.step:
+                    storage.remove_or_warn(self._folder / folder_name(step), warn)
+
+        self._on_each_machine(remove_old)
 
     def _load(self, snapshot: Snapshot, tensors: Mapping[str, Shard]) -> Manifest:
         """Each machine gets the files that its ranks want and it lacks, for as long as they are read."""
@@ -201,9 +218,15 @@ class Snapshots:
         wanted = ranks.run_on_all_ranks(lambda: own, lambda lists: lists)
         seeking = [(machine, file) for machine, files in zip(self._machines, wanted, strict=True) for file in files]
         moves = plan_moves(snapshot.sizes, snapshot.holders, seeking, self._machines)
-        wrapped = storage.wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
+        wrapped = wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
+
+        def make_way() -> None:
+            if folder.exists() and _digest(folder) != snapshot.digest:  # of another snapshot of the same step
+                storage.remove(folder)
+            folder.mkdir(exist_ok=True)
+
         try:
-            self._on_each_machine(wrapped(lambda: _make_way(folder, snapshot.digest)))
+            self._on_each_machine(wrapped(make_way))
             ranks.run_on_all_ranks(wrapped(lambda: transfer(moves, folder, ranks)))
             load_state(folder, tensors, ranks=ranks, own=manifest)
         finally:  # a machine keeps no more than it did
@@ -216,7 +239,7 @@ class Snapshots:
 
 def forget(checkpoints: Path) -> None:
     """No snapshot of the run with these checkpoints counts any more: it takes none. Raises `UsageError`."""
-    with storage.wrap_os_errors(f"cannot delete {checkpoints / GENERATION}", checkpoints, kind=UsageError):
+    with wrap_os_errors(f"cannot delete {checkpoints / GENERATION}", checkpoints):
         (checkpoints / GENERATION).unlink(missing_ok=True)
 
 
@@ -325,7 +348,7 @@ def _digest(folder: Path) -> str:
 
 def _run_name(path: Path) -> str:
     """What the file says, which is made if it is not there. Raises `UsageError`."""
-    with storage.wrap_os_errors(f"cannot use {path}, without which no snapshots are kept", path, kind=UsageError):
+    with wrap_os_errors(f"cannot use {path}, without which no snapshots are kept", path):
         if not path.exists():
             replace_file(path, os.urandom(8).hex().encode())
         return read_file(path).decode(errors="replace")
@@ -343,7 +366,7 @@ def _read_generation(path: Path) -> tuple[str, str]:
 def _leave_mark(folder: Path) -> str:
     """Make the folder, this user's own, and a file in it by which ranks see that they are on one machine."""
     fix = " Set resilience.snapshot_dir to a folder of a file system in memory, or resilience.snapshot_every = 0."
-    with storage.wrap_os_errors(f"cannot keep snapshots in {folder}", folder, fix, kind=UsageError):
+    with wrap_os_errors(f"cannot keep snapshots in {folder}", folder, fix):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
@@ -353,7 +376,7 @@ def _leave_mark(folder: Path) -> str:
 
 def _clear(folder: Path, generation: str, origin: str) -> None:
     """Remove what a killed process left, what cannot be read, and what does not count. Raises `UsageError`."""
-    with storage.wrap_os_errors(f"cannot clear {folder}", folder, kind=UsageError):
+    with wrap_os_errors(f"cannot clear {folder}", folder):
         storage.clear_leftovers(folder)
         for step in storage.checkpoint_steps(folder):
             place, counts = folder / folder_name(step), False
@@ -368,27 +391,3 @@ def _undo(final: Path) -> None:
     """Remove what there is of a snapshot, also where it is committed: elsewhere it is not."""
     for folder in (storage.pending(final), final):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _require_free(folder: Path, needed: int) -> None:
-    own = sum(path.stat().st_size for path in folder.rglob("tensors-*"))
-    free = shutil.disk_usage(folder).free + own
-    if free < needed:
-        raise UsageError(
-            f"{folder.parent} has {format_bytes(free)} free, and two snapshots of what this machine keeps need "
-            f"{format_bytes(needed)}. Make it larger, set resilience.snapshot_dir to another folder in memory, or "
-            "resilience.snapshot_every = 0."
-        )
-
-
-def _remove_others(final: Path, warn: save.Warn) -> None:
-    for name in map(folder_name, storage.checkpoint_steps(final.parent)):
-        if name != final.name:
-            storage.remove_or_warn(final.with_name(name), warn)
-
-
-def _make_way(folder: Path, digest: str) -> None:
-    """Make the folder for a snapshot's files, without what is there of another one of the same step."""
-    if folder.exists() and _digest(folder) != digest:
-        storage.remove(folder)
-    folder.mkdir(exist_ok=True)
