@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titanlite.checkpoint import format, save, storage
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, Manifest, StoredTensor
-from titanlite.checkpoint.load import TensorFile, open_tensors, read_box
+from titanlite.checkpoint.format import MANIFEST, Chunk, DamagedCheckpointError, Manifest, TensorEntry
+from titanlite.checkpoint.load import open_tensors, read_box
 from titanlite.checkpoint.plan import Box, group_by_size, row_blocks, whole_box
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
@@ -147,11 +147,11 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     if type(length) is not int or not 1 <= length < 2**63:
         raise UsageError(f"{folder / CONFIG} cannot be taken: its {_CONTEXT} is {_short(length)}.")
     found = _find_weights(folder, spec, section)
-    dtypes = {weight.tensor.dtype for weight in found.values()}
+    dtypes = {weight.dtype for weight in found.values()}
     master = "float64" if "float64" in dtypes else "float32"
     sources = {
         PREFIX + name: _finite_source(
-            UsageError, f"{weight.path}: {weight.key}", master, weight.tensor.shape, partial(_read_weight, weight)
+            UsageError, f"{folder}: {weight.chunks[0].key}", master, weight.shape, partial(read_box, folder, weight)
         )
         for name, weight in found.items()
     }
@@ -240,14 +240,6 @@ def _write_shards(folder: Path, sources: Mapping[str, save.TensorSource], shard_
 # --- from a Hugging Face folder
 
 
-class _Weight(NamedTuple):
-    """A tensor of a Hugging Face folder, and where it lies."""
-
-    path: Path
-    key: str
-    tensor: StoredTensor
-
-
 def _family(folder: Path, fields: Mapping[str, Any]) -> tuple[ModelSpec, Model]:
     classes = fields.get("architectures")
     known: dict[str, ModelSpec] = {name: spec for spec in map(MODELS.get, MODELS) for name in spec.huggingface_classes}
@@ -260,12 +252,12 @@ def _family(folder: Path, fields: Mapping[str, Any]) -> tuple[ModelSpec, Model]:
         raise UsageError(f"{folder / CONFIG} cannot be taken: {error}.") from None
 
 
-def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _Weight]:
+def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, TensorEntry]:
     """The model's weights, by our names. Raises `UsageError` for the first that is not what the config asks for."""
     config = spec.configure(section)
     found, weights = _tables(folder), {}
     for name, other in spec.tied(config).items():
-        _require_tied(found, spec.to_huggingface(name), spec.to_huggingface(other))
+        _require_tied(folder, found, spec.to_huggingface(name), spec.to_huggingface(other))
     ignored = [*spec.huggingface_derived, *map(spec.to_huggingface, spec.tied(config))]
     found = {name: weight for name, weight in found.items() if not any(fnmatchcase(name, known) for known in ignored)}
     wanted = {spec.to_huggingface(name): (name, shape) for name, shape in spec.shapes(config).items()}
@@ -274,16 +266,16 @@ def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, _W
             missing = pluralize(len(wanted.keys() - found.keys()), "tensor")
             raise UsageError(f"{folder} does not hold {theirs} ({missing} in all), which its {CONFIG} asks for.")
         weights[name] = weight = found[theirs]
-        if weight.tensor.shape != shape:
-            raise UsageError(f"{weight.path}: {theirs} is {list(weight.tensor.shape)}, and by {CONFIG} {list(shape)}.")
-        if weight.tensor.dtype not in _READABLE:
-            raise UsageError(f"{weight.path}: {theirs} is {_short(weight.tensor.dtype)}, not one of {_READABLE}.")
+        if weight.shape != shape:
+            raise UsageError(f"{folder}: {theirs} is {list(weight.shape)}, and by {CONFIG} {list(shape)}.")
+        if weight.dtype not in _READABLE:
+            raise UsageError(f"{folder}: {theirs} is {_short(weight.dtype)}, not one of {_READABLE}.")
     for name in found.keys() - wanted.keys():
-        raise UsageError(f"{found[name].path} holds {_short(name)}, which the model of its {CONFIG} has not.")
+        raise UsageError(f"{folder} holds {_short(name)}, which the model of its {CONFIG} has not.")
     return weights
 
 
-def _tables(folder: Path) -> dict[str, _Weight]:
+def _tables(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of the folder's weights. Raises `UsageError`."""
     if os.path.lexists(folder / SINGLE):
         return _table(folder, SINGLE)
@@ -307,41 +299,29 @@ def _tables(folder: Path) -> dict[str, _Weight]:
     return {name: tables[file][name] for name, file in places.items()}
 
 
-@contextmanager
-def _open_weights(path: Path) -> Iterator[TensorFile]:
-    """`open_tensors` of a Hugging Face folder's file. Raises `UsageError`: it is the user's to mend."""
-    try:
-        with open_tensors(path, []) as file:
-            yield file
-    except DamagedCheckpointError as damage:
-        raise UsageError(str(damage)) from None
-
-
-def _table(folder: Path, file: str) -> dict[str, _Weight]:
+def _table(folder: Path, file: str) -> dict[str, TensorEntry]:
+    """The tensors of one file, each as a chunk of its own."""
     path = _inside(folder, file)
-    with _open_weights(path) as opened:
-        return {name: _Weight(path, name, tensor) for name, tensor in opened.table.items()}
+    try:
+        with open_tensors(path, []) as opened:
+            whole = {key: (tensor.dtype, whole_box(tensor.shape)) for key, tensor in opened.table.items()}
+    except DamagedCheckpointError as damage:  # it is the user's to mend
+        raise UsageError(str(damage)) from None
+    return {key: TensorEntry(dtype, box[1], (Chunk(*box, str(path), key),)) for key, (dtype, box) in whole.items()}
 
 
-def _read_weight(weight: _Weight, box: Box) -> Tensor:
-    values = torch.empty(box[1], dtype=getattr(torch, weight.tensor.dtype))
-    with _open_weights(weight.path) as file:
-        file.copy(weight.tensor, whole_box(weight.tensor.shape), box, values, box)
-    return values
-
-
-def _require_tied(found: Mapping[str, _Weight], name: str, other: str) -> None:
+def _require_tied(folder: Path, found: Mapping[str, TensorEntry], name: str, other: str) -> None:
     """A tensor that the config says is another one must be that, where it is there. Raises `UsageError`."""
     weight, same = found.get(name), found.get(other)
     if weight is None or same is None:  # a missing one is reported with all that are
         return
-    comparable = weight.tensor.shape == same.tensor.shape and {weight.tensor.dtype, same.tensor.dtype} <= {*_READABLE}
+    comparable = weight.shape == same.shape and {weight.dtype, same.dtype} <= {*_READABLE}
     if not comparable or not all(
-        torch.equal(_read_weight(weight, box).double(), _read_weight(same, box).double())
-        for box in row_blocks(whole_box(weight.tensor.shape), 8, save.BLOCK_BYTES)
+        torch.equal(read_box(folder, weight, box).double(), read_box(folder, same, box).double())
+        for box in row_blocks(whole_box(weight.shape), 8, save.BLOCK_BYTES)
     ):
         raise UsageError(
-            f"{weight.path}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
+            f"{folder}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
             f"model was trained with both, set tie_word_embeddings to false; if not, leave {name} out."
         )
 
