@@ -492,7 +492,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
 
 def test_weights_of_another_model_than_the_recipes_are_refused(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, PLAIN, model_of(Model(**{**SIZES, "ffn_dim": 44})))
-    with pytest.raises(CheckpointError, match=r"ffn.gate.weight is \[44, 32\] in it, \[40, 32\] in the model"):
+    with pytest.raises(CheckpointError, match=r"ffn.gate.weight is .44, 32. there, not .40, 32."):
         export_huggingface(checkpoint, tmp_path / "out")
 
 

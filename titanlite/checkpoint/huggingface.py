@@ -9,11 +9,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +84,20 @@ def export_huggingface(
     if not spec.huggingface_classes:
         raise UsageError(f"no class of Hugging Face's transformers computes the model family {spec.family}.")
     config = spec.configure(recipe.model)
-    shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(PREFIX)}
-    _require_shapes(checkpoint, shapes, {name: entry.shape for name, entry in stored.items()})
+    shapes = {PREFIX + name: shape for name, shape in spec.shapes(config).items()}
+    for name in [*shapes, *stored]:
+        here, there = stored[name].shape if name in stored else "missing", shapes.get(name, "missing")
+        if here != there:
+            raise CheckpointError(f"{checkpoint} is not its recipe's model: {name} is {here} there, not {there}.")
     for file in format.chunks_by_file(stored):
         storage.verify_file(checkpoint / file, manifest.files[file])
     sources = {
         spec.to_huggingface(name.removeprefix(PREFIX)): _finite_source(
-            CheckpointError, f"{checkpoint}: {name}", dtype or stored[name].dtype, shape,
-            partial(read_box, checkpoint, stored[name]),
+            CheckpointError, checkpoint, name, stored[name], dtype or stored[name].dtype
         )
-        for name, shape in shapes.items()
-    }  # fmt: skip
+        for name in shapes
+    }
     kept = [name for name in KEPT_FILES if name in manifest.files]
     tokenizer_files = [name for name in kept if name in TOKENIZER_FILES]
     tokenizer = None if tokenizer_files else _tokenizer(checkpoint, manifest, recipe)
@@ -150,9 +151,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
     dtypes = {weight.dtype for weight in found.values()}
     master = "float64" if "float64" in dtypes else "float32"
     sources = {
-        PREFIX + name: _finite_source(
-            UsageError, f"{folder}: {weight.chunks[0].key}", master, weight.shape, partial(read_box, folder, weight)
-        )
+        PREFIX + name: _finite_source(UsageError, folder, weight.chunks[0].key, weight, master)
         for name, weight in found.items()
     }
     kept = [name for name in KEPT_FILES if os.path.lexists(folder / name)]
@@ -187,17 +186,17 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
 
 
 def _finite_source(
-    kind: type[TitanliteError], name: str, dtype: str, shape: tuple[int, ...], read: Callable[[Box], Tensor]
+    kind: type[TitanliteError], folder: Path, name: str, entry: TensorEntry, dtype: str
 ) -> save.TensorSource:
     """A tensor as it is written. Reading it raises the `kind` of error for what is not finite in that dtype."""
 
     def read_finite(box: Box) -> Tensor:
-        block = read(box).to(getattr(torch, dtype))
+        block = read_box(folder, entry, box).to(getattr(torch, dtype))
         if not is_finite(block):
-            raise kind(f"{name} holds numbers that are not finite in {dtype}; nothing was written.")
+            raise kind(f"{folder}: {name} holds numbers that are not finite in {dtype}; nothing was written.")
         return block
 
-    return save.TensorSource(dtype, shape, read_finite)
+    return save.TensorSource(dtype, entry.shape, read_finite)
 
 
 def _nbytes(sources: Mapping[str, save.TensorSource]) -> int:
@@ -205,13 +204,6 @@ def _nbytes(sources: Mapping[str, save.TensorSource]) -> int:
 
 
 # --- from a checkpoint
-
-
-def _require_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
-    for name in [*wanted, *stored]:
-        if wanted.get(name) != stored.get(name):
-            here, there = ("missing" if shape is None else [*shape] for shape in (stored.get(name), wanted.get(name)))
-            raise CheckpointError(f"{folder} is not its recipe's model: {name} is {here} in it, {there} in the model.")
 
 
 def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer | None:
