@@ -38,9 +38,8 @@ class Mixture:
 
     only: int | None  # the source that has all samples, if one does
     shares: Counts  # in a cycle
-    places: tuple[int, ...]  # [BLOCK]: the source that always has a place of the block, or -1 for a spare place
-    middle: int  # the first spare place
-    before: Table  # [BLOCK, sources]: how many of the places before one always are the source's
+    places: Table  # [BLOCK]: the source that always has a place of the block; of a spare place, to be filled in
+    spare_places: Permutation
     spare: Table  # [CYCLE, spare places]: the source that has each, by block of the first cycle
     earlier: Table  # [CYCLE, sources]: how many spare places the source has in the blocks of the cycle before one
     turn: Permutation  # [spare places]: the place that the sources of each go to from one cycle to the next
@@ -50,45 +49,42 @@ class Mixture:
         if self.only is not None:
             return self.only, sample
         cycle, block, place = _position(sample)
-        source = self.places[place]
-        if source < 0:
-            (source,) = self.spare[block, self._spare_places(cycle) == place].tolist()
+        source = int(self._block(cycle, block)[place])
         return source, int(self.counts(sample)[source])
 
     def counts(self, samples: int) -> Counts:
         """How many of the first `samples` samples are of each source."""
         cycle, block, place = _position(samples)
-        counts: Counts = cycle * self.shares + block * (self.shares // CYCLE) + self.before[place] + self.earlier[block]
-        counts[self.spare[block]] += self._spare_places(cycle) < place
+        begun = np.bincount(self._block(cycle, block)[:place], minlength=len(self.shares))
+        counts: Counts = cycle * self.shares + block * (self.shares // CYCLE) + self.earlier[block] + begun
         return counts
 
-    def _spare_places(self, cycle: int) -> Permutation:
-        """[spare places]: where in its blocks this cycle has the sources that `spare` lists."""
-        places: Permutation = np.arange(len(self.turn))
-        turn = self.turn
+    def _block(self, cycle: int, block: int) -> Table:
+        """[BLOCK]: the sources of a block's samples."""
+        sources: Table = self.places.copy()
+        turn, turned = self.turn, np.arange(len(self.turn))
         while cycle:  # `turn` is taken `cycle` times, by squaring
-            places = turn[places] if cycle & 1 else places
+            turned = turn[turned] if cycle & 1 else turned
             turn, cycle = turn[turn], cycle >> 1
-        return self.middle + places
+        sources[self.spare_places[turned]] = self.spare[block]
+        return sources
 
 
 @lru_cache(maxsize=64)
 def build_mixture(shares: Shares) -> Mixture:
     """The mixture of sources with these shares, as `apportion` makes them."""
     always, sometimes = zip(*(divmod(share, CYCLE) for share in shares), strict=True)
-    spares = BLOCK - sum(always)
     # A spare place goes where something that a block has once does: right into the middle, one after the other.
-    places = np.array(_spread([*always, *[1] * spares]))
-    places[places >= len(shares)] = -1
+    places = np.array(_spread([*always, *[1] * (BLOCK - sum(always))]), np.int16)
     spare = _assign_spare_places(sometimes)
+    has = _members(spare[:CYCLE], len(shares))
     return Mixture(
         only=shares.index(BLOCK * CYCLE) if BLOCK * CYCLE in shares else None,
         shares=np.array(shares),
-        places=tuple(places.tolist()),
-        middle=int(places.argmin()),
-        before=_counts_before(places[:, np.newaxis] == np.arange(len(shares))),
+        places=places,
+        spare_places=np.flatnonzero(places >= len(shares)),
         spare=spare[:CYCLE],
-        earlier=_counts_before(_members(spare[:CYCLE], len(shares))),
+        earlier=np.cumsum(has, axis=0, dtype=np.int16) - has,
         turn=np.argsort(spare[CYCLE]),  # block 0 has its sources in their order
     )
 
@@ -142,12 +138,6 @@ def _members(rows: Table, sources: int) -> npt.NDArray[np.bool_]:
     has = np.zeros((len(rows), sources), np.bool_)
     np.put_along_axis(has, rows, True, axis=1)
     return has
-
-
-def _counts_before(has: npt.NDArray[np.bool_]) -> Table:
-    """[rows, sources]: how many of the rows before one have the source."""
-    counts: Table = np.cumsum(has, axis=0, dtype=np.int16) - has
-    return counts
 
 
 @dataclass(frozen=True, eq=False)
