@@ -266,7 +266,7 @@ def test_a_file_that_several_keys_read_is_warned_of(texts: Path, prepared: Path,
     assert warned(texts / "c", a=texts / "a", b=prepared) == []
     assert warned(f"{prepared}-validation", b=prepared) == []
     ((key, problem),) = warned(a=texts / "a", b=tmp_path / "link")
-    assert key == "data.sources.1.path" and "data.sources.0.path" in problem and "149 files more" in problem
+    assert key == "data.sources.1.path" and "data.sources.0.path" in problem and "149 more" in problem
     assert str(texts / "a") in problem
     for source, other in ((texts / "c", tmp_path / "hard.txt"), (prepared, tmp_path / "b"), ("python-stdlib",) * 2):
         ((key, problem),) = warned(other, x=source)

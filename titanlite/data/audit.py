@@ -29,21 +29,19 @@ Samples = npt.NDArray[np.int64]
 class Audit:
     """What was found."""
 
-    steps: int  # The steps of the history that have a record
+    steps: int  # the steps of the history that have a record
     samples: int
-    lost: tuple[Span, ...]  # Samples that no step read
-    repeated: tuple[Span, ...]  # Samples that were read again, a span for each time
-    in_order: bool  # Whether each step read samples later than those of the step before
-    unrecorded: tuple[Span, ...]  # Steps without a record
-    skipped: tuple[dict[str, Any], ...]  # Passed over: `step`, `by` (data.skip_steps or rollback), `samples`, a span
-    reordered: tuple[int, ...]
-    """Steps from which on a resumed run read by another order than before: it may have read some texts twice and
-    others never, which the numbers of samples do not show."""
+    lost: tuple[Span, ...]  # samples that no step read
+    repeated: tuple[Span, ...]  # samples that were read again, a span for each time
+    in_order: bool  # whether each step read samples later than those of the step before
+    unrecorded: tuple[Span, ...]  # steps without a record
+    skipped: tuple[dict[str, Any], ...]  # passed over: `step`, `by` (data.skip_steps or rollback), `samples`, a span
+    reordered: tuple[int, ...]  # of `REORDERED`: some texts may then be read twice, others never; no number shows that
     digest: str
     """BLAKE2b (128 bits) of the numbers of the samples, 8 bytes each, little-endian, in the order of the steps and
     ascending within a step: equal for runs that read the same in the same steps, on whatever layouts."""
-    restarts: int  # Starts of the run after the first that read anything
-    layouts: tuple[dict[str, Any], ...]  # Data ranks by steps: `steps`, a span, and `data_ranks`
+    restarts: int  # starts of the run after the first that read anything
+    layouts: tuple[dict[str, Any], ...]  # data ranks by steps: `steps`, a span, and `data_ranks`
 
     @property
     def whole(self) -> bool:

@@ -25,11 +25,9 @@ def fill_in(
     """
     for index, name in enumerate(names):
         if name not in tokenizer.special_tokens:
-            there = ", ".join(tokenizer.special_tokens) or "none"
-            raise DataError(
-                f"data.fim_tokens.{index}: the tokenizer has no special token '{name}' (it has: {there}); add it to "
-                "data.special_tokens, or name others."
-            )
+            there = f"(it has: {', '.join(tokenizer.special_tokens) or 'none'})"
+            what = f"data.fim_tokens.{index}: the tokenizer has no special token '{name}' {there}"
+            raise DataError(f"{what}; add it to data.special_tokens, or name others.")
     markers = tuple(tokenizer.special_tokens[name] for name in names)
     if len({*markers, tokenizer.separator}) < 4:
         raise DataError("data.fim_tokens: give three different tokens, none of them the separator of documents.")
@@ -44,10 +42,10 @@ class FilledIn:
     """A stream as it is read; its own tokens, as `[a:b]` or by their places. In memory, 16 bytes a document."""
 
     stream: Stream
-    own_ends: Int64  # End of each document in the stream, past its separator
-    first_document: int  # Number in the source of the stream's first document
+    own_ends: Int64  # end of each document in the stream, past its separator
+    first_document: int  # number in the source of the stream's first document
     rate: float
-    markers: tuple[int, ...]  # Tokens before the prefix, the suffix and the middle
+    markers: tuple[int, ...]  # tokens before the prefix, the suffix and the middle
     key: int  # 64 bits; with a document's number they decide whether it is rearranged, and where it is cut
 
     @property

@@ -24,7 +24,7 @@ from titanlite.errors import DataError
 from titanlite.recipe.sections import Data, DataSource, Packing
 from titanlite.text import format_count
 
-ONLY_SOURCE = "corpus"  # Name of the source that `data.corpus` is. Not its path: a corpus that moves keeps its order.
+ONLY_SOURCE = "corpus"  # name of the source that `data.corpus` is; not its path: a corpus that moves keeps its order
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ class Split:
     def place(self, number: int) -> tuple[Source, int]:
         """The source of sample `number`, and which of its windows it is."""
         if self.schedule.end is not None and number >= self.schedule.end:
-            raise DataError(
-                f"sample {number}: the sources are used up after {self.schedule.end} samples (a run that went back has "
-                "read others instead); raise their limits or shorten the run"
-            )
+            what = f"sample {number}: the sources are used up after {self.schedule.end} samples"
+            fix = "raise their limits or shorten the run"
+            raise DataError(f"{what} (a run that went back has read others instead); {fix}")
         chosen, turn = self.schedule(number)
         source = self.sources[chosen]
         return source, sample_position(turn, source.windows, self.seed, source.name)
@@ -77,7 +76,7 @@ class DataSplits:
     """The data of a run."""
 
     train: Split
-    validation: tuple[Source, ...]  # Sets by their names; none where a source has no held-out part and none was named
+    validation: tuple[Source, ...]
     tokenizer: Tokenizer
 
     @property
@@ -90,7 +89,7 @@ class DataSplits:
         """Those that training and validation read, each once."""
         streams = [stream for source in (*self.train.sources, *self.validation) for stream in source.streams]
         files = [stream.stream if isinstance(stream, FilledIn) else stream for stream in streams]
-        return list({file.prefix.resolve(): file for file in files if isinstance(file, TokenFile)}.values())
+        return [*{file.prefix.resolve(): file for file in files if isinstance(file, TokenFile)}.values()]
 
     @property
     def fingerprint(self) -> int:
@@ -122,31 +121,30 @@ def open_data(
     Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
     """
     tokenizer = tokenizer_of(section)
-
-    def source(name: str, streams: tuple[Stream, ...], what: str, fix: str = "") -> Source:
-        opened = Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
-        if opened.windows == 0:
-            raise DataError(
-                f"{what} has {opened.tokens:,} tokens, and one sequence takes {sequence_length + 1:,} "
-                f"(training.sequence_length and one to predict); give more text, or shorter sequences{fix}."
-            )
-        return opened
-
     sources: list[Source] = []
     sets: list[Source] = []
+
+    def add(to: list[Source], name: str, streams: tuple[Stream, ...], what: str, fix: str = "") -> None:
+        source = Source(name, streams, tokenizer, sequence_length, section.document_mask, section.packing)
+        if source.windows == 0:
+            raise DataError(
+                f"{what} has {source.tokens:,} tokens, and one sequence takes {sequence_length + 1:,} "
+                f"(training.sequence_length and one to predict); give more text, or shorter sequences{fix}."
+            )
+        to.append(source)
+
     for name, paths, key in named_sources(section):
         with within_memory(what := f"{key} = {paths!r}"):
             training, held_out = open_streams(paths, key, section, tokenizer, texts_folder=texts_folder)
             if section.fim_rate:
                 training = fill_in(training, section.fim_rate, section.fim_tokens, tokenizer, seed, name)
-            fix = ", or a {} data.validation_percent"
-            sources.append(source(name, training, f"{what}: its training part", fix.format("lower")))
+            add(sources, name, training, f"{what}: its training part", ", or a lower data.validation_percent")
             if validated and not section.validation and held_out:
-                sets.append(source(name, held_out, f"{what}: its validation part", fix.format("higher")))
+                add(sets, name, held_out, f"{what}: its validation part", ", or a higher data.validation_percent")
     for name, paths, key in named_sets(section) if validated else ():
         with within_memory(what := f"{key} = {paths!r}"):
             streams, _ = open_streams(paths, key, section, tokenizer, hold_out=False, texts_folder=texts_folder)
-            sets.append(source(name, streams, f"{what}: it"))
+            add(sets, name, streams, f"{what}: it")
     if validated and not sets:
         raise DataError(
             "validation.every_steps: there is nothing to validate on: no source has a held-out part. Name a set by "
@@ -176,9 +174,8 @@ def require_samples(split: Split, samples: int) -> list[str]:
 
 
 def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[str, float]:
-    """Bits per byte that `gzip -9` and `xz -9` need for the source's documents in one stream; empty for no text.
-
-    Of long ones, the first `limit_bytes` stand for the whole: xz takes about half a second a MiB.
+    """Bits per byte that `gzip -9` and `xz -9` need for the source's documents in one stream; empty for no text. The
+    first `limit_bytes` stand for the whole: xz takes about half a second a MiB.
     """
     text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
     compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)} if text else {}
@@ -216,11 +213,9 @@ def _schedule(section: Data, sources: Sequence[Source]) -> MixtureSchedule:
 
 def _limit(named: DataSource, source: Source) -> int | None:
     """Samples that may be read of a source."""
-    limits = []
-    if named.epochs is not None:
-        limits.append(floor(Fraction(str(named.epochs)) * source.windows))
-    if named.tokens is not None:
-        limits.append(named.tokens // source.sequence_length)
+    epochs = None if named.epochs is None else floor(Fraction(str(named.epochs)) * source.windows)
+    tokens = None if named.tokens is None else named.tokens // source.sequence_length
+    limits = [limit for limit in (epochs, tokens) if limit is not None]
     if 0 in limits:
         raise DataError(
             f"source {named.name}: its epochs and tokens allow not one sequence of {source.sequence_length} tokens "

@@ -16,6 +16,7 @@ from titanlite.data.sources import find_token_files, open_token_file
 from titanlite.data.splits import named_sets, named_sources
 from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
+from titanlite.text import list_some
 
 MOST_FILES = 1000  # Of an entry that are looked at
 
@@ -58,19 +59,16 @@ def find_shared_texts(section: Data) -> list[Finding]:
                 other = seen.setdefault((status.st_dev, status.st_ino) if status else path, key)
                 if other != key:
                     shared.setdefault((key, other), []).append(os.path.realpath(path) if status else path)
-    findings = []
+    found = []
     for (key, other), files in shared.items():
-        more = f" and {len(files) - 1} files more" if len(files) > 1 else ""
         fix = "take it out of one, if that is not meant."
         if key.startswith("data.validation") and not other.startswith("data.validation"):
             fix = "what is trained on shows nothing as a validation set; take it out of one."
-        findings.append(Finding(key, f"{files[0]}{more}: {other} reads the same;", fix, severity="warning"))
-    if sets and texts and section.validation_percent:
-        problem = f"{section.validation_percent:g} % of the texts are held out, and nothing reads them, for "
-        problem += "data.validation names other sets;"
-        fix = "set data.validation_percent = 0 to train on them too."
-        findings.append(Finding("data.validation_percent", problem, fix, severity="warning"))
-    return findings
+        found.append((key, f"{list_some(files, 1)}: {other} reads the same;", fix))
+    if sets and texts and (percent := section.validation_percent):
+        problem = f"{percent:g} % of the texts are held out, and nothing reads them: data.validation names other sets;"
+        found.append(("data.validation_percent", problem, "set it to 0 to train on them too."))
+    return [Finding(*each, severity="warning") for each in found]
 
 
 def _find_files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple[str, bool]]:
@@ -78,11 +76,11 @@ def _find_files(paths: Sequence[str], key: str, section: Data) -> Iterator[tuple
     finder = FileFinder(section.text_key, key)
     for entry in paths:
         with suppress(UsageError):
-            prefixes = find_token_files(entry)
-            yield from ((str(paths_of(prefix).bin), False) for prefix in prefixes)
-            if not prefixes and entry in CORPORA:
+            if prefixes := find_token_files(entry):
+                yield from ((str(paths_of(prefix).bin), False) for prefix in prefixes)
+            elif entry in CORPORA:
                 yield entry, True
-            elif not prefixes:
+            else:
                 yield from ((str(file.path), True) for file in finder.find(entry))
 
 
