@@ -46,6 +46,11 @@ class Finding:
         return f"{place}{key}{self.problem}{fix}{heir}"
 
 
+def warning(key: str, problem: str, fix: str) -> Finding:
+    """A finding about a recipe that runs all the same."""
+    return Finding(key, problem, fix, severity="warning")
+
+
 class UsageError(TitanliteError):
     """The command line, an input file or the run folder is not what it must be."""
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.models.spec import Piece
-from titanlite.plan.rules import layout as rules
-from titanlite.plan.rules.conflicts import split_backward
+from titanlite.plan.rules import apply_rules
 from titanlite.plan.stages import (
     rank_of_stage,
     splits_backward,
@@ -129,8 +128,8 @@ def findings(microbatches: int, parallel: dict[str, Any], **sections: dict[str, 
     """Findings on a pipeline of 5 blocks with this many microbatches."""
     values = {"training": {"global_batch": microbatches}, "model": {"layers": 5}, "parallel": parallel, **sections}
     recipe, pp = Recipe.model_validate(values), parallel["pp"]
-    found = (*rules.stages(recipe, pp), *rules.rounds(recipe, pp), *split_backward(recipe, pp))
-    return [(finding.key, finding.problem + finding.fix) for finding in found]
+    found = [finding for finding in apply_rules(recipe, pp) if finding.severity == "error"]
+    return [(finding.key, finding.problem + finding.fix) for finding in found if finding.key != "training"]
 
 
 @pytest.mark.parametrize(
@@ -178,10 +177,7 @@ def test_what_older_torch_computes_wrong_is_refused(
     schedule: str, found: str, torch_of_the_check: Callable[[str], None]
 ) -> None:
     torch_of_the_check(found)
-    recipe = Recipe.model_validate({"parallel": {"pp": 2, "pipeline": {"schedule": schedule}}})
     refused = splits_backward(schedule) and found < "2.13"
-    assert [(each.key, found in each.problem) for each in split_backward(recipe, 2)] == (
-        [("parallel.pipeline.schedule", True)] if refused else []
-    )
-    alone = Recipe.model_validate({"parallel": {"pipeline": {"schedule": schedule}}})
-    assert not list(split_backward(alone, 2)), "without a pipeline, nothing is split"
+    errors = findings(8, {"pp": 2, "pipeline": {"schedule": schedule}})
+    assert [(key, found in text) for key, text in errors] == [("parallel.pipeline.schedule", True)] * refused
+    assert not findings(8, {"pp": 1, "pipeline": {"schedule": schedule}}), "without a pipeline, nothing is split"

@@ -32,7 +32,7 @@ from titanlite.checkpoint.format import CheckpointMetadata, FileEntry
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
-from titanlite.plan.rules.conflicts import guards
+from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Parallel, Recipe, Resilience
 from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import history
@@ -256,7 +256,8 @@ def test_a_rank_that_waits_is_told_from_one_that_is_held_up(pool: Pool, tmp_path
 def test_a_watchdog_slower_than_the_process_group_is_warned_of() -> None:
     def warned(seconds: float, timeout: float, world: int = 2) -> bool:
         parallel, resilience = Parallel(timeout_seconds=timeout), Resilience(watchdog_seconds=seconds)
-        return bool(list(guards(Recipe(parallel=parallel, resilience=resilience), world)))
+        findings = apply_rules(Recipe(parallel=parallel, resilience=resilience), world)
+        return "resilience.watchdog_seconds" in [finding.key for finding in findings]
 
     assert warned(300, 300) and warned(150, 600)  # a save may take four times as long
     assert not warned(120, 600) and not warned(0, 600) and not warned(900, 600, world=1)

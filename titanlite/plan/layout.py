@@ -6,6 +6,7 @@ On any layout, the step that finds p samples read takes samples p … p + B - 1 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
@@ -92,6 +93,12 @@ def require_layout(parallel: Parallel, world: int) -> Layout:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def divisors(number: int) -> list[int]:
+    """From 1 to `number`; beyond 10^8, those that a short search finds."""
+    small = [divisor for divisor in range(1, min(math.isqrt(number), 10_000) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 @dataclass(frozen=True)

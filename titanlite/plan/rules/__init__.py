@@ -1,35 +1,45 @@
 """What can be wrong with a valid recipe on a given number of ranks.
 
-One function a rule, each pure: (recipe, world) -> findings, with the numbers and the fix. Values that are wrong by
+One function a rule, each pure: (recipe, facts) -> findings, with the numbers and the fix. Values that are wrong by
 themselves never come here: `recipe/load.py` refuses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from titanlite.errors import Finding
-from titanlite.plan.layout import active_ranks
-from titanlite.plan.rules import conflicts, data, float8, layout, run
+from titanlite.errors import Finding, warning
+from titanlite.plan.layout import active_ranks, layout_of
+from titanlite.plan.rules import conflicts, layout, run
 from titanlite.recipe.sections import Recipe
+from titanlite.text import pluralize
 
-Rule = Callable[[Recipe, int], Iterator[Finding]]
-
-RULES: tuple[Rule, ...] = (
-    *(run.amount, run.names, run.heads, run.rope, run.vocabulary, run.ranges, run.schedule, run.decay_rate),
-    *(data.homes, data.sources, data.stages, data.never_read),
-    *(layout.mesh, layout.cuts, layout.uneven_cuts, layout.sequences, layout.machines, layout.parts),
-    *(layout.microbatches, layout.stages, layout.rounds, conflicts.split_backward),
-    *(float8.nothing_converted, float8.exclusions, float8.shares, float8.sent),
-    *(layout.rounded_sums, layout.padding, run.never_reached, conflicts.unused_keys),
-    *(conflicts.checkpoints, conflicts.guards, conflicts.compiler, conflicts.formats, conflicts.memory),
-)
+RULES: dict[str, tuple[Callable[..., Iterator[Finding]], ...]] = {
+    "ranks": (
+        *(run.amount, run.names, run.heads, run.rope, run.vocabulary, run.ranges, run.decay_rate),
+        *(run.paths, run.sources, run.stages, layout.mesh, layout.cuts, layout.sequences, layout.machines),
+        *(conflicts.together, conflicts.regretted, conflicts.unused_keys),
+    ),
+    "steps": (run.schedule, run.never_reached),
+    "model": (layout.uneven_cuts, layout.conversions, layout.converted_parts),
+    "mesh": (layout.padding, layout.rounds, layout.rounded_sums),
+    "model, mesh": (layout.parts, layout.stages, layout.sent, conflicts.split_backward),
+}
+"""Each rule by the facts that it takes. Where one is not known, for a rule above refuses the recipe, others wait."""
 
 
 def apply_rules(recipe: Recipe, world: int = 1) -> list[Finding]:
     """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
-    active = active_ranks(recipe, world)
-    findings = [finding for rule in RULES for finding in rule(recipe, active)]
-    if active < world:
-        findings.append(layout.standing_by(active, world))
+    ranks = active_ranks(recipe, world)
+    mesh, steps = layout_of(recipe.parallel, ranks), run.find_steps(recipe)
+    is_sound = not any(run.heads(recipe, ranks)) and not any(layout.cuts(recipe, ranks))
+    model = run.find_model(recipe) if is_sound else (None, None)
+    facts: dict[str, tuple[Any, ...]] = {"ranks": (ranks,), "steps": (steps,), "model": model, "mesh": (mesh,)}
+    facts["model, mesh"] = (*model, mesh)
+    known = [(rule, facts[which]) for which in facts if None not in facts[which] for rule in RULES[which]]
+    findings = [finding for rule, values in known for finding in rule(recipe, *values)]
+    if ranks < world:
+        problem = f"the largest mesh that fits takes {pluralize(ranks, 'rank')}: {world - ranks} of {world} stand by"
+        findings.append(warning("resilience.standby", problem, "until the run starts with other ranks."))
     return sorted(findings, key=lambda finding: finding.severity != "error")

@@ -1,4 +1,4 @@
-"""Rules about `[parallel]`: the mesh, who shares matrices, sequences and the batch, stages and their schedules."""
+"""Rules about how devices share the work: the mesh, matrices, sequences, the batch, stages, products in float8."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import lcm, prod
 
-from titanlite.errors import Finding
+from titanlite.errors import Finding, warning
+from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
 from titanlite.optim.base import OPTIMIZERS
-from titanlite.plan.layout import batch_plan, ceil_div, layout_of
+from titanlite.plan import float8
+from titanlite.plan.layout import Layout, batch_plan, ceil_div, divisors, layout_of
 from titanlite.plan.memory import MAX_CHUNKS, count_parts
-from titanlite.plan.placement import find_placements, pattern_of
-from titanlite.plan.rules.lookup import divisors, find_config, find_spec, warning
-from titanlite.plan.rules.run import heads
+from titanlite.plan.placement import GroupRank, find_placements, local_slices, pattern_of
+from titanlite.plan.rules.run import find_model
 from titanlite.plan.stages import IN_ROUNDS, fixes_stages, splits_backward, stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_batch, join_choices, pluralize
 
-_OTHER_PARTS = 1000
-"""More than a checkpoint holds beside weights and moments."""
+_OTHER_PARTS = 1000  # more than a checkpoint holds beside weights and moments
 RANKS_IN_A_MACHINE = 8
 """Devices that most machines have, joined by the fast links that tensor parallelism lives on."""
 
@@ -49,27 +49,18 @@ def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
     yield Finding(f"parallel.{key}", f"{problem} {verb} {pluralize(world, 'rank')};", fix)
 
 
-def standing_by(active: int, world: int) -> Finding:
-    """Ranks that have no place in the mesh, where the recipe lets them wait."""
-    problem = f"the largest mesh that fits takes {pluralize(active, 'rank')}: {world - active} of {world} stand by"
-    return warning("resilience.standby", problem, "until the run starts with other ranks.")
-
-
 def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Every tensor parallel rank has a part of every matrix."""
-    spec, config, tp = find_spec(recipe), find_config(recipe), recipe.parallel.tp
-    if spec is None or tp <= (limit := spec.cut_limit(config)):
-        return
-    problem = f"{tp} ranks are more than the {pluralize(limit, 'part')} that the model's matrices can be cut into"
-    fix = f"write {join_choices([degree for degree in divisors(tp) if degree <= limit])}."
-    yield Finding("parallel.tp", f"{problem} (a key and value head stays whole);", fix)
+    (spec, config), tp = find_model(recipe), recipe.parallel.tp
+    if spec is not None and tp > (limit := spec.cut_limit(config)):
+        problem = f"{tp} ranks are more than the {pluralize(limit, 'part')} that matrices can be cut into, heads whole;"
+        fits = [degree for degree in divisors(tp) if degree <= limit]
+        yield Finding("parallel.tp", problem, f"write {join_choices(fits)}.")
 
 
-def uneven_cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
+def uneven_cuts(recipe: Recipe, spec: ModelSpec, config: ModelConfig) -> Iterator[Finding]:
     """Matrices whose parts are of different sizes: the ranks with less wait."""
-    spec, config, tp = find_spec(recipe), find_config(recipe), recipe.parallel.tp
-    if spec is None or any(heads(recipe, world)) or tp == 1 or tp > spec.cut_limit(config):
-        return
+    tp = recipe.parallel.tp
     names: dict[int, list[str]] = {}
     patterns = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
     for name, placement in find_placements(patterns, spec.sharding(config)).items():
@@ -97,15 +88,13 @@ def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Tensor parallelism communicates within every block: it belongs inside one machine."""
     tp = recipe.parallel.tp
     if world > RANKS_IN_A_MACHINE and RANKS_IN_A_MACHINE % tp:
-        problem = f"groups of {tp} ranks lie across machines of {RANKS_IN_A_MACHINE} devices, as most have, and every"
-        fix = "use a degree that divides a machine's devices, and pp or dp_shard between machines."
-        yield warning("parallel.tp", f"{problem} block would wait for the network;", fix)
+        problem = f"groups of {tp} lie across machines of {RANKS_IN_A_MACHINE} devices: blocks wait for the network;"
+        yield warning("parallel.tp", problem, f"use a divisor of {RANKS_IN_A_MACHINE}, and pp or dp_shard beside it.")
 
 
-def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
+def parts(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
     """A checkpoint's table of parts is not longer than what can be read back."""
-    spec, layout = find_spec(recipe), layout_of(recipe.parallel, world)
-    if spec is None or layout is None or any(heads(recipe, world)) or recipe.optimizer.name not in OPTIMIZERS:
+    if recipe.optimizer.name not in OPTIMIZERS:
         return
     most, number = MAX_CHUNKS - _OTHER_PARTS, count_parts(recipe, spec, layout)
     if number > most:
@@ -120,68 +109,51 @@ def parts(recipe: Recipe, world: int) -> Iterator[Finding]:
             yield Finding("parallel.dp_replicate", problem, f"cut the weights over fewer ranks, such as by {degrees}.")
 
 
-def rounded_sums(recipe: Recipe, world: int) -> Iterator[Finding]:
+def rounded_sums(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     """Gradients that wait on a rank to be sent add up in the dtype that they will travel in."""
-    layout, parallel = layout_of(recipe.parallel, world), recipe.parallel
-    if layout is None or recipe.precision.reduce != "bfloat16" or recipe.precision.compute == "float64":
-        return
-    passes = batch_plan(recipe, layout, 0).microbatches
+    parallel, passes = recipe.parallel, batch_plan(recipe, layout, 0).microbatches
+    rounds = recipe.precision.reduce == "bfloat16" and recipe.precision.compute != "float64"
     halved = layout.pp > 1 and splits_backward(parallel.pipeline.schedule)
     waits = parallel.zero_stage <= 1 or halved or layout.dp_replicate > 1
-    if (layout.data_ranks * layout.cp > 1 or parallel.offload) and passes > 1 and waits:
+    if rounds and waits and passes > 1 and (layout.data_ranks * layout.cp > 1 or parallel.offload):
         problem = f"gradients of {passes} microbatches add up in bfloat16 before they are sent: small ones are lost;"
         yield warning("precision.reduce", problem, "write float32, or have zero_stage = 2 or 3 without dp_replicate.")
 
 
-def padding(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Sequences that are computed and weigh nothing, because the batch does not divide evenly."""
-    layout = layout_of(recipe.parallel, world)
-    if layout is None or any(microbatches(recipe, world)):
-        return
+def padding(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
+    """The two ways to cut a rank's share of the batch agree, and leave no sequences that weigh nothing."""
     training, plan, ranks = recipe.training, batch_plan(recipe, layout, 0), layout.data_ranks
+    share, wanted = ceil_div(training.global_batch, ranks), recipe.parallel.pipeline.microbatches
     computed = plan.microbatches * plan.microbatch * ranks
-    if computed == training.global_batch:
-        return
-    share = ceil_div(training.global_batch, ranks)
-    waste = f"{(computed - training.global_batch) / computed:.0%} are padding;"
-    problem = f"{format_batch(ranks, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
-    if plan.microbatches * plan.microbatch == share:
-        fix = f"the next batch that {ranks} ranks share evenly is {share * ranks}."
-        yield warning("training.global_batch", problem, fix)
-    else:
-        key = "parallel.pipeline.microbatches" if training.microbatch is None else "training.microbatch"
-        yield warning(key, problem, f"a number that divides a rank's share of {share} wastes nothing.")
-
-
-def microbatches(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """The two ways to say how a rank's share of the batch is cut agree."""
-    layout, training = layout_of(recipe.parallel, world), recipe.training
-    wanted, size = recipe.parallel.pipeline.microbatches, training.microbatch
-    if layout is None or layout.pp == 1 or wanted is None or size is None:
-        return
-    share = ceil_div(training.global_batch, layout.data_ranks)
-    made = ceil_div(share, size)
-    if made != wanted:
-        cut = f"{pluralize(share, 'sequence')} makes {pluralize(made, 'microbatch')} of {size}"
+    made = ceil_div(share, plan.microbatch)
+    if layout.pp > 1 and training.microbatch is not None and wanted not in (None, made):
+        cut = f"{pluralize(share, 'sequence')} makes {pluralize(made, 'microbatch')} of {plan.microbatch}"
         fix = "leave it out, or training.microbatch."
         yield Finding("parallel.pipeline.microbatches", f"a rank's share of {cut}, not {wanted};", fix)
+    elif computed > training.global_batch:
+        waste = f"{(computed - training.global_batch) / computed:.0%} are padding;"
+        problem = f"{format_batch(ranks, plan.microbatches, plan.microbatch)} = {computed} sequences: {waste}"
+        key = "parallel.pipeline.microbatches" if training.microbatch is None else "training.microbatch"
+        fix = f"a number that divides a rank's share of {share} wastes nothing."
+        if computed == share * ranks:
+            key, fix = "training.global_batch", f"the next batch that {ranks} ranks share evenly is {computed}."
+        yield warning(key, problem, fix)
 
 
-def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
+def stages(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
     """Each stage has a part of the model."""
-    spec, layout, section = find_spec(recipe), layout_of(recipe.parallel, world), recipe.parallel.pipeline
-    if spec is None or layout is None or layout.pp == 1:
-        return
-    pieces = len(spec.pieces(find_config(recipe), recipe.training.sequence_length))
-    number, blocks, given = layout.pp * stages_per_rank(section), pieces - 2, section.blocks_per_stage
-    if given is None and number > pieces:
-        problem = f"{number} stages ({layout.pp} ranks x {stages_per_rank(section)}) are more than {blocks} blocks,"
-        key = "parallel.pp" if fixes_stages(section.schedule) else "parallel.pipeline.stages_per_rank"
-        yield Finding(key, f"{problem} the embedding and the head can fill;", f"have at most {pieces} stages.")
-    if given is None:
+    section, each = recipe.parallel.pipeline, stages_per_rank(recipe.parallel.pipeline)
+    pieces = len(spec.pieces(config, recipe.training.sequence_length))
+    number, blocks, given = layout.pp * each, pieces - 2, section.blocks_per_stage
+    if layout.pp == 1:
         return
     key, fix = "parallel.pipeline.blocks_per_stage", f"give {number} numbers that add up to {blocks}, or leave it out."
-    if len(given) != number:
+    if given is None:
+        if number > pieces:
+            key = "parallel.pp" if fixes_stages(section.schedule) else "parallel.pipeline.stages_per_rank"
+            problem = f"{number} stages ({layout.pp} ranks x {each}) are more than embedding, {blocks} blocks and head;"
+            yield Finding(key, problem, f"have at most {pieces} stages.")
+    elif len(given) != number:
         problem = f"{len(given)} stages are given where {section.schedule} on {layout.pp} ranks has {number};"
         yield Finding(key, problem, fix)
     elif sum(given) != blocks:
@@ -192,13 +164,11 @@ def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
         yield Finding(key, f"stage {given.index(0, 1)} would be empty;", fix)
 
 
-def rounds(recipe: Recipe, world: int) -> Iterator[Finding]:
+def rounds(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     """The schedule can go through a rank's microbatches."""
-    layout, schedule = layout_of(recipe.parallel, world), recipe.parallel.pipeline.schedule
-    if layout is None or layout.pp == 1:
-        return
-    pp, number = layout.pp, batch_plan(recipe, layout, 0).microbatches
-    if takes_microbatches(schedule, pp, number):
+    pp, schedule = layout.pp, recipe.parallel.pipeline.schedule
+    number = batch_plan(recipe, layout, 0).microbatches
+    if pp == 1 or takes_microbatches(schedule, pp, number):
         return
     if schedule in IN_ROUNDS:
         rounds = number // pp
@@ -209,3 +179,53 @@ def rounds(recipe: Recipe, world: int) -> Iterator[Finding]:
         problem = f"{schedule} on {pp} ranks fills its stages with {more} microbatches or more, not {number};"
     fix = f"have {more}: by a smaller training.microbatch or another global_batch."
     yield Finding("parallel.pipeline.microbatches", problem, fix)
+
+
+def conversions(recipe: Recipe, spec: ModelSpec, config: ModelConfig) -> Iterator[Finding]:
+    """Float8 finds something to convert, and each pattern of `exclude` is the name of a linear."""
+    section = recipe.precision.float8
+    found = float8.decide_linears(spec, config, section)
+    if found and all(each.skipped is not None for each in found):
+        fix = "lower min_size or shorten exclude, or write enabled = false."
+        yield warning("precision.float8.enabled", f"{float8.summarize_linears(found)};", fix)
+    for pattern in section.exclude:
+        if found and not any(is_named_by((pattern,), each.name) for each in found):
+            fix = f"names are such as {found[0].name}, with * for a number (titanlite check --json has them all)."
+            yield Finding("precision.float8.exclude", f"no linear is named '{pattern}';", fix)
+
+
+def converted_parts(recipe: Recipe, spec: ModelSpec, config: ModelConfig) -> Iterator[Finding]:
+    """What each tensor parallel rank has of a converted linear can be multiplied in float8, and is worth it.
+
+    Left as it is on this layout alone, it would have other numbers than on others.
+    """
+    tp, section = recipe.parallel.tp, recipe.precision.float8
+    linears = float8.decide_linears(spec, config, section) if tp > 1 else ()
+    converted = {pattern_of(f"{each.name}.weight"): each.shape for each in linears if each.skipped is None}
+    for name, placement in find_placements(converted, spec.sharding(config)).items():
+        whole, module = converted[name], name.removesuffix(".weight")
+        parts = sorted({local_slices(whole, placement, GroupRank(rank, tp))[1] for rank in range(tp)})
+        misfit = next((part for part in parts if not float8.aligned(part, section)), None)
+        rows, columns = misfit or parts[0]
+        problem = f"of {module}, a rank has {rows} x {columns}"
+        if misfit is not None:
+            problem = f"{problem}, and {section.recipe} takes multiples of {float8.SETTINGS[section.recipe].alignment};"
+            yield Finding("parallel.tp", problem, f'choose another tp, or add "{module}" to precision.float8.exclude.')
+        elif float8.mean_size(rows, columns) < section.min_size:
+            problem = f"{problem}, less than min_size counts on: float8 costs time;"
+            yield warning("precision.float8.exclude", problem, f'add "{module}".')
+
+
+def sent(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
+    """What ranks gather can be sent in float8, where it is asked for."""
+    key, section = "precision.float8.all_gather", recipe.precision.float8
+    if not section.all_gather or not float8.decide_linears(spec, config, section):
+        return
+    cut = layout.weights(recipe.parallel.zero_stage)[1] > 1
+    if cut and float8.SETTINGS[section.recipe].sent_weights is None:
+        problem = f"weights of {section.recipe} travel in the compute dtype: a cast of their rows would take bits;"
+        yield warning(key, problem, "for float8, choose tensorwise or rowwise_with_hp_grad_weight.")
+    found = float8.plan_gathers(spec, config, section) if layout.tp > 1 else ()
+    if found and all(each.cast is None for each in found):
+        fix = "for that, choose tensorwise and have the linears that share an input converted together."
+        yield warning(key, f"over tp nothing travels in float8: {'; '.join(float8.format_gathers(found))};", fix)

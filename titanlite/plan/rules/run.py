@@ -1,4 +1,4 @@
-"""Rules about the model and the run: amounts, names, sizes, schedules, limits. Each: (recipe, world) -> findings."""
+"""Rules about the run, its model and its data: amounts, names, sizes, schedules, sources. No file of data is opened."""
 
 from __future__ import annotations
 
@@ -9,22 +9,35 @@ from typing import Any
 from pydantic import BaseModel
 
 from titanlite.corpus.tokenizers import separator_warning, tokenizer_of
-from titanlite.errors import Finding, UsageError
+from titanlite.errors import Finding, UsageError, warning
 from titanlite.models.spec import spec_of
 from titanlite.optim.base import OPTIMIZERS, optimizer_spec
 from titanlite.optim.schedules import SCHEDULES, lr_factor, schedule_named
 from titanlite.plan.kernels import KERNELS
-from titanlite.plan.layout import ceil_div, total_steps
-from titanlite.plan.rules.lookup import divisors, find_config, find_steps, warning
+from titanlite.plan.layout import ceil_div, divisors, sample_schedule, total_steps
 from titanlite.plan.sinks import SINKS
+from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe
 from titanlite.registry import Registry, did_you_mean
-from titanlite.text import join_choices
+from titanlite.text import format_count, join_choices
 
-MOST_STEPS = 2**32
-"""Records of what is read (`data/read_log.py`) have 32 bits for a step."""
-_SPARE_ROWS = 1024
-"""A smaller vocabulary costs nothing, whatever uses it."""
+MOST_STEPS = 2**32  # records of what is read (`data/read_log.py`) have 32 bits for a step
+_SPARE_ROWS = 1024  # a smaller vocabulary costs nothing, whatever uses it
+
+
+def find_model(recipe: Recipe) -> tuple[Any, Any]:
+    """The model's family and sizes; None for an unknown preset, which the rule `names` reports."""
+    try:
+        spec = spec_of(recipe.model.preset)
+    except UsageError:
+        return None, None
+    return spec, spec.configure(recipe.model)
+
+
+def find_steps(recipe: Recipe) -> int | None:
+    """Steps of the run; None where the rule `amount` has something to report."""
+    training = recipe.training
+    return total_steps(training) if (training.steps is None) != (training.tokens is None) else None
 
 
 def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -63,7 +76,7 @@ def names(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def heads(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Heads divide the width evenly, key and value heads divide the heads."""
-    config = find_config(recipe)
+    _, config = find_model(recipe)
     if config is None:
         return
     if config.heads % config.kv_heads:
@@ -73,8 +86,8 @@ def heads(recipe: Recipe, world: int) -> Iterator[Finding]:
         fix = f"choose a multiple of {config.heads}, such as {ceil_div(config.dim, config.heads) * config.heads}."
         yield Finding("model.dim", f"dim {config.dim} is not a multiple of the {config.heads} heads;", fix)
     elif config.head_dim % 2:
-        problem = f"the head size {config.dim} / {config.heads} = {config.head_dim} is odd, and rotary embeddings"
-        yield Finding("model.heads", f"{problem} turn pairs of values;", "choose heads such that dim / heads is even.")
+        problem = f"rotary embeddings turn pairs, and the head size {config.dim} / {config.heads} is odd;"
+        yield Finding("model.heads", problem, "choose heads such that dim / heads is even.")
 
 
 def rope(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -94,40 +107,15 @@ def vocabulary(recipe: Recipe, world: int) -> Iterator[Finding]:
         return
     if finding := separator_warning(tokenizer, recipe.data.separator):
         yield finding
+    _, config = find_model(recipe)
     tokens = tokenizer.vocab_size
-    config = find_config(recipe)
-    if config is not None and config.vocab_size < tokens:
-        whose = "the byte tokenizer's" if recipe.data.tokenizer == "bytes" else f"{recipe.data.tokenizer}'s"
-        problem = f"{config.vocab_size} rows are too few for {whose} {tokens} tokens;"
-        rows = ceil_div(tokens, 16) * 16
-        yield Finding("model.vocab_size", problem, f"write {rows}, which is also a multiple of 16.")
-    elif config is not None and config.vocab_size > max(_SPARE_ROWS, 2 * tokens):
-        problem = f"{recipe.data.tokenizer} has {tokens:,} tokens, and the vocabulary {config.vocab_size:,} rows:"
-        fix = f"name the model's own tokenizer, or write model.vocab_size = {ceil_div(tokens, 16) * 16}."
-        yield warning("data.tokenizer", f"{problem} most would never be read or trained;", fix)
-
-
-def schedule(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Warm-up and decay fit into the run. Only a warning, since a few steps of a long recipe are a usual trial."""
-    steps, section = find_steps(recipe), recipe.schedule
-    if steps is None or section.name not in SCHEDULES:
-        return
-    to_try = "to try the first steps of a longer run, use run.stop_after_step."
-    room = steps - section.warmup_steps
-    keys = schedule_named(section.name).keys
-    if section.warmup_steps and room <= 0:
-        problem = f"a warm-up of {section.warmup_steps} steps leaves nothing of a run of {steps};"
-        yield warning("schedule.warmup_steps", problem, f"choose fewer than {steps}; {to_try}")
-    elif (section.decay_steps or 0) > room and "decay_steps" in keys:
-        problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
-        yield warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
-    elif section.name == "wsd" and section.decay_steps is None and steps // 5 > room:
-        problem = f"wsd decays over the last {steps // 5} of {steps} steps, and warm-up leaves {room} of them: the rate"
-        fix = f"write schedule.decay_steps = {room} at most; {to_try}"
-        yield warning("schedule.warmup_steps", f"{problem} never comes to its peak;", fix)
-    if steps == 1 and lr_factor(1, section, 1) == 0:
-        problem = f"the only step of this run is the last of {section.name}, at a rate of 0: nothing is trained;"
-        yield warning("schedule.final_lr_ratio", problem, 'write more than 0, or name = "constant".')
+    rows, enough = config.vocab_size if config else tokens, ceil_div(tokens, 16) * 16
+    problem = f"the tokenizer '{recipe.data.tokenizer}' has {tokens:,} tokens, and the vocabulary {rows:,} rows"
+    if rows < tokens:
+        yield Finding("model.vocab_size", f"{problem};", f"write {enough}, which is also a multiple of 16.")
+    elif rows > max(_SPARE_ROWS, 2 * tokens):
+        fix = f"name the model's own tokenizer, or write model.vocab_size = {enough}."
+        yield warning("data.tokenizer", f"{problem}, most of them never read or trained;", fix)
 
 
 def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -173,22 +161,120 @@ def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
     for name in optimizer_spec(optimizer.name).rates:
         key, rate = f"optimizer.{name}", getattr(optimizer, name)
         if rate * optimizer.weight_decay >= 1:
-            problem = f"{rate:g} times the weight decay {optimizer.weight_decay:g} is 1 or more: a step would wipe out"
-            yield Finding(key, f"{problem} or flip every weight;", "lower one of the two.")
+            problem = f"{rate:g} x weight_decay {optimizer.weight_decay:g} >= 1: a step would wipe out or flip weights;"
+            yield Finding(key, problem, "lower one of the two.")
 
 
-def never_reached(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """Intervals and limits that lie beyond the end of the run."""
-    steps = find_steps(recipe)
-    if steps is None:
+def _paths(recipe: Recipe) -> dict[str, list[str]]:
+    """The paths of each key that takes some; the tokenizer is opened by `vocabulary`."""
+    data, saved = recipe.data, recipe.checkpoint
+    named: dict[str, str | list[str] | None] = {
+        **{"run.output_dir": recipe.run.output_dir, "resilience.snapshot_dir": recipe.resilience.snapshot_dir},
+        **{"checkpoint.warm_start": saved.warm_start, "checkpoint.resume_from": saved.resume_from},
+        **{"data.corpus": data.corpus},
+        **{f"data.sources.{index}.path": each.path for index, each in enumerate(data.sources)},
+        **{f"data.validation.{index}.path": each.path for index, each in enumerate(data.validation)},
+    }
+    return {key: [path] if isinstance(path, str) else path for key, path in named.items() if path is not None}
+
+
+def paths(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """`~` and `~user` are homes on this machine, and no key names a path twice."""
+    for key, paths in _paths(recipe).items():
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            yield Finding(key, f"names '{twice}' twice, which would read it twice;", "take one of them out.")
+        for path in paths:
+            try:
+                expand(path)
+            except UsageError as error:
+                yield Finding(key, str(error))
+
+
+def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Sources instead of a corpus, each with a name of its own, and weights for all or none."""
+    data = recipe.data
+    if data.sources and data.corpus is not None:
+        yield Finding("data.corpus", "there are data.sources too;", "make it one of them, or take them out.")
+    for key, tables in (("data.sources", data.sources), ("data.validation", data.validation)):
+        names = [each.name for each in tables]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Finding(f"{key}.{index}.name", f"'{name}' is another one's name too;", "give each its own.")
+    weighted = [each.weight is not None for each in data.sources]
+    if any(weighted) and data.stages:
+        problem = "data.stages gives the weights, and this one would have no effect;"
+        yield Finding(f"data.sources.{weighted.index(True)}.weight", problem, "take it out, or the stages.")
+    elif any(weighted) and not all(weighted):
+        problem = "has no weight, and others have: weights and sizes are not to be compared;"
+        yield Finding(f"data.sources.{weighted.index(False)}", problem, "give all sources weights, or none.")
+
+
+def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """Stages follow each other, know their sources, and leave none out."""
+    data, names = recipe.data, [each.name for each in recipe.data.sources]
+    if not data.stages:
         return
-    limits = [
-        ("validation.every_steps", recipe.validation.every_steps, "only the end is validated;"),
-        ("checkpoint.every_steps", recipe.checkpoint.every_steps, "nothing is saved before the end;"),
-    ]
-    for key, value, consequence in limits:
-        if value > steps:
-            yield warning(key, f"{value} is more than the run's {steps} steps: {consequence}", "lower it, or set 0.")
+    if not names:
+        yield Finding("data.stages", "there are no sources to weigh;", "name them by [[data.sources]].")
+        return
+    for index, stage in enumerate(data.stages):
+        for name in stage.weights:
+            if name not in names:
+                hint = did_you_mean(name, names) or f"they are {', '.join(names)}."
+                yield Finding(f"data.stages.{index}.weights.{name}", "there is no such source;", hint)
+        if not stage.weights:
+            yield Finding(f"data.stages.{index}.weights", "no source has a weight;", "give one at least.")
+        last = index + 1 == len(data.stages)
+        if last and stage.until is not None:
+            yield Finding(f"data.stages.{index}.until", "the last stage goes on to the end;", "take it out.")
+        elif not last and stage.until is None:
+            yield Finding(f"data.stages.{index}", "ends nowhere, and another stage follows;", "write until = tokens.")
+    ends = [stage.until for stage in data.stages if stage.until is not None]
+    if ends != sorted(set(ends)):
+        yield Finding("data.stages", "stages must end later than those before them;", "put them in order.")
+    for index, name in enumerate(names):
+        if not any(name in stage.weights for stage in data.stages):
+            problem = f"no stage gives '{name}' a weight, so it would never be read;"
+            yield Finding(f"data.sources.{index}", problem, "name it in a stage, or take it out.")
+
+
+def schedule(recipe: Recipe, steps: int) -> Iterator[Finding]:
+    """Warm-up and decay fit into the run. Only a warning, since a few steps of a long recipe are a usual trial."""
+    section = recipe.schedule
+    if section.name not in SCHEDULES:
+        return
+    to_try = "to try the first steps of a longer run, use run.stop_after_step."
+    room = steps - section.warmup_steps
+    keys = schedule_named(section.name).keys
+    if section.warmup_steps and room <= 0:
+        problem = f"a warm-up of {section.warmup_steps} steps leaves nothing of a run of {steps};"
+        yield warning("schedule.warmup_steps", problem, f"choose fewer than {steps}; {to_try}")
+    elif (section.decay_steps or 0) > room and "decay_steps" in keys:
+        problem = f"{section.decay_steps} steps of decay start below the peak: warm-up leaves {room};"
+        yield warning("schedule.decay_steps", problem, f"choose at most {room}; {to_try}")
+    elif section.name == "wsd" and section.decay_steps is None and steps // 5 > room:
+        problem = f"wsd decays over the last {steps // 5} steps, and warm-up leaves {room}: there is no peak;"
+        yield warning("schedule.warmup_steps", problem, f"write schedule.decay_steps = {room} at most; {to_try}")
+    if steps == 1 and lr_factor(1, section, 1) == 0:
+        problem = f"the only step of this run is the last of {section.name}, at a rate of 0;"
+        yield warning("schedule.final_lr_ratio", problem, 'write more than 0, or name = "constant".')
+
+
+def never_reached(recipe: Recipe, steps: int) -> Iterator[Finding]:
+    """Intervals, limits, stages and batches that lie beyond the end of the run."""
+    for section in ("validation", "checkpoint"):
+        if (value := getattr(recipe, section).every_steps) > steps:
+            problem = f"{value} is more than the run's {steps} steps, so there is one at the end alone;"
+            yield warning(f"{section}.every_steps", problem, "lower it, or set 0.")
     stop = recipe.run.stop_after_step
     if stop is not None and stop >= steps:
         yield warning("run.stop_after_step", f"the run ends at step {steps}, before {stop} stops it;", "leave it out.")
+    tokens = steps * recipe.training.global_batch * recipe.training.sequence_length
+    for index, stage in enumerate(recipe.data.stages):
+        if stage.until is not None and stage.until >= tokens:
+            problem = f"the run ends after {format_count(tokens)} tokens, so no later stage comes;"
+            yield warning(f"data.stages.{index}.until", problem, "train for longer, or end it earlier.")
+    last = sample_schedule(recipe).end_sample(steps) // recipe.training.global_batch
+    if unreached := sorted(batch for batch in set(recipe.data.skip_steps) if batch > last):
+        problem = f"the run ends with batch {last}, and does not come to {', '.join(map(str, unreached))};"
+        yield warning("data.skip_steps", problem, "take them out.")
