@@ -84,7 +84,10 @@ def linear_cross_entropy(
         raise ValueError(f"backend {backend!r} must be auto, triton or torch, and chunk {chunk} at least 1")
     if backend == "triton" and hidden.dtype == torch.float64:
         raise ValueError("the Triton kernels compute in float32: for float64, backend must be 'torch' or 'auto'")
+    grad = torch.is_grad_enabled()
     how = _How(
+        want_hidden=grad and hidden.requires_grad,
+        want_weight=grad and weight.requires_grad,
         z_loss=float(z_loss),
         recompute=recompute,
         chunk=chunk or tokens_at_a_time(hidden.device.type),
@@ -99,9 +102,7 @@ def linear_cross_entropy(
     weights = counted.to(_wide(hidden.dtype))
     if token_weights is not None:
         weights = torch.where(counted, token_weights.detach().reshape(rows).to(weights.dtype), 0)
-    grad = torch.is_grad_enabled()
-    wanted = grad and hidden.requires_grad, grad and weight.requires_grad
-    loss: Tensor = _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how, wanted)[0]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how)[0]
     return loss
 
 
@@ -127,6 +128,8 @@ def linear_cross_entropy_reference(
 class _How(NamedTuple):
     """What a call computes, apart from its tensors."""
 
+    want_hidden: bool
+    want_weight: bool
     z_loss: float
     recompute: bool
     chunk: int
@@ -148,11 +151,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, how: _How, wanted: tuple[bool, bool]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, how: _How
     ) -> tuple[Tensor, ...]:
         run: Any = forward_op if torch.compiler.is_compiling() else _forward
-        loss, statistics, grad_hidden, grad_weight = run(hidden, weight, labels, weights, *wanted, *how)
-        ctx.how, ctx.wanted, ctx.dtypes = how, wanted, (hidden.dtype, weight.dtype)
+        loss, statistics, grad_hidden, grad_weight = run(hidden, weight, labels, weights, *how)
+        ctx.how, ctx.dtypes = how, (hidden.dtype, weight.dtype)
         if how.recompute:
             ctx.save_for_backward(hidden, weight, labels, weights, statistics)
         else:
@@ -164,13 +167,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.how.recompute:
             run: Any = backward_op if torch.compiler.is_compiling() else _backward
-            grads = run(*ctx.saved_tensors, grad, *ctx.wanted, *ctx.how)
+            grads = run(*ctx.saved_tensors, grad, *ctx.how)
         else:
             compiling = torch.compiler.is_compiling()
             last = not (compiling or torch._C._autograd._get_current_graph_task_keep_graph())
             grads = [_scale(each, grad, dtype, last) for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        grad_hidden, grad_weight = (each if wanted else None for each, wanted in zip(grads, ctx.wanted, strict=True))
-        return grad_hidden, grad_weight, None, None, None, None
+        grad_hidden, grad_weight = (each if wanted else None for each, wanted in zip(grads, ctx.how[:2], strict=True))
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _scale(x: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
@@ -188,24 +191,12 @@ def _scale(x: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tens
 
 
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    z_loss: float,
-    recompute: bool,
-    chunk: int,
-    triton: bool,
-    wide_products: bool,
-    group: str,
-    ranks: int,
-    first: int,
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; each token's statistics; the gradients before they are scaled, empty where unwanted or recomputed."""
-    wide = _wide(hidden.dtype)
-    factor = _round(weight, hidden.dtype, wide_products)
+    how, wide = _How(*rest), _wide(hidden.dtype)
+    want_hidden, want_weight, z_loss, recompute, chunk, triton, _, _, ranks, first = how
+    factor = _round(weight, hidden.dtype, how.wide_products)
     statistics = weights.new_empty(3, hidden.shape[0], dtype=torch.float64)
     grad_hidden = hidden.new_zeros(hidden.shape if want_hidden and not recompute else (0,), dtype=wide)
     grad_weight = weight.new_zeros(weight.shape if want_weight and not recompute else (0,), dtype=wide)
@@ -214,13 +205,11 @@ def _forward(
     def run(rows: slice) -> None:
         part, scale = hidden[rows].to(factor.dtype), weights[rows]
         logits = part @ factor.t()
-        if gradient and ranks == 1:
-            statistics[:, rows] = _statistics_and_gradient(logits, labels[rows], scale, first, z_loss, triton)
-        else:
-            found = _statistics(logits, labels[rows], first, triton)
-            statistics[:, rows] = found = _of_all_ranks(found, group, ranks)
-            if gradient:
-                _gradient(logits, labels[rows], found, scale, first, z_loss, triton)
+        at_once = gradient and ranks == 1
+        found = _statistics(logits, labels[rows], first, triton, scale if at_once else None, z_loss)
+        statistics[:, rows] = found = _of_all_ranks(found, how)
+        if gradient and not at_once:
+            _gradient(logits, labels[rows], found, scale, first, z_loss, triton)
         if grad_hidden.numel():
             _add_product(grad_hidden[rows], logits, factor)
         if grad_weight.numel():
@@ -234,7 +223,7 @@ def _forward(
             _statistics(x @ factor[columns].t(), labels, first + columns.start, triton)
             for columns in _columns_at_a_time(hidden, weight, chunk)
         ]
-        statistics = _of_all_ranks(_join(torch.stack(found)), group, ranks)
+        statistics = _of_all_ranks(_join(torch.stack(found)), how)
     else:
         for start in range(0, hidden.shape[0], chunk):
             run(slice(start, start + chunk))
@@ -245,44 +234,26 @@ def _forward(
 
 
 def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    statistics: Tensor,
-    grad: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    z_loss: float,
-    recompute: bool,
-    chunk: int,
-    triton: bool,
-    wide_products: bool,
-    group: str,
-    ranks: int,
-    first: int,
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, statistics: Tensor, grad: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """The gradients from recomputed logits, empty where unwanted."""
-    wide = _wide(hidden.dtype)
-    factor = _round(weight, hidden.dtype, wide_products)
+    how, wide = _How(*rest), _wide(hidden.dtype)
+    factor = _round(weight, hidden.dtype, how.wide_products)
     scale = weights * grad
     x = hidden.to(factor.dtype)
-    grad_hidden = hidden.new_zeros(hidden.shape if want_hidden else (0,), dtype=wide)
-    grad_weight = weight.new_zeros(weight.shape if want_weight else (0,))
-
-    def run(columns: slice) -> None:
+    grad_hidden = hidden.new_zeros(hidden.shape if how.want_hidden else (0,), dtype=wide)
+    grad_weight = weight.new_zeros(weight.shape if how.want_weight else (0,))
+    for columns in _columns_at_a_time(hidden, weight, how.chunk):
         part = factor[columns]
         logits = x @ part.t()
-        _gradient(logits, labels, statistics, scale, first + columns.start, z_loss, triton)
-        if want_hidden:
+        _gradient(logits, labels, statistics, scale, how.first + columns.start, how.z_loss, how.triton)
+        if how.want_hidden:
             _add_product(grad_hidden, logits, part)
-        if want_weight and grad_weight.dtype == wide:
+        if how.want_weight and grad_weight.dtype == wide:
             _add_product(grad_weight[columns], logits.t(), x)
-        elif want_weight:
+        elif how.want_weight:
             grad_weight[columns] = logits.t() @ x
-
-    for columns in _columns_at_a_time(hidden, weight, chunk):
-        run(columns)
+        del logits  # before the next ones are formed
     return grad_hidden.to(hidden.dtype), grad_weight
 
 
@@ -314,40 +285,24 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    z_loss: float,
-    recompute: bool,
-    *rest: Any,
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _wide(hidden.dtype)
+    how, wide = _How(*rest), _wide(hidden.dtype)
     return (
         weights.new_empty(()),
         weights.new_empty(3, hidden.shape[0], dtype=torch.float64),
-        hidden.new_empty(hidden.shape if want_hidden and not recompute else (0,), dtype=wide),
-        weight.new_empty(weight.shape if want_weight and not recompute else (0,), dtype=wide),
+        hidden.new_empty(hidden.shape if how.want_hidden and not how.recompute else (0,), dtype=wide),
+        weight.new_empty(weight.shape if how.want_weight and not how.recompute else (0,), dtype=wide),
     )
 
 
 @backward_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    statistics: Tensor,
-    grad: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    *rest: Any,
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, statistics: Tensor, grad: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape if want_hidden else (0,)), weight.new_empty(
-        weight.shape if want_weight else (0,)
-    )
+    how = _How(*rest)
+    grad_hidden = hidden.new_empty(hidden.shape if how.want_hidden else (0,))
+    return grad_hidden, weight.new_empty(weight.shape if how.want_weight else (0,))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -379,16 +334,24 @@ _ROWS = 4096  # Of a matrix that is as large as the weight, rows that temporary 
 # ---- a chunk of logits -----------------------------------------------------------------------------------------------
 
 
-def _statistics(logits: Tensor, labels: Tensor, first: int, triton: bool) -> Tensor:
+def _statistics(
+    logits: Tensor, labels: Tensor, first: int, triton: bool, scale: Tensor | None = None, z_loss: float = 0.0
+) -> Tensor:
     """logits [n, columns], labels [n] -> [3, n] float64: the largest logit; the log of the sum of exp(logit - largest);
-    the label's logit (-inf where it is elsewhere).
+    the label's logit (-inf where it is elsewhere). With a `scale`, the logits then become their gradient: see below.
 
     Not the sum of the first two: that would be rounded to a logit's last place, and a probability be wrong by as much.
     """
     if triton:
-        return statistics_op(logits, labels, first)
-    parts = zip(*(torch.split(x, _rows_at_a_time(logits)) for x in (logits, labels)), strict=True)
-    return torch.cat([_reference_statistics(part.to(_wide(part.dtype)), label - first) for part, label in parts], dim=1)
+        return statistics_op(logits, labels, scale, first, z_loss)
+    found, rows = [], _rows_at_a_time(logits)
+    for start in range(0, max(1, len(logits)), rows):
+        part, columns = logits[start : start + rows], labels[start : start + rows] - first
+        wide = part.to(_wide(part.dtype))
+        found.append(_reference_statistics(wide, columns))
+        if scale is not None:
+            _reference_gradient(part, wide, columns, found[-1], scale[start : start + rows], z_loss)
+    return torch.cat(found, dim=1)
 
 
 def _gradient(
@@ -402,22 +365,6 @@ def _gradient(
     cut = (torch.split(x, rows) for x in (logits, labels, statistics.t(), scale))
     for part, label, found, each in zip(*cut, strict=True):
         _reference_gradient(part, part.to(scale.dtype), label - first, found.t(), each, z_loss)
-
-
-def _statistics_and_gradient(
-    logits: Tensor, labels: Tensor, scale: Tensor, first: int, z_loss: float, triton: bool
-) -> Tensor:
-    """Both, where the logits are those of the whole vocabulary."""
-    if triton:
-        return statistics_and_gradient_op(logits, labels, scale, first, z_loss)
-    found = []
-    for part, label, each in zip(
-        *(torch.split(x, _rows_at_a_time(logits)) for x in (logits, labels, scale)), strict=True
-    ):
-        wide = part.to(scale.dtype)
-        found.append(_reference_statistics(wide, label - first))
-        _reference_gradient(part, wide, label - first, found[-1], each, z_loss)
-    return torch.cat(found, dim=1)
 
 
 def _rows_at_a_time(logits: Tensor) -> int:
@@ -454,12 +401,12 @@ def _reference_gradient(
         logits.copy_(wide)
 
 
-def _of_all_ranks(statistics: Tensor, group: str, ranks: int) -> Tensor:
+def _of_all_ranks(statistics: Tensor, how: _How) -> Tensor:
     """The statistics [3, n] of all ranks' parts of the vocabulary, as those of the whole."""
-    if ranks == 1:
+    if how.ranks == 1:
         return statistics
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(statistics.contiguous(), ranks, group)
-    return _join(torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, 3, -1))
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(statistics.contiguous(), how.ranks, how.group)
+    return _join(torch.ops._c10d_functional.wait_tensor(gathered).view(how.ranks, 3, -1))
 
 
 def _join(parts: Tensor) -> Tensor:
@@ -524,23 +471,17 @@ def _launch(
         )  # fmt: skip
 
 
-@torch.library.triton_op("titanlite_kernels::softmax_statistics", mutates_args=())
-def statistics_op(logits: Tensor, labels: Tensor, first: int) -> Tensor:
+@torch.library.triton_op("titanlite_kernels::softmax_statistics_", mutates_args=("logits",))
+def statistics_op(logits: Tensor, labels: Tensor, scale: Tensor | None, first: int, z_loss: float) -> Tensor:
     statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float64)
-    _launch(logits, labels, statistics, statistics, first, 0.0, GIVEN=False, GRADIENT=False)
+    factor, gradient = statistics if scale is None else scale, scale is not None
+    _launch(logits, labels, statistics, factor, first, z_loss, GIVEN=False, GRADIENT=gradient)
     return statistics
 
 
 @torch.library.triton_op("titanlite_kernels::softmax_gradient_", mutates_args=("logits",))
 def gradient_op(logits: Tensor, labels: Tensor, statistics: Tensor, scale: Tensor, first: int, z_loss: float) -> None:
     _launch(logits, labels, statistics, scale, first, z_loss, GIVEN=True, GRADIENT=True)
-
-
-@torch.library.triton_op("titanlite_kernels::softmax_statistics_and_gradient_", mutates_args=("logits",))
-def statistics_and_gradient_op(logits: Tensor, labels: Tensor, scale: Tensor, first: int, z_loss: float) -> Tensor:
-    statistics = logits.new_empty(3, logits.shape[0], dtype=torch.float64)
-    _launch(logits, labels, statistics, scale, first, z_loss, GIVEN=False, GRADIENT=True)
-    return statistics
 
 
 @statistics_op.register_fake
@@ -551,11 +492,6 @@ def _(logits: Tensor, *rest: Any) -> Tensor:
 @gradient_op.register_fake
 def _(logits: Tensor, *rest: Any) -> None:
     return None
-
-
-@statistics_and_gradient_op.register_fake
-def _(logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(3, logits.shape[0], dtype=torch.float64)
 
 
 def _build(name: str, of: str, columns: int) -> Build:

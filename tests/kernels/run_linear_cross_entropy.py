@@ -89,10 +89,10 @@ def test_a_chunk_becomes_its_gradient_within_its_rounding(dtype: torch.dtype, gi
     lse, target = exact.logsumexp(1), exact.gather(1, labels.unsqueeze(1)).squeeze(1)
     (scale * (lse - target + 1e-3 * lse.square())).sum().backward()
     if given_statistics:
-        found = module.statistics_op(logits, labels, 0)
+        found = module.statistics_op(logits, labels, None, 0, 0.0)
         module.gradient_op(logits, labels, found, scale, 0, 1e-3)
     else:
-        found = module.statistics_and_gradient_op(logits, labels, scale, 0, 1e-3)
+        found = module.statistics_op(logits, labels, scale, 0, 1e-3)
     top = logits_top.double()
     expected = torch.stack((top, lse - top, target)).detach()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
@@ -102,9 +102,12 @@ def test_a_chunk_becomes_its_gradient_within_its_rounding(dtype: torch.dtype, gi
 
 def test_a_part_of_the_vocabulary() -> None:
     logits, labels = logits_and_labels(4, 300, torch.float32)
-    whole = module.statistics_op(logits, labels, 0)
+    whole = module.statistics_op(logits, labels, None, 0, 0.0)
     parts = torch.stack(
-        [module.statistics_op(logits[:, :77].contiguous(), labels, 0), module.statistics_op(logits[:, 77:], labels, 77)]
+        [
+            module.statistics_op(logits[:, :77].contiguous(), labels, None, 0, 0.0),
+            module.statistics_op(logits[:, 77:], labels, None, 77, 0.0),
+        ]
     )
     lse = parts[:, :2].sum(1).logsumexp(0)
     torch.testing.assert_close(lse, whole[0] + whole[1])
@@ -117,8 +120,8 @@ def test_rows_may_lie_apart_and_what_lies_between_them_stays() -> None:
     labels %= part.shape[1]
     alone = part.contiguous()
     scale = torch.ones(3, device=DEVICE)
-    module.statistics_and_gradient_op(alone, labels, scale, 0, 0.0)
-    module.statistics_and_gradient_op(part, labels, scale, 0, 0.0)
+    module.statistics_op(alone, labels, scale, 0, 0.0)
+    module.statistics_op(part, labels, scale, 0, 0.0)
     assert torch.equal(part, alone)
     assert torch.equal(wide[:, :8], before[:, :8]) and torch.equal(wide[:, 265:], before[:, 265:])
 
@@ -130,8 +133,8 @@ def test_extreme_logits_give_what_the_reference_gives(value: float) -> None:
     labels[1] = 250
     scale = torch.ones(3, device=DEVICE)
     expected = logits.clone()
-    statistics = module._statistics_and_gradient(expected, labels, scale, 0, 1e-4, triton=False)
-    found = module.statistics_and_gradient_op(logits, labels, scale, 0, 1e-4)
+    statistics = module._statistics(expected, labels, 0, False, scale, 1e-4)
+    found = module.statistics_op(logits, labels, scale, 0, 1e-4)
     # Of a row with NaN, the largest logit may be another; its sum of exponentials is not.
     for ours, reference in ((found[1:], statistics[1:]), (logits, expected)):
         # A logit of +inf makes no number or an infinite one, both of which are seen.
@@ -144,5 +147,5 @@ def test_a_token_that_does_not_count_has_no_gradient_whatever_its_logits() -> No
     logits, labels = logits_and_labels(2, 300, torch.bfloat16)
     logits[1] = float("nan")
     scale = torch.tensor([1.0, 0.0], device=DEVICE)
-    module.statistics_and_gradient_op(logits, labels, scale, 0, 0.0)
+    module.statistics_op(logits, labels, scale, 0, 0.0)
     assert logits[0].isfinite().all() and not logits[1].any()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from titanlite.parallel.pipeline import Pipeline
-
-T = TypeVar("T")
 
 
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
@@ -172,5 +170,5 @@ class _Builder:
             settings = self._fuse(SETTINGS[section.recipe])
             self.cached += convert(module, found, settings, cache, multiplies_blocks(device))
 
-    def _fuse(self, casts: T) -> T:
+    def _fuse(self, casts: Any) -> Any:
         return fuse_casts(casts) if QUANTISE in choose_kernels(self.recipe, self.world.device.type) else casts

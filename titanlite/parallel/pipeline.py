@@ -156,11 +156,11 @@ class ScheduledStage(PipelineStage):
         device: torch.device,
     ) -> None:
         """`sync`: what FSDP does around microbatches. `group`: the ranks of this pipeline, by coordinate."""
-        last = config.stages - 1
-        hidden = torch.empty(config.hidden, dtype=config.dtype, device="meta", requires_grad=True)
-        tokens = torch.empty(config.hidden[0], config.sequence_length, dtype=torch.int64, device="meta")
-        wide = torch.promote_types(config.dtype, torch.float32)
-        loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
+        last, wide = config.stages - 1, torch.promote_types(config.dtype, torch.float32)
+        with torch.device("meta"):
+            hidden = torch.empty(config.hidden, dtype=config.dtype, requires_grad=True)
+            tokens = torch.empty(config.hidden[0], config.sequence_length, dtype=torch.int64)
+            loss = torch.empty((), dtype=wide, requires_grad=True)
         self._splits = splits_backward(config.schedule)
         super().__init__(
             module if self._splits else nn.ModuleList([module]),
@@ -197,9 +197,8 @@ class ScheduledStage(PipelineStage):
                     group.post_backward()
 
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
-        """Ends torch's exchange before the first step, in which stages exchange whether they know their shapes.
-
-        They do, so the answer is not read from the device. The exchange itself sets up the communicators.
+        """Ends torch's exchange, before the first step, of whether stages know their shapes. They do, so the answer is
+        not read from the device; the exchange itself sets up the communicators.
         """
         super()._warmup_backward_result(received_result)
         return torch.tensor([1], dtype=torch.int32)

@@ -1,9 +1,8 @@
 """Tensor, sequence and loss parallelism, from a model's sharding plan, on plain tensors.
 
 Each rank of the tp group keeps its slice of the matrices and, between them, its part of the sequence (Shoeybi et al.
-2019; Korthikanti et al. 2022, section 4.2.2). Modules stay what they are: their weights get smaller, and what they are
-given and give back passes through a collective. There is no dispatch on tensor types: eager mode pays for nothing but
-the communication, and the compiler sees it.
+2019; Korthikanti et al. 2022, section 4.2.2): weights get smaller, and what modules are given and give back passes
+through a collective, which the compiler sees.
 """
 
 from __future__ import annotations
@@ -117,11 +116,9 @@ class _Scatter(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, cast: Cast | None) -> Tensor:
-    """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all.
+    """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all, in x's dtype.
 
-    With a `cast`, rounded to float8 a scale a token; values and scales are one message. What arrives has x's dtype,
-    in which float8 times a power of two is exact: a cast to the same format with any such scale then rounds nothing but
-    what is close to nothing.
+    With a `cast`, values and scales, a scale a token, travel as one message: see `fsdp.Float8Gather`.
     """
     if cast is None:
         return gather_sequence(x, group)

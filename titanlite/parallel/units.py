@@ -20,20 +20,14 @@ from titanlite.errors import UsageError
 from titanlite.models.spec import ModelSpec, is_named_by
 from titanlite.recipe.sections import Recompute
 
+# What takes long to compute for the memory that its result needs: products, attention, communication (which would have
+# to be asked again of ranks that took part).
 _OPERATIONS = (
-    "aten.mm",
-    "aten.bmm",
-    "aten.addmm",
-    "aten._scaled_mm",
-    "aten._scaled_dot_product_flash_attention",
-    "aten._scaled_dot_product_efficient_attention",
-    "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_flash_attention_for_cpu",
-    # What another rank took part in would have to be asked of it again.
-    "_c10d_functional.all_gather_into_tensor",
-    "_c10d_functional.reduce_scatter_tensor",
-)
-"""What takes long to compute for the memory that its result needs: products, attention, communication."""
+    "aten.mm", "aten.bmm", "aten.addmm", "aten._scaled_mm",
+    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
+    "_c10d_functional.all_gather_into_tensor", "_c10d_functional.reduce_scatter_tensor",
+)  # fmt: skip
 
 
 def recompute_units(model: nn.Module, spec: ModelSpec, section: Recompute) -> None:

@@ -25,7 +25,6 @@ from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, Sto
 from titanlite.plan.launch import STOP_SIGNALS, Launch, launch_environment
 
 _ENDED = "ended"  # Key under which ranks that stand by read how the run ended
-_POLL_SECONDS = 0.5
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -88,9 +87,8 @@ def explain_full_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # On a GPU it has a type; the CPU's allocator raises a plain RuntimeError with the system's words.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
-            raise
+            raise  # on a GPU it has a type; the CPU's allocator raises a RuntimeError with the system's words
         # Of torch's message, the sentences between where its allocator is and how to configure it.
         reason = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:3])
         raise UsageError(
@@ -101,11 +99,7 @@ def explain_full_memory() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what a step frees for the next step, instead of giving it back to the system.
-
-    By default glibc maps large blocks anew each time, and the kernel clears every page of them again: 34,000 page
-    faults a step of a 5 M-parameter model, 5 % of its time. The resident size then stays at its peak.
-    """
+    """Have malloc keep what a step frees for the next one: to map it anew takes 5 % of a small model's step."""
     with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
@@ -130,9 +124,9 @@ def _own_device(local_rank: int) -> torch.device:
 def join_world(deterministic: bool, timeout_seconds: float, size: int | None = None) -> Iterator[World]:
     """Pick the device, join the job's process group if there is one (nccl on CUDA, gloo on CPU), leave it at the end.
 
-    A rank that waits for the others longer than `timeout_seconds` fails. With a `size`, only the first `size` ranks
-    join; the others are in `stand_by` meanwhile. `deterministic` refuses, by an error of torch, every operation that
-    may give other bits when it is repeated. Raises `UsageError` if the ranks cannot meet.
+    A rank that waits for the others longer than `timeout_seconds` fails. Only the first `size` ranks join, if it is
+    given; the others are in `stand_by`. `deterministic` has torch refuse every operation that may give other bits when
+    it is repeated. Raises `UsageError` if the ranks cannot meet.
     """
     place = launch_environment()
     if deterministic:
@@ -173,9 +167,8 @@ def _leave(world: World, store: Store, launched: int, error: TitanliteError | No
 
 
 def stand_by(timeout_seconds: float) -> int:
-    """Wait, as a rank that the mesh has no place for, until the run ends; returns its exit code.
-
-    A stop signal ends this process alone. Raises `StoppedEarly` as the others do, `OtherRankFailed` if the first rank
+    """Wait, as a rank that the mesh has no place for, until the run ends; returns its exit code, or raises
+    `StoppedEarly` as the others do. A stop signal ends this process alone. Raises `OtherRankFailed` if the first rank
     is gone without a record of how the run ended, and `UsageError` if the ranks cannot meet.
     """
     place = launch_environment()
@@ -184,7 +177,7 @@ def stand_by(timeout_seconds: float) -> int:
     store = open_store(place, timeout_seconds)
     try:
         while not store.check([_ENDED]):
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.5)
         code, signalled = map(int, store.get(_ENDED).split())
         store.set(f"{_ENDED}/{place.rank}", "")
     except dist.DistError as error:
@@ -203,9 +196,9 @@ def open_store(place: Launch, timeout_seconds: float) -> Store:
     first rank draws a name for this start, under which all go on; each other rank asks for it under a name of its own,
     which makes sure that the answer is not an old one. Raises `UsageError` if a rank does not come in time.
     """
-    url = "env://" if place.address is None else f"tcp://{place.address}:{place.port}"
-    at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if place.address is None else url[6:]
-    limit = timedelta(seconds=timeout_seconds)
+    url, at = f"tcp://{place.address}:{place.port}", f"{place.address}:{place.port}"
+    if place.address is None:
+        url, at = "env://", f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = _connect(url, place, timeout_seconds)
         if place.rank == 0:
@@ -214,7 +207,7 @@ def open_store(place: Launch, timeout_seconds: float) -> Store:
         else:
             name = uuid4().hex
             store.set(f"asks/{place.rank}", name)
-            store.wait([f"answer/{name}"], limit)
+            store.wait([f"answer/{name}"], timedelta(seconds=timeout_seconds))
             start = store.get(f"answer/{name}").decode()
             store.set(f"{start}/{place.rank}", "")
     except (dist.DistError, TimeoutError, futures.TimeoutError) as error:  # two types up to Python 3.10
