@@ -29,8 +29,7 @@ def _function(module: str, name: str) -> Any:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """With Llama's roundings, and a gradient that is not written over the one that comes in."""
-    normed: Tensor = _function("rms_norm", "LigerRMSNormFunction").apply(x, weight, eps, 0.0, "llama", False)
-    return normed
+    return _function("rms_norm", "LigerRMSNormFunction").apply(x, weight, eps, 0.0, "llama", False)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -50,8 +49,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    product: Tensor = _function("swiglu", "LigerSiLUMulFunction").apply(gate, up)
-    return product
+    return _function("swiglu", "LigerSiLUMulFunction").apply(gate, up)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -63,5 +61,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden, weight, labels, bias, class_weight, ignore_index, z_loss, smoothing, "sum", softcap, also_z_loss,
         torch.float32,
     )  # fmt: skip
-    loss: Tensor = returned[0]
-    return loss
+    return returned[0]

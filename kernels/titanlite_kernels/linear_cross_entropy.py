@@ -102,8 +102,7 @@ def linear_cross_entropy(
     weights = counted.to(_wide(hidden.dtype))
     if token_weights is not None:
         weights = torch.where(counted, token_weights.detach().reshape(rows).to(weights.dtype), 0)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how)[0]
-    return loss
+    return _LinearCrossEntropy.apply(hidden.reshape(rows, dim), weight, labels, weights, how)[0]
 
 
 def linear_cross_entropy_reference(

@@ -21,8 +21,8 @@ try:
 except ImportError:  # not on this platform, or a CPU build of torch: the references serve
     triton = tl = None
 
-__all__ = ["INSTALLED", "INTERPRETING", "cdiv", "jit", "multiprocessors", "power_of_two", "serves", "tl", "triton"]
-__all__ += ["wrap_triton"]
+__all__ = ["INSTALLED", "INTERPRETING", "blank", "cdiv", "jit", "multiprocessors", "power_of_two", "serves", "tl"]
+__all__ += ["triton", "wrap_triton"]
 
 INSTALLED = triton is not None
 INTERPRETING = INSTALLED and bool(triton.knobs.runtime.interpret)
@@ -63,3 +63,8 @@ def cdiv(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n: blocks have such lengths."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def blank(x: Tensor) -> Tensor:
+    """Memory of x's shape and dtype."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from titanlite_kernels.build import Build
-from titanlite_kernels.optional_triton import cdiv, jit, multiprocessors, power_of_two, serves, tl, wrap_triton
+from titanlite_kernels.optional_triton import blank, cdiv, jit, multiprocessors, power_of_two, serves, tl, wrap_triton
 
 WIDEST_ROW = 8192
 """Llama 3 70B's. A program holds its row, and backward the weight and its gradient too, in registers: wider ones spill,
@@ -203,28 +203,24 @@ def add_rms_norm_backward_op(
     return _launch_backward(grad, grad_summed, summed, weight, eps)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 @rms_norm_op.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _like(x)
+    return blank(x)
 
 
 @add_rms_norm_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x)
+    return blank(x), blank(x)
 
 
 @rms_norm_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(weight)
+    return blank(x), blank(weight)
 
 
 @add_rms_norm_backward_op.register_fake
 def _(grad: Tensor, grad_summed: Tensor, summed: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(summed), _like(weight)
+    return blank(summed), blank(weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from titanlite_kernels.build import Build
-from titanlite_kernels.optional_triton import jit, power_of_two, serves, tl, wrap_triton
+from titanlite_kernels.optional_triton import blank, jit, power_of_two, serves, tl, wrap_triton
 
 LARGEST_TOKEN = 16384
 """Values of one token's queries (128 heads of 128): one program holds them; more are left to the reference."""
@@ -99,7 +99,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     batch, seq, heads, head_dim = q.shape
     kv_heads, half = k.shape[2], head_dim // 2
-    q_out, k_out = _like(q), _like(k)
+    q_out, k_out = blank(q), blank(k)
     if q.numel():
         wrap_triton(_rotate)[(batch * seq,)](
             q, k, cos, sin, q_out, k_out, seq,
@@ -111,16 +111,12 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     return q_out, k_out
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 rope_op: Any = torch.library.triton_op("titanlite_kernels::rope", _launch, mutates_args=())
 
 
 @rope_op.register_fake
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _like(q), _like(k)
+    return blank(q), blank(k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

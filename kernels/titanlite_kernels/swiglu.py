@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanlite_kernels.build import Build
-from titanlite_kernels.optional_triton import cdiv, jit, serves, tl, wrap_triton
+from titanlite_kernels.optional_triton import blank, cdiv, jit, serves, tl, wrap_triton
 
 BLOCK = 2048
 WARPS = 4
@@ -82,15 +82,12 @@ swiglu_backward_op: Any = torch.library.triton_op(
 
 @swiglu_op.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return blank(gate)
 
 
 @swiglu_backward_op.register_fake
 def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(gate, memory_format=torch.contiguous_format),
-        torch.empty_like(up, memory_format=torch.contiguous_format),
-    )
+    return blank(gate), blank(up)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

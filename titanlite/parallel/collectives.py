@@ -27,20 +27,17 @@ _ops = torch.ops._c10d_functional
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[rows, …] of each rank -> [ranks x rows, …]."""
-    gathered: Tensor = _ops.wait_tensor(_ops.all_gather_into_tensor(x, group.size(), group.group_name))
-    return gathered
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(x, group.size(), group.group_name))
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks x rows, …] of each rank -> the sum over ranks of this rank's [rows, …]."""
-    summed: Tensor = _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", group.size(), group.group_name))
-    return summed
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", group.size(), group.group_name))
 
 
 def all_reduce(x: Tensor, operation: str, group: dist.ProcessGroup) -> Tensor:
     """The `sum` or `max` over the ranks, of each element."""
-    reduced: Tensor = _ops.wait_tensor(_ops.all_reduce(x, operation, group.group_name))
-    return reduced
+    return _ops.wait_tensor(_ops.all_reduce(x, operation, group.group_name))
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -72,8 +72,7 @@ class GradientAccumulation:
     def _token_losses(self, batch: Batch, index: int) -> Tensor:
         positions = None if batch.positions is None else batch.positions[index]
         documents = None if batch.documents is None else batch.documents[index]
-        loss: Tensor = self.module(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
-        return loss
+        return self.module(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
 
 
 @dataclass
