@@ -40,7 +40,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     if compiled:
         compile_units(model, SPEC)
     optimizer = build_optimizer(
-        Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3)), SPEC, Weights.of(model), dtype
+        Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3)), SPEC, Weights(dict(model.named_parameters())), dtype
     )
     passes = GradientAccumulation(model, Sync())
     parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards(dict(model.named_parameters())), passes)

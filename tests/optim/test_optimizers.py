@@ -11,6 +11,7 @@ import torch
 
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
+from titanlite.optim import base
 from titanlite.optim.base import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
 from titanlite.optim.muon import Muon, orthogonalise
@@ -27,6 +28,10 @@ def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return model
 
 
+def optimizer_of(model: torch.nn.Module, section: Optimizer, compute: torch.dtype = torch.float32) -> base.Optimizer:
+    return build_optimizer(Recipe(optimizer=section), SPEC, Weights(dict(model.named_parameters())), compute)
+
+
 def set_gradients(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -36,7 +41,7 @@ def set_gradients(model: torch.nn.Module, seed: int) -> None:
 def test_adamw_is_torchs_plain_loop_with_decay_on_matrices_only() -> None:
     section = Optimizer(name="adamw", lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     ours, theirs = small_model(torch.float64), small_model(torch.float64)
-    optimizer = build_optimizer(Recipe(optimizer=section), SPEC, Weights.of(ours), torch.float64)
+    optimizer = optimizer_of(ours, section, torch.float64)
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.3},
         {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -105,9 +110,7 @@ def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values() -> Non
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
-    optimizer = build_optimizer(
-        Recipe(optimizer=Optimizer(name="muon")), SPEC, Weights.of(small_model()), torch.float32
-    )
+    optimizer = optimizer_of(small_model(), Optimizer(name="muon"))
     kinds: dict[str, set[str]] = {}
     for key in optimizer.state():
         name, kind = key.rsplit("/", 1)
@@ -121,7 +124,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_not_taken_changes_no_bit(name: str) -> None:
     model = small_model()
-    optimizer = build_optimizer(Recipe(optimizer=Optimizer(name=name)), SPEC, Weights.of(model), torch.float32)
+    optimizer = optimizer_of(model, Optimizer(name=name))
     set_gradients(model, 0)
     optimizer.step(1.0, TAKEN)
     before = copy.deepcopy((dict(model.named_parameters()), optimizer.state()))
@@ -138,9 +141,7 @@ def test_a_step_not_taken_changes_no_bit(name: str) -> None:
 def test_state_copied_into_a_new_optimizer_goes_on_bitwise(name: str) -> None:
     first, second = small_model(), small_model()
     section = Optimizer(name=name)
-    a, b = (
-        build_optimizer(Recipe(optimizer=section), SPEC, Weights.of(model), torch.float32) for model in (first, second)
-    )
+    a, b = (optimizer_of(model, section) for model in (first, second))
     set_gradients(first, 0)
     a.step(1.0, TAKEN)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from titanlite.registry import Registry
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class UpdateRule(Protocol):
@@ -68,11 +68,6 @@ class Weights:
     """None where this rank alone holds every matrix whole."""
     device: torch.device | None = None
     """Where matrices are multiplied; None: where they rest."""
-
-    @staticmethod
-    def of(model: nn.Module) -> Weights:
-        """Those of a model that is whole on its rank."""
-        return Weights(dict(model.named_parameters()))
 
 
 @dataclass(frozen=True)

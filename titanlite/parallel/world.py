@@ -25,7 +25,6 @@ from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, Sto
 from titanlite.plan.launch import STOP_SIGNALS, Launch, launch_environment
 
 _ENDED = "ended"  # Key under which ranks that stand by read how the run ended
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def _keep_freed_memory() -> None:
     """Have malloc keep what a step frees for the next one: to map it anew takes 5 % of a small model's step."""
     with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _own_device(local_rank: int) -> torch.device:

@@ -22,8 +22,6 @@ from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision, P
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _MANTISSA_BITS = 23  # Of a float32, below its exponent
 _KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")  # Buffers with a weight in float8
-_CAPABILITY = (8, 9)  # GPUs that multiply float8
-_BLOCKS_CAPABILITY = (10, 0)  # GPUs that multiply blocks of it with their scales
 
 
 class Quantised(NamedTuple):
@@ -41,10 +39,6 @@ class Quantised(NamedTuple):
         """[rows, columns] in `dtype`."""
         scale = self.scale.repeat_interleave(BLOCK, 1) if self.in_blocks else self.scale
         return self.values.to(dtype) * scale.to(dtype)
-
-    def scale_of_rows(self) -> Tensor:
-        """[rows, 1], contiguous: where one factor has scales of rows, the other must have them too."""
-        return self.scale.expand(self.values.shape[0], 1).contiguous()
 
 
 class FusedCast(Cast):
@@ -79,8 +73,7 @@ def quantise_both(matrix: Tensor, plain: Cast, turned: Cast) -> tuple[Quantised,
 
 
 def _kernels() -> Any:
-    # Imported here: Triton takes a second that a run without kernels need not pay.
-    from titanlite_kernels import float8_quantise
+    from titanlite_kernels import float8_quantise  # with Triton: a second that a run without kernels need not pay
 
     return float8_quantise
 
@@ -102,7 +95,9 @@ def product(
         # Torch's function for public use, `scaled_mm`, takes the same; inductor of torch 2.13 does not, in tiles.
         scales = in_tiles(left.scale), in_tiles(right.scale)
     elif by_rows:
-        scales = left.scale_of_rows(), right.scale_of_rows().t()
+        # Where one factor has scales of rows, the other must have them too.
+        by_left, by_right = (factor.scale.expand(len(factor.values), 1).contiguous() for factor in (left, right))
+        scales = by_left, by_right.t()
     else:
         scales = left.scale, right.scale
     result = torch._scaled_mm(
@@ -232,12 +227,12 @@ def convert(
 
 def multiplies_blocks(device: torch.device) -> bool:
     """Whether products of blocks are formed by `device` from float8, and not emulated in the compute dtype."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BLOCKS_CAPABILITY
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def require_float8(device: torch.device) -> None:
     """Raises `UsageError` if `device` cannot multiply float8."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UsageError(
             "precision.float8: GPUs multiply float8 from compute capability 8.9 on (Ada, Hopper, Blackwell), and this "
             f"is {torch.cuda.get_device_name(device)}. Write precision.float8.enabled = false."

@@ -68,11 +68,8 @@ def tokens_cut(ranks: int) -> Callable[[Sandbox], Outcome]:
         box.go()
         codes = set(job.wait())
         assert codes == {2} and "Traceback" not in job.said, (codes, job.said)
-        reached = box.step()
         path.write_bytes(data)
-        box.train(ranks=ranks)
-        box.require_whole(ranks=ranks)
-        return Outcome(reached - box.resumed(), EQUAL, box.message(job.said, "tokens.bin: cut short while"))
+        return Outcome(box.resume_whole(ranks=ranks), EQUAL, box.message(job.said, "tokens.bin: cut short while"))
 
     return run
 

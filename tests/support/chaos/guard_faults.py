@@ -19,11 +19,8 @@ def stops(row: int, what: str, how: str, kind: str, words: tuple[str, ...], on: 
     def run(box: Sandbox) -> Outcome:
         chaos = {"fault": how_named[how], "step": _BAD, "on": on}
         job = box.start(*words, f"--resilience.{kind}=stop", ranks=2, **chaos).ended(3)
-        reached = box.step()
         assert box.steps()[-1] == 2 * EVERY and f"step {_BAD}: " in box.status()["reason"]
-        box.train(*words, ranks=2)
-        box.require_whole(*words, ranks=2)
-        return Outcome(reached - box.resumed(), EQUAL, box.message(job.said, f"step {_BAD}: "))
+        return Outcome(box.resume_whole(*words, ranks=2), EQUAL, box.message(job.said, f"step {_BAD}: "))
 
     return Fault(row, f"{what}: stop", how, run, slow=row == 23)
 
@@ -57,11 +54,8 @@ def replica_differs(box: Sandbox) -> Outcome:
     words = ("--parallel.zero_stage=0", "--resilience.check_replicas_every=2")
     job = box.start(*words, ranks=3, fault="bit_flipped", step=_BAD, on=[1]).ended(3)
     assert "rank 1 (" in job.said and "ranks 1" not in job.said, job.said
-    reached = box.step()
     assert box.steps()[-1] == 2 * EVERY, "what is corrupt is not saved"
-    box.train(*words, ranks=3)
-    box.require_whole(*words, ranks=3)
-    return Outcome(reached - box.resumed(), EQUAL, box.message(job.said, r"rank 1 \("))
+    return Outcome(box.resume_whole(*words, ranks=3), EQUAL, box.message(job.said, r"rank 1 \("))
 
 
 def not_saved(action: str) -> Fault:
@@ -77,11 +71,8 @@ def not_saved(action: str) -> Fault:
             assert [row["values"]["to_step"] for row in box.events("rollback")] == [2 * EVERY]
             assert box.steps() == [STEPS] and not any(map(_damaged, box.tensors(STEPS).values()))
             return Outcome(EVERY, "not compared: other samples", box.message(job.said, f"{seen}|rollback: "))
-        reached = box.step()
         assert box.steps() == [2 * EVERY]
-        box.train(*words, ranks=2)
-        box.require_whole(*words, ranks=2)
-        return Outcome(reached - box.resumed(), EQUAL, box.message(job.said, "error: step"))
+        return Outcome(box.resume_whole(*words, ranks=2), EQUAL, box.message(job.said, "error: step"))
 
     how = "a weight that no loss shows is made infinite on one rank of two, between two saves"
     return Fault(33, f"update that ruins a weight: {action}", how, run, slow=action != "stop")

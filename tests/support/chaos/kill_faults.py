@@ -69,10 +69,7 @@ def killed_one(box: Sandbox) -> Outcome:
     job.children[1].kill()
     codes = job.wait()
     assert codes[1] == -signal.SIGKILL and 0 not in codes, "none may go on, or believe that all is well"
-    reached = box.step()
-    box.train(ranks=3)
-    box.require_whole(ranks=3)
-    return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[0].said, "has lost another rank"))
+    return Outcome(box.resume_whole(ranks=3), EQUAL, box.message(job.children[0].said, "has lost another rank"))
 
 
 def lost_machine(box: Sandbox, away: int) -> Outcome:

@@ -230,10 +230,9 @@ def fails_alone(box: Sandbox, *words: str, ranks: int = 3, **chaos: Any) -> Outc
     failed = job.children[1].said
     assert failed.count("Traceback") == 1 and "ValueError: the sample is poisoned" in failed
     assert "Traceback" not in others and others.count(f"ends because rank 1 of {ranks} on") == ranks - 1, others
-    reached = box.step()
-    box.train(*words, ranks=ranks)
-    box.require_whole(*words, ranks=ranks)
-    return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[0].said, "ends because rank 1"))
+    return Outcome(
+        box.resume_whole(*words, ranks=ranks), EQUAL, box.message(job.children[0].said, "ends because rank 1")
+    )
 
 
 def crash_loop(box: Sandbox, *words: str, **chaos: Any) -> Outcome:
@@ -258,12 +257,8 @@ def ends_with(code: int, said: str, box: Sandbox, *words: str, **chaos: Any) -> 
     assert codes == [1, code] and "Traceback" not in job.said, job.said
     assert "ends because rank 1 of 2 on" in job.children[0].said
     assert (box.run_folder() / "logs/crashes/attempt-00001.json").exists()
-    reached = box.step()
     assert box.steps() == [EVERY]
-    box.train(*words, ranks=2)
-    assert box.leftovers() == []
-    box.require_whole(*words, ranks=2)
-    return Outcome(reached - box.resumed(), EQUAL, box.message(job.children[1].said, said))
+    return Outcome(box.resume_whole(*words, ranks=2), EQUAL, box.message(job.children[1].said, said))
 
 
 memory_full = partial(ends_with, 2, "memory is full", fault="memory_full")

@@ -201,6 +201,13 @@ class Sandbox:
         assert self.resumed() == step
         self.require_whole()
 
+    def resume_whole(self, *arguments: str, ranks: int = 1) -> int:
+        """Train on to the end of the whole run; how many steps were trained again."""
+        reached = self.step()
+        self.train(*arguments, ranks=ranks)
+        self.require_whole(*arguments, ranks=ranks)
+        return reached - self.resumed()
+
     def whole(self, *arguments: str, ranks: int = 1) -> tuple[Curve, dict[str, bytes]]:
         """Curve and last tensors of a run that nothing befalls; trained once for all sandboxes."""
         key = (ranks, arguments, (self.folder / "recipe.toml").read_text())

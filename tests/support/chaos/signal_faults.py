@@ -20,10 +20,7 @@ def stopped(number: signal.Signals, ranks: int, slow: bool = False) -> Fault:
         status = box.status()
         assert (status["state"], status["exit_code"]) == ("stopped", 75), status
         assert box.steps()[-1] == box.step() == status["step"] < STEPS, "the last step is saved"
-        reached = box.step()
-        box.train(ranks=ranks)
-        box.require_whole(ranks=ranks)
-        return Outcome(reached - box.resumed(), EQUAL, status["reason"])
+        return Outcome(box.resume_whole(ranks=ranks), EQUAL, status["reason"])
 
     return Fault(10, f"{number.name}{', to one rank of two' if ranks > 1 else ''}", "from outside", run, slow)
 
