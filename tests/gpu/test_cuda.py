@@ -18,7 +18,7 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.base import Weights, build_optimizer
 from titanlite.optim.clip import clip_gradients
-from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync
+from titanlite.parallel.model import GradientAccumulation, ParallelModel, no_sync
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan
@@ -42,7 +42,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     optimizer = build_optimizer(
         Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3)), SPEC, Weights(dict(model.named_parameters())), dtype
     )
-    passes = GradientAccumulation(model, Sync())
+    passes = GradientAccumulation(model, no_sync)
     parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards(dict(model.named_parameters())), passes)
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     curve = []

@@ -15,7 +15,7 @@ from torch import nn
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelConfig, ModelSpec
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync
+from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync, no_sync
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.units import compile_units, overlap_tensor_parallel, recompute_units
 from titanlite.parallel.world import World
@@ -143,7 +143,7 @@ class _Builder:
         recompute_units(module, spec, recipe.recompute)
         if recipe.compile.enabled:
             compile_units(module, spec, recipe.recompute.budget)
-        sync = Sync()
+        sync: Sync = no_sync
         if meshes:
             from titanlite.parallel.fsdp import apply_fsdp
 

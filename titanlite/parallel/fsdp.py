@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from titanlite.models.spec import ModelSpec, is_named_by
 from titanlite.parallel.collectives import Part, all_gather, pack, rows_in_float8, unpack
 from titanlite.parallel.meshes import Meshes
-from titanlite.parallel.model import Sync
+from titanlite.parallel.model import Sync, no_sync
 from titanlite.plan.float8 import Cast
 from titanlite.plan.layout import ceil_div
 from titanlite.precision.casting import compute_dtype, reduce_dtype
@@ -33,7 +33,7 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
     """
     mesh, shards, stage = meshes.fsdp, meshes.dp_shard.size(), parallel.zero_stage
     if mesh.size() == 1 and not parallel.offload:
-        return Sync()
+        return no_sync
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(precision), reduce_dtype=reduce_dtype(precision), cast_forward_inputs=False
     )
@@ -80,7 +80,7 @@ def _prefetch(units: list[FSDPModule], depth: int) -> None:
             unit.set_modules_to_backward_prefetch(earlier or [unit])
 
 
-class MicrobatchSync(Sync):
+class MicrobatchSync:
     """Sets, before each microbatch's backward, what a sharded model communicates and what it keeps.
 
     Stages 0 and 1 add gradients up over the microbatches and sum them over ranks once; stage 2 at every microbatch,
@@ -89,12 +89,11 @@ class MicrobatchSync(Sync):
 
     def __init__(self, model: FSDPModule, stage: int) -> None:
         self._model = model
-        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
         self._stage = stage
         self._set_for_last = True  # as FSDP2 begins
 
-    def before(self, last: bool) -> None:
-        """`last`: whether this is the step's last microbatch."""
+    def __call__(self, last: bool) -> None:
+        """See `Sync`."""
         if last == self._set_for_last:
             return  # each switch below visits every module
         self._set_for_last = last
@@ -106,11 +105,6 @@ class MicrobatchSync(Sync):
         else:
             # Each microbatch is reduce-scattered; the copies of an HSDP mesh meet once a step.
             self._model.set_requires_all_reduce(last)
-
-    def after_evaluation(self) -> None:
-        """Drop gathered weights: those of stages below 3 would outlive the next update, and be stale."""
-        for module in self._modules:
-            module.reshard()
 
 
 # ---- weights that travel in float8: ranks hold whole rows and cast their own with a scale a row; what arrives has the

@@ -31,14 +31,12 @@ class Evaluation:
     bits_per_byte: float  # The same per byte of text, in bits: comparable across tokenizers and with compressors
 
 
-class Sync:
-    """What a layout communicates around microbatches: nothing, for a model that is whole on its rank."""
+Sync = Callable[[bool], None]
+"""Sets what the backward passes from now on communicate; called before each with whether it is the step's last."""
 
-    def before(self, last: bool) -> None:
-        """Called before each microbatch; `last`: whether it is the step's last."""
 
-    def after_evaluation(self) -> None:
-        """Called after forward passes without gradients."""
+def no_sync(last: bool) -> None:
+    """The `Sync` of a model that is whole on its rank."""
 
 
 @dataclass
@@ -53,7 +51,7 @@ class GradientAccumulation:
         losses = []
         microbatches = batch.tokens.shape[0]
         for index in range(microbatches):
-            self.sync.before(last=index == microbatches - 1)
+            self.sync(index == microbatches - 1)
             loss = self._token_losses(batch, index)
             loss = loss / valid.to(loss.dtype)
             loss.backward()
@@ -64,10 +62,6 @@ class GradientAccumulation:
         """Forward alone; the sum of the token losses."""
         losses = [self._token_losses(batch, index) for index in range(batch.tokens.shape[0])]
         return torch.stack(losses).sum()
-
-    def after_evaluation(self) -> None:
-        """Called once the last batch was evaluated."""
-        self.sync.after_evaluation()
 
     def _token_losses(self, batch: Batch, index: int) -> Tensor:
         positions = None if batch.positions is None else batch.positions[index]
@@ -119,7 +113,10 @@ class ParallelModel:
             sums[0] += self.passes.evaluate(self.localize(batch.to(self.world.device))) * self.reports_loss
             sums[1] += batch.valid_tokens * self.coordinates.is_batch_leader
             sums[2] += label_bytes * self.coordinates.is_batch_leader
-        self.passes.after_evaluation()
+        for module in self.module.modules():
+            # FSDP's: weights that it has gathered, in stages below 3, would outlive the next update and be stale.
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
         self.world.reduce(sums, "sum")
         total, tokens, label_bytes = sums.tolist()
         if math.isnan(label_bytes):

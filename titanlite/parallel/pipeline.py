@@ -100,11 +100,6 @@ class Pipeline:
                 total += result
         return total
 
-    def after_evaluation(self) -> None:
-        """Called once the last batch was evaluated."""
-        for stage in self._stages:
-            stage.sync.after_evaluation()
-
     def _keywords(self, batch: Batch) -> dict[str, Tensor]:
         """What stages are given beside their inputs, each [microbatches, microbatch, seq]."""
         tensors = {"positions": batch.positions, "documents": batch.documents}
@@ -171,7 +166,7 @@ class ScheduledStage(PipelineStage):
             output_args=loss if index == last else hidden,
             group=group,
         )
-        self.sync, self._module = sync, module
+        self._sync, self._module = sync, module
         self._positions = torch.arange(config.sequence_length, device=device)
         self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
         self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
@@ -185,7 +180,7 @@ class ScheduledStage(PipelineStage):
     ) -> None:
         """One microbatch backward, after FSDP is set for the step's last of this stage, or not."""
         if not self._splits:
-            self.sync.before(last_backward)
+            self._sync(last_backward)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
