@@ -12,11 +12,11 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any, TypeVar
 
 import torch
@@ -188,12 +188,7 @@ def _timed_by_events(turns: Sequence[Turn], device: torch.device) -> list[float]
 
 
 def _timed_by_the_host(turns: Sequence[Turn], device: torch.device) -> list[float]:
-    times = []
-    for turn in turns:
-        start = time.perf_counter()
-        turn()
-        times.append(time.perf_counter() - start)
-    return times
+    return [timeit(turn, number=1) for turn in turns]
 
 
 def copy_bandwidth(device: torch.device) -> float:

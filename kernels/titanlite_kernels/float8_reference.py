@@ -21,7 +21,14 @@ class Float8(NamedTuple):
     """A matrix in float8: `values` * `scale`."""
 
     values: Tensor  # [rows, columns], float8, contiguous
-    scale: Tensor  # [] or [rows, 1], float32, powers of two
+    scale: Tensor  # [] or [rows, 1], or of blocks of columns [rows, blocks]; float32, powers of two
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] in `dtype`."""
+        scale = self.scale
+        if scale.dim() == 2 and scale.shape[1] > 1:
+            scale = scale.repeat_interleave(self.values.shape[1] // scale.shape[1], 1)
+        return self.values.to(dtype) * scale.to(dtype)
 
 
 def power_of_two(largest: Tensor, format: torch.dtype) -> Tensor:

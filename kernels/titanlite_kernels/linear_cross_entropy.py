@@ -40,10 +40,8 @@ CHUNK = 1536
 
 
 def tokens_at_a_time(device_kind: str) -> int:
-    """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`.
-
-    Enough that the products take longer than to read and write the weight's gradient, which happens once a chunk; and
-    few enough that their logits add little to that gradient in float32.
+    """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`: enough that the products take
+    longer than to read and write the weight's gradient, once a chunk; few enough to add little to it in float32.
     """
     return 512 if device_kind == "cpu" else CHUNK
 
@@ -238,8 +236,7 @@ def _backward(
     """The gradients from recomputed logits, empty where unwanted."""
     how, wide = _How(*rest), _wide(hidden.dtype)
     factor = _round(weight, hidden.dtype, how.wide_products)
-    scale = weights * grad
-    x = hidden.to(factor.dtype)
+    scale, x = weights * grad, hidden.to(factor.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if how.want_hidden else (0,), dtype=wide)
     grad_weight = weight.new_zeros(weight.shape if how.want_weight else (0,))
     for columns in _columns_at_a_time(hidden, weight, how.chunk):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from titanlite_kernels.float8_reference import quantise_both_reference, quantise_reference
+from titanlite_kernels.float8_reference import Float8, quantise_both_reference, quantise_reference
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -22,23 +22,6 @@ from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision, P
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _MANTISSA_BITS = 23  # Of a float32, below its exponent
 _KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")  # Buffers with a weight in float8
-
-
-class Quantised(NamedTuple):
-    """A matrix in float8: `values` * `scale`. What is summed over in a product is its last dimension."""
-
-    values: Tensor  # [rows, columns], float8, contiguous
-    scale: Tensor  # [], [rows, 1], or [rows, columns / `BLOCK`], float32; in blocks, one that e8m0 has
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether parts of a row have scales of their own."""
-        return self.scale.dim() == 2 and self.scale.shape[1] > 1
-
-    def widened(self, dtype: torch.dtype) -> Tensor:
-        """[rows, columns] in `dtype`."""
-        scale = self.scale.repeat_interleave(BLOCK, 1) if self.in_blocks else self.scale
-        return self.values.to(dtype) * scale.to(dtype)
 
 
 class FusedCast(Cast):
@@ -54,22 +37,21 @@ def fuse_casts(part: Any) -> Any:
     return part
 
 
-def quantise(matrix: Tensor, cast: Cast) -> Quantised:
+def quantise(matrix: Tensor, cast: Cast) -> Float8:
     """`matrix` [rows, columns] in float8, contiguous whatever its strides."""
     operation = _kernels().quantise if isinstance(cast, FusedCast) else quantise_reference
     if cast.scale == "block":
         values, scale = operation(matrix.reshape(-1, BLOCK), FORMATS[cast.format], "row")
-        return Quantised(values.view(matrix.shape), scale.view(matrix.shape[0], -1))
-    return Quantised(*operation(matrix, FORMATS[cast.format], cast.scale))
+        return Float8(values.view(matrix.shape), scale.view(matrix.shape[0], -1))
+    return operation(matrix, FORMATS[cast.format], cast.scale)
 
 
-def quantise_both(matrix: Tensor, plain: Cast, turned: Cast) -> tuple[Quantised, Quantised]:
+def quantise_both(matrix: Tensor, plain: Cast, turned: Cast) -> tuple[Float8, Float8]:
     """`matrix` [rows, columns] cast by `plain`, and its transpose cast by `turned`."""
     if plain != turned or plain.scale == "block":
         return quantise(matrix, plain), quantise(matrix.t(), turned)
     operation = _kernels().quantise_both if isinstance(plain, FusedCast) else quantise_both_reference
-    left, right = operation(matrix, FORMATS[plain.format], plain.scale)
-    return Quantised(*left), Quantised(*right)
+    return operation(matrix, FORMATS[plain.format], plain.scale)
 
 
 def _kernels() -> Any:
@@ -79,19 +61,20 @@ def _kernels() -> Any:
 
 
 def product(
-    left: Quantised, right: Quantised, dtype: torch.dtype, fast_accumulation: bool, native_blocks: bool = False
+    left: Float8, right: Float8, dtype: torch.dtype, fast_accumulation: bool, native_blocks: bool = False
 ) -> Tensor:
     """left [m, k] times right [n, k] transposed -> [m, n] in `dtype`; in float64 exact but for the last bits.
 
     Products of blocks are formed in `dtype`, which has every value of e4m3 times a power of two, or with
     `native_blocks` by the device, if it is one that `multiplies_blocks`.
     """
-    by_rows = not left.in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0)
+    in_blocks = left.scale.dim() == 2 and left.scale.shape[1] > 1
+    by_rows = not in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0)
     # The CPU's `_scaled_mm` learnt scales of rows after torch 2.11.
-    widens = not native_blocks if left.in_blocks else by_rows and left.values.device.type == "cpu"
+    widens = not native_blocks if in_blocks else by_rows and left.values.device.type == "cpu"
     if dtype == torch.float64 or widens:
         return left.widened(dtype) @ right.widened(dtype).t()
-    if left.in_blocks:
+    if in_blocks:
         # Torch's function for public use, `scaled_mm`, takes the same; inductor of torch 2.13 does not, in tiles.
         scales = in_tiles(left.scale), in_tiles(right.scale)
     elif by_rows:
@@ -132,7 +115,7 @@ class _Float8Linear(torch.autograd.Function):
         """`kept`: the weight in float8 as both products with it take it, values and scale of each; or nothing."""
         ctx.settings, ctx.native, ctx.weight_dtype = settings, native, weight.dtype
         how = settings.output
-        ready = Quantised(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right)
+        ready = Float8(*kept[:2]) if kept else quantise(weight.to(x.dtype), how.right)
         # Not the weight in float8: where weights are gathered anew for backward, it would stay whole.
         ctx.save_for_backward(x, *(kept[2:] if kept else (weight,)))
         return product(quantise(x, how.left), ready, x.dtype, how.fast_accumulation, native)
@@ -151,7 +134,7 @@ class _Float8Linear(torch.autograd.Function):
             plain, turned = quantise_both(grad, how.left, also.left)
         grad_input = grad_weight = None
         if for_input:
-            right = Quantised(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right)
+            right = Float8(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right)
             grad_input = product(plain, right, x.dtype, how.fast_accumulation, native)[:tokens]
         if for_weight and also is None:
             grad_weight = grad.t() @ x
