@@ -34,11 +34,7 @@ def launch_traffic(dtype: torch.dtype) -> None:
 
 
 TRAFFIC = Build(
-    name="known.traffic",
-    launch=launch_traffic,
-    shape="5 x 3 tiles of 64 x 64, twice",
-    minimal_bytes=1,
-    trips=(5,),
+    name="known.traffic", launch=launch_traffic, shape="5 x 3 tiles of 64 x 64, twice", minimal_bytes=1, trips=(5,)
 )
 TILE = 64 * 64
 OF_A_PROGRAM = {"x": 5 * 3 * TILE * 2, "table": TILE * 2, "scale": 4, "out": TILE * 4, "total": 2 * 4}
@@ -57,10 +53,7 @@ def launch_too_many(dtype: torch.dtype) -> None:
 
 
 SPILLING = Build(
-    name="too.many",
-    launch=launch_too_many,
-    shape="256 values a thread, each in a register",
-    minimal_bytes=2 * 4 * 8192,
+    name="too.many", launch=launch_too_many, shape="256 values a thread, each in a register", minimal_bytes=2 * 4 * 8192
 )
 
 

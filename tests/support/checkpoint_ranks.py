@@ -16,8 +16,7 @@ from titanlite.checkpoint.manager import CheckpointManager, Retention
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
 
-Ended = tuple[str, str]
-"""Type of the error that ended a call, or "done", and its text."""
+Ended = tuple[str, str]  # Type of the error that ended a call, or "done", and its text
 
 
 def part(rank: int, world: int, step: int) -> dict[str, Shard]:

@@ -24,8 +24,7 @@ from titanlite.data.audit import audit
 from titanlite.data.read_log import read_records
 
 STEPS = 16
-EVERY = 4
-"""Steps between saves."""
+EVERY = 4  # Steps between saves
 
 _SECTIONS: dict[str, dict[str, Any]] = {
     "run": {"name": "run"}, "training": {"steps": STEPS, "global_batch": 4}, "optimizer": {"name": "muon"},

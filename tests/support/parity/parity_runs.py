@@ -91,12 +91,7 @@ def train_on(
 
 @contextmanager
 def _trainer(
-    rank: int,
-    world: int,
-    recipe_json: str,
-    folder: str | None = None,
-    start: Start = GO_ON,
-    memory: str | None = None,
+    rank: int, world: int, recipe_json: str, folder: str | None = None, start: Start = GO_ON, memory: str | None = None
 ) -> Iterator[tuple[Trainer, KeptRows]]:
     """`memory`: where the two machines that the ranks are on have a folder each, which stays as if they had crashed."""
     recipe = Recipe.model_validate_json(recipe_json)
