@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
 
-from titanlite.models.init import initialise
-from titanlite.models.shard import Shard
-from titanlite.optim.clip import clip_gradients
+from support.parity import faults
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import Recipe
 from titanlite.training import train_state as learner
@@ -31,23 +27,6 @@ def verified(rank: int, world: int, recipe_json: str, fault: str = "") -> list[C
         if fault:
             FAULTS[fault](patch, rank)
         return list(compare.compare_layout(recipe, World(rank, world, torch.device("cpu"))))
-
-
-def _means(patch: pytest.MonkeyPatch, rank: int) -> None:
-    set_factor = FSDPModule.set_gradient_divide_factor
-    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, _: set_factor(self, 2.0))
-
-
-def _own_norms(patch: pytest.MonkeyPatch, rank: int) -> None:
-    patch.setattr(learner, "clip_gradients", lambda tensors, norm, **_: clip_gradients(tensors, norm))
-
-
-def _shifted_rows(patch: pytest.MonkeyPatch, rank: int) -> None:
-    def shifted(table: dict[str, Shard], *rest: Any) -> None:
-        moved = {name: (max(shard.offset[0] - 1, 0), *shard.offset[1:]) for name, shard in table.items()}
-        initialise({name: replace(shard, offset=moved[name]) for name, shard in table.items()}, *rest)
-
-    patch.setattr(learner, "initialise", shifted)
 
 
 def _one_part_missing(patch: pytest.MonkeyPatch, rank: int) -> None:
@@ -75,9 +54,9 @@ def _drifting(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
-    "gradients are means": _means,
-    "each rank clips by its own norm": _own_norms,
-    "a rank begins with another's rows": _shifted_rows,
+    "gradients are means": lambda patch, rank: faults.gradients_are_means(patch),
+    "each rank clips by its own norm": lambda patch, rank: faults.each_rank_clips_by_its_own_norm(patch),
+    "a rank begins with another's rows": lambda patch, rank: faults.a_rank_begins_with_other_rows(patch),
     "a part of a weight is nowhere": _one_part_missing,
     "a copy takes another step": _drifting,
 }

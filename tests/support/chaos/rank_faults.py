@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from support.chaos import elastic_run
 from support.chaos.fault import EQUAL, Fault, Outcome
 from support.chaos.nursery import PATIENCE_SECONDS
 from support.chaos.sandbox import EVERY, STEPS, Sandbox
-from support.ports import free_port
+from support.ports import family, free_port
 
 RELATIVE = 1e-9
 """Allowed between layouts in float64: sums in another order differ by 1e-14, the smallest mistake by far more."""
@@ -145,7 +144,7 @@ def rendezvous_lost(box: Sandbox) -> Outcome:
         box.until(lambda: _listens(port))
         agents.append(start(logs[1]))
         box.until(lambda: box.steps())
-        for process in (agents[0].pid, *_children(agents[0].pid)):
+        for process in family(agents[0].pid):
             os.kill(process, signal.SIGKILL)
         code = agents[1].wait(PATIENCE_SECONDS)
     finally:
@@ -164,17 +163,6 @@ def rendezvous_lost(box: Sandbox) -> Outcome:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("localhost", port)) == 0
-
-
-def _children(parent: int) -> list[int]:
-    """Processes that it has started."""
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _parent(path) == parent]
-
-
-def _parent(stat: Path) -> int:
-    with suppress(OSError):  # it has ended meanwhile
-        return int(stat.read_text().rpartition(")")[2].split()[1])
-    return 0
 
 
 def hung(box: Sandbox) -> Outcome:
