@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from support.runs import KeptRows
-from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks
-from titanlite.data.splits import open_data
+from support.parity.parity_runs import open_trainer
 from titanlite.errors import TitanliteError
 from titanlite.observe.jsonl import Row
-from titanlite.observe.logger import RunLogger
 from titanlite.parallel.model import ParallelModel
-from titanlite.parallel.world import World
 from titanlite.plan.rules import apply_rules
-from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
-from titanlite.training.setup import Run
 from titanlite.training.train_state import TrainState
-from titanlite.training.trainer import Trainer
 
 Ended = tuple[str, list[Row], dict[str, torch.Tensor]]
 """What the run ended with (empty: its last step), its rows, and what the rank then holds of the weights."""
@@ -33,20 +24,15 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
     """`fault`: its kind, and the rank and the step (from 1, as the rank counts them) at which it happens."""
     recipe = Recipe.model_validate_json(recipe_json)
     assert not [finding for finding in apply_rules(recipe, world) if finding.severity == "error"]
-    data = open_data(recipe.data, recipe.training.sequence_length, recipe.run.seed, validated=False)
-    logger, kept, said = RunLogger(), KeptRows(), ""
-    logger.sinks["kept"] = kept
+    said = ""
     with pytest.MonkeyPatch.context() as patch:
         if fault is not None and fault[1] == rank:
             _inject(patch, fault[0], fault[2])
-        checkpoints = CheckpointManager(Path(folder), print, Ranks(rank, world))
-        trainer = Trainer(
-            Run(recipe, to_toml(recipe), World(rank, world, torch.device("cpu")), data, checkpoints, logger)
-        )
-        try:
-            trainer.train()
-        except TitanliteError as error:
-            said = f"{type(error).__name__}: {error}"
+        with open_trainer(rank, world, recipe_json, folder) as (trainer, kept):
+            try:
+                trainer.train()
+            except TitanliteError as error:
+                said = f"{type(error).__name__}: {error}"
     weights = {name: shard.tensor.detach().clone() for name, shard in trainer.state.shards.table.items()}
     return said, kept.rows, weights
 

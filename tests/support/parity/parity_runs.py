@@ -60,7 +60,7 @@ def small_recipe(corpus: str, **sections: dict[str, Any]) -> Recipe:
 
 def train(rank: int, world: int, recipe_json: str, folder: str | None = None) -> tuple[Curve, list[Part]]:
     """Run it (from the checkpoint in `folder`, if there is one); the curve, and what this rank holds of the weights."""
-    with _trainer(rank, world, recipe_json, folder) as (trainer, kept):
+    with open_trainer(rank, world, recipe_json, folder) as (trainer, kept):
         trainer.train()
     return kept.curve(), _held(trainer.state.shards.table)
 
@@ -69,7 +69,7 @@ def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, me
     """What this rank holds of the state, all of it, that the last checkpoint in `folder` is of, and the last snapshot
     in `memory`.
     """
-    with _trainer(rank, world, recipe_json, folder, memory=memory) as (trainer, _), suppress(StoppedEarly):
+    with open_trainer(rank, world, recipe_json, folder, memory=memory) as (trainer, _), suppress(StoppedEarly):
         trainer.train()
     return _held(trainer.state.shards_by_name())
 
@@ -83,14 +83,14 @@ def train_on(
     memory: str | None = None,
 ) -> tuple[list[Part], Curve, list[Part]]:
     """What this rank holds of the state that the run begins with; then as `train`."""
-    with _trainer(rank, world, recipe_json, folder, Start(may_change=may_change), memory) as (trainer, kept):
+    with open_trainer(rank, world, recipe_json, folder, Start(may_change=may_change), memory) as (trainer, kept):
         begun = _held(trainer.state.shards_by_name())
         trainer.train()
     return begun, kept.curve(), _held(trainer.state.shards.table)
 
 
 @contextmanager
-def _trainer(
+def open_trainer(
     rank: int, world: int, recipe_json: str, folder: str | None = None, start: Start = GO_ON, memory: str | None = None
 ) -> Iterator[tuple[Trainer, KeptRows]]:
     """`memory`: where the two machines that the ranks are on have a folder each, which stays as if they had crashed."""
