@@ -60,10 +60,9 @@ def find_inputs(inputs: Sequence[str], text_key: str) -> list[FoundFile]:
 
 
 def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) -> dict[Path, TokenInfo]:
-    """Make the token files, or go on where an earlier start of the same request stopped; their sidecars by prefix.
-
-    `files` are the inputs'. Raises `DataError` for texts that cannot be read and for a disk that takes no more,
-    `UsageError` for what is in the way; parts that are done stay, and serve the next start.
+    """Make the token files of the inputs' `files`, or go on where an earlier start of the same request stopped; their
+    sidecars by prefix. Raises `DataError` for texts that cannot be read and for a disk that takes no more, `UsageError`
+    for what is in the way; parts that are done stay.
     """
     out, parts = request.out, paths_of(request.out).parts
     try:
@@ -180,17 +179,15 @@ def _units(files: Sequence[FoundFile], workers: WorkerPool) -> list[Unit]:
     cuts = [divide(file.path, file.format, file.size, limit) or [] for file in files]
     _count_lines_before(files, cuts, workers)
     units: list[Unit] = []
-    group: list[FoundFile] = []
-    grouped = 0
     for file, cut in zip(files, cuts, strict=True):
-        if group and (cut or grouped + file.size > limit or len(group) == UNIT_FILES):
-            units.append(Unit(tuple(group), grouped))
-            group, grouped = [], 0
-        units += [Unit((file._replace(part=part),), file.size // len(cut)) for part in cut]
-        if not cut:
-            group.append(file)
-            grouped += file.size
-    return [*units, Unit(tuple(group), grouped)] if group else units
+        last = units[-1] if units and units[-1].files[-1].part is None else Unit((), limit + 1)
+        if cut:
+            units += [Unit((file._replace(part=part),), file.size // len(cut)) for part in cut]
+        elif last.bytes + file.size <= limit and len(last.files) < UNIT_FILES:
+            units[-1] = Unit((*last.files, file), last.bytes + file.size)
+        else:
+            units.append(Unit((file,), file.size))
+    return units
 
 
 def _count_lines_before(files: Sequence[FoundFile], cuts: Sequence[list[Part]], workers: WorkerPool) -> None:
@@ -300,12 +297,11 @@ def texts_folder(run: Run) -> Path:
 def open_tokenized(
     paths: Sequence[str], section: Data, tokenizer: Tokenizer, percent: float, folder: Path
 ) -> tuple[TokenFile, ...] | None:
-    """Texts of a recipe that are too many to be held in each rank's memory, tokenized once into files that all read: as
-    if they were read, and then those of the `percent` held out, if that is not 0.
+    """Texts of a recipe that are too many to be held in each rank's memory, tokenized once into files that all read; if
+    `percent` is not 0, those held out come second. The first process to come tokenizes, on all cores; others, on other
+    machines too, wait for it. Raises `DataError`.
 
-    None for what is better read: what is small, comes from no files, or is of files that are single documents and all
-    on one side. The first process to come tokenizes, on all cores; others, on other machines too, wait for it. Raises
-    `DataError`.
+    None for what is small, comes from no files, or is of files that are single documents and all on one side.
     """
     if any(entry in CORPORA for entry in paths):
         return None

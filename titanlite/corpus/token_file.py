@@ -31,8 +31,7 @@ from titanlite.recipe.paths import expand
 VERSION: Final = 1
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-"""Megatron's codes for the types of ids."""
+TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # Megatron's codes, but of floats
 LONGEST_SEQUENCE = 2**31 - 1  # Tokens; a length takes 32 bits, with a sign
 HELD_OUT = "-validation"  # What the name of a file's held-out part ends with
 LOOKED_AT = 1_000  # Documents at either end of a file without a sidecar that must end with the separator
@@ -48,8 +47,7 @@ Number = TypeVar("Number", bound=np.integer[Any])
 class OpenFile:
     """A file that stays open, and the same one whatever its name comes to mean, for as long as this object lives.
 
-    Read by `pread`: of a mapped file that is cut while it is read, the system sends SIGBUS, which ends the process with
-    nothing saved, and no check of the size before each look can exclude it; a short `pread` is an ordinary error.
+    Read by `pread`, whose short answers are ordinary errors: a mapped file that is cut ends the process by SIGBUS.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,8 +122,7 @@ class FileArray(Generic[Number]):
         )
 
 
-class _Section(BaseModel, extra="forbid", strict=True, frozen=True):
-    """Of a sidecar."""
+class _Section(BaseModel, extra="forbid", strict=True, frozen=True): ...
 
 
 class TokenizerInfo(_Section):
@@ -197,10 +194,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, prefix: Path | str) -> TokenFile:
-        """Open `PREFIX.bin` and `PREFIX.idx`; neither is read but for the index's header and its ends.
-
-        Raises `DataError` naming the file and the position of whatever is wrong.
-        """
+        """Reads only the index's header and ends. Raises `DataError` naming file and position of what is wrong."""
         prefix = expand(prefix)
         if prefix.suffix in (".bin", ".idx"):
             prefix = prefix.with_suffix("")
@@ -247,10 +241,7 @@ class TokenFile:
         raise _damaged(self.pointers.file.path, where)
 
     def document_ends(self) -> Int64:
-        """End of each document, past its separator, in tokens; all of the index is read for it.
-
-        Raises `DataError` if the documents are not in order.
-        """
+        """End of each document, past its separator, in tokens; reads all of the index. Raises as `document_bounds`."""
         firsts = range(0, self.documents, BLOCK)
         return np.concatenate([self.document_bounds(at, min(at + BLOCK, self.documents))[1:] for at in firsts])
 
@@ -352,10 +343,7 @@ class TokenWriter:
         self.documents += len(counts)
 
     def commit(self, **info: Any) -> TokenInfo:
-        """Finish, and let the file appear; `info` has the sidecar's fields that only the caller knows.
-
-        The index comes last: without it nothing, Megatron included, takes the rest for a token file.
-        """
+        """Finish, and let the file appear; `info` has the sidecar's fields that only the caller knows."""
         assert self._tokens == sum(int(each.sum()) for each in self._lengths), "every token is in a document"
         with replacing(self._paths.idx) as file:
             digest = xxhash.xxh3_64()
@@ -372,28 +360,24 @@ class TokenWriter:
             self._paths.idx.unlink(missing_ok=True)  # of what is replaced
             self._stack.close()  # the .bin appears
             replace_file(self._paths.sidecar, sidecar.model_dump_json(indent=1).encode() + b"\n")
-        return sidecar
+        return sidecar  # the index comes last: without it nothing, Megatron included, takes the rest for a token file
 
     def _index_blocks(self) -> Iterator[bytes]:
         code = next(code for code, name in TYPES.items() if name == self.dtype.name)
         sequences = sum(map(len, self._lengths))
         yield HEADER.pack(MAGIC, VERSION, code, sequences, self.documents + 1)
-        for lengths in self._lengths:
-            yield lengths.astype("<i4").tobytes()
-        for begins in _running(self._lengths):
-            yield (begins * self.dtype.itemsize).astype("<i8").tobytes()
-        for begins in _running(self._sequences):
-            yield begins.astype("<i8").tobytes()
+        yield from (lengths.astype("<i4").tobytes() for lengths in self._lengths)
+        yield from ((begins * self.dtype.itemsize).tobytes() for begins in _running(self._lengths))
+        yield from (begins.tobytes() for begins in _running(self._sequences))
         yield struct.pack("<q", sequences)
 
 
 def _running(counts: list[Int64]) -> Iterator[Int64]:
-    """What has come before each count."""
+    """What has come before each count, as `<i8`."""
     total = 0
     for block in counts:
-        ends = np.cumsum(block) + total
-        yield ends - block
-        total = int(ends[-1]) if len(ends) else total
+        yield (np.cumsum(block) - block + total).astype("<i8")
+        total += int(block.sum())
 
 
 def _why_refused(paths: Paths, error: OSError) -> str:
@@ -416,9 +400,8 @@ def _open_arrays(paths: Paths) -> tuple[FileArray[np.integer[Any]], FileArray[np
         raise DataError(f"{path}: not an index of Megatron's format: byte 0 begins {magic!r}, not {MAGIC!r}.")
     if version != VERSION:
         raise DataError(f"{path}: version {version} of the index (byte 9), and only {VERSION} is known.")
-    if "int" not in TYPES.get(code, ""):
-        known = ", ".join(f"{code} {name}" for code, name in TYPES.items() if "int" in name)
-        raise DataError(f"{path}: type {code} of ids (byte 17); token ids are one of {known}.")
+    if code not in TYPES:
+        raise DataError(f"{path}: type {code} of ids (byte 17); token ids are one of {TYPES}.")
     expected = HEADER.size + 12 * count + 8 * entries
     _require_size(file, expected, f"{count:,} sequences and {entries:,} document entries (bytes 18 to 33) take")
     if not count or entries < 2:

@@ -24,19 +24,18 @@ class Verification:
 
     def __init__(self, files: Sequence[TokenFile], folder: Path, rank: int = 0, ranks: int = 1) -> None:
         """`folder` keeps what was found. Files without a sidecar, of which nothing is known, are left out."""
-        self._files = [file for file in files if file.info is not None]
-        self._own = self._files[rank::ranks]
-        self._marks = {file.prefix: _mark(file, folder) for file in self._files}
+        self._files = {_mark(file, folder): file for file in files if file.info is not None}
+        self._own = list(self._files.items())[rank::ranks]
         self.failure: DataError | None = None  # The first damage that was found
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
 
     def begin(self) -> None:
         """Start the thread. Raises `DataError` if a file is still damaged that an earlier start found so."""
-        for file in self._own:
+        for mark, file in self._own:
             with suppress(OSError):  # not verified yet
-                if self._marks[file.prefix].read_bytes():
-                    self._verify(file)
+                if mark.read_bytes():
+                    self._verify(mark, file)
             if self.failure is not None:
                 raise self.failure
         self._thread.start()
@@ -46,14 +45,14 @@ class Verification:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(_LAST_SECONDS)
-        return [file for file in self._files if not os.path.exists(self._marks[file.prefix])]
+        return [file for mark, file in self._files.items() if not os.path.exists(mark)]
 
     def _verify_all(self) -> None:
-        for file in self._own:
-            if self.failure is None and not self._stop.is_set() and not os.path.exists(self._marks[file.prefix]):
-                self._verify(file)
+        for mark, file in self._own:
+            if self.failure is None and not self._stop.is_set() and not os.path.exists(mark):
+                self._verify(mark, file)
 
-    def _verify(self, file: TokenFile) -> None:
+    def _verify(self, mark: Path, file: TokenFile) -> None:
         # Half of the time is left to those who read what they train on.
         pause = self._stop.wait if self._thread.ident is not None else lambda _: False
         try:
@@ -62,7 +61,6 @@ class Verification:
             self.failure = error if not self._stop.is_set() else None
         if not self._stop.is_set():
             with suppress(OSError):  # it is verified again then
-                mark = self._marks[file.prefix]
                 mark.parent.mkdir(exist_ok=True)
                 replace_file(mark, str(self.failure or "").encode("utf-8", "surrogateescape"))
 
