@@ -25,7 +25,7 @@ from support import bpe
 
 from titanlite.cli.data import describe_token_info
 from titanlite.corpus.corpora import Document, read_corpus
-from titanlite.corpus.corpora.formats import divide, read_documents
+from titanlite.corpus.corpora.readers import divide, read_documents
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import Source

@@ -22,8 +22,7 @@ import numpy.typing as npt
 
 from titanlite.corpus.corpora import CORPORA, Part, is_held_out
 from titanlite.corpus.corpora.files import FileFinder, FoundFile
-from titanlite.corpus.corpora.formats import divide
-from titanlite.corpus.corpora.readers import count_newlines
+from titanlite.corpus.corpora.readers import count_newlines, divide
 from titanlite.corpus.token_file import (
     BLOCK,
     FileArray,
@@ -121,19 +120,18 @@ def _finished(
 ) -> dict[Path, TokenInfo] | None:
     """The sidecars, if an earlier start has made the very same; None if there is something to do.
 
-    Raises `UsageError` if other files are in the way and the user did not say that they may go.
+    Raises `UsageError` if other files are in the way, and not to be overwritten.
     """
     for prefix in request.outputs:
         paths = paths_of(prefix)
         there = [path for path in (paths.bin, paths.idx, paths.sidecar) if path.exists()]
         if request.shared or not there or (began_before and paths.idx not in there):
             continue
-        reason = _difference(paths, prefix, made_from, files)
-        if reason and request.force:
-            return None
-        if reason:
-            way_out = "Give another --out, or add --force to overwrite it."
-            raise UsageError(f"{there[0]} is there already, and {reason}. {way_out}")
+        if reason := _difference(paths, prefix, made_from, files):
+            if request.force:
+                return None
+            fix = "Give another --out, or add --force to overwrite it."
+            raise UsageError(f"{there[0]} is there already, and {reason}. {fix}")
     opened = {prefix: TokenFile.open(prefix).info for prefix in request.outputs if paths_of(prefix).idx.exists()}
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 

@@ -224,10 +224,7 @@ class TokenFile:
         return f"foreign-{seen.hexdigest()}"
 
     def document_bounds(self, first: int, stop: int) -> Int64:
-        """Where documents `first` to `stop` begin and where the last ends, in tokens: `[stop - first + 1]`.
-
-        Raises `DataError` if they are not in order.
-        """
+        """Where documents `first` to `stop` begin and where the last ends, in tokens. Raises `DataError` if damaged."""
         sequences = self.sequences[first : stop + 1]
         wrong = _misplaced(sequences, len(self.pointers))
         if not wrong.size:
@@ -301,9 +298,8 @@ def _misplaced(numbers: Int64, last: int) -> Int64:
 
 
 class TokenWriter:
-    """Writes a token file under hidden names beside it; nothing is seen of it before `commit`.
-
-    Used by `with`, which on an error clears away what is there. Methods raise `OSError` if the disk refuses.
+    """Writes a token file under hidden names beside it; nothing is seen of it before `commit`. Used by `with`, which on
+    an error clears away what is there. Methods raise `OSError` if the disk refuses.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:

@@ -48,10 +48,8 @@ def add_train_tokenizer_command(commands: Any) -> None:
 def train_bpe(
     texts: Iterator[str], vocab_size: int, special: tuple[str, ...], *, show_progress: bool = False
 ) -> tuple[str, int]:
-    """The `tokenizer.json` of a byte-level BPE of at most `vocab_size` tokens, and how many it has.
-
-    Ids are the 256 bytes, merges in the order in which they were made, and the `special` tokens. Raises `DataError` if
-    text would encode to one of these.
+    """The `tokenizer.json` of a byte-level BPE of at most `vocab_size` tokens, and how many it has: the 256 bytes,
+    merges in the order in which they were made, and the `special` tokens, to none of which text may encode.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import models, pre_tokenizers, trainers
@@ -75,8 +73,7 @@ def train_bpe(
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
-    from titanlite.corpus.tokenizers import require_distinct
-    from titanlite.corpus.tokenizers.pieces import CONFIG, config_json
+    from titanlite.corpus.tokenizers import CONFIG, config_json, require_distinct
 
     special = (arguments.separator, *arguments.special_token)
     require_distinct(special, "--special-token")
@@ -106,7 +103,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
 def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Counter[str]) -> Iterator[str]:
     """What is UTF-8 of all documents that are not held out; counted in `read`."""
     from titanlite.corpus.corpora import is_held_out, read_corpus
-    from titanlite.corpus.tokenizers.pieces import split_utf8
+    from titanlite.corpus.tokenizers import split_utf8
 
     printed = time.monotonic()
     for document in read_corpus(inputs, section):

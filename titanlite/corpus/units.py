@@ -22,7 +22,7 @@ import xxhash
 
 from titanlite.corpus.corpora import Document, is_held_out, wrap_os_errors
 from titanlite.corpus.corpora.files import FoundFile
-from titanlite.corpus.corpora.formats import read_documents
+from titanlite.corpus.corpora.readers import read_documents
 from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
@@ -131,10 +131,8 @@ def write_unit(unit: Unit, request: Request) -> None:
     except MemoryError:
         raise DataError(f"{unit}: does not fit into memory; take fewer --workers, or split it.") from None
     except OSError as error:
-        raise DataError(
-            f"cannot write to {folder}: {cause(error, folder)}. What is done stays done: make room, and the same "
-            "command goes on."
-        ) from error
+        fix = "What is done stays done: make room, and the same command goes on."
+        raise DataError(f"cannot write to {folder}: {cause(error, folder)}. {fix}") from error
 
 
 @lru_cache(maxsize=1)
@@ -146,10 +144,7 @@ def _open_tokenizer(request: Request) -> Tokenizer:
 
 
 def write_part(unit: Unit, request: Request, tokenizer: Tokenizer) -> None:
-    """Read and tokenize a unit, and write its part.
-
-    Raises `DataError` for texts that cannot be read, and `OSError` if the part cannot be written.
-    """
+    """Raises `DataError` for texts that cannot be read, and `OSError` if the part cannot be written."""
     tokens, records, about = unit.part_paths(request)
     dtype, bad, examples = token_dtype(tokenizer.vocab_size), 0, list[str]()
     documents, hashes = Counter[int](), Counter[int]()  # by source

@@ -53,8 +53,8 @@ class WorkerPool:
     def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call `function` with the arguments of each task; yields number and result in the order they are done.
 
-        After a failure no further task begins, and those under way are waited for: which error is raised, the
-        `DataError` of the earliest task that has one, does not depend on the number of workers.
+        After a failure no further task begins, and those under way are waited for: so the error that is raised is that
+        of the earliest task that has one, however many workers there are.
         """
         waiting = iter(enumerate(tasks))
         running: dict[Future[Any], int] = {}

@@ -66,12 +66,9 @@ READERS = Registry(
 
 
 def read_corpus(entries: Sequence[str], section: Data) -> Iterator[Document]:
-    """All documents of `entries`, in order; those that name no registered corpus are paths.
-
-    Raises `DataError` at whatever cannot be read, naming the file, the line and the way out.
-    """
+    """All documents of `entries`, in order; those that name no registered corpus are paths. Raises `DataError`."""
     from titanlite.corpus.corpora.files import FileFinder
-    from titanlite.corpus.corpora.formats import read_documents
+    from titanlite.corpus.corpora.readers import read_documents
 
     finder = FileFinder(section.text_key)
     for entry in entries:

@@ -13,13 +13,53 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from titanlite.corpus.corpora import BLOCK_BYTES, Part, Reader, open_unpacked, read_unpacked, wrap_os_errors
+from titanlite.corpus.corpora import (
+    BLOCK_BYTES,
+    PACKED,
+    READERS,
+    Document,
+    Part,
+    Reader,
+    open_unpacked,
+    read_unpacked,
+    wrap_os_errors,
+)
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some editors begin a file with it, and it is not JSON
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 ROWS_AT_ONCE = 1_000
+
+
+def read_documents(
+    name: str,
+    path: Path,
+    format: str,
+    text_key: str,
+    part: Part | None = None,
+    on_bad: Callable[[DataError], None] | None = None,
+) -> Iterator[Document]:
+    """The documents of a file, or of a part of it, that are not empty; named `name`, or `name:line`, `name:row`.
+
+    A line or row without a text is passed over after a call of `on_bad`; if there is none, it is a `DataError`.
+    """
+    reader: Reader = READERS.get(format)
+    for number, text in reader.read(path, text_key, part):
+        if isinstance(text, DataError):
+            if on_bad is None:
+                raise text
+            on_bad(text)
+        elif text:
+            yield Document(f"{name}:{number}" if number else name, text)
+
+
+def divide(path: Path, format: str, size: int, part_bytes: int) -> list[Part] | None:
+    """Parts of about `part_bytes` of a file that can be read so; None for one that is read as a whole."""
+    reader: Reader = READERS.get(format)
+    if reader.divide is None or size <= part_bytes or path.suffix.lower() in PACKED:
+        return None
+    return reader.divide(path, size, part_bytes)
 
 
 def _read_lines(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:

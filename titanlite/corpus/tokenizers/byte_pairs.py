@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.tokenizers import Ids
-from titanlite.corpus.tokenizers.pieces import CONFIG, PieceTokenizer, config_json, read_file
+from titanlite.corpus.tokenizers import CONFIG, Ids, PieceTokenizer, config_json, read_file
 from titanlite.errors import DataError
 
 LLAMA3_PATTERN = (

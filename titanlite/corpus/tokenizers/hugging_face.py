@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.tokenizers import Ids
+from titanlite.corpus.tokenizers import CONFIG, Ids, PieceTokenizer, config_json, read_file, wrap_library_errors
 from titanlite.corpus.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
-from titanlite.corpus.tokenizers.pieces import CONFIG, PieceTokenizer, config_json, read_file, wrap_library_errors
 from titanlite.errors import DataError
 
 _NO_TOKEN = "titanlite: no token for unknown text"
@@ -84,11 +83,9 @@ class HuggingFaceTokenizer(PieceTokenizer):
         except Exception as error:
             if _NO_TOKEN not in str(error):
                 raise
-            raise DataError(
-                f"{self.path} has no token for some of this text, and none for unknown text (unk_token), so it would "
-                "be lost; take a tokenizer with all 256 bytes, as titanlite data train-tokenizer makes, or leave the "
-                "text out."
-            ) from error
+            problem = "has no token for some of this text, and none for unknown text (unk_token), so it would be lost"
+            fix = "take one with all 256 bytes, as titanlite data train-tokenizer makes, or leave the text out."
+            raise DataError(f"{self.path} {problem}; {fix}") from error
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
@@ -141,10 +138,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         return engine
 
     def _decode_each(self, vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-        """What each id adds to the text when it follows another one.
-
-        At the beginning of a text, decoders drop what they would put between words.
-        """
+        """What each id adds to the text after another one: at its beginning, decoders drop what parts words."""
         anchor = next((number for token, number in vocabulary.items() if token in ("a", "e", "1")), None)
         before = [] if anchor is None else [anchor]
         numbers = list(vocabulary.values())
@@ -197,9 +191,7 @@ def _steps(fields: Fields, name: str) -> Iterator[Fields]:
 
 
 def _require_little_growth(path: Path, fields: Fields) -> None:
-    """Raises `DataError` for steps that together make a text so long that the library's want of memory ends the
-    process.
-    """
+    """Of steps that together make a text too long, the library's want of memory would end the process."""
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         growth = prod(max(1.0, _growth(step)) for step in _steps(fields, name))
         if growth > _MAX_GROWTH:
