@@ -20,27 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from titanlite.corpus import token_file
 from titanlite.corpus.corpora import CORPORA, Part, is_held_out
 from titanlite.corpus.corpora.files import FileFinder, FoundFile
 from titanlite.corpus.corpora.readers import count_newlines, divide
-from titanlite.corpus.token_file import (
-    BLOCK,
-    FileArray,
-    Int64,
-    OpenFile,
-    Paths,
-    SourceInfo,
-    TokenFile,
-    TokenInfo,
-    TokenizerInfo,
-    TokenWriter,
-    paths_of,
-)
+from titanlite.corpus.token_file import Int64, TokenFile, TokenInfo, TokenWriter, paths_of
 from titanlite.corpus.tokenizers import Tokenizer
 from titanlite.corpus.units import EXAMPLES, PART_VERSION, PartFile, Request, Unit, find_part, key_of, write_unit
 from titanlite.corpus.workers import Progress, WorkerPool, cores
 from titanlite.errors import DataError, UsageError
-from titanlite.files import Lock, cause, take_lock
+from titanlite.files import Lock, take_lock, wrap_os_errors
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Data, Run
 from titanlite.text import format_bytes
@@ -48,6 +37,9 @@ from titanlite.text import format_bytes
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024  # Aimed at for inputs that are neither small nor huge: enough for any number of processes
 UNIT_FILES = 4_096
+_MEND = (
+    " What is done stays done: mend that, and the same command goes on; or choose another folder (--out, output_dir)."
+)
 IN_MEMORY_BYTES = 2**25  # Texts of a recipe of up to this size, packed or not, are read by every rank for itself
 
 
@@ -63,25 +55,24 @@ def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) 
     sidecars by prefix. Raises `DataError` for texts that cannot be read and for a disk that takes no more, `UsageError`
     for what is in the way; parts that are done stay.
     """
-    out, parts = request.out, paths_of(request.out).parts
-    try:
-        with Progress(sys.stderr) as progress, closing(_lock(request, parts, progress)) as lock:
-            try:
-                done = _make(request, files, tokenizer, lock, progress)
-                shutil.rmtree(parts, ignore_errors=True)
-                if parts.exists():
-                    progress.message(f"cannot remove {parts}, which nothing needs any more")
-                return done
-            except BaseException:
-                with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
-                    if os.listdir(parts) == [".lock"]:
-                        shutil.rmtree(parts)
-                raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write or lock {error.filename or out}: {cause(error, out)}. What is done stays done: mend that, "
-            "and the same command goes on; or choose another folder (--out, or run.output_dir of a recipe)."
-        ) from error
+    parts = paths_of(request.out).parts
+    then = " What is done stays done: mend that, and the same command goes on; or choose another folder"
+    with (
+        wrap_os_errors(f"cannot write or lock {parts}", parts, f"{then} (--out, run.output_dir).", DataError),
+        Progress(sys.stderr) as progress,
+        closing(_lock(request, parts, progress)) as lock,
+    ):
+        try:
+            done = _make(request, files, tokenizer, lock, progress)
+            shutil.rmtree(parts, ignore_errors=True)
+            if parts.exists():
+                progress.message(f"cannot remove {parts}, which nothing needs any more")
+            return done
+        except BaseException:
+            with suppress(OSError):  # of a start that was refused, or found nothing to do, nothing is left
+                if os.listdir(parts) == [".lock"]:
+                    shutil.rmtree(parts)
+            raise
 
 
 def _make(
@@ -136,7 +127,7 @@ def _finished(
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 
 
-def _difference(paths: Paths, prefix: Path, made_from: str, files: Sequence[FoundFile]) -> str:
+def _difference(paths: token_file.Paths, prefix: Path, made_from: str, files: Sequence[FoundFile]) -> str:
     """Why a token file that is there is not what is asked for; empty if it is."""
     try:
         info = TokenFile.open(prefix).info
@@ -234,7 +225,7 @@ def _join(
             )
         shared: dict[str, Any] = {
             "made_from": made_from,
-            "tokenizer": TokenizerInfo(
+            "tokenizer": token_file.TokenizerInfo(
                 name=request.tokenizer, fingerprint=tokenizer.fingerprint,
                 vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,
             ),
@@ -260,27 +251,29 @@ def _copy(part: PartFile, lengths: Int64, chosen: npt.NDArray[np.bool_], writer:
     """Append the chosen documents of a part."""
     if not chosen.any():
         return
-    tokens = FileArray(OpenFile(part.tokens), 0, writer.dtype, int(lengths.sum()))
+    tokens = token_file.FileArray(token_file.OpenFile(part.tokens), 0, writer.dtype, int(lengths.sum()))
     ends = np.cumsum(lengths)
     changes = np.flatnonzero(np.diff(chosen, prepend=False, append=False))  # where runs of chosen ones begin and end
     for first, stop in zip(changes[::2], changes[1::2], strict=True):
-        for start in range(ends[first] - lengths[first], end := int(ends[stop - 1]), BLOCK):
-            writer.extend(tokens[start : min(start + BLOCK, end)])
+        for start in range(ends[first] - lengths[first], end := int(ends[stop - 1]), token_file.BLOCK):
+            writer.extend(tokens[start : min(start + token_file.BLOCK, end)])
     writer.end_documents(lengths[chosen])
 
 
 def _sources(
     inputs: Sequence[str], found: Sequence[tuple[Unit, PartFile]], files: Sequence[FoundFile]
-) -> tuple[SourceInfo, ...]:
-    documents, hashes = Counter[int](), Counter[int]()
+) -> tuple[token_file.SourceInfo, ...]:
+    documents, hashes, sizes = Counter[int](), Counter[int](), Counter[int]()
     for unit, part in found:
         for source, count, total in part.summary["sources"]:
             documents[unit.source + source] += count
             hashes[unit.source + source] += int(total, 16)
-    sizes = [[file.size for file in files if file.source == source] for source in range(len(inputs))]
+    counts = Counter(file.source for file in files)
+    for file in files:
+        sizes[file.source] += file.size
     return tuple(
-        SourceInfo(
-            path=entry.encode("utf-8", "backslashreplace").decode(), files=len(sizes[source]), bytes=sum(sizes[source]),
+        token_file.SourceInfo(
+            path=entry.encode("utf-8", "backslashreplace").decode(), files=counts[source], bytes=sizes[source],
             documents=documents[source], texts_xxh3_128=f"{hashes[source] % 2**128:032x}",
         )
         for source, entry in enumerate(inputs)

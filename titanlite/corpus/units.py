@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.corpus.corpora import Document, is_held_out, wrap_os_errors
+from titanlite.corpus.corpora import Document, is_held_out
 from titanlite.corpus.corpora.files import FoundFile
-from titanlite.corpus.corpora.readers import read_documents
+from titanlite.corpus.corpora.readers import read_documents, wrap_read_errors
 from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import cause, replace_file, replacing, write_all
+from titanlite.files import replace_file, replacing, wrap_os_errors, write_all
 
 PART_VERSION = 2
 EXAMPLES = 10  # Bad lines that are listed one by one
@@ -125,14 +125,12 @@ def find_part(unit: Unit, request: Request) -> PartFile | None:
 
 def write_unit(unit: Unit, request: Request) -> None:
     """A task: write the unit's part. Raises `DataError`."""
-    folder = paths_of(request.out).parts
+    folder, then = paths_of(request.out).parts, " What is done stays done: make room, and the same command goes on."
     try:
-        write_part(unit, request, _open_tokenizer(request))
+        with wrap_os_errors(f"cannot write to {folder}", folder, then, DataError):
+            write_part(unit, request, _open_tokenizer(request))
     except MemoryError:
         raise DataError(f"{unit}: does not fit into memory; take fewer --workers, or split it.") from None
-    except OSError as error:
-        fix = "What is done stays done: make room, and the same command goes on."
-        raise DataError(f"cannot write to {folder}: {cause(error, folder)}. {fix}") from error
 
 
 @lru_cache(maxsize=1)
@@ -201,7 +199,7 @@ def _batches(unit: Unit, text_key: str, on_bad: Callable[[DataError], None]) -> 
 
 def _require_unchanged(file: FoundFile) -> None:
     """Raises `DataError` if a file is another one than when the units were made."""
-    with wrap_os_errors(file.path):
+    with wrap_read_errors(file.path):
         status = file.path.stat()
     if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
         raise DataError(f"{file.path}: changed while it was read; start again when nothing writes to it.")

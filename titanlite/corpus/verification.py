@@ -58,7 +58,7 @@ class Verification:
         try:
             file.verify_hashes(pause)
         except DataError as error:
-            self.failure = error if not self._stop.is_set() else None
+            self.failure = error
         if not self._stop.is_set():
             with suppress(OSError):  # it is verified again then
                 mark.parent.mkdir(exist_ok=True)

@@ -7,20 +7,15 @@ is a `Reader` and a line in `READERS`.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from titanlite.errors import DataError
 from titanlite.registry import Registry
 
 if TYPE_CHECKING:  # processes that read files need no recipes, which are slow to import
     from titanlite.recipe.sections import Data
-
-PACKED = {".gz": "gzip", ".zst": "zstd"}
-BLOCK_BYTES = 2**20
 
 
 class Document(NamedTuple):
@@ -83,36 +78,3 @@ def is_held_out(name: str, percent: float) -> bool:
     """Whether the document called `name` is for validation: by its name alone, so that it stays on its side."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < percent / 100 * 2**64
-
-
-@contextmanager
-def open_unpacked(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[IO[bytes]]:
-    """The file's content, unpacked by blocks. What is read within, and cannot be, is a `DataError` with the place."""
-    codec = PACKED.get(path.suffix.lower())
-    with wrap_os_errors(path), open(path, "rb", buffering=block_bytes if codec else -1) as file:
-        if codec is None:
-            yield file
-            return
-        import pyarrow
-
-        # Unlike zstandard's reader, Arrow's does not take a file that was cut short for a whole one.
-        yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), block_bytes)
-
-
-def read_unpacked(path: Path, limit: int = -1) -> bytes:
-    """The whole of it, or its first `limit` bytes."""
-    with open_unpacked(path, BLOCK_BYTES if limit < 0 else limit) as file:
-        return file.read(limit)
-
-
-@contextmanager
-def wrap_os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # Arrow's, of packed files
-            hint = " by zstd -d --long=31" if "too much memory" in str(error) else ""
-            why = f"damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
-        else:
-            why = f"cannot be read ({error.strerror}); mend it or its permissions, or leave it out."
-        raise DataError(f"{path}: {why}") from error

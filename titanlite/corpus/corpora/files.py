@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from titanlite.corpus.corpora import CORPORA, PACKED, READERS, Document, Part, read_unpacked, wrap_os_errors
-from titanlite.corpus.corpora.readers import BYTE_ORDER_MARK, read_lines
+from titanlite.corpus.corpora import CORPORA, READERS, Document, Part
+from titanlite.corpus.corpora.readers import BYTE_ORDER_MARK, PACKED, read_lines, read_unpacked, wrap_read_errors
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
 from titanlite.registry import did_you_mean
@@ -109,7 +109,7 @@ class FileFinder:
                 both = f"by '{self._found[place]}' and by '{entry}'"
                 raise DataError(f"{path}: {self._key} names it twice, {both}; take one of them out.")
             self._found[place] = entry
-            with wrap_os_errors(path):
+            with wrap_read_errors(path):
                 status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{path}: not a regular file, and data must stay to be read again; leave it out.")
@@ -125,7 +125,7 @@ class FileFinder:
         """The files of an entry as (name, path), in the order of their names."""
         path = expand(entry)
         try:
-            with wrap_os_errors(path):
+            with wrap_read_errors(path):
                 is_folder = stat.S_ISDIR(path.stat().st_mode)
         except (DataError, ValueError) as error:  # ValueError: a NUL in the name
             if glob.has_magic(entry):
@@ -208,12 +208,12 @@ def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
     """The folder and those below it but hidden ones, with the names of their files; each real folder once."""
 
     def refuse(error: OSError) -> NoReturn:
-        with wrap_os_errors(Path(error.filename)):
+        with wrap_read_errors(Path(error.filename)):
             raise error
 
     entered: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(top, followlinks=True, onerror=refuse):
-        with wrap_os_errors(Path(parent)):  # a link, say, that was listed and cannot be followed
+        with wrap_read_errors(Path(parent)):  # a link, say, that was listed and cannot be followed
             status = os.stat(parent)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()
@@ -312,7 +312,7 @@ def read_stdlib(section: Data) -> Iterator[Document]:
         fix = 'use a Python that has it, or set data.corpus (now "python-stdlib") to a text file.'
         raise DataError(f"{root}: this Python was installed without the source of its standard library; {fix}")
     for path in paths:
-        with wrap_os_errors(root / path):
+        with wrap_read_errors(root / path):
             content = (root / path).read_bytes()
         if content:
             yield Document(path, content)

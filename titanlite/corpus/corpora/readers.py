@@ -5,31 +5,57 @@ Lines that are not packed, and Parquet, can be read in parts, so that many proce
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from titanlite.corpus.corpora import (
-    BLOCK_BYTES,
-    PACKED,
-    READERS,
-    Document,
-    Part,
-    Reader,
-    open_unpacked,
-    read_unpacked,
-    wrap_os_errors,
-)
+from titanlite.corpus.corpora import READERS, Document, Part, Reader
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+BLOCK_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some editors begin a file with it, and it is not JSON
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 ROWS_AT_ONCE = 1_000
+
+
+@contextmanager
+def open_unpacked(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[IO[bytes]]:
+    """The file's content, unpacked by blocks. What is read within, and cannot be, is a `DataError` with the place."""
+    codec = PACKED.get(path.suffix.lower())
+    with wrap_read_errors(path), open(path, "rb", buffering=block_bytes if codec else -1) as file:
+        if codec is None:
+            yield file
+            return
+        import pyarrow
+
+        # Unlike zstandard's reader, Arrow's does not take a file that was cut short for a whole one.
+        yield io.BufferedReader(pyarrow.CompressedInputStream(file, codec), block_bytes)
+
+
+def read_unpacked(path: Path, limit: int = -1) -> bytes:
+    """The whole of it, or its first `limit` bytes."""
+    with open_unpacked(path, BLOCK_BYTES if limit < 0 else limit) as file:
+        return file.read(limit)
+
+
+@contextmanager
+def wrap_read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # Arrow's, of packed files
+            hint = " by zstd -d --long=31" if "too much memory" in str(error) else ""
+            why = f"damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
+        else:
+            why = f"cannot be read ({error.strerror}); mend it or its permissions, or leave it out."
+        raise DataError(f"{path}: {why}") from error
 
 
 def read_documents(
@@ -77,7 +103,7 @@ def _divide_lines(path: Path, size: int, part_bytes: int) -> list[Part]:
 
 def count_newlines(path: Path, first: int, stop: int) -> int:
     """Newlines among bytes `first` to `stop`. Raises `DataError`."""
-    with wrap_os_errors(path), open(path, "rb") as file:
+    with wrap_read_errors(path), open(path, "rb") as file:
         file.seek(first)
         sizes = (min(BLOCK_BYTES, stop - at) for at in range(first, stop, BLOCK_BYTES))
         return sum(file.read(size).count(b"\n") for size in sizes)
