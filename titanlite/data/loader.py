@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -58,9 +59,9 @@ def train_loader(
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         loader: StatefulDataLoader[Batch | Exception] = StatefulDataLoader(
-            _Steps(split, plan, overfit_one_batch),
+            _Steps(split, plan),
             batch_size=None,
-            sampler=map(schedule.first_sample, range(1, steps + 1)),
+            sampler=repeat(0, steps) if overfit_one_batch else map(schedule.first_sample, range(1, steps + 1)),
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             # Forks share the arrays of the split; other processes would be sent all of them.
@@ -176,10 +177,9 @@ class _Steps(Dataset[Batch | Exception]):
 
     split: Split
     plan: BatchPlan
-    overfit_one_batch: bool
 
     def __getitem__(self, first: int) -> Batch | Exception:
-        numbers = self.plan.samples(0 if self.overfit_one_batch else first)
+        numbers = self.plan.samples(first)
         try:
             windows = [self.split.sample(number) for number in numbers]
         except UNREADABLE as error:
