@@ -165,14 +165,9 @@ def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> tuple[Int64, i
             each = (space or room) // length  # pieces that the fullest window takes before it is another's turn
             wanted = -(-left // each)
             if space:
-                taken: list[Int64] = []
-                while begun[space] and wanted:
-                    block = begun[space].pop()
-                    taken.append(block[:wanted])
-                    if len(block) > wanted:
-                        begun[space].append(block[wanted:])
-                    wanted -= len(taken[-1])
-                chosen, is_any[space] = np.concatenate(taken), bool(begun[space])
+                free = np.concatenate(begun[space][::-1])  # the last that were begun come first
+                chosen, begun[space] = free[:wanted], [free[wanted:]]
+                is_any[space] = len(free) > wanted
             else:
                 space, chosen = room, np.arange(windows, windows + wanted)
                 windows += wanted
