@@ -132,21 +132,21 @@ def pack_best_fit(document_ends: Int64, sequence_length: int, separator: int) ->
     first = np.cumsum(parts) - parts
     starts += sequence_length * (np.arange(len(starts)) - np.repeat(first, parts))
     part_lengths = np.minimum(np.repeat(document_ends, parts) - starts, sequence_length).astype(np.int32)
-    window, windows = _assign_windows(part_lengths, sequence_length)
+    window = _assign_windows(part_lengths, sequence_length)
     order = np.argsort(window, kind="stable")
     return BestFit(
         sequence_length=sequence_length,
         separator=separator,
         starts=starts[order],
         lengths=part_lengths[order],
-        ends=np.cumsum(np.bincount(window, minlength=windows)),
+        ends=np.cumsum(np.bincount(window)),
         documents=int(np.count_nonzero(lengths)),
         cut=int(np.count_nonzero(lengths > sequence_length)),
     )
 
 
-def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> tuple[Int64, int]:
-    """The window, from 0, that each piece goes to, and their number. Of equal pieces, the first go first.
+def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> Int64:
+    """The window, from 0, that each piece goes to. Of equal pieces, the first go first.
 
     Windows with equal room are all alike, so equal pieces are dealt to equal windows at once: the work grows with the
     lengths that there are, not with the pieces.
@@ -154,10 +154,10 @@ def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> tuple[Int64, i
     # Of 16 bits, numpy sorts in linear time.
     by_length = np.argsort((room - lengths).astype(np.min_scalar_type(room)), kind="stable")
     counts = np.bincount(lengths, minlength=room + 1)
-    dealt = np.empty(len(lengths), np.int64)  # windows of the pieces, the longest first
+    dealt = [np.empty(0, np.int64)]  # windows of the pieces, the longest first
     begun: list[list[Int64]] = [[] for _ in range(room + 1)]  # windows by the room that they have left
     is_any = bytearray(room + 1)  # whether there are any; searched as bytes are, which is faster than a tree
-    windows = done = 0
+    windows = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
@@ -171,14 +171,13 @@ def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> tuple[Int64, i
             else:
                 space, chosen = room, np.arange(windows, windows + wanted)
                 windows += wanted
-            placed = min(left, each * len(chosen))
-            dealt[done : done + placed] = np.repeat(chosen, each)[:placed]
-            full = placed // each
-            for pieces, block in ((each, chosen[:full]), (placed - each * full, chosen[full:])):
+            dealt.append(np.repeat(chosen, each)[:left])
+            full, more = divmod(len(dealt[-1]), each)
+            for pieces, block in ((each, chosen[:full]), (more, chosen[full:])):
                 if len(block) and (rest := space - pieces * length):
                     begun[rest].append(block)
                     is_any[rest] = True
-            left, done = left - placed, done + placed
-    result = np.empty_like(dealt)
-    result[by_length] = dealt
-    return result, windows
+            left -= len(dealt[-1])
+    result = np.empty(len(lengths), np.int64)
+    result[by_length] = np.concatenate(dealt)
+    return result
