@@ -1,7 +1,6 @@
 """A rank's real program, at its real world size, run on fake tensors: it computes nothing and sends nothing.
 
-What is executed is the trainer's own step (`training/train_state.py`) with whatever `parallel.apply.build` makes of the
-recipe. Only compilation is left out: its code runs on a device alone.
+It is the trainer's own step (`training/train_state.py`), but for compilation, whose code runs on a device alone.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -34,9 +34,7 @@ from titanlite.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a rank does in a run's first step. Later ones lack four bytes, by which neighbouring stages of a pipeline
-    meet.
-    """
+    """A rank's first step. Later ones lack four bytes, by which neighbouring stages of a pipeline meet."""
 
     coordinates: Coordinates
     collectives: list[Collective]  # Its messages, in order
@@ -52,6 +50,9 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
     layout = require_layout(recipe.parallel, size)
     coordinates = layout.coordinates(rank)
     log, trace = CollectiveLog(world_dimension(layout, recipe.parallel.zero_stage)), MemoryTrace()
+    # Without what needs a device, or numbers to compare.
+    off = {"parallel": {"async_tp": False}, "compile": {"enabled": False}, "resilience": {"rerun_every": 0}}
+    eager = recipe.model_copy(update={key: getattr(recipe, key).model_copy(update=off[key]) for key in off})
     with ExitStack() as stack:
         stack.enter_context(_fake_group(rank, size))
         stack.enter_context(cpu_stands_for("cuda"))
@@ -65,21 +66,19 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
 
         # Only the weights are fake while the model is built: process groups are looked up in real tensors.
         with patch.object(nn.Module, "to_empty", to_empty_fakes):
-            state = TrainState(_eager(recipe), World(rank, size, torch.device("cpu")))
+            state = TrainState(eager, World(rank, size, torch.device("cpu")))
         trace.follow(state.model.module)
         _trace_phases(state, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
         batch = _batch(recipe, batch_plan(recipe, layout, coordinates.data))
         begin = trace.now()
         state.step(1, batch, 1.0)
-        table = state.shards.table
-        return DryRun(
-            coordinates=coordinates,
-            collectives=log.recorded,
-            memory=trace.since(begin),
-            shapes={name: tuple(shard.tensor.shape) for name, shard in table.items()},
-            whole_shapes={name: shard.shape for name, shard in table.items()},
+        table = state.shards.table.items()
+        shapes, whole = (
+            {name: tuple(each.tensor.shape) for name, each in table},
+            {name: each.shape for name, each in table},
         )
+        return DryRun(coordinates, log.recorded, trace.since(begin), shapes, whole)
 
 
 def world_dimension(layout: Layout, zero_stage: int) -> str | None:
@@ -100,12 +99,6 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-
-
-def _eager(recipe: Recipe) -> Recipe:
-    """The recipe without what needs a device, or numbers to compare."""
-    off = {"parallel": {"async_tp": False}, "compile": {"enabled": False}, "resilience": {"rerun_every": 0}}
-    return recipe.model_copy(update={key: getattr(recipe, key).model_copy(update=off[key]) for key in off})
 
 
 def _trace_phases(state: TrainState, trace: MemoryTrace, offload: bool) -> None:
@@ -136,51 +129,19 @@ def _trace_phases(state: TrainState, trace: MemoryTrace, offload: bool) -> None:
 def _batch(recipe: Recipe, plan: BatchPlan) -> Batch:
     """A step's batch in its shape, of any tokens."""
     shape = (plan.microbatches, plan.microbatch, recipe.training.sequence_length)
-    tokens, labels, positions, documents = (torch.empty(shape, dtype=torch.int64) for _ in range(4))
-    masked = recipe.data.document_mask
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        positions=positions if masked else None,
-        documents=documents if masked else None,
-        samples=(),
-        sequences=plan.global_batch,
-        valid_tokens=prod(shape),
-    )
-
-
-_aten = torch.ops.aten
-_VIEWS = frozenset(
-    {
-        _aten.view.default, _aten._unsafe_view.default, _aten.t.default, _aten.transpose.int, _aten.detach.default,
-        _aten.split.Tensor, _aten.slice.Tensor, _aten.as_strided.default, _aten.expand.default, _aten.unsqueeze.default,
-        _aten.add_.Tensor,
-    }
-)  # fmt: skip
-"""Results in the memory of the first argument: a kernel for tensors without memory finds them at once."""
-_NEW = frozenset(
-    {
-        _aten.mm.default, _aten.mul.Tensor, _aten.mul.Scalar, _aten.add.Tensor, _aten.sub.Tensor, _aten.neg.default,
-        _aten.pow.Tensor_Scalar, _aten.sum.dim_IntList, _aten.mean.dim, _aten.rsqrt.default, _aten.div.Tensor,
-        _aten.div.Scalar, _aten.silu.default, _aten.silu_backward.default, _aten.cat.default, _aten._to_copy.default,
-    }
-)  # fmt: skip
-"""One new tensor, whose layout follows from those of the arguments: it is remembered."""
-
-
-Record = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
-"""Is shown each operation, its arguments by place and by name, and its result."""
+    tokens, labels, *masks = (torch.empty(shape, dtype=torch.int64) for _ in range(4))
+    positions, documents = masks if recipe.data.document_mask else (None, None)
+    return Batch(tokens, labels, positions, documents, (), plan.global_batch, prod(shape))
 
 
 class RecordedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Within this context tensors have shapes and no memory, and `records` are called with what is done with them.
+    """Within this context tensors have shapes and no memory. Each operation, though not the steps by which torch finds
+    its result, is shown to `records`: with its arguments by place and by name, and its result.
 
-    Not the steps by which torch finds an operation's result. Tensors of before are taken as fake ones of their shape.
-    torch takes a fifth of a millisecond for an operation; the few dozen that a large model's step repeats are answered
-    here.
+    torch takes a fifth of a millisecond for an operation: what a large model's step repeats is answered here.
     """
 
-    def __init__(self, *records: Record) -> None:
+    def __init__(self, *records: Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._records = records
         self._depth = 0
@@ -205,22 +166,34 @@ class RecordedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         return result
 
     def _result(self, func: Any, types: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        if func in _VIEWS and isinstance(args[0], FakeTensor):
-            with in_kernel_invocation_manager(self):
+        kind = _result_kind(func) if set(types) == {FakeTensor} else "other"
+        if kind == "view" and isinstance(args[0], FakeTensor):
+            with in_kernel_invocation_manager(self):  # a kernel for tensors without memory finds it at once
                 result = func(*args, **named)
             device = args[0].fake_device
             if isinstance(result, list):  # of a split
                 return [FakeTensor(self, each, device) for each in result]
             return result if isinstance(result, FakeTensor) else FakeTensor(self, result, device)
-        if func not in _NEW:
+        if kind != "new":
             return self.dispatch(func, types, args, named)
-        key = (func, _layout(args), tuple(named.items()))
+        key = (func, _layout(args), _layout(tuple(named.items())))
         if key not in self._layouts:
             first: Any = self.dispatch(func, types, args, named)
             self._layouts[key] = (tuple(first.shape), first.stride(), first.dtype, first.fake_device)
             return first
         shape, stride, dtype, device = self._layouts[key]
         return FakeTensor(self, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+
+@cache
+def _result_kind(operation: Any) -> Literal["view", "new", "other"]:
+    """`view`: in the memory of the first argument; `new`: a tensor, whose layout follows from the arguments'."""
+    schema, composite = operation._schema, torch._C.DispatchKey.CompositeImplicitAutograd
+    if operation.namespace != "aten" or len(schema.returns) != 1 or operation.has_kernel_for_dispatch_key(composite):
+        return "other"
+    if schema.returns[0].alias_info is not None or operation is torch.ops.aten._unsafe_view.default:
+        return "view"
+    return "new" if str(schema.returns[0].type) == "Tensor" and not schema.is_mutable else "other"
 
 
 def _layout(argument: Any) -> Any:

@@ -1,7 +1,4 @@
-"""Layers that run fused kernels, those of `titanlite_kernels` or a plugin's: same parameters, same values.
-
-`plan.kernels` chooses them by the recipe; the kernels themselves fall back to PyTorch where they do not fit.
-"""
+"""Fused kernels for layers, with the same values; they fall back to PyTorch where they do not fit."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ class Sampler:
     """Draws the next token: temperature, then nucleus sampling (Holtzman et al. 2020)."""
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        self.temperature = temperature
-        self.top_p = top_p
+        self.temperature, self.top_p = temperature, top_p
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
@@ -34,8 +33,7 @@ class Sampler:
 def generate(
     model: Any, prompt: list[int], count: int, context: int, vocab_size: int, sampler: Sampler
 ) -> Iterator[int]:
-    """Up to `count` tokens after `prompt`, each attending to at most `context` tokens before it, by a module that makes
-    `new_caches`.
+    """Up to `count` tokens after `prompt`, each attending to at most `context` tokens before it.
 
     Only the first `vocab_size` logits take part: the rest are the embedding's padding. When the context is full, its
     later half is read again and generation goes on from there.

@@ -1,8 +1,7 @@
-"""Initial weights as a function of (seed, parameter name, global index) alone.
+"""Initial weights as a function of (seed, parameter name, global index) alone, unlike DTensor's, which see the mesh.
 
 Blocks of whole leading rows are drawn on the CPU, each from a generator of its own, so that a rank which owns
-some rows draws only their blocks and gets the same bits as a process that owns everything. DTensor's own random
-initialisation depends on the mesh; this does not.
+some rows draws only their blocks and gets the same bits as a process that owns everything.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from titanlite.models.shard import Shard
 
-_BLOCK_ELEMENTS = 2**18
-"""Elements drawn from one generator. Part of the definition of the weights: changing it changes every run."""
+_BLOCK_ELEMENTS = 2**18  # drawn from one generator: part of the definition of the weights
 
 
 def initialise(table: Mapping[str, Shard], std_of: Callable[[str], float | None], seed: int) -> None:
@@ -42,12 +40,9 @@ def draw_rows(name: str, shape: tuple[int, ...], first: int, last: int, std: flo
     pieces = [torch.empty(0, *shape[1:])]
     for block in range(first // block_rows, -(-last // block_rows) if last > first else 0):
         start, stop = block * block_rows, min((block + 1) * block_rows, shape[0])
-        generator = torch.Generator("cpu").manual_seed(_block_seed(seed, name, block))
+        digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+        # torch takes 63 bits without complaint.
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
         values = torch.empty(stop - start, *shape[1:], device="cpu").normal_(0.0, std, generator=generator)
         pieces.append(values[max(first - start, 0) : last - start])
     return torch.cat(pieces)
-
-
-def _block_seed(seed: int, name: str, block: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits without complaint

@@ -1,7 +1,7 @@
 """The pieces of a Llama block: linear, RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-Single-device maths in plain PyTorch. Weights may be wider than the activations (float32 masters under bfloat16
-compute): a layer casts its own weight to its input's dtype. Sums (norms, rotation) never run below float32.
+Single-device maths. A layer casts its own weight, which may be a float32 master, to its input's dtype. Sums (norms,
+rotation) never run below float32.
 """
 
 from __future__ import annotations
@@ -25,15 +25,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+# Whether this CPU has no bfloat16 arithmetic. Products of two bfloat16 values are exact in float32, and bfloat16 matrix
+# units sum in float32 too: its float32 units come to the same results, 2 to 4 times as fast.
 BFLOAT16_ON_FLOAT32_UNITS = platform.machine() in ("x86_64", "AMD64") and not (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
-"""Whether this CPU has no bfloat16 arithmetic, so that its float32 units are the faster way to the same products.
-
-The product of two bfloat16 values is exact in float32, and bfloat16 matrix units sum in float32 too: multiplying the
-rounded operands in float32 and rounding the result is the same operation, 2 to 4 times as fast on such a CPU.
-"""
-
 
 _cpu_stands_for: str | None = None
 
@@ -108,16 +104,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        # Fused ones, of the norm and of the norm of a sum: see `models.fused`.
         self.kernels: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] | None = None
-        """Fused ones, of the norm and of the norm of a sum: see `models.fused`."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """`residual`: only for kernels, see `of_sum`."""
         if self.kernels is not None:
             norm, add_norm = self.kernels
-            if residual is None:
-                return norm(x, self.weight, self.eps)
-            return add_norm(x, residual, self.weight, self.eps)
+            more = (self.weight, self.eps)
+            return norm(x, *more) if residual is None else add_norm(x, residual, *more)
         wide = at_least_float32(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # The weight is rounded like those of the matrices, as it is when it travels in the compute dtype.
@@ -133,10 +128,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """Angular frequency of each rotated pair, [head_dim / 2], float64.
-
-    With `scaling`, Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, those between
-    blended linearly in the number of turns they make over the original context.
+    """Angular frequency of each rotated pair, [head_dim / 2], float64. With `scaling`, Llama 3.1's rule: long waves are
+    stretched by `factor`, short ones kept, those between blended linearly in their turns over the original context.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     frequencies = theta**-exponents
@@ -157,9 +150,7 @@ class Rotation:
     @staticmethod
     def at(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
         """Tables for `positions` [seq] or [batch, seq]. Angles are formed in float64: exact at any context length."""
-        angles = (positions.double().unsqueeze(-1) * frequencies).unsqueeze(-2)
-        if angles.dim() == 3:
-            angles = angles.unsqueeze(0)
+        angles = (torch.atleast_2d(positions).double().unsqueeze(-1) * frequencies).unsqueeze(-2)
         dtype = torch.promote_types(dtype, torch.float32)
         doubled = torch.cat((angles, angles), dim=-1)
         return Rotation(doubled.cos().to(dtype), doubled.sin().to(dtype))
@@ -194,9 +185,7 @@ class KVCache:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v for positions that follow each other.
-
-    q [batch, seq, heads, head_dim], k and v [batch, keys, kv_heads, head_dim] -> like q.
+    """softmax(q k^T / sqrt(head_dim)) v for q [batch, seq, heads, head_dim] and k, v [batch, keys, kv_heads, head_dim].
 
     mask [batch or 1, 1, seq, keys] (or its last two dimensions) says which keys a query may see; without one, all
     of them or, if `causal`, those up to its own place.
@@ -208,14 +197,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causa
         # Of the kernels that take a mask and never hold all scores, none takes fewer heads of keys than of queries.
         groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    grouped, (q, k, v) = q.shape[2] != k.shape[2], (each.transpose(1, 2) for each in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2).to(dtype)
 
 
@@ -250,9 +233,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotate(q, k, rotation)
-        causal = mask is None
+        causal = mask is None and (cache is None or cache.length == 0)
         if cache is not None:
-            causal = causal and cache.length == 0
             k, v = cache.extend(k, v)
         return self.wo(self.core(q, k, v, mask, causal).flatten(-2))
 

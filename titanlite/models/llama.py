@@ -1,7 +1,6 @@
 """Llama: embedding, pre-norm blocks, final norm, head (Touvron et al. 2023; Llama 3 paper, section 3.2).
 
-A plain nn.Module for one device. It knows nothing of meshes, precision policies or compilation: those are
-applied from outside.
+A plain nn.Module for one device: meshes, precision policies and compilation are applied from outside.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ class DocumentMask(nn.Module):
 
     def forward(self, documents: Tensor) -> Tensor:
         """[batch, seq] document numbers -> [batch, 1, seq, seq] bool: may this query (row) see that key (column)?"""
-        same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-        return same.tril().unsqueeze(1)
+        return (documents.unsqueeze(-1) == documents.unsqueeze(-2)).tril().unsqueeze(1)
 
 
 class Llama(nn.Module):
@@ -102,7 +100,9 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)
         x = inputs if self.embed is None else self.embed(inputs)
-        rotation = Rotation.at(positions, self._frequencies(inputs.device), x.dtype)
+        config = self.config
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, inputs.device)
+        rotation = Rotation.at(positions, frequencies, x.dtype)
         mask = None if documents is None else self.document_mask(documents)
         if start and inputs.shape[1] > 1:
             # Several tokens after cached ones: attention's own causal mask would begin at the first cached one.
@@ -113,9 +113,6 @@ class Llama(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return x if self.head is None else self.head(x, labels)
-
-    def _frequencies(self, device: torch.device) -> Tensor:
-        return rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling, device)
 
     def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty caches for `capacity` positions, one a block; for a model that has its embedding."""

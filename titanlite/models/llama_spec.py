@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -43,14 +43,11 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama3.1-405b": LlamaConfig(16384, 126, 128, 8, 53248, _LLAMA3_VOCAB, rope_scaling=RopeScaling(factor=8.0)),
 }
 
-_SIZES = ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab_size", "rope_theta", "rope_scaling", "norm_eps")
-_SWITCHES = ("tie_embeddings", "qk_norm")
-
 
 def model_config(section: Model, presets: Mapping[str, LlamaConfig] = PRESETS) -> LlamaConfig:
     """The preset, which is one of this family's, with the recipe's own keys laid over it."""
     preset = presets[section.preset]
-    given = {name: getattr(section, name) for name in _SIZES + _SWITCHES if getattr(section, name) is not None}
+    given = {key.name: value for key in fields(ModelConfig) if (value := getattr(section, key.name)) is not None}
     if section.preset == _CUSTOM:  # these two follow from the others
         dim, heads = given.get("dim", preset.dim), given.get("heads", preset.heads)
         given = {"kv_heads": heads, "ffn_dim": -(-8 * dim // (3 * 128)) * 128, **given}
@@ -74,7 +71,7 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def embedding_parameters(config: LlamaConfig) -> int:
-    """Parameters that are looked up and never multiplied: the embedding, unless the head shares it."""
+    """The embedding, unless the head shares it."""
     return 0 if config.tie_embeddings else config.vocab_size * config.dim
 
 
@@ -84,18 +81,15 @@ def flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
     Two operations a multiply-add, times one forward and two backward products. Attention counts QK^T and AV over the
     whole square, as the PaLM paper (appendix B) and most trainers do; recomputation does not count.
     """
-    parameters = sum(map(math.prod, shapes(config).values()))
-    products = 6 * (parameters - embedding_parameters(config))
-    attention = 6 * config.layers * config.heads * 2 * config.head_dim * sequence_length
-    return products + attention
+    multiplied = sum(map(math.prod, shapes(config).values())) - embedding_parameters(config)
+    return 6 * multiplied + 6 * config.layers * config.heads * 2 * config.head_dim * sequence_length
 
 
 def initial_std(config: LlamaConfig, name: str) -> float | None:
     """Norms start at one, matrices at `init_std`, those that write into the residual stream smaller by depth."""
     if "norm" in name:
         return None
-    writes_residual = name.endswith(("attention.wo.weight", "ffn.down.weight"))
-    if writes_residual and config.depth_scaled_init:
+    if config.depth_scaled_init and name.endswith(("attention.wo.weight", "ffn.down.weight")):
         return config.init_std / math.sqrt(2 * config.layers)
     return config.init_std
 
@@ -134,10 +128,8 @@ def cut_limit(config: LlamaConfig) -> int:
 
 def pieces(config: LlamaConfig, sequence_length: int) -> tuple[Piece, ...]:
     """Embedding, blocks, and the final norm with the head."""
-    head = 6 * config.vocab_size * config.dim
-    everything = flops_per_token(config, sequence_length)
-    # A tied head is counted among the operations once, as it is here.
-    block = (everything - head) // config.layers
+    head = 6 * config.vocab_size * config.dim  # a tied one is counted among the operations once, too
+    block = (flops_per_token(config, sequence_length) - head) // config.layers
     blocks = [Piece((f"layers.{index}",), block) for index in range(config.layers)]
     # A look-up and the sum of its gradients: a few passes over one row.
     return (Piece(("embed",), 6 * config.dim), *blocks, Piece(("norm", "head"), head))
@@ -188,6 +180,7 @@ _HUGGINGFACE_SCALING = {
     "high_freq_factor": "high_freq_factor",
     "original_context": "original_max_position_embeddings",
 }
+# What a `config.json` may say of things that this family has one way of doing, or leave out.
 _HUGGINGFACE_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -196,8 +189,6 @@ _HUGGINGFACE_ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
 }
-"""What a `config.json` may say of things that this family has one way of doing, or leave out."""
-_QWEN3_HEAD_DIM = 128  # transformers' default, where its Llama divides
 
 
 def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:
@@ -229,14 +220,14 @@ def from_huggingface_config(fields: Mapping[str, Any]) -> Model:
     for key, allowed in _HUGGINGFACE_ONLY.items():
         if key in fields and fields[key] not in allowed:
             _refuse(key, fields[key], f"only {allowed[0]!r} is known here")
-    if any(kind != "full_attention" for kind in _list(fields, "layer_types")):
-        _refuse("layer_types", fields["layer_types"], "only 'full_attention' is known here")
+    kinds = fields.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        _refuse("layer_types", kinds, "only a list of 'full_attention' is known here")
     rope = _huggingface_rope(fields)
     given = {ours: fields.get(theirs) for ours, theirs in _HUGGINGFACE_SIZES.items()}
     for ours, default in (("kv_heads", given["heads"]), ("norm_eps", 1e-6), ("tie_embeddings", False)):
         given[ours] = default if given[ours] is None else given[ours]
-    missing = [theirs for ours, theirs in _HUGGINGFACE_SIZES.items() if given[ours] is None]
-    if missing:
+    if missing := [theirs for ours, theirs in _HUGGINGFACE_SIZES.items() if given[ours] is None]:
         raise UsageError(f"it does not give {missing[0]}")
     qwen = fields.get("model_type") == "qwen3"
     try:
@@ -250,51 +241,41 @@ def from_huggingface_config(fields: Mapping[str, Any]) -> Model:
         problem = f"{config.dim} values, {config.heads} heads and {config.kv_heads} key and value heads do not divide"
         raise UsageError(f"num_attention_heads: {problem} into heads of an even size")
     head_dim = fields.get("head_dim")
-    head_dim = (_QWEN3_HEAD_DIM if qwen else config.head_dim) if head_dim is None else head_dim
+    if head_dim is None:
+        head_dim = 128 if qwen else config.head_dim  # transformers' defaults
     if head_dim != config.head_dim:
         _refuse("head_dim", head_dim, f"only hidden_size / num_attention_heads = {config.head_dim} is known here")
-    named = [name for name, preset in PRESETS.items() if preset == config and name != _CUSTOM]
-    return Model(preset=named[0]) if named else section
+    named = (Model(preset=name) for name, preset in PRESETS.items() if preset == config and name != _CUSTOM)
+    return next(named, section)
 
 
 def _huggingface_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The rotation, as transformers 4 writes it (two keys) or transformers 5 does (one)."""
-    parameters = fields.get("rope_parameters")
-    scaling = fields.get("rope_scaling") if parameters is None else parameters
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, Mapping):
-        _refuse("rope_scaling" if parameters is None else "rope_parameters", scaling, "it must be a table")
-    if fields.get("rope_scaling") not in (None, scaling):
-        _refuse("rope_scaling", fields["rope_scaling"], "rope_parameters says otherwise; keep the one that is right")
+    tables = {key: fields[key] for key in ("rope_parameters", "rope_scaling") if fields.get(key) is not None}
+    for key, table in tables.items():
+        if not isinstance(table, Mapping):
+            _refuse(key, table, "it must be a table")
+    scaling: Mapping[str, Any] = next(iter(tables.values()), {})
+    if tables.get("rope_scaling", scaling) != scaling:
+        _refuse("rope_scaling", tables["rope_scaling"], "rope_parameters says otherwise; keep the one that is right")
     if scaling.get("partial_rotary_factor", 1) not in (1, None):
         _refuse("partial_rotary_factor", scaling["partial_rotary_factor"], "only 1 is known here")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default" and (unused := scaling.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
-        _refuse(
-            "rope_scaling", dict(scaling), f"{min(map(str, unused))} has no effect without a rope_type such as 'llama3'"
-        )
-    bases = [table["rope_theta"] for table in (scaling, fields) if table.get("rope_theta") is not None]
-    if bases[1:] not in ([], bases[:1]):
+        _refuse("rope_scaling", scaling, f"{min(map(str, unused))} has no effect without a rope_type such as 'llama3'")
+    bases = [table["rope_theta"] for table in (scaling, fields) if table.get("rope_theta") is not None] or [10_000.0]
+    if bases[0] != bases[-1]:
         _refuse("rope_theta", bases[1], f"its rotation has another, {str(bases[0])[:80]!r}; keep the one that is right")
-    theta = bases[0] if bases else 10_000.0
     if kind == "default":
-        return {"rope_theta": theta}
+        return {"rope_theta": bases[0]}
     if kind != "llama3":
         _refuse("rope_type", kind, "only 'default' and 'llama3' are known here")
-    missing = [theirs for theirs in _HUGGINGFACE_SCALING.values() if theirs not in scaling]
-    if missing:
+    if missing := [theirs for theirs in _HUGGINGFACE_SCALING.values() if theirs not in scaling]:
         raise UsageError(f"its rope_scaling does not give {missing[0]}")
     given = {ours: scaling[theirs] for ours, theirs in _HUGGINGFACE_SCALING.items()}
     if given["low_freq_factor"] == given["high_freq_factor"]:
         _refuse("high_freq_factor", given["high_freq_factor"], "it must differ from low_freq_factor")
-    return {"rope_theta": theta, "rope_scaling": given}
-
-
-def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
-    value = fields.get(key)
-    if not isinstance(value, (list, type(None))):
-        _refuse(key, value, "it must be a list")
-    return value or []
+    return {"rope_theta": bases[0], "rope_scaling": given}
 
 
 def _refuse(key: str, value: object, problem: str) -> NoReturn:

@@ -13,26 +13,15 @@ IGNORED = -100  # The label of what is no token of the text; torch's own
 LARGE_LOGITS = 64 * 2**20  # Bytes, in float32, up to which all logits at once are the quicker way and no burden
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[label], in at least float32; tokens labelled `IGNORED` (padding) count 0.
-
-    logits [batch, seq, vocab] in any float dtype, labels [batch, seq] int64; returns a scalar.
-    """
-    wide = at_least_float32(logits).flatten(0, -2)
-    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 class TokenLoss(nn.Module):
     """Hidden states and the head's weight to the summed loss: by all logits at once or, where these are many, by
     chunks. A module, so that it can be exchanged for one whose logits lie on several devices.
     """
 
     def __init__(self, implementation: Literal["auto", "torch", "off"] = "auto", recompute: bool = False) -> None:
-        """`implementation`: `kernels.linear_cross_entropy` of the recipe. `recompute`: chunks keep a number per token
-        until the backward pass, and then form their logits anew; else the weight's gradient is held until then.
-        """
         super().__init__()
-        self.implementation = implementation
+        self.implementation = implementation  # `kernels.linear_cross_entropy` of the recipe
+        # Whether chunks form their logits anew in the backward pass; else the weight's gradient is held until then.
         self.recompute = recompute
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -56,8 +45,9 @@ class TokenLoss(nn.Module):
         )
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits [batch, seq, vocab], labels [batch, seq] -> scalar."""
-        return cross_entropy_sum(logits, labels)
+        """logits [batch, seq, vocab], labels [batch, seq] -> scalar, in at least float32."""
+        wide = at_least_float32(logits).flatten(0, -2)
+        return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def part(self) -> dict[str, Any]:
         """Whose group, and which part of the vocabulary, the weight is of: here, all of it."""
