@@ -1,8 +1,6 @@
-"""The manifest: what a checkpoint holds, and the strict reading of one from an untrusted source.
+"""The manifest: what a checkpoint holds, and the strict reading of one from an untrusted source. No torch.
 
-Tensors are tables of chunks, chunks lie in safetensors files, files have sizes and hashes. Nothing here knows torch.
-Checked by hand: a large run has millions of chunks, for each of which pydantic takes twenty times as long and three
-times the memory.
+By hand: a large run has millions of chunks, for each of which pydantic takes 20 times as long and 3 times the memory.
 """
 
 from __future__ import annotations
@@ -32,25 +30,15 @@ MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
 MAX_DIMENSIONS = 4  # The work for a chunk doubles with each (see `tiles`)
 
-DTYPES: dict[str, tuple[int, str]] = {
-    "float64": (8, "F64"),
-    "float32": (4, "F32"),
-    "float16": (2, "F16"),
-    "bfloat16": (2, "BF16"),
-    "float8_e4m3fn": (1, "F8_E4M3"),
-    "float8_e5m2": (1, "F8_E5M2"),
-    "int64": (8, "I64"),
-    "int32": (4, "I32"),
-    "int16": (2, "I16"),
-    "int8": (1, "I8"),
-    "uint8": (1, "U8"),
+# torch's name of each dtype that can be stored: bytes of one element, and safetensors' name.
+DTYPES = {
+    "float64": (8, "F64"), "float32": (4, "F32"), "float16": (2, "F16"), "bfloat16": (2, "BF16"),
+    "float8_e4m3fn": (1, "F8_E4M3"), "float8_e5m2": (1, "F8_E5M2"),
+    "int64": (8, "I64"), "int32": (4, "I32"), "int16": (2, "I16"), "int8": (1, "I8"), "uint8": (1, "U8"),
     "bool": (1, "BOOL"),
-}
-"""torch's name of each dtype that can be stored: bytes of one element, and safetensors' name."""
-LEARNED = ("model.", "optimizer.")
-"""What the names of weights and moments begin with: numbers that are not finite make them useless."""
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""A plain name inside the checkpoint's own folder: no separator, no leading dot, so no way out of it."""
+}  # fmt: skip
+LEARNED = ("model.", "optimizer.")  # what the names of weights and moments begin with, which must be finite
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # no separator, no leading dot: no way out of the folder
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 Extents = tuple[int, ...]
 Scalar = bool | int | float | str | None
@@ -137,8 +125,10 @@ def manifest_from(fields: Mapping[str, Any]) -> Manifest:
     environment, values, recipe = fields["environment"], fields["values"], fields["recipe"]
     _require(isinstance(recipe, str), "recipe", "text")
     _require(all(isinstance(value, str) for value in environment.values()), "environment", "texts")
-    _require(all(map(_is_scalar, values.values())), "values", "numbers, texts, true, false or null")
-    json.dumps([recipe, environment, values], ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    valid = all(value is None or isinstance(value, str | int | float) for value in values.values())
+    _require(valid, "values", "numbers, texts, true, false or null")
+    # Neither NaN nor half of a surrogate pair, which no text holds, is JSON:
+    json.dumps([recipe, environment, values], ensure_ascii=False, allow_nan=False).encode()
     files = {name: _file(name, entry) for name, entry in fields["files"].items()}
     tensors = {name: _tensor(name, entry) for name, entry in fields["tensors"].items()}
     _require_room(tensors, files)
@@ -152,10 +142,6 @@ def _require(valid: bool, place: str, what: str) -> None:
 
 def _is_size(value: Any, limit: int = 2**63) -> bool:
     return type(value) is int and 0 <= value < limit
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_name(value: Any) -> bool:
@@ -213,10 +199,10 @@ def _require_room(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEn
 
 
 def tiles(shape: Extents, boxes: list[tuple[Extents, Extents]]) -> bool:
-    """True if the boxes (offset, shape) cover every cell of an array of `shape` exactly once.
+    """Whether the boxes cover every cell of an array of `shape` exactly once.
 
-    Linear in the number of boxes: a box's indicator function is fixed by its 2^d corners with alternating signs (its
-    mixed difference), so the boxes sum to the whole if and only if their signed corners sum to the whole's.
+    In linear time: a box's indicator function is fixed by its 2^d corners with alternating signs (its mixed
+    difference), so the boxes sum to the whole if and only if their signed corners sum to the whole's.
     """
     corners: Counter[Extents] = Counter()
     for sign, (offset, extent) in [(-1, ((0,) * len(shape), shape)), *((1, box) for box in boxes)]:
@@ -231,10 +217,7 @@ def tiles(shape: Extents, boxes: list[tuple[Extents, Extents]]) -> bool:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as the JSON text of `manifest.json`, with a checksum of its own content.
-
-    Raises `CheckpointError` rather than give what `decode` would not take.
-    """
+    """The text of `manifest.json`. Raises `CheckpointError` rather than give what `decode` would not take."""
     tensors = {
         name: {**entry._asdict(), "chunks": [chunk._asdict() for chunk in entry.chunks]}
         for name, entry in manifest.tensors.items()
@@ -321,8 +304,8 @@ def chunks_by_file(tensors: Mapping[str, TensorEntry]) -> dict[str, Chunks]:
 def read_table(path: Path, file: FileIO) -> tuple[bytes, dict[str, StoredTensor]]:
     """The bytes before the values, and the tensors by key in order of place: they fill the file without a gap.
 
-    Not read by the library, which maps files into memory: one that is cut while it is read would be a fatal signal
-    there, and is an error here. Raises `DamagedCheckpointError` and `OSError`.
+    Not by the library, which maps files into memory: to cut one that is being read would kill the process. Raises
+    `DamagedCheckpointError` and `OSError`.
     """
     file_bytes, header = os.fstat(file.fileno()).st_size, file.read(8) or b""
     count = int.from_bytes(header, "little")

@@ -1,7 +1,7 @@
-"""Reading a checkpoint's values into parts of tensors that are already there, whatever parts they were written in.
+"""Reading tensors' values into parts of tensors that are already there, whatever parts they were written in.
 
-The one reader of checkpoints' files and of Hugging Face folders: block by block, hashed on the way where they are to be
-verified. Beside the targets, one block is held. Nothing is mapped into memory, and no pickle is ever opened.
+Block by block, hashed on the way where they are to be verified; also from Hugging Face folders. Nothing is mapped into
+memory, and no pickle is ever opened.
 """
 
 from __future__ import annotations
@@ -45,38 +45,34 @@ def load_state(
     """Copy the checkpoint's values into `into`, in place; called by every rank, each with its parts of the tensors.
 
     Each file is read whole by the rank that wants most of it, and compared with its hash; beside that, a rank reads its
-    own parts and no more. `prefix` limits the reading to the tensors whose names begin with it (`model.` for the
-    weights alone). `convert` takes values of another floating-point dtype, rounded to that of `into`. `own` is the
-    manifest of folders that are each machine's own: a rank compares all files with their hashes that it wants something
-    of, and no others need be there.
+    own parts and no more. `prefix` limits the reading to tensors of such names (`model.`: the weights). `convert` takes
+    values of another floating-point dtype, rounded. `own` is the manifest of folders that are each machine's own: a
+    rank verifies all files that it wants something of, and no others need be there.
 
-    Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that is missing, unexpected,
-    or of another shape or dtype (`into` is then untouched), and `DamagedCheckpointError` if a file is not what the
-    manifest says, or a weight or a moment is not finite: then `into` holds anything, and needs other values.
+    Raises, on all ranks alike, `NewerFormatError`, `CheckpointError` naming every tensor that does not fit (`into` is
+    then untouched), and `DamagedCheckpointError` if a file is not what the manifest says, or a weight or a moment is
+    not finite: then `into` holds anything.
     """
     manifest = own or storage.decode_manifest(folder, ranks.run_on_rank0(lambda: storage.manifest_text(folder)))
     stored = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     placed = format.chunks_by_file(stored)
 
-    def compare() -> list[Any]:
-        problems = find_mismatches(stored, into, convert)
-        wanted = {} if problems else wanted_bytes(placed, into)
-        return [problems, [name for name in stored if name not in into], wanted]
+    problems = find_mismatches(stored, into, convert)
+    wanted = {} if problems else wanted_bytes(placed, into)
+    own_report = [problems, [name for name in stored if name not in into], wanted]
 
     def share(found: list[list[Any]]) -> list[list[str]]:
-        problems, unwanted, wanted = zip(*found, strict=True)
-        lines = dict.fromkeys(itertools.chain(*problems))
+        every_problem, unwanted, every_wanted = zip(*found, strict=True)
+        lines = dict.fromkeys(itertools.chain(*every_problem))
         nowhere = set(unwanted[0]).intersection(*unwanted[1:])
         lines |= {f"{name}: in the checkpoint, but not in this model": None for name in unwanted[0] if name in nowhere}
         if lines:
             count = pluralize(len(lines), "difference")
-            raise CheckpointError(
-                f"the checkpoint {folder} does not fit this model ({count}):\n  " + "\n  ".join(lines)
-            )
-        return assign_files({file: manifest.files[file].bytes for file in placed}, wanted)
+            text = "\n  ".join([f"the checkpoint {folder} does not fit this model ({count}):", *lines])
+            raise CheckpointError(text)
+        return assign_files({file: manifest.files[file].bytes for file in placed}, every_wanted)
 
-    shares = ranks.run_on_all_ranks(compare, share)
-    wanted = wanted_bytes(placed, into)
+    shares = ranks.run_on_all_ranks(lambda: own_report, share)
     verified = set(shares[ranks.rank] if own is None else wanted)
 
     def fill(file: str) -> None:
@@ -123,9 +119,8 @@ def wanted_bytes(placed: Mapping[str, Chunks], into: Mapping[str, Shard]) -> dic
 
 # --- files
 
+# Read at once, in whole rows (one, if that is larger): little enough to be in the processor's cache when it is hashed.
 BLOCK_BYTES = 2**22
-"""What is read at once: whole rows of about this size (one row, if that is larger). So small that it is still in the
-processor's cache when it is hashed and copied."""
 RUN_BYTES = 2**12  # Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway
 
 
@@ -309,9 +304,8 @@ class Difference:
 
 
 def compare_checkpoints(a: Path, b: Path, prefix: str = "") -> Iterator[Difference]:
-    """Every tensor of either checkpoint whose name begins with `prefix`, in the first one's order.
-
-    Raises `DamagedCheckpointError` if a file of one is not as its manifest says; hashes are not compared.
+    """Every tensor of either checkpoint whose name begins with `prefix`, in the first one's order. Hashes are not
+    compared. Raises `DamagedCheckpointError`.
     """
     for folder in (a, b):
         for damage in storage.find_corruption(folder):

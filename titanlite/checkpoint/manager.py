@@ -58,28 +58,25 @@ class CheckpointManager:
         require_own: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
-        self.current: int | None = None
-        """Step of the checkpoint that this process last committed or loaded, known to be whole."""
+        self.current: int | None = None  # step of the checkpoint last committed or loaded here, known to be whole
         self._ranks = ranks
         self._keep = keep
         self._warn = warn if ranks.is_first else lambda text: None
         self._passed_over: set[int] = set()
         self._saver = BackgroundSaver(self._warn, background)
+        # Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any.
         self._begun: int | None = None
-        """Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any."""
         self._max_failures = max_failures
         self._failed: list[Exception] = []  # of the saves since the last that was committed
         self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
-        self._extra: set[int] = set()
-        """Steps of checkpoints that a stop left between two others, as far as this process met them."""
+        self._extra: set[int] = set()  # steps of checkpoints with `BACK_TO`, as far as this process met them
         self._opened: int | None = None
         """Descriptor of the folder that was prepared: held open, for the number of a deleted one is given away."""
 
     def prepare(self) -> None:
-        """Make the folder and clear what a killed process left there.
-
-        For rank 0 alone, holding the run folder's lock, before any rank looks for checkpoints.
+        """Make the folder and clear what a killed process left there. For rank 0 alone, which holds the run's lock,
+        before any rank looks for checkpoints.
         """
         with storage.wrap_os_errors(f"cannot use {self.folder} for checkpoints", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -252,8 +249,6 @@ class CheckpointManager:
     def _make_ready(self, step: int, warn: Warn) -> None:
         """Before a save of `step`: the folder must be the run's own, and checkpoints that loading passed over go
         aside, since later ones must not be 'latest' again, and none counts as kept.
-
-        Raises `CheckpointError` or `RunFolderLost`.
         """
         try:
             same = self._opened is None or os.path.samestat(os.fstat(self._opened), os.stat(self.folder))

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from titanlite.files import cause
 
-SAVE_NOW = "save-now"
-"""Name of the file in the run folder that asks for a checkpoint: `touch RUN/save-now`. Deleted once it is committed."""
+SAVE_NOW = "save-now"  # the file in the run folder that asks for a checkpoint; deleted once it is committed
 _LOOK_EVERY_SECONDS = 1.0  # a look at a shared file system may take a while; steps may be short
-_RETRY_SECONDS = 30.0
-"""After a save that failed, the next is asked for so much later: a full disk may have been cleared by then."""
+_RETRY_SECONDS = 30.0  # from a save that failed to the next: a full disk may have been cleared by then
 
 
 class SaveRequests:
@@ -24,8 +22,8 @@ class SaveRequests:
     """
 
     def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None], is_rank0: bool = True) -> None:
-        self._file: Path | None = file if is_rank0 else None
-        self._limit_seconds = 60 * every_minutes if is_rank0 and every_minutes else math.inf
+        self._file: Path | None = file
+        self._limit_seconds = 60 * every_minutes or math.inf
         self._warn = warn
         self._is_rank0 = is_rank0
         self._saved_at = time.monotonic()
@@ -35,7 +33,7 @@ class SaveRequests:
 
     def due(self) -> bool:
         """Whether to ask for a checkpoint now."""
-        if self._asked:
+        if self._asked or not self._is_rank0:
             return False
         now = time.monotonic()
         if self._file is not None and now - self._looked_at >= _LOOK_EVERY_SECONDS:
@@ -55,7 +53,7 @@ class SaveRequests:
     def failed(self) -> None:
         """A save came to nothing: ask for another one in a while."""
         self._asked = self._saves_for_file = False
-        self._retry_at = time.monotonic() + _RETRY_SECONDS if self._is_rank0 else math.inf
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
 
     def saved(self) -> None:
         """The save that was begun last is committed: the file that had asked for it before goes."""

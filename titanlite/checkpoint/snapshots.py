@@ -53,14 +53,12 @@ class Move(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A snapshot by the digest of its manifest, the sizes of its files, and the machines that hold each (the manifest
-    too), by their first ranks.
-    """
+    """What all machines hold of a snapshot."""
 
     step: int
-    digest: str
-    sizes: dict[str, int]
-    holders: dict[str, list[int]]
+    digest: str  # of its manifest
+    sizes: dict[str, int]  # of its files
+    holders: dict[str, list[int]]  # the machines that hold each file, the manifest too, by their first ranks
 
 
 class Snapshots:
@@ -86,8 +84,7 @@ class Snapshots:
         self._loaded = ""  # digest of the manifest of the one that was loaded, until a generation begins
         self._require_own = require_own
         self._folder = memory  # one in it, once `prepare` knows the run
-        # Name of the generation that counts, and digest of the manifest of the snapshot that it begins with:
-        self._generation, self._origin = "", ""
+        self._generation, self._origin = "", ""  # that which counts, and digest of the snapshot that it begins with
         self._machines = [0] * ranks.size  # by rank, its machine: the first rank that sees the same folder
 
     def prepare(self) -> None:

@@ -31,8 +31,7 @@ from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
 from titanlite.registry import require_plugins
 
-BEGINS_WITH = ".begins-with.json"
-"""Beside the checkpoints: which one of another run this run began with, and by what path that was asked for."""
+BEGINS_WITH = ".begins-with.json"  # beside a run's checkpoints: the other run's that it began with, asked for by a path
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -44,9 +43,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def select_superseded(steps: Sequence[int], keep_last: int, keep_every: int = 0) -> list[int]:
-    """Of ascending `steps`, those that need not be kept: not the `keep_last` newest (0: all), nor multiples of
-    `keep_every` (0: none).
-    """
+    """Of ascending `steps`, all but the `keep_last` newest (0: all) and multiples of `keep_every` (0: none)."""
     older = steps[:-keep_last] if keep_last else []
     return [step for step in older if not (keep_every and step % keep_every == 0)]
 
@@ -297,10 +294,7 @@ def raise_if_deleted(folder: Path) -> Iterator[None]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds and what wrote it, in plain values; None for what the recipe in it does not say.
-
-    Raises `CheckpointError` without a valid manifest.
-    """
+    """What a checkpoint holds and what wrote it, in plain values; None for what the recipe in it does not say."""
     with raise_if_deleted(folder):
         manifest = read_manifest(folder)
     try:
