@@ -16,13 +16,13 @@ from support.pool import Pool
 
 from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.format import CheckpointMetadata
-from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager, Retention
+from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager
 from titanlite.checkpoint.save import BackgroundSaver
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
 from titanlite.observe.logger import RunLogger
 from titanlite.parallel.world import World
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe.sections import Checkpoint, Recipe
 from titanlite.training.saving import Saving
 from titanlite.training.setup import Run
 
@@ -156,7 +156,7 @@ def test_ranks_save_in_the_background_while_they_talk_of_other_things(pool: Pool
 
 def test_the_best_by_validation_stay_beside_the_newest(tmp_path: Path) -> None:
     losses = {1: 4.0, 2: 2.0, 3: 3.0, 4: None, 5: 2.5, 6: 9.0, 7: 8.0}
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Retention(last=1, best=2))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Checkpoint(keep_last=1, keep_best=2))
     for step, loss in losses.items():
         begin(checkpoints, step, torch.zeros(2), **({VALIDATION_LOSS: loss} if loss is not None else {}))
         checkpoints.wait()
@@ -209,7 +209,7 @@ def test_values_of_another_float_are_taken_where_asked_for(tmp_path: Path) -> No
 
 
 def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Retention(last=1, best=1))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Checkpoint(keep_last=1, keep_best=1))
     read, unreadable = storage.read_manifest, [True]
 
     def sometimes(folder: Path) -> Any:
@@ -228,7 +228,7 @@ def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monk
 
 
 def test_a_step_that_is_saved_anew_has_its_new_loss(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Retention(last=2, best=1))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Checkpoint(keep_last=2, keep_best=1))
     for step, loss in ((1, 5.0), (2, 1.0), (2, 9.0), (3, 8.0)):
         begin(checkpoints, step, torch.zeros(2), **{VALIDATION_LOSS: loss})
         checkpoints.wait()

@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, NewerFormatError, _checksum, folder_name
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.manager import CheckpointManager, Retention
+from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.plan import group_by_size
 from titanlite.checkpoint.save import plan_local_save, save_state
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
+from titanlite.recipe.sections import Checkpoint
 
 COUNTERS = {"samples": 0, "tokens": 0, "values": {}, "recipe": "", "environment": {}}
 
@@ -38,7 +39,9 @@ class Run:
     def __init__(self, folder: Path, keep_last: int = 0, background: bool = True) -> None:
         self.warnings: list[str] = []
         self.folder = folder
-        self.manager = CheckpointManager(folder, self.warnings.append, keep=Retention(keep_last), background=background)
+        self.manager = CheckpointManager(
+            folder, self.warnings.append, keep=Checkpoint(keep_last=keep_last), background=background
+        )
         self.manager.prepare()
 
     def save(self, step: int, tensors: dict[str, torch.Tensor] | None = None) -> Path:

@@ -12,9 +12,10 @@ import torch
 
 from titanlite.checkpoint import load, save
 from titanlite.checkpoint.format import CheckpointMetadata
-from titanlite.checkpoint.manager import CheckpointManager, Retention
+from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
+from titanlite.recipe.sections import Checkpoint
 
 Ended = tuple[str, str]  # Type of the error that ended a call, or "done", and its text
 
@@ -35,7 +36,7 @@ def part(rank: int, world: int, step: int) -> dict[str, Shard]:
 
 def manager(folder: str, rank: int, world: int, warnings: list[str] | None = None) -> CheckpointManager:
     warn = [].append if warnings is None else warnings.append
-    return CheckpointManager(Path(folder), warn, Ranks(rank, world), Retention(last=2))
+    return CheckpointManager(Path(folder), warn, Ranks(rank, world), Checkpoint(keep_last=2))
 
 
 def commit(checkpoints: CheckpointManager, tensors: dict[str, Shard], step: int) -> Ended:

@@ -334,13 +334,11 @@ def _write_checkpoint(
     folder: Path, sources: Mapping[str, save.TensorSource], file_bytes: int, recipe: str, tokenizer: str
 ) -> list[str]:
     """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
-    plan = save.LocalSavePlan(
-        {name: {"dtype": source.dtype, "shape": list(source.shape)} for name, source in sources.items()},
-        {name: save.WriteItem(name, (0,) * len(source.shape), source) for name, source in sources.items()},
-        file_bytes,
-    )
+    items = {
+        name: save.WriteItem(name, source.shape, (0,) * len(source.shape), source) for name, source in sources.items()
+    }
     others = {name: storage.describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
-    table = save.write_items(folder, plan)
+    table = save.write_items(folder, save.LocalSavePlan(items, file_bytes))
     metadata = format.CheckpointMetadata(
         0, recipe=recipe, values={"tokenizer": tokenizer}, environment=save.environment(torch.device("cpu"))
     )

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from titanlite.checkpoint import storage
@@ -20,25 +19,18 @@ from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import BackgroundSaver, LocalSavePlan, SaveResult, Warn, save_state
 from titanlite.errors import CheckpointError, RunFolderLost
 from titanlite.models.shard import Shard
+from titanlite.recipe.sections import Checkpoint
 from titanlite.text import pluralize
 
 VALIDATION_LOSS = "validation_loss"  # The value beside a checkpoint's tensors that tells which are the best ones
 BACK_TO = "rollback_to"
 """The value that names the step which a rollback goes back to, where that is an earlier one; -1: what the run began
 with. A checkpoint that has it stays until there is a newer one, and takes no other's place."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay when a newer one is committed; see `recipe.sections.Checkpoint`."""
-
-    last: int = 0
-    every: int = 0
-    best: int = 0
+_KEEP_ALL = Checkpoint(keep_last=0)
 
 
 class CheckpointManager:
-    """Saves to and loads from `folder`, and deletes what `keep` does not name.
+    """Saves to and loads from `folder`, and deletes what `keep`, the recipe's section, does not name.
 
     Every one of the `ranks` processes of a run has one, over the same folder; what saves and loads is called by all of
     them and ends alike on all. With `background`, a save stops training only while this rank's part is copied to the
@@ -52,7 +44,7 @@ class CheckpointManager:
         folder: Path,
         warn: Warn,
         ranks: Ranks = ALONE,
-        keep: Retention = Retention(),
+        keep: Checkpoint = _KEEP_ALL,
         background: bool = False,
         max_failures: int = 0,
         require_own: Callable[[], None] = lambda: None,
@@ -275,15 +267,16 @@ class CheckpointManager:
             warn(str(error))
             return
         kept = self._best(steps)
-        old = storage.select_superseded([s for s in steps if s not in extra], self._keep.last, self._keep.every)
-        old += [step for step in steps[:-1] if step in extra and self._keep.last]
+        usual, last = [step for step in steps if step not in extra], self._keep.keep_last
+        old = storage.select_superseded(usual, last, self._keep.keep_every)
+        old += [step for step in steps[:-1] if step in extra and last]
         for step in old:
             if step not in kept:
                 storage.remove_or_warn(self.path(step), warn)
 
     def _best(self, steps: Sequence[int]) -> list[int]:
-        """The `keep.best` steps of the lowest validation loss, and those of which it cannot be read just now."""
-        if not self._keep.best:
+        """The `keep_best` steps of the lowest validation loss, and those of which it cannot be read just now."""
+        if not self._keep.keep_best:
             return []
         losses, unread = self._validation_losses, []
         for step in steps:
@@ -294,4 +287,4 @@ class CheckpointManager:
                 except CheckpointError:
                     unread.append(step)
         known = [step for step in steps if math.isfinite(losses.get(step, math.inf))]
-        return unread + sorted(known, key=lambda step: (losses[step], -step))[: self._keep.best]
+        return unread + sorted(known, key=lambda step: (losses[step], -step))[: self._keep.keep_best]

@@ -101,9 +101,10 @@ def _blocks(tensors: Mapping[str, TensorSource], order: Sequence[str]) -> Iterat
 
 @dataclass(frozen=True)
 class WriteItem:
-    """A box of a whole tensor that this rank writes."""
+    """A box of a whole tensor that this rank writes. Of an empty tensor, nothing."""
 
     name: str
+    whole: tuple[int, ...]  # shape of the whole tensor
     offset: tuple[int, ...]
     source: TensorSource
 
@@ -112,10 +113,7 @@ class WriteItem:
 class LocalSavePlan:
     """What this rank writes of a checkpoint."""
 
-    tensors: Mapping[str, Mapping[str, object]]
-    """dtype and whole shape of the tensors that it writes something of, and of empty ones."""
-    items: Mapping[str, WriteItem]
-    """By the keys that they have in their files: the tensor's name, with the offset if it is not all of it."""
+    items: Mapping[str, WriteItem]  # by their keys in files: the tensor's name, with the offset if it is not all of it
     file_bytes: int
 
     @property
@@ -126,19 +124,16 @@ class LocalSavePlan:
 def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None) -> LocalSavePlan:
     """What this rank writes of a state, by views: each box that several ranks hold is shared out among them."""
     file_bytes = FILE_BYTES if file_bytes is None else file_bytes
-    table: dict[str, Mapping[str, object]] = {}
     items: dict[str, WriteItem] = {}
     for name, shard in tensors.items():
         tensor, box = shard.tensor.detach(), shard.box
         mine = boxes_to_write(name, box, tensor.nbytes, shard.copies, shard.copy, file_bytes)
         if dtype_name(tensor) not in DTYPES:
             raise ValueError(f"tensor '{name}' is {dtype_name(tensor)}, which a checkpoint cannot hold")
-        if mine or 0 in shard.shape:
-            table[name] = {"dtype": dtype_name(tensor), "shape": list(shard.shape)}
-        for part in mine:
+        for part in [box] if 0 in shard.shape else mine:
             key = name if part[1] == shard.shape else f"{name}@{','.join(map(str, part[0]))}"
-            items[key] = WriteItem(name, part[0], TensorSource.of(tensor[within(part, box)]))
-    return LocalSavePlan(table, items, file_bytes)
+            items[key] = WriteItem(name, shard.shape, part[0], TensorSource.of(tensor[within(part, box)]))
+    return LocalSavePlan(items, file_bytes)
 
 
 def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, ranks: Ranks = ALONE) -> str:
@@ -168,9 +163,11 @@ def wrap_write_errors(final: Path, nbytes: int, what: str) -> ContextDecorator:
 
 def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, Any]:
     """Write and sync this rank's files; its table of tensors and files for `merge_tables`. Raises `OSError`."""
-    tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in plan.tensors.items()}
+    tensors: dict[str, Any] = {
+        item.name: {"dtype": item.source.dtype, "shape": list(item.whole), "chunks": []} for item in plan.items.values()
+    }
     files = {}
-    sizes = {key: item.source.nbytes for key, item in plan.items.items()}
+    sizes = {key: item.source.nbytes for key, item in plan.items.items() if item.source.nbytes}
     for number, keys in enumerate(group_by_size(sizes, plan.file_bytes)):
         file = f"tensors-{rank:05d}-{number:03d}.safetensors"  # see writer_of
         files[file] = write_tensors(folder / file, {key: plan.items[key].source for key in keys})._asdict()

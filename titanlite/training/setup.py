@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from titanlite.checkpoint.manager import CheckpointManager, Retention
+from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks, new_ranks
 from titanlite.checkpoint.snapshots import Snapshots, forget
 from titanlite.corpus.prepare import texts_folder
@@ -144,7 +144,7 @@ def open_checkpoints(
         path / "checkpoints",
         logger.info,
         new_ranks(world.rank, world.size, timeout),
-        Retention(section.keep_last, section.keep_every, section.keep_best),
+        section,
         background=background,
         max_failures=section.max_failures,
         require_own=require_own,
