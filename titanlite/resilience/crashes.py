@@ -20,6 +20,8 @@ from titanlite.errors import GuardStop
 from titanlite.files import read_file, sync, sync_path
 from titanlite.plan.launch import MAX_STARTS
 
+FOLDER = Path("logs") / "crashes"  # of a run
+
 
 @dataclass(frozen=True)
 class Crash:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.corpus.tokenizers import FOLDER
@@ -50,9 +49,9 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         # No rank looks for checkpoints before the first one has locked and cleared the folder.
         folder, start, attempt = setup.lock_run_folder(stack, ranks, loaded, path, start, logger, progress)
         checkpoints, snapshots = setup.open_checkpoints(recipe, path, world, logger, folder)
-        progress.under_way = setup.find_latest_step(ranks, loaded, checkpoints, snapshots) + 1, None
-        run = Run(recipe, loaded.text, world, data, checkpoints, logger, start, snapshots=snapshots, progress=progress)
-        crash = CrashRecorder(path / "logs" / "crashes", attempt, run)
+        run = Run(recipe, loaded.text, world, data, checkpoints, logger, start, attempt, progress, snapshots)
+        progress.under_way = setup.find_latest_step(ranks, run) + 1, None
+        crash = CrashRecorder(run)
 
         def record_hang(step: int, report: HangReport) -> None:
             """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
@@ -66,30 +65,29 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         seconds = recipe.resilience.watchdog_seconds
         run.watchdog = Watchdog(seconds, path / "logs", world.rank, world.size, record_hang)
         with crash.recorded(), run.watchdog, explain_full_memory():
-            run.read_log = stack.enter_context(closing(setup.open_read_log(recipe, path, world, attempt, logger)))
-            run.verification = setup.begin_verification(stack, data, path, ranks, logger)
+            run.read_log = stack.enter_context(closing(setup.open_read_log(run)))
+            run.verification = setup.begin_verification(stack, run, ranks)
             trainer = Trainer(run)
             hosts = ranks.run_on_all_ranks(platform.node, lambda hosts: hosts)
             if folder is not None:
                 _begin(run, folder, hosts, notes)
             begun_at = progress.step
             trainer.train()
-            logger.info(_end_in_words(path, run, begun_at))
+            logger.info(_end_in_words(run, begun_at))
 
 
 class CrashRecorder:
     """Writes down what fails on this rank, so that the next start can tell a step that fails again and again."""
 
-    def __init__(self, folder: Path, attempt: int, run: Run) -> None:
-        self._folder = folder
-        self._attempt = attempt
+    def __init__(self, run: Run) -> None:
+        self._folder = run.path / crashes.FOLDER
         self._run = run
 
     def describe(self, kind: str, message: str, stack: str) -> crashes.Crash:
         """The record of a failure in the step that is under way."""
         (step, first), under, run = self._run.progress.under_way, torchrun_environment(), self._run
         return crashes.Crash(
-            attempt=self._attempt,
+            attempt=run.attempt,
             restart=under.restarts if under else 0,
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             step=step,
@@ -170,13 +168,13 @@ def _start_in_words(folder: RunFolder, hosts: list[str]) -> str:
     return f"start {folder.attempt} of this run{restart}, {ranks}{waiting}{last}"
 
 
-def _end_in_words(path: Path, run: Run, begun_at: int) -> str:
+def _end_in_words(run: Run, begun_at: int) -> str:
     """What is there at the end, and what to do with it."""
-    it, steps, loss = shlex.quote(str(path)), run.total_steps, run.progress.validation_loss
+    it, steps, loss = shlex.quote(str(run.path)), run.total_steps, run.progress.validation_loss
     if begun_at == steps:
         key = "training.steps" if run.recipe.training.tokens is None else "training.tokens"
         return (
-            f"nothing is left to train: {path} has taken all of its {pluralize(steps, 'step')}. To train on, raise "
+            f"nothing is left to train: {run.path} has taken all of its {pluralize(steps, 'step')}. To train on, raise "
             f"{key} and add --allow-change {key}; or give a new run another run.name and --checkpoint.warm_start={it}"
         )
     validated = "" if loss is None else f", validation loss {loss:.4f}"

@@ -43,7 +43,7 @@ class Saving:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        file, every = run.checkpoints.folder.parent / SAVE_NOW, run.recipe.checkpoint.every_minutes
+        file, every = run.path / SAVE_NOW, run.recipe.checkpoint.every_minutes
         self._requests = SaveRequests(file, every, run.logger.info, run.world.is_first)
         self._lost = False  # whether a save has found that the run folder may be another process's
         self._snapshots_fail: bool | None = None  # whether the last one did; None before the first

@@ -49,11 +49,17 @@ class Run:
     checkpoints: CheckpointManager
     logger: RunLogger
     start: Start = GO_ON
-    watchdog: Watchdog = OFF
+    attempt: int = 1  # number of this start in the run's life
+    progress: Progress = field(default_factory=Progress)
     snapshots: Snapshots | None = None
+    watchdog: Watchdog = OFF
     read_log: ReadLog = NO_LOG
     verification: Verification | None = None
-    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.checkpoints.folder.parent
 
     @property
     def total_steps(self) -> int:
@@ -119,7 +125,7 @@ def lock_run_folder(
         stack.enter_context(_status(folder, progress))
         logger.consoles.append(LogFile(folder.logs / "console.log", steps))
         folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
-        attempts = crashes.attempts(path / "logs" / "crashes")
+        attempts = crashes.attempts(path / crashes.FOLDER)
         folder.attempt = max(folder.attempt, 1 + max(attempts, default=0), 1 + last_start(path))
         return [folder.start.mode, folder.start.step, folder.start.restarted, folder.attempt]
 
@@ -136,10 +142,7 @@ def open_checkpoints(
     section, timeout = recipe.checkpoint, recipe.parallel.timeout_seconds
     background = section.mode == "async"
 
-    def require_own() -> None:
-        if folder is not None:
-            folder.require_own()
-
+    require_own = folder.require_own if folder is not None else lambda: None
     checkpoints = CheckpointManager(
         path / "checkpoints",
         logger.info,
@@ -157,37 +160,36 @@ def open_checkpoints(
     )
 
 
-def find_latest_step(
-    ranks: Ranks, loaded: LoadedRecipe, checkpoints: CheckpointManager, snapshots: Snapshots | None
-) -> int:
+def find_latest_step(ranks: Ranks, run: Run) -> int:
     """Clear what killed processes left of saves, refuse to crash again and again, and return the newest step or 0."""
 
     def prepare() -> int:
-        checkpoints.prepare()
-        if snapshots is None:
-            forget(checkpoints.folder)
-        latest, records = max(checkpoints.steps(), default=0), checkpoints.folder.parent / "logs" / "crashes"
-        crashes.refuse_loop(records, loaded.recipe.resilience.max_crashes, latest, loaded.text)
+        run.checkpoints.prepare()
+        if run.snapshots is None:
+            forget(run.checkpoints.folder)
+        latest = max(run.checkpoints.steps(), default=0)
+        crashes.refuse_loop(run.path / crashes.FOLDER, run.recipe.resilience.max_crashes, latest, run.recipe_text)
         return latest
 
     latest: int = ranks.run_on_rank0(prepare)
     return latest
 
 
-def open_read_log(recipe: Recipe, path: Path, world: World, attempt: int, logger: RunLogger) -> ReadLog:
+def open_read_log(run: Run) -> ReadLog:
     """This rank's record of the samples that it reads: one rank of each data rank keeps one."""
-    plan, coordinates = rank_plan(recipe, world)
-    return ReadLog(log_path(path, plan.data_rank) if coordinates.is_batch_leader else None, plan, attempt, logger.info)
+    plan, coordinates = rank_plan(run.recipe, run.world)
+    path = log_path(run.path, plan.data_rank) if coordinates.is_batch_leader else None
+    return ReadLog(path, plan, run.attempt, run.logger.info)
 
 
-def begin_verification(stack: ExitStack, data: DataSplits, path: Path, ranks: Ranks, logger: RunLogger) -> Verification:
+def begin_verification(stack: ExitStack, run: Run, ranks: Ranks) -> Verification:
     """Verify this rank's part of the token files in the background, until `stack` ends."""
-    verification = Verification(data.token_files, path / "logs" / "verified", ranks.rank, ranks.size)
+    verification = Verification(run.data.token_files, run.path / "logs" / "verified", ranks.rank, ranks.size)
 
     def end() -> None:
         if (left := verification.end()) and verification.failure is None:
             names = list_some([str(file.prefix) for file in left])
-            logger.info(f"ended before token files were verified ({names}); titanlite data verify does it")
+            run.logger.info(f"ended before token files were verified ({names}); titanlite data verify does it")
 
     ranks.run_on_all_ranks(verification.begin)
     stack.callback(end)
