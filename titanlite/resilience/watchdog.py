@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from titanlite.errors import TitanliteError
@@ -109,7 +110,7 @@ class HangCoordinator(threading.Thread):
     """
 
     def __init__(self, status: RankStatus, ranks: int, period_seconds: float) -> None:
-        """Needs the default process group, whose store it gets a client of its own for."""
+        """Needs the default process group if there are several ranks: it shares the table through the group's store."""
         super().__init__(name="watchdog-store", daemon=True)
         self.status = status  # this rank's row; put another in its place whenever something changes
         self.hang = False  # whether a rank has found that the run stands still; set it to say so
@@ -122,7 +123,8 @@ class HangCoordinator(threading.Thread):
         self._keys = [f"rank-{rank}" for rank in range(ranks)]
         self._period = period_seconds
         # Its own connection: the trainer may be blocked within its client. The group's store is new at every start.
-        self._store = PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
+        store = _get_default_store().clone() if ranks > 1 else HashStore()  # type: ignore[attr-defined]
+        self._store = PrefixStore("watchdog", store)
 
     def leave(self) -> None:
         """Say that this rank needs no watching any more, and end the thread."""
@@ -198,8 +200,6 @@ class Watchdog:
 
     def __post_init__(self) -> None:
         self._beat = (0, "starting")  # step and phase; each is an object of its own, which tells it from the next
-        self._status = RankStatus(self.rank, platform.node(), os.getpid(), _pid_namespace())
-        self._coordinator: HangCoordinator | None = None
         self._left = threading.Event()
 
     def beat(self, step: int, phase: str = _TRAINING) -> None:
@@ -218,15 +218,15 @@ class Watchdog:
 
     def stragglers(self) -> list[str]:
         """Sentences on ranks that were found to slow the others down since the last call; on rank 0 alone."""
-        found = self._coordinator.stragglers if self._coordinator is not None else ()
+        found = self._coordinator.stragglers if self.seconds else ()
         return [found.popleft() for _ in range(len(found))] if found else []
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
-            self._stacks = StackLog(self.logs, self.rank, self._status.name)
-            if self.ranks > 1:
-                self._coordinator = HangCoordinator(self._status, self.ranks, min(self.seconds / 60, 2.0))
-                self._coordinator.start()
+            status = RankStatus(self.rank, platform.node(), os.getpid(), _pid_namespace())
+            self._stacks = StackLog(self.logs, self.rank, status.name)
+            self._coordinator = HangCoordinator(status, self.ranks, min(self.seconds / 60, 2.0))
+            self._coordinator.start()
             arguments = (threading.get_ident(),)
             self._watching = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
             self._watching.start()
@@ -236,14 +236,13 @@ class Watchdog:
         if self.seconds:
             self._left.set()
             self._watching.join()
-            if self._coordinator is not None:
-                self._coordinator.leave()
+            self._coordinator.leave()
             self._stacks.close()
 
     def _watch(self, trainer: int) -> None:
         beat, silent_seconds, looked_at, armed_at = self._beat, 0.0, time.monotonic(), -math.inf
         jitter = random.Random(self.rank)  # not to look at always the same point of a step
-        looks: Counter[Location] = Counter()
+        coordinator, looks = self._coordinator, Counter[Location]()
         while not self._left.wait(jitter.uniform(0.5, 1.5) * min(_LOOK_SECONDS, self.seconds / 20)):
             last, beat, now, seen = beat, self._beat, time.monotonic(), look_at(trainer)
             silent_seconds = silence(silent_seconds, now - looked_at) if beat is last else 0.0
@@ -257,11 +256,9 @@ class Watchdog:
             if looks.total() >= WINDOW_LOOKS:
                 changes["waited"], changes["busiest"] = summarize(looks)
                 looks.clear()
-            self._status = replace(self._status, **changes)
-            if self._coordinator is not None:
-                self._coordinator.status = self._status
+            coordinator.status = replace(coordinator.status, **changes)
             late = silent_seconds >= self.seconds * (1 if phase == _TRAINING else WATCHDOG_PATIENCE)
-            if late or (self._coordinator is not None and self._coordinator.hang):
+            if late or coordinator.hang:
                 self._end(late)
 
     def _end(self, late: bool) -> None:
@@ -269,16 +266,15 @@ class Watchdog:
         timer = threading.Timer(_ENDING_SECONDS, os._exit, (TitanliteError.exit_code,))
         timer.daemon = True
         timer.start()
-        status, coordinator = self._status, self._coordinator
-        if coordinator is not None:
-            coordinator.hang = True
+        coordinator, status = self._coordinator, self._coordinator.status
+        coordinator.hang = True
         why = f"no sign of life for {status.silent_seconds:.0f} s" if late else "another rank gives no sign of life"
         self._stacks.write_stacks(f"{why}; stacks {status.stage}:")
-        agreed = coordinator.wait_for_report() if coordinator is not None else HangReport.of([], [status])
+        agreed = coordinator.wait_for_report()
         unknown = "who holds it up is unknown: the store, at rank 0 or its launcher, does not answer"
         report = agreed or HangReport(unknown, "", status.rank, status.host, to_signal=[])
         reason = f"no progress (resilience.watchdog_seconds = {self.seconds:g}): {report.reason}"
-        if coordinator is None or agreed is None or coordinator.is_reporter:
+        if agreed is None or coordinator.is_reporter:
             _print_report(self.logs, f"{reason}\n{report.table}".rstrip())
         self._stacks.write(reason)
         self.on_hang(status.step, replace(report, reason=reason))
@@ -287,7 +283,7 @@ class Watchdog:
             with suppress(OSError):
                 os.kill(pid, _STACKS_SIGNAL)
                 os.kill(pid, signal.SIGCONT)
-        if coordinator is not None:
+        if self.ranks > 1:
             time.sleep(_OTHERS_SECONDS)
         os._exit(TitanliteError.exit_code)
 
