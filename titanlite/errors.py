@@ -27,16 +27,13 @@ class TitanliteError(Exception):
 class Finding:
     """One thing wrong (or worth saying) about a recipe: where, what, and what to do about it."""
 
-    key: str
-    """Dotted recipe key, such as `training.steps`; empty for the file as a whole."""
+    key: str  # Dotted recipe key, such as `training.steps`; empty for the file as a whole
     problem: str
     fix: str = ""
     file: str = ""
     line: int = 0
-    severity: str = "error"
-    """`error` refuses the run; `warning` is printed and the run goes on."""
-    extended_by: str = ""
-    """The recipe that was asked for, where `file` is another one that it extends."""
+    severity: str = "error"  # `error` refuses the run; `warning` is printed and the run goes on
+    extended_by: str = ""  # The recipe that was asked for, where `file` is another one that it extends
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
@@ -116,7 +113,5 @@ class StoppedEarly(TitanliteError):
 
     exit_code = EXIT_STOPPED_EARLY
     on_all_ranks = True
-    signalled = False
-    """Whether a signal to one rank or more was the reason."""
-    received = False
-    """Whether this process was signalled itself."""
+    signalled = False  # Whether a signal to one rank or more was the reason
+    received = False  # Whether this process was signalled itself

@@ -23,11 +23,9 @@ from typing import Any
 from titanlite.errors import TitanliteError, UsageError
 from titanlite.text import format_bytes
 
-APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-"""Flags of `open_file` for a file that grows."""
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND  # Flags of `open_file` for a file that grows
 
-_LEASE_SECONDS = 120
-"""NFS servers keep a lost machine's locks for a lease; 90 s is the usual one."""
+_LEASE_SECONDS = 120  # NFS servers keep a lost machine's locks for a lease; 90 s is the usual one
 
 _NOT_A_FILE = "it is not a regular file but a pipe, a socket, a device or a folder"
 
@@ -182,8 +180,7 @@ class Lock:
 
     path: Path
     descriptor: int
-    is_new: bool
-    """Whether there was none: the folder was never used, or its user's lock file was removed."""
+    is_new: bool  # Whether there was none: the folder was never used, or its user's lock file was removed
 
     def is_in_place(self) -> bool:
         """Whether the file that is locked still has this name: without it, the next process makes and locks another.

@@ -36,13 +36,11 @@ def check_recipe(loaded: LoadedRecipe, world: int = 1) -> list[Finding]:
 def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | None = None) -> str:
     """`describe_run` for people, with the survey of its data."""
     run = describe_run(recipe, world)
-    rows = [*_model_rows(run), *_data_rows(data or survey(recipe.data)[0], recipe, run), *_batch_rows(run)]
-    rows += [*_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]
-    return "\n".join(format_table(rows))
+    rows = [*_model_rows(run), *_data_rows(data or survey(recipe.data)[0], recipe, run)]
+    return "\n".join(format_table([*rows, *_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]))
 
 
-Rows = Iterator[tuple[str, str]]
-"""Titles and texts; a line that goes on has no title."""
+Rows = Iterator[tuple[str, str]]  # Titles and texts; a line that goes on has no title
 
 
 def _model_rows(run: dict[str, Any]) -> Rows:
@@ -87,14 +85,11 @@ def _texts_in_words(found: dict[str, Any]) -> str:
     return ", ".join(found["paths"]) + (f" ({number}{tokens})" if found["files"] else "")
 
 
-def _batch_rows(run: dict[str, Any]) -> Rows:
+def _layout_rows(run: dict[str, Any]) -> Rows:
     step = f"{run['global_batch']} sequences x {run['sequence_length']} tokens"
     yield "training", f"{format_count(run['tokens'])} tokens = {run['steps']} steps x {step}"
     share = format_batch(run["data_ranks"], run["microbatches"], run["microbatch"])
     yield "batch", f"{share}; {format_count(run['tokens_per_step'])} tokens a step"
-
-
-def _layout_rows(run: dict[str, Any]) -> Rows:
     waiting = f"; {pluralize(run['standby'], 'rank')} standing by" if run["standby"] else ""
     yield "mesh", ", ".join(f"{dimension} {degree}" for dimension, degree in run["mesh"].items()) + waiting
     if run["world"] == 1:
@@ -109,18 +104,17 @@ def _layout_rows(run: dict[str, Any]) -> Rows:
 
 
 def _pipeline_rows(run: dict[str, Any]) -> Rows:
-    pipeline = run["pipeline"]
-    if pipeline is None:
+    if (pipeline := run["pipeline"]) is None:
         return
-    bubble = pipeline["bubble_share"]
+    stages, bubble = pipeline["stages"], pipeline["bubble_share"]
     idle = "" if bubble is None else f"; ranks idle {bubble:.1%} of the time where stages are even"
-    stages, balance = pipeline["stages"], f"balance {pipeline['balance']:.1%}"
-    yield "pipeline", f"{pipeline['schedule']}, {len(stages)} stages, {balance}{idle}"
+    yield "pipeline", f"{pipeline['schedule']}, {len(stages)} stages, balance {pipeline['balance']:.1%}{idle}"
     for stage in stages:
-        modules, blocks = stage["modules"], stage["blocks"]
-        ends = modules[0] if len(modules) == 1 else f"{modules[0]} … {modules[-1]}"
-        share = f"{stage['flops_share']:.1%} of the operations, {format_count(stage['parameters'])} parameters"
-        yield "", f"stage {stage['stage']} on pp {stage['rank']}: {ends} ({pluralize(blocks, 'block')}), {share}"
+        first, *others = stage["modules"]
+        ends = f"{first} … {others[-1]}" if others else first
+        blocks, share = pluralize(stage["blocks"], "block"), f"{stage['flops_share']:.1%} of the operations"
+        where = f"stage {stage['stage']} on pp {stage['rank']}: {ends} ({blocks})"
+        yield "", f"{where}, {share}, {format_count(stage['parameters'])} parameters"
 
 
 def _cost_rows(recipe: Recipe, run: dict[str, Any]) -> Rows:
@@ -175,7 +169,6 @@ def main(argv: list[str]) -> int:
         raise UsageError("titanlite check needs a recipe, such as configs/debug.toml, or --explain KEY.")
     if not 1 <= arguments.world < 2**31:
         raise UsageError(f"--world {str(arguments.world)[:20]}: a run has 1 rank or more, and fewer than 2^31.")
-    findings: list[Finding] = []
     shown: Any = {}
     try:
         loaded = load_recipe(arguments.recipe, overrides)
@@ -190,9 +183,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps({**shown, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
         return EXIT_DONE if shown else EXIT_RECIPE
-    print(shown)
-    for finding in findings:
-        print(f"\nwarning: {finding}")
+    print(shown, *(f"warning: {finding}" for finding in findings), sep="\n\n")
     return EXIT_DONE
 
 

@@ -1,7 +1,6 @@
 """The `titanlite` command: a table of subcommands, each imported when it is called.
 
-Also the one place where an error becomes a paragraph, and an exit code that the process's launcher understands. Knows
-nothing of what the commands do.
+Also the one place where an error becomes a paragraph, and an exit code that the process's launcher understands.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from titanlite.plan.launch import (
     torchrun_environment_or_none,
 )
 from titanlite.registry import Registry, did_you_mean, import_plugin
+from titanlite.text import format_table
 
 Command = Callable[[list[str]], int]
 
@@ -109,12 +109,7 @@ def _run(command: Command, argv: Sequence[str]) -> tuple[int, Exception | None]:
 
 
 def end_as_launched(command: Command, argv: list[str]) -> NoReturn:
-    """Run `command(argv)`, and end this process with the exit code that its launcher should see."""
-    end_process(run_as_launched(command, argv))
-
-
-def run_as_launched(command: Command, argv: list[str]) -> int:
-    """Run `command(argv)`; the exit code that torchrun, srun or a shell should see."""
+    """Run `command(argv)`, and end this process with the exit code that torchrun, srun or a shell should see."""
     codes = os.environ.get("TITANLITE_EXIT_CODE_FILE")
     if codes and torchrun_environment_or_none() and launch_environment_or_default().local_rank == 0:
         open(codes, "w").close()  # what an earlier start left there is not how the run ended
@@ -123,7 +118,7 @@ def run_as_launched(command: Command, argv: list[str]) -> int:
     except Exception as mistake:  # ours: in one piece, for other ranks write here too
         sys.stderr.write(traceback.format_exc())
         code, error = 1, mistake
-    return _launcher_exit_code(code, error)
+    end_process(_launcher_exit_code(code, error))
 
 
 def _launcher_exit_code(code: int, error: Exception | None) -> int:
@@ -138,8 +133,7 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
     if isinstance(error, StoppedEarly):
         left_alone = error.signalled and not error.received and under.agents > 1
         if left_alone:
-            # An agent that is about to restart its processes signals them; one whose processes end before that takes
-            # the job for done.
+            # The agent is about to signal its processes for a restart; if they end before, it takes the job for done.
             time.sleep(_AGENT_SECONDS)
         return code if left_alone and under.elastic else EXIT_DONE
     alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
@@ -199,8 +193,7 @@ def _import_plugins(arguments: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    width = max(map(len, HELP))
-    commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in HELP.items())
+    commands = "\n".join(f"  {line}" for line in format_table([*HELP.items()]))
     return f"""\
 usage: titanlite COMMAND ... [--traceback]
 

@@ -19,8 +19,7 @@ from titanlite.text import format_count, format_table
 from titanlite.verify.shrink import shrink
 from titanlite.verify.verdict import Comparison, NumberDifference, first_difference
 
-_LEAST_TIMEOUT_SECONDS = 600.0
-"""Other ranks wait while the first one runs, and perhaps compiles, alone."""
+_LEAST_TIMEOUT_SECONDS = 600.0  # other ranks wait while the first one runs, and perhaps compiles, alone
 
 _MOST_STEPS = 1000
 

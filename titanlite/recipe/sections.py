@@ -11,7 +11,7 @@ import functools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, create_model
 
 from titanlite.recipe.paths import check_name, check_path
 
@@ -24,21 +24,16 @@ def fits_64_bits(value: int) -> int:
 
 
 def parse_count(value: Any) -> Any:
-    """An integer, or a string such as `"2_000_000"`, `"2.5M"` or `"100B"`, as an integer.
-
-    Anything else is returned as it is, for the schema to refuse. Raises `ValueError` for a string that is no whole
-    count.
+    """An integer for a string such as `"2_000_000"`, `"2.5M"` or `"100B"`; other values as they are, for the schema to
+    refuse. Raises `ValueError` for a string that is no whole count.
     """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"([0-9][0-9_]{,99}(?:\.[0-9]{1,99})?)\s*([KMBT]?)", value.strip())
-    if match is None:
-        problem = f"'{value[:60]}' is not a count; write a whole number, or one with K, M, B or T such as '2.5M'"
-        raise ValueError(problem)
-    count = fractions.Fraction(match[1].replace("_", "")) * 1000 ** " KMBT".index(match[2] or " ")
-    if count.denominator != 1:
-        raise ValueError(f"'{value}' is not a whole number")
-    return int(count)
+    if match := re.fullmatch(r"([0-9][0-9_]{,99}(?:\.[0-9]{1,99})?)\s*([KMBT]?)", value.strip()):
+        count = fractions.Fraction(match[1].replace("_", "")) * 1000 ** " KMBT".index(match[2] or " ")
+        if count.denominator == 1:
+            return int(count)
+    raise ValueError(f"'{value[:60]}' is not a count; write a whole number, or one with K, M, B or T such as '2.5M'")
 
 
 _COUNT_SCHEMA = {
@@ -47,18 +42,13 @@ _COUNT_SCHEMA = {
         {"type": "string", "pattern": r"^[0-9][0-9_]*(\.[0-9]+)?\s*[KMBT]?$", "examples": ["100B"]},
     ]
 }
-Count = Annotated[
-    int, BeforeValidator(parse_count), AfterValidator(fits_64_bits), Field(ge=1), WithJsonSchema(_COUNT_SCHEMA)
-]
-"""A positive count that a recipe may write as `"100B"`."""
 Positive = Annotated[int, Field(ge=1), AfterValidator(fits_64_bits)]
+Count = Annotated[Positive, BeforeValidator(parse_count), WithJsonSchema(_COUNT_SCHEMA)]  # may be written as "100B"
 NonNegative = Annotated[int, Field(ge=0), AfterValidator(fits_64_bits)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Epsilon = Annotated[float, Field(gt=0, le=1)]
-"""What is larger would be all that counts: it would train nothing."""
+Epsilon = Annotated[float, Field(gt=0, le=1)]  # what is larger would be all that counts: it would train nothing
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-LONGEST_SECONDS = 1e9
-"""Beyond what the clocks of Python's threads and torch's process groups can wait."""
+LONGEST_SECONDS = 1e9  # threads of Python and process groups of torch cannot wait for much longer
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
 SecondsOrNever = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
 Text = Annotated[str, Field(min_length=1)]
@@ -70,12 +60,8 @@ Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
 FolderName = Annotated[str, Field(min_length=1), AfterValidator(check_name)]
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Strict and closed: an unknown key, a string for a number or a NaN is an error, never a guess."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Run(Section):
@@ -441,8 +427,7 @@ class Checkpoint(Section):
 
 WATCHDOG_PATIENCE = 4
 """How much longer than a step whatever no earlier step has shown the length of may take: compiling, saving, …"""
-LONGEST_SPIKE_WINDOW = 1024
-"""Checkpoints hold as many steps of history, whatever the recipe's window."""
+LONGEST_SPIKE_WINDOW = 1024  # checkpoints hold as many steps of history, whatever the recipe's window
 
 
 class Resilience(Section):

@@ -15,8 +15,7 @@ from titanlite.plan.layout import Layout, layout_of
 from titanlite.plan.stages import V_SHAPED, fixes_stages, splits_backward
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Float8, Pipeline, Recipe
 
-Row = tuple[str, object, str, str]
-"""(key, whether its rule is broken, what is wrong, the fix)"""
+Row = tuple[str, object, str, str]  # (key, whether its rule is broken, what is wrong, the fix)
 
 
 def _report(rows: list[Row], severity: str = "error") -> Iterator[Finding]:
@@ -94,8 +93,7 @@ def split_backward(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout:
     ])  # fmt: skip
 
 
-UnusedKey = tuple[str, bool, str]
-"""(key, whether it does nothing here, why)"""
+UnusedKey = tuple[str, bool, str]  # (key, whether it does nothing here, why)
 
 
 def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
