@@ -10,7 +10,7 @@ from torch import nn
 
 from titanlite.models.layers import Linear
 from titanlite.models.llama_spec import PRESETS, SPEC
-from titanlite.parallel.fsdp import Float8Gather, _local_parameters
+from titanlite.parallel.fsdp import Float8Gather
 from titanlite.plan.float8 import SETTINGS, Cast, Gather, format_gathers, plan_gathers
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.recipe.sections import Float8
@@ -20,7 +20,7 @@ def test_a_message_is_read_as_it_was_written() -> None:
     """Linears come out as float8 has them, all else bit for bit; a message has half the bytes."""
     unit = nn.ModuleDict({"norm": nn.LayerNorm(19), "wide": Linear(128, 33), "plain": Linear(3, 5)})
     unit["wide"].multiply = Float8Linear(SETTINGS["tensorwise"])
-    gather = Float8Gather(list(_local_parameters(unit, 2)))
+    gather = Float8Gather(unit, 2)
     norm, wide, plain = torch.randn(2, 10), torch.randn(17, 128), torch.randn(3, 3)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         sent = [part.to(dtype).flatten() for part in (norm, wide, plain)]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -54,10 +53,10 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
     _prefetch(units, parallel.prefetch)
     if precision.float8.all_gather and shards > 1:
         for module in modules:
-            parameters = tuple(_local_parameters(module, shards))
+            gather = Float8Gather(module, shards)
             assert isinstance(module, FSDPModule)
-            if any(parameter.cast for parameter in parameters):
-                module.set_custom_all_gather(Float8Gather(parameters))  # type: ignore[arg-type]
+            if any(cast for _, _, cast in gather.parameters):
+                module.set_custom_all_gather(gather)  # type: ignore[arg-type]
     assert isinstance(model, FSDPModule)
     return MicrobatchSync(model, stage)
 
@@ -111,34 +110,19 @@ class MicrobatchSync:
 # compute dtype again. As scales are powers of two, a product's cast of it rounds only what is close to nothing.
 
 
-@dataclass(frozen=True)
-class _LocalParameter:
-    """What each rank sends of a parameter, in FSDP's order; the last ranks' may be padded."""
-
-    rows: int
-    columns: int
-    cast: Cast | None  # None: it is sent in the compute dtype
-
-    def parts(self, dtype: torch.dtype) -> Sequence[Part]:
-        """Of a message: its values, or float8 values and the scale of each row."""
-        plain: Part = ((self.rows, self.columns), dtype)
-        return rows_in_float8(self.rows, self.columns, self.cast) if self.cast else (plain,)
-
-
-def _local_parameters(unit: nn.Module, ranks: int) -> Iterator[_LocalParameter]:
-    for module in unit.modules():
-        multiply = getattr(module, "multiply", None)
-        cast = multiply.settings.sent_weights if isinstance(multiply, Float8Linear) else None
-        for parameter in module.parameters(recurse=False):
-            rows, *rest = parameter.shape
-            yield _LocalParameter(ceil_div(rows, ranks), prod(rest), cast)
-
-
-@dataclass(frozen=True)
 class Float8Gather:
     """An all-gather of a unit's parameters (torch's `AllGather`, by shape)."""
 
-    parameters: Sequence[_LocalParameter]
+    def __init__(self, unit: nn.Module, ranks: int) -> None:
+        self.parameters: list[tuple[int, int, Cast | None]] = []
+        """In FSDP's order, rows and columns that each rank sends (the last ranks' may be padded), and in what format;
+        None: in the compute dtype."""
+        for module in unit.modules():
+            multiply = getattr(module, "multiply", None)
+            cast = multiply.settings.sent_weights if isinstance(multiply, Float8Linear) else None
+            for parameter in module.parameters(recurse=False):
+                rows, *rest = parameter.shape
+                self.parameters.append((ceil_div(rows, ranks), prod(rest), cast))
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for what is gathered."""
@@ -153,21 +137,24 @@ class Float8Gather:
 
     def _message(self, flat: Tensor) -> Tensor:
         parts: list[Tensor] = []
-        for parameter, values in self._split(flat):
-            parts += quantise(values, parameter.cast) if parameter.cast else (values,)
+        for cast, values in self._split(flat):
+            parts += quantise(values, cast) if cast else (values,)
         return pack(parts)
 
     def _unpack(self, messages: Tensor, out: Tensor) -> None:
         """The values of the ranks' messages [ranks, bytes], all at once, into what is gathered [ranks, numbers]."""
-        parts = iter(unpack(messages, (part for each in self.parameters for part in each.parts(out.dtype))))
-        for parameter, values in self._split(out):
-            if parameter.cast:
+        shapes: list[Part] = []
+        for rows, columns, cast in self.parameters:
+            shapes += rows_in_float8(rows, columns, cast) if cast else [((rows, columns), out.dtype)]
+        parts = iter(unpack(messages, shapes))
+        for cast, values in self._split(out):
+            if cast:
                 torch.mul(next(parts).to(values.dtype), next(parts).to(values.dtype), out=values)
             else:
                 values.copy_(next(parts))
 
-    def _split(self, flat: Tensor) -> Iterator[tuple[_LocalParameter, Tensor]]:
-        """Each parameter with its [..., rows, columns] of `flat` [..., numbers]."""
-        pieces = flat.split([each.rows * each.columns for each in self.parameters], dim=-1)
-        for each, piece in zip(self.parameters, pieces, strict=True):
-            yield each, piece.unflatten(-1, (each.rows, each.columns))
+    def _split(self, flat: Tensor) -> Iterator[tuple[Cast | None, Tensor]]:
+        """The format and [..., rows, columns] of each parameter in `flat` [..., numbers]."""
+        pieces = flat.split([rows * columns for rows, columns, _ in self.parameters], dim=-1)
+        for (rows, columns, cast), piece in zip(self.parameters, pieces, strict=True):
+            yield cast, piece.unflatten(-1, (rows, columns))
