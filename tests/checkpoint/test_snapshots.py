@@ -223,7 +223,7 @@ def test_an_unreadable_line_is_begun_anew(folder: Path) -> None:
     assert one.saves.wait() is not None
     (folder / "checkpoints" / GENERATION).write_bytes(b"../../..")
     other = alone(folder)
-    assert other.load_latest({"w": Shard.whole(torch.ones(3))}, 0) is None
+    assert other.find({"w": Shard.whole(torch.ones(3))}) == []
     assert not list(folder.glob("titanlite-*/step*"))
     other.close()
     assert not list(folder.glob("titanlite-*"))

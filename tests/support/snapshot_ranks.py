@@ -15,6 +15,7 @@ import torch
 from support.checkpoint_ranks import Ended, part
 from titanlite.checkpoint import save, snapshots
 from titanlite.checkpoint.format import CheckpointMetadata
+from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks, new_ranks
 from titanlite.checkpoint.snapshots import Snapshots
 
@@ -52,7 +53,9 @@ def load(
     """
     warnings: list[str] = []
     held = part(rank, world, -1) if of is None else cut_otherwise(rank, world, of)
-    manifest = kept(rank, folder, machines, warnings).load_latest(held, newer_than)
+    found = [each for each in kept(rank, folder, machines, warnings).find(held) if each[0] > newer_than]
+    checkpoints = CheckpointManager(Path(folder) / "checkpoints", warnings.append, Ranks(rank, world))
+    manifest = checkpoints.load_latest(held, snapshots=found)
     if manifest is None:
         return None, warnings
     assert manifest.samples == 10 * manifest.step
@@ -76,7 +79,7 @@ def take_with_fault(rank: int, world: int, folder: str, machines: list[int], fau
     """A good snapshot of step 1, then one of step 2 with a fault on rank `faulty`: how that ended."""
     take(rank, world, folder, machines, [1])
     one = kept(rank, folder, machines, [])
-    one.load_latest(part(rank, world, -1), 0)
+    one.find(part(rank, world, -1))[0][1]()
     one.begin_generation()
     with pytest.MonkeyPatch.context() as patch:
         if rank == faulty:

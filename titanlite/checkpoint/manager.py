@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from titanlite.checkpoint import storage
@@ -27,6 +28,7 @@ BACK_TO = "rollback_to"
 """The value that names the step which a rollback goes back to, where that is an earlier one; -1: what the run began
 with. A checkpoint that has it stays until there is a newer one, and takes no other's place."""
 _KEEP_ALL = Checkpoint(keep_last=0)
+Load = Callable[[], Manifest]
 
 
 class CheckpointManager:
@@ -166,34 +168,39 @@ class CheckpointManager:
         self,
         tensors: Mapping[str, Shard],
         prefix: str = "",
-        newer: Callable[[int], Manifest | None] = lambda step: None,
         last: int | None = None,
+        snapshots: Sequence[tuple[int, Load]] = (),
     ) -> Manifest | None:
-        """Load the newest checkpoint that is whole, of those up to step `last`; None if there has never been one.
+        """Load the newest checkpoint that is whole, of those up to step `last`, or the snapshot (a step, and what loads
+        it) that is later; None if there has never been one.
 
-        Before one of a step is tried, `newer` may load something else that is of a later one; it is asked with step 0
-        once there is none to try. Raises `CheckpointError` if there are some and none can be used, if one does not fit,
-        or if there are ranks that do not see the folder.
+        Raises `CheckpointError` if there are checkpoints and none can be used, if one does not fit, or if there are
+        ranks that do not see the folder.
         """
         steps = self.agree_on_steps(last)
+        found: list[tuple[int, str, Load]] = [
+            *((step, "checkpoint", partial(self.load, step, tensors, prefix)) for step in steps),
+            *((step, "snapshot", load) for step, load in snapshots),
+        ]
         damages: list[str] = []
-        for step in reversed(steps):
-            if other := newer(step):
-                return other
+        for step, what, load in sorted(found, key=lambda each: each[0], reverse=True):  # of one step, checkpoints first
             try:
-                manifest = self.load(step, tensors, prefix)
+                manifest = load()
             except DamagedCheckpointError as damage:
-                damages.append(str(damage))
-                self._passed_over.add(step)
-                self._warn(f"{damage} The checkpoint of step {step} is passed over.")
+                self._warn(f"{damage} The {what} of step {step} is passed over.")
+                if what == "checkpoint":
+                    damages.append(str(damage))
+                    self._passed_over.add(step)
                 continue
-            if damages:
+            if what == "snapshot":
+                self._warn(f"going on from the snapshot of step {step} in memory.")
+            elif damages:
                 self._warn(f"going on from step {step}: {pluralize(steps[-1] - step, 'step')} will be trained again.")
             return manifest
-        if (other := newer(0)) or not damages:
-            return other
+        if not damages:
+            return None
         if self.agree_on_steps(last) != steps:  # a reader beside a run, which has saved and deleted meanwhile
-            return self.load_latest(tensors, prefix, newer, last)
+            return self.load_latest(tensors, prefix, last, snapshots)
         raise CheckpointError(
             "\n  ".join([f"no usable checkpoint in {self.folder}; every one is damaged:", *damages])
             + "\nRestore one of them from a copy, or start over with --fresh --force."

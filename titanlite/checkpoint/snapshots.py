@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,22 +127,13 @@ class Snapshots:
         metadata = replace(metadata, values={**metadata.values, _OF_GENERATION: self._generation})
         self.saves.begin(metadata.step, tensors, lambda plan, warn: self._write(plan, metadata, warn))
 
-    def load_latest(self, tensors: Mapping[str, Shard], newer_than: int) -> Manifest | None:
-        """Load the newest whole snapshot of a step after `newer_than`. Raises `CheckpointError` if it does not fit.
+    def find(self, tensors: Mapping[str, Shard]) -> list[tuple[int, Callable[[], Manifest]]]:
+        """The whole snapshots, for `CheckpointManager.load_latest`: the step of each, and what loads it.
 
-        Call `begin_generation` once the state is what the run goes on from, this or another.
+        Call `begin_generation` once the state is what the run goes on from, one of these or another.
         """
-        for fields in self._on_each_machine(lambda: _list_held(self._folder), assemble):
-            snapshot = Snapshot(*fields)
-            if snapshot.step <= newer_than:
-                break
-            try:
-                manifest = self._load(snapshot, tensors)
-                self._warn(f"going on from the snapshot of step {snapshot.step} in memory.")
-                return manifest
-            except DamagedCheckpointError as damage:
-                self._warn(f"{damage} The snapshot of step {snapshot.step} is passed over.")
-        return None
+        found = self._on_each_machine(lambda: _list_held(self._folder), assemble)
+        return [(fields[0], partial(self._load, Snapshot(*fields), tensors)) for fields in found]
 
     def begin_generation(self) -> None:
         """Of the snapshots so far, also on machines that are away, none but the one just loaded counts any more. Raises

@@ -51,11 +51,8 @@ def restore(learner: TrainState, run: Run, start: Start, last: int | None = None
         )
     if start.step is not None:
         manifest: Manifest | None = checkpoints.load_chosen(start.step, state)
-    elif snapshots is not None:
-        newer = snapshots.load_latest
-        manifest = checkpoints.load_latest(state, newer=lambda step: newer(state, newer_than=step))
     else:
-        manifest = checkpoints.load_latest(state, last=last)
+        manifest = checkpoints.load_latest(state, last=last, snapshots=snapshots.find(state) if snapshots else ())
     if manifest is None and settings.resume_from is not None:
         folder = checkpoints.begins_with(expand(settings.resume_from))
         way_out, theirs = "Give the new run a recipe that differs in less.", recipe_of(read_manifest(folder), folder)
