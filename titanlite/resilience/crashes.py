@@ -31,8 +31,7 @@ class Crash:
     restart: int  # how often torchrun had started its processes again, 0 without it
     time: str  # ISO 8601, UTC
     step: int  # the step under way, from 1; before the first of this start was, the one that it would have been
-    samples: tuple[()] | tuple[int, int]
-    """First and last sample of that step, over all ranks; empty if it had not begun."""
+    samples: tuple[()] | tuple[int, int]  # first and last of that step, over all ranks; empty if it had not begun
     rank: int
     ranks: int
     host: str

@@ -22,8 +22,7 @@ from titanlite.recipe.sections import LONGEST_SPIKE_WINDOW, Resilience
 from titanlite.resilience.corruption import gather_json
 from titanlite.text import list_some
 
-_MOST_UNREAD = 1024
-"""Steps whose numbers wait on the device; where reviews are further apart, the host reads them all the same."""
+_MOST_UNREAD = 1024  # steps whose numbers wait on the device; then the host reads them without a review
 _MAD_TO_DEVIATION = 1.4826  # of normally distributed numbers, the standard deviation over the median absolute deviation
 _LEAST_DEVIATION = 0.01  # of the median: where the history is flat, what is noise in any other run must not stand out
 _NONE = -1.0  # fills the history before the first steps; neither a norm nor a loss is negative
@@ -41,8 +40,7 @@ class BadStep:
     action: Literal["stop", "skip", "rollback"]
     loss: float = math.nan  # the validation loss, for that kind
     grad_norm: float = math.nan
-    loss_z: float = math.nan
-    """Standard deviations above the median of the steps before; NaN where these were too few to say."""
+    loss_z: float = math.nan  # standard deviations above the median of the steps before; NaN: too few to say
     grad_norm_z: float = math.nan
     tensors: str = ""  # names of the weights and moments that are not finite
 
@@ -106,8 +104,7 @@ class Guards:
         self.section = section
         self.skipped = 0  # steps passed over in this run, as of the last review
         self.rollbacks = 0  # how often the run went back
-        self.skips_in_a_row = (1, 0)
-        """First and last of the steps skipped one after the other, as of the last review; last < first: none."""
+        self.skips_in_a_row = (1, 0)  # first and last of the steps skipped one after the other; last < first: none
         self.goes_back = "rollback" in (section.on_nonfinite, section.on_spike)
         self._watches_spikes = section.on_spike != "off"
         halting = [section.on_nonfinite != "skip", section.on_spike != "skip"]
@@ -117,8 +114,7 @@ class Guards:
         """Loss and gradient norm of the steps taken, the newest last; as long as any recipe's window, so that one may
         change when a run goes on."""
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # `skipped` and `rollbacks`, for the checkpoint
-        self._unread: list[tuple[int, Tensor, Tensor]] = []
-        """Steps: number, whether it was bad, [loss, gradient norm, z-score of each]."""
+        self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, whether it was bad, [loss, norm, z-score of each]
         self._read: list[BadStep] = []
 
     def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ from statistics import median
 from types import FrameType
 from typing import NamedTuple
 
-_STRAGGLES_FROM = 0.2
-"""Share of its time that a straggler waits less than the others do: so much of theirs is lost to it."""
+_STRAGGLES_FROM = 0.2  # share of its time that a straggler waits less than the others, who lose as much to it
 LEFT = "left"  # phase of a rank that needs no watching any more
 
 
@@ -36,10 +35,8 @@ class RankStatus:
     silent_seconds: float = 0.0  # since the last beat of its trainer
     waits: bool = False  # whether its trainer waits for other ranks right now
     place: str = "?"  # `file:function` of titanlite or the user in which its trainer is
-    waited: float | None = None
-    """Share of the last full window of training in which it waited for other ranks; None before the first has ended."""
-    busiest: str = ""
-    """Where it was most often in that window while it did not wait, and for which share of the time."""
+    waited: float | None = None  # share of the last window of training in which it waited so; None before the first
+    busiest: str = ""  # where it was most often in that window while it did not wait, and for which share
     updates: int = 0  # goes up with every update of the row: a process that does not run makes none
 
     @property

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from titanlite.errors import StoppedEarly, TitanliteError
 from titanlite.plan.launch import STOP_SIGNALS
 
-_ECHO_SECONDS = 1.0
-"""Signals closer together are one request: a scheduler signals every process, and torchrun passes its own on to us."""
+_ECHO_SECONDS = 1.0  # signals closer together are one: a scheduler signals every process, and torchrun does again
 _CLOSE = b"\0"  # what ends the listener; no signal has this number
 
 

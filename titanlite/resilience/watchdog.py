@@ -33,15 +33,13 @@ from titanlite.files import APPEND, open_file
 from titanlite.recipe.sections import WATCHDOG_PATIENCE
 from titanlite.resilience.rank_table import LEFT, HangReport, Location, RankStatus, find_stragglers, look_at, summarize
 
-WINDOW_LOOKS = 600
-"""Looks at a training rank, about a minute of them, from which its share of waiting is taken and compared."""
+WINDOW_LOOKS = 600  # at a training rank, about a minute of them, of which its share of waiting is compared
 _LOOK_SECONDS = 0.1
 _MOST_A_LOOK = 1.0
 """Seconds that count as silence between two looks, however many passed: a process that was stopped and goes on, all
 ranks of a suspended job for instance, has not been silent meanwhile."""
 _ENDING_SECONDS = 30.0  # after which the process ends, whether it could write all that it should or not
-_OTHERS_SECONDS = 5.0
-"""Between what a rank writes and its end, which ends the others: its launcher kills them, and the store may go."""
+_OTHERS_SECONDS = 5.0  # from what a rank writes to its end, at which its launcher kills the others
 _TRAINING = "training"
 _STACKS_SIGNAL = signal.SIGUSR2  # upon which a rank writes its stacks to its log and goes on
 _RECORDERS = {"nccl": "_dump_nccl_trace_json", "fr": "_dump_fr_trace_json"}
@@ -313,5 +311,4 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-OFF = Watchdog(0.0, Path())
-"""Watches nothing: for a trainer inside of another program."""
+OFF = Watchdog(0.0, Path())  # watches nothing: for a trainer inside of another program

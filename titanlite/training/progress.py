@@ -27,10 +27,8 @@ class Progress:
     back_to: int = -1
     """The step that a rollback goes back to: one that a run without stops would have saved too; -1: the start."""
     gone_back: bool = False  # whether the run went back there, and has saved nothing since
-    validated: tuple[int, float] | None = None
-    """The last step after which the model was validated, and its loss: on the first set, or one not finite."""
-    reordered: list[int] = field(default_factory=list)
-    """Steps that were the first in another order of samples than the step before."""
+    validated: tuple[int, float] | None = None  # last step with a validation; its loss on the first set, or not finite
+    reordered: list[int] = field(default_factory=list)  # steps that were the first in another order of samples
 
     def resume(self, manifest: Manifest | None, reordered: list[int]) -> tuple[int, int]:
         """Be where the checkpoint with this manifest was written, or at the start without one; returns the first and

@@ -32,8 +32,7 @@ from titanlite.training.setup import Run, rank_plan
 from titanlite.training.train_state import TrainState
 from titanlite.training.validation import validate
 
-_COLLECT_EVERY = 100
-"""Steps between garbage collections: left to itself, Python would pause the ranks at different moments."""
+_COLLECT_EVERY = 100  # steps between garbage collections: left to itself, Python pauses ranks at different moments
 _ANOTHER_UNREADABLE = "another rank cannot read its data"
 
 
