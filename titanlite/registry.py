@@ -1,7 +1,6 @@
-"""Names that recipes use, mapped to code that is imported when it is first asked for.
+"""Names that recipes use, mapped to code that is imported when it is first asked for: `titanlite check` needs no torch.
 
-This is what keeps `titanlite --help` and `titanlite check` free of torch, and what makes a new model, optimizer or
-corpus reader one file and one line: a line here, or in a module of the user's own that `[plugins] modules` names.
+A new model, optimizer or corpus reader is one file and one line, here or in a module that `[plugins] modules` names.
 """
 
 from __future__ import annotations
