@@ -16,6 +16,7 @@ from titanlite.errors import UsageError
 from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import format_value
 from titanlite.registry import did_you_mean
+from titanlite.text import format_table
 
 Schema = dict[str, Any]
 
@@ -100,9 +101,7 @@ def _resolve(schema: Schema) -> Schema:
 
 
 def key_schema(path: Sequence[str]) -> Schema | None:
-    """Schema of a section or key; None where the recipe has no such key. Elements of arrays of tables are named by
-    their number.
-    """
+    """Schema of a section or key, elements of arrays of tables being named by their number; None if there is none."""
     schema: Schema = json_schema()
     for name in path:
         if is_tables(schema) and name.isdigit():
@@ -117,11 +116,6 @@ def key_schema(path: Sequence[str]) -> Schema | None:
 def is_tables(schema: Schema) -> bool:
     """Whether a key is an array of tables, such as `[[data.sources]]`."""
     return "$ref" in schema.get("items", {})
-
-
-def holds_keys(schema: Schema) -> bool:
-    """Whether there is something below a key."""
-    return "properties" in schema or is_tables(schema) or bool(schema.get("additionalProperties"))
 
 
 def _walk(schema: Schema, prefix: str = "", *, into_tables: bool = False) -> Iterator[tuple[str, Schema]]:
@@ -171,11 +165,11 @@ def find_key(key: str) -> tuple[tuple[str, ...], Schema]:
 
 def describe_type(schema: Schema) -> str:
     """What a value must be: `a whole number, at least 1`."""
-    if "anyOf" in schema:
-        return ", or ".join(map(describe_type, schema["anyOf"]))
-    if "enum" in schema:
-        return f"one of {', '.join(map(format_value, schema['enum']))}"
     match schema:
+        case {"anyOf": kinds}:
+            return ", or ".join(map(describe_type, kinds))
+        case {"enum": values}:
+            return f"one of {', '.join(map(format_value, values))}"
         case {"properties": _}:
             return "a table"
         case {"items": {"$ref": _}}:
@@ -186,12 +180,12 @@ def describe_type(schema: Schema) -> str:
             return f"a whole number{_describe_range(schema)}"
         case {"type": "number"}:
             return f"a number{_describe_range(schema)}"
-        case {"type": "object"}:
-            return f"a table of names, each {describe_type(schema['additionalProperties'])}"
+        case {"additionalProperties": kind}:
+            return f"a table of names, each {describe_type(kind)}"
         case {"prefixItems": items}:
             return f"a list of {len(items)}, each {describe_type(items[0])}"
-        case {"type": "array"}:
-            return f"a list{' of one or more' if schema.get('minItems') else ''}, each {describe_type(schema['items'])}"
+        case {"items": kind}:
+            return f"a list{' of one or more' if schema.get('minItems') else ''}, each {describe_type(kind)}"
         case {"pattern": _}:
             return f"text such as {format_value(schema['examples'][0])}"
     return "text (not empty)" if schema.get("minLength") else "text"
@@ -214,24 +208,18 @@ def explain(key: str) -> str:
     path, schema = find_key(key)
     keys = (_resolve(schema["items"]) if is_tables(schema) else schema).get("properties", {})
     if keys and len(path) == 1:
-        width = max(map(len, keys))
-        lines = [f"  {name:<{width}}  {_resolve(inner)['description']}" for name, inner in keys.items()]
-        more = f"More: titanlite check --explain {key}.KEY"
-        return "\n".join([f"[{key}] {schema['description']}", "", *lines, "", more])
+        rows = [(name, _resolve(inner)["description"]) for name, inner in keys.items()]
+        head, more = f"[{key}] {schema['description']}", f"More: titanlite check --explain {key}.KEY"
+        return "\n".join([head, "", *(f"  {line}" for line in format_table(rows)), "", more])
     *table, name = path
-    lines = [
-        key,
-        f"  {(schema if 'description' in schema else key_schema(table) or {})['description']}",
-        "",
-        f"  type     {describe_type(schema)}",
-        f"  default  {_describe_default(schema)}",
-    ]
+    rows = [("type", describe_type(schema)), ("default", _describe_default(schema))]
     if keys:
-        lines.append(f"  keys     {', '.join(keys)}")
+        rows.append(("keys", ", ".join(keys)))
     for example in schema.get("examples", [schema["default"]] if "default" in schema else [])[:1]:
         header = f"[{'.'.join(table)}] " if table else ""
-        lines.append(f"  example  {header}{name} = {format_value(example)}")
-    return "\n".join(lines)
+        rows.append(("example", f"{header}{name} = {format_value(example)}"))
+    meaning = (schema if "description" in schema else key_schema(table) or {})["description"]
+    return "\n".join([key, f"  {meaning}", "", *(f"  {line}" for line in format_table(rows))])
 
 
 def reference_markdown() -> str:

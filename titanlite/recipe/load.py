@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from titanlite.errors import CommandLineError, Finding, RecipeError, UsageError
 from titanlite.recipe import toml
-from titanlite.recipe.explain import all_keys, describe_type, holds_keys, key_schema, suggest_key
+from titanlite.recipe.explain import all_keys, describe_type, is_tables, key_schema, suggest_key
 from titanlite.recipe.paths import expand
 from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import format_value, parse_value
@@ -301,7 +301,7 @@ def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
     path: tuple[str, ...] = ()
     for part in location:
         schema = key_schema(path)
-        if schema is None or not holds_keys(schema):
+        if schema is None or not (is_tables(schema) or {"properties", "additionalProperties"} & schema.keys()):
             break
         path = (*path, str(part))
     return path
