@@ -52,6 +52,8 @@ LONGEST_SECONDS = 1e9  # threads of Python and process groups of torch cannot wa
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
 SecondsOrNever = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+NonNegatives = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"}), AfterValidator(check_path)]
@@ -129,6 +131,7 @@ class Model(Section):
 
 
 Packing = Literal["cut", "best_fit"]
+_FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 class DataSource(Section):
@@ -139,8 +142,7 @@ class DataSource(Section):
     path: Paths
     """What `data.corpus` takes, or a token file of `titanlite data prepare`."""
     weight: PositiveFloat | None = None
-    """Its share of the samples, relative to the others'; given for all sources or for none, which then have shares by
-    their sizes."""
+    """Its share of the samples, relative to the others'; for all sources or for none: then sizes give the shares."""
     epochs: PositiveFloat | None = None
     """Read it at most this many times; then the others share its part."""
     tokens: Count | None = None
@@ -173,16 +175,9 @@ class Data(Section):
     to where the command is started: text files (one document each), files of JSON lines (one document a line), Parquet
     files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
     `python-stdlib`."""
-    sources: list[DataSource] = Field(
-        [],
-        max_length=999,
-        examples=[[{"name": "web", "path": "data/web", "weight": 0.7}, {"name": "wiki", "path": "wiki", "weight": 1}]],
-    )
-    """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by their weights in any thousand samples.
-    """
-    stages: list[DataStage] = Field(
-        [], examples=[[{"until": "50B", "weights": {"web": 0.9, "wiki": 0.1}}, {"weights": {"wiki": 1.0}}]]
-    )
+    sources: list[DataSource] = Field([], max_length=999, examples=[[{"name": "web", "path": "web", "weight": 0.7}]])
+    """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by weight in any thousand samples."""
+    stages: list[DataStage] = Field([], examples=[[{"until": "50B", "weights": {"web": 9}}, {"weights": {"wiki": 1}}]])
     """Weights that change during the run, each a `[[data.stages]]`, instead of the sources' own."""
     validation: list[ValidationSet] = Field([], examples=[[{"name": "news", "path": "news.jsonl"}]])
     """Validation sets, each a `[[data.validation]]`; absent: the held-out part of each source."""
@@ -204,11 +199,7 @@ class Data(Section):
     fim_rate: Fraction = 0.0
     """Share of the training documents that are read as prefix, suffix, middle, each after its token of `fim_tokens`, so
     that the model learns to fill in (Bavarian et al. 2022); they are cut at two places, between tokens."""
-    fim_tokens: Annotated[tuple[Text, Text, Text], Field(strict=False)] = (
-        "<|fim_prefix|>",
-        "<|fim_suffix|>",
-        "<|fim_middle|>",
-    )
+    fim_tokens: Annotated[tuple[Text, Text, Text], Field(strict=False)] = _FIM_TOKENS
     """Special tokens of the tokenizer (see `special_tokens`) that stand before prefix, suffix and middle."""
     document_mask: bool = False
     """Keep attention inside documents, and count positions from each document's start."""
@@ -287,15 +278,12 @@ class Pipeline(Section):
     schedule: Literal[
         "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
     ] = "1F1B"
-    """Order of forward and backward passes. The first two have one stage a rank, ZBVZeroBubble and DualPipeV two, the
-    others `stages_per_rank`."""
+    """Order of passes. The first two have a stage a rank, ZBVZeroBubble and DualPipeV two, others `stages_per_rank`."""
     microbatches: Positive | None = Field(None, examples=[16])
     """Passes that a rank's share of the batch is cut into; absent: by `training.microbatch`, or one sequence each."""
     stages_per_rank: Annotated[int, Field(ge=2)] = 2
     """Stages on each rank in the interleaved schedules; more of them idle less and communicate more."""
-    blocks_per_stage: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = Field(
-        None, examples=[[7, 8, 8, 9]]
-    )
+    blocks_per_stage: NonNegatives | None = Field(None, examples=[[7, 8, 8, 9]])
     """Transformer blocks of each stage, first to last; absent: balanced by operations, the head's counted too."""
 
 
@@ -322,8 +310,7 @@ class Parallel(Section):
     prefetch: NonNegative = 1
     """Blocks whose weights are asked for ahead of the one at work; 0: FSDP2's own order, one ahead in backward."""
     offload: bool = False
-    """Keep weights, gradients and optimizer states in the host's memory and update there, if they do not fit. Muon
-    multiplies on the device."""
+    """Keep weights, gradients and optimizer states in the host's memory, and update there (Muon: on the device)."""
     timeout_seconds: Seconds = 600.0
     """A rank that waits longer than this for others ends the run, also while these save or load."""
 
@@ -337,7 +324,7 @@ class Float8(Section):
     """`tensorwise`: one scale a tensor, gradients in e5m2 (the fastest); `rowwise`: one a row or column, all in e4m3;
     `rowwise_with_hp_grad_weight`: the same, but gradients of weights in the compute dtype (the most exact); `mxfp8`:
     one for each 32 numbers, for GPUs of compute capability 10.0 (Blackwell); emulated elsewhere, slowly."""
-    exclude: Annotated[tuple[Text, ...], Field(strict=False)] = ("head",)
+    exclude: Texts = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     all_gather: bool = False
     """Gather the shards of converted weights in float8, and over `tp` what converted linears take, where casting rows
@@ -480,7 +467,7 @@ class Metrics(Section):
     """Steps between two rows; the first and the last step always have one."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder."""
-    sinks: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    sinks: Texts = ()
     """Further places that rows go to, by the names under which plugins have registered them (`plugins.modules`)."""
 
 
@@ -498,7 +485,7 @@ class Debug(Section):
 class Plugins(Section):
     """Python modules of your own (docs/extend.md)."""
 
-    modules: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    modules: Texts = ()
     """Modules that are imported before the recipe is checked, and register model families, optimizers, schedules,
     corpus readers, metric sinks, kernels, or a section of the recipe. They run with your rights."""
 
