@@ -87,9 +87,10 @@ def test_what_is_taken_for_the_same_is_the_same(fields: dict[str, Any], texts: l
     found = ranks_of_json(fields, [])
     if found is None:
         return
-    library, engine = Library.from_str(json.dumps(fields)), rank_engine("x", found.ranks, found.pattern)
+    ranks, ids, pattern = found
+    library, engine = Library.from_str(json.dumps(fields)), rank_engine("x", ranks, pattern)
     for text in texts:
-        assert [found.ids[rank] for rank in engine.encode_ordinary(text)] == library.encode(text).ids
+        assert [ids[rank] for rank in engine.encode_ordinary(text)] == library.encode(text).ids
 
 
 def test_a_vocabulary_that_tiktoken_applies_otherwise_is_refused() -> None:

@@ -113,12 +113,11 @@ def _finished(
 
     Raises `UsageError` if other files are in the way, and not to be overwritten.
     """
-    for prefix in request.outputs:
+    for prefix in [] if request.shared else request.outputs:
         paths = paths_of(prefix)
         there = [path for path in (paths.bin, paths.idx, paths.sidecar) if path.exists()]
-        if request.shared or not there or (began_before and paths.idx not in there):
-            continue
-        if reason := _difference(paths, prefix, made_from, files):
+        is_ours = not there or (began_before and paths.idx not in there)
+        if not is_ours and (reason := _difference(prefix, made_from, files)):
             if request.force:
                 return None
             fix = "Give another --out, or add --force to overwrite it."
@@ -127,7 +126,7 @@ def _finished(
     return {prefix: info for prefix, info in opened.items() if info} if len(opened) == len(request.outputs) else None
 
 
-def _difference(paths: token_file.Paths, prefix: Path, made_from: str, files: Sequence[FoundFile]) -> str:
+def _difference(prefix: Path, made_from: str, files: Sequence[FoundFile]) -> str:
     """Why a token file that is there is not what is asked for; empty if it is."""
     try:
         info = TokenFile.open(prefix).info
@@ -137,7 +136,7 @@ def _difference(paths: token_file.Paths, prefix: Path, made_from: str, files: Se
         return "titanlite did not make it"
     if info.made_from != made_from:
         return "it is of other inputs or settings"
-    made_ns = paths.sidecar.stat().st_mtime_ns
+    made_ns = paths_of(prefix).sidecar.stat().st_mtime_ns
     newer = next((file.path for file in files if file.modified_ns > made_ns), None)
     return f"{newer} is newer" if newer else ""
 

@@ -243,11 +243,11 @@ class TokenFile:
                 last = min(first + LOOKED_AT, self.documents)
                 self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator)
         elif (of := self.info.tokenizer).fingerprint != tokenizer.fingerprint:
+            found = f"'{of.name}' ({of.vocab_size:,} ids, fingerprint {of.fingerprint})"
+            wanted = f"'{name}' ({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint})"
             raise DataError(
-                f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer '{of.name}' ({of.vocab_size:,} ids, "
-                f"fingerprint {of.fingerprint}), not of '{name}' ({tokenizer.vocab_size:,} ids, fingerprint "
-                f"{tokenizer.fingerprint}); set data.tokenizer, separator and special_tokens as for it, or "
-                f"prepare the texts again with --tokenizer {name}, --separator and --special-token."
+                f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer {found}, not of {wanted}; set "
+                f"data.tokenizer, separator and special_tokens as for it, or prepare the texts with --tokenizer {name}."
             )
 
     def verify_hashes(self, pause: Callable[[float], bool] = lambda _: False) -> None:
@@ -293,12 +293,13 @@ def _misplaced(numbers: Int64, last: int) -> Int64:
     return np.flatnonzero((numbers < 0) | (numbers > last) | np.append(False, numbers[1:] < numbers[:-1]))
 
 
-class TokenWriter:
+class TokenWriter(ExitStack):
     """Writes a token file under hidden names beside it; nothing is seen of it before `commit`. Used by `with`, which on
     an error clears away what is there. Methods raise `OSError` if the disk refuses.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
+        super().__init__()
         self._paths = paths_of(prefix)
         self.dtype = token_dtype(vocab_size)
         self.documents = 0
@@ -307,14 +308,7 @@ class TokenWriter:
         self._sequences: list[Int64] = []  # how many each document takes
         self._histogram = np.zeros(64, np.int64)
         self._tokens = 0
-        self._stack = ExitStack()
-        self._bin = self._stack.enter_context(replacing(self._paths.bin))
-
-    def __enter__(self) -> TokenWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        self._bin = self.enter_context(replacing(self._paths.bin))
 
     def extend(self, tokens: npt.ArrayLike) -> None:
         """The next tokens, flat."""
@@ -350,7 +344,7 @@ class TokenWriter:
                 idx_bytes=file.tell(), idx_xxh3_64=digest.hexdigest(),
             )  # fmt: skip
             self._paths.idx.unlink(missing_ok=True)  # of what is replaced
-            self._stack.close()  # the .bin appears
+            self.close()  # the .bin appears
             replace_file(self._paths.sidecar, sidecar.model_dump_json(indent=1).encode() + b"\n")
         return sidecar  # the index comes last: without it nothing, Megatron included, takes the rest for a token file
 

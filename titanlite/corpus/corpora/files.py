@@ -148,7 +148,7 @@ def _in_folder(path: Path, entry: str, text_key: str) -> list[tuple[str, Path]]:
     if state.exists() and info.exists():
         return _shards(state)
     files = (Path(parent, name) for parent, names in _walk(path) for name in names)
-    texts = _once((file.relative_to(path).as_posix(), file) for file in files if is_folder_text(file, text_key))
+    texts = _name(path, (file for file in files if is_folder_text(file, text_key)))
     if not texts:
         raise DataError(
             f"{path}: the folder has no text; of folders, files ending in {', '.join(TEXT_SUFFIXES)} (also with "
@@ -188,7 +188,7 @@ def _match(pattern: str, entry: str, key: str) -> list[tuple[str, Path]]:
         raise DataError(f"{pattern}: {why}")
     parts = Path(pattern).parts
     fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    return _once((file.relative_to(fixed).as_posix(), file) for file in files)
+    return _name(fixed, files)
 
 
 def match_files(pattern: str) -> Iterator[str]:
@@ -224,10 +224,10 @@ def _walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield parent, files
 
 
-def _once(found: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """In the order of their names, and of those that are links to one file the first."""
+def _name(base: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
+    """In the order of their names, relative to `base`, and of those that are links to one file the first."""
     real: dict[str, tuple[str, Path]] = {}
-    for name, path in sorted(found):
+    for name, path in sorted((file.relative_to(base).as_posix(), file) for file in files):
         real.setdefault(_real(path), (name, path))
     return list(real.values())
 

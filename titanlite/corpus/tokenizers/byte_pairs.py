@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,16 +87,8 @@ def json_of_ranks(ranks: Mapping[bytes, int], special: Iterable[str]) -> str:
     return str(byte_level_tokenizer(model, special).to_str(pretty=True))
 
 
-class Ranked(NamedTuple):
-    """A JSON's tokens as tiktoken wants them."""
-
-    ranks: Mapping[bytes, int]
-    ids: tuple[int, ...]  # Of the tokens, by rank
-    pattern: str
-
-
-def ranks_of_json(fields: Mapping[str, Any], special: Iterable[str]) -> Ranked | None:
-    """Ranks and the pattern by which tiktoken cuts every text as `tokenizers` does by these fields, or None.
+def ranks_of_json(fields: Mapping[str, Any], special: Iterable[str]) -> tuple[dict[bytes, int], list[int], str] | None:
+    """Ranks, the ids of each and the pattern by which tiktoken cuts every text as `tokenizers` does by these fields.
 
     Certain if each token's parts have lower ranks than it, and merges of lower ranks turn the token's own bytes into
     one of its listed pairs. For then, whatever stands around them, neighbours that tiktoken would merge to a token have
@@ -124,7 +116,7 @@ def ranks_of_json(fields: Mapping[str, Any], special: Iterable[str]) -> Ranked |
     listed = set(pairs)
     if ids.keys() != ranks.keys() or not all(_merge_below(token, ranks) in listed for token in ranks if len(token) > 1):
         return None
-    return Ranked(ranks, tuple(ids[token] for token in ranks), pattern)
+    return ranks, [ids[token] for token in ranks], pattern
 
 
 def _pattern(step: Any) -> str | None:
@@ -216,22 +208,20 @@ def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
             encoded, rank = line.split()
             token, value = base64.b64decode(encoded, validate=True), int(rank)
         except ValueError:
-            raise DataError(
-                f"{path}:{number}: a rank file's lines are a token in base64, a space and its rank (a SentencePiece "
-                "model has the same name and is none: have transformers save it as tokenizer.json)."
-            ) from None
+            hint = "a SentencePiece model has the same name and is none: have transformers save it as tokenizer.json"
+            what = "a rank file's lines are a token in base64, a space and its rank"
+            raise DataError(f"{path}:{number}: {what} ({hint}).") from None
         if token in ranks or not token:
             raise DataError(f"{path}:{number}: the token {encoded.decode()} is {'there twice' if token else 'empty'}.")
         ranks[token] = value
-    placed = sorted(ranks.items(), key=lambda item: item[1])
-    for expected, (_, found) in enumerate(placed):
+    placed = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    for expected, found in enumerate(placed.values()):
         if found != expected:
             which = f"rank {expected} is missing" if found > expected else f"rank {found} is there twice"
             raise DataError(f"{path}: {which}, or its token is; the file is cut or mixed up: fetch it again.")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise DataError(f"{path}: the byte {missing[0]:#04x} has no rank, and so not every text has ids.")
-    return dict(placed)
+    return placed
 
 
 def _cut_runs(text: str) -> Iterator[str]:

@@ -112,10 +112,10 @@ class HuggingFaceTokenizer(PieceTokenizer):
     @cached_property
     def _fast(self) -> tuple[Any, Ids] | None:
         """tiktoken and the ids of its ranks, if it certainly cuts all texts alike."""
-        found = ranks_of_json(json.loads(self._content), self.special_tokens)
-        if found is None:
+        if (found := ranks_of_json(json.loads(self._content), self.special_tokens)) is None:
             return None
-        return rank_engine(str(self.path), found.ranks, found.pattern), np.array(found.ids, self.dtype)
+        ranks, ids, pattern = found
+        return rank_engine(str(self.path), ranks, pattern), np.array(ids, self.dtype)
 
     @cached_property
     def _engine(self) -> Any:
