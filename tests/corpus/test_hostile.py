@@ -161,7 +161,8 @@ def read_token_file(number: int) -> None:
         source = Source("s", (file,), tokenizer, 16, True, packing)
         for index in range(source.windows):
             window = source.window(index)
-            at = source.locate(index)[1] * file.tokens.dtype.itemsize
+            _, packed, window_number = source.locate(index)
+            at = packed.first(window_number) * file.tokens.dtype.itemsize
             assert packing == "best_fit" or data[at : at + window.nbytes] == window.tobytes(), "foreign bytes"
     if file.info is not None:
         list(describe_token_info(file.info))
