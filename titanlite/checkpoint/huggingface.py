@@ -70,11 +70,9 @@ def export_huggingface(
 ) -> Written:
     """Write the weights of a committed checkpoint as a new folder that transformers' `from_pretrained` reads.
 
-    The weights keep the dtype they are stored in, unless `dtype` (one of `EXPORT_DTYPES`) is given. Every file that is
-    read is compared with its hash first. Memory: a few times `save.BLOCK_BYTES`, whatever the size of the model.
-
-    Raises `UsageError` if `out` exists, `CheckpointError` if the checkpoint is not whole, is not that of its recipe's
-    model, or if the disk refuses; `out` is then not there.
+    The weights keep their stored dtype, unless `dtype` (one of `EXPORT_DTYPES`) is given. Files are compared with their
+    hashes first. Raises `UsageError` if `out` exists, `CheckpointError` if the checkpoint is not whole, is not that of
+    its recipe's model, or if the disk refuses; `out` is then not there.
     """
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise UsageError(f"weights can be exported as {' or '.join(EXPORT_DTYPES)}, not as {dtype}.")
@@ -128,12 +126,10 @@ def export_huggingface(
 def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
     """Make a new run folder with one checkpoint, of step 0, that holds the weights of a Hugging Face folder.
 
-    Weights become masters: float32, or float64 if any of them is that wide; both hold what was read exactly. Tokenizer
-    files and the generation config are kept in the checkpoint, for the next export; a tokenizer.json or a rank file
-    also becomes the run's tokenizer. The recipe begins a run of another name with the weights, from wherever it is.
+    Weights become masters: float32, or float64 if any of them is that wide. `KEPT_FILES` stay in the checkpoint; a
+    tokenizer.json or a rank file also becomes the run's tokenizer. The recipe begins a run of another name.
 
-    Raises `UsageError` if the folder cannot be taken (another architecture, pickles, missing or damaged files, names
-    that lead out of it, weights that are not finite) or `out` exists, `CheckpointError` if the disk refuses; `out` is
+    Raises `UsageError` if the folder cannot be taken or `out` exists, `CheckpointError` if the disk refuses; `out` is
     then not there.
     """
     home = out.absolute()
@@ -371,10 +367,8 @@ def _new_folder(final: Path) -> Iterator[Path]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of a Hugging Face folder. Raises `UsageError` for anything else.
-
-    A link may lead to a file of the folder, or to `../../blobs`, where Hugging Face's cache keeps what its snapshots
-    link to; to nowhere else, for what it leads to might end up published.
+    """A file of a Hugging Face folder, or of `../../blobs`, where its cache keeps what snapshots link to. Raises
+    `UsageError` for anything else: what a link leads to might end up published.
     """
     path = folder / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))

@@ -150,11 +150,9 @@ class CheckpointManager:
         self._note_extra(step, manifest.values)
         return manifest
 
-    def load_from(
-        self, folder: Path, tensors: Mapping[str, Shard], prefix: str = "", convert: bool = False
-    ) -> Manifest:
+    def load_from(self, folder: Path, into: Mapping[str, Shard], prefix: str = "", convert: bool = False) -> Manifest:
         """Load another run's checkpoint, which stays as it is. Raises `CheckpointError`."""
-        return load_state(folder, tensors, prefix, self._ranks, convert)
+        return load_state(folder, into, prefix, self._ranks, convert)
 
     def load_chosen(self, step: int, tensors: Mapping[str, Shard]) -> Manifest:
         """`load`, with an answer for a step that there is none of. Raises `CheckpointError`."""

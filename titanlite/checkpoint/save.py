@@ -1,7 +1,6 @@
 """Writing one checkpoint: each rank its part of the tensors to files of its own, then one manifest that makes them one.
 
-At once, or in a thread beside training. Files are written block by block, so that one may be larger than the memory
-there is; safetensors' own `save_file` wants all tensors of a file at once.
+At once, or beside training; block by block, where safetensors' own `save_file` wants a whole file in memory.
 """
 
 from __future__ import annotations
@@ -137,10 +136,9 @@ def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None)
 
 
 def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, ranks: Ranks = ALONE) -> str:
-    """Write the folder `final` atomically; called by every rank, each with its plan.
+    """Write the folder `final` atomically; called by every rank, each with its plan. Returns what `commit` says.
 
-    Returns once the checkpoint is committed, with what `commit` says of it. Raises `CheckpointError` on every rank if a
-    disk refuses on any, with nothing changed on it.
+    Raises `CheckpointError` on every rank if a disk refuses on any, with nothing changed on it.
     """
     wrapped = wrap_write_errors(final, plan.nbytes, "checkpoint")
     try:
@@ -184,10 +182,7 @@ def writer_of(file: str) -> int:
 
 
 def merge_tables(tables: Sequence[Mapping[str, Any]], metadata: CheckpointMetadata) -> Manifest:
-    """The manifest of what all ranks wrote, from their tables in the order of the ranks.
-
-    Raises `ValueError` unless the parts make whole tensors (then the ranks disagree on how these are cut).
-    """
+    """The manifest of what all ranks wrote, by their tables. Raises `ValueError` if they disagree on how it is cut."""
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
     for table in tables:

@@ -132,7 +132,7 @@ class Snapshots:
 
         Call `begin_generation` once the state is what the run goes on from, one of these or another.
         """
-        found = self._on_each_machine(lambda: _list_held(self._folder), assemble)
+        found = self._ranks.run_on_all_ranks(lambda: _list_held(self._folder) if self._leads else None, assemble)
         return [(fields[0], partial(self._load, Snapshot(*fields), tensors)) for fields in found]
 
     def begin_generation(self) -> None:
@@ -164,11 +164,9 @@ class Snapshots:
         """Whether this rank is the first of its machine."""
         return self._machines[self._ranks.rank] == self._ranks.rank
 
-    def _on_each_machine(
-        self, action: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda results: None
-    ) -> Any:
-        """The first rank of each machine runs `action`; as `Ranks.run_on_all_ranks`, with None of the other ranks."""
-        return self._ranks.run_on_all_ranks(lambda: action() if self._leads else None, decide)
+    def _on_each_machine(self, action: Callable[[], object]) -> None:
+        """The first rank of each machine runs `action`; as `Ranks.run_on_all_ranks`."""
+        self._ranks.run_on_all_ranks(lambda: action() if self._leads else None)
 
     def _write(self, plan: save.LocalSavePlan, metadata: CheckpointMetadata, warn: save.Warn) -> None:
         final, ranks, machines = self._folder / folder_name(metadata.step), self._ranks, self._machines
@@ -242,10 +240,7 @@ def backup_machines(machines: Sequence[int]) -> dict[int, int]:
 
 
 def plan_moves(
-    sizes: Mapping[str, int],
-    holders: Mapping[str, Sequence[int]],
-    wanted: Iterable[tuple[int, str]],
-    machines: Sequence[int],
+    sizes: Mapping[str, int], holders: Mapping[str, list[int]], wanted: Iterable[tuple[int, str]], machines: list[int]
 ) -> list[Move]:
     """The moves by which machines get the files that they want (machine, file) and do not hold, from rank to rank:
     from and to the one there that moves least.

@@ -174,7 +174,7 @@ def decode_manifest(folder: Path, text: str) -> Manifest:
 
 @contextmanager
 def open_regular(path: Path, expected: FileEntry | None = None) -> Iterator[FileIO]:
-    """A regular file for reading, of the expected size if one is; links, pipes and devices are refused.
+    """A regular file (no link, pipe or device) for reading, of the expected size if one is.
 
     Raises `DamagedCheckpointError`, also for an `OSError` in the block.
     """
@@ -235,10 +235,9 @@ def _hidden(final: Path, purpose: str) -> Path:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint folders that a path means, by step: of a run, of its `checkpoints`, or this one alone.
+    """The checkpoint folders that a path means, by step: of a run, of its `checkpoints`, this one, or that of `RUN/500`.
 
-    `RUN/500` is the one of that step of the run. Raises `UsageError` if there is nothing like it, and
-    `CheckpointError` for a run that has none yet.
+    Raises `UsageError` if there is nothing like it, `CheckpointError` for a run without any.
     """
     if not path.exists() and re.fullmatch("[0-9]{1,18}", path.name):
         path = path.parent / "checkpoints" / folder_name(int(path.name))
