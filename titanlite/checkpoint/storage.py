@@ -235,7 +235,7 @@ def _hidden(final: Path, purpose: str) -> Path:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint folders that a path means, by step: of a run, of its `checkpoints`, this one, or that of `RUN/500`.
+    """The checkpoint folders that a path means, by step: of a run or its `checkpoints`, this one, or `RUN/500`.
 
     Raises `UsageError` if there is nothing like it, `CheckpointError` for a run without any.
     """
