@@ -56,20 +56,9 @@ def run_on_device() -> Callable[..., None]:
 
     def run(*files: str) -> None:
         interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                *(str(Path(__file__).parent / file) for file in files),
-            ],
-            cwd=ROOT,
-            env=os.environ | interpreted,
-            capture_output=True,
-            text=True,
-        )
+        paths = [str(Path(__file__).parent / file) for file in files]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
+        process = subprocess.run(command, cwd=ROOT, env=os.environ | interpreted, capture_output=True, text=True)
         assert process.returncode == 0, process.stdout + process.stderr
 
     return run
