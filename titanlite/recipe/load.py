@@ -1,4 +1,4 @@
-"""From a recipe file to a `Recipe`: its `extends` chain, the command line's overrides, and every error at once.
+"""From a recipe file to a `Recipe`, by what it extends and the command line's overrides, or to every error at once.
 
 Also the way back: a recipe as TOML, complete. Rules that look at several sections together are in `plan/rules`.
 """
@@ -30,7 +30,6 @@ from titanlite.registry import did_you_mean, import_plugin, require_plugins
 COMMAND_LINE = "command line"
 _SHOWN_CHARACTERS = 60
 _OF_A_TEXT = ("value_error", "string_unicode")  # complaints of pydantic about a value that is a text
-_PLUGINS = ("plugins", "modules")
 
 _SYNTAX_FIXES = {
     "invalid value": "text needs quotes, and booleans are true and false.",
@@ -120,7 +119,7 @@ def _import_plugins(values: Mapping[str, Any], stored: bool, where: str) -> list
 
 def plugin_modules(values: Mapping[str, Any]) -> list[str]:
     """The modules that a recipe's values name as plugins, as far as they are names."""
-    modules = toml.value_at(values, _PLUGINS) if toml.holds(values, _PLUGINS) else None
+    modules = toml.value_at(values, ("plugins", "modules"))
     return [name for name in modules if isinstance(name, str) and name] if isinstance(modules, list) else []
 
 
@@ -278,7 +277,7 @@ def _locate(finding: Finding, layers: Sequence[_Layer], default_file: str) -> Fi
     """`finding` with the place of its key; of the nearest table around it where the key itself is nowhere set."""
     path = finding.key.split(".")
     tables = [path[:length] for length in range(len(path), 0, -1)]
-    places = ((layer, table) for table in tables for layer in layers if toml.holds(layer.values, table))
+    places = ((layer, table) for table in tables for layer in layers if toml.value_at(layer.values, table) is not None)
     layer, table = next(places, (_Layer(default_file, {}), path))
     line = toml.find_line(layer.text, table) if layer.text else 0
     extended_by = default_file if layer.file not in (default_file, COMMAND_LINE) else ""
@@ -338,13 +337,13 @@ def _find_fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
         return f"write a table: [{path[0]}]."
     if isinstance(value, str) and (near := did_you_mean(value, [*map(str, schema.get("enum", []))])):
         return near
-    meanings = {format_value(each) for each in _readings(value) if _is_valid(path, each)}
+    meanings = {*_readings(path, value)}
     if len(meanings) == 1:
         return f"write {path[-1]} = {meanings.pop()}."
     return f"see titanlite check --explain {'.'.join(path)}"
 
 
-def _readings(value: Any) -> Iterator[Any]:
+def _readings(path: Sequence[str], value: Any) -> Iterator[str]:
     """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
     texts: list[str] = []
     if isinstance(value, str):
@@ -356,15 +355,10 @@ def _readings(value: Any) -> Iterator[Any]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         texts = [format_value(str(value))]
     for text in texts:
-        with suppress(ValueError):
-            yield parse_value(text)
-
-
-def _is_valid(path: tuple[str, ...], value: Any) -> bool:
-    with suppress(ValidationError):
-        recipe_class().model_validate(_nest(path, value))
-        return True
-    return False
+        with suppress(ValueError):  # no TOML; or, as pydantic's, no value of this key
+            meaning = parse_value(text)
+            recipe_class().model_validate(_nest(path, meaning))
+            yield format_value(meaning)
 
 
 def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -49,21 +49,13 @@ def parse_value(text: str) -> Any:
 
 
 def value_at(values: Any, path: Sequence[str]) -> Any:
-    """What stands at a key, whose part is an index where it names an element of an array.
-
-    Raises `LookupError`, `TypeError` or `ValueError` where there is nothing.
-    """
+    """What stands at a key, whose part is an index where it names an element of an array; None for nothing."""
     for name in path:
-        values = values[int(name)] if isinstance(values, list) else values[name]
+        try:
+            values = values[int(name)] if isinstance(values, list) else values[name]
+        except (LookupError, TypeError, ValueError):
+            return None
     return values
-
-
-def holds(values: Any, path: Sequence[str]) -> bool:
-    """Whether there is something at a key."""
-    with suppress(LookupError, TypeError, ValueError):
-        value_at(values, path)
-        return True
-    return False
 
 
 def find_line(text: str, path: Sequence[str]) -> int:
@@ -83,7 +75,10 @@ def find_line(text: str, path: Sequence[str]) -> int:
                     return end, parse_toml("\n".join([*lines[:end], bracket]))
             end -= 1
 
-    first = bisect_left(range(len(lines)), True, key=lambda end: holds(parse_beginning(end)[1], path))
+    def holds_key(end: int) -> bool:
+        return value_at(parse_beginning(end)[1], path) is not None
+
+    first = bisect_left(range(len(lines)), True, key=holds_key)
     return parse_beginning(first - 1)[0] + 1
 
 
