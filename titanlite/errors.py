@@ -1,7 +1,6 @@
 """The one error tree. An error's type says how the process ends; its text names the fix.
 
-Whatever a user can cause is a `TitanliteError`: the command line prints it as a paragraph and exits with
-`exit_code`. Anything else is our mistake, and shows its traceback.
+Whatever a user can cause is a `TitanliteError`, printed as a paragraph; anything else is our mistake, with a traceback.
 """
 
 from __future__ import annotations
@@ -19,21 +18,20 @@ class TitanliteError(Exception):
     """Base of every error a user can cause or meet."""
 
     exit_code = 1
-    on_all_ranks = False
-    """Whether every rank ends with this error: then one of each machine prints it, and its exit code is the run's."""
+    on_all_ranks = False  # whether each ends with it: then one of each machine prints it, and its code is the run's
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing wrong (or worth saying) about a recipe: where, what, and what to do about it."""
 
-    key: str  # Dotted recipe key, such as `training.steps`; empty for the file as a whole
+    key: str  # dotted recipe key, such as `training.steps`; empty for the file as a whole
     problem: str
     fix: str = ""
     file: str = ""
     line: int = 0
     severity: str = "error"  # `error` refuses the run; `warning` is printed and the run goes on
-    extended_by: str = ""  # The recipe that was asked for, where `file` is another one that it extends
+    extended_by: str = ""  # the recipe that was asked for, where `file` is another one that it extends
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
@@ -113,5 +111,5 @@ class StoppedEarly(TitanliteError):
 
     exit_code = EXIT_STOPPED_EARLY
     on_all_ranks = True
-    signalled = False  # Whether a signal to one rank or more was the reason
-    received = False  # Whether this process was signalled itself
+    signalled = False  # whether a signal to one rank or more was the reason
+    received = False  # whether this process was signalled itself

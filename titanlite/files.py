@@ -1,7 +1,6 @@
-"""Files that survive a crash: what is written is wholly there, or not there at all.
+"""Files that survive a crash: what is written is wholly there, or not there at all; folders for one process at a time.
 
-And folders that one process at a time uses. Knows nothing of what is written; checkpoints, run folders, metrics and
-data files build on it. No torch.
+Knows nothing of what is written; checkpoints, run folders, metrics and data files build on it. No torch.
 """
 
 from __future__ import annotations
@@ -23,27 +22,21 @@ from typing import Any
 from titanlite.errors import TitanliteError, UsageError
 from titanlite.text import format_bytes
 
-APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND  # Flags of `open_file` for a file that grows
-
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND  # flags of `open_file` for a file that grows
 _LEASE_SECONDS = 120  # NFS servers keep a lost machine's locks for a lease; 90 s is the usual one
-
-_NOT_A_FILE = "it is not a regular file but a pipe, a socket, a device or a folder"
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
-    """`os.open` of a regular file, or of a link to one. Raises `OSError`, also for a pipe, a socket, a device or a
-    folder in its place: to open one could wait for ever, and to read it never end.
-    """
+    """`os.open` of a regular file, or a link to one. Raises `OSError`, also for what to open could wait for ever."""
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno == ENXIO:  # a socket, or a pipe that nothing reads
-            raise OSError(ENXIO, _NOT_A_FILE, str(path)) from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
         os.close(descriptor)
-        raise OSError(EINVAL, _NOT_A_FILE, str(path))
-    return descriptor
+    except OSError as error:
+        if error.errno != ENXIO:  # a socket, or a pipe that nothing reads
+            raise
+    raise OSError(EINVAL, "it is not a regular file but a pipe, a socket, a device or a folder", str(path))
 
 
 def read_file(path: Path) -> bytes:
@@ -88,11 +81,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, writer: str = "") -> Iterator[FileIO]:
-    """A file that takes the place of `path` in one step at the end: a reader, and a crash, see the old bytes or the new
-    ones, nothing between.
+    """A file that takes the place of `path` in one step at the end: a reader, or a crash, sees the old or the new one.
 
-    Processes that may write the same at the same time are told apart by `writer`. Raises `OSError`; the old file is
-    then as it was.
+    `writer` tells apart processes that may write it at the same time. Raises `OSError`; the old file is then as it was.
     """
     beside = path.with_name(f".{path.name}.{writer}writing")
     try:
@@ -180,18 +171,15 @@ class Lock:
 
     path: Path
     descriptor: int
-    is_new: bool  # Whether there was none: the folder was never used, or its user's lock file was removed
+    is_new: bool  # whether the folder was never used, or its user's lock file removed
 
     def is_in_place(self) -> bool:
-        """Whether the file that is locked still has this name: without it, the next process makes and locks another.
-
-        A file system that does not answer just now has lost nothing.
-        """
+        """Whether the locked file still has this name: without it, the next process makes and locks another."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:
+        except OSError:  # a file system that does not answer just now has lost nothing
             return True
 
     def close(self) -> None:
@@ -202,11 +190,10 @@ class Lock:
 def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None], must_wait: bool = False) -> Lock:
     """Take the folder of `path`, a lock file, for this process until it ends, however it ends.
 
-    A POSIX record lock: it works over NFS, and forked data workers do not inherit it, so one that outlives a killed
-    trainer does not keep the next one out. What a file server holds for a machine that is gone, it lets go of after a
-    while: a holder on another machine is waited for. With `must_wait`, any holder is, for as long as it takes, and a
-    file system without locks is refused. Raises `UsageError` that says `what` is in use, by whom, and the `other_way`
-    than to wait; or `OSError`.
+    A POSIX record lock: it works over NFS, and forked data workers, which may outlive a killed trainer, do not inherit
+    it. A file server keeps a lost machine's for a while, so a holder elsewhere is waited for; with `must_wait`, any is,
+    and a file system without locks is refused. Raises `UsageError` that says `what` is in use, by whom, and the
+    `other_way` than to wait; or `OSError`.
     """
     descriptor = open_file(path, os.O_RDWR | os.O_CREAT)
     until = None
@@ -231,9 +218,7 @@ def take_lock(path: Path, what: str, other_way: str, warn: Callable[[str], None]
 
 
 def _lock_file(descriptor: int, path: Path, warn: Callable[[str], None] | None) -> bool:
-    """Whether this process holds the lock now, or cannot know: not every file system has locks, of which `warn` is
-    told. Without it, raises `OSError` there.
-    """
+    """Whether this process holds the lock now, or, as `warn` is told, there are none here; without it, `OSError`."""
     import fcntl  # not on Windows, where the rest of this can be used
 
     try:
