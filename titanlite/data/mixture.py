@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import floor
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ class Mixture:
         return sources
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # tables are large where there are many sources: those of a few mixtures are kept
 def build_mixture(shares: Shares) -> Mixture:
     """The mixture of sources with these shares, as `apportion` makes them."""
     always, sometimes = zip(*(divmod(share, CYCLE) for share in shares), strict=True)
@@ -140,22 +141,12 @@ def _members(rows: Table, sources: int) -> npt.NDArray[np.bool_]:
     return has
 
 
-@dataclass(frozen=True, eq=False)
-class _Segment:
+class _Segment(NamedTuple):
     """A part of the run with one mixture."""
 
     first: int  # its first sample
     shares: Shares
     before: Counts  # samples of each source that came earlier
-
-    @property
-    def mixture(self) -> Mixture:
-        """Its tables are large where there are many sources, so those of a few segments are kept."""
-        return build_mixture(self.shares)
-
-    def counts(self, samples: int) -> Counts:
-        """Samples of each source among the run's first `samples`, which end in this segment."""
-        return self.before + self.mixture.counts(samples - self.first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,13 +159,14 @@ class MixtureSchedule:
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, number among the source's samples) of sample `sample`, which must be before the end."""
         assert self.end is None or sample < self.end
-        segment = self._segment(sample)
-        source, number = segment.mixture(sample - segment.first)
-        return source, int(segment.before[source]) + number
+        first, shares, before = self._segment(sample)
+        source, number = build_mixture(shares)(sample - first)
+        return source, int(before[source]) + number
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples are of each source."""
-        counts: list[int] = self._segment(samples).counts(samples).tolist()
+        first, shares, before = self._segment(samples)
+        counts: list[int] = (before + build_mixture(shares).counts(samples - first)).tolist()
         return counts
 
     def before(self, samples: int) -> list[tuple[int, dict[int, int]]]:
@@ -204,13 +196,14 @@ def build_schedule(
             if not any(weights):
                 return MixtureSchedule(tuple(segments), first)
             segments.append(_Segment(first, apportion(weights), counts))
+            mixture = build_mixture(segments[-1].shares)
             ends = [] if until is None else [until]
             if limited := {k: samples for k, samples in left.items() if samples}:
-                ends.append(first + _samples_until_used_up(segments[-1].mixture, limited))
+                ends.append(first + _samples_until_used_up(mixture, limited))
             if not ends:
                 return MixtureSchedule(tuple(segments), None)
+            counts = counts + mixture.counts(min(ends) - first)
             first = min(ends)
-            counts = segments[-1].counts(first)
     raise AssertionError("the last stage has no end")
 
 
