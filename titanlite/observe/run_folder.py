@@ -213,21 +213,21 @@ def _open_locked(
 ) -> RunFolder:
     found, resumed = _read_status(path / "status.json"), has_run(path)
     start = _still_to_do(start, found)
-    if start.mode == "fresh":
-        if resumed and not start.force:
+    if resumed and start.mode == "fresh":
+        if not start.force:
             raise UsageError(
                 f"{path} holds a run already, and --fresh would delete it. Give the new run another run.name, "
                 "or add --force to delete the old one with its checkpoints."
             )
-        if resumed:  # until its recipe and status are replaced, the status of the old run has that it is to be deleted
-            replace_file(path / "status.json", _status("running", start, start.once))
+        # Until its recipe and status are replaced, the status of the old run has that it is to be deleted.
+        replace_file(path / "status.json", _status("running", start, start.once))
         for name in OWNED:
             if name not in ("status.json", "recipe.toml"):
                 _delete(path / name)
         resumed, found = False, {}
+    changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if resumed and lock.is_new and (path / "metrics.jsonl").exists():  # whoever lost the lock goes on in the old file
         replace_file(path / "metrics.jsonl", read_file(path / "metrics.jsonl"))
-    changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if not resumed:
         replace_file(path / "recipe.toml", text.encode())
         replace_file(path / "status.json", _status("running", start))
