@@ -308,10 +308,7 @@ def summary(folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "path": str(folder),
-        "step": manifest.step,
-        "samples": manifest.samples,
-        "tokens": manifest.tokens,
-        "values": manifest.values,
+        **{key: getattr(manifest, key) for key in ("step", "samples", "tokens", "values")},
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["name"].startswith("model.")),
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files.values()),
