@@ -68,11 +68,10 @@ def failing(fault: str, step: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from titanlite.cli.main import run_as_launched
+    from titanlite.cli.main import end_as_launched
     from titanlite.cli.train import main
-    from titanlite.plan.launch import end_process
 
     if sys.argv[1]:
         what, at_step, on_rank = sys.argv[1].split("@")
         failing(what, int(at_step), int(on_rank))
-    end_process(run_as_launched(main, sys.argv[2:]))
+    end_as_launched(main, sys.argv[2:])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.corpus.tokenizers import FOLDER
@@ -43,7 +44,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(join_world(recipe.run.deterministic, timeout, active))
         ranks = Ranks(world.rank, world.size)
-        ranks.run_on_all_ranks(lambda: opened.result() and None)
+        ranks.run_on_all_ranks(lambda: opened.result() and None)  # all end with the error of any
         data, notes = opened.result()
         logger = stack.enter_context(closing(RunLogger()))
         # No rank looks for checkpoints before the first one has locked and cleared the folder.
@@ -51,7 +52,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         checkpoints, snapshots = setup.open_checkpoints(recipe, path, world, logger, folder)
         run = Run(recipe, loaded.text, world, data, checkpoints, logger, start, attempt, progress, snapshots)
         progress.under_way = setup.find_latest_step(ranks, run) + 1, None
-        crash = CrashRecorder(run)
+        records = path / crashes.FOLDER
 
         def record_hang(step: int, report: HangReport) -> None:
             """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
@@ -59,12 +60,12 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
                 folder.write_status("failed", step, TitanliteError.exit_code, report.reason)
                 logger.event(step, "hung", report.reason)
             stacks = f"the stacks of all threads are in {log_path(path / 'logs', report.rank)}"
-            hang = crash.describe("Hang", report.reason, stacks)
-            crash.write(replace(hang, rank=report.rank, host=report.host))
+            hang = _describe_crash(run, "Hang", report.reason, stacks)
+            _record_crash(records, replace(hang, rank=report.rank, host=report.host))
 
         seconds = recipe.resilience.watchdog_seconds
         run.watchdog = Watchdog(seconds, path / "logs", world.rank, world.size, record_hang)
-        with crash.recorded(), run.watchdog, explain_full_memory():
+        with _crashes_recorded(run, records), run.watchdog, explain_full_memory():
             run.read_log = stack.enter_context(closing(setup.open_read_log(run)))
             run.verification = setup.begin_verification(stack, run, ranks)
             trainer = Trainer(run)
@@ -76,58 +77,52 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             logger.info(_end_in_words(run, begun_at))
 
 
-class CrashRecorder:
-    """Writes down what fails on this rank, so that the next start can tell a step that fails again and again."""
+def _describe_crash(run: Run, kind: str, message: str, stack: str) -> crashes.Crash:
+    """The record of a failure on this rank, in the step that is under way."""
+    (step, first), under = run.progress.under_way, torchrun_environment()
+    return crashes.Crash(
+        attempt=run.attempt,
+        restart=under.restarts if under else 0,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        step=step,
+        samples=(first, first + run.recipe.training.global_batch - 1) if first is not None else (),
+        rank=run.world.rank,
+        ranks=run.world.size,
+        host=platform.node(),
+        kind=kind,
+        message=message,
+        traceback=stack,
+        recipe=crashes.digest(run.recipe_text),
+    )
 
-    def __init__(self, run: Run) -> None:
-        self._folder = run.path / crashes.FOLDER
-        self._run = run
 
-    def describe(self, kind: str, message: str, stack: str) -> crashes.Crash:
-        """The record of a failure in the step that is under way."""
-        (step, first), under, run = self._run.progress.under_way, torchrun_environment(), self._run
-        return crashes.Crash(
-            attempt=run.attempt,
-            restart=under.restarts if under else 0,
-            time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            step=step,
-            samples=(first, first + run.recipe.training.global_batch - 1) if first is not None else (),
-            rank=run.world.rank,
-            ranks=run.world.size,
-            host=platform.node(),
-            kind=kind,
-            message=message,
-            traceback=stack,
-            recipe=crashes.digest(run.recipe_text),
-        )
+def _record_crash(folder: Path, crash: crashes.Crash) -> None:
+    """Leave a record; what cannot be written is printed, since the disk may be what failed."""
+    try:
+        crashes.record(folder, crash)
+    except OSError as error:
+        problem = f"cannot write {folder}: {cause(error, folder)}."
+        print(f"{problem} This crash does not count for resilience.max_crashes.", file=sys.stderr)
 
-    def write(self, crash: crashes.Crash) -> None:
-        """Leave a record; what cannot be written is printed, since the disk may be what failed."""
-        try:
-            crashes.record(self._folder, crash)
-        except OSError as error:
-            problem = f"cannot write {self._folder}: {cause(error, self._folder)}."
-            print(f"{problem} This crash does not count for resilience.max_crashes.", file=sys.stderr)
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Leave a record of what fails on this rank alone; what failed because another rank did becomes one line.
-
-        Raises `OtherRankFailed` for the other's failure.
-        """
-        try:
-            yield
-        except Exception as error:
-            failed = self.describe(type(error).__name__, str(error), traceback.format_exc())
-            # A user's mistake that shows before the first step begins is not a step that fails.
-            if isinstance(error, WorkerKilled) or (
-                isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples)
-            ):
-                raise
-            if failed.ranks > 1 and is_peer_failure(error):
-                raise OtherRankFailed(crashes.root_cause(self._folder, failed.attempt, failed.rank, error)) from error
-            self.write(failed)
+@contextmanager
+def _crashes_recorded(run: Run, folder: Path) -> Iterator[None]:
+    """Leave a record of what fails on this rank alone, so that the next start can tell a step that fails again and
+    again; what failed because another rank did becomes one line. Raises `OtherRankFailed` for that.
+    """
+    try:
+        yield
+    except Exception as error:
+        failed = _describe_crash(run, type(error).__name__, str(error), traceback.format_exc())
+        # A user's mistake that shows before the first step begins is not a step that fails.
+        if isinstance(error, WorkerKilled) or (
+            isinstance(error, TitanliteError) and (error.on_all_ranks or not failed.samples)
+        ):
             raise
+        if failed.ranks > 1 and is_peer_failure(error):
+            raise OtherRankFailed(crashes.root_cause(folder, failed.attempt, failed.rank, error)) from error
+        _record_crash(folder, failed)
+        raise
 
 
 def _begin(run: Run, folder: RunFolder, hosts: list[str], notes: list[str]) -> None:

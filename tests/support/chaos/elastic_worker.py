@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 NOTES = Path("notes")
 HURRY = Path("hurry")
@@ -28,9 +28,8 @@ def note(what: str, **fields: Any) -> None:
 
 def main() -> None:
     note("process")
-    from titanlite.cli.main import run_as_launched
+    from titanlite.cli import main as command
     from titanlite.cli.train import main as train
-    from titanlite.plan.launch import end_process
     from titanlite.training.train_state import TrainState
     from titanlite.training.trainer import Trainer
 
@@ -49,9 +48,14 @@ def main() -> None:
         return result
 
     Trainer.train, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
-    code = run_as_launched(train, sys.argv[1:])
-    note("end", code=code)
-    end_process(code)
+    end_process = command.end_process
+
+    def noted_end(code: int) -> NoReturn:
+        note("end", code=code)
+        end_process(code)
+
+    command.end_process = noted_end
+    command.end_as_launched(train, sys.argv[1:])
 
 
 if __name__ == "__main__":
