@@ -24,6 +24,7 @@ import pytest
 import zstandard
 
 from titanlite import files
+from titanlite.cli import data
 from titanlite.cli.main import main
 from titanlite.corpus import prepare, units, workers
 from titanlite.corpus.corpora import read_corpus
@@ -344,7 +345,7 @@ def test_a_killed_worker_is_reported() -> None:
     """With what it was at, and the fix."""
     with (
         workers.WorkerPool(1) as pool,
-        pytest.raises(DataError, match=r"killed at a\.txt; .* run out of memory.*--workers"),
+        pytest.raises(DataError, match=r"killed at a\.txt; .* out of memory.*--workers"),
     ):
         list(pool.run(kill_itself, [("a.txt",), ("b.txt",)]))
 
@@ -507,7 +508,7 @@ def test_a_file_that_changes_meanwhile(run: Run, tmp_path: Path, monkeypatch: py
             file.write("more")
         return found
 
-    monkeypatch.setattr(prepare, "find_inputs", found_then_changed)
+    monkeypatch.setattr(data, "find_inputs", found_then_changed)
     assert "a.txt: changed while it was read; start again" in run("a.txt", code=2)
 
 

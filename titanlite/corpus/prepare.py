@@ -101,9 +101,8 @@ def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
     while True:
         parts.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # who held it is done, and has removed the folder
-            return take_lock(
-                parts / ".lock", f"the prefix {request.out}", "give another --out", progress.message, request.shared
-            )
+            what, other = f"the prefix {request.out}", "give another --out"
+            return take_lock(parts / ".lock", what, other, progress.message, request.shared)
 
 
 def _finished(
@@ -217,10 +216,10 @@ def _join(
         if not total:
             raise DataError("the inputs hold no text at all; give some with text in it.")
         if empty := [prefix for prefix, writer in writers.items() if not writer.documents]:
+            which, key = "all" if empty[0] == request.out else "none", "--held-out (data.validation_percent)"
+            problem = f"{which} of the {total:,} documents are held out by {key} {request.held_out_percent:g}"
             raise DataError(
-                f"{'all' if empty[0] == request.out else 'none'} of the {total:,} documents are held out by --held-out "
-                f"(data.validation_percent) {request.held_out_percent:g}, which goes by a hash of their names; give "
-                "more documents, or another percentage."
+                f"{problem}, which goes by a hash of their names; give more documents, or another percentage."
             )
         shared: dict[str, Any] = {
             "made_from": made_from,

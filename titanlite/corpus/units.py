@@ -192,17 +192,12 @@ def _batches(unit: Unit, text_key: str, on_bad: Callable[[DataError], None]) -> 
             if held >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
                 yield batch
                 batch, held = [], 0
-        _require_unchanged(file)
+        with wrap_read_errors(file.path):
+            status = file.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):  # as when the units were made
+            raise DataError(f"{file.path}: changed while it was read; start again when nothing writes to it.")
     if batch:
         yield batch
-
-
-def _require_unchanged(file: FoundFile) -> None:
-    """Raises `DataError` if a file is another one than when the units were made."""
-    with wrap_read_errors(file.path):
-        status = file.path.stat()
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
-        raise DataError(f"{file.path}: changed while it was read; start again when nothing writes to it.")
 
 
 def _encode(batch: Texts, tokenizer: Tokenizer, on_bad: Callable[[DataError], None]) -> tuple[Texts, list[Ids]]:

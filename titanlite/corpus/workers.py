@@ -20,8 +20,8 @@ from titanlite.errors import DataError
 from titanlite.registry import PLUGINS, import_plugin
 from titanlite.text import format_bytes
 
+# Numpy alone starts a thread for each core when it is imported.
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""Numpy alone starts a thread for each core when it is imported."""
 
 
 def cores() -> int:
@@ -74,10 +74,8 @@ class WorkerPool:
                     del running[future]
         except BrokenProcessPool as error:
             begun = ", ".join(str(tasks[number][0]) for number in sorted(running.values()))
-            raise DataError(
-                f"a worker process was killed at {begun}; the machine may have run out of memory: split very long "
-                "documents, or prepare them with fewer --workers. What is done stays done: the same command goes on."
-            ) from error
+            fix = "split very long documents, or take fewer --workers. What is done stays done: start it again."
+            raise DataError(f"a worker was killed at {begun}; it may have run out of memory: {fix}") from error
         if failures:
             raise failures[min(failures)]
 

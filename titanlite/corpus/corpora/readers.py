@@ -46,15 +46,17 @@ def read_unpacked(path: Path, limit: int = -1) -> bytes:
 
 
 @contextmanager
-def wrap_read_errors(path: Path) -> Iterator[None]:
+def wrap_read_errors(path: Path, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Raise as `DataError` what cannot be read. Arrow's errors of damaged tables are of any `kind`."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # Arrow's, of packed files
-            hint = " by zstd -d --long=31" if "too much memory" in str(error) else ""
-            why = f"damaged or cut short ({error}); fetch or pack it again, or unpack it{hint}."
-        else:
-            why = f"cannot be read ({error.strerror}); mend it or its permissions, or leave it out."
+    except DataError:
+        raise
+    except kind as error:
+        why = f"cannot be read ({getattr(error, 'strerror', '')}); mend it or its permissions, or leave it out."
+        if getattr(error, "errno", None) is None:
+            hint = ", or unpack it by zstd -d --long=31" if "too much memory" in str(error) else ""
+            why = f"damaged or cut short ({error}); fetch or make it again{hint}, or leave it out."
         raise DataError(f"{path}: {why}") from error
 
 
@@ -162,7 +164,7 @@ def _missing(what: str, text_key: str, fields: list[str]) -> DataError:
 
 def _divide_parquet(path: Path, size: int, part_bytes: int) -> list[Part]:
     parts: list[Part] = []
-    with _wrap_errors(path):
+    with wrap_read_errors(path, Exception):
         from pyarrow.parquet import ParquetFile
 
         metadata = ParquetFile(path).metadata
@@ -180,7 +182,7 @@ def _read_rows(
     read_columns: Callable[..., Iterator[Any]], path: Path, text_key: str, part: Part | None
 ) -> Iterator[tuple[int, bytes | DataError]]:
     number = part.before if part else 0
-    with _wrap_errors(path):
+    with wrap_read_errors(path, Exception):
         import pyarrow  # takes long
 
         for column in read_columns(path, text_key, part):
@@ -232,16 +234,6 @@ def _text_column(path: Path, schema: Any, text_key: str) -> int:
     if str(of) not in TEXT_TYPES:
         raise DataError(f"{path}: column '{text_key}' is not text but {kind}; set data.text_key to one that is.")
     return int(found[0])
-
-
-@contextmanager
-def _wrap_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # of a damaged file also KeyError, UnicodeDecodeError, OverflowError ...
-        raise DataError(f"{path}: cannot be read ({error}); fetch or write it again, or leave it out.") from error
 
 
 TEXT = Reader(lambda path, text_key, part: iter([(0, read_unpacked(path))]))

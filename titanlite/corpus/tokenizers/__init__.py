@@ -21,6 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from titanlite.errors import DataError, Finding, UsageError
+from titanlite.files import wrap_os_errors
 from titanlite.recipe.paths import expand
 from titanlite.registry import Registry, did_you_mean
 from titanlite.text import list_some
@@ -243,11 +244,9 @@ def fingerprint_of(kind: str, content: bytes, special: Mapping[str, int], separa
 
 def read_file(path: Path) -> bytes:
     """The whole of a tokenizer's file. Raises `DataError` if it cannot be read, is empty or far too large."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or data.tokenizer.") from error
+    fix = " Mend its permissions or data.tokenizer."
+    with wrap_os_errors(f"cannot read {path}", path, fix, DataError), open(path, "rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES or not content.strip():
         problem = f"has over {MAX_FILE_BYTES:,} bytes" if content.strip() else "is empty"
         raise DataError(f"{path} {problem}; give a tokenizer's file.")

@@ -169,7 +169,6 @@ class RankTokenizer(PieceTokenizer):
     takes_any_bytes = True
 
     def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
-        """Raises `DataError`."""
         content = read_file(path)
         self.ranks = _read_ranks(path, content)
         ids = {name: number for number, name in enumerate(special or LLAMA3_SPECIAL_TOKENS, len(self.ranks))}

@@ -38,7 +38,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
     library = "tokenizers"
 
     def __init__(self, path: Path, separator: str | None = None, special: Sequence[str] = ()) -> None:
-        """Raises `DataError`."""
         content = self._content = read_file(path)
         fields = _read_object(path, content)
         vocabulary, added = _vocabulary(path, fields), _added_tokens(path, fields)
