@@ -8,17 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titanlite.models.layers import (
-    Attention,
-    Embedding,
-    KVCache,
-    Linear,
-    RMSNorm,
-    Rotation,
-    SwiGLU,
-    multiply,
-    rope_frequencies,
-)
+from titanlite.models import layers
 from titanlite.models.llama_spec import LlamaConfig
 from titanlite.models.loss import TokenLoss
 
@@ -28,19 +18,19 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config.dim, config.heads, config.kv_heads, config.qk_norm, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = SwiGLU(config.dim, config.ffn_dim)
+        self.attention_norm = layers.RMSNorm(config.dim, config.norm_eps)
+        self.attention = layers.Attention(config.dim, config.heads, config.kv_heads, config.qk_norm, config.norm_eps)
+        self.ffn_norm = layers.RMSNorm(config.dim, config.norm_eps)
+        self.ffn = layers.SwiGLU(config.dim, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: KVCache | None = None
+        self, x: Tensor, rotation: layers.Rotation, mask: Tensor | None = None, cache: layers.KVCache | None = None
     ) -> Tensor:
         normed, x = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), rotation, mask, cache))
         return x + self.ffn(normed)
 
 
-class Head(Linear):
+class Head(layers.Linear):
     """Hidden states to logits; with labels, straight to the summed loss."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
@@ -48,7 +38,7 @@ class Head(Linear):
         self.loss = TokenLoss()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        if labels is not None and self.multiply is multiply:
+        if labels is not None and self.multiply is layers.multiply:
             return self.loss(x, self.weight, labels)
         logits = super().forward(x)
         return logits if labels is None else self.loss.of_logits(logits, labels)  # of a product in another format
@@ -71,10 +61,10 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.embed: Embedding | None = Embedding(config.vocab_size, config.dim, compute_dtype)
+        self.embed: layers.Embedding | None = layers.Embedding(config.vocab_size, config.dim, compute_dtype)
         # By name, so that a block keeps its own when others are taken out.
         self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.layers)})
-        self.norm: RMSNorm | None = RMSNorm(config.dim, config.norm_eps)
+        self.norm: layers.RMSNorm | None = layers.RMSNorm(config.dim, config.norm_eps)
         self.head: Head | None = Head(config.dim, config.vocab_size)
         self.document_mask = DocumentMask()
         if config.tie_embeddings:
@@ -87,7 +77,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        caches: list[KVCache] | None = None,
+        caches: list[layers.KVCache] | None = None,
     ) -> Tensor:
         """tokens [batch, seq] -> logits [batch, seq, vocab], or with labels [batch, seq] the sum of the token losses.
 
@@ -101,8 +91,8 @@ class Llama(nn.Module):
             positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)
         x = inputs if self.embed is None else self.embed(inputs)
         config = self.config
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, inputs.device)
-        rotation = Rotation.at(positions, frequencies, x.dtype)
+        frequencies = layers.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, inputs.device)
+        rotation = layers.Rotation.at(positions, frequencies, x.dtype)
         mask = None if documents is None else self.document_mask(documents)
         if start and inputs.shape[1] > 1:
             # Several tokens after cached ones: attention's own causal mask would begin at the first cached one.
@@ -114,8 +104,8 @@ class Llama(nn.Module):
             x = self.norm(x)
         return x if self.head is None else self.head(x, labels)
 
-    def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
+    def new_caches(self, batch: int, capacity: int) -> list[layers.KVCache]:
         """Empty caches for `capacity` positions, one a block; for a model that has its embedding."""
         assert self.embed is not None
         like = torch.empty(0, dtype=self.embed.compute_dtype, device=self.embed.weight.device)
-        return [KVCache(batch, capacity, self.config.kv_heads, self.config.head_dim, like) for _ in self.layers]
+        return [layers.KVCache(batch, capacity, self.config.kv_heads, self.config.head_dim, like) for _ in self.layers]

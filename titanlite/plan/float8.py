@@ -16,12 +16,13 @@ BLOCK = 32  # Neighbours that share a scale in the formats of the OCP Microscali
 
 @dataclass(frozen=True)
 class Cast:
-    """How a factor of a product becomes float8. Scales are powers of two."""
+    """How a factor of a product becomes float8: e4m3 keeps 3 bits after the point down to 2^-14 of the largest value,
+    e5m2 2 bits down to 2^-29. Scales are powers of two: one; or one for each vector that is multiplied and summed (left
+    rows, right columns), or `BLOCK` of it.
+    """
 
     format: Literal["e4m3", "e5m2"]
-    """e4m3 keeps 3 bits after the point down to 2^-14 of the largest value, e5m2 2 bits down to 2^-29."""
     scale: Literal["tensor", "row", "block"]
-    """One scale; or one for each vector that is multiplied and summed (left rows, right columns), or `BLOCK` of it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Product:
 
     left: Cast
     right: Cast
-    fast_accumulation: bool
-    """Whether the matrix units may keep their sums in fewer bits than float32 (on Hopper, about 14)."""
+    fast_accumulation: bool  # whether units may keep their sums in fewer bits than float32 (on Hopper, about 14)
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,15 @@ _FORWARD, _BACKWARD = (Product(_ROW, _ROW, fast_accumulation=fast) for fast in (
 _WIDE = Product(Cast("e5m2", "tensor"), _TENSOR, fast_accumulation=False)
 _BLOCKS = Product(_BLOCK, _BLOCK, fast_accumulation=False)
 
+# What the recipes of these names stand for: formats and scales of the first three are those of torchao's recipes of
+# the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_of_2`.
 SETTINGS: dict[str, Float8Settings] = {
     "tensorwise": Float8Settings(Product(_TENSOR, _TENSOR, fast_accumulation=True), _WIDE, _WIDE),
     "rowwise": Float8Settings(_FORWARD, _BACKWARD, _BACKWARD),
     # A weight has one scale in grad_input, so that it need not be read again along its columns.
-    "rowwise_with_hp_grad_weight": Float8Settings(
-        output=_FORWARD, grad_input=Product(_ROW, _TENSOR, fast_accumulation=False), grad_weight=None
-    ),
+    "rowwise_with_hp_grad_weight": Float8Settings(_FORWARD, Product(_ROW, _TENSOR, fast_accumulation=False), None),
     "mxfp8": Float8Settings(_BLOCKS, _BLOCKS, _BLOCKS),
 }
-"""What the recipes of these names stand for: formats and scales of the first three are those of torchao's recipes of
-the same names (its third is `rowwise_with_gw_hp`) with `round_scales_to_power_of_2`."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +128,10 @@ def mean_size(outputs: int, inputs: int) -> float:
 
 @dataclass(frozen=True)
 class Gather:
-    """What tensor parallel ranks gather before a linear's products."""
+    """What tensor parallel ranks gather before products: inputs of `column` linears, gradients of a `row` linear's."""
 
     module: str
     what: Literal["inputs", "gradients"]
-    """Inputs of its `column` linears, or gradients of the outputs of a `row` linear."""
     cast: Cast | None  # How it travels; None: in the compute dtype
     why: str | None  # Why it is not sent in float8
 

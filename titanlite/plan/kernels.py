@@ -8,18 +8,16 @@ from titanlite.errors import UsageError
 from titanlite.recipe.sections import Recipe
 from titanlite.registry import Registry
 
-OPERATIONS = ("rms_norm", "rope", "swiglu")  # Every model's
-QUANTISE = "float8_quantise"  # With `precision.float8` alone
+OPERATIONS = ("rms_norm", "rope", "swiglu")  # every model's
+QUANTISE = "float8_quantise"  # with `precision.float8` alone
 
+# By operation, what `models.fused.use_kernels` can give layers for it, by the name that `[kernels]` has for it.
 KERNELS = {
     name: Registry(f"kernel of {name}", {"triton": f"titanlite.models.fused:{name.upper()}"}) for name in OPERATIONS
 }
-"""By operation, what `models.fused.use_kernels` can give layers for it, by the name that `[kernels]` has for it."""
 
 
 class Choice(NamedTuple):
-    """How one operation runs."""
-
     kernel: str  # `torch` for PyTorch's own operations, `triton`, or a plugin's name
     why: str
 
@@ -62,11 +60,6 @@ def describe_kernels(recipe: Recipe) -> str:
         alike.setdefault(choice, []).append(name)
     kinds = sorted(alike, key=lambda choice: (choice.kernel == "torch", choice.kernel))
     parts = [f"{', '.join(alike[k])} by {k.kernel.replace('triton', 'Triton')} ({k.why})" for k in kinds]
-    if kinds[0].kernel != "torch":
-        parts[0] = f"on a GPU {parts[0]}"
-    head = {
-        "auto": "head and loss by chunks of large logits",
-        "torch": "head and loss by chunks, without Triton",
-        "off": "head and loss with all logits at once",
-    }
-    return "; ".join([*parts, head[recipe.kernels.linear_cross_entropy]])
+    head = {"auto": "by chunks of large logits", "torch": "by chunks, without Triton", "off": "with all logits at once"}
+    where = "" if kinds[0].kernel == "torch" else "on a GPU "
+    return f"{where}{'; '.join(parts)}; head and loss {head[recipe.kernels.linear_cross_entropy]}"

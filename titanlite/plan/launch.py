@@ -92,8 +92,7 @@ class Torchrun:
     restarts_left: int
     agents: int  # Machines (their torchruns) that take part
     names: tuple[str, ...]
-    """What all starts of this job share and no other job has: the name of the folder that this torchrun keeps, and,
-    where machines come and go, the job's id at the rendezvous if it was given one."""
+    """What this job's starts share: the name of torchrun's folder, and the job's id if machines come and go."""
     elastic: bool  # Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so
 
 

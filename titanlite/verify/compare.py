@@ -23,20 +23,13 @@ from titanlite.plan.layout import batch_plan, require_layout, total_steps
 from titanlite.precision.casting import master_dtype
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
-from titanlite.verify.shrink import change_precision, reference_of, without_compiler
-from titanlite.verify.verdict import (
-    Comparison,
-    NumberDifference,
-    StepDifference,
-    Tolerance,
-    WeightDifference,
-    tolerance_in,
-)
+from titanlite.verify import verdict
+from titanlite.verify.shrink import change, reference_of, without_compiler
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def compare_layout(recipe: Recipe, world: World) -> Iterator[Comparison]:
+def compare_layout(recipe: Recipe, world: World) -> Iterator[verdict.Comparison]:
     """The comparison in float64, then in the recipe's own precision, each when it is done; equal on every rank.
 
     `recipe` is a shrunken one. Where float64 is not to be had, float32 takes its place and a note says why.
@@ -52,7 +45,7 @@ def _widest_precision(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, 
 
     The first rank tries it alone, so that a failure leaves no other rank waiting, and broadcasts the outcome.
     """
-    double = change_precision(recipe, compute="float64")
+    double = change(recipe, precision={"compute": "float64"})
     no_float64 = no_compiler = ""
     if world.is_first:
         no_float64 = _try_step(without_compiler(double), world)
@@ -60,7 +53,7 @@ def _widest_precision(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, 
             no_compiler = _try_step(double, world)
     refused = world.broadcast(torch.tensor([bool(no_float64), bool(no_compiler)], device=world.device)).tolist()
     if refused[0]:
-        single = change_precision(recipe, compute="float32", reduce="float32")
+        single = change(recipe, precision={"compute": "float32", "reduce": "float32"})
         return single, (f"float32 in place of float64: {no_float64}",)
     if refused[1]:
         return without_compiler(double), (f"not compiled, since in float64 that fails: {no_compiler}",)
@@ -114,25 +107,34 @@ class _Snapshot(NamedTuple):
     distances: Tensor  # How far each weight has come from its initial value; at step 0, its norm
 
 
-def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> Comparison:
-    """All ranks run the layout, beside what the first one kept of running alone."""
+def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> verdict.Comparison:
+    """All ranks run the layout, beside what the first one kept of running alone; the same on every rank."""
     spec, precision = spec_of(recipe.model.preset), recipe.precision
     config = spec.configure(recipe.model)
     shapes = spec.shapes(config)
-    tolerance = tolerance_in(precision.compute, precision.reduce, config.layers)
+    elements = [*map(math.prod, shapes.values())]
+    tolerance = verdict.tolerance_in(precision.compute, precision.reduce, config.layers)
     kept = _run_alone(recipe, shapes, world) if world.is_first else None
     rows = []
     for step, (shards, numbers) in enumerate(_run(recipe, world)):
         if kept is not None:
             expected = kept[step]
         else:
-            elements, dtype = sum(map(math.prod, shapes.values())), master_dtype(precision)
-            weights = numbers.new_empty(elements, dtype=dtype)
+            weights = numbers.new_empty(sum(elements), dtype=master_dtype(precision))
             expected = _Snapshot(weights, torch.empty_like(numbers), numbers.new_empty(len(shapes)))
         for tensor in expected:
             world.broadcast(tensor)
-        rows.append(_compare_step(step, shards, numbers, expected, shapes, tolerance, world))
-    return Comparison(precision.compute, tolerance, notes, tuple(rows))
+        off = _relative((numbers - expected.numbers).abs(), expected.numbers.abs())
+        world.reduce(off, "max")  # should another rank have got other numbers than the first, whose are shown
+        world.broadcast(numbers)
+        distances = _weight_distances(shards, _split_weights(expected.weights, shapes), world)
+        apart = _relative(distances, expected.distances)
+        allowed = apart.new_tensor([*map(tolerance.of_weight, elements)])
+        worst = int((apart / allowed).argmax())
+        loss, norm = map(verdict.NumberDifference, numbers.tolist(), expected.numbers.tolist(), off.tolist())
+        weight = verdict.WeightDifference(list(shapes)[worst], float(apart[worst]), float(allowed[worst]))
+        rows.append(verdict.StepDifference(step, loss, norm, weight))
+    return verdict.Comparison(precision.compute, tolerance, notes, tuple(rows))
 
 
 def _run_alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
@@ -149,21 +151,6 @@ def _run_alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
 def _split_weights(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
     parts = torch.split(flat, [*map(math.prod, shapes.values())])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
-def _compare_step(
-    step: int, shards: Shards, numbers: Tensor, expected: _Snapshot, shapes: Shapes, tolerance: Tolerance, world: World
-) -> StepDifference:
-    """The differences after a step, the same on every rank."""
-    off = _relative((numbers - expected.numbers).abs(), expected.numbers.abs())
-    world.reduce(off, "max")  # should another rank have got other numbers than the first, whose are shown
-    world.broadcast(numbers)
-    apart = _relative(_weight_distances(shards, _split_weights(expected.weights, shapes), world), expected.distances)
-    allowed = apart.new_tensor([tolerance.of_weight(math.prod(shape)) for shape in shapes.values()])
-    worst = int((apart / allowed).argmax())
-    loss, norm = map(NumberDifference, numbers.tolist(), expected.numbers.tolist(), off.tolist())
-    weight = WeightDifference(list(shapes)[worst], float(apart[worst]), float(allowed[worst]))
-    return StepDifference(step, loss, norm, weight)
 
 
 def _relative(difference: Tensor, size: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""A recipe of the same layout that runs in seconds, with a smaller model and less data; `check` accepts it too.
-
-No torch.
-"""
+"""A recipe of the same layout that runs in seconds, with a smaller model and less data; `check` accepts it too."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ from typing import Any
 from titanlite.models.spec import spec_of
 from titanlite.plan.layout import BatchPlan, Layout, batch_plan, ceil_div, require_layout
 from titanlite.plan.stages import stages_per_rank, takes_microbatches
-from titanlite.recipe.sections import Compile, Data, Float8, Model, Parallel, Recipe, Recompute, Schedule, Training
+from titanlite.recipe.sections import Compile, Data, Float8, Parallel, Recipe, Recompute, Schedule, Training
 
 _HEAD_DIM = 8
 _WIDTH = 256  # Where grouped heads would make the model wider than this, groups get smaller
 _VOCABULARY = 272
 _SEQUENCE_LENGTH = 32
 _SPREAD = 0.5  # Standard deviation of the first logits
-_MOST_MOVED = 0.01
-"""How much of an initial weight AdamW may move in a step: if it is more, rounding takes the two runs different ways."""
+_MOST_MOVED = 0.01  # of an initial weight, by AdamW in a step: if more, rounding takes the two runs different ways
 _REFERENCE_MICROBATCH = 16
 
 
@@ -29,65 +25,58 @@ def shrink(recipe: Recipe, world: int, steps: int) -> Recipe:
     `[parallel]`, `[precision]`, `[recompute]` and `[compile]` stay, but for counts of blocks and microbatches, and for
     float8, which would hide what is compared. The learning rate is at its peak from the first step on.
     """
-    layout, pipeline, defaults = require_layout(recipe.parallel, world), recipe.parallel.pipeline, Recipe()
+    layout, pipeline = require_layout(recipe.parallel, world), dict(recipe.parallel.pipeline)
     real = batch_plan(recipe, layout, 0)
     microbatches = _microbatches(recipe, real, layout)
-    parts: dict[str, Any] = {}
-    if layout.pp > 1 and pipeline.microbatches is not None:
-        parts["microbatches"] = microbatches
-    if layout.pp > 1 and (real_blocks := pipeline.blocks_per_stage) is not None:
+    blocks = pipeline["blocks_per_stage"] if layout.pp > 1 else None
+    if layout.pp > 1 and pipeline["microbatches"] is not None:
+        pipeline["microbatches"] = microbatches
+    if blocks is not None:
         # None where there are none, one where there are few, two where there are more.
-        few = min(blocks for blocks in real_blocks if blocks)
-        parts["blocks_per_stage"] = tuple(min(blocks, 1 + (blocks > few)) for blocks in real_blocks)
-    model = _model(recipe, layout, parts.get("blocks_per_stage"))
-    return recipe.model_copy(
-        update={
-            "model": model,
-            "data": Data(document_mask=recipe.data.document_mask, packing=recipe.data.packing),
-            "training": _training(real, layout, microbatches, steps),
-            "schedule": Schedule(name="constant"),
-            "optimizer": _with(recipe.optimizer, lr=min(recipe.optimizer.lr, _MOST_MOVED * model.init_std)),
-            "precision": _with(recipe.precision, float8=Float8()),
-            "parallel": _with(recipe.parallel, pipeline=_with(pipeline, **parts)),
-            "run": _with(recipe.run, stop_after_step=None, stop_after_minutes=None),
-            **{name: getattr(defaults, name) for name in ("validation", "checkpoint", "metrics", "debug")},
-        }
+        few = min(filter(None, blocks))
+        pipeline["blocks_per_stage"] = blocks = tuple(min(number, 1 + (number > few)) for number in blocks)
+    model = _model(recipe, layout, blocks)
+    small = change(
+        recipe,
+        model=model,
+        optimizer={"lr": min(recipe.optimizer.lr, _MOST_MOVED * model["init_std"])},
+        precision={"float8": Float8()},
+        parallel={"pipeline": pipeline},
+        run={"stop_after_step": None, "stop_after_minutes": None},
     )
+    data = Data(document_mask=recipe.data.document_mask, packing=recipe.data.packing)
+    training = _training(real, layout, microbatches, steps)
+    parts = {"data": data, "training": training, "schedule": Schedule(name="constant")}
+    unused = {name: getattr(Recipe(), name) for name in ("validation", "checkpoint", "metrics", "debug")}
+    return small.model_copy(update={**parts, **unused})
 
 
 def reference_of(recipe: Recipe) -> Recipe:
     """The same training in one process: nothing shared, recomputed or compiled, and other microbatches."""
-    training = _with(recipe.training, microbatch=min(recipe.training.global_batch, _REFERENCE_MICROBATCH))
-    alone = {"parallel": Parallel(), "recompute": Recompute(), "compile": Compile()}
-    return recipe.model_copy(update={"training": training, **alone})
+    recipe = change(recipe, training={"microbatch": min(recipe.training.global_batch, _REFERENCE_MICROBATCH)})
+    return recipe.model_copy(update={"parallel": Parallel(), "recompute": Recompute(), "compile": Compile()})
 
 
 def without_compiler(recipe: Recipe) -> Recipe:
     """Not compiled, and without what only the compiler can do."""
-    off: dict[str, dict[str, Any]] = {
-        "compile": {"enabled": False}, "recompute": {"budget": None}, "parallel": {"async_tp": False}
-    }  # fmt: skip
-    return recipe.model_copy(update={name: _with(getattr(recipe, name), **keys) for name, keys in off.items()})
+    return change(recipe, compile={"enabled": False}, recompute={"budget": None}, parallel={"async_tp": False})
 
 
-def change_precision(recipe: Recipe, **formats: str) -> Recipe:
-    """With other `formats` (keys of `[precision]`)."""
-    return recipe.model_copy(update={"precision": _with(recipe.precision, **formats)})
+def change(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """With some keys of these sections replaced, and checked again."""
+    before = {name: getattr(recipe, name) for name in sections}
+    after = {name: type(old).model_validate({**dict(old), **sections[name]}) for name, old in before.items()}
+    return recipe.model_copy(update=after)
 
 
-def _with(section: Any, **keys: Any) -> Any:
-    """A section with some keys replaced, and checked again."""
-    return type(section).model_validate({**dict(section), **keys})
-
-
-def _model(recipe: Recipe, layout: Layout, blocks: tuple[int, ...] | None) -> Model:
+def _model(recipe: Recipe, layout: Layout, blocks: tuple[int, ...] | None) -> dict[str, Any]:
     """A narrow model whose heads, rows and blocks come out as even, or as uneven, over the ranks as the real one's."""
     real, tp = spec_of(recipe.model.preset).configure(recipe.model), layout.tp
     kv_heads = min(real.kv_heads, 2) if tp == 1 else tp + real.kv_heads % tp
     head_dim = min(real.head_dim, _HEAD_DIM)
     group = min(real.heads // real.kv_heads, max(2, _WIDTH // (kv_heads * head_dim)))
     dim = kv_heads * group * head_dim
-    sizes = {
+    return {
         "dim": dim,
         "layers": sum(blocks) if blocks is not None else _layers(recipe, layout, real.layers),
         "heads": kv_heads * group,
@@ -97,8 +86,6 @@ def _model(recipe: Recipe, layout: Layout, blocks: tuple[int, ...] | None) -> Mo
         # Sums over so narrow a model have few terms: with the real one's, attention and logits would all be alike.
         "init_std": _SPREAD / math.sqrt(dim),
     }
-    model: Model = _with(recipe.model, **sizes)
-    return model
 
 
 def _congruent(least: int, real: int, ranks: int) -> int:
@@ -109,8 +96,7 @@ def _congruent(least: int, real: int, ranks: int) -> int:
 def _layers(recipe: Recipe, layout: Layout, real: int) -> int:
     """A block for each stage, one more if the real ones do not come out even, and one that is not recomputed."""
     stages = layout.pp * stages_per_rank(recipe.parallel.pipeline) if layout.pp > 1 else 1
-    recompute = recipe.recompute
-    kinds = recompute.every + 1 if recompute.mode != "none" else 1
+    kinds = recipe.recompute.every + 1 if recipe.recompute.mode != "none" else 1
     return min(real, max(stages + (real % stages > 0), kinds, 2))
 
 
@@ -127,11 +113,7 @@ def _training(real: BatchPlan, layout: Layout, microbatches: int, steps: int) ->
     """Short sequences that all ranks can share, one of them missing where the real batch leaves padding."""
     microbatch = min(real.microbatch, 2)
     padded = real.global_batch < real.microbatches * real.microbatch * real.data_ranks
-    whole = microbatches * microbatch * real.data_ranks
+    batch = microbatches * microbatch * real.data_ranks - (padded and microbatch * real.data_ranks > 1)
     unit = 2 * layout.cp * layout.tp
-    return Training(
-        steps=steps,
-        sequence_length=ceil_div(_SEQUENCE_LENGTH, unit) * unit,
-        global_batch=whole - (padded and microbatch * real.data_ranks > 1),
-        microbatch=microbatch,
-    )
+    length = ceil_div(_SEQUENCE_LENGTH, unit) * unit
+    return Training(steps=steps, sequence_length=length, global_batch=batch, microbatch=microbatch)

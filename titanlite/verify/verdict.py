@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TURNED_BY_CHANCE = 2
-"""Elements of a weight that may always move the other way: in a short vector, one is a large share."""
-
+_TURNED_BY_CHANCE = 2  # elements of a weight that may always move the other way: a large share of a short vector
 _UNITS = {"bfloat16": 2**-8, "float32": 2**-24}  # A format's unit of rounding
 
 
@@ -28,12 +26,11 @@ class Tolerance:
 def tolerance_in(compute: str, reduce: str, layers: int) -> Tolerance:
     """How far rounding may drive two orders of the same sums apart, in a few steps of this many blocks.
 
-    In float64 rounding is some 1e-14 and mistakes are at least 1e-6: anything between would do. Elsewhere, with u the
-    unit of rounding of the coarser format: every block rounds anew, so that activations and gradients are off by some
-    u sqrt(blocks) of their size. The loss and the norm average them; their own sums, always in float32 or more, add at
-    most the root of their thousands of terms. Weights: Adam's first steps go by gradients' signs, and of a gradient's
-    elements a share of about that size is so near to zero that rounding turns their sign. Each is then two steps off: a
-    share s of them, 2 sqrt(s) of the way.
+    In float64 rounding is some 1e-14 and mistakes are at least 1e-6. Elsewhere, with u the coarser format's unit, every
+    block rounds anew: activations and gradients are off by some u sqrt(blocks) of their size. Loss and norm average
+    them; their own sums, in float32 or more, add at most the root of their thousands of terms. Adam's first steps go by
+    gradients' signs, of which a share of about that size is turned: each element is then two steps off, and a share s
+    of them 2 sqrt(s) of the way.
     """
     if compute == "float64":
         return Tolerance(1e-9, 1e-9)
@@ -55,8 +52,7 @@ class WeightDifference:
     """How far a weight is from what it is in one process."""
 
     name: str
-    difference: float
-    """Norm of what separates them, relative to the distance that the weight has come (step 0: to its norm)."""
+    difference: float  # Norm, relative to the distance that the weight has come (step 0: to its norm)
     allowed: float  # How much of that rounding explains
 
 
