@@ -38,15 +38,10 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
         ],
         "memory": {
             "peak": asdict(run.memory.peak),
-            "most": dict(run.memory.most),
-            "by_phase": {phase: asdict(moment) for phase, moment in run.memory.by_phase.items()},
-            "host_bytes": run.memory.host_bytes,
+            **asdict(run.memory),  # most, by phase, and in the host's memory
             "predicted": rank_state_bytes(recipe, require_layout(recipe.parallel, size), run.coordinates),
         },
-        "parameters": [
-            {"name": name, "shape": list(shape), "whole": list(whole), "blocks": blocks}
-            for name, shape, whole, blocks in _group_blocks(run)
-        ],
+        "parameters": list(_group_blocks(run)),
         "left_out": [key for key, is_used in needs_a_device.items() if is_used],
     }  # fmt: skip
 
@@ -99,18 +94,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: set[in
     return [f"  {line}" for line in format_table([head, *rows], right)]
 
 
-def _group_blocks(run: DryRun) -> Iterator[tuple[str, Shape, Shape, str]]:
-    """Parameters of blocks that are alike, as one: (name with `*`, shape here, whole shape, which blocks)."""
+def _group_blocks(run: DryRun) -> Iterator[dict[str, Any]]:
+    """Parameters of blocks that are alike, as one whose name has `*` for the blocks' numbers."""
     alike: dict[tuple[str, Shape, Shape], list[int]] = {}
     for name, shape in run.shapes.items():
         key = (_NUMBER.sub(".*", name, count=1), shape, run.whole_shapes[name])
         alike.setdefault(key, []).extend(map(int, _NUMBER.findall(name)[:1]))
-    for key, numbers in alike.items():
-        yield *key, _format_ranges(numbers)
-
-
-def _format_ranges(numbers: list[int]) -> str:
-    """0, 1, 2, 5 -> `0-2, 5`"""
-    index = count()  # in a run of consecutive numbers, each is as far from its index as the others
-    runs = [[*run] for _, run in groupby(sorted(numbers), key=lambda number: number - next(index))]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    for (name, shape, whole), numbers in alike.items():
+        index = count()  # in a run of consecutive numbers, each is as far from its index as the others
+        ranges = [[*group] for _, group in groupby(sorted(numbers), key=lambda number: number - next(index))]
+        blocks = ", ".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
+        yield {"name": name, "shape": list(shape), "whole": list(whole), "blocks": blocks}
