@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, EINVAL, ENOSPC, ENOTSUP, ENXIO
-from io import FileIO
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,11 @@ def sync_path(path: Path) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` at `path` in one step, as `replacing` does."""
     with replacing(path) as file:
-        write_all(file, memoryview(data))
+        file.write(data)
 
 
 @contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[FileIO]:
+def replacing(path: Path, writer: str = "") -> Iterator[BufferedWriter]:
     """A file that takes the place of `path` in one step at the end: a reader, or a crash, sees the old or the new one.
 
     `writer` tells apart processes that may write it at the same time. Raises `OSError`; the old file is then as it was.
@@ -88,8 +88,9 @@ def replacing(path: Path, writer: str = "") -> Iterator[FileIO]:
     beside = path.with_name(f".{path.name}.{writer}writing")
     try:
         beside.unlink(missing_ok=True)
-        with open(beside, "xb", buffering=0) as file:
+        with open(beside, "xb") as file:
             yield file
+            file.flush()
             sync(file.fileno(), beside)
         os.replace(beside, path)
     except BaseException:
@@ -97,13 +98,6 @@ def replacing(path: Path, writer: str = "") -> Iterator[FileIO]:
             beside.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
-
-
-def write_all(file: FileIO, data: memoryview) -> None:
-    """Write all of it to an unbuffered file, which may take less than it is given."""
-    data = data.cast("B")
-    while data:
-        data = data[file.write(data) :]
 
 
 class Appender:

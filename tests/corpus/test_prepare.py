@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -574,8 +575,13 @@ def test_a_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_long_document_is_not_copied_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens go to the disk block by block."""
     seen: list[int] = []
-    write_all = units.write_all
-    monkeypatch.setattr(units, "write_all", lambda file, data: (seen.append(data.nbytes), write_all(file, data)))
+
+    @contextmanager
+    def recording(path: Path, writer: str) -> Iterator[Mock]:
+        with files.replacing(path, writer) as file:
+            yield Mock(wraps=file, write=lambda data: (seen.append(data.nbytes), file.write(data)))
+
+    monkeypatch.setattr(units, "replacing", recording)
     monkeypatch.setattr(units, "BLOCK", 1_000)
     text = os.urandom(50_500)
     (tmp_path / "a.txt").write_bytes(text)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from titanlite.corpus.tokenizers import Tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import open_file, replace_file, replacing, write_all
+from titanlite.files import open_file, replace_file, replacing
 from titanlite.recipe.paths import expand
 
 VERSION: Final = 1
@@ -314,7 +314,7 @@ class TokenWriter(ExitStack):
         """The next tokens, flat."""
         block = np.ascontiguousarray(tokens, self.dtype)
         self._hash.update(block.data)
-        write_all(self._bin, block.data)
+        self._bin.write(block.data)
         self._tokens += len(block)
 
     def end_documents(self, lengths: npt.ArrayLike) -> None:
@@ -335,7 +335,7 @@ class TokenWriter(ExitStack):
             digest = xxhash.xxh3_64()
             for block in self._index_blocks():
                 digest.update(block)
-                write_all(file, memoryview(block))
+                file.write(block)
             sidecar = TokenInfo(
                 format="titanlite-tokens", version=VERSION, **info, dtype=self.dtype.name, documents=self.documents,
                 tokens=self._tokens,

@@ -26,7 +26,7 @@ from titanlite.corpus.corpora.readers import read_documents, wrap_read_errors
 from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
-from titanlite.files import replace_file, replacing, wrap_os_errors, write_all
+from titanlite.files import replace_file, replacing, wrap_os_errors
 
 PART_VERSION = 2
 EXAMPLES = 10  # Bad lines that are listed one by one
@@ -160,7 +160,7 @@ def write_part(unit: Unit, request: Request, tokenizer: Tokenizer) -> None:
         for batch in _batches(unit, request.text_key, on_bad):
             texts, ids = _encode(batch, tokenizer, on_bad)
             for block in _pack_blocks(ids, tokenizer.separator, dtype):
-                write_all(token_file, block.data)
+                token_file.write(block.data)
             digests = [xxhash.xxh3_128_digest(text.content) for _, text in texts]
             for (source, _), digest in zip(texts, digests, strict=True):
                 documents[source] += 1
@@ -171,7 +171,7 @@ def write_part(unit: Unit, request: Request, tokenizer: Tokenizer) -> None:
             table["high"], table["low"] = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).T
             if request.held_out_percent:
                 table["held"] = [is_held_out(text.name, request.held_out_percent) for _, text in texts]
-            write_all(record_file, table.view(np.uint8).data)
+            record_file.write(table.view(np.uint8).data)
         token_bytes = token_file.tell()
     sources = [[source - unit.source, count, f"{hashes[source] % 2**128:032x}"] for source, count in documents.items()]
     summary = {"documents": documents.total(), "token_bytes": token_bytes, "bad": bad, "examples": examples}

@@ -314,22 +314,17 @@ def _to_finding(path: tuple[str, ...], fault: Any, values: dict[str, Any]) -> Fi
         return Finding(key, str(fault["ctx"]["error"]))
     value = toml.value_at(values, path)
     if fault["type"] == "extra_forbidden":
-        return Finding(key, *_unknown(path, value))
+        *table, name = path
+        known = list((key_schema(table) or {})["properties"])
+        what = "unknown section" if not table and isinstance(value, dict) else "unknown key"
+        where = f"[{'.'.join(table)}] has" if table else "a recipe has"
+        return Finding(key, f"{what};", suggest_key(name, known, table) or f"{where}: {', '.join(known)}.")
     shown = "a table" if isinstance(value, dict) else format_value(value).encode("utf-8", "backslashreplace").decode()
     shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
     if fault["type"] == "string_unicode":
         return Finding(key, f"{shown} is not UTF-8;", "rename what it names, or name its folder, or use a glob.")
     schema = key_schema(path) or {}
     return Finding(key, f"must be {describe_type(schema)}, not {shown};", _find_fix(path, value, schema))
-
-
-def _unknown(path: tuple[str, ...], value: Any) -> tuple[str, str]:
-    """Problem and fix for a key or a section that does not exist."""
-    *table, name = path
-    known = list((key_schema(table) or {})["properties"])
-    what = "unknown section" if not table and isinstance(value, dict) else "unknown key"
-    where = f"[{'.'.join(table)}] has" if table else "a recipe has"
-    return f"{what};", suggest_key(name, known, table) or f"{where}: {', '.join(known)}."
 
 
 def _find_fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
