@@ -176,18 +176,19 @@ def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("tokenizer", "rows", "said"),
     [
-        ("level", 400, "model.vocab_size: 400 rows are too few for level's 401 tokens; write 416, which is"),
-        ("bytes", 256, "model.vocab_size: 256 rows are too few for the byte tokenizer's 257 tokens; write 272,"),
-        ("nowhere.json", 416, "data.tokenizer: there is no tokenizer 'nowhere.json'"),
-        ("corpus.txt", 416, "data.tokenizer: 'corpus.txt' is no tokenizer by its name"),
+        ("level", 400, ("model.vocab_size: ", "'level' has 401 tokens", "400 rows", "write 416, ")),
+        ("bytes", 256, ("model.vocab_size: ", "'bytes' has 257 tokens", "256 rows", "write 272, ")),
+        ("nowhere.json", 416, ("data.tokenizer: there is no tokenizer 'nowhere.json'",)),
+        ("corpus.txt", 416, ("data.tokenizer: 'corpus.txt' is no tokenizer by its name",)),
     ],
 )
 def test_check_says_what_is_wrong(
-    folder: Path, capsys: pytest.CaptureFixture[str], tokenizer: str, rows: int, said: str
+    folder: Path, capsys: pytest.CaptureFixture[str], tokenizer: str, rows: int, said: tuple[str, ...]
 ) -> None:
     recipe(folder, tokenizer, rows)
     assert titanlite("check", "recipe.toml") == 2
-    assert said in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert all(part in printed for part in said)
 
 
 def test_a_text_that_the_tokenizer_cannot_take_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

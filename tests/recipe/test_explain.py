@@ -22,7 +22,7 @@ def test_what_is_committed_is_that_of_the_code() -> None:
     schema = (ROOT / "titanlite.schema.json").read_text(encoding="utf-8")
     reference = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert json.loads(schema) == json_schema(), "run: titanlite schema > titanlite.schema.json"
-    assert reference == reference_markdown(), "run: titanlite schema --markdown > docs/recipe.md"
+    assert reference == reference_markdown() + "\n", "run: titanlite schema --markdown > docs/recipe.md"
 
 
 def test_the_schema_is_a_schema() -> None:

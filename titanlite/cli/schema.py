@@ -11,12 +11,9 @@ from titanlite.recipe.explain import json_schema, reference_markdown
 
 def main(argv: list[str]) -> int:
     """Print the JSON schema, or the reference page."""
-    parser = argparse.ArgumentParser(
-        prog="titanlite schema", description="Print the JSON schema of recipes, which editors complete them from."
-    )
+    description = "Print the JSON schema of recipes, which editors complete them from."
+    parser = argparse.ArgumentParser(prog="titanlite schema", description=description)
     parser.add_argument("--markdown", action="store_true", help="print the reference page (docs/recipe.md) instead")
-    if parser.parse_args(argv).markdown:
-        print(reference_markdown(), end="")
-    else:
-        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    markdown = parser.parse_args(argv).markdown
+    print(reference_markdown() if markdown else json.dumps(json_schema(), indent=2, ensure_ascii=False))
     return EXIT_DONE

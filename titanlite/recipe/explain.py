@@ -234,7 +234,7 @@ def reference_markdown() -> str:
     ]
     for section in recipe_class().model_fields:
         lines += _reference_of(section, key_schema([section]) or {})
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _reference_of(key: str, schema: Schema) -> Iterator[str]:

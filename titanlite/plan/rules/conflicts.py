@@ -82,7 +82,7 @@ def split_backward(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout:
          f"{schedule} has the ends of the model on one rank, and they share the tied embedding;",
          f"write model.tie_embeddings = false, {other}"),
         ("parallel.zero_stage", split and recipe.parallel.zero_stage == 3,
-         f"{schedule} needs weights that stage 3 has released;", f"write zero_stage = 2, {other}"),
+         f"{schedule} takes wrong gradients of weights that stage 3 releases;", f"write zero_stage = 2, {other}"),
         ("recompute.mode", split and recipe.recompute.mode != "none",
          f"{apart} would recompute a block for each weight;", f'write "none", {other}'),
         ("compile.enabled", split and compiled, f"{apart} compiled blocks only know both;", f"write false, {other}"),

@@ -36,8 +36,7 @@ def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
     parallel = recipe.parallel
     if parallel.dp_shard == 0:
         yield Finding("parallel.dp_shard", "a model cannot be cut over 0 ranks;", "write -1 for all that are left.")
-        return
-    if layout_of(parallel, world) is not None:
+    if parallel.dp_shard == 0 or layout_of(parallel, world) is not None:
         return
     degrees = {name: getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
     given = {name: degree for name, degree in degrees.items() if degree > 1}

@@ -211,29 +211,26 @@ def sources(recipe: Recipe, world: int) -> Iterator[Finding]:
 
 def stages(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Stages follow each other, know their sources, and leave none out."""
-    data, names = recipe.data, [each.name for each in recipe.data.sources]
-    if not data.stages:
-        return
-    if not names:
+    stages, names = recipe.data.stages, [each.name for each in recipe.data.sources]
+    if stages and not names:
         yield Finding("data.stages", "there are no sources to weigh;", "name them by [[data.sources]].")
         return
-    for index, stage in enumerate(data.stages):
-        for name in stage.weights:
-            if name not in names:
-                hint = did_you_mean(name, names) or f"they are {', '.join(names)}."
-                yield Finding(f"data.stages.{index}.weights.{name}", "there is no such source;", hint)
+    for index, stage in enumerate(stages):
+        for name in (name for name in stage.weights if name not in names):
+            hint = did_you_mean(name, names) or f"they are {', '.join(names)}."
+            yield Finding(f"data.stages.{index}.weights.{name}", "there is no such source;", hint)
         if not stage.weights:
             yield Finding(f"data.stages.{index}.weights", "no source has a weight;", "give one at least.")
-        last = index + 1 == len(data.stages)
-        if last and stage.until is not None:
+        is_last = index + 1 == len(stages)
+        if is_last and stage.until is not None:
             yield Finding(f"data.stages.{index}.until", "the last stage goes on to the end;", "take it out.")
-        elif not last and stage.until is None:
+        elif not is_last and stage.until is None:
             yield Finding(f"data.stages.{index}", "ends nowhere, and another stage follows;", "write until = tokens.")
-    ends = [stage.until for stage in data.stages if stage.until is not None]
+    ends = [stage.until for stage in stages if stage.until is not None]
     if ends != sorted(set(ends)):
         yield Finding("data.stages", "stages must end later than those before them;", "put them in order.")
     for index, name in enumerate(names):
-        if not any(name in stage.weights for stage in data.stages):
+        if stages and not any(name in stage.weights for stage in stages):
             problem = f"no stage gives '{name}' a weight, so it would never be read;"
             yield Finding(f"data.sources.{index}", problem, "name it in a stage, or take it out.")
 
