@@ -13,11 +13,8 @@ from torch import Tensor
 
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "send", "recv"]
 
-_OPERATIONS: Mapping[str, Operation] = {
-    **{kind.replace("-", ""): kind for kind in get_args(Operation)}, "isend": "send", "irecv": "recv"
-}  # fmt: skip
-"""How the names of torch's operations begin, without underscores; what follows are variants of them."""
-
+# How the names of torch's operations begin, without underscores; what follows are variants of them.
+_OPERATIONS = {kind.replace("-", ""): kind for kind in get_args(Operation)} | {"isend": "send", "irecv": "recv"}
 _NO_MESSAGE = ("barrier", "monitoredbarrier", "checkfornan", "waittensor", "wraptensorautograd")
 
 
@@ -29,8 +26,7 @@ class Collective:
     operation: Operation
     dtype: str
     ranks: int  # Ranks of the group
-    message_bytes: int
-    """The whole message: all-gather's output, reduce-scatter's and all-to-all's input, else the tensors themselves."""
+    message_bytes: int  # All-gather's output, reduce-scatter's and all-to-all's input, else the tensors themselves
     sent_bytes: int  # What this rank sends of it: see `ring_bytes`
     count: int = 1
 
@@ -59,13 +55,11 @@ def in_order(collectives: Iterable[Collective]) -> list[tuple[Collective, int]]:
 
 
 class CollectiveLog:
-    """Records the messages among the operations that it is shown.
-
-    `world_dimension`: the mesh's dimension that all ranks are in, if there is one: torch gives it the group of all.
-    """
+    """Records the messages among the operations that it is shown."""
 
     def __init__(self, world_dimension: str | None = None) -> None:
         self.recorded: list[Collective] = []
+        # The mesh's dimension that all ranks are in, if there is one: torch gives it the group of all.
         self._world_dimension = world_dimension or "world"
 
     def record(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None:
@@ -73,8 +67,7 @@ class CollectiveLog:
 
         Raises `NotImplementedError` for an operation of torch.distributed that is not known here: it would be missed.
         """
-        positions = _positions(operation)
-        if positions is None:
+        if (positions := _positions(operation)) is None:
             return
         kind, message_at, group_at, splits_at = positions
         group = _group(arguments[group_at])
@@ -107,17 +100,13 @@ def _positions(operation: Any) -> tuple[Operation, int | None, int, int | None] 
         raise NotImplementedError(f"{schema.name}: say in titanlite/dryrun/collectives.py what its message is")
     names = [argument.name for argument in schema.arguments]
     # Process groups' operations take (output, input), the functional ones (input) and return the output.
-    message: int | None = 0
-    if namespace == "c10d" and kind in ("reduce-scatter", "all-to-all"):
-        message = 1
-    elif namespace != "c10d" and kind == "all-gather":
-        message = None
+    output_first = namespace == "c10d" and kind in ("reduce-scatter", "all-to-all")
+    message = None if namespace != "c10d" and kind == "all-gather" else int(output_first)
     group = names.index("group_name" if "group_name" in names else "process_group")
     return kind, message, group, names.index("input_split_sizes") if "input_split_sizes" in names else None
 
 
-def _group(argument: Any) -> dist.ProcessGroup:
-    """From a name, or an object of TorchScript's that holds it."""
+def _group(argument: Any) -> dist.ProcessGroup:  # from a name, or an object of TorchScript's that holds it
     if isinstance(argument, str):
         return dist.distributed_c10d._resolve_process_group(argument)  # type: ignore[attr-defined, arg-type]
     return argument if isinstance(argument, dist.ProcessGroup) else dist.ProcessGroup.unbox(argument)

@@ -1,7 +1,7 @@
-"""What a program holds in memory, by purpose, and when it holds most.
+"""What a program holds in memory, by purpose, and when it holds most, without what allocator and libraries add.
 
 What a storage was for shows only later (a result is an activation if it outlives the forward pass), so events are kept,
-and summed up when all is known. An allocator's rounding and gaps, and what kernels and libraries take, come on top.
+and summed up when all is known.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 from titanlite.dryrun.collectives import flatten
 
-Purpose = Literal["weights", "gathered", "gradients", "optimizer", "activations", "other"]
-"""As docs/dry_run.md explains them."""
+Purpose = Literal["weights", "gathered", "gradients", "optimizer", "activations", "other"]  # see docs/dry_run.md
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
-_FSDP_OPERATIONS: Mapping[str, Purpose] = {
+_FSDP_OPERATIONS: Mapping[str, Purpose] = {  # all of whose tensors have one purpose
     "fsdp::all_gather_copy_in": "gathered",
     "fsdp::split_with_sizes_copy": "gathered",
     "fsdp::chunk_cat": "gradients",
     "c10d::_reduce_scatter_base_": "gradients",
 }
-"""All of whose tensors have one purpose."""
 
 
 @dataclass
@@ -66,8 +64,7 @@ class MemoryTrace:
     """Follows the storages of one model's program: within `watch_sizes`, and shown each operation by `record`."""
 
     def __init__(self) -> None:
-        self.phase = "build"
-        """What the program is doing; within `passes`, the trace tells forward and backward apart by itself."""
+        self.phase = "build"  # What the program is doing; within `passes`, forward and backward are told apart here
         self._storages: dict[int, _Storage] = {}
         self._events: list[tuple[_Storage, int, tuple[str, str, Any]]] = []
         self._modules: list[str] = []  # Names of the modules whose forward is running, innermost last
@@ -83,8 +80,7 @@ class MemoryTrace:
             self._operation = operation
         for tensor in tensors:
             self._storage(tensor)
-        purpose = _FSDP_OPERATIONS.get(operation._schema.name)
-        if purpose is not None:
+        if (purpose := _FSDP_OPERATIONS.get(operation._schema.name)) is not None:
             for tensor in flatten((arguments, tuple(named.values()))):
                 self.mark(tensor, purpose)
         is_cast = operation is torch.ops.aten._to_copy.default

@@ -22,22 +22,17 @@ class LlamaConfig(ModelConfig):
 
 _LLAMA3_VOCAB = 128_256
 _SMALL_VOCAB = 32_000
-
+_BY_32 = RopeScaling(factor=32.0)
 _CUSTOM = "custom"
 PRESETS: dict[str, LlamaConfig] = {
-    # What a recipe that names no preset starts from: plain Llama, so that nothing but sizes needs to be written.
-    # 272 rows: the byte tokenizer's 257, padded to a multiple of 16 for the matrix units.
+    # Without a preset, only sizes need to be written. 272 rows: the byte tokenizer's 257, padded to a multiple of 16.
     _CUSTOM: LlamaConfig(128, 4, 4, 4, 384, 272),
     "debug": LlamaConfig(128, 4, 4, 2, 384, 272, rope_theta=10_000.0, qk_norm=True),
     "30m": LlamaConfig(384, 10, 6, 6, 1024, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
     "125m": LlamaConfig(768, 12, 12, 12, 2560, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
     "350m": LlamaConfig(1024, 24, 16, 16, 2816, _SMALL_VOCAB, rope_theta=10_000.0, tie_embeddings=True),
-    "llama3.2-1b": LlamaConfig(
-        2048, 16, 32, 8, 8192, _LLAMA3_VOCAB, rope_scaling=RopeScaling(factor=32.0), tie_embeddings=True
-    ),
-    "llama3.2-3b": LlamaConfig(
-        3072, 28, 24, 8, 8192, _LLAMA3_VOCAB, rope_scaling=RopeScaling(factor=32.0), tie_embeddings=True
-    ),
+    "llama3.2-1b": LlamaConfig(2048, 16, 32, 8, 8192, _LLAMA3_VOCAB, rope_scaling=_BY_32, tie_embeddings=True),
+    "llama3.2-3b": LlamaConfig(3072, 28, 24, 8, 8192, _LLAMA3_VOCAB, rope_scaling=_BY_32, tie_embeddings=True),
     "llama3-8b": LlamaConfig(4096, 32, 32, 8, 14336, _LLAMA3_VOCAB),
     "llama3-70b": LlamaConfig(8192, 80, 64, 8, 28672, _LLAMA3_VOCAB),
     "llama3.1-405b": LlamaConfig(16384, 126, 128, 8, 53248, _LLAMA3_VOCAB, rope_scaling=RopeScaling(factor=8.0)),
@@ -192,10 +187,7 @@ _HUGGINGFACE_ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:
-    """Fields of `LlamaForCausalLM`, or of `Qwen3ForCausalLM`, which is the same with normed queries and keys.
-
-    The rotation is written as transformers 4 does; later ones read it too.
-    """
+    """Fields of `LlamaForCausalLM`, or of `Qwen3ForCausalLM`, which is the same with normed queries and keys."""
     qwen = config.qk_norm
     fields: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
@@ -206,7 +198,7 @@ def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         **({"use_sliding_window": False} if qwen else {"mlp_bias": False}),
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope_theta,  # as transformers 4 writes it; later ones read it too
         "rope_scaling": None,
     }
     if config.rope_scaling is not None:

@@ -1,13 +1,12 @@
-"""What a model family must offer to be trained, without importing torch.
+"""What a model family must offer to be trained, without torch. The other packages know models through this alone.
 
-`parallel`, `optim`, `rules`, `describe` and the trainer know models through this alone; no other room names a
-family. A new family is one spec, one module, and one line in `MODELS`.
+A new family is one spec, one module, and one line in `MODELS`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,15 +24,12 @@ Style = Literal["vocab", "gather", "column", "row", "loss", "attention", "mask"]
 """What becomes of a module when several ranks share it; all others are the same on each of them.
 
 Over tp, activations between matrices are parts of the sequence:
-
 - `vocab`: a table whose rows are cut; looked-up rows are summed, and each rank keeps its part of the sequence
 - `gather`: the module's input, a part of the sequence, is joined to all of it, for its `column` matrices alone
 - `column`: a matrix whose rows (output features) are cut; its output stays cut
 - `row`: a matrix whose columns (input features) are cut; its outputs are summed, and each rank keeps its part
 - `loss`: takes hidden states, a matrix with rows for a part of the vocabulary, and labels: a `models.loss.TokenLoss`
-
 Over cp, each rank has part of the sequence throughout:
-
 - `attention`: sees all ranks' keys and values
 - `mask`: is built over all ranks' positions
 """
@@ -136,8 +132,7 @@ class ModelFamily(Generic[Config]):
 
     def build(self, config: Config, compute_dtype: torch.dtype) -> nn.Module:
         """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""
-        module, _, attribute = self.module.partition(":")
-        built: nn.Module = getattr(importlib.import_module(module), attribute)(config, compute_dtype)
+        built: nn.Module = pkgutil.resolve_name(self.module)(config, compute_dtype)
         return built
 
 

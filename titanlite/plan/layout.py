@@ -19,8 +19,7 @@ from titanlite.recipe.sections import Parallel, Recipe, Training
 Shape = tuple[int, ...]
 Slices = tuple[Shape, Shape]  # Offset in the whole tensor, and shape
 
-SHARD_DIMENSION: Mapping[Style, int] = {"vocab": 0, "column": 0, "row": 1}
-"""Which dimension of a module's weight its style cuts; the other styles cut no weight."""
+SHARD_DIMENSION: Mapping[Style, int] = {"vocab": 0, "column": 0, "row": 1}  # of its weight; other styles cut none
 
 
 @dataclass(frozen=True)
