@@ -47,7 +47,7 @@ class Registry:
         return getattr(importlib.import_module(module), attribute)
 
 
-PLUGINS: dict[str, None] = {}  # Names of the plugin modules that this process has imported, in order
+PLUGINS: dict[str, None] = {}  # names of the plugin modules that this process has imported, in order
 
 
 def import_plugin(module: str) -> None:

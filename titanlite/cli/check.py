@@ -40,7 +40,7 @@ def format_description(recipe: Recipe, world: int = 1, data: dict[str, Any] | No
     return "\n".join(format_table([*rows, *_layout_rows(run), *_pipeline_rows(run), *_cost_rows(recipe, run)]))
 
 
-Rows = Iterator[tuple[str, str]]  # Titles and texts; a line that goes on has no title
+Rows = Iterator[tuple[str, str]]  # titles and texts; a line that goes on has no title
 
 
 def _model_rows(run: dict[str, Any]) -> Rows:

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,8 @@ def describe_token_info(info: TokenInfo) -> Iterator[str]:
 def _newest_manifest(run: Path) -> Manifest | None:
     """That of the newest checkpoint that has a whole one; None without any."""
     for step in reversed(checkpoint_steps(run / "checkpoints")):
-        try:
+        with suppress(DamagedCheckpointError, FileNotFoundError):  # what deletes old ones may do so just now
             return read_manifest(run / "checkpoints" / f"step-{step:08d}")
-        except (DamagedCheckpointError, FileNotFoundError):  # what deletes old ones may do so just now
-            continue
     return None
 
 

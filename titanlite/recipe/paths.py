@@ -13,7 +13,7 @@ from pathlib import Path
 
 from titanlite.errors import UsageError
 
-_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # Bytes that Linux takes (`limits.h`)
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes that Linux takes (`limits.h`)
 
 
 def check_path(path: str) -> str:

@@ -28,7 +28,7 @@ from titanlite.recipe.sections import Recipe
 from titanlite.text import format_batch, join_choices, pluralize
 
 _OTHER_PARTS = 1000  # more than a checkpoint holds beside weights and moments
-RANKS_IN_A_MACHINE = 8  # Devices that most machines have, joined by the fast links that tensor parallelism lives on
+RANKS_IN_A_MACHINE = 8  # devices that most machines have, joined by the fast links that tensor parallelism lives on
 
 
 def mesh(recipe: Recipe, world: int) -> Iterator[Finding]:
