@@ -30,13 +30,11 @@ from titanlite.registry import did_you_mean, import_plugin, require_plugins
 COMMAND_LINE = "command line"
 _SHOWN_CHARACTERS = 60
 _OF_A_TEXT = ("value_error", "string_unicode")  # complaints of pydantic about a value that is a text
-
-_SYNTAX_FIXES = {
+_SYNTAX_FIXES = {  # the usual fix for a complaint of `tomllib`'s
     "invalid value": "text needs quotes, and booleans are true and false.",
     "cannot overwrite a value": "the key is given twice; keep one of them.",
     "expected newline or end of document after a statement": "one key a line; 1.5 has a point, not a comma.",
 }
-"""The usual fix for a complaint of `tomllib`'s."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,6 @@ def load_run_recipe(run: Path) -> Recipe:
 def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
     files, findings = _read_chain(path)
     given, malformed = _parse_overrides(overrides)
-    findings += malformed
     layers = [given, *files]
     values: dict[str, Any] = {}
     for layer in reversed(layers):
@@ -99,7 +96,7 @@ def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
             failures = _to_findings(error, values)
     order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
     located = (_locate(failure, layers, str(path)) for failure in failures)
-    findings += sorted(located, key=lambda finding: (order.index(finding.file), finding.line))
+    findings += malformed + sorted(located, key=lambda finding: (order.index(finding.file), finding.line))
     if findings:
         raise RecipeError(findings)
     return LoadedRecipe(recipe, path, to_toml(recipe), layers)
