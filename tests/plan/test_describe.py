@@ -10,8 +10,8 @@ from titanlite.cli.check import format_description
 from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
 from titanlite.plan.describe import describe_run, format_sharding_table, sharding_table
-from titanlite.plan.layout import pattern_of
 from titanlite.plan.memory import checkpoint_bytes
+from titanlite.plan.placement import pattern_of
 from titanlite.recipe.sections import Recipe
 
 pytestmark = pytest.mark.quick

@@ -18,8 +18,9 @@ from titanlite.models.llama import Llama
 from titanlite.models.spec import spec_of
 from titanlite.plan import memory
 from titanlite.plan.describe import describe_run, sharding_table
-from titanlite.plan.layout import GroupRank, Layout, batch_plan, find_placements, layout_of, local_slices
+from titanlite.plan.layout import Layout, batch_plan, layout_of
 from titanlite.plan.memory import local_parameters
+from titanlite.plan.placement import GroupRank, find_placements, local_slices
 from titanlite.plan.rules import RULES, apply_rules
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe

@@ -10,8 +10,9 @@ from typing import Any
 
 from titanlite.dryrun.collectives import in_order, sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
-from titanlite.plan.layout import Shape, require_layout
+from titanlite.plan.layout import require_layout
 from titanlite.plan.memory import rank_state_bytes
+from titanlite.plan.placement import Shape
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_bytes, format_shape, format_table
 

@@ -25,7 +25,8 @@ from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
-from titanlite.plan.layout import ORIGIN, batch_plan, find_placements, require_layout
+from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
+from titanlite.plan.placement import find_placements
 from titanlite.plan.stages import keeps_all_microbatches, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import convert, fuse_casts, multiplies_blocks, refresh_casts, require_float8

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from titanlite.models.shard import Shard
 from titanlite.parallel.collectives import all_gather
 from titanlite.parallel.meshes import Meshes
-from titanlite.plan.layout import GroupRank, Placement, Slices, ceil_div, local_slices
+from titanlite.plan.layout import ceil_div
+from titanlite.plan.placement import GroupRank, Placement, Slices, local_slices
 
 
 class Shards:

@@ -27,7 +27,7 @@ from titanlite.parallel.collectives import (
     unpack,
 )
 from titanlite.plan.float8 import Cast
-from titanlite.plan.layout import SHARD_DIMENSION, GroupRank, find_placements
+from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, find_placements
 from titanlite.precision.float8 import quantise
 
 

@@ -9,21 +9,9 @@ from typing import Any
 
 from titanlite.models.spec import ModelConfig, ModelSpec, Style, spec_of
 from titanlite.plan.float8 import SETTINGS, decide_linears, format_gathers, plan_gathers, summarize_linears
-from titanlite.plan.layout import (
-    ORIGIN,
-    SHARD_DIMENSION,
-    GroupRank,
-    Layout,
-    Shape,
-    active_ranks,
-    batch_plan,
-    find_placements,
-    local_slices,
-    pattern_of,
-    require_layout,
-    total_steps,
-)
+from titanlite.plan.layout import ORIGIN, Layout, active_ranks, batch_plan, require_layout, total_steps
 from titanlite.plan.memory import checkpoint_bytes, count_elements, local_parameters, module_within, state_bytes
+from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Shape, find_placements, local_slices, pattern_of
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Model, Recipe
 from titanlite.text import format_shape, format_table

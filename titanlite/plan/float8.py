@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
-from titanlite.plan.layout import Shape, pattern_of
+from titanlite.plan.placement import Shape, pattern_of
 from titanlite.recipe.sections import Float8
 
 ALIGNMENT = 16  # Sizes that the matrix units' float8 products take are multiples of this

@@ -14,17 +14,8 @@ from math import prod
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import decide_linears
-from titanlite.plan.layout import (
-    ALONE,
-    Coordinates,
-    GroupRank,
-    Layout,
-    Placement,
-    Shape,
-    ceil_div,
-    find_placements,
-    local_slices,
-)
+from titanlite.plan.layout import Coordinates, Layout, ceil_div
+from titanlite.plan.placement import ALONE, GroupRank, Placement, Shape, find_placements, local_slices
 from titanlite.plan.stages import splits_backward, stages_of
 from titanlite.recipe.sections import Recipe
 

@@ -10,18 +10,9 @@ from titanlite.errors import Finding, warning
 from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
 from titanlite.optim.base import OPTIMIZERS
 from titanlite.plan import float8
-from titanlite.plan.layout import (
-    GroupRank,
-    Layout,
-    batch_plan,
-    ceil_div,
-    divisors,
-    find_placements,
-    layout_of,
-    local_slices,
-    pattern_of,
-)
+from titanlite.plan.layout import Layout, batch_plan, ceil_div, divisors, layout_of
 from titanlite.plan.memory import MAX_CHUNKS, count_parts
+from titanlite.plan.placement import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.plan.rules.run import find_model
 from titanlite.plan.stages import IN_ROUNDS, fixes_stages, splits_backward, stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Recipe
