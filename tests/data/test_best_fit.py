@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,13 @@ def test_windows_are_the_same_in_any_version() -> None:
     packing = pack_best_fit(np.cumsum(np.random.default_rng(3).integers(1, 90, 5000)), 64, 256)
     found = b"".join(array.tobytes() for array in (packing.starts, packing.lengths, packing.ends))
     assert hashlib.sha256(found).hexdigest()[:16] == "4d73e3787ad9a7b2"
+
+
+def test_memory_does_not_grow_with_the_windows_that_pieces_choose_among() -> None:
+    """Many windows with equal room, and pieces of many lengths for it."""
+    lengths = np.concatenate((np.full(20_000, 5000), np.arange(1, 3193)))
+    tracemalloc.start()
+    packing = pack_best_fit(np.cumsum(lengths), 8192, SEPARATOR)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * (packing.starts.nbytes + packing.lengths.nbytes + packing.ends.nbytes)

@@ -50,25 +50,27 @@ class Mixture:
         if self.only is not None:
             return self.only, sample
         cycle, block, place = _position(sample)
-        source = int(self._block(cycle, block)[place])
+        source = int(_fill_block(self, cycle, block)[place])
         return source, int(self.counts(sample)[source])
 
     def counts(self, samples: int) -> Counts:
         """How many of the first `samples` samples are of each source."""
         cycle, block, place = _position(samples)
-        begun = np.bincount(self._block(cycle, block)[:place], minlength=len(self.shares))
+        begun = np.bincount(_fill_block(self, cycle, block)[:place], minlength=len(self.shares))
         counts: Counts = cycle * self.shares + block * (self.shares // CYCLE) + self.earlier[block] + begun
         return counts
 
-    def _block(self, cycle: int, block: int) -> Table:
-        """[BLOCK]: the sources of a block's samples."""
-        sources: Table = self.places.copy()
-        turn, turned = self.turn, np.arange(len(self.turn))
-        while cycle:  # `turn` is taken `cycle` times, by squaring
-            turned = turn[turned] if cycle & 1 else turned
-            turn, cycle = turn[turn], cycle >> 1
-        sources[self.spare_places[turned]] = self.spare[block]
-        return sources
+
+@lru_cache(maxsize=64)  # of samples that follow each other, most are of one block
+def _fill_block(mixture: Mixture, cycle: int, block: int) -> Table:
+    """[BLOCK]: the sources of a block's samples."""
+    sources: Table = mixture.places.copy()
+    turn, turned = mixture.turn, np.arange(len(mixture.turn))
+    while cycle:  # `turn` is taken `cycle` times, by squaring
+        turned = turn[turned] if cycle & 1 else turned
+        turn, cycle = turn[turn], cycle >> 1
+    sources[mixture.spare_places[turned]] = mixture.spare[block]
+    return sources
 
 
 @lru_cache(maxsize=64)  # tables are large where there are many sources: those of a few mixtures are kept
@@ -95,7 +97,7 @@ def apportion(weights: Sequence[float]) -> Shares:
     assert sum(weight > 0 for weight in weights) < BLOCK and min(weights) >= 0
     exact = [Fraction(weight) for weight in weights]
     scale = BLOCK * CYCLE / sum(exact)
-    shares = [max(weight > 0, floor(weight * scale)) for weight in exact]
+    shares = [max(int(weight > 0), floor(weight * scale)) for weight in exact]  # ints: `Split.past` prints them
     by_remainder = sorted(range(len(exact)), key=lambda k: shares[k] - exact[k] * scale)
     for k in by_remainder[: max(0, BLOCK * CYCLE - sum(shares))]:
         shares[k] += 1

@@ -165,9 +165,14 @@ def _assign_windows(lengths: npt.NDArray[np.int32], room: int) -> Int64:
             each = (space or room) // length  # pieces that the fullest window takes before it is another's turn
             wanted = -(-left // each)
             if space:
-                free = np.concatenate(begun[space][::-1])  # the last that were begun come first
-                chosen, begun[space] = free[:wanted], [free[wanted:]]
-                is_any[space] = len(free) > wanted
+                taken: list[Int64] = []
+                while begun[space] and wanted:  # the last that were begun; the rest is not copied, there may be many
+                    block = begun[space].pop()
+                    taken.append(block[:wanted])
+                    if len(block) > wanted:
+                        begun[space].append(block[wanted:])
+                    wanted -= len(taken[-1])
+                chosen, is_any[space] = np.concatenate(taken), bool(begun[space])
             else:
                 space, chosen = room, np.arange(windows, windows + wanted)
                 windows += wanted
