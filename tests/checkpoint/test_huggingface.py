@@ -408,14 +408,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (changed_tensors(lambda t: t.pop("model.norm.weight")), "does not hold model.norm.weight"),
     "transposed": (
         changed_tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()})),
-        "lm_head.weight is [32, 67], and by config.json [67, 32]",
+        "/model.safetensors: lm_head.weight is [32, 67], and by config.json [67, 32]",
     ),
-    "integers": (changed_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})), "int32"),
+    "integers": (
+        changed_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})),
+        "/model.safetensors: model.norm.weight is 'int32'",
+    ),
     "not finite": (
         changed_tensors(lambda t: t["model.norm.weight"].fill_(math.inf)),
-        "model.norm.weight holds numbers",
+        "/model.safetensors: model.norm.weight holds numbers",
     ),
-    "unexpected": (changed_tensors(lambda t: t.update(more=torch.ones(1))), "holds 'more'"),
+    "unexpected": (changed_tensors(lambda t: t.update(more=torch.ones(1))), "/model.safetensors holds 'more'"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("["), "is not JSON"),
     "config nests": (lambda folder: (folder / "config.json").write_text("[" * 10**5), "is not JSON"),
@@ -428,6 +431,21 @@ def test_what_is_damaged_or_hostile_is_refused(damage: Callable[[Path], object],
     folder = exported(tmp_path)
     damage(folder)
     refused(folder, tmp_path / "run", said)
+
+
+def test_a_file_that_shrinks_during_an_import_is_the_folders_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was cut before: exit code 2, and the file's name."""
+    folder, read_box = exported(tmp_path), huggingface.read_box
+    path = next(folder.glob("model-00002-*"))
+
+    def cut_first(*arguments: Any) -> torch.Tensor:
+        os.truncate(path, 1000)
+        return read_box(*arguments)
+
+    monkeypatch.setattr(huggingface, "read_box", cut_first)
+    refused(folder, tmp_path / "run", path.name)
 
 
 def test_a_config_that_the_disk_does_not_give_is_not_called_damaged(

@@ -22,7 +22,7 @@ from torch import Tensor
 from titanlite.checkpoint import format, save, storage
 from titanlite.checkpoint.format import MANIFEST, Chunk, DamagedCheckpointError, Manifest, TensorEntry
 from titanlite.checkpoint.load import open_tensors, read_box
-from titanlite.checkpoint.plan import Box, group_by_size, row_blocks, whole_box
+from titanlite.checkpoint.plan import Box, group_by_size, overlap, row_blocks, whole_box
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import read_file, read_json, replace_file, sync_path, wrap_os_errors
@@ -123,6 +123,16 @@ def export_huggingface(
     return Written(out, len(sources), _nbytes(sources), tuple(files), (*tokenizer_files, *exported))
 
 
+@contextmanager
+def _blame_folder() -> Iterator[None]:
+    """Raise `UsageError` for damage: a Hugging Face folder is the user's to mend."""
+    try:
+        yield
+    except DamagedCheckpointError as damage:
+        raise UsageError(str(damage)) from None
+
+
+@_blame_folder()
 def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
     """Make a new run folder with one checkpoint, of step 0, that holds the weights of a Hugging Face folder.
 
@@ -189,7 +199,8 @@ def _finite_source(
     def read_finite(box: Box) -> Tensor:
         block = read_box(folder, entry, box).to(getattr(torch, dtype))
         if not is_finite(block):
-            raise kind(f"{folder}: {name} holds numbers that are not finite in {dtype}; nothing was written.")
+            where = ", ".join(str(folder / chunk.file) for chunk in entry.chunks if overlap(chunk.box, box))
+            raise kind(f"{where}: {name} holds numbers that are not finite in {dtype}; nothing was written.")
         return block
 
     return save.TensorSource(dtype, entry.shape, read_finite)
@@ -255,11 +266,11 @@ def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, Te
             raise UsageError(f"{folder} does not hold {theirs} ({missing} in all), which its {CONFIG} asks for.")
         weights[name] = weight = found[theirs]
         if weight.shape != shape:
-            raise UsageError(f"{folder}: {theirs} is {list(weight.shape)}, and by {CONFIG} {list(shape)}.")
+            raise UsageError(f"{_file(weight)}: {theirs} is {list(weight.shape)}, and by {CONFIG} {list(shape)}.")
         if weight.dtype not in _READABLE:
-            raise UsageError(f"{folder}: {theirs} is {_short(weight.dtype)}, not one of {_READABLE}.")
+            raise UsageError(f"{_file(weight)}: {theirs} is {_short(weight.dtype)}, not one of {_READABLE}.")
     for name in found.keys() - wanted.keys():
-        raise UsageError(f"{folder} holds {_short(name)}, which the model of its {CONFIG} has not.")
+        raise UsageError(f"{_file(found[name])} holds {_short(name)}, which the model of its {CONFIG} has not.")
     return weights
 
 
@@ -290,12 +301,14 @@ def _tables(folder: Path) -> dict[str, TensorEntry]:
 def _table(folder: Path, file: str) -> dict[str, TensorEntry]:
     """The tensors of one file, each as a chunk of its own."""
     path = _inside(folder, file)
-    try:
-        with open_tensors(path, []) as opened:
-            whole = {key: (tensor.dtype, whole_box(tensor.shape)) for key, tensor in opened.table.items()}
-    except DamagedCheckpointError as damage:  # it is the user's to mend
-        raise UsageError(str(damage)) from None
+    with open_tensors(path, []) as opened:
+        whole = {key: (tensor.dtype, whole_box(tensor.shape)) for key, tensor in opened.table.items()}
     return {key: TensorEntry(dtype, box[1], (Chunk(*box, str(path), key),)) for key, (dtype, box) in whole.items()}
+
+
+def _file(weight: TensorEntry) -> str:
+    """The path of a file that `_table` read."""
+    return weight.chunks[0].file
 
 
 def _require_tied(folder: Path, found: Mapping[str, TensorEntry], name: str, other: str) -> None:
@@ -309,7 +322,7 @@ def _require_tied(folder: Path, found: Mapping[str, TensorEntry], name: str, oth
         for box in row_blocks(whole_box(weight.shape), 8, save.BLOCK_BYTES)
     ):
         raise UsageError(
-            f"{folder}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
+            f"{_file(weight)}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
             f"model was trained with both, set tie_word_embeddings to false; if not, leave {name} out."
         )
 
