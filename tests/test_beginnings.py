@@ -17,7 +17,7 @@ from support.tiny import train
 
 from titanlite.checkpoint import manager
 from titanlite.checkpoint.format import folder_name
-from titanlite.checkpoint.storage import BEGINS_WITH, newest_at_first
+from titanlite.checkpoint.storage import BEGINS_WITH
 from titanlite.cli.main import main as cli
 from titanlite.data.splits import Split
 from titanlite.errors import CheckpointError
@@ -155,19 +155,19 @@ def test_what_a_path_meant_at_first_it_means_until_that_is_gone(tmp_path: Path) 
 
     run = tmp_path / "run"
     checkpoints = run / "checkpoints"
-    two = save(2)
-    assert newest_at_first(run, tmp_path) == two
+    two, own = save(2), manager.CheckpointManager(tmp_path, pytest.fail)
+    assert own.begins_with(run) == two
     four = save(4)
-    assert newest_at_first(run, tmp_path) == two
-    assert newest_at_first(checkpoints, tmp_path) == four, "another path"
+    assert own.begins_with(run) == two
+    assert own.begins_with(checkpoints) == four, "another path"
     six = save(6)
-    assert newest_at_first(checkpoints, tmp_path) == four
+    assert own.begins_with(checkpoints) == four
     four.rmdir()
-    assert newest_at_first(checkpoints, tmp_path) == six
+    assert own.begins_with(checkpoints) == six
     (tmp_path / BEGINS_WITH).write_text("[")
-    assert newest_at_first(checkpoints, tmp_path) == six
+    assert own.begins_with(checkpoints) == six
     with pytest.raises(CheckpointError, match=r"cannot write .*nowhere"):
-        newest_at_first(run, tmp_path / "nowhere")
+        manager.CheckpointManager(tmp_path / "nowhere", pytest.fail).begins_with(run)
 
 
 @pytest.mark.parametrize("key", ["warm_start", "resume_from"])

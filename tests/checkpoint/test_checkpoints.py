@@ -23,8 +23,7 @@ from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, NewerFormatError, _checksum, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.plan import group_by_size
-from titanlite.checkpoint.save import plan_local_save, save_state
+from titanlite.checkpoint.save import group_by_size, plan_local_save, save_state
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard

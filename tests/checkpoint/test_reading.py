@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.checkpoint import load
+from titanlite.checkpoint import format, load
 from titanlite.checkpoint.format import (
     MANIFEST,
     CheckpointMetadata,
@@ -232,13 +232,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_damage(tmp_path: Path, monkeypa
     folder = tmp_path / "step-00000001"
     write_rows(folder, torch.ones(1000, 1000), 1)
     path = folder / "tensors-00000-000.safetensors"
-    check_table = load.check_table
+    check_table = format.check_table
 
     def cut_after(*arguments: Any) -> None:
         check_table(*arguments)
         monkeypatch.setattr(load, "row_blocks", lambda *of: (os.truncate(path, 2_000_000), *blocks(*of))[1:])
 
     blocks = load.row_blocks
-    monkeypatch.setattr(load, "check_table", cut_after)
+    monkeypatch.setattr(format, "check_table", cut_after)
     with pytest.raises(DamagedCheckpointError, match="is damaged"):
         load_state(folder, {"w": Shard.whole(torch.zeros(1000, 1000))})

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from support import checkpoint_ranks
 from support.pool import Pool
 
-from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, Manifest, encode
-from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.plan import assign_files, boxes_to_write, overlap
-from titanlite.checkpoint.save import merge_tables, plan_local_save, write_items
+from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, Manifest, encode, overlap
+from titanlite.checkpoint.load import assign_files, load_state
+from titanlite.checkpoint.save import boxes_to_write, merge_tables, plan_local_save, write_items
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard

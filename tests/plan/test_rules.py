@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.recipes import pipeline, recipe
 
-from titanlite.checkpoint.plan import boxes_to_write
+from titanlite.checkpoint.save import boxes_to_write
 from titanlite.cli.check import check_recipe, format_description
 from titanlite.errors import RecipeError
 from titanlite.models.llama import Llama

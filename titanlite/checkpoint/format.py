@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -41,6 +41,7 @@ LEARNED = ("model.", "optimizer.")  # what the names of weights and moments begi
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # no separator, no leading dot: no way out of the folder
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 Extents = tuple[int, ...]
+Box = tuple[Extents, Extents]  # a part of a tensor: its offset and its shape
 Scalar = bool | int | float | str | None
 
 
@@ -72,7 +73,7 @@ class Chunk(NamedTuple):
     key: str
 
     @property
-    def box(self) -> tuple[Extents, Extents]:
+    def box(self) -> Box:
         return self.offset, self.shape
 
 
@@ -196,24 +197,6 @@ def _require_room(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEn
     for file, size in held.items():
         if size > files[file].bytes:
             raise ValueError(f"{file} has {files[file].bytes} bytes, too few for its {size} bytes of tensors")
-
-
-def tiles(shape: Extents, boxes: list[tuple[Extents, Extents]]) -> bool:
-    """Whether the boxes cover every cell of an array of `shape` exactly once.
-
-    In linear time: a box's indicator function is fixed by its 2^d corners with alternating signs (its mixed
-    difference), so the boxes sum to the whole if and only if their signed corners sum to the whole's.
-    """
-    corners: Counter[Extents] = Counter()
-    for sign, (offset, extent) in [(-1, ((0,) * len(shape), shape)), *((1, box) for box in boxes)]:
-        if not len(offset) == len(extent) == len(shape):
-            return False
-        if any(start + size > limit for start, size, limit in zip(offset, extent, shape, strict=True)):
-            return False
-        edges = [((start, 1), (start + size, -1)) for start, size in zip(offset, extent, strict=True)]
-        for corner in itertools.product(*edges):
-            corners[tuple(place for place, _ in corner)] += sign * math.prod(side for _, side in corner)
-    return not any(corners.values())
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -342,3 +325,55 @@ def check_table(path: Path, table: Mapping[str, StoredTensor], chunks: Chunks) -
             raise DamagedCheckpointError(f"{path} does not hold '{chunk.key}', which its manifest lists.")
         if (found.dtype, found.shape) != (dtype, chunk.shape):
             raise DamagedCheckpointError(f"{path} holds '{chunk.key}' otherwise than its manifest says.")
+
+
+# --- boxes
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """All of a tensor."""
+    return (0,) * len(shape), tuple(shape)
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """The part that two boxes of the same tensor have in common; None if there is none."""
+    starts = tuple(map(max, zip(one[0], other[0], strict=True)))
+    stops = (min(a + m, b + n) for a, m, b, n in zip(*one, *other, strict=True))
+    size = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    return (starts, size) if all(extent > 0 for extent in size) else None
+
+
+def within(part: Box, box: Box) -> tuple[slice, ...]:
+    """The slices that cut `part` out of an array that holds `box`."""
+    return tuple(slice(a - b, a - b + n) for a, n, b in zip(*part, box[0], strict=True))
+
+
+def row_blocks(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
+    """Boxes of whole rows that make up `box` in order, each of at most `limit` bytes if a row is."""
+    offset, size = box
+    if 0 in size:
+        return
+    if not size:
+        yield box
+        return
+    step = max(1, limit // (itemsize * math.prod(size[1:])))
+    for first in range(0, size[0], step):
+        yield (offset[0] + first, *offset[1:]), (min(step, size[0] - first), *size[1:])
+
+
+def tiles(shape: Extents, boxes: list[Box]) -> bool:
+    """Whether the boxes cover every cell of an array of `shape` exactly once.
+
+    In linear time: a box's indicator function is fixed by its 2^d corners with alternating signs (its mixed
+    difference), so the boxes sum to the whole if and only if their signed corners sum to the whole's.
+    """
+    corners: Counter[Extents] = Counter()
+    for sign, (offset, extent) in [(-1, ((0,) * len(shape), shape)), *((1, box) for box in boxes)]:
+        if not len(offset) == len(extent) == len(shape):
+            return False
+        if any(start + size > limit for start, size, limit in zip(offset, extent, shape, strict=True)):
+            return False
+        edges = [((start, 1), (start + size, -1)) for start, size in zip(offset, extent, strict=True)]
+        for corner in itertools.product(*edges):
+            corners[tuple(place for place, _ in corner)] += sign * math.prod(side for _, side in corner)
+    return not any(corners.values())

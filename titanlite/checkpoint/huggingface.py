@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint import format, save, storage
-from titanlite.checkpoint.format import MANIFEST, Chunk, DamagedCheckpointError, Manifest, TensorEntry
+from titanlite.checkpoint.format import MANIFEST, Box, DamagedCheckpointError, TensorEntry
 from titanlite.checkpoint.load import open_tensors, read_box
-from titanlite.checkpoint.plan import Box, group_by_size, overlap, row_blocks, whole_box
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
 from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import read_file, read_json, replace_file, sync_path, wrap_os_errors
@@ -199,7 +198,7 @@ def _finite_source(
     def read_finite(box: Box) -> Tensor:
         block = read_box(folder, entry, box).to(getattr(torch, dtype))
         if not is_finite(block):
-            where = ", ".join(str(folder / chunk.file) for chunk in entry.chunks if overlap(chunk.box, box))
+            where = ", ".join(str(folder / chunk.file) for chunk in entry.chunks if format.overlap(chunk.box, box))
             raise kind(f"{where}: {name} holds numbers that are not finite in {dtype}; nothing was written.")
         return block
 
@@ -213,7 +212,7 @@ def _nbytes(sources: Mapping[str, save.TensorSource]) -> int:
 # --- from a checkpoint
 
 
-def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenizer | None:
+def _tokenizer(checkpoint: Path, manifest: format.Manifest, recipe: Recipe) -> Tokenizer | None:
     """What the run was trained with, or `UsageError`; None for imported weights that came without."""
     if manifest.values.get("tokenizer") == UNKNOWN:
         return None
@@ -225,7 +224,7 @@ def _tokenizer(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> Tokenize
 
 
 def _write_shards(folder: Path, sources: Mapping[str, save.TensorSource], shard_bytes: int) -> list[str]:
-    groups = group_by_size({name: source.nbytes for name, source in sources.items()}, shard_bytes)
+    groups = save.group_by_size({name: source.nbytes for name, source in sources.items()}, shard_bytes)
     files = [SINGLE]
     if len(groups) > 1:
         files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
@@ -265,12 +264,14 @@ def _find_weights(folder: Path, spec: ModelSpec, section: Model) -> dict[str, Te
             missing = pluralize(len(wanted.keys() - found.keys()), "tensor")
             raise UsageError(f"{folder} does not hold {theirs} ({missing} in all), which its {CONFIG} asks for.")
         weights[name] = weight = found[theirs]
+        where = f"{weight.chunks[0].file}: {theirs}"
         if weight.shape != shape:
-            raise UsageError(f"{_file(weight)}: {theirs} is {list(weight.shape)}, and by {CONFIG} {list(shape)}.")
+            raise UsageError(f"{where} is {list(weight.shape)}, and by {CONFIG} {list(shape)}.")
         if weight.dtype not in _READABLE:
-            raise UsageError(f"{_file(weight)}: {theirs} is {_short(weight.dtype)}, not one of {_READABLE}.")
+            raise UsageError(f"{where} is {_short(weight.dtype)}, not one of {_READABLE}.")
     for name in found.keys() - wanted.keys():
-        raise UsageError(f"{_file(found[name])} holds {_short(name)}, which the model of its {CONFIG} has not.")
+        file = found[name].chunks[0].file
+        raise UsageError(f"{file} holds {_short(name)}, which the model of its {CONFIG} has not.")
     return weights
 
 
@@ -302,13 +303,10 @@ def _table(folder: Path, file: str) -> dict[str, TensorEntry]:
     """The tensors of one file, each as a chunk of its own."""
     path = _inside(folder, file)
     with open_tensors(path, []) as opened:
-        whole = {key: (tensor.dtype, whole_box(tensor.shape)) for key, tensor in opened.table.items()}
-    return {key: TensorEntry(dtype, box[1], (Chunk(*box, str(path), key),)) for key, (dtype, box) in whole.items()}
-
-
-def _file(weight: TensorEntry) -> str:
-    """The path of a file that `_table` read."""
-    return weight.chunks[0].file
+        whole = {key: (tensor.dtype, format.whole_box(tensor.shape)) for key, tensor in opened.table.items()}
+    return {
+        key: TensorEntry(dtype, box[1], (format.Chunk(*box, str(path), key),)) for key, (dtype, box) in whole.items()
+    }
 
 
 def _require_tied(folder: Path, found: Mapping[str, TensorEntry], name: str, other: str) -> None:
@@ -319,11 +317,11 @@ def _require_tied(folder: Path, found: Mapping[str, TensorEntry], name: str, oth
     comparable = weight.shape == same.shape and {weight.dtype, same.dtype} <= {*_READABLE}
     if not comparable or not all(
         torch.equal(read_box(folder, weight, box).double(), read_box(folder, same, box).double())
-        for box in row_blocks(whole_box(weight.shape), 8, save.BLOCK_BYTES)
+        for box in format.row_blocks(format.whole_box(weight.shape), 8, save.BLOCK_BYTES)
     ):
         raise UsageError(
-            f"{_file(weight)}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are one. If the "
-            f"model was trained with both, set tie_word_embeddings to false; if not, leave {name} out."
+            f"{weight.chunks[0].file}: {name} differs from {other}, and by tie_word_embeddings in {CONFIG} they are "
+            f"one. If the model was trained with both, set tie_word_embeddings to false; if not, leave {name} out."
         )
 
 

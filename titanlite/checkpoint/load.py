@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,7 @@ import xxhash
 from torch import Tensor
 
 from titanlite.checkpoint import format, storage
-from titanlite.checkpoint.format import DTYPES, Chunks, DamagedCheckpointError, Manifest, TensorEntry, check_table
-from titanlite.checkpoint.plan import Box, assign_files, overlap, row_blocks, whole_box, within
+from titanlite.checkpoint.format import DTYPES, Box, DamagedCheckpointError, overlap, row_blocks, whole_box, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import dtype_name
 from titanlite.checkpoint.storage import open_regular, require_hash, verify_file
@@ -40,8 +39,8 @@ def load_state(
     prefix: str = "",
     ranks: Ranks = ALONE,
     convert: bool = False,
-    own: Manifest | None = None,
-) -> Manifest:
+    own: format.Manifest | None = None,
+) -> format.Manifest:
     """Copy the checkpoint's values into `into`, in place; called by every rank, each with its parts of the tensors.
 
     Each file is read whole by the rank that wants most of it, and compared with its hash; beside that, a rank reads its
@@ -94,7 +93,9 @@ def load_state(
     return manifest
 
 
-def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard], convert: bool = False) -> list[str]:
+def find_mismatches(
+    stored: Mapping[str, format.TensorEntry], into: Mapping[str, Shard], convert: bool = False
+) -> list[str]:
     """One line for each tensor of `into` that is not as it is stored, or not near enough to `convert`."""
     problems = [f"{name}: missing in the checkpoint" for name in into if name not in stored]
     for name in (name for name in stored if name in into):
@@ -107,7 +108,7 @@ def find_mismatches(stored: Mapping[str, TensorEntry], into: Mapping[str, Shard]
     return problems
 
 
-def wanted_bytes(placed: Mapping[str, Chunks], into: Mapping[str, Shard]) -> dict[str, int]:
+def wanted_bytes(placed: Mapping[str, format.Chunks], into: Mapping[str, Shard]) -> dict[str, int]:
     """Bytes that `into` has a part of, of each file that holds any."""
     wanted = Counter[str]()
     for file, chunks in placed.items():
@@ -115,6 +116,25 @@ def wanted_bytes(placed: Mapping[str, Chunks], into: Mapping[str, Shard]) -> dic
             if name in into and (part := overlap(chunk.box, into[name].box)):
                 wanted[file] += DTYPES[dtype][0] * math.prod(part[1])
     return wanted
+
+
+def assign_files(sizes: Mapping[str, int], wanted: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """The files that each rank reads whole, from how many bytes of each every rank wants.
+
+    From the largest on, each goes where it adds least: to a rank that has few by then, or that wants most of it anyway.
+    """
+    holders: dict[str, list[int]] = {file: [] for file in sizes}
+    for rank, files in enumerate(wanted):
+        for file in files:
+            holders[file].append(rank)
+    loads = [0] * len(wanted)
+    shares: list[list[str]] = [[] for _ in wanted]
+    for file in sorted(sizes, key=lambda file: (-sizes[file], file)):
+        candidates = [min(range(len(loads)), key=loads.__getitem__), *holders[file]]
+        rank = min(candidates, key=lambda rank: (loads[rank] - wanted[rank].get(file, 0), rank))
+        shares[rank].append(file)
+        loads[rank] += sizes[file]
+    return shares
 
 
 # --- files
@@ -125,7 +145,7 @@ RUN_BYTES = 2**12  # Rows of which no more than this is wanted are read whole, a
 
 
 def read_chunks(
-    path: Path, chunks: Chunks, into: Mapping[str, Shard], expected: format.FileEntry | None = None
+    path: Path, chunks: format.Chunks, into: Mapping[str, Shard], expected: format.FileEntry | None = None
 ) -> None:
     """Copy the parts that `into` has of a file's `chunks`, and read no others; with `expected`, which needs all chunks
     of the file, read every byte once, and compare with that. Raises `DamagedCheckpointError`.
@@ -141,7 +161,7 @@ def read_chunks(
                 file.skip(tensor)
 
 
-def find_nonfinite(path: Path, chunks: Chunks, expected: format.FileEntry) -> list[str]:
+def find_nonfinite(path: Path, chunks: format.Chunks, expected: format.FileEntry) -> list[str]:
     """Read every byte of a file, compare with `expected`, and return the weights and moments that are not finite."""
     found: dict[str, None] = {}
     with open_tensors(path, chunks, expected) as file:
@@ -158,7 +178,7 @@ def find_nonfinite(path: Path, chunks: Chunks, expected: format.FileEntry) -> li
     return list(found)
 
 
-def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
+def read_box(folder: Path, entry: format.TensorEntry, box: Box) -> Tensor:
     """A box of a checkpoint's tensor, assembled from the chunks that it meets. Raises `DamagedCheckpointError`."""
     values = torch.empty(box[1], dtype=getattr(torch, entry.dtype))
     for chunk in entry.chunks:
@@ -169,7 +189,7 @@ def read_box(folder: Path, entry: TensorEntry, box: Box) -> Tensor:
 
 
 @contextmanager
-def open_tensors(path: Path, chunks: Chunks, expected: format.FileEntry | None = None) -> Iterator[TensorFile]:
+def open_tensors(path: Path, chunks: format.Chunks, expected: format.FileEntry | None = None) -> Iterator[TensorFile]:
     """A file that must hold these chunks and, where it is `expected`, is read whole in the block, to compare its hash.
 
     Raises `DamagedCheckpointError`.
@@ -177,7 +197,7 @@ def open_tensors(path: Path, chunks: Chunks, expected: format.FileEntry | None =
     try:
         with open_regular(path, expected) as opened:
             file = TensorFile(path, opened, hashed=expected is not None)
-            check_table(path, file.table, chunks)
+            format.check_table(path, file.table, chunks)
             yield file
             if expected is not None and file.digest is not None:
                 require_hash(path, file.digest.hexdigest(), expected)

@@ -6,6 +6,7 @@ is an error at once, for then an older one would not fit either.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -19,6 +20,7 @@ from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import BackgroundSaver, LocalSavePlan, SaveResult, Warn, save_state
 from titanlite.errors import CheckpointError, RunFolderLost
+from titanlite.files import read_json, replace_file
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Checkpoint
 from titanlite.text import pluralize
@@ -205,8 +207,22 @@ class CheckpointManager:
         )
 
     def begins_with(self, path: Path) -> Path:
-        """`storage.newest_at_first` as rank 0 saw it when this run began; the run there may go on."""
-        return Path(self._ranks.run_on_rank0(lambda: str(storage.newest_at_first(path, self.folder))))
+        """`storage.newest_at(path)` as rank 0 saw it when this run began, by a record in the folder: the run there may
+        have saved since. Asked anew for another path, and for a checkpoint that is gone.
+        """
+        record = self.folder / storage.BEGINS_WITH
+
+        def find() -> str:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                known = read_json(record)
+                if known["path"] == str(path) and Path(known["checkpoint"]).is_dir():
+                    return str(known["checkpoint"])
+            newest = str(storage.newest_at(path))
+            with storage.wrap_os_errors(f"cannot write {record}", record):
+                replace_file(record, json.dumps({"path": str(path), "checkpoint": newest}).encode())
+            return newest
+
+        return Path(self._ranks.run_on_rank0(find))
 
     def agree_on_steps(self, last: int | None = None) -> list[int]:
         """Steps (up to `last`) with a committed checkpoint, on all ranks those that rank 0 sees.

@@ -24,14 +24,14 @@ import xxhash
 from torch import Tensor
 
 import titanlite
-from titanlite.checkpoint.format import DTYPES, CheckpointMetadata, FileEntry, Manifest, encode, manifest_from
-from titanlite.checkpoint.plan import Box, boxes_to_write, group_by_size, row_blocks, whole_box, within
+from titanlite.checkpoint import format
+from titanlite.checkpoint.format import DTYPES, Box, row_blocks, whole_box, within
 from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_os_errors
 from titanlite.errors import CheckpointError
 from titanlite.files import sync
 from titanlite.models.shard import Shard
-from titanlite.plan.memory import FILE_BYTES
+from titanlite.plan.memory import FILE_BYTES, part_count
 from titanlite.text import format_bytes
 
 BLOCK_BYTES = 2**26  # A tensor goes through memory in runs of rows of about this size (one row, if that is larger)
@@ -57,7 +57,7 @@ class TensorSource:
         return TensorSource(dtype_name(tensor), whole[1], lambda box: tensor[within(box, whole)])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> FileEntry:
+def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> format.FileEntry:
     """Write and sync one file; its size and hash. The bytes depend on the tensors and their order. Raises `OSError`.
 
     Layout: 8 bytes little-endian length of the header; the header, JSON padded by spaces; then the values, those of
@@ -88,7 +88,7 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorSource]) -> FileEntry:
             size += len(data)
         file.flush()
         sync(file.fileno(), path)
-    return FileEntry(size, digest.hexdigest())
+    return format.FileEntry(size, digest.hexdigest())
 
 
 def _blocks(tensors: Mapping[str, TensorSource], order: Sequence[str]) -> Iterator[Data]:
@@ -135,7 +135,39 @@ def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None)
     return LocalSavePlan(items, file_bytes)
 
 
-def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, ranks: Ranks = ALONE) -> str:
+def boxes_to_write(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes: int) -> list[Box]:
+    """What number `copy` of the `copies` processes that hold this box of tensor `name` writes of it.
+
+    The box is cut along its rows, into equal runs; they are dealt out in turn, beginning at a copy that the name and
+    the offset pick, so that small boxes spread over all. None is larger than `file_bytes`, unless one row is.
+    """
+    offset, size = box
+    if 0 in size:
+        return []
+    rows = size[0] if size else 1
+    count = part_count(rows, nbytes, copies, file_bytes)
+    first = xxhash.xxh3_64_intdigest(f"{name} {offset}".encode())
+    mine = [number for number in range(count) if (first + number) % copies == copy]
+    if not size:
+        return [box for _ in mine]
+    edges = [rows * number // count for number in range(count + 1)]
+    return [((offset[0] + edges[n], *offset[1:]), (edges[n + 1] - edges[n], *size[1:])) for n in mine]
+
+
+def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, cut into groups of at most `limit` in sum; one that is larger stands alone."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not groups or filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def save_state(final: Path, plan: LocalSavePlan, metadata: format.CheckpointMetadata, ranks: Ranks = ALONE) -> str:
     """Write the folder `final` atomically; called by every rank, each with its plan. Returns what `commit` says.
 
     Raises `CheckpointError` on every rank if a disk refuses on any, with nothing changed on it.
@@ -145,7 +177,7 @@ def save_state(final: Path, plan: LocalSavePlan, metadata: CheckpointMetadata, r
         ranks.run_on_rank0(wrapped(lambda: begin(final)))
         doubt: str = ranks.run_on_all_ranks(
             wrapped(lambda: write_items(pending(final), plan, ranks.rank)),
-            wrapped(lambda tables: commit(final, encode(merge_tables(tables, metadata)))),
+            wrapped(lambda tables: commit(final, format.encode(merge_tables(tables, metadata)))),
         )
         return doubt
     except Exception:  # on all ranks alike; what an interruption leaves, the next start clears
@@ -181,7 +213,7 @@ def writer_of(file: str) -> int:
     return int(file.split("-")[1])
 
 
-def merge_tables(tables: Sequence[Mapping[str, Any]], metadata: CheckpointMetadata) -> Manifest:
+def merge_tables(tables: Sequence[Mapping[str, Any]], metadata: format.CheckpointMetadata) -> format.Manifest:
     """The manifest of what all ranks wrote, by their tables. Raises `ValueError` if they disagree on how it is cut."""
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
@@ -193,7 +225,7 @@ def merge_tables(tables: Sequence[Mapping[str, Any]], metadata: CheckpointMetada
                 raise ValueError(f"tensor '{name}' is {entry['dtype']}{entry['shape']} on one rank, and not on another")
             entry["chunks"] += part["chunks"]
     environment = {**metadata.environment, "ranks": str(len(tables))}
-    return manifest_from({**vars(metadata), "environment": environment, "tensors": tensors, "files": files})
+    return format.manifest_from({**vars(metadata), "environment": environment, "tensors": tensors, "files": files})
 
 
 def environment(device: torch.device) -> dict[str, str]:

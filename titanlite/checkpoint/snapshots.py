@@ -56,8 +56,7 @@ class Move(NamedTuple):
 class Snapshot(NamedTuple):
     """What all machines hold of a snapshot."""
 
-    step: int
-    digest: str  # of its manifest
+    step: int  # which no two have: only those of one generation count, and the one that it begins with
     sizes: dict[str, int]  # of its files
     holders: dict[str, list[int]]  # the machines that hold each file, the manifest too, by their first ranks
 
@@ -80,8 +79,7 @@ class Snapshots:
     ) -> None:
         self._file = checkpoints / GENERATION
         self._ranks = ranks
-        self._warn = warn if ranks.is_first else lambda text: None
-        self.saves = save.BackgroundSaver(self._warn, background)
+        self.saves = save.BackgroundSaver(warn if ranks.is_first else lambda text: None, background)
         self._loaded = ""  # digest of the manifest of the one that was loaded, until a generation begins
         self._require_own = require_own
         self._folder = memory  # one in it, once `prepare` knows the run
@@ -206,21 +204,15 @@ class Snapshots:
         seeking = [(machine, file) for machine, files in zip(self._machines, wanted, strict=True) for file in files]
         moves = plan_moves(snapshot.sizes, snapshot.holders, seeking, self._machines)
         wrapped = wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)
-
-        def make_way() -> None:
-            if folder.exists() and _digest(folder) != snapshot.digest:  # of another snapshot of the same step
-                storage.remove(folder)
-            folder.mkdir(exist_ok=True)
-
         try:
-            self._on_each_machine(wrapped(make_way))
+            self._on_each_machine(wrapped(lambda: folder.mkdir(exist_ok=True)))
             ranks.run_on_all_ranks(wrapped(lambda: transfer(moves, folder, ranks)))
             load_state(folder, tensors, ranks=ranks, own=manifest)
         finally:  # a machine keeps no more than it did
             for move in moves:
                 if move.target == ranks.rank:
                     (folder / move.file).unlink(missing_ok=True)
-        self._loaded = snapshot.digest
+        self._loaded = xxhash.xxh3_128_hexdigest(text.encode())
         return manifest
 
 
@@ -267,14 +259,13 @@ def plan_moves(
 
 def assemble(reports: Sequence[Any]) -> list[Snapshot]:
     """What is whole of what the machines hold (`_list_held` of each, None of other ranks), newest first."""
-    found: dict[tuple[int, str], Snapshot] = {}
+    found: dict[int, Snapshot] = {}
     for machine, report in enumerate(reports):
-        for step, digest, sizes, held in report or ():
-            new = Snapshot(step, digest, sizes, {file: [] for file in (MANIFEST, *sizes)})
-            snapshot = found.setdefault((step, digest), new)
+        for step, sizes, held in report or ():
+            snapshot = found.setdefault(step, Snapshot(step, sizes, {file: [] for file in (MANIFEST, *sizes)}))
             for file in (MANIFEST, *held):
                 snapshot.holders[file].append(machine)
-    return [found[key] for key in sorted(found, reverse=True) if all(found[key].holders.values())]
+    return [found[step] for step in sorted(found, reverse=True) if all(found[step].holders.values())]
 
 
 # --- files
@@ -313,21 +304,15 @@ def _transfer(move: Move, folder: Path, ranks: Ranks) -> OSError | None:
     return failure
 
 
-def _list_held(folder: Path) -> list[tuple[int, str, dict[str, int], list[str]]]:
-    """This machine's snapshots: step, digest of the manifest, sizes of the files, and those of them that are here."""
+def _list_held(folder: Path) -> list[tuple[int, dict[str, int], list[str]]]:
+    """This machine's snapshots: step, sizes of the files, and those of them that are here."""
     held = []
     for step in storage.checkpoint_steps(folder):
         place = folder / folder_name(step)
         sizes = {file: entry.bytes for file, entry in storage.read_manifest(place).files.items()}
         here = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
-        held.append((step, _digest(place), sizes, [file for file in sizes if here.get(file) == sizes[file]]))
+        held.append((step, sizes, [file for file in sizes if here.get(file) == sizes[file]]))
     return held
-
-
-def _digest(folder: Path) -> str:
-    """Of a snapshot's manifest; empty if it has none."""
-    path = folder / MANIFEST
-    return xxhash.xxh3_128_hexdigest(read_file(path)) if path.is_file() else ""
 
 
 def _run_name(path: Path) -> str:
@@ -365,8 +350,9 @@ def _clear(folder: Path, generation: str, origin: str) -> None:
         for step in storage.checkpoint_steps(folder):
             place, counts = folder / folder_name(step), False
             with suppress(CheckpointError):
-                values = storage.read_manifest(place).values
-                counts = values.get(_OF_GENERATION) == generation or _digest(place) == origin
+                text = storage.manifest_text(place)
+                of = storage.decode_manifest(place, text).values.get(_OF_GENERATION)
+                counts = of == generation or xxhash.xxh3_128_hexdigest(text.encode()) == origin
             if not counts:
                 storage.remove(place)
 

@@ -6,7 +6,6 @@ beside it, which the next start clears. At the end, what a path means, and what 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from titanlite import files
 from titanlite.checkpoint import format
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, FileEntry, Manifest, folder_name, step_of
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.files import cause, open_file, read_json, replace_file, sync_path
+from titanlite.files import cause, open_file, sync_path
 from titanlite.recipe.load import plugin_modules
 from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
@@ -264,21 +263,6 @@ def checkpoints_at(path: Path) -> list[Path]:
 def newest_at(path: Path) -> Path:
     """The newest checkpoint folder that a path means. Raises as `checkpoints_at`."""
     return checkpoints_at(path)[-1]
-
-
-def newest_at_first(path: Path, folder: Path) -> Path:
-    """`newest_at` as of the first time that it was asked for, by a record in `folder`: the run there may have saved
-    since. Asked anew for another path, and for a checkpoint that is gone.
-    """
-    record = folder / BEGINS_WITH
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = read_json(record)
-        if known["path"] == str(path) and Path(known["checkpoint"]).is_dir():
-            return Path(known["checkpoint"])
-    newest = newest_at(path)
-    with wrap_os_errors(f"cannot write {record}", record):
-        replace_file(record, json.dumps({"path": str(path), "checkpoint": str(newest)}).encode())
-    return newest
 
 
 @contextmanager
