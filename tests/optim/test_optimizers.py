@@ -19,6 +19,7 @@ from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Optimizer, Recipe
 
 CONFIG = LlamaConfig(dim=24, layers=2, heads=2, kv_heads=1, ffn_dim=40, vocab_size=64)
+MUON = Optimizer(name="muon", muon_momentum=0.9, weight_decay=0.1)
 TAKEN, NOT_TAKEN = torch.tensor(True), torch.tensor(False)
 
 
@@ -60,7 +61,7 @@ def test_adamw_is_torchs_plain_loop_with_decay_on_matrices_only() -> None:
 def test_muon_is_torchs_muon(shape: tuple[int, int]) -> None:
     parameters = {str(i): torch.nn.Parameter(torch.randn(shape)) for i in range(3)}
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in parameters.values()]
-    muon = Muon(parameters, momentum=0.9, weight_decay=0.1, dtype=torch.bfloat16)
+    muon = Muon(Weights(parameters), MUON, torch.bfloat16)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9)
     for _ in range(4):
         for a, b in zip(parameters.values(), theirs, strict=True):
@@ -78,7 +79,7 @@ def test_muons_weight_decay_is_exact_in_float64() -> None:
     before = torch.randn(6, 4, dtype=torch.float64)
     parameter = torch.nn.Parameter(before.clone())
     parameter.grad = torch.zeros_like(before)
-    Muon({"w": parameter}, momentum=0.9, weight_decay=0.1, dtype=torch.float64).step(0.01, TAKEN)
+    Muon(Weights({"w": parameter}), MUON, torch.float64).step(0.01, TAKEN)
     torch.testing.assert_close(parameter.detach(), before * (1 - 0.001), rtol=1e-15, atol=0)
 
 
@@ -95,7 +96,7 @@ def test_muon_multiplies_on_the_device_what_rests_on_the_host() -> None:
 
     held = torch.nn.Parameter(torch.zeros(4, 6))
     held.grad = torch.ones(4, 6)
-    Muon({"w": held}, 0.9, 0.1, torch.float32, Elsewhere(), torch.device("meta")).step(0.01, TAKEN)
+    Muon(Weights({"w": held}, Elsewhere(), torch.device("meta")), MUON, torch.float32).step(0.01, TAKEN)
     assert places == ["meta", "meta"] and (held == -0.01).all()
 
 

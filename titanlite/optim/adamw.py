@@ -22,20 +22,17 @@ class AdamW:
         import torch
 
         self._section = section
-        self._names = list(parameters)
-        self._parameters = list(parameters.values())
-        self._averages = [torch.zeros_like(p.data) for p in self._parameters]
-        self._squares = [torch.zeros_like(p.data) for p in self._parameters]
-        self._steps = torch.zeros((), dtype=torch.float32, device=self._parameters[0].device)
-        held = [(index, p.dim()) for index, p in enumerate(self._parameters) if p.numel()]  # a rank may hold no rows
-        matrices = [index for index, dimensions in held if dimensions >= 2]
-        vectors = [index for index, dimensions in held if dimensions < 2]
+        self._moments = {name: (torch.zeros_like(p.data), torch.zeros_like(p.data)) for name, p in parameters.items()}
+        self._steps = torch.zeros((), dtype=torch.float32, device=next(iter(parameters.values())).device)
+        held = [(p, *self._moments[name]) for name, p in parameters.items() if p.numel()]  # a rank may hold no rows
+        matrices = [each for each in held if each[0].dim() >= 2]
+        vectors = [each for each in held if each[0].dim() < 2]
         self._groups = [(group, decay) for group, decay in ((matrices, section.weight_decay), (vectors, 0.0)) if group]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
         """The moments, and `adamw/steps`, a float32 scalar."""
         yield "adamw/steps", self._steps
-        for name, average, square in zip(self._names, self._averages, self._squares, strict=True):
+        for name, (average, square) in self._moments.items():
             yield f"{name}/average", average
             yield f"{name}/square", square
 
@@ -46,11 +43,12 @@ class AdamW:
         with torch.no_grad():
             self._steps += taken
             for group, weight_decay in self._groups:
+                parameters, averages, squares = map(list, zip(*group, strict=True))
                 torch._fused_adamw_(
-                    [self._parameters[index] for index in group],
-                    [self._parameters[index].grad for index in group],  # type: ignore[misc]
-                    [self._averages[index] for index in group],
-                    [self._squares[index] for index in group],
+                    parameters,
+                    [parameter.grad for parameter in parameters],
+                    averages,
+                    squares,
                     [],
                     [self._steps] * len(group),
                     lr=lr,

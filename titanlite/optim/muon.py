@@ -7,13 +7,15 @@ many layers there are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import adamw
-from titanlite.optim.base import Exchange, Optimizer, OptimizerSpec, Weights
+from titanlite.optim.base import Optimizer, OptimizerSpec, Weights
+from titanlite.recipe.sections import Optimizer as Section
 from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -46,33 +48,19 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon:
     """Nesterov momentum, orthogonalisation, decoupled weight decay; updates happen on the device, or not at all."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        momentum: float,
-        weight_decay: float,
-        dtype: torch.dtype,
-        exchange: Exchange | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """`parameters` are what is held here; where ranks hold parts, `exchange` brings them together, and where they
-        rest in the host's memory, `device` multiplies.
-        """
+    def __init__(self, weights: Weights, section: Section, dtype: torch.dtype) -> None:
+        """`dtype`: of the products."""
         import torch
 
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.dtype = dtype
-        self.device = device
-        self._exchange = exchange
+        self._section, self._dtype, self._exchange, self._device = section, dtype, weights.exchange, weights.device
         alike: dict[Any, dict[str, Tensor]] = defaultdict(dict)
-        for name, parameter in parameters.items():
-            alike[exchange.cuts[name] if exchange else (parameter.shape,)][name] = parameter
+        for name, parameter in weights.held.items():
+            alike[weights.exchange.cuts[name] if weights.exchange else (parameter.shape,)][name] = parameter
         self._groups = list(alike.items())
         self._momenta = [torch.stack([torch.zeros_like(p) for p in group.values()]) for _, group in self._groups]
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
-        """`<parameter>/momentum`, a view of the buffer that parameters of one shape share."""
+        """`<parameter>/momentum`, a view of the buffer of its group."""
         for (_, group), momenta in zip(self._groups, self._momenta, strict=True):
             for name, momentum in zip(group, momenta.unbind(0), strict=True):
                 yield f"{name}/momentum", momentum
@@ -81,20 +69,19 @@ class Muon:
         """See `UpdateRule.step`."""
         import torch
 
-        change = partial(orthogonalise, dtype=self.dtype)
+        momentum, change = self._section.muon_momentum, partial(orthogonalise, dtype=self._dtype)
         with torch.no_grad():
             for (cut, group), momenta in zip(self._groups, self._momenta, strict=True):
                 parameters = list(group.values())
                 rows, columns = cut[0]
                 gradients = torch.stack([p.grad for p in parameters])  # type: ignore[misc]
-                moved = torch.lerp(gradients, momenta, self.momentum)
+                moved = torch.lerp(gradients, momenta, momentum)
                 momenta.copy_(torch.where(taken, moved, momenta))
-                ahead = torch.lerp(gradients, moved, self.momentum).to(self.device)
+                ahead = torch.lerp(gradients, moved, momentum).to(self._device)
                 update = self._exchange.apply(change, ahead, cut) if self._exchange else change(ahead)
-                update = update.to(momenta.device)
-                update = torch.where(taken, update * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
+                update = torch.where(taken, update.to(momenta.device) * (lr * max(1.0, rows / columns) ** 0.5), 0.0)
                 # In the weights' dtype: a bool times a number would be float32, whatever the weights are.
-                torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self.weight_decay))
+                torch._foreach_mul_(parameters, 1.0 - taken.to(update.dtype) * (lr * self._section.weight_decay))
                 torch._foreach_sub_(parameters, list(update.unbind(0)))
 
 
@@ -103,7 +90,7 @@ def build(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dty
     section = recipe.optimizer
     matrices = {name: held for name, held in weights.held.items() if model.is_block_matrix(name)}
     rest = {name: held for name, held in weights.held.items() if name not in matrices}
-    muon = Muon(matrices, section.muon_momentum, section.weight_decay, compute, weights.exchange, weights.device)
+    muon = Muon(replace(weights, held=matrices), section, compute)
     return Optimizer((section.lr, adamw.AdamW(rest, section)), (section.muon_lr, muon))
 
 
