@@ -60,8 +60,8 @@ def test_a_ring_forms_every_pair_once(ranks: int, chunk: int) -> None:
     times = torch.zeros(tokens.numel(), tokens.numel(), dtype=torch.int64)
     for rank in range(ranks):
         for owner in range(ranks):
-            block = context._Block.of(rank, owner, 2 * chunk)
-            queries, keys = places[rank][block.queries], places[owner][block.keys]
+            here, there = context.visible(rank, owner, 2 * chunk)
+            queries, keys = places[rank][here], places[owner][there]
             seen = torch.ones(len(queries), len(keys), dtype=torch.int64)
             times[queries.unsqueeze(1), keys] += seen.tril() if owner == rank else seen
     assert times.equal(torch.ones_like(times).tril())

@@ -90,6 +90,8 @@ class _Builder:
             hidden=(batches.microbatch, positions // layout.tp, config.dim),
             dtype=compute_dtype(recipe.precision),
             sequence_length=positions,
+            group=meshes.pp,
+            device=self.world.device,
         )
         modules, held = nn.ModuleDict(), []
         for stage in stages:
@@ -97,7 +99,7 @@ class _Builder:
                 module = keep_pieces(self.new_module(), pieces, stage.modules)
                 sync = self.apply(module)
                 modules[f"stage{stage.index}"] = module
-                held.append(ScheduledStage(stage.index, module, sync, settings, meshes.pp, self.world.device))
+                held.append(ScheduledStage(stage.index, module, sync, settings))
         return module if len(held) == 1 else modules, Pipeline(held, settings)
 
     def new_module(self) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -177,31 +177,13 @@ class RingAttention(GroupModule):
         return out.transpose(1, 2).to(dtype)
 
 
-class _Block(NamedTuple):
-    """What a rank computes with another's keys: all of its queries or the back half, all keys or the front half.
+def visible(rank: int, owner: int, length: int) -> tuple[slice, slice]:
+    """Which of a rank's `length` queries see which of the owner's keys: all or the back half, all or the front half.
 
     Of a rank before this one, the front chunk precedes both of this rank's and the back one follows them. Of a later
     rank, both lie between this rank's. So half of the pairs are seen, and only a rank's own chunks in part.
     """
-
-    rank: int
-    owner: int  # Rank that the keys came from
-    queries: slice
-    keys: slice
-
-    @staticmethod
-    def of(rank: int, owner: int, length: int) -> _Block:
-        """For `length` queries and keys a rank."""
-        front, back, both = slice(0, length // 2), slice(length // 2, length), slice(0, length)
-        queries = back if owner > rank else both
-        return _Block(rank, owner, queries, front if owner < rank else both)
-
-    def same_document(self, documents: Tensor | None) -> Tensor | None:
-        """[batch, 1, queries, keys]: are both in one document?"""
-        if documents is None:
-            return None
-        ours, theirs = documents[:, self.rank, self.queries], documents[:, self.owner, self.keys]
-        return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).unsqueeze(1)
+    return slice(length // 2 if owner > rank else 0, length), slice(0, length // 2 if owner < rank else length)
 
 
 class _Ring(torch.autograd.Function):
@@ -211,15 +193,14 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: dist.ProcessGroup
     ) -> Tensor:
-        steps = _steps(k, v, group)
-        block, keys, values = next(steps)
-        part, part_lse = attend(q, keys, values, True, block.same_document(documents))
+        steps = _steps(k, v, documents, group)
+        _, _, keys, values, same = next(steps)
+        part, part_lse = attend(q, keys, values, True, same)
         # Copies: what a kernel gave may be kept for recomputation, and is not to be written on.
         out, lse = part.to(torch.promote_types(q.dtype, torch.float32), copy=True), part_lse.clone()
-        for block, keys, values in steps:
-            seen = block.queries
-            part, part_lse = attend(q[:, :, seen], keys, values, False, block.same_document(documents))
-            _merge(out[:, :, seen], lse[:, :, seen], part, part_lse)
+        for here, _, keys, values, same in steps:
+            part, part_lse = attend(q[:, :, here], keys, values, False, same)
+            _merge(out[:, :, here], lse[:, :, here], part, part_lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, documents, out, lse)
         ctx.group = group
@@ -228,37 +209,42 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, documents, out, lse = ctx.saved_tensors
-        steps = _steps(k, v, ctx.group)
-        block, keys, values = next(steps)
-        same = block.same_document(documents)
+        steps = _steps(k, v, documents, ctx.group)
+        _, _, keys, values, same = next(steps)
         q_grad, *parts = attend_backward(grad, q, keys, values, out, lse, True, same)
         q_grad = q_grad.to(torch.promote_types(q.dtype, torch.float32), copy=True)
         coming = _pass_on(torch.stack(parts).to(q_grad.dtype), ctx.group)
-        for block, keys, values in steps:
-            seen, same = block.queries, block.same_document(documents)
+        for here, there, keys, values, same in steps:
             q_part, *parts = attend_backward(
-                grad[:, :, seen], q[:, :, seen], keys, values, out[:, :, seen], lse[:, :, seen], False, same
+                grad[:, :, here], q[:, :, here], keys, values, out[:, :, here], lse[:, :, here], False, same
             )
-            q_grad[:, :, seen] += q_part
+            q_grad[:, :, here] += q_part
             # What others added to the gradients of these keys left the neighbour before this rank began with them.
             grads = _wait(coming)
-            grads[..., block.keys, :] += torch.stack(parts)
+            grads[..., there, :] += torch.stack(parts)
             coming = _pass_on(grads, ctx.group)
         k_grad, v_grad = _wait(coming).to(k.dtype)  # home again
         return q_grad.to(q.dtype), k_grad, v_grad, None, None
 
 
-def _steps(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[_Block, Tensor, Tensor]]:
-    """What to compute with which keys and values, this rank's own first; the next are under way meanwhile."""
+def _steps(
+    k: Tensor, v: Tensor, documents: Tensor | None, group: dist.ProcessGroup
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:
+    """Each rank's `visible` queries and keys, these keys with their values, and which queries are in one document with
+    which keys [batch, 1, queries, keys]; this rank's own first. The next are under way meanwhile.
+    """
     ranks, rank = group.size(), group.rank()
-    here = torch.stack((k, v))
+    both = torch.stack((k, v))
     for step in range(ranks):
-        coming = _pass_on(here, group) if step < ranks - 1 else None
-        block = _Block.of(rank, (rank - step) % ranks, k.shape[2])
-        keys, values = here[..., block.keys, :]
-        yield block, keys, values
+        coming = _pass_on(both, group) if step < ranks - 1 else None
+        owner, same = (rank - step) % ranks, None
+        here, there = visible(rank, owner, k.shape[2])
+        if documents is not None:
+            ours, theirs = documents[:, rank, here], documents[:, owner, there]
+            same = (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).unsqueeze(1)
+        yield here, there, *both[..., there, :], same
         if coming is not None:
-            here = _wait(coming)
+            both = _wait(coming)
 
 
 def _pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,19 +47,17 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
         sharded.set_gradient_divide_factor(1.0)
         # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
         sharded.set_force_sum_reduction_for_comms(True)
-    units: list[FSDPModule] = [module for module in modules if isinstance(module, FSDPModule)]
+    units: list[Any] = modules  # FSDP's own by now
     for unit in units:
         # The gradient of a table does not depend on its values.
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
-    _prefetch(units, parallel.prefetch)
-    if precision.float8.all_gather and shards > 1:
-        for module in modules:
-            gather = Float8Gather(module, shards)
-            assert isinstance(module, FSDPModule)
+        if precision.float8.all_gather and shards > 1:
+            gather = Float8Gather(unit, shards)
             if any(cast for _, _, cast in gather.parameters):
-                module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+                unit.set_custom_all_gather(gather)
+    _prefetch(units, parallel.prefetch)
     assert isinstance(model, FSDPModule)
-    return MicrobatchSync(model, stage)
+    return _microbatch_sync(model, stage)
 
 
 def _units(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
@@ -79,31 +78,27 @@ def _prefetch(units: list[FSDPModule], depth: int) -> None:
             unit.set_modules_to_backward_prefetch(earlier or [unit])
 
 
-class MicrobatchSync:
-    """Sets, before each microbatch's backward, what a sharded model communicates and what it keeps.
-
-    Stages 0 and 1 add gradients up over the microbatches and sum them over ranks once; stage 2 at every microbatch,
+def _microbatch_sync(model: FSDPModule, stage: int) -> Sync:
+    """Stages 0 and 1 add gradients up over the microbatches and sum them over ranks once; stage 2 at every microbatch,
     with weights gathered from forward to backward; stage 3 gathers them anew for each.
     """
+    set_for_last = True  # as FSDP2 begins
 
-    def __init__(self, model: FSDPModule, stage: int) -> None:
-        self._model = model
-        self._stage = stage
-        self._set_for_last = True  # as FSDP2 begins
-
-    def __call__(self, last: bool) -> None:
-        """See `Sync`."""
-        if last == self._set_for_last:
+    def sync(last: bool) -> None:
+        nonlocal set_for_last
+        if last == set_for_last:
             return  # each switch below visits every module
-        self._set_for_last = last
-        self._model.set_is_last_backward(last)
-        if self._stage <= 2:
-            self._model.set_reshard_after_backward(last)
-        if self._stage <= 1:
-            self._model.set_requires_gradient_sync(last)
+        set_for_last = last
+        model.set_is_last_backward(last)
+        if stage <= 2:
+            model.set_reshard_after_backward(last)
+        if stage <= 1:
+            model.set_requires_gradient_sync(last)
         else:
             # Each microbatch is reduce-scattered; the copies of an HSDP mesh meet once a step.
-            self._model.set_requires_all_reduce(last)
+            model.set_requires_all_reduce(last)
+
+    return sync
 
 
 # ---- weights that travel in float8: ranks hold whole rows and cast their own with a scale a row; what arrives has the

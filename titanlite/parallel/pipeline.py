@@ -50,10 +50,11 @@ class PipelineConfig:
     schedule: str
     stages: int
     microbatches: int
-    hidden: tuple[int, int, int]
-    """Shape of what one stage hands to the next: [microbatch, positions on this rank, width]."""
-    dtype: torch.dtype  # Of the hidden states
-    sequence_length: int  # Positions that the attention of a stage sees, where the batch does not say which these are
+    hidden: tuple[int, int, int]  # shape of what stages hand on: [microbatch, positions on this rank, width]
+    dtype: torch.dtype  # of the hidden states
+    sequence_length: int  # positions that the attention of a stage sees, where the batch does not say which these are
+    group: dist.ProcessGroup  # the ranks of this pipeline, by coordinate
+    device: torch.device
 
 
 class Pipeline:
@@ -61,7 +62,7 @@ class Pipeline:
 
     def __init__(self, held: Sequence[ScheduledStage], config: PipelineConfig) -> None:
         """`held`: in the order of computation."""
-        self._config, self._stages, self._device = config, held, held[0].device
+        self._config, self._stages = config, held
         kind = get_schedule_class(config.schedule)
         stages = held[0] if issubclass(kind, PipelineScheduleSingle) else [*held]
         self._schedule = kind(stages, config.microbatches, loss_fn=_share_of_loss, scale_grads=False)
@@ -90,7 +91,7 @@ class Pipeline:
             for stage in self._stages:
                 if not stage.is_first and stage.source != stage.group_rank:
                     shape = tokens.shape[0], *self._config.hidden[1:]
-                    result = torch.empty(shape, dtype=self._config.dtype, device=self._device)
+                    result = torch.empty(shape, dtype=self._config.dtype, device=self._config.device)
                     dist.recv(result, group=stage.group, group_src=stage.source)
                 given = {name: tensor[index] for name, tensor in keywords.items()}
                 result = stage.forward_maybe_with_nosync(result, **given)
@@ -108,7 +109,8 @@ class Pipeline:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.promote_types(self._config.dtype, torch.float32), device=self._device)
+        wide = torch.promote_types(self._config.dtype, torch.float32)
+        return torch.zeros((), dtype=wide, device=self._config.device)
 
 
 @contextmanager
@@ -141,16 +143,7 @@ class ScheduledStage(PipelineStage):
     any stage. That is what those do that compute the gradients of weights apart, which bypasses FSDP's hooks.
     """
 
-    def __init__(
-        self,
-        index: int,
-        module: nn.Module,
-        sync: Sync,
-        config: PipelineConfig,
-        group: dist.ProcessGroup,
-        device: torch.device,
-    ) -> None:
-        """`sync`: what FSDP does around microbatches. `group`: the ranks of this pipeline, by coordinate."""
+    def __init__(self, index: int, module: nn.Module, sync: Sync, config: PipelineConfig) -> None:
         last, wide = config.stages - 1, torch.promote_types(config.dtype, torch.float32)
         with torch.device("meta"):
             hidden = torch.empty(config.hidden, dtype=config.dtype, requires_grad=True)
@@ -158,16 +151,12 @@ class ScheduledStage(PipelineStage):
             loss = torch.empty((), dtype=wide, requires_grad=True)
         self._splits = splits_backward(config.schedule)
         super().__init__(
-            module if self._splits else nn.ModuleList([module]),
-            index,
-            config.stages,
-            device,
-            input_args=tokens if index == 0 else hidden,
-            output_args=loss if index == last else hidden,
-            group=group,
-        )
+            module if self._splits else nn.ModuleList([module]), index, config.stages, config.device,
+            input_args=tokens if index == 0 else hidden, output_args=loss if index == last else hidden,
+            group=config.group,
+        )  # fmt: skip
         self._sync, self._module = sync, module
-        self._positions = torch.arange(config.sequence_length, device=device)
+        self._positions = torch.arange(config.sequence_length, device=config.device)
         self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
         self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
 

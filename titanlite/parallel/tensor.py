@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from titanlite.models.layers import at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, Style, is_named_by
-from titanlite.parallel.collectives import (
-    all_gather,
-    all_reduce,
-    gather_sequence,
-    pack,
-    rows_in_float8,
-    scatter_sequence,
-    unpack,
-)
+from titanlite.parallel import collectives
+from titanlite.parallel.collectives import gather_sequence, scatter_sequence
 from titanlite.plan.float8 import Cast
 from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, find_placements
 from titanlite.precision.float8 import quantise
@@ -44,7 +37,8 @@ def apply_tensor_parallel(
     group_rank = GroupRank(group.rank(), group.size())
     cuts = {name: (cut.dimension, *cut.local_range(group_rank)) for name, cut in find_placements(shapes, plan).items()}
     for rule, name, module in modules_by_rule(model, plan):
-        if isinstance(module, TokenLoss):
+        if rule.style == "loss":
+            assert isinstance(module, TokenLoss)
             first = cuts[f"{name.rpartition('.')[0]}.weight"][1]
             replace_module(model, name, VocabularyLoss(group, first, module))
             continue
@@ -123,12 +117,12 @@ def _gather(x: Tensor, group: dist.ProcessGroup, cast: Cast | None) -> Tensor:
     if cast is None:
         return gather_sequence(x, group)
     batch, length, width = x.shape
-    message = pack(quantise(x.flatten(0, 1), cast))
-    messages = all_gather(message, group).unflatten(0, (group.size(), -1))
+    message = collectives.pack(quantise(x.flatten(0, 1), cast))
+    messages = collectives.all_gather(message, group).unflatten(0, (group.size(), -1))
     rounded, scales = (
         # Put in order while they are bytes.
         part.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)
-        for part in unpack(messages, rows_in_float8(batch * length, width, cast))
+        for part in collectives.unpack(messages, collectives.rows_in_float8(batch * length, width, cast))
     )
     return rounded.to(x.dtype) * scales.to(x.dtype)
 
@@ -142,8 +136,7 @@ class VocabularyLoss(TokenLoss):
     def __init__(self, group: dist.ProcessGroup, first: int, whole: TokenLoss) -> None:
         """`first`: token that this rank's part begins with. `whole`: the loss that this one takes the place of."""
         super().__init__(whole.implementation, whole.recompute)
-        self.group = group
-        self.first = first
+        self.group, self.first = group, first
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [batch, seq, this rank's part], labels [batch, seq] -> scalar."""
@@ -161,10 +154,10 @@ class _VocabularyLoss(torch.autograd.Function):
         columns = labels - first
         here = (columns >= 0) & (columns < logits.shape[1])
         columns = columns.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-        shifted = logits - all_reduce(logits.amax(1), "max", group).unsqueeze(1)
+        shifted = logits - collectives.all_reduce(logits.amax(1), "max", group).unsqueeze(1)
         target = shifted.gather(1, columns).squeeze(1).masked_fill(~here, 0)
         exponentials = shifted.exp()
-        total, target = all_reduce(torch.stack((exponentials.sum(1), target)), "sum", group).unbind()
+        total, target = collectives.all_reduce(torch.stack((exponentials.sum(1), target)), "sum", group).unbind()
         counted = labels != IGNORED
         ctx.save_for_backward(exponentials / total.unsqueeze(1), columns, here, counted)
         return (total.log() - target).masked_fill(~counted, 0).sum()

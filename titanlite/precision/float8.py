@@ -21,7 +21,6 @@ from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision, P
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _MANTISSA_BITS = 23  # Of a float32, below its exponent
-_KEPT = ("output_values", "output_scale", "grad_input_values", "grad_input_scale")  # Buffers with a weight in float8
 
 
 class FusedCast(Cast):
@@ -150,17 +149,13 @@ class Float8Linear(nn.Module):
     """Takes the place of a linear's `multiply`; its weight stays where it is."""
 
     def __init__(self, settings: Float8Settings, weight: Tensor | None = None, native_blocks: bool = False) -> None:
-        """With a `weight`, there is room to keep it in float8 (twice, for the two products that it is a factor of).
+        """With a `weight`, buffers keep it in float8 (twice, for the two products that it is a factor of).
         `native_blocks`: see `multiplies_blocks`.
         """
         super().__init__()
-        self.settings = settings
-        self.native_blocks = native_blocks
-        self._kept: tuple[str, ...] = ()
-        if weight is not None:
-            for name, tensor in zip(_KEPT, self._cast(weight.detach()), strict=True):
-                self.register_buffer(name, tensor, persistent=False)
-            self._kept = _KEPT
+        self.settings, self.native_blocks = settings, native_blocks
+        for index, tensor in enumerate(() if weight is None else self._cast(weight.detach())):
+            self.register_buffer(f"cast{index}", tensor, persistent=False)
 
     def _cast(self, weight: Tensor) -> tuple[Tensor, ...]:
         plain, turned = quantise_both(weight, self.settings.output.right, self.settings.grad_input.right)
@@ -168,15 +163,13 @@ class Float8Linear(nn.Module):
 
     def refresh(self, weight: Tensor) -> None:
         """Cast `weight` [outputs, inputs] anew, into the same memory: a compiled product reads it there."""
-        for name, tensor in zip(self._kept, self._cast(weight), strict=True):
-            self.get_buffer(name).copy_(tensor)
+        for buffer, tensor in zip(self.buffers(), self._cast(weight), strict=True):
+            buffer.copy_(tensor)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
-        kept = tuple(self.get_buffer(name) for name in self._kept)
-        result: Tensor = _Float8Linear.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, -2), weight, self.settings, self.native_blocks, *kept
-        )
+        rows, how = x.flatten(0, -2), (self.settings, self.native_blocks)
+        result: Tensor = _Float8Linear.apply(rows, weight, *how, *self.buffers())  # type: ignore[no-untyped-call]
         return result.view(*x.shape[:-1], result.shape[-1])
 
 
