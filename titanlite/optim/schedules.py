@@ -25,36 +25,30 @@ class LrSchedule:
     """Keys of `[schedule]` that it reads, besides `name` and `warmup_steps`; `check` warns of others that are set."""
 
 
-def _fall(shape: str, step: int, section: Section, total: int) -> float:
-    return _decay(shape, step, section.decay_steps or total - section.warmup_steps, section, total)
-
-
-def _wsd(step: int, section: Section, total: int) -> float:
-    return _decay(section.decay_shape, step, section.decay_steps or max(1, total // 5), section, total)
-
-
 def _sqrt(step: int, section: Section, total: int) -> float:
     return max(math.sqrt(max(section.warmup_steps, 1) / step), section.final_lr_ratio)
 
 
-def _decay(shape: str, step: int, decay_steps: int, section: Section, total: int) -> float:
+def _decay(shape: str | None, step: int, section: Section, total: int) -> float:
+    """In a `shape` from the end of warm-up on if `decay_steps` does not say when; None: at the end, in `decay_shape`."""
+    decay_steps = section.decay_steps or (total - section.warmup_steps if shape else max(1, total // 5))
     progress = min(max((step - (total - decay_steps)) / max(decay_steps, 1), 0.0), 1.0)
     remaining = {
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
         "sqrt": 1.0 - math.sqrt(progress),
-    }[shape]
+    }[shape or section.decay_shape]
     return section.final_lr_ratio + (1.0 - section.final_lr_ratio) * remaining
 
 
 CONSTANT = LrSchedule(lambda step, section, total: 1.0)
-LINEAR = LrSchedule(partial(_fall, "linear"), ("decay_steps", "final_lr_ratio"))
+LINEAR = LrSchedule(partial(_decay, "linear"), ("decay_steps", "final_lr_ratio"))
 # Half a cosine (Loshchilov & Hutter 2017, without restarts).
-COSINE = LrSchedule(partial(_fall, "cosine"), ("decay_steps", "final_lr_ratio"))
+COSINE = LrSchedule(partial(_decay, "cosine"), ("decay_steps", "final_lr_ratio"))
 # Inverse square root (Vaswani et al. 2017, section 5.3), never below the final ratio.
 SQRT = LrSchedule(_sqrt, ("final_lr_ratio",))
 # Warm-up, stable, decay (Hu et al. 2024, MiniCPM): flat, then `decay_shape` over `decay_steps`.
-WSD = LrSchedule(_wsd, ("decay_steps", "decay_shape", "final_lr_ratio"))
+WSD = LrSchedule(partial(_decay, None), ("decay_steps", "decay_shape", "final_lr_ratio"))
 
 SCHEDULES = Registry(
     "schedule",
