@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from titanlite.cli.check import check_recipe
 from titanlite.observe.metrics import mfu, peak_flops, peak_memory_bytes
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import batch_plan, require_layout
 from titanlite.recipe.load import load_recipe, parse_with_overrides

@@ -19,7 +19,7 @@ from titanlite.dryrun.collectives import Collective, in_order, sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.models.spec import spec_of
 from titanlite.parallel.apply import build
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import require_layout
 from titanlite.plan.memory import local_parameters, rank_state_bytes

@@ -25,7 +25,7 @@ from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.loader import IGNORED, _leave_signals_to_the_trainer, train_loader, validation_batches
 from titanlite.data.splits import Split, split_of
 from titanlite.errors import DataError, WorkerKilled
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.plan.layout import BatchPlan, ceil_div
 
 LENGTH = 8

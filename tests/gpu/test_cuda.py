@@ -16,7 +16,7 @@ from titanlite.data.loader import train_loader
 from titanlite.data.splits import open_data
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
-from titanlite.optim.base import Weights, build_optimizer
+from titanlite.optim.base import Weights, optimizer_spec
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.model import GradientAccumulation, ParallelModel, no_sync
 from titanlite.parallel.shards import Shards
@@ -39,9 +39,8 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     model.to(device)
     if compiled:
         compile_units(model, SPEC)
-    optimizer = build_optimizer(
-        Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3)), SPEC, Weights(dict(model.named_parameters())), dtype
-    )
+    weights, recipe = Weights(dict(model.named_parameters())), Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3))
+    optimizer = optimizer_spec(optimizer_name).build(recipe, SPEC, weights, dtype)
     passes = GradientAccumulation(model, no_sync)
     parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards(dict(model.named_parameters())), passes)
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)

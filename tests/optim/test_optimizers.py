@@ -12,7 +12,7 @@ import torch
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
 from titanlite.optim import base
-from titanlite.optim.base import Weights, build_optimizer
+from titanlite.optim.base import Weights, optimizer_spec
 from titanlite.optim.clip import clip_gradients
 from titanlite.optim.muon import Muon, orthogonalise
 from titanlite.parallel.shards import Shards
@@ -30,7 +30,8 @@ def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 def optimizer_of(model: torch.nn.Module, section: Optimizer, compute: torch.dtype = torch.float32) -> base.Optimizer:
-    return build_optimizer(Recipe(optimizer=section), SPEC, Weights(dict(model.named_parameters())), compute)
+    weights = Weights(dict(model.named_parameters()))
+    return optimizer_spec(section.name).build(Recipe(optimizer=section), SPEC, weights, compute)
 
 
 def set_gradients(model: torch.nn.Module, seed: int) -> None:

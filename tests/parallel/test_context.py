@@ -19,8 +19,8 @@ from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel import context
-from titanlite.parallel.batch import Batch
 from titanlite.parallel.context import _attend_to_the_last, apply_context_parallel, local_sequences
+from titanlite.parallel.model import Batch
 
 RANKS = st.integers(2, 7)
 CHUNK = st.integers(1, 4)

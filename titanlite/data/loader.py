@@ -31,7 +31,7 @@ from titanlite.data.sources import Source
 from titanlite.data.splits import Split
 from titanlite.errors import DataError, WorkerKilled
 from titanlite.models.loss import IGNORED
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.plan.layout import BatchPlan, SampleSchedule, ceil_div
 
 

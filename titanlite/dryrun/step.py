@@ -24,8 +24,8 @@ from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
 from titanlite.models.layers import cpu_stands_for
-from titanlite.parallel.batch import Batch
 from titanlite.parallel.meshes import mesh_dimensions
+from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
 from titanlite.recipe.sections import Recipe

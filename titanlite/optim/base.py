@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from titanlite.models.spec import ModelSpec
 from titanlite.recipe.sections import Recipe
@@ -17,6 +17,8 @@ from titanlite.registry import Registry
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from titanlite.parallel.shards import MatrixExchange
 
 
 class UpdateRule(Protocol):
@@ -48,23 +50,12 @@ class Optimizer:
         return {name: tensor for _, rule in self._rules for name, tensor in rule.state()}
 
 
-class Exchange(Protocol):
-    """How matrices that are cut over ranks come together, each whole on one of them."""
-
-    @property
-    def cuts(self) -> Mapping[str, Any]:
-        """By name, how a matrix is cut: its whole shape and more. Matrices cut alike are exchanged together."""
-
-    def apply(self, function: Callable[[Tensor], Tensor], held: Tensor, cut: Any) -> Tensor:
-        """`function` of n whole matrices [share of n, rows, columns], from and to [n, rows here, columns here]."""
-
-
 @dataclass(frozen=True)
 class Weights:
     """What an optimizer updates: what this rank holds of each parameter, and how cut matrices come together."""
 
     held: Mapping[str, Tensor]
-    exchange: Exchange | None = None
+    exchange: MatrixExchange | None = None
     """None where this rank alone holds every matrix whole."""
     device: torch.device | None = None
     """Where matrices are multiplied; None: where they rest."""
@@ -86,8 +77,3 @@ class OptimizerSpec:
 
 OPTIMIZERS = Registry("optimizer", {name: f"titanlite.optim.{name}:SPEC" for name in ("adamw", "muon")})
 optimizer_spec: Callable[[str], OptimizerSpec] = OPTIMIZERS.get
-
-
-def build_optimizer(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
-    """The optimizer that the recipe names, over all of `weights`; matrix products are computed in `compute`."""
-    return optimizer_spec(recipe.optimizer.name).build(recipe, model, weights, compute)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from titanlite.models.layers import at_least_float32, by_float32_units, causal_attention, device_kind
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.collectives import SEQUENCE, all_gather, gather_sequence, reduce_scatter
+from titanlite.parallel.model import Batch
 from titanlite.parallel.tensor import modules_by_rule, replace_module
-
-if TYPE_CHECKING:
-    from titanlite.parallel.batch import Batch
 
 
 def _local_part(whole: Tensor, ranks: int, rank: int) -> Tensor:

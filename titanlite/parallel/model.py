@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,35 @@ from titanlite.parallel.world import World
 from titanlite.plan.layout import ORIGIN, Coordinates
 
 if TYPE_CHECKING:
-    from titanlite.parallel.batch import Batch
     from titanlite.parallel.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's (or one validation pass's) sequences of one data rank; tensors are int64."""
+
+    tokens: Tensor  # inputs, `[microbatches, microbatch, seq_len]`; padding is the separator
+    labels: Tensor  # the token after each input, same shape; padding is `IGNORED`
+    positions: Tensor | None
+    """Position of each input within its document, same shape; None without `data.document_mask`."""
+    documents: Tensor | None
+    """Number of each input's document within its sequence, same shape; None without `data.document_mask`."""
+    samples: tuple[int, ...]
+    """Numbers of this rank's samples, in the order of the sequences; padding follows them and has none."""
+    sequences: int  # sequences of all data ranks together, without padding
+    valid_tokens: int  # labels of this rank that count
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from which a copy to a GPU can run beside its work."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; the host does not wait for copies out of page-locked memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {key: change(x) for key, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

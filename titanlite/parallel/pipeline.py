@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from titanlite.models.spec import Piece
-from titanlite.parallel.model import Sync
+from titanlite.parallel.model import Batch, Sync
 from titanlite.plan.stages import rank_of_stage, splits_backward
-
-if TYPE_CHECKING:
-    from titanlite.parallel.batch import Batch
 
 # Before any error of a step, torch prints its whole timetable, on every rank that this ends.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)

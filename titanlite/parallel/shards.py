@@ -149,7 +149,9 @@ class MatrixExchange:
     cuts: Mapping[str, MatrixCut]
 
     def apply(self, function: Callable[[Tensor], Tensor], held: Tensor, cut: MatrixCut) -> Tensor:
-        """See `optim.base.Exchange`; this rank works on ceil(ceil(n / replicas) / ranks) of the n matrices."""
+        """`function` of n whole matrices [share of n, rows, columns], from and to [n, rows here, columns here]; the
+        share of this rank is ceil(ceil(n / replicas) / ranks).
+        """
         ranks, of_replica = self.group.size(), ceil_div(len(held), self.replicas.size())
         own = held[self.replicas.rank() * of_replica :][:of_replica]  # the last replicas may have fewer, or none
         count, rows, columns = own.shape

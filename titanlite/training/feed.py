@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from titanlite.data.loader import UNREADABLE, ReadAhead, train_loader
 from titanlite.data.read_log import SKIPPED
 from titanlite.errors import DataError, WorkerKilled
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.plan.layout import BatchPlan, sample_schedule
 from titanlite.training.setup import Run
 

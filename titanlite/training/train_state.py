@@ -11,10 +11,10 @@ from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
 from titanlite.observe.inspection import NonfiniteFinder
-from titanlite.optim.base import Weights, build_optimizer
+from titanlite.optim.base import Weights, optimizer_spec
 from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.apply import build
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.precision.casting import compute_dtype
 from titanlite.recipe.sections import Recipe
@@ -32,6 +32,7 @@ class TrainState:
         self.shards = self.model.shards
         self.weights = self.shards.local()  # parameter name -> what this rank holds of it
         weights = Weights(self.weights, self.shards.exchange(), world.device)
+        build_optimizer = optimizer_spec(recipe.optimizer.name).build
         self.optimizer = build_optimizer(recipe, self.spec, weights, compute_dtype(recipe.precision))
         self.guards = Guards(recipe.resilience, world.device)
         self._finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None

@@ -16,7 +16,7 @@ from titanlite.data.loader import train_loader
 from titanlite.data.splits import split_of
 from titanlite.models.spec import spec_of
 from titanlite.optim.schedules import lr_factor
-from titanlite.parallel.batch import Batch
+from titanlite.parallel.model import Batch
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.layout import batch_plan, require_layout, total_steps

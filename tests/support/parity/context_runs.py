@@ -14,8 +14,8 @@ from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.apply import _policy
-from titanlite.parallel.batch import Batch
 from titanlite.parallel.context import _GatherKeys, apply_context_parallel, local_sequences
+from titanlite.parallel.model import Batch
 
 PLAN = (ShardingRule("core", "attention"), ShardingRule("mask", "mask"))
 
