@@ -20,6 +20,10 @@ class TitanliteError(Exception):
     exit_code = 1
     on_all_ranks = False  # whether each ends with it: then one of each machine prints it, and its code is the run's
 
+    def __init_subclass__(cls, exit_code: int | None = None, on_all_ranks: bool | None = None) -> None:
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
+        cls.on_all_ranks = cls.on_all_ranks if on_all_ranks is None else on_all_ranks
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -46,27 +50,20 @@ def warning(key: str, problem: str, fix: str) -> Finding:
     return Finding(key, problem, fix, severity="warning")
 
 
-class UsageError(TitanliteError):
+class UsageError(TitanliteError, exit_code=EXIT_RECIPE):
     """The command line, an input file or the run folder is not what it must be."""
 
-    exit_code = EXIT_RECIPE
 
-
-class RecipeError(TitanliteError):
+class RecipeError(TitanliteError, exit_code=EXIT_RECIPE, on_all_ranks=True):
     """A recipe that must not run; carries every finding, not only the first."""
-
-    exit_code = EXIT_RECIPE
-    on_all_ranks = True
 
     def __init__(self, findings: list[Finding]) -> None:
         self.findings = findings
         super().__init__("\n".join(str(finding) for finding in findings))
 
 
-class CommandLineError(UsageError):
+class CommandLineError(UsageError, on_all_ranks=True):
     """What stands on the command line makes no sense; all ranks of a job are given the same."""
-
-    on_all_ranks = True
 
 
 class DataError(UsageError):
@@ -77,39 +74,28 @@ class WorkerKilled(DataError):
     """A process that read data for this one was killed from outside. Like a rank that is, it counts as no crash."""
 
 
-class GuardStop(TitanliteError):
+class GuardStop(TitanliteError, exit_code=EXIT_GUARD, on_all_ranks=True):
     """A guard ended the training: the numbers went wrong, and the recipe asks to stop."""
 
-    exit_code = EXIT_GUARD
-    on_all_ranks = True
 
-
-class NonfiniteFound(GuardStop):
+class NonfiniteFound(GuardStop, on_all_ranks=False):
     """A module made a number that is not finite. Other than what the guards judge, only one rank may have met it."""
-
-    on_all_ranks = False
 
 
 class OtherRankFailed(TitanliteError):
     """This rank is sound, and ends because another one has."""
 
 
-class CheckpointError(TitanliteError):
+class CheckpointError(TitanliteError, exit_code=EXIT_CHECKPOINT):
     """A checkpoint could not be written, or none that fits could be read."""
 
-    exit_code = EXIT_CHECKPOINT
 
-
-class RunFolderLost(CheckpointError):
+class RunFolderLost(CheckpointError, on_all_ranks=True):
     """The run's folder may be another process's by now: nothing more may be written there, and no retry helps."""
 
-    on_all_ranks = True
 
-
-class StoppedEarly(TitanliteError):
+class StoppedEarly(TitanliteError, exit_code=EXIT_STOPPED_EARLY, on_all_ranks=True):
     """A signal or a limit of the recipe ended the run before its last step; its state is saved."""
 
-    exit_code = EXIT_STOPPED_EARLY
-    on_all_ranks = True
     signalled = False  # whether a signal to one rank or more was the reason
     received = False  # whether this process was signalled itself

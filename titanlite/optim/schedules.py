@@ -30,7 +30,7 @@ def _sqrt(step: int, section: Section, total: int) -> float:
 
 
 def _decay(shape: str | None, step: int, section: Section, total: int) -> float:
-    """From the end of warm-up on if `decay_steps` does not say when; without a `shape`: at the end, in `decay_shape`."""
+    """From the end of warm-up on unless `decay_steps` is given; without a `shape`: at the end, in `decay_shape`."""
     decay_steps = section.decay_steps or (total - section.warmup_steps if shape else max(1, total // 5))
     progress = min(max((step - (total - decay_steps)) / max(decay_steps, 1), 0.0), 1.0)
     remaining = {

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
-    meshes, coordinates, tied = None, ORIGIN, frozenset[str]()
+    meshes, coordinates = None, ORIGIN
+    tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else frozenset()
     if layout.size > 1:
-        tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else tied
         meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=bool(tied))
         coordinates = meshes.coordinates
     builder = _Builder(spec, config, recipe, world, meshes)
@@ -143,7 +143,11 @@ class _Builder:
             apply_context_parallel(module, spec.sharding(config), meshes.cp, recipe.parallel.cp_method)
         # Weights that rest unsharded where they are used are cast once a step, and outside of compiled code, which
         # would not round them to the compute dtype first, as they are where they travel in it.
-        self._to_float8(module, cache=meshes is None or (meshes.dp_shard.size() == 1 and not offload))
+        if found := decide_linears(spec, config, recipe.precision.float8):
+            require_float8(self.world.device)
+            settings = self._fuse(SETTINGS[recipe.precision.float8.recipe])
+            cache = meshes is None or (meshes.dp_shard.size() == 1 and not offload)
+            self.cached += convert(module, found, settings, cache, multiplies_blocks(self.world.device))
         recompute_units(module, spec, recipe.recompute)
         if recipe.compile.enabled:
             compile_units(module, spec, recipe.recompute.budget)
@@ -165,14 +169,6 @@ class _Builder:
         found = plan_gathers(self.spec, self.config, self.recipe.precision.float8)
         casts = {each.module: self._fuse(each.cast) for each in found if each.cast is not None}
         apply_tensor_parallel(module, self.spec.sharding(self.config), group, casts)
-
-    def _to_float8(self, module: nn.Module, cache: bool) -> None:
-        """Have linears multiply in float8, in place. Raises `UsageError` on a device that has no float8."""
-        section, device = self.recipe.precision.float8, self.world.device
-        if found := decide_linears(self.spec, self.config, section):
-            require_float8(device)
-            settings = self._fuse(SETTINGS[section.recipe])
-            self.cached += convert(module, found, settings, cache, multiplies_blocks(device))
 
     def _fuse(self, casts: Any) -> Any:
         return fuse_casts(casts) if QUANTISE in choose_kernels(self.recipe, self.world.device.type) else casts

@@ -97,18 +97,14 @@ def explain_full_memory() -> Iterator[None]:
         ) from error
 
 
-def _keep_freed_memory() -> None:
-    """Have malloc keep what a step frees for the next one: to map it anew takes 5 % of a small model's step."""
-    with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def _own_device(local_rank: int) -> torch.device:
     """Raises `UsageError` if there are more ranks than GPUs."""
     if not torch.cuda.is_available():
-        _keep_freed_memory()
+        # Have malloc keep what a step frees for the next one: to map it anew takes 5 % of a small model's step.
+        with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         return torch.device("cpu")
     seen = torch.cuda.device_count()
     if seen > 1 and local_rank >= seen:
