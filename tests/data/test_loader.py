@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -226,6 +227,15 @@ needs_sigwaitinfo = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reaso
 def children_but(others: list[multiprocessing.Process]) -> list[multiprocessing.Process]:
     """The processes that this one has started since it had `others` (the tests' own pool, say)."""
     return [child for child in multiprocessing.active_children() if child not in others]  # type: ignore[misc]
+
+
+def test_workers_that_cannot_be_started_are_the_recipes_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: BaseProcess) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(BaseProcess, "start", refuse)
+    with pytest.raises(DataError, match=r"data\.workers = 1: .*temporarily unavailable"):
+        train_loader(make_split(), BatchPlan(4, 1, 0, 4), 0, 1, workers=1)
 
 
 def test_workers_end_with_the_iterator() -> None:

@@ -91,10 +91,11 @@ def test_a_validation_set_that_cannot_be_read_ends_a_run_that_is_saved(
         return step(self, number, *rest)
 
     monkeypatch.setattr(TrainState, "step", cut)
-    assert train() == 2
+    assert train("--checkpoint.every_steps=3", "--resilience.on_spike=rollback") == 2
     printed = capsys.readouterr().err
     assert f"validation after step {saved}: the set both" in printed and "held.bin: cut short" in printed
-    assert (folder / f"runs/tiny/checkpoints/step-{saved:08d}").is_dir()
+    manifest = json.loads((folder / f"runs/tiny/checkpoints/step-{saved:08d}/manifest.json").read_text())
+    assert "rollback_to" not in manifest["values"], "a checkpoint of this step was due"
     assert [row[2] is not None for row in curve("tiny") if row[1] is None] == [True] * (saved == 8)
 
 

@@ -71,7 +71,10 @@ def train_loader(
             generator=torch.Generator(),  # its own: the workers' seeds must not be drawn from the model's randomness
             snapshot_every_n_steps=0,  # there is no state
         )
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise DataError(f"data.workers = {workers}: they cannot be started ({error}); set fewer.") from error
     if workers and threading.current_thread() is threading.main_thread():
         # Of torch, this raises for a killed worker wherever the trainer happens to be, in the middle of a step too.
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

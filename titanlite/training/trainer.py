@@ -172,8 +172,8 @@ class Trainer:
         here instead.
         """
         self._examine()
-        progress = self.run.progress
-        if not at_end or progress.step == self.run.total_steps or not self.run.recipe.checkpoint.every_steps:
+        progress, every = self.run.progress, self.run.recipe.checkpoint.every_steps
+        if not at_end or progress.step == self.run.total_steps or not every or progress.step % every == 0:
             progress.back_to, progress.gone_back = progress.step, False
         save = self.saving.commit if at_end else self.saving.begin
         save(self.state.shards_by_name(), self._metadata())
