@@ -331,6 +331,23 @@ def test_all_findings_at_once_errors_first() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [
+        ({"model__preset": "nothing"}, {"model.preset"}),
+        ({"model__kv_heads": 3}, {"model.kv_heads", "parallel.tp", "parallel.pipeline.blocks_per_stage"}),
+        ({}, {"precision.float8.exclude", "parallel.tp", "parallel.pipeline.blocks_per_stage"}),
+    ],
+)
+def test_a_refused_model_hides_no_finding_that_does_not_hang_on_it(model: dict[str, Any], own: set[str]) -> None:
+    split = pipeline("ZBVZeroBubble", zero_stage=3, blocks_per_stage=[1])
+    float8 = {"precision__float8": {"enabled": True, "exclude": ["nothing"]}}
+    errors = {
+        key for severity, key in found(world=16, parallel__tp=8, **split, **float8, **model) if severity == "error"
+    }
+    assert errors == own | {"parallel.zero_stage", "precision.float8.enabled"}
+
+
 def test_every_finding_says_how_to_mend_it() -> None:
     wrong = {"training__steps": None, "model__kv_heads": 3, "optimizer__name": "adm", "schedule__name": "zz"}
     fixes = [finding.fix for finding in apply_rules(recipe(**wrong, parallel__dp_replicate=7))]

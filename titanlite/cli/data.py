@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     """The command; see `titanlite data --help`."""
     parser = argparse.ArgumentParser(prog="titanlite data", description="Make token files, and look at what runs read.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_train_tokenizer_command(commands)
     added = {}
     for name, action, line in (
         ("prepare", _prepare, "tokenize texts into PREFIX.bin, .idx and .json; after a kill, it goes on where it was"),
@@ -48,7 +49,6 @@ def main(argv: list[str]) -> int:
         added[name].set_defaults(action=action)
         if name != "verify":
             added[name].add_argument("--json", action="store_true", help="print an object for machines")
-    add_train_tokenizer_command(commands)
     add = added["prepare"].add_argument
     add("inputs", nargs="+", type=input_argument, metavar="INPUT",
         help="text, .jsonl (both also .gz, .zst), .parquet, .arrow: files, folders, globs; or a folder that a Hugging "
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     add("--out", type=path_argument, required=True, metavar="PREFIX", help="where; no suffix")
     add("--tokenizer", type=text_argument, default="bytes", help="as data.tokenizer in a recipe")
     add("--separator", help="as data.separator in a recipe")
-    add("--special-token", action="append", default=[], metavar="TOKEN", help="one of data.special_tokens in a recipe")
+    add("--special-token", action="append", default=[], metavar="TOKEN", help="as in data.special_tokens; repeatable")
     add("--text-key", default="text", help="JSONL field, or column, that holds the text")
     add("--workers", type=int, default=0, metavar="N", help="processes; as many as cores if not given")
     add("--dedup", action="store_true", help="drop documents that are equal to an earlier one")

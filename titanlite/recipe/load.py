@@ -109,8 +109,8 @@ def _import_plugins(values: Mapping[str, Any], stored: bool, where: str) -> list
         try:
             require_plugins([module], where) if stored else import_plugin(module)
         except UsageError as error:
-            fix = "" if stored else "; install it, or set PYTHONPATH to the folder that holds it."
-            findings.append(Finding("plugins.modules", f"{error}{fix}"))
+            fix = "" if stored else "install it, or set PYTHONPATH to the folder that holds it."
+            findings.append(Finding("plugins.modules", f"{error}{';' * bool(fix)}", fix))
     return findings
 
 

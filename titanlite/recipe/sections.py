@@ -131,6 +131,7 @@ class Model(Section):
 
 
 Packing = Literal["cut", "best_fit"]
+_SOURCES = [{"name": "web", "path": "texts/web", "weight": 0.9}, {"name": "wiki", "path": "wiki.jsonl", "weight": 0.1}]
 _FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
@@ -175,7 +176,7 @@ class Data(Section):
     to where the command is started: text files (one document each), files of JSON lines (one document a line), Parquet
     files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
     `python-stdlib`."""
-    sources: list[DataSource] = Field([], max_length=999, examples=[[{"name": "web", "path": "web", "weight": 0.7}]])
+    sources: list[DataSource] = Field([], max_length=999, examples=[_SOURCES])
     """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by weight in any thousand samples."""
     stages: list[DataStage] = Field([], examples=[[{"until": "50B", "weights": {"web": 9}}, {"weights": {"wiki": 1}}]])
     """Weights that change during the run, each a `[[data.stages]]`, instead of the sources' own."""
@@ -310,7 +311,8 @@ class Parallel(Section):
     prefetch: NonNegative = 1
     """Blocks whose weights are asked for ahead of the one at work; 0: FSDP2's own order, one ahead in backward."""
     offload: bool = False
-    """Keep weights, gradients and optimizer states in the host's memory, and update there (Muon: on the device)."""
+    """Keep weights, gradients and optimizer states in the host's memory, and update there (Muon: on the device), if
+    they do not fit on it."""
     timeout_seconds: Seconds = 600.0
     """A rank that waits longer than this for others ends the run, also while these save or load."""
 

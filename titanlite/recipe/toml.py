@@ -5,12 +5,11 @@ Knows nothing of recipes.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -59,27 +58,58 @@ def value_at(values: Any, path: Sequence[str]) -> Any:
 
 
 def find_line(text: str, path: Sequence[str]) -> int:
-    """The line (from 1) of a valid document that first names a table, key or array element, which it must hold.
+    """The line (from 1) of a valid document that first names a table, key or array element; 0 if it does not hold it.
 
-    A beginning of a document is TOML where a statement ends and, once a bracket closes it, where an element of an
-    array ends; the first one that holds the key is searched by halving. What is nested in an element of an array over
-    several lines stands where the element begins.
+    What is nested in a value stands where that begins, or the element of an array over several lines.
     """
-    lines = text.split("\n")
+    lines = _find_lines(text)
+    tables = (tuple(path[:length]) for length in range(len(path), 0, -1))
+    return next((lines[table] for table in tables if table in lines), 0)
 
-    def parse_beginning(end: int) -> tuple[int, dict[str, Any]]:
-        """The longest beginning of at most `end` lines: its length and values."""
-        while True:
-            for bracket in ("", "]"):
-                with suppress(TomlSyntaxError):
-                    return end, parse_toml("\n".join([*lines[:end], bracket]))
-            end -= 1
 
-    def holds_key(end: int) -> bool:
-        return value_at(parse_beginning(end)[1], path) is not None
+@functools.lru_cache(maxsize=8)
+def _find_lines(text: str) -> dict[tuple[str, ...], int]:
+    """The lines of tables, keys and array elements, found by reading each statement (a header, or a key's value) once.
 
-    first = bisect_left(range(len(lines)), True, key=holds_key)
-    return parse_beginning(first - 1)[0] + 1
+    One is TOML by itself, and none of its beginnings is: lines are put together until they are. An array over several
+    lines is TOML once a bracket closes it; what follows is then read as an array of its own.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    newest: dict[tuple[str, ...], int] = {}  # array of tables -> index of its last one
+    table: tuple[str, ...] = ()
+    statement, start, elements = "", 1, 0
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += (line if statement.endswith("\n") else line.lstrip(" \t,")) + "\n"
+        whole = _parse_or_none(statement)
+        value: Any = _parse_or_none(f"{statement}]") if whole is None else whole
+        if value is None:
+            continue
+        is_header = statement.startswith("[")
+        path = () if is_header else table
+        while isinstance(value, dict) and len(value) == 1:
+            [(name, value)] = value.items()
+            path = (*path, name)
+            lines.setdefault(path, start)
+            if is_header and isinstance(value, list):
+                newest[path], value = newest.get(path, -1) + 1, value[0]
+            if is_header and path in newest:
+                path = (*path, str(newest[path]))
+                lines.setdefault(path, start)
+        if is_header:
+            table = path
+        found = len(value) if isinstance(value, list) else 0
+        lines |= {(*path, str(elements + index)): start for index in range(found)}
+        statement, start, elements = "", number + 1, 0 if whole is not None else elements + found
+        if whole is None:
+            statement = f"{'.'.join(map(_format_key, path[len(table) :]))} = ["
+    return lines
+
+
+def _parse_or_none(text: str) -> dict[str, Any] | None:
+    try:
+        return parse_toml(text)
+    except TomlSyntaxError:
+        return None
 
 
 def format_toml(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:

@@ -22,21 +22,22 @@ RULES: dict[str, tuple[Callable[..., Iterator[Finding]], ...]] = {
         *(conflicts.together, conflicts.regretted, conflicts.unused_keys),
     ),
     "steps": (run.schedule, run.never_reached),
-    "model": (layout.uneven_cuts, layout.conversions, layout.converted_parts),
-    "mesh": (layout.padding, layout.rounds, layout.rounded_sums),
-    "model, mesh": (layout.parts, layout.stages, layout.sent, conflicts.split_backward),
+    "mesh": (layout.padding, layout.stages, layout.rounds, layout.rounded_sums, conflicts.split_backward),
+    "model": (layout.conversions,),
+    "model, mesh": (layout.parts, layout.sent),
+    "cut model": (layout.uneven_cuts, layout.converted_parts),
 }
-"""Each rule by the facts that it takes. Where one is not known, for a rule above refuses the recipe, others wait."""
+"""Each rule by the facts that it takes, and waits for: a model that `heads` refuses, or `cuts`, is not known."""
 
 
 def apply_rules(recipe: Recipe, world: int = 1) -> list[Finding]:
     """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
     ranks = active_ranks(recipe, world)
     mesh, steps = layout_of(recipe.parallel, ranks), run.find_steps(recipe)
-    is_sound = not any(run.heads(recipe, ranks)) and not any(layout.cuts(recipe, ranks))
-    model = run.find_model(recipe) if is_sound else (None, None)
-    facts: dict[str, tuple[Any, ...]] = {"ranks": (ranks,), "steps": (steps,), "model": model, "mesh": (mesh,)}
-    facts["model, mesh"] = (*model, mesh)
+    model = (None, None) if any(run.heads(recipe, ranks)) else run.find_model(recipe)
+    cut_model = (None, None) if any(layout.cuts(recipe, ranks)) else model
+    facts: dict[str, tuple[Any, ...]] = {"ranks": (ranks,), "steps": (steps,), "mesh": (mesh,), "model": model}
+    facts |= {"model, mesh": (*model, mesh), "cut model": cut_model}
     known = [(rule, facts[which]) for which in facts if None not in facts[which] for rule in RULES[which]]
     findings = [finding for rule, values in known for finding in rule(recipe, *values)]
     if ranks < world:

@@ -7,11 +7,11 @@ from importlib.metadata import version
 from operator import attrgetter
 
 from titanlite.errors import Finding, warning
-from titanlite.models.spec import ModelConfig, ModelSpec
 from titanlite.optim.base import OPTIMIZERS, optimizer_spec
 from titanlite.optim.schedules import SCHEDULES, schedule_named
 from titanlite.plan.kernels import OPERATIONS, QUANTISE
 from titanlite.plan.layout import Layout, layout_of
+from titanlite.plan.rules.run import find_model
 from titanlite.plan.stages import V_SHAPED, fixes_stages, splits_backward
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Float8, Pipeline, Recipe
 
@@ -32,19 +32,20 @@ def together(recipe: Recipe, world: int) -> Iterator[Finding]:
         ("checkpoint.keep_best", saved.keep_best and saved.keep_last and not (validated and saved.every_steps),
          "the best are those of least validation loss;", "give validation.every_steps and checkpoint.every_steps too."),
         ("resilience.rerun_every", recipe.resilience.rerun_every and not recipe.run.deterministic,
-         "sums in another order would blame sound hardware;", "write run.deterministic = true, or rerun_every = 0."),
+         "a sum in another order would blame sound hardware;", "write run.deterministic = true, or rerun_every = 0."),
         ("parallel.async_tp", parallel.async_tp and parallel.tp > 1 and not compiled,
          "it is the compiler that splits the products;", "write compile.enabled = true, or async_tp = false."),
         ("recompute.budget", budget and not compiled, "it is the compiler that chooses what to recompute;",
          'write compile.enabled = true, or recompute.mode = "selective" instead.'),
-        ("recompute.budget", budget and recompute.mode != "none", "its mode chooses too;", "give one of the two."),
+        ("recompute.budget", budget and recompute.mode != "none", "recompute.mode chooses too;", "give one."),
         *((f"debug.{key}", compiled and getattr(recipe.debug, key), "compile.enabled fuses what it watches;",
            "write compile.enabled = false while you look.") for key in ("find_nonfinite", "trace_shapes")),
         *((f"kernels.{key}", recipe.precision.compute == "float64" and getattr(recipe.kernels, key) == "triton",
            "Triton's kernels compute in float32;", 'write "auto", or another precision.compute than float64.')
           for key in ("backend", *OPERATIONS, QUANTISE)),
         ("parallel.offload", parallel.offload and world == 1,
-         "only what ranks share is offloaded;", "write false, or start 2 ranks or more (titanlite check --world 2)."),
+         "only what ranks share can rest in the host's memory, and one shares nothing;",
+         "write false, or start 2 ranks or more (titanlite check --world 2)."),
     ])  # fmt: skip
 
 
@@ -69,20 +70,21 @@ def regretted(recipe: Recipe, world: int) -> Iterator[Finding]:
     return _report(rows, "warning")
 
 
-def split_backward(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
+def split_backward(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     """Schedules that compute gradients of inputs and of weights at different times, and V-shaped ones, exclude much."""
     schedule, found, compiled = recipe.parallel.pipeline.schedule, version("torch"), recipe.compile.enabled
-    split = layout.pp > 1 and splits_backward(schedule)
+    split, (spec, config) = layout.pp > 1 and splits_backward(schedule), find_model(recipe)
+    tied = spec is not None and spec.tied(config)
     # Before 2.13, torch takes the sum of the gradients of a function with several results, such as the fused RMSNorm,
     # for the first one's, and frees functions written in Python that it comes back to, such as the loss by chunks.
     is_old = tuple(map(int, found.split(".")[:2])) < (2, 13)
     other, apart = "or choose 1F1B or Interleaved1F1B.", f"{schedule} takes gradients of inputs and weights apart, and"
     return _report([
-        ("parallel.pipeline.schedule", layout.pp > 1 and schedule in V_SHAPED and spec.tied(config),
+        ("parallel.pipeline.schedule", tied and layout.pp > 1 and schedule in V_SHAPED,
          f"{schedule} has the ends of the model on one rank, and they share the tied embedding;",
          f"write model.tie_embeddings = false, {other}"),
         ("parallel.zero_stage", split and recipe.parallel.zero_stage == 3,
-         f"{schedule} takes wrong gradients of weights that stage 3 releases;", f"write zero_stage = 2, {other}"),
+         f"{schedule} gets wrong gradients once stage 3 has released weights;", f"write zero_stage = 2, {other}"),
         ("recompute.mode", split and recipe.recompute.mode != "none",
          f"{apart} would recompute a block for each weight;", f'write "none", {other}'),
         ("compile.enabled", split and compiled, f"{apart} compiled blocks only know both;", f"write false, {other}"),

@@ -51,7 +51,7 @@ def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Every tensor parallel rank has a part of every matrix."""
     (spec, config), tp = find_model(recipe), recipe.parallel.tp
     if spec is not None and tp > (limit := spec.cut_limit(config)):
-        problem = f"{tp} ranks are more than the {pluralize(limit, 'part')} that matrices can be cut into, heads whole;"
+        problem = f"{tp} ranks are more than the {pluralize(limit, 'part')} of matrices (key heads stay whole);"
         fits = [degree for degree in divisors(tp) if degree <= limit]
         yield Finding("parallel.tp", problem, f"write {join_choices(fits)}.")
 
@@ -138,13 +138,13 @@ def padding(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
         yield warning(key, problem, fix)
 
 
-def stages(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
+def stages(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     """Each stage has a part of the model."""
-    section, each = recipe.parallel.pipeline, stages_per_rank(recipe.parallel.pipeline)
-    pieces = len(spec.pieces(config, recipe.training.sequence_length))
-    number, blocks, given = layout.pp * each, pieces - 2, section.blocks_per_stage
-    if layout.pp == 1:
+    section, (spec, config) = recipe.parallel.pipeline, find_model(recipe)
+    if spec is None or layout.pp == 1:
         return
+    pieces, each = len(spec.pieces(config, recipe.training.sequence_length)), stages_per_rank(section)
+    number, blocks, given = layout.pp * each, pieces - 2, section.blocks_per_stage
     key, fix = "parallel.pipeline.blocks_per_stage", f"give {number} numbers that add up to {blocks}, or leave it out."
     if given is None:
         if number > pieces:
