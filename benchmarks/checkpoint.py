@@ -38,6 +38,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import SaveResult
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
+from titanlite.recipe.sections import Checkpoint
 
 State = dict[str, torch.Tensor]
 Turn = Callable[[], float]
@@ -80,7 +81,7 @@ class Arena:
         self.state = fake_state(nbytes, device)
         self.twin = {name: torch.zeros_like(tensor) for name, tensor in self.state.items()}
         self.nbytes = sum(tensor.nbytes for tensor in self.state.values())
-        self.background = CheckpointManager(folder / "async", tell, background=True)
+        self.background = CheckpointManager(folder / "async", tell, section=Checkpoint(keep_last=0))
         self.foreground = CheckpointManager(folder / "sync", tell)
         self.raw = folder / "raw.safetensors"
         """What `dd` and safetensors read."""

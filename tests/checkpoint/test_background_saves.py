@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def test_what_is_saved_is_the_state_from_when_the_save_began(tmp_path: Path, held: threading.Event) -> None:
-    checkpoints, weights = CheckpointManager(tmp_path, pytest.fail, background=True), torch.randn(40, 3)
+    checkpoints, weights = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint()), torch.randn(40, 3)
     before = weights.clone()
     begin(checkpoints, 5, weights)
     weights.add_(1)
@@ -87,11 +87,11 @@ def fail_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     monkeypatch.setattr(manager, "save_state", failing)
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("mode", ["async", "sync"])
 def test_failures_are_told_and_too_many_in_a_row_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Literal["async", "sync"]
 ) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=2)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(mode=mode, max_failures=2))
     fail_first(monkeypatch, 2)
     for step in (1, 2):
         begin(checkpoints, step, torch.zeros(40, 3))
@@ -110,14 +110,15 @@ def test_failures_are_told_and_too_many_in_a_row_end_the_run(
     assert loaded(tmp_path)[0] == 3
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, background: bool) -> None:
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, mode: Literal["async", "sync"]) -> None:
     """Not where one of them looks, perhaps steps before the others (issue 14, item 13)."""
 
     def refuse() -> None:
         raise RunFolderLost("taken")
 
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=background, max_failures=99, require_own=refuse)
+    section = Checkpoint(mode=mode, max_failures=99)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=section, require_own=refuse)
     nothing: Any = None
     saving = Saving(Run(Recipe(), "", World(1, 2, torch.device("cpu")), nothing, checkpoints, RunLogger()))
     state = {"w": Shard.whole(torch.zeros(3))}
@@ -137,7 +138,7 @@ def test_a_mistake_of_ours_is_raised_where_the_save_is_asked_for(
         raise TypeError("ours")
 
     monkeypatch.setattr(manager, "save_state", mistaken)
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True, max_failures=5)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint())
     begin(checkpoints, 1, torch.zeros(40, 3))
     with pytest.raises(TypeError, match="ours"):
         checkpoints.wait()
@@ -156,7 +157,7 @@ def test_ranks_save_in_the_background_while_they_talk_of_other_things(pool: Pool
 
 def test_the_best_by_validation_stay_beside_the_newest(tmp_path: Path) -> None:
     losses = {1: 4.0, 2: 2.0, 3: 3.0, 4: None, 5: 2.5, 6: 9.0, 7: 8.0}
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Checkpoint(keep_last=1, keep_best=2))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(mode="sync", keep_last=1, keep_best=2))
     for step, loss in losses.items():
         begin(checkpoints, step, torch.zeros(2), **({VALIDATION_LOSS: loss} if loss is not None else {}))
         checkpoints.wait()
@@ -209,7 +210,7 @@ def test_values_of_another_float_are_taken_where_asked_for(tmp_path: Path) -> No
 
 
 def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Checkpoint(keep_last=1, keep_best=1))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(mode="sync", keep_last=1, keep_best=1))
     read, unreadable = storage.read_manifest, [True]
 
     def sometimes(folder: Path) -> Any:
@@ -228,7 +229,7 @@ def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monk
 
 
 def test_a_step_that_is_saved_anew_has_its_new_loss(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, keep=Checkpoint(keep_last=2, keep_best=1))
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(mode="sync", keep_last=2, keep_best=1))
     for step, loss in ((1, 5.0), (2, 1.0), (2, 9.0), (3, 8.0)):
         begin(checkpoints, step, torch.zeros(2), **{VALIDATION_LOSS: loss})
         checkpoints.wait()

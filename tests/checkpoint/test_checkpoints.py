@@ -38,9 +38,8 @@ class Run:
     def __init__(self, folder: Path, keep_last: int = 0, background: bool = True) -> None:
         self.warnings: list[str] = []
         self.folder = folder
-        self.manager = CheckpointManager(
-            folder, self.warnings.append, keep=Checkpoint(keep_last=keep_last), background=background
-        )
+        section = Checkpoint(mode="async" if background else "sync", keep_last=keep_last, max_failures=0)
+        self.manager = CheckpointManager(folder, self.warnings.append, section=section)
         self.manager.prepare()
 
     def save(self, step: int, tensors: dict[str, torch.Tensor] | None = None) -> Path:

@@ -121,12 +121,12 @@ def test_what_is_no_manifest_at_all_is_refused(data):
 def test_a_table_without_end_is_refused_before_it_is_looked_at(monkeypatch):
     monkeypatch.setattr(format, "MAX_TENSORS", 1)
     monkeypatch.setattr(format, "_checksum", pytest.fail)
-    with pytest.raises(DamagedCheckpointError, match="m is not valid: it lists more than 1 tensors"):
+    with pytest.raises(DamagedCheckpointError, match=r"m is not valid: .* more than 1 tensors"):
         decode(json.dumps(fields(tensors={"a": 0, "b": 0})).encode(), "m")
     monkeypatch.setattr(format, "MAX_TENSORS", 2)
     monkeypatch.setattr(format, "MAX_CHUNKS", 3)
     tables = {"a": {"chunks": [0, 0]}, "b": {"chunks": [0, 0]}}
-    with pytest.raises(DamagedCheckpointError, match="m is not valid: it lists more than 3 chunks"):
+    with pytest.raises(DamagedCheckpointError, match=r"m is not valid: .* more than .* 3 chunks"):
         decode(json.dumps(fields(tensors=tables)).encode(), "m")
 
 

@@ -33,7 +33,7 @@ from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
 from titanlite.plan.rules import apply_rules
-from titanlite.recipe.sections import Parallel, Recipe, Resilience
+from titanlite.recipe.sections import Checkpoint, Parallel, Recipe, Resilience
 from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import history
 from titanlite.resilience.rank_table import (
@@ -231,7 +231,7 @@ def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
             checkpoints.wait()
 
     monkeypatch.setattr(save, "write_tensors", hung_disk)
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, background=True)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint())
     checkpoints.begin({"w": Shard.whole(torch.zeros(3))}, CheckpointMetadata(1, 0, 0, ""))
     trainer = threading.Thread(target=wait)
     trainer.start()

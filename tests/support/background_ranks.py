@@ -11,12 +11,13 @@ from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import new_ranks
 from titanlite.models.shard import Shard
+from titanlite.recipe.sections import Checkpoint
 
 
 def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[int]:
     """Steps of messages among all ranks, each with a save of its state beside it; the steps that were committed."""
     ranks = new_ranks(rank, world, timeout_seconds=200)
-    checkpoints = CheckpointManager(Path(folder), print, ranks, background=True)
+    checkpoints = CheckpointManager(Path(folder), print, ranks, Checkpoint(keep_last=0))
     held, committed = torch.zeros(3), []
     for step in range(1, steps + 1):
         for _ in range(20):

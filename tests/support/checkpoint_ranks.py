@@ -36,7 +36,9 @@ def part(rank: int, world: int, step: int) -> dict[str, Shard]:
 
 def manager(folder: str, rank: int, world: int, warnings: list[str] | None = None) -> CheckpointManager:
     warn = [].append if warnings is None else warnings.append
-    return CheckpointManager(Path(folder), warn, Ranks(rank, world), Checkpoint(keep_last=2))
+    return CheckpointManager(
+        Path(folder), warn, Ranks(rank, world), Checkpoint(mode="sync", keep_last=2, max_failures=0)
+    )
 
 
 def commit(checkpoints: CheckpointManager, tensors: dict[str, Shard], step: int) -> Ended:

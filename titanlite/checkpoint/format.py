@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -219,7 +219,7 @@ def encode(manifest: Manifest) -> bytes:
 def decode(data: bytes | str, source: str) -> Manifest:
     """Read a manifest's text; `source` names it in errors. Raises `NewerFormatError` and `DamagedCheckpointError`."""
     try:
-        fields = json.loads(data, parse_constant=_refuse_constant)
+        fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{source} is damaged: it is not JSON ({error}).") from None
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
@@ -230,9 +230,12 @@ def decode(data: bytes | str, source: str) -> Manifest:
             f"{source} needs titanlite format {version}, and this titanlite reads format {VERSION}. "
             "Use the titanlite that wrote it, or move that checkpoint away to go on from an earlier one."
         )
-    for key, count, limit in _counts(fields):
-        if count > limit:  # before each of them is looked at
-            raise DamagedCheckpointError(f"{source} is not valid: it lists more than {limit} {key}.")
+    tensors, files = (table if isinstance(table := fields.get(key), dict) else {} for key in ("tensors", "files"))
+    lists = [entry.get("chunks") for entry in tensors.values() if isinstance(entry, dict)]
+    chunks = sum(len(listed) for listed in lists if isinstance(listed, list))
+    if len(tensors) > MAX_TENSORS or len(files) > MAX_FILES or chunks > MAX_CHUNKS:  # before each is looked at
+        most = f"{MAX_TENSORS} tensors, {MAX_FILES} files or {MAX_CHUNKS} chunks"
+        raise DamagedCheckpointError(f"{source} is not valid: it lists more than {most}.")
     if fields.pop("checksum", None) != _checksum({"format": FORMAT, "version": version, **fields}):
         raise DamagedCheckpointError(f"{source} is damaged: its content does not match its checksum.")
     try:
@@ -243,21 +246,9 @@ def decode(data: bytes | str, source: str) -> Manifest:
         raise DamagedCheckpointError(f"{source} is not valid: {text}.") from None  # the text goes to a terminal
 
 
-def _counts(fields: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Name, number and limit of what an unchecked manifest lists."""
-    tensors, files = (table if isinstance(table := fields.get(key), dict) else {} for key in ("tensors", "files"))
-    yield from (("tensors", len(tensors), MAX_TENSORS), ("files", len(files), MAX_FILES))
-    lists = [entry.get("chunks") for entry in tensors.values() if isinstance(entry, dict)]
-    yield "chunks", sum(len(listed) for listed in lists if isinstance(listed, list)), MAX_CHUNKS
-
-
 def _checksum(fields: Mapping[str, Any]) -> str:
     """xxh3-128 of the content, whatever its layout on the page."""
     return xxhash.xxh3_128(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
 
 
 # --- the table at the head of a safetensors file

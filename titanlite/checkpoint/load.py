@@ -153,9 +153,8 @@ def read_chunks(
     with open_tensors(path, chunks, expected) as file:
         targets = {chunk.key: (into[name], chunk.box) for name, _, chunk in chunks if name in into}
         for key, tensor in file.table.items():
-            shard, origin = targets.get(key, (None, None))
-            part = overlap(origin, shard.box) if shard and origin else None
-            if shard and origin and part:
+            if key in targets and (part := overlap(targets[key][1], targets[key][0].box)):
+                shard, origin = targets[key]
                 file.copy(tensor, origin, part if expected is None else origin, shard.tensor.detach(), shard.box)
             elif expected is not None:
                 file.skip(tensor)

@@ -29,18 +29,17 @@ VALIDATION_LOSS = "validation_loss"  # The value beside a checkpoint's tensors t
 BACK_TO = "rollback_to"
 """The value that names the step which a rollback goes back to, where that is an earlier one; -1: what the run began
 with. A checkpoint that has it stays until there is a newer one, and takes no other's place."""
-_KEEP_ALL = Checkpoint(keep_last=0)
+_KEEP_ALL = Checkpoint(mode="sync", keep_last=0, max_failures=0)
 Load = Callable[[], Manifest]
 
 
 class CheckpointManager:
-    """Saves to and loads from `folder`, and deletes what `keep`, the recipe's section, does not name.
+    """Saves to and loads from `folder`, one save at a time, as the recipe's `section` says.
 
     Every one of the `ranks` processes of a run has one, over the same folder; what saves and loads is called by all of
-    them and ends alike on all. With `background`, a save stops training only while this rank's part is copied to the
-    host's memory; there is one save at a time, and `max_failures` may fail one after the other. `warn` gets, on rank 0,
-    a sentence for whatever went wrong without ending the run; `require_own`, called there before each save, raises
-    `RunFolderLost` if the run may not write any more. Making one touches no file.
+    them and ends alike on all. `warn` gets, on rank 0, a sentence for whatever went wrong without ending the run;
+    `require_own`, called there before each save, raises `RunFolderLost` if the run may not write any more. Making one
+    touches no file.
     """
 
     def __init__(
@@ -48,21 +47,18 @@ class CheckpointManager:
         folder: Path,
         warn: Warn,
         ranks: Ranks = ALONE,
-        keep: Checkpoint = _KEEP_ALL,
-        background: bool = False,
-        max_failures: int = 0,
+        section: Checkpoint = _KEEP_ALL,
         require_own: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.current: int | None = None  # step of the checkpoint last committed or loaded here, known to be whole
         self._ranks = ranks
-        self._keep = keep
+        self._section = section
         self._warn = warn if ranks.is_first else lambda text: None
         self._passed_over: set[int] = set()
-        self._saver = BackgroundSaver(self._warn, background)
+        self._saver = BackgroundSaver(self._warn, background=section.mode == "async")
         # Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any.
         self._begun: int | None = None
-        self._max_failures = max_failures
         self._failed: list[Exception] = []  # of the saves since the last that was committed
         self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
@@ -130,8 +126,8 @@ class CheckpointManager:
         self._begun = self.current
         if self._failed and isinstance(self._failed[-1], RunFolderLost):  # trying again would do harm
             raise self._failed[-1]
-        if len(self._failed) > self._max_failures:
-            again = f" ({len(self._failed)} saves in a row have failed.)" if self._max_failures else ""
+        if len(self._failed) > self._section.max_failures:
+            again = f" ({len(self._failed)} saves in a row have failed.)" if len(self._failed) > 1 else ""
             raise CheckpointError(f"{self._failed[-1]}{again}") from self._failed[-1]
         return saved
 
@@ -288,8 +284,8 @@ class CheckpointManager:
             warn(str(error))
             return
         kept = self._best(steps)
-        usual, last = [step for step in steps if step not in extra], self._keep.keep_last
-        old = storage.select_superseded(usual, last, self._keep.keep_every)
+        usual, last = [step for step in steps if step not in extra], self._section.keep_last
+        old = storage.select_superseded(usual, last, self._section.keep_every)
         old += [step for step in steps[:-1] if step in extra and last]
         for step in old:
             if step not in kept:
@@ -297,7 +293,7 @@ class CheckpointManager:
 
     def _best(self, steps: Sequence[int]) -> list[int]:
         """The `keep_best` steps of the lowest validation loss, and those of which it cannot be read just now."""
-        if not self._keep.keep_best:
+        if not self._section.keep_best:
             return []
         losses, unread = self._validation_losses, []
         for step in steps:
@@ -308,4 +304,4 @@ class CheckpointManager:
                 except CheckpointError:
                     unread.append(step)
         known = [step for step in steps if math.isfinite(losses.get(step, math.inf))]
-        return unread + sorted(known, key=lambda step: (losses[step], -step))[: self._keep.keep_best]
+        return unread + sorted(known, key=lambda step: (losses[step], -step))[: self._section.keep_best]

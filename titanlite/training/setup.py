@@ -139,18 +139,14 @@ def open_checkpoints(
     recipe: Recipe, path: Path, world: World, logger: RunLogger, folder: RunFolder | None
 ) -> tuple[CheckpointManager, Snapshots | None]:
     """The run's checkpoints, and its snapshots if the recipe asks for any."""
-    section, timeout = recipe.checkpoint, recipe.parallel.timeout_seconds
-    background = section.mode == "async"
-
+    timeout, background = recipe.parallel.timeout_seconds, recipe.checkpoint.mode == "async"
     require_own = folder.require_own if folder is not None else lambda: None
     checkpoints = CheckpointManager(
         path / "checkpoints",
         logger.info,
         new_ranks(world.rank, world.size, timeout),
-        section,
-        background=background,
-        max_failures=section.max_failures,
-        require_own=require_own,
+        recipe.checkpoint,
+        require_own,
     )
     if not recipe.resilience.snapshot_every:
         return checkpoints, None
