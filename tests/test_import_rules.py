@@ -60,7 +60,7 @@ WITHOUT_TORCH = (
     *("models.spec", "models.llama_spec", "observe.jsonl", "verify.shrink", "verify.verdict"),
     *("data.audit", "data.read_log", "data.order", "data.packing", "data.fill_in"),
     *("checkpoint.format", "checkpoint.storage"),
-    *("checkpoint.requests", "resilience.crashes", "resilience.rank_table"),
+    *("resilience.crashes", "resilience.rank_table"),
 )
 """Folders and modules all of which can be imported without torch."""
 

@@ -9,21 +9,21 @@ import torch
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
-from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.models.shard import Shard
 from titanlite.resilience.signals import StopRequests
+from titanlite.training.saving import SAVE_NOW, SaveRequests
 
 
 def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> list[int]:
     """Steps after which this rank saved, in a run whose first rank meets the file after `step`."""
     checkpoints = CheckpointManager(Path(folder) / "checkpoints", print, Ranks(rank, world))
-    asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print, is_rank0=rank == 0)
+    asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print)
     saved = []
     with StopRequests(world, is_rank0=False) as requests:
         for now in range(1, steps + 1):
             if now == step and rank == 0:
                 (Path(folder) / SAVE_NOW).touch()
-            if requests.agree(None, now >= step and asks.due())[1]:
+            if requests.agree(None, rank == 0 and now >= step and asks.due())[1]:
                 state = {"w": Shard(torch.full((3,), float(now)), (3 * rank,), (3 * world,))}
                 checkpoints.begin(state, CheckpointMetadata(now))
                 checkpoints.wait()

@@ -5,17 +5,23 @@ The trainer says which state after which step; when a save is due on all ranks i
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from titanlite.checkpoint.format import CheckpointMetadata
-from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.save import SaveResult
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.errors import GuardStop, RunFolderLost, StoppedEarly, UsageError
+from titanlite.files import cause
 from titanlite.models.shard import Shard
 from titanlite.training.setup import Run
 
+SAVE_NOW = "save-now"  # the file in the run folder that asks for a checkpoint; deleted once it is committed
+_LOOK_EVERY_SECONDS = 1.0  # a look at a shared file system may take a while; steps may be short
+_RETRY_SECONDS = 30.0  # from a save that failed to the next: a full disk may have been cleared by then
 _LONGEST_PAUSE_SECONDS = 30.0  # between two attempts to save what a run ends with
 _SHORT_SECONDS = 1.0  # shorter waits are not logged
 
@@ -35,6 +41,57 @@ def usable_snapshots(run: Run, state: Mapping[str, Shard]) -> Snapshots | None:
     return run.snapshots
 
 
+class SaveRequests:
+    """Asks once for each save that is due by the clock or by `file`, which asks for one by being there, and not again
+    before it is known how it ended. With `every_minutes` 0, the clock asks for none.
+    """
+
+    def __init__(self, file: Path, every_minutes: float, warn: Callable[[str], None]) -> None:
+        self._file: Path | None = file
+        self._limit_seconds = 60 * every_minutes or math.inf
+        self._warn = warn
+        self._saved_at = time.monotonic()
+        self._retry_at = math.inf
+        self._looked_at = -math.inf
+        self._asked = self._asked_by_file = self._saves_for_file = False
+
+    def due(self) -> bool:
+        """Whether to ask for a checkpoint now."""
+        if self._asked:
+            return False
+        now = time.monotonic()
+        if self._file is not None and now - self._looked_at >= _LOOK_EVERY_SECONDS:
+            self._looked_at = now
+            self._asked_by_file = os.path.exists(self._file)
+        if math.isfinite(self._retry_at):  # whatever asked for the save that failed still does
+            self._asked = now >= self._retry_at
+        else:
+            self._asked = self._asked_by_file or now - self._saved_at >= self._limit_seconds
+        return self._asked
+
+    def begun(self) -> None:
+        """A save of the state of now was begun, for whatever reason: the clock begins anew."""
+        self._saves_for_file = self._asked_by_file
+        self._saved_at = time.monotonic()
+
+    def failed(self) -> None:
+        """A save came to nothing: ask for another one in a while."""
+        self._asked = self._saves_for_file = False
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+
+    def saved(self) -> None:
+        """The save that was begun last is committed: the file that had asked for it before goes."""
+        if self._saves_for_file and self._file is not None:
+            try:
+                self._file.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(f"cannot delete {self._file}: {cause(error, self._file)}. It is not looked for any more.")
+                self._file = None
+        self._asked = self._asked_by_file = self._asked_by_file and not self._saves_for_file
+        self._saves_for_file = False
+        self._retry_at = math.inf
+
+
 class Saving:
     """Saves of one run, and their log. What it does, all ranks do after the same step.
 
@@ -44,7 +101,7 @@ class Saving:
     def __init__(self, run: Run) -> None:
         self._run = run
         file, every = run.path / SAVE_NOW, run.recipe.checkpoint.every_minutes
-        self._requests = SaveRequests(file, every, run.logger.info, run.world.is_first)
+        self._requests = SaveRequests(file, every, run.logger.info)
         self._lost = False  # whether a save has found that the run folder may be another process's
         self._snapshots_fail: bool | None = None  # whether the last one did; None before the first
 
@@ -62,10 +119,10 @@ class Saving:
             self._note(run.checkpoints.result())
 
     def due(self) -> bool:
-        """Whether the clock or the user asks for a checkpoint, on this rank; or the loss of the run folder does, which
-        a rank may know of before others do, and which ends the run where all of them save.
+        """Whether the clock or the user asks for a checkpoint, on the first rank; or the loss of the run folder does,
+        which a rank may know of before others do, and which ends the run where all of them save.
         """
-        return self._lost or self._requests.due()
+        return self._lost or (self._run.world.is_first and self._requests.due())
 
     def begin(self, tensors: Mapping[str, Shard], metadata: CheckpointMetadata) -> None:
         """Begin a checkpoint, once the one before has ended. Raises `CheckpointError` if too many have failed."""

@@ -11,17 +11,17 @@ from support.pool import Pool
 from support.runs import rows
 from support.tiny import train
 
-from titanlite.checkpoint import requests
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.requests import SAVE_NOW, SaveRequests
 from titanlite.checkpoint.storage import select_superseded
+from titanlite.training import saving
+from titanlite.training.saving import SAVE_NOW, SaveRequests
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets what time it is, in seconds since a start."""
     now = [0.0]
-    monkeypatch.setattr(requests.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)
 
 
@@ -88,16 +88,6 @@ def test_a_file_that_cannot_be_deleted_asks_once(tmp_path: Path, clock: Callable
     clock(10.0)
     assert not asks.due()
     assert [str(file) in text for text in warnings] == [True]
-
-
-def test_other_ranks_than_the_first_look_at_nothing(tmp_path: Path, clock: Callable[[float], None]) -> None:
-    (tmp_path / SAVE_NOW).touch()
-    asks = SaveRequests(tmp_path / SAVE_NOW, every_minutes=1, warn=pytest.fail, is_rank0=False)
-    clock(1000.0)
-    assert not asks.due()
-    asks.begun()
-    asks.saved()
-    assert (tmp_path / SAVE_NOW).exists()
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -176,7 +166,7 @@ def test_what_asked_for_a_save_that_failed_waits_too(
     assert asks.due()
     asks.begun()
     asks.failed()
-    clock(10.0 + requests._RETRY_SECONDS - 1)
+    clock(10.0 + saving._RETRY_SECONDS - 1)
     assert not asks.due()
-    clock(10.0 + requests._RETRY_SECONDS)
+    clock(10.0 + saving._RETRY_SECONDS)
     assert asks.due()
