@@ -16,6 +16,7 @@ from support.pool import Pool
 
 from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.format import CheckpointMetadata
+from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import VALIDATION_LOSS, CheckpointManager
 from titanlite.checkpoint.save import BackgroundSaver
 from titanlite.errors import CheckpointError, RunFolderLost
@@ -69,7 +70,7 @@ def test_each_save_is_of_a_copy_as_the_tensor_is() -> None:
     for _ in range(2):
         matrix.mul_(2)
         saver.begin(1, {"w": Shard.whole(matrix)}, lambda plan, warn: saved.append(plan.items["w"].source))
-        saver.wait()
+        saver.result(wait=True)
         copy = saved[-1].read(((0, 0), (3, 2)))
         assert torch.equal(copy, matrix) and copy.data_ptr() != matrix.data_ptr()
 
@@ -123,7 +124,7 @@ def test_a_lost_folder_ends_the_run_where_all_ranks_are(tmp_path: Path, mode: Li
     saving = Saving(Run(Recipe(), "", World(1, 2, torch.device("cpu")), nothing, checkpoints, RunLogger()))
     state = {"w": Shard.whole(torch.zeros(3))}
     saving.begin(state, CheckpointMetadata(1))
-    checkpoints.close()
+    checkpoints._saver.join()
     saving.look()
     assert saving.due() and saving.due(), "so that all ranks save, and end there"
     with pytest.raises(RunFolderLost, match="taken"):
@@ -201,12 +202,12 @@ def test_values_of_another_float_are_taken_where_asked_for(tmp_path: Path) -> No
     for dtype in (torch.bfloat16, torch.float64):
         into = {"w": Shard.whole(torch.zeros(40, 3, dtype=dtype))}
         with pytest.raises(CheckpointError, match="float32 in the checkpoint"):
-            checkpoints.load_from(checkpoints.path(1), into)
-        checkpoints.load_from(checkpoints.path(1), into, convert=True)
+            load_state(checkpoints.path(1), into)
+        load_state(checkpoints.path(1), into, convert=True)
         assert torch.equal(into["w"].tensor, values.to(dtype))
     whole = {"w": Shard.whole(torch.zeros(40, 3, dtype=torch.int32))}
     with pytest.raises(CheckpointError, match="int32 here"):
-        checkpoints.load_from(checkpoints.path(1), whole, convert=True)
+        load_state(checkpoints.path(1), whole, convert=True)
 
 
 def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

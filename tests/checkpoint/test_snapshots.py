@@ -220,7 +220,7 @@ def test_an_unreadable_line_is_begun_anew(folder: Path) -> None:
     one = alone(folder)
     one.begin_generation()
     one.begin({"w": Shard.whole(torch.ones(3))}, CheckpointMetadata(5))
-    assert one.saves.wait() is not None
+    assert one.saves.result(wait=True) is not None
     (folder / "checkpoints" / GENERATION).write_bytes(b"../../..")
     other = alone(folder)
     assert other.find({"w": Shard.whole(torch.ones(3))}) == []

@@ -36,12 +36,12 @@ def take(rank: int, world: int, folder: str, machines: list[int], steps: list[in
     for step in steps:
         for shard in held.values():
             shard.tensor.fill_(step)
-        saved = one.saves.wait()
+        saved = one.saves.result(wait=True)
         assert saved is None or saved.error is None
         one.begin(held, CheckpointMetadata(step, samples=10 * step))
         for shard in held.values():
             shard.tensor.fill_(-1)
-    saved = one.saves.wait()
+    saved = one.saves.result(wait=True)
     assert saved is not None and saved.error is None and saved.step == steps[-1]
 
 
@@ -85,7 +85,7 @@ def take_with_fault(rank: int, world: int, folder: str, machines: list[int], fau
         if rank == faulty:
             _break(patch, fault)
         one.begin(part(rank, world, 2), CheckpointMetadata(2, samples=20))
-        saved = one.saves.wait()
+        saved = one.saves.result(wait=True)
     assert saved is not None and saved.error is not None
     return type(saved.error).__name__, str(saved.error)
 

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**31
 MAX_TENSORS = 1_000_000
 MAX_FILES = 1_000_000
-MAX_DIMENSIONS = 4  # The work for a chunk doubles with each (see `tiles`)
+MAX_DIMENSIONS = 4  # the work for a chunk doubles with each (see `tiles`)
 
 # torch's name of each dtype that can be stored: bytes of one element, and safetensors' name.
 DTYPES = {
@@ -254,7 +254,7 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 # --- the table at the head of a safetensors file
 
 Chunks = list[tuple[str, str, Chunk]]  # name and dtype of a tensor, and a part of it
-MAX_HEADER_BYTES = 10**8  # The library's own limit
+MAX_HEADER_BYTES = 10**8  # the library's own limit
 
 
 class StoredTensor(NamedTuple):
@@ -262,7 +262,7 @@ class StoredTensor(NamedTuple):
 
     dtype: str  # torch's name, or safetensors' code of a dtype that no checkpoint holds
     shape: tuple[int, ...]
-    begin: int  # First byte in the file
+    begin: int  # first byte in the file
     nbytes: int
 
 

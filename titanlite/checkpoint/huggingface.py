@@ -33,7 +33,7 @@ from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
 from titanlite.text import pluralize
 
-PREFIX = "model."  # What the weights' names begin with in a checkpoint
+PREFIX = "model."  # what the weights' names begin with in a checkpoint
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit for one file of weights
 EXPORT_DTYPES = ("float32", "bfloat16")
 CONFIG = "config.json"
@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-KEPT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)  # What an import keeps as it is, for the next export
+KEPT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)  # what an import keeps as it is, for the next export
 MAX_JSON_BYTES = 2**26
 _CONTEXT = "max_position_embeddings"
 _READABLE = ("float64", "float32", "float16", "bfloat16")
@@ -59,9 +59,9 @@ class Written:
     folder: Path
     tensors: int
     nbytes: int
-    files: tuple[str, ...]  # Those of the weights, `nbytes` in sum beside their tables
+    files: tuple[str, ...]  # those of the weights, `nbytes` in sum beside their tables
     tokenizer_files: tuple[str, ...]
-    without_tokenizer: str = ""  # Why an import's run has no tokenizer; empty if it has one
+    without_tokenizer: str = ""  # why an import's run has no tokenizer; empty if it has one
 
 
 def export_huggingface(

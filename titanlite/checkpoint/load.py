@@ -30,7 +30,7 @@ from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
 from titanlite.text import pluralize
 
-READERS = 4  # Files that a rank reads at once, each hashed by a thread of its own
+READERS = 4  # files that a rank reads at once, each hashed by a thread of its own
 
 
 def load_state(
@@ -141,7 +141,7 @@ def assign_files(sizes: Mapping[str, int], wanted: Sequence[Mapping[str, int]]) 
 
 # Read at once, in whole rows (one, if that is larger): little enough to be in the processor's cache when it is hashed.
 BLOCK_BYTES = 2**22
-RUN_BYTES = 2**12  # Rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway
+RUN_BYTES = 2**12  # rows of which no more than this is wanted are read whole, as a disk gives whole pages anyway
 
 
 def read_chunks(
@@ -312,9 +312,9 @@ class Difference:
     name: str
     a: str | None
     b: str | None
-    differing: int | None = None  # Number of values that are not the same
+    differing: int | None = None  # number of values that are not the same
     max_abs: float | None = None
-    max_rel: float | None = None  # Largest |a - b| / max(|a|, |b|)
+    max_rel: float | None = None  # largest |a - b| / max(|a|, |b|)
 
     @property
     def is_none(self) -> bool:

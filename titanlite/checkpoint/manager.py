@@ -25,7 +25,7 @@ from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Checkpoint
 from titanlite.text import pluralize
 
-VALIDATION_LOSS = "validation_loss"  # The value beside a checkpoint's tensors that tells which are the best ones
+VALIDATION_LOSS = "validation_loss"  # the value beside a checkpoint's tensors that tells which are the best ones
 BACK_TO = "rollback_to"
 """The value that names the step which a rollback goes back to, where that is an earlier one; -1: what the run began
 with. A checkpoint that has it stays until there is a newer one, and takes no other's place."""
@@ -52,13 +52,12 @@ class CheckpointManager:
     ) -> None:
         self.folder = folder
         self.current: int | None = None  # step of the checkpoint last committed or loaded here, known to be whole
-        self._ranks = ranks
+        self.ranks = ranks
         self._section = section
         self._warn = warn if ranks.is_first else lambda text: None
         self._passed_over: set[int] = set()
         self._saver = BackgroundSaver(self._warn, background=section.mode == "async")
-        # Step of the save begun last, unless all ranks know that it failed; of the checkpoint loaded, before any.
-        self._begun: int | None = None
+        self._begun: int | None = None  # the step of a save from its beginning until `wait`; then as `current`
         self._failed: list[Exception] = []  # of the saves since the last that was committed
         self._require_own = require_own
         self._validation_losses: dict[int, float] = {}
@@ -91,13 +90,13 @@ class CheckpointManager:
         extra = frozenset(self._extra)
 
         def write(plan: LocalSavePlan, warn: Warn) -> None:
-            self._ranks.run_on_rank0(lambda: self._make_ready(step, warn))
-            doubt = save_state(self.path(step), plan, metadata, self._ranks)
+            self.ranks.run_on_rank0(lambda: self._make_ready(step, warn))
+            doubt = save_state(self.path(step), plan, metadata, self.ranks)
             self._validation_losses.pop(step, None)
             if doubt:
                 warn(doubt)
             else:
-                self._ranks.run_on_rank0(lambda: self._prune(warn, extra))
+                self.ranks.run_on_rank0(lambda: self._prune(warn, extra))
 
         self._saver.begin(step, tensors, write)
         self._begun = step
@@ -106,9 +105,9 @@ class CheckpointManager:
         """Whether the checkpoint of `step` is there or being written; the same on all ranks after the same step."""
         return step == self._begun
 
-    def result(self) -> SaveResult | None:
-        """How the save ended that was begun last; None if there is none, if it goes on, or if this was asked before."""
-        saved = self._saver.result()
+    def result(self, wait: bool = False) -> SaveResult | None:
+        """How the save ended that was begun last; see `BackgroundSaver.result`."""
+        saved = self._saver.result(wait)
         if saved and saved.error:
             self._failed.append(saved.error)
         elif saved:
@@ -117,12 +116,10 @@ class CheckpointManager:
         return saved
 
     def wait(self) -> SaveResult | None:
-        """As `result`, once the save has ended. To be called by all ranks after the same step.
-
-        Raises `CheckpointError` if more saves than may have failed one after the other, and `RunFolderLost`.
+        """`result`, once the save has ended. To be called by all ranks after the same step. Raises `RunFolderLost`, and
+        `CheckpointError` if more saves than may have failed one after the other.
         """
-        self._saver.join()
-        saved = self.result()
+        saved = self.result(wait=True)
         self._begun = self.current
         if self._failed and isinstance(self._failed[-1], RunFolderLost):  # trying again would do harm
             raise self._failed[-1]
@@ -130,10 +127,6 @@ class CheckpointManager:
             again = f" ({len(self._failed)} saves in a row have failed.)" if len(self._failed) > 1 else ""
             raise CheckpointError(f"{self._failed[-1]}{again}") from self._failed[-1]
         return saved
-
-    def close(self) -> None:
-        """Wait for a save in the background, for a run that ends without asking how it ended."""
-        self._saver.join()
 
     def forget_current(self) -> None:
         """The checkpoint of this step is to be written anew."""
@@ -143,14 +136,10 @@ class CheckpointManager:
 
     def load(self, step: int, tensors: Mapping[str, Shard], prefix: str = "") -> Manifest:
         """Load one checkpoint into `tensors` (see `load_state`). Raises `CheckpointError`."""
-        manifest = self.load_from(self.path(step), tensors, prefix)
+        manifest = load_state(self.path(step), tensors, prefix, self.ranks)
         self.current = self._begun = step
         self._note_extra(step, manifest.values)
         return manifest
-
-    def load_from(self, folder: Path, into: Mapping[str, Shard], prefix: str = "", convert: bool = False) -> Manifest:
-        """Load another run's checkpoint, which stays as it is. Raises `CheckpointError`."""
-        return load_state(folder, into, prefix, self._ranks, convert)
 
     def load_chosen(self, step: int, tensors: Mapping[str, Shard]) -> Manifest:
         """`load`, with an answer for a step that there is none of. Raises `CheckpointError`."""
@@ -218,14 +207,14 @@ class CheckpointManager:
                 replace_file(record, json.dumps({"path": str(path), "checkpoint": newest}).encode())
             return newest
 
-        return Path(self._ranks.run_on_rank0(find))
+        return Path(self.ranks.run_on_rank0(find))
 
     def agree_on_steps(self, last: int | None = None) -> list[int]:
         """Steps (up to `last`) with a committed checkpoint, on all ranks those that rank 0 sees.
 
         Raises `CheckpointError` before any training is lost to a folder that is another one on another machine.
         """
-        ranks, folder = self._ranks, self.folder
+        ranks, folder = self.ranks, self.folder
 
         def require_all(seen: list[bool]) -> None:
             if not all(seen):
@@ -243,12 +232,12 @@ class CheckpointManager:
                 if ranks.is_first:
                     with suppress(OSError):  # the next start clears it
                         os.remove(folder / mark)
-        return [step for step in self._ranks.run_on_rank0(self.steps) if last is None or step <= last]
+        return [step for step in self.ranks.run_on_rank0(self.steps) if last is None or step <= last]
 
     def set_aside_after(self, step: int) -> None:
         """Rename later checkpoints, so that none of them is ever the latest again. Raises `CheckpointError`."""
         why = f"is later than step {step}"
-        self._ranks.run_on_rank0(lambda: self._set_aside([s for s in self.steps() if s > step], why, self._warn))
+        self.ranks.run_on_rank0(lambda: self._set_aside([s for s in self.steps() if s > step], why, self._warn))
 
     # --- on rank 0
 

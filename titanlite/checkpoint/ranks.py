@@ -90,7 +90,7 @@ class Ranks:
         return received
 
 
-ALONE = Ranks()  # A process without others
+ALONE = Ranks()  # a process without others
 
 
 def new_ranks(rank: int, size: int, timeout_seconds: float) -> Ranks:

@@ -34,8 +34,8 @@ from titanlite.models.shard import Shard
 from titanlite.plan.memory import FILE_BYTES, part_count
 from titanlite.text import format_bytes
 
-BLOCK_BYTES = 2**26  # A tensor goes through memory in runs of rows of about this size (one row, if that is larger)
-BATCH_BYTES = 2**25  # As soon as this is written it is synced, while more is written
+BLOCK_BYTES = 2**26  # a tensor goes through memory in runs of rows of about this size (one row, if that is larger)
+BATCH_BYTES = 2**25  # as soon as this is written it is synced, while more is written
 Data = bytes | memoryview
 
 
@@ -45,7 +45,7 @@ class TensorSource:
 
     dtype: str  # torch's name of the dtype that it is written in
     shape: tuple[int, ...]
-    read: Callable[[Box], Tensor]  # Reads a box of it, in any dtype, on any device
+    read: Callable[[Box], Tensor]  # reads a box of it, in any dtype, on any device
 
     @property
     def nbytes(self) -> int:
@@ -253,8 +253,8 @@ class SaveResult:
     """How a save ended; the same on all ranks."""
 
     step: int
-    error: Exception | None = None  # Why there is nothing of this step; None: it is committed
-    blocked_seconds: float = 0.0  # How long training stood still for it
+    error: Exception | None = None  # why there is nothing of this step; None: it is committed
+    blocked_seconds: float = 0.0  # how long training stood still for it
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
@@ -298,16 +298,12 @@ class BackgroundSaver:
         if self._saving is not None and self._saving[0].is_alive():
             self._saving[0].join(seconds)
 
-    def wait(self) -> SaveResult | None:
-        """`result`, once the save has ended."""
-        self.join()
-        return self.result()
-
-    def result(self) -> SaveResult | None:
-        """How the save ended; None if there is none, if it goes on, or if this was asked before.
-
-        Raises what was not the disk's fault.
+    def result(self, wait: bool = False) -> SaveResult | None:
+        """How the save ended; None if there is none, if this was asked before, or if it goes on (and is not to be
+        waited for). Raises what was not the disk's fault.
         """
+        if wait:
+            self.join()
         if self._saving is None or self._saving[0].is_alive():
             return None
         (_, saved), self._saving = self._saving, None

@@ -32,7 +32,7 @@ from titanlite.files import read_file, read_json, replace_file, wrap_os_errors
 from titanlite.models.shard import Shard
 from titanlite.text import format_bytes
 
-BLOCK_BYTES = 2**24  # What is sent from machine to machine at once
+BLOCK_BYTES = 2**24  # what is sent from machine to machine at once
 GENERATION = ".snapshots"
 """File beside the run's checkpoints. Each start of a run begins a generation of snapshots, which this file names, with
 the digest of the one that the start went on from, if any. No others count: those that machines which are away still
@@ -137,7 +137,7 @@ class Snapshots:
         """Of the snapshots so far, also on machines that are away, none but the one just loaded counts any more. Raises
         `UsageError` if that cannot be written down.
         """
-        self.saves.wait()
+        self.saves.result(wait=True)
 
         def draw() -> list[str]:
             words, path = [os.urandom(8).hex(), self._loaded], self._file

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.checkpoint.format import Manifest
+from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import BACK_TO
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.storage import read_manifest, recipe_of
@@ -57,7 +58,7 @@ def restore(learner: TrainState, run: Run, start: Start, last: int | None = None
         folder = checkpoints.begins_with(expand(settings.resume_from))
         way_out, theirs = "Give the new run a recipe that differs in less.", recipe_of(read_manifest(folder), folder)
         require_same_run(theirs, run.recipe, start.may_change, f"{folder} is", way_out)
-        manifest = checkpoints.load_from(folder, state)
+        manifest = load_state(folder, state, ranks=checkpoints.ranks)
         manifest = replace(manifest, values={**manifest.values, BACK_TO: -1})  # the steps there are not this run's
     reordered = _compare_data(manifest, run, start) if manifest is not None else []
     if snapshots is not None:
@@ -73,7 +74,7 @@ def restore(learner: TrainState, run: Run, start: Start, last: int | None = None
             folder = checkpoints.begins_with(expand(settings.warm_start))
             _require_own_weights(folder, run, start)
             weights = {name: shard for name, shard in state.items() if name.startswith("model.")}
-            checkpoints.load_from(folder, weights, "model.", convert=True)
+            load_state(folder, weights, "model.", checkpoints.ranks, convert=True)
             run.logger.info(f"begins with the weights of {folder}")
     learner.guards.skips_in_a_row = run.progress.resume(manifest, reordered)
 

@@ -115,8 +115,7 @@ class Saving:
                 run.snapshots.close()  # the state is on a disk
         elif type(error) is GuardStop or (run.world.size == 1 and isinstance(error, Exception)):
             # What ends all ranks alike is a guard; any other error may be this rank's alone.
-            run.checkpoints.close()
-            self._note(run.checkpoints.result())
+            self._note(run.checkpoints.result(wait=True))
 
     def due(self) -> bool:
         """Whether the clock or the user asks for a checkpoint, on the first rank; or the loss of the run folder does,
@@ -158,7 +157,8 @@ class Saving:
         snapshots = self._run.snapshots
         assert snapshots is not None, "the recipe asks for none"
         with self._run.watchdog.during("saving"):
-            self._note_snapshot(self._wait_logged(snapshots.saves.wait, "snapshot", metadata.step))
+            saved = self._wait_logged(lambda: snapshots.saves.result(wait=True), "snapshot", metadata.step)
+            self._note_snapshot(saved)
             self._sync()
             snapshots.begin(tensors, metadata)
 
@@ -169,7 +169,7 @@ class Saving:
         checkpoints, snapshots = self._run.checkpoints, self._run.snapshots
         self._note(checkpoints.wait() if wait else checkpoints.result())
         if snapshots is not None:
-            self._note_snapshot(snapshots.saves.wait() if wait else snapshots.saves.result())
+            self._note_snapshot(snapshots.saves.result(wait))
 
     def describe_loss(self) -> str:
         """What would be lost if the process ended now; empty for nothing."""
