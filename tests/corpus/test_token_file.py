@@ -403,3 +403,24 @@ def test_a_hundred_gigabytes_are_opened_without_reading_them(tmp_path: Path) -> 
     assert file.document_bounds(40, 41).tolist() == [40 * 10**9, 41 * 10**9]
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt < 10_000, "40 MB of pages"
+
+
+def test_pointers_inside_documents_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A foreign file of 1,001 documents of 300 sequences: memory goes with the documents."""
+    sequences = np.append(np.arange(0, 300 * 1000, 300), [300_000, 300_001, 300_001])  # the last document is empty
+    pointers = 2 * np.arange(300_001)
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(pointers), len(sequences))
+    arrays = (np.ones(len(pointers), "<i4"), pointers.astype("<i8"), sequences.astype("<i8"))
+    Path(tmp_path / "a.idx").write_bytes(head + b"".join(array.tobytes() for array in arrays))
+    Path(tmp_path / "a.bin").write_bytes(bytes(2 * len(pointers)))
+    file = TokenFile.open(tmp_path / "a")
+    sizes: list[int] = []
+    read = OpenFile.read
+
+    def watched(self: OpenFile, offset: int, size: int) -> bytes:
+        sizes.append(size)
+        return read(self, offset, size)
+
+    monkeypatch.setattr(OpenFile, "read", watched)
+    assert file.document_ends().tolist() == sequences[1:].tolist()
+    assert max(sizes) <= 8 * len(sequences)

@@ -37,9 +37,6 @@ from titanlite.text import format_bytes
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
 UNITS = 1_024  # Aimed at for inputs that are neither small nor huge: enough for any number of processes
 UNIT_FILES = 4_096
-_MEND = (
-    " What is done stays done: mend that, and the same command goes on; or choose another folder (--out, output_dir)."
-)
 IN_MEMORY_BYTES = 2**25  # Texts of a recipe of up to this size, packed or not, are read by every rank for itself
 
 

@@ -218,9 +218,9 @@ class TokenFile:
         sequences = self.sequences[first : stop + 1]
         wrong = _misplaced(sequences, len(self.pointers))
         if not wrong.size:
-            begins = self.pointers[int(sequences[0]) : int(sequences[-1]) + 1]
-            begins = np.append(begins, self.tokens.file.size)  # past the last sequence
-            bounds: Int64 = begins[sequences - sequences[0]] // self.tokens.dtype.itemsize
+            begins = self.pointers[np.minimum(sequences, len(self.pointers) - 1)]
+            begins = np.where(sequences == len(self.pointers), self.tokens.file.size, begins)
+            bounds: Int64 = begins // self.tokens.dtype.itemsize
             wrong = _misplaced(bounds, len(self.tokens))
             if not wrong.size:
                 return bounds
@@ -229,8 +229,9 @@ class TokenFile:
 
     def document_ends(self) -> Int64:
         """End of each document, past its separator, in tokens; reads all of the index. Raises as `document_bounds`."""
-        firsts = range(0, self.documents, BLOCK)
-        return np.concatenate([self.document_bounds(at, min(at + BLOCK, self.documents))[1:] for at in firsts])
+        count = BLOCK // GAP  # whose pointers, with those between them that are read too, are at most BLOCK numbers
+        firsts = range(0, self.documents, count)
+        return np.concatenate([self.document_bounds(at, min(at + count, self.documents))[1:] for at in firsts])
 
     def require_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
         """Raise `DataError` unless the file is of the tokenizer that `data.tokenizer` calls `name`.

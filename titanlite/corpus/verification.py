@@ -55,14 +55,16 @@ class Verification:
     def _verify(self, mark: Path, file: TokenFile) -> None:
         # Half of the time is left to those who read what they train on.
         pause = self._stop.wait if self._thread.ident is not None else lambda _: False
+        failure = None
         try:
             file.verify_hashes(pause)
         except DataError as error:
-            self.failure = error
+            failure = error
         if not self._stop.is_set():
+            self.failure = failure
             with suppress(OSError):  # it is verified again then
                 mark.parent.mkdir(exist_ok=True)
-                replace_file(mark, str(self.failure or "").encode("utf-8", "surrogateescape"))
+                replace_file(mark, str(failure or "").encode("utf-8", "surrogateescape"))
 
 
 def _mark(file: TokenFile, folder: Path) -> Path:
