@@ -325,7 +325,7 @@ def test_killed_at_any_rename(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(Killed):
             run(*words)
     if not Path("out.idx").exists():
-        with pytest.raises(DataError, match=r"out\.idx: missing: `titanlite data prepare` has not ended"):
+        with pytest.raises(DataError, match=r"out\.idx: missing; `titanlite data prepare` has not ended"):
             open_streams(["out"], "", Data(), open_tokenizer("bytes"))
     for prefix in ("out", "out-validation"):
         if not Path(f"{prefix}.idx").exists():

@@ -259,8 +259,8 @@ DAMAGES = {
     "last length": (patched(".idx", 42, b"\xff\xff\xff\xff"), "damaged: sequences begin at byte 0 and end at 8"),
     "cut ids": (cut(".bin", 16), "a.bin: cut short: 16 bytes, and its index ends at byte 18"),
     "long ids": (cut(".bin", 20), "a.bin: too long: 20 bytes, and its index ends at byte 18"),
-    "no JSON": (patched(".json", 0, b"["), "a.json: not a sidecar that this titanlite knows: "),
-    "later version": (sidecar(lambda f: f.update(version=2)), "not a sidecar that this titanlite knows: version"),
+    "no JSON": (patched(".json", 0, b"["), "a.json: no sidecar that this titanlite knows: "),
+    "later version": (sidecar(lambda f: f.update(version=2)), "no sidecar that this titanlite knows: version"),
     "unknown field": (sidecar(lambda f: f.update(extra=2)), "extra: Extra inputs are not permitted"),
     "missing field": (sidecar(lambda f: f.pop("tokens")), "tokens: Field required"),
     "other's sidecar": (sidecar(lambda f: f.update(bin_bytes=20)), "belongs to other files: bytes of a.bin: 20 there"),
@@ -305,7 +305,7 @@ def test_no_documents(tmp_path: Path) -> None:
 
 def test_an_unfinished_prefix_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.parts").mkdir()
-    with pytest.raises(DataError, match=r"a\.idx: missing: `titanlite data prepare` has not ended .* start it again"):
+    with pytest.raises(DataError, match=r"a\.idx: missing; `titanlite data prepare` has not ended .* start it again"):
         TokenFile.open(tmp_path / "a")
 
 

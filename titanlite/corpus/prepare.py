@@ -35,9 +35,9 @@ from titanlite.recipe.sections import Data, Run
 from titanlite.text import format_bytes
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
-UNITS = 1_024  # Aimed at for inputs that are neither small nor huge: enough for any number of processes
+UNITS = 1_024  # aimed at for inputs that are neither small nor huge: enough for any number of processes
 UNIT_FILES = 4_096
-IN_MEMORY_BYTES = 2**25  # Texts of a recipe of up to this size, packed or not, are read by every rank for itself
+IN_MEMORY_BYTES = 2**25  # texts of a recipe of up to this size, packed or not, are read by every rank for itself
 
 
 def find_inputs(inputs: Sequence[str], text_key: str) -> list[FoundFile]:

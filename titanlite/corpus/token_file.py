@@ -32,12 +32,11 @@ VERSION: Final = 1
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # Megatron's codes, but of floats
-LONGEST_SEQUENCE = 2**31 - 1  # Tokens; a length takes 32 bits, with a sign
-HELD_OUT = "-validation"  # What the name of a file's held-out part ends with
-LOOKED_AT = 1_000  # Documents at either end of a file without a sidecar that must end with the separator
-BLOCK = 2**20  # Tokens, or documents, that are handled at a time
-
-GAP = 64  # Numbers between two wanted ones, up to which these are read together rather than apart
+LONGEST_SEQUENCE = 2**31 - 1  # tokens; a length takes 32 bits, with a sign
+HELD_OUT = "-validation"  # what the name of a file's held-out part ends with
+LOOKED_AT = 1_000  # documents at either end of a file without a sidecar that must end with the separator
+BLOCK = 2**20  # tokens, or documents, that are handled at a time
+GAP = 64  # numbers between two wanted ones, up to which these are read together rather than apart
 RESTORE = "prepare it again, or copy it again from where it is whole."
 
 Int64 = npt.NDArray[np.int64]
@@ -65,11 +64,8 @@ class OpenFile:
             while len(data) < size:  # the system gives at most 2 GiB at a time, and nothing past the end
                 more = os.pread(self._descriptor, size - len(data), offset + len(data))
                 if not more:
-                    raise DataError(
-                        f"{self.path}: cut short while it is in use: it ends at byte "
-                        f"{os.fstat(self._descriptor).st_size:,}, and had {self.size:,} bytes when it was opened; "
-                        f"{RESTORE}"
-                    )
+                    ends = f"it ends at byte {os.fstat(self._descriptor).st_size:,}, and had {self.size:,} bytes before"
+                    raise DataError(f"{self.path}: cut short while it is in use: {ends}; {RESTORE}")
                 data += more
         except OSError as error:
             problem = f"cannot be read from byte {offset:,} on ({error.strerror})"
@@ -127,10 +123,9 @@ class SourceInfo(_Section):
 
     path: str
     files: int
-    bytes: int  # On the disk, as they lie there: perhaps compressed
-    documents: int  # Texts read, before duplicates were dropped
-    texts_xxh3_128: str
-    """Sum, modulo 2^128, of the xxh3_128 of each text: the same however they are ordered, cut into files or packed."""
+    bytes: int  # on the disk, as they lie there: perhaps compressed
+    documents: int  # texts read, before duplicates were dropped
+    texts_xxh3_128: str  # sum, modulo 2^128, of each text's xxh3_128: the same in any order, and however packed
 
 
 class TokenInfo(_Section):
@@ -138,17 +133,16 @@ class TokenInfo(_Section):
 
     format: Literal["titanlite-tokens"]
     version: Literal[1]
-    made_from: str  # Hash of all that decides the file: inputs and settings
+    made_from: str  # hash of all that decides the file: inputs and settings
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "int32"]
     documents: int
-    tokens: int  # With a separator after each document
+    tokens: int  # with a separator after each document
     text_bytes: int
-    lengths: dict[str, int]
-    """Documents by their tokens, the separator among them: under "2^k" those of 2^k to 2^(k+1) - 1."""
-    duplicates: int  # Documents dropped as equal to an earlier one; of a held-out part and its training part together
+    lengths: dict[str, int]  # documents by their tokens with the separator: under "2^k" those of 2^k to 2^(k+1) - 1
+    duplicates: int  # documents dropped as equal to an earlier one; of a held-out part and its training part together
     bad_lines: int
-    bad_line_examples: tuple[str, ...]  # The first of them, as `file:line: what is wrong`
+    bad_line_examples: tuple[str, ...]  # the first of them, as `file:line: what is wrong`
     sources: tuple[SourceInfo, ...]
     bin_bytes: int
     bin_xxh3_64: str
@@ -162,7 +156,7 @@ class Paths(NamedTuple):
     bin: Path
     idx: Path
     sidecar: Path
-    parts: Path  # Folder of a `prepare` that has not ended
+    parts: Path  # folder of a `prepare` that has not ended
 
 
 def paths_of(prefix: Path) -> Paths:
@@ -177,14 +171,14 @@ class TokenFile:
     """An opened token file. Nothing of it is kept in memory, however large it is."""
 
     prefix: Path
-    tokens: FileArray[np.integer[Any]]  # All documents, each followed by the separator, flat
-    pointers: FileArray[np.int64]  # Where each sequence begins, in bytes
-    sequences: FileArray[np.int64]  # First sequence of each document, and the number of all
-    info: TokenInfo | None  # The sidecar; None for a file that something else than titanlite made
+    tokens: FileArray[np.integer[Any]]  # all documents, each followed by the separator, flat
+    pointers: FileArray[np.int64]  # where each sequence begins, in bytes
+    sequences: FileArray[np.int64]  # first sequence of each document, and the number of all
+    info: TokenInfo | None  # the sidecar; None for a file that something else than titanlite made
 
     @classmethod
     def open(cls, prefix: Path | str) -> TokenFile:
-        """Reads only the index's header and ends. Raises `DataError` naming file and position of what is wrong."""
+        """Reads the index's header and ends alone. Raises `DataError` naming file and position of what is wrong."""
         prefix = expand(prefix)
         if prefix.suffix in (".bin", ".idx"):
             prefix = prefix.with_suffix("")
@@ -192,8 +186,14 @@ class TokenFile:
         try:
             tokens, pointers, sequences = _open_arrays(paths)
             info = _read_sidecar(paths, tokens, pointers.file.size) if paths.sidecar.exists() else None
+        except FileNotFoundError as error:
+            why = f"a token file is {paths.bin.name} and {paths.idx.name}, of `titanlite data prepare` or Megatron."
+            if paths.parts.exists():
+                why = f"`titanlite data prepare` has not ended (see {paths.parts}); start it again as before."
+            raise DataError(f"{error.filename}: missing; {why}") from error
         except OSError as error:
-            raise DataError(f"{error.filename or paths.bin}: {_why_refused(paths, error)}") from error
+            why = f"cannot be read ({error.strerror}); mend its permissions or the disk."
+            raise DataError(f"{error.filename or paths.bin}: {why}") from error
         return cls(prefix, tokens, pointers, sequences, info)
 
     def __reduce__(self) -> Any:
@@ -216,16 +216,19 @@ class TokenFile:
     def document_bounds(self, first: int, stop: int) -> Int64:
         """Where documents `first` to `stop` begin and where the last ends, in tokens. Raises `DataError` if damaged."""
         sequences = self.sequences[first : stop + 1]
-        wrong = _misplaced(sequences, len(self.pointers))
-        if not wrong.size:
-            begins = self.pointers[np.minimum(sequences, len(self.pointers) - 1)]
-            begins = np.where(sequences == len(self.pointers), self.tokens.file.size, begins)
-            bounds: Int64 = begins // self.tokens.dtype.itemsize
-            wrong = _misplaced(bounds, len(self.tokens))
-            if not wrong.size:
-                return bounds
-        where = f"document {first + wrong[0]:,} begins before the one before it, or outside of the .bin"
-        raise _damaged(self.pointers.file.path, where)
+        self._require_order(first, sequences, len(self.pointers))
+        begins = self.pointers[np.minimum(sequences, len(self.pointers) - 1)]
+        begins = np.where(sequences == len(self.pointers), self.tokens.file.size, begins)
+        bounds: Int64 = begins // self.tokens.dtype.itemsize
+        self._require_order(first, bounds, len(self.tokens))
+        return bounds
+
+    def _require_order(self, first: int, begins: Int64, last: int) -> None:
+        """Of documents from `first` on, `begins` are from 0 to `last`, each at least the one before."""
+        wrong = np.flatnonzero((begins < 0) | (begins > last) | np.append(False, begins[1:] < begins[:-1]))
+        if wrong.size:
+            where = f"document {first + wrong[0]:,} begins before the one before it, or outside of the .bin"
+            raise _damaged(self.pointers.file.path, where)
 
     def document_ends(self) -> Int64:
         """End of each document, past its separator, in tokens; reads all of the index. Raises as `document_bounds`."""
@@ -242,7 +245,7 @@ class TokenFile:
         if self.info is None:
             for first in {0, max(0, self.documents - LOOKED_AT)}:
                 last = min(first + LOOKED_AT, self.documents)
-                self._require_ids(first, last, tokenizer.vocab_size, tokenizer.separator)
+                self._require_ids(first, last, tokenizer)
         elif (of := self.info.tokenizer).fingerprint != tokenizer.fingerprint:
             found = f"'{of.name}' ({of.vocab_size:,} ids, fingerprint {of.fingerprint})"
             wanted = f"'{name}' ({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint})"
@@ -268,30 +271,21 @@ class TokenFile:
             if digest.hexdigest() != expected:
                 raise _damaged(file.path, f"its hash is not that of {paths_of(self.prefix).sidecar}")
 
-    def _require_ids(self, first: int, stop: int, vocab_size: int, separator: int) -> None:
+    def _require_ids(self, first: int, stop: int, tokenizer: Tokenizer) -> None:
         """Of documents `first` to `stop` require the separator at the end, and of their first `BLOCK` ids the range."""
         path, bounds = self.tokens.file.path, self.document_bounds(first, stop).tolist()
         for number, (begin, end) in enumerate(pairwise(bounds), first):
-            if begin < end and self.tokens[end - 1] != separator:
-                raise DataError(
-                    f"{path}: document {number:,} (tokens {begin:,} to {end:,}) does not end with the tokenizer's "
-                    f"separator, {separator}; for a file of Megatron's, make it with --append-eod and the same "
-                    "tokenizer, or prepare the texts with `titanlite data prepare`."
-                )
+            if begin < end and self.tokens[end - 1] != tokenizer.separator:
+                where = f"{path}: document {number:,} (tokens {begin:,} to {end:,})"
+                fix = "make it with --append-eod and the same tokenizer, or by `titanlite data prepare`."
+                raise DataError(f"{where} does not end with the tokenizer's separator, {tokenizer.separator}; {fix}")
         start = bounds[0]
         block = self.tokens[start : min(start + BLOCK, bounds[-1])]
-        beyond = np.flatnonzero((block < 0) | (block >= vocab_size))
+        beyond = np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))
         if beyond.size:
-            at = start + int(beyond[0])
-            raise DataError(
-                f"{path}: token {at:,} (byte {at * block.itemsize:,}) is {self.tokens[at]}, and the tokenizer's ids "
-                f"end at {vocab_size - 1:,}; the file is damaged, or of another tokenizer."
-            )
-
-
-def _misplaced(numbers: Int64, last: int) -> Int64:
-    """Which are not from 0 to `last`, each at least the one before."""
-    return np.flatnonzero((numbers < 0) | (numbers > last) | np.append(False, numbers[1:] < numbers[:-1]))
+            at, last = start + int(beyond[0]), f"the tokenizer's ids end at {tokenizer.vocab_size - 1:,}"
+            problem = f"token {at:,} (byte {at * block.itemsize:,}) is {self.tokens[at]}, and {last}"
+            raise DataError(f"{path}: {problem}; the file is damaged, or of another tokenizer.")
 
 
 class TokenWriter(ExitStack):
@@ -308,7 +302,6 @@ class TokenWriter(ExitStack):
         self._lengths: list[Int64] = []  # of sequences, of one document or of a part of one
         self._sequences: list[Int64] = []  # how many each document takes
         self._histogram = np.zeros(64, np.int64)
-        self._tokens = 0
         self._bin = self.enter_context(replacing(self._paths.bin))
 
     def extend(self, tokens: npt.ArrayLike) -> None:
@@ -316,7 +309,6 @@ class TokenWriter(ExitStack):
         block = np.ascontiguousarray(tokens, self.dtype)
         self._hash.update(block.data)
         self._bin.write(block.data)
-        self._tokens += len(block)
 
     def end_documents(self, lengths: npt.ArrayLike) -> None:
         """Lengths of the next documents in tokens, separators among them."""
@@ -331,7 +323,8 @@ class TokenWriter(ExitStack):
 
     def commit(self, **info: Any) -> TokenInfo:
         """Finish, and let the file appear; `info` has the sidecar's fields that only the caller knows."""
-        assert self._tokens == sum(int(each.sum()) for each in self._lengths), "every token is in a document"
+        tokens, bin_bytes = sum(int(each.sum()) for each in self._lengths), self._bin.tell()
+        assert bin_bytes == tokens * self.dtype.itemsize, "every token is in a document"
         with replacing(self._paths.idx) as file:
             digest = xxhash.xxh3_64()
             for block in self._index_blocks():
@@ -339,9 +332,8 @@ class TokenWriter(ExitStack):
                 file.write(block)
             sidecar = TokenInfo(
                 format="titanlite-tokens", version=VERSION, **info, dtype=self.dtype.name, documents=self.documents,
-                tokens=self._tokens,
+                tokens=tokens, bin_bytes=bin_bytes, bin_xxh3_64=self._hash.hexdigest(),
                 lengths={f"2^{power}": int(count) for power, count in enumerate(self._histogram) if count},
-                bin_bytes=self._tokens * self.dtype.itemsize, bin_xxh3_64=self._hash.hexdigest(),
                 idx_bytes=file.tell(), idx_xxh3_64=digest.hexdigest(),
             )  # fmt: skip
             self._paths.idx.unlink(missing_ok=True)  # of what is replaced
@@ -365,16 +357,6 @@ def _running(counts: list[Int64]) -> Iterator[Int64]:
     for block in counts:
         yield (np.cumsum(block) - block + total).astype("<i8")
         total += int(block.sum())
-
-
-def _why_refused(paths: Paths, error: OSError) -> str:
-    if not isinstance(error, FileNotFoundError):
-        return f"cannot be read ({error.strerror}); mend its permissions or the disk."
-    if paths.parts.exists():
-        why = f"`titanlite data prepare` has not ended for this prefix (its parts are in {paths.parts})"
-        return f"missing: {why}; start it again as before, and it goes on."
-    both = f"{paths.bin.name} and {paths.idx.name}"
-    return f"missing; a token file is {both}, made by `titanlite data prepare` or by Megatron."
 
 
 def _open_arrays(paths: Paths) -> tuple[FileArray[np.integer[Any]], FileArray[np.int64], FileArray[np.int64]]:
@@ -429,10 +411,8 @@ def _read_sidecar(paths: Paths, tokens: FileArray[Any], idx_bytes: int) -> Token
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{key}: " for key in first["loc"])
-        raise DataError(
-            f"{path}: not a sidecar that this titanlite knows: {where}{first['msg']}. If it is damaged, prepare the "
-            "file again; if it is another program's, give the token file another name."
-        ) from error
+        fix = "If it is damaged, prepare the file again; if another program's, give the token file another name."
+        raise DataError(f"{path}: no sidecar that this titanlite knows: {where}{first['msg']}. {fix}") from error
     for what, found, expected in (
         (f"bytes of {paths.bin.name}", tokens.file.size, info.bin_bytes),
         (f"bytes of {paths.idx.name}", idx_bytes, info.idx_bytes),

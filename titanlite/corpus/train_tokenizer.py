@@ -21,7 +21,7 @@ from titanlite.recipe.sections import Data
 from titanlite.text import format_bytes, format_count
 
 SEPARATOR = "<|end_of_text|>"
-MIN_FREQUENCY = 2  # Pairs that occur less often are not merged: a token that is seen once teaches nothing
+MIN_FREQUENCY = 2  # pairs that occur less often are not merged: a token that is seen once teaches nothing
 _PROGRESS_SECONDS = 15.0
 
 

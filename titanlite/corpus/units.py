@@ -29,9 +29,9 @@ from titanlite.errors import DataError
 from titanlite.files import replace_file, replacing, wrap_os_errors
 
 PART_VERSION = 2
-EXAMPLES = 10  # Bad lines that are listed one by one
+EXAMPLES = 10  # bad lines that are listed one by one
 BATCH_BYTES = 2**20
-BATCH_DOCUMENTS = 1_000  # Of texts that are given to the tokenizer at once, at most
+BATCH_DOCUMENTS = 1_000  # of texts that are given to the tokenizer at once, at most
 
 RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8"), ("held", "?")])
 """What is kept of each document: tokens with its separator, bytes and xxh3_128 of its text, and on which side it is."""
@@ -41,18 +41,18 @@ RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high",
 class Request:
     """What is to be prepared."""
 
-    inputs: tuple[str, ...]  # Files, folders and globs
-    out: Path  # The prefix
+    inputs: tuple[str, ...]  # files, folders and globs
+    out: Path  # the prefix
     tokenizer: str
     separator: str | None
     special_tokens: tuple[str, ...]
-    fingerprint: str  # The tokenizer's, as it was when `prepare` began
+    fingerprint: str  # the tokenizer's, as it was when `prepare` began
     text_key: str
     held_out_percent: float
     skip_bad_lines: bool = False
     drop_duplicates: bool = False
     workers: int = 1
-    force: bool = False  # Whether token files of other inputs or settings, that are there, are to go
+    force: bool = False  # whether token files of other inputs or settings, that are there, are to go
     shared: bool = False
     """Whether other processes may be making the same: the first does, the others wait for it and take what it made."""
 
@@ -72,7 +72,7 @@ class Unit(NamedTuple):
     """What is turned into one part file."""
 
     files: tuple[FoundFile, ...]
-    bytes: int  # Of the files; for the progress line
+    bytes: int  # of the files; for the progress line
 
     def __str__(self) -> str:
         first, last = self.files[0].path, self.files[-1].path
@@ -104,7 +104,7 @@ class PartFile(NamedTuple):
 
     tokens: Path
     records: Path
-    summary: dict[str, Any]  # As `write_part` makes it
+    summary: dict[str, Any]  # as `write_part` makes it
 
     def load(self) -> npt.NDArray[np.void]:
         """A `RECORD` for each document. Raises `OSError`."""

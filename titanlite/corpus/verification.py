@@ -16,7 +16,7 @@ from titanlite.corpus.units import key_of
 from titanlite.errors import DataError
 from titanlite.files import replace_file
 
-_LAST_SECONDS = 5.0  # For which the end waits for the file system to answer
+_LAST_SECONDS = 5.0  # for which the end waits for the file system to answer
 
 
 class Verification:
@@ -26,7 +26,7 @@ class Verification:
         """`folder` keeps what was found. Files without a sidecar, of which nothing is known, are left out."""
         self._files = {_mark(file, folder): file for file in files if file.info is not None}
         self._own = list(self._files.items())[rank::ranks]
-        self.failure: DataError | None = None  # The first damage that was found
+        self.failure: DataError | None = None  # the first damage that was found
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._verify_all, name="verification", daemon=True)
 

@@ -97,7 +97,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-PLAIN_SECONDS = 15.0  # Between two plain lines
+PLAIN_SECONDS = 15.0  # between two plain lines
 MOVING_SECONDS = 0.2
 
 

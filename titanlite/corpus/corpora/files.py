@@ -71,7 +71,7 @@ MAGIC = {
     "Git LFS pointer": rb"version https://git-lfs\.github\.com/spec/",
 }
 """How files begin that are not text, or not in UTF-8, whatever their names are."""
-HEAD = 4096  # Bytes that tell what a file is
+HEAD = 4096  # bytes that tell what a file is
 
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "config-")
 """Beginnings of folder names: other people's code, and the build's own configuration."""
@@ -80,13 +80,13 @@ _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
 
 
 class FoundFile(NamedTuple):
-    name: str  # Relative to what the entry fixes, so that it stays the same when the corpus moves
+    name: str  # relative to what the entry fixes, so that it stays the same when the corpus moves
     path: Path
     format: str
     size: int
     modified_ns: int
-    source: int = 0  # Which of the entries names it
-    part: Part | None = None  # If not all of it
+    source: int = 0  # which of the entries names it
+    part: Part | None = None  # if not all of it
 
 
 class FileFinder:

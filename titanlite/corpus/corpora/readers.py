@@ -20,7 +20,7 @@ from titanlite.registry import did_you_mean
 
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 2**20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some editors begin a file with it, and it is not JSON
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it, and it is not JSON
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 ROWS_AT_ONCE = 1_000
 

@@ -29,8 +29,8 @@ from titanlite.text import list_some
 if TYPE_CHECKING:
     from titanlite.recipe.sections import Data
 
-Ids = npt.NDArray[np.integer[Any]]  # Of a text, in whatever integers are cheapest for the tokenizer
-Tokens = npt.NDArray[np.uint16 | np.int32]  # Ids as they are kept; see `token_dtype`
+Ids = npt.NDArray[np.integer[Any]]  # of a text, in whatever integers are cheapest for the tokenizer
+Tokens = npt.NDArray[np.uint16 | np.int32]  # ids as they are kept; see `token_dtype`
 
 _NARROW_LIMIT = 65_500  # Megatron's: vocabularies from here on are kept in 4 bytes an id
 
@@ -49,13 +49,13 @@ END_OF_TEXT = (
     "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "<EOS_TOKEN>", "<|eos|>", "<｜end▁of▁sentence｜>",
 )  # fmt: skip
 """Special tokens that are known to end a document."""
-FILES = ("tokenizer.json", "tokenizer.model")  # What a folder is searched for, in this order
-FOLDER = "tokenizer"  # Of a run: copies of its tokenizer's files
-UNKNOWN = "unknown"  # Stands beside weights in place of a fingerprint where their tokenizer cannot be read here
+FILES = ("tokenizer.json", "tokenizer.model")  # what a folder is searched for, in this order
+FOLDER = "tokenizer"  # of a run: copies of its tokenizer's files
+UNKNOWN = "unknown"  # stands beside weights in place of a fingerprint where their tokenizer cannot be read here
 CONFIG = "tokenizer_config.json"
-MAX_FILE_BYTES = 2**28  # Ten times what the largest vocabularies take
+MAX_FILE_BYTES = 2**28  # ten times what the largest vocabularies take
 MAX_IDS = 2**24
-_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # What `surrogateescape` makes of bytes that are not UTF-8
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # what `surrogateescape` makes of bytes that are not UTF-8
 
 
 class Tokenizer(ABC):
@@ -143,8 +143,8 @@ class PieceTokenizer(Tokenizer):
     """A vocabulary of pieces, and a library's way of cutting text into them."""
 
     library: str
-    unknown: str | None = None  # The special token that stands for text without any other
-    takes_any_bytes: bool  # Whether what is not UTF-8 can be encoded too, byte by byte
+    unknown: str | None = None  # the special token that stands for text without any other
+    takes_any_bytes: bool  # whether what is not UTF-8 can be encoded too, byte by byte
 
     def __init__(
         self, path: Path, content: bytes, special: Mapping[str, int], vocab_size: int,

@@ -40,7 +40,7 @@ LLAMA3_SPECIAL_TOKENS = (
     *(f"<|reserved_special_token_{number}|>" for number in range(5, 251)),
 )  # fmt: skip
 """Of Meta's release of April 2024; later ones give some of the reserved ones a meaning, and none another id."""
-_LONGEST_RUN = 25_000  # Of characters that are white space, or are not; as in Meta's release
+_LONGEST_RUN = 25_000  # of characters that are white space, or are not; as in Meta's release
 _RUNS = re.compile(r"\s+|\S+")
 
 

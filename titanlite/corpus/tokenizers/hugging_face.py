@@ -27,7 +27,7 @@ _NO_TOKEN = "titanlite: no token for unknown text"
 """Stands as the unknown token of a BPE that has none, which would drop in silence what it has no token for: as this is
 not in the vocabulary either, the library raises instead.
 """
-_MAX_GROWTH = 1000  # Times that normalizer, cuts or decoder may make a text longer; known ones stay under 30
+_MAX_GROWTH = 1000  # times that normalizer, cuts or decoder may make a text longer; known ones stay under 30
 
 Fields = Mapping[str, Any]
 
