@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from titanlite.corpus import prepare
-from titanlite.corpus.prepare import find_inputs
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.units import Request
 from titanlite.data.splits import DataSplits, open_data
@@ -109,13 +107,21 @@ def test_texts_that_change_meanwhile_are_not_kept(texts: Path, monkeypatch: pyte
     assert opened().fingerprint == opened(folder=None).fingerprint
 
 
-def test_of_other_settings_or_times_they_are_others(texts: Path) -> None:
-    files = find_inputs(["in"], "text")
-    request = Request(("in",), Path("out"), "bytes", None, (), "0", "text", 4.0)
-    others = [replace(request, fingerprint="1"), replace(request, text_key="t"), replace(request, held_out_percent=5)]
-    later = [files[0]._replace(modified_ns=files[0].modified_ns + 1), *files[1:]]
-    versions = [prepare._version_of(files, each) for each in (request, *others)]
-    assert len({*versions, prepare._version_of(later, request)}) == 5
+def test_of_other_settings_or_times_they_are_others(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def stop(request: Request, *_: object) -> None:
+        names.append(request.out.name)
+        raise DataError("stopped")
+
+    monkeypatch.setattr(prepare, "prepare", stop)
+    changes: list[dict[str, Any]] = [{}, {"special_tokens": ["<x>"]}, {"text_key": "t"}, {"validation_percent": 5.0}]
+    for change in (*changes, {}):
+        with pytest.raises(DataError, match="stopped"):
+            open_data(Data(**{"corpus": "in", "validation_percent": 20.0, **change}), 16, 3, texts_folder=Path("cache"))
+        if change == changes[-1]:
+            os.utime(texts / "in" / "3.txt", (1, 1))
+    assert len(set(names)) == 5
 
 
 @pytest.mark.slow

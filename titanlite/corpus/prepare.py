@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from itertools import accumulate, islice
@@ -26,7 +26,17 @@ from titanlite.corpus.corpora.files import FileFinder, FoundFile
 from titanlite.corpus.corpora.readers import count_newlines, divide
 from titanlite.corpus.token_file import Int64, TokenFile, TokenInfo, TokenWriter, paths_of
 from titanlite.corpus.tokenizers import Tokenizer
-from titanlite.corpus.units import EXAMPLES, PART_VERSION, PartFile, Request, Unit, find_part, key_of, write_unit
+from titanlite.corpus.units import (
+    EXAMPLES,
+    PART_VERSION,
+    RECORD,
+    PartFile,
+    Request,
+    Unit,
+    find_part,
+    key_of,
+    write_unit,
+)
 from titanlite.corpus.workers import Progress, WorkerPool, cores
 from titanlite.errors import DataError, UsageError
 from titanlite.files import Lock, take_lock, wrap_os_errors
@@ -35,8 +45,7 @@ from titanlite.recipe.sections import Data, Run
 from titanlite.text import format_bytes
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**22, 2**28
-UNITS = 1_024  # aimed at for inputs that are neither small nor huge: enough for any number of processes
-UNIT_FILES = 4_096
+UNITS, UNIT_FILES = 1_024, 4_096  # units aimed at, enough for any number of processes; and the most files of one
 IN_MEMORY_BYTES = 2**25  # texts of a recipe of up to this size, packed or not, are read by every rank for itself
 
 
@@ -53,9 +62,9 @@ def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) 
     for what is in the way; parts that are done stay.
     """
     parts = paths_of(request.out).parts
-    then = " What is done stays done: mend that, and the same command goes on; or choose another folder"
+    then = " What is done stays done: mend that and start again, or choose another folder (--out, run.output_dir)."
     with (
-        wrap_os_errors(f"cannot write or lock {parts}", parts, f"{then} (--out, run.output_dir).", DataError),
+        wrap_os_errors(f"cannot write or lock {parts}", parts, then, DataError),
         Progress(sys.stderr) as progress,
         closing(_lock(request, parts, progress)) as lock,
     ):
@@ -79,10 +88,10 @@ def _make(
     if done := _finished(request, made_from, files, began_before=any(lock.path.parent.glob("*.json"))):
         progress.message(f"{request.out} is finished: nothing is left to do")
         return done
-    found = _write_parts(request, files, progress)
+    parts = _write_parts(request, files, progress)
     if not lock.is_in_place():
         raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
-    return _join(request, tokenizer, found, made_from, files, progress)
+    return _join(request, tokenizer, parts, made_from, files, progress)
 
 
 def _hash_request(request: Request, files: Sequence[FoundFile]) -> str:
@@ -137,8 +146,8 @@ def _difference(prefix: Path, made_from: str, files: Sequence[FoundFile]) -> str
     return f"{newer} is newer" if newer else ""
 
 
-def _write_parts(request: Request, files: Sequence[FoundFile], progress: Progress) -> list[tuple[Unit, PartFile]]:
-    """All units and their parts, in order; those that are not there yet are written."""
+def _write_parts(request: Request, files: Sequence[FoundFile], progress: Progress) -> list[PartFile]:
+    """The parts of all units, in order; those that are not there yet are written."""
     with WorkerPool(request.workers) as workers:
         units = _units(files, workers)
         missing = [unit for unit in units if find_part(unit, request) is None]
@@ -147,9 +156,9 @@ def _write_parts(request: Request, files: Sequence[FoundFile], progress: Progres
         progress.begin("tokenizing", total, total - sum(unit.bytes for unit in missing))
         for number, _ in workers.run(write_unit, [(unit, request) for unit in missing]):
             progress.advance(missing[number].bytes)
-    found = [(unit, part) for unit in units if (part := find_part(unit, request))]
-    assert len(found) == len(units), "each unit that is done has its part"
-    return found
+    parts = [part for unit in units if (part := find_part(unit, request))]
+    assert len(parts) == len(units), "each unit that is done has its part"
+    return parts
 
 
 def unit_bytes(total: int) -> int:
@@ -187,13 +196,12 @@ def _count_lines_before(files: Sequence[FoundFile], cuts: Sequence[list[Part]], 
 def _join(
     request: Request,
     tokenizer: Tokenizer,
-    found: Sequence[tuple[Unit, PartFile]],
+    parts: Sequence[PartFile],
     made_from: str,
     files: Sequence[FoundFile],
     progress: Progress,
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
-    parts = [part for _, part in found]
     first_ones = _first_of_equals(parts) if request.drop_duplicates else None
     text_bytes = dict.fromkeys(request.outputs, 0)
     progress.begin("joining", sum(part.summary["token_bytes"] for part in parts), 0)
@@ -201,7 +209,7 @@ def _join(
         writers = {prefix: stack.enter_context(TokenWriter(prefix, tokenizer.vocab_size)) for prefix in request.outputs}
         at = 0
         for part in parts:
-            records = part.load()
+            records = np.fromfile(part.records, RECORD)
             kept = np.ones(len(records), np.bool_) if first_ones is None else first_ones[at : at + len(records)]
             at += len(records)
             for prefix, writer in writers.items():
@@ -215,9 +223,8 @@ def _join(
         if empty := [prefix for prefix, writer in writers.items() if not writer.documents]:
             which, key = "all" if empty[0] == request.out else "none", "--held-out (data.validation_percent)"
             problem = f"{which} of the {total:,} documents are held out by {key} {request.held_out_percent:g}"
-            raise DataError(
-                f"{problem}, which goes by a hash of their names; give more documents, or another percentage."
-            )
+            fix = "give more documents, or another percentage"
+            raise DataError(f"{problem}, which goes by a hash of their names; {fix}.")
         shared: dict[str, Any] = {
             "made_from": made_from,
             "tokenizer": token_file.TokenizerInfo(
@@ -227,14 +234,16 @@ def _join(
             "duplicates": at - total,
             "bad_lines": sum(part.summary["bad"] for part in parts),
             "bad_line_examples": tuple(line for part in parts for line in part.summary["examples"])[:EXAMPLES],
-            "sources": _sources(request.inputs, found, files),
+            "sources": tuple(_sources(request.inputs, parts, files)),
         }  # fmt: skip
         return {prefix: writer.commit(text_bytes=text_bytes[prefix], **shared) for prefix, writer in writers.items()}
 
 
 def _first_of_equals(parts: Sequence[PartFile]) -> npt.NDArray[np.bool_]:
     """Of all documents in order, which are not equal to an earlier one; takes about 50 bytes of memory a document."""
-    high, low = (np.concatenate([part.load()[half] for part in parts]) for half in ("high", "low"))
+    high, low = (
+        np.concatenate([np.fromfile(part.records, RECORD)[half] for part in parts]) for half in ("high", "low")
+    )
     order = np.lexsort((low, high))  # stable: of equal ones the first stays first
     high, low = high[order], low[order]
     first = np.ones(len(order), np.bool_)
@@ -256,23 +265,21 @@ def _copy(part: PartFile, lengths: Int64, chosen: npt.NDArray[np.bool_], writer:
 
 
 def _sources(
-    inputs: Sequence[str], found: Sequence[tuple[Unit, PartFile]], files: Sequence[FoundFile]
-) -> tuple[token_file.SourceInfo, ...]:
-    documents, hashes, sizes = Counter[int](), Counter[int](), Counter[int]()
-    for unit, part in found:
-        for source, count, total in part.summary["sources"]:
-            documents[unit.source + source] += count
-            hashes[unit.source + source] += int(total, 16)
-    counts = Counter(file.source for file in files)
+    inputs: Sequence[str], parts: Sequence[PartFile], files: Sequence[FoundFile]
+) -> Iterator[token_file.SourceInfo]:
+    documents, hashes, counts, sizes = (Counter[int]() for _ in range(4))
     for file in files:
+        counts[file.source] += 1
         sizes[file.source] += file.size
-    return tuple(
-        token_file.SourceInfo(
+    for part in parts:
+        for source, count, total in part.summary["sources"]:
+            documents[part.source + source] += count
+            hashes[part.source + source] += int(total, 16)
+    for source, entry in enumerate(inputs):
+        yield token_file.SourceInfo(
             path=entry.encode("utf-8", "backslashreplace").decode(), files=counts[source], bytes=sizes[source],
             documents=documents[source], texts_xxh3_128=f"{hashes[source] % 2**128:032x}",
-        )
-        for source, entry in enumerate(inputs)
-    )  # fmt: skip
+        )  # fmt: skip
 
 
 def texts_folder(run: Run) -> Path:
@@ -308,13 +315,9 @@ def open_tokenized(
         force=True,
         shared=True,
     )
-    request = replace(request, out=folder / _version_of(files, request))
+    # Another name wherever the tokens may be others.
+    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
+    request = replace(request, out=folder / key_of([PART_VERSION, request.decisive, texts]))
     if not paths_of(request.out).idx.exists():  # which is the last to be there
         prepare(request, files, tokenizer)
     return tuple(map(TokenFile.open, reversed(request.outputs)))
-
-
-def _version_of(files: Sequence[FoundFile], request: Request) -> str:
-    """Another one wherever the tokens may be others."""
-    texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
-    return key_of([PART_VERSION, request.decisive, texts])

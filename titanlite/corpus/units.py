@@ -33,8 +33,8 @@ EXAMPLES = 10  # bad lines that are listed one by one
 BATCH_BYTES = 2**20
 BATCH_DOCUMENTS = 1_000  # of texts that are given to the tokenizer at once, at most
 
+# What is kept of each document: tokens with its separator, bytes and xxh3_128 of its text, and whether it is held out.
 RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8"), ("held", "?")])
-"""What is kept of each document: tokens with its separator, bytes and xxh3_128 of its text, and on which side it is."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Request:
     drop_duplicates: bool = False
     workers: int = 1
     force: bool = False  # whether token files of other inputs or settings, that are there, are to go
-    shared: bool = False
-    """Whether other processes may be making the same: the first does, the others wait for it and take what it made."""
+    shared: bool = False  # whether others may be making the same: the first does, and they wait and take what it made
 
     @property
     def decisive(self) -> list[Any]:
@@ -103,12 +102,9 @@ class PartFile(NamedTuple):
     """A finished part."""
 
     tokens: Path
-    records: Path
+    records: Path  # a `RECORD` for each document
     summary: dict[str, Any]  # as `write_part` makes it
-
-    def load(self) -> npt.NDArray[np.void]:
-        """A `RECORD` for each document. Raises `OSError`."""
-        return np.fromfile(self.records, RECORD)
+    source: int  # from which on the summary counts sources
 
 
 def find_part(unit: Unit, request: Request) -> PartFile | None:
@@ -120,7 +116,7 @@ def find_part(unit: Unit, request: Request) -> PartFile | None:
     except (FileNotFoundError, ValueError):
         return None
     whole = sizes == (summary["token_bytes"], summary["documents"] * RECORD.itemsize)
-    return PartFile(tokens, records, summary) if whole else None
+    return PartFile(tokens, records, summary, unit.source) if whole else None
 
 
 def write_unit(unit: Unit, request: Request) -> None:

@@ -37,24 +37,22 @@ class WorkerPool:
         self._executor = ProcessPoolExecutor(count, get_context("spawn"), _begin, (tuple(PLUGINS),))
 
     def __enter__(self) -> WorkerPool:
-        self._others = active_children()
-        self._environment = dict(os.environ)
+        self._others, self._environment = {*active_children()}, dict(os.environ)
         os.environ.update(_ONE_THREAD)
         return self
 
     def __exit__(self, *_: object) -> None:
         os.environ.clear()
         os.environ.update(self._environment)
-        for process in active_children():  # a unit may take a minute, too long to wait for after Ctrl-C
-            if process not in self._others:
-                process.kill()
+        for process in {*active_children()} - self._others:  # a unit may take a minute, too long after Ctrl-C
+            process.kill()
         self._executor.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call `function` with the arguments of each task; yields number and result in the order they are done.
 
-        After a failure no further task begins, and those under way are waited for: so the error that is raised is that
-        of the earliest task that has one, however many workers there are.
+        After a failure no further task begins, and those under way are waited for: whatever the number of workers, the
+        earliest task's error is raised.
         """
         waiting = iter(enumerate(tasks))
         running: dict[Future[Any], int] = {}
@@ -97,14 +95,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-PLAIN_SECONDS = 15.0  # between two plain lines
-MOVING_SECONDS = 0.2
+PLAIN_SECONDS, MOVING_SECONDS = 15.0, 0.2  # between two lines, and two states of one that moves
 
 
 class Progress:
-    """Counts bytes of text that are done: a line that moves on a terminal, a plain one now and then elsewhere. Used by
-    `with`; stops printing when the stream is closed.
-    """
+    """Counts bytes that are done, by a line that moves on a terminal, or a plain one now and then. Used by `with`."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -114,7 +109,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._print("", "\r")
+        self._print("", "\r" if self._moves else "")
 
     def begin(self, what: str, total: int, done: int) -> None:
         """`what` is being done to `total` bytes; `done` of them were done by an earlier start."""
@@ -130,19 +125,15 @@ class Progress:
             return
         self._printed = now
         speed = (self._done - self._at_start) / max(now - self._begun, 1e-3)
-        left = (self._total - self._done) / max(speed, 1.0)
-        line = (
-            f"{self._what}: {format_bytes(self._done)} of {format_bytes(self._total)}, "
-            f"{100 * self._done / max(self._total, 1):.0f} %, {format_bytes(speed)}/s, {left / 60:.0f} min left"
-        )
+        done = f"{self._what}: {format_bytes(self._done)} of {format_bytes(self._total)}"
+        left = f"{(self._total - self._done) / max(speed, 1.0) / 60:.0f} min left"
+        line = f"{done}, {100 * self._done / max(self._total, 1):.0f} %, {format_bytes(speed)}/s, {left}"
         self._print(line, "\r" if self._moves else "\n")
 
     def message(self, text: str) -> None:
         self._print(text, "\n")
 
     def _print(self, text: str, end: str) -> None:
+        clear = "\x1b[2K" if self._moves else ""  # the line that moves
         with suppress(OSError):  # the reader has closed the stream
-            if self._moves:
-                print(end="\x1b[2K", file=self._stream)  # clears the line that moves
-            if text or self._moves:
-                print(text, end=end, file=self._stream, flush=True)
+            print(f"{clear}{text}", end=end, file=self._stream, flush=True)

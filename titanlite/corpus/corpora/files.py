@@ -73,10 +73,9 @@ MAGIC = {
 """How files begin that are not text, or not in UTF-8, whatever their names are."""
 HEAD = 4096  # bytes that tell what a file is
 
+# Of Python's own folder, by the beginnings of names: other people's code, and what the build or the site wrote.
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "config-")
-"""Beginnings of folder names: other people's code, and the build's own configuration."""
 _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
-"""Beginnings of file names: written by the build or by the site."""
 
 
 class FoundFile(NamedTuple):
@@ -98,10 +97,9 @@ class FileFinder:
         self._found: dict[str, str] = {}  # real path -> the entry that named it
 
     def find(self, entry: str) -> Iterator[FoundFile]:
-        """The files of an entry in the order of their names, each checked when it is come to.
-
-        Names are relative to what the entry fixes: the folder; the folder before a glob's first wildcard; a file's own.
-        Raises `DataError` for what cannot be text, and for an empty file that the entry names itself.
+        """The files of an entry in the order of their names, relative to what the entry fixes: the folder; the folder
+        before a glob's first wildcard; a file's own. Each is checked when it is come to. Raises `DataError` for what
+        cannot be text, and for an empty file that the entry names itself.
         """
         for name, path in self._paths(entry):
             place = _real(path)
@@ -150,11 +148,9 @@ def _in_folder(path: Path, entry: str, text_key: str) -> list[tuple[str, Path]]:
     files = (Path(parent, name) for parent, names in _walk(path) for name in names)
     texts = _name(path, (file for file in files if is_folder_text(file, text_key)))
     if not texts:
-        raise DataError(
-            f"{path}: the folder has no text; of folders, files ending in {', '.join(TEXT_SUFFIXES)} (also with "
-            f"{' or '.join(PACKED)} after it) or .parquet are taken, hidden ones left out. For others write a glob "
-            f"such as '{entry.rstrip('/')}/**/*.py'."
-        )
+        taken = f"{', '.join(TEXT_SUFFIXES)} (also with {' or '.join(PACKED)} after it) or .parquet, none hidden"
+        fix = f"for others write a glob such as '{entry.rstrip('/')}/**/*.py'."
+        raise DataError(f"{path}: no text is in the folder, of which files ending in {taken} are taken; {fix}")
     return texts
 
 
@@ -183,9 +179,8 @@ def _match(pattern: str, entry: str, key: str) -> list[tuple[str, Path]]:
     files = [Path(match) for match in matches if not os.path.isdir(match)]
     if not files:
         why = f"no file matches ({key}; looked from {os.getcwd()}); mend the pattern."
-        if matches:
-            why = f"matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
-        raise DataError(f"{pattern}: {why}")
+        folders = f"matches only folders; write '{entry.rstrip('/')}/*.txt' for the files in them."
+        raise DataError(f"{pattern}: {folders if matches else why}")
     parts = Path(pattern).parts
     fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
     return _name(fixed, files)
@@ -232,13 +227,13 @@ def _name(base: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
     return list(real.values())
 
 
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
+
+
 def _real(path: Path) -> str:
     """`os.path.realpath`, which asks for each folder on the way: here each folder is asked for once."""
     parent, name = os.path.split(path if path.is_absolute() else Path.cwd() / path)
     return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(parent), name)
-
-
-_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 def format_of(path: Path, text_key: str) -> str:
@@ -268,9 +263,7 @@ def format_of(path: Path, text_key: str) -> str:
 
 
 def is_folder_text(path: Path, text_key: str) -> bool:
-    """Whether a file of a folder is taken. Of JSON, that which is lines, or has the text's field in a form that is
-    refused: other JSON is a program's.
-    """
+    """Whether a file of a folder is taken. Of JSON, that which is lines or, to be refused, has the text's field."""
     suffixes = (*FOLDER_SUFFIXES, *(format for format in READERS if format.startswith(".")))
     if path.name.startswith(".") or not path.name.lower().endswith(suffixes):
         return False
@@ -306,22 +299,16 @@ def read_stdlib(section: Data) -> Iterator[Document]:
 
     Installations of one version differ at most by what their distributors patch or leave out.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(_python_files(root))
+    root, paths = Path(sysconfig.get_path("stdlib")), list[str]()
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(_SKIPPED_FOLDERS)]
+        names = (name for name in files if name.endswith(".py") and not name.startswith(_SKIPPED_FILES))
+        paths += [Path(folder, name).relative_to(root).as_posix() for name in names]
     if not paths:
         fix = 'use a Python that has it, or set data.corpus (now "python-stdlib") to a text file.'
         raise DataError(f"{root}: this Python was installed without the source of its standard library; {fix}")
-    for path in paths:
+    for path in sorted(paths):
         with wrap_read_errors(root / path):
             content = (root / path).read_bytes()
         if content:
             yield Document(path, content)
-
-
-def _python_files(root: Path) -> Iterator[str]:
-    """Paths below `root`, relative to it, with forward slashes; links to folders are not followed."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(_SKIPPED_FOLDERS)]
-        for name in files:
-            if name.endswith(".py") and not name.startswith(_SKIPPED_FILES):
-                yield Path(folder, name).relative_to(root).as_posix()
