@@ -28,7 +28,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titanlite.corpus.corpora import READERS, Document, files, read_corpus, readers
+from titanlite.corpus.corpora import READERS, Document, FoundFile, files, read_corpus, readers
 from titanlite.corpus.corpora.files import match_files
 from titanlite.errors import EXIT_RECIPE, DataError
 from titanlite.recipe.sections import Data
@@ -228,12 +228,13 @@ def test_parts_of_lines_are_the_whole(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("parts") / "x.jsonl"
     for content in (b"\n".join(rows), b"\n".join(rows) + b"\n"):
         path.write_bytes(content)
+        whole = FoundFile("x", path, "lines", len(content), 0)
         found = []
-        for part in readers.divide(path, "lines", len(content), size) or [None]:
+        for part in readers.divide(whole, size) or [None]:
             if part is not None:
                 part = part._replace(before=readers.count_newlines(path, 0, part.first))
-            found += readers.read_documents("x", path, "lines", "text", part)
-        assert found == list(readers.read_documents("x", path, "lines", "text"))
+            found += readers.read_documents(whole._replace(part=part), "text")
+        assert found == list(readers.read_documents(whole, "text"))
         assert len(found) == sum(len(row) > 1 for row in rows)
 
 

@@ -24,7 +24,7 @@ import pytest
 from support import bpe
 
 from titanlite.cli.data import describe_token_info
-from titanlite.corpus.corpora import Document, read_corpus
+from titanlite.corpus.corpora import Document, FoundFile, read_corpus
 from titanlite.corpus.corpora.readers import divide, read_documents
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import open_tokenizer
@@ -109,8 +109,9 @@ def read_table(form: Any, make: Callable[[int], bytes], number: int) -> None:
     path.write_bytes(data)
     found: list[Document] = []
     try:
-        for part in divide(path, form, len(data), 1) or [None]:
-            found += read_documents("x", path, form, "text", part)
+        whole = FoundFile("x", path, form, len(data), 0)
+        for part in divide(whole, 1) or [None]:
+            found += read_documents(whole._replace(part=part), "text")
     finally:
         assert number % 5 == 0 or all(text in data for _, text in found), "foreign bytes"
 

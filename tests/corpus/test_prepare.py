@@ -28,8 +28,7 @@ from titanlite import files
 from titanlite.cli import data
 from titanlite.cli.main import main
 from titanlite.corpus import prepare, units, workers
-from titanlite.corpus.corpora import read_corpus
-from titanlite.corpus.corpora.files import FoundFile
+from titanlite.corpus.corpora import FoundFile, read_corpus
 from titanlite.corpus.token_file import TokenFile
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import open_streams

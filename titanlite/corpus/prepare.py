@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from titanlite.corpus import token_file
-from titanlite.corpus.corpora import CORPORA, Part, is_held_out
-from titanlite.corpus.corpora.files import FileFinder, FoundFile
+from titanlite.corpus.corpora import CORPORA, FoundFile, Part, is_held_out
+from titanlite.corpus.corpora.files import FileFinder
 from titanlite.corpus.corpora.readers import count_newlines, divide
 from titanlite.corpus.token_file import Int64, TokenFile, TokenInfo, TokenWriter, paths_of
 from titanlite.corpus.tokenizers import Tokenizer
@@ -169,7 +169,7 @@ def unit_bytes(total: int) -> int:
 def _units(files: Sequence[FoundFile], workers: WorkerPool) -> list[Unit]:
     """The inputs, cut and grouped, in order."""
     limit = unit_bytes(sum(file.size for file in files))
-    cuts = [divide(file.path, file.format, file.size, limit) or [] for file in files]
+    cuts = [divide(file, limit) for file in files]
     _count_lines_before(files, cuts, workers)
     units: list[Unit] = []
     for file, cut in zip(files, cuts, strict=True):

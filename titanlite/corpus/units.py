@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from titanlite.corpus.corpora import Document, is_held_out
-from titanlite.corpus.corpora.files import FoundFile
+from titanlite.corpus.corpora import Document, FoundFile, is_held_out
 from titanlite.corpus.corpora.readers import read_documents, wrap_read_errors
 from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
@@ -182,7 +181,7 @@ def _batches(unit: Unit, text_key: str, on_bad: Callable[[DataError], None]) -> 
     batch: Texts = []
     held = 0
     for file in unit.files:
-        for document in read_documents(file.name, file.path, file.format, text_key, file.part, on_bad):
+        for document in read_documents(file, text_key, on_bad):
             batch.append((file.source, document))
             held += len(document.content)
             if held >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:

@@ -35,6 +35,16 @@ class Part(NamedTuple):
     """Newlines, or rows, of the file before it: from them its documents have their numbers."""
 
 
+class FoundFile(NamedTuple):
+    name: str  # relative to what the entry fixes, so that it stays the same when the corpus moves
+    path: Path
+    format: str
+    size: int
+    modified_ns: int
+    source: int = 0  # which of the entries names it
+    part: Part | None = None  # if not all of it
+
+
 class Reader(NamedTuple):
     """How the files of one format are read."""
 
@@ -71,7 +81,7 @@ def read_corpus(entries: Sequence[str], section: Data) -> Iterator[Document]:
             yield from CORPORA.get(entry)(section)
         else:
             for file in finder.find(entry):
-                yield from read_documents(file.name, file.path, file.format, section.text_key)
+                yield from read_documents(file, section.text_key)
 
 
 def is_held_out(name: str, percent: float) -> bool:

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from titanlite.corpus.corpora import CORPORA, READERS, Document, Part
+from titanlite.corpus.corpora import CORPORA, READERS, Document, FoundFile
 from titanlite.corpus.corpora.readers import BYTE_ORDER_MARK, PACKED, read_lines, read_unpacked, wrap_read_errors
 from titanlite.errors import DataError
 from titanlite.recipe.paths import expand
@@ -76,16 +76,6 @@ HEAD = 4096  # bytes that tell what a file is
 # Of Python's own folder, by the beginnings of names: other people's code, and what the build or the site wrote.
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "config-")
 _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
-
-
-class FoundFile(NamedTuple):
-    name: str  # relative to what the entry fixes, so that it stays the same when the corpus moves
-    path: Path
-    format: str
-    size: int
-    modified_ns: int
-    source: int = 0  # which of the entries names it
-    part: Part | None = None  # if not all of it
 
 
 class FileFinder:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from titanlite.corpus.corpora import READERS, Document, Part, Reader
+from titanlite.corpus.corpora import READERS, Document, FoundFile, Part, Reader
 from titanlite.errors import DataError
 from titanlite.registry import did_you_mean
 
@@ -61,33 +61,28 @@ def wrap_read_errors(path: Path, kind: type[Exception] = OSError) -> Iterator[No
 
 
 def read_documents(
-    name: str,
-    path: Path,
-    format: str,
-    text_key: str,
-    part: Part | None = None,
-    on_bad: Callable[[DataError], None] | None = None,
+    file: FoundFile, text_key: str, on_bad: Callable[[DataError], None] | None = None
 ) -> Iterator[Document]:
-    """The documents of a file, or of a part of it, that are not empty; named `name`, or `name:line`, `name:row`.
+    """The documents of a file, or of a part of it, that are not empty; named as it is, or `name:line`, `name:row`.
 
     A line or row without a text is passed over after a call of `on_bad`; if there is none, it is a `DataError`.
     """
-    reader: Reader = READERS.get(format)
-    for number, text in reader.read(path, text_key, part):
+    reader: Reader = READERS.get(file.format)
+    for number, text in reader.read(file.path, text_key, file.part):
         if isinstance(text, DataError):
             if on_bad is None:
                 raise text
             on_bad(text)
         elif text:
-            yield Document(f"{name}:{number}" if number else name, text)
+            yield Document(f"{file.name}:{number}" if number else file.name, text)
 
 
-def divide(path: Path, format: str, size: int, part_bytes: int) -> list[Part] | None:
-    """Parts of about `part_bytes` of a file that can be read so; None for one that is read as a whole."""
-    reader: Reader = READERS.get(format)
-    if reader.divide is None or size <= part_bytes or path.suffix.lower() in PACKED:
-        return None
-    return reader.divide(path, size, part_bytes)
+def divide(file: FoundFile, part_bytes: int) -> list[Part]:
+    """Parts of about `part_bytes`; none of a file that is read as a whole."""
+    reader: Reader = READERS.get(file.format)
+    if reader.divide is None or file.size <= part_bytes or file.path.suffix.lower() in PACKED:
+        return []
+    return reader.divide(file.path, file.size, part_bytes)
 
 
 def _read_lines(path: Path, text_key: str, part: Part | None) -> Iterator[tuple[int, bytes | DataError]]:
@@ -145,12 +140,10 @@ def _text_of(line: bytes, text_key: str) -> bytes:
         byte = f"byte {error.object[error.start]:#04x} at position {error.start + 1} of the line"
         why = f"not UTF-8: {byte}; convert the file to UTF-8."
     except UnicodeEncodeError as error:
-        why = (
-            f"field '{text_key}' has half of a surrogate pair at character {error.start + 1}; mend or delete the line."
-        )
+        why = f"field '{text_key}' has half of a surrogate pair at character {error.start + 1}; mend or delete it."
     except json.JSONDecodeError as error:
-        why = f"invalid JSON at column {error.colno}: {error.msg}; a .jsonl file holds one JSON object a line, mend or "
-        why += "delete this one (plain text wants another suffix, such as .txt)."
+        fix = "a .jsonl file has one JSON object a line: mend or delete this one (plain text is .txt, say)."
+        why = f"invalid JSON at column {error.colno}: {error.msg}; {fix}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousands deep
         why = f"JSON that cannot be read ({error}); mend or delete the line."
     raise DataError(why)
