@@ -45,12 +45,8 @@ def add_train_tokenizer_command(commands: Any) -> None:
     command.add_argument("--force", action="store_true", help="overwrite a tokenizer that is there")
 
 
-def train_bpe(
-    texts: Iterator[str], vocab_size: int, special: tuple[str, ...], *, show_progress: bool = False
-) -> tuple[str, int]:
-    """The `tokenizer.json` of a byte-level BPE of at most `vocab_size` tokens, and how many it has: the 256 bytes,
-    merges in the order in which they were made, and the `special` tokens, to none of which text may encode.
-    """
+def _train_bpe(texts: Iterator[str], vocab_size: int, special: tuple[str, ...]) -> tuple[str, int]:
+    """The `tokenizer.json` of a byte-level BPE of at most `vocab_size` tokens, and how many it has."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -61,8 +57,8 @@ def train_bpe(
         vocab_size=vocab_size - len(special),
         min_frequency=MIN_FREQUENCY,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[],
-        show_progress=show_progress,
+        special_tokens=[],  # which are added last, and to none of which text may encode
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     for name in special:
@@ -88,7 +84,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{file} is there already; name another folder, or add --force to overwrite it.")
     read: Counter[str] = Counter()
     texts = _texts(arguments.inputs, Data(text_key=arguments.text_key), arguments.held_out, read)
-    content, size = train_bpe(texts, arguments.vocab_size, special, show_progress=sys.stderr.isatty())
+    content, size = _train_bpe(texts, arguments.vocab_size, special)
     if not read["documents"]:
         raise DataError(f"{', '.join(arguments.inputs)}: no text at all; give a corpus with text in it.")
     with wrap_os_errors(f"cannot write {file}", file):

@@ -86,13 +86,13 @@ class Tokenizer(ABC):
         Raises `ValueError` for an id outside the vocabulary.
         """
 
-    @abstractmethod
     def bytes_of(self, ids: npt.ArrayLike) -> int:
-        """How many bytes `ids` stand for: `len(decode(ids))`."""
+        """How many bytes `ids` stand for."""
+        return len(self.decode(ids))
 
-    @abstractmethod
     def export(self) -> dict[str, bytes]:
         """Names and contents of the files by which Hugging Face's transformers give the same ids; may be none."""
+        return {}
 
     def name_of(self, special: int) -> str | None:
         """Of a special token."""
@@ -104,10 +104,9 @@ def wrap_library_errors(path: Path, library: str) -> Iterator[None]:
     """Raise as `DataError` what a library raises; a panic of one in Rust is no `Exception`."""
     try:
         yield
-    except (DataError, MemoryError):
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        is_own = isinstance(error, DataError | MemoryError) or not isinstance(error, Exception)
+        if is_own and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{path} cannot be used by the library '{library}': {error}.") from error
 
@@ -131,12 +130,6 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: npt.ArrayLike) -> bytes:
         flat = flat_ids(ids, self.vocab_size)
         return bytes(flat[flat < self.separator].astype(np.uint8))
-
-    def bytes_of(self, ids: npt.ArrayLike) -> int:
-        return int(np.count_nonzero(np.asarray(ids) < self.separator))
-
-    def export(self) -> dict[str, bytes]:
-        return {}
 
 
 class PieceTokenizer(Tokenizer):
@@ -271,8 +264,8 @@ def _choose_separator(path: Path, special: Mapping[str, int], wanted: str | None
     known = [name for name in END_OF_TEXT if name in special]
     if len(known) == 1:
         return known[0]
-    found = f"several special tokens that may end a document: {', '.join(map(repr, known))}"
-    found = found if known else f"no special token that is known to end a document; it has {listed}"
+    several = f"several special tokens that may end a document: {', '.join(map(repr, known))}"
+    found = several if known else f"no special token that is known to end a document; it has {listed}"
     raise DataError(f"{path} has {found}. Name the one to put between documents as data.separator.")
 
 
@@ -336,10 +329,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def _file(path: Path) -> Path:
     if os.path.isdir(path):
-        found = next((path / file for file in FILES if (path / file).is_file()), None)
-        if found is None:
-            raise UsageError(f"the folder '{path}' holds no tokenizer: neither {' nor '.join(FILES)}.")
-        return found
+        if found := [path / file for file in FILES if (path / file).is_file()]:
+            return found[0]
+        raise UsageError(f"the folder '{path}' holds no tokenizer: neither {' nor '.join(FILES)}.")
     if not os.path.isfile(path):
         names = [entry for entry in TOKENIZERS if not entry.startswith(".")]
         hint = did_you_mean(str(path), names) or f"give {', '.join(map(repr, names))} or the path of a tokenizer."

@@ -29,8 +29,7 @@ LLAMA3_PATTERN = (
 """Words, numbers of up to three digits, signs and white space apart: Llama 3's, of GPT-4's family."""
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` cuts by if no pattern is given. Both libraries cut by these two alike; by others they may not."""
-_SHORT = 2**18
-"""Characters that are too few for that: on longer ones, the faster of tiktoken's functions would break down."""
+_SHORT = 2**18  # characters; on more, the faster of tiktoken's functions may break down
 _OTHERWISE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 """Settings of a BPE that ranks cannot express."""
 LLAMA3_SPECIAL_TOKENS = (

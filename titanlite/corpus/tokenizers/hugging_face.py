@@ -23,10 +23,8 @@ from titanlite.corpus.tokenizers import CONFIG, Ids, PieceTokenizer, config_json
 from titanlite.corpus.tokenizers.byte_pairs import bytes_of_characters, rank_engine, ranks_in, ranks_of_json
 from titanlite.errors import DataError
 
+# The unknown token of a BPE that has none: as no vocabulary has it, the library raises instead of dropping text.
 _NO_TOKEN = "titanlite: no token for unknown text"
-"""Stands as the unknown token of a BPE that has none, which would drop in silence what it has no token for: as this is
-not in the vocabulary either, the library raises instead.
-"""
 _MAX_GROWTH = 1000  # times that normalizer, cuts or decoder may make a text longer; known ones stay under 30
 
 Fields = Mapping[str, Any]
@@ -111,10 +109,10 @@ class HuggingFaceTokenizer(PieceTokenizer):
     @cached_property
     def _fast(self) -> tuple[Any, Ids] | None:
         """tiktoken and the ids of its ranks, if it certainly cuts all texts alike."""
-        if (found := ranks_of_json(json.loads(self._content), self.special_tokens)) is None:
-            return None
-        ranks, ids, pattern = found
-        return rank_engine(str(self.path), ranks, pattern), np.array(ids, self.dtype)
+        if found := ranks_of_json(json.loads(self._content), self.special_tokens):
+            ranks, ids, pattern = found
+            return rank_engine(str(self.path), ranks, pattern), np.array(ids, self.dtype)
+        return None
 
     @cached_property
     def _engine(self) -> Any:
