@@ -29,7 +29,7 @@ from titanlite.cli import data
 from titanlite.cli.main import main
 from titanlite.corpus import prepare, units, workers
 from titanlite.corpus.corpora import FoundFile, read_corpus
-from titanlite.corpus.token_file import TokenFile
+from titanlite.corpus.token_file import TokenFile, TokenizerInfo
 from titanlite.corpus.tokenizers import open_tokenizer
 from titanlite.data.sources import open_streams
 from titanlite.errors import DataError
@@ -585,11 +585,12 @@ def test_a_long_document_is_not_copied_whole(tmp_path: Path, monkeypatch: pytest
     text = os.urandom(50_500)
     (tmp_path / "a.txt").write_bytes(text)
     status = (tmp_path / "a.txt").stat()
-    request = units.Request((), tmp_path / "out", "bytes", None, (), "", "text", 0.0)
+    tokenizer = open_tokenizer("bytes")
+    request = units.Request((), tmp_path / "out", TokenizerInfo.of("bytes", tokenizer), None, (), "text", 0.0)
     (tmp_path / "out.parts").mkdir()
     file = FoundFile("a.txt", tmp_path / "a.txt", "text", status.st_size, status.st_mtime_ns)
     unit = units.Unit((file,), status.st_size)
-    units.write_part(unit, request, open_tokenizer("bytes"))
+    units.write_part(unit, request, tokenizer)
     part = units.find_part(unit, request)
     assert part is not None
     assert np.fromfile(part.tokens, np.uint16).tolist() == [*text, 256]

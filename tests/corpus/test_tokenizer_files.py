@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models
 
 from titanlite.corpus.prepare import find_inputs, prepare
+from titanlite.corpus.token_file import TokenizerInfo
 from titanlite.corpus.tokenizers import Tokenizer, describe_separator, open_tokenizer, separator_warning, token_dtype
 from titanlite.corpus.tokenizers.byte_pairs import GPT2_PATTERN, LLAMA3_PATTERN, json_of_ranks, rank_engine
 from titanlite.corpus.units import Request
@@ -363,9 +364,9 @@ def test_what_a_library_raises_names_the_tokenizer_and_the_document(tmp_path: Pa
     with pytest.raises(DataError, match=f"^texts.jsonl:2: {said}"):
         open_streams([str(tmp_path / "texts.jsonl")], "data.corpus", section, tokenizer)
     inputs = (str(tmp_path / "texts.jsonl"),)
-    request = Request(inputs, tmp_path / "out", path, separator, (), tokenizer.fingerprint, "text", 0.0)
+    request = Request(inputs, tmp_path / "out", TokenizerInfo.of(path, tokenizer), separator, (), "text", 0.0)
     with pytest.raises(DataError, match=f"^texts.jsonl:2: {said}"):
-        prepare(request, find_inputs(inputs, "text"), tokenizer)
+        prepare(request, find_inputs(inputs, "text"))
 
 
 DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

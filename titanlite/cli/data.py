@@ -18,7 +18,7 @@ import numpy as np
 from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
 from titanlite.checkpoint.storage import BEGINS_WITH, checkpoint_steps, read_manifest
 from titanlite.corpus.prepare import find_inputs, prepare, texts_folder
-from titanlite.corpus.token_file import TokenFile, TokenInfo, paths_of
+from titanlite.corpus.token_file import TokenFile, TokenInfo, TokenizerInfo, paths_of
 from titanlite.corpus.tokenizers import Tokenizer, Tokens, describe_separator, open_tokenizer, separator_warning
 from titanlite.corpus.train_tokenizer import add_train_tokenizer_command
 from titanlite.corpus.units import Request
@@ -94,10 +94,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     request = Request(
         inputs=tuple(arguments.inputs),
         out=arguments.out,
-        tokenizer=arguments.tokenizer,
+        tokenizer=TokenizerInfo.of(arguments.tokenizer, tokenizer),
         separator=arguments.separator,
         special_tokens=special,
-        fingerprint=tokenizer.fingerprint,
         text_key=arguments.text_key,
         held_out_percent=arguments.held_out,
         skip_bad_lines=arguments.bad_lines == "skip",
@@ -105,7 +104,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         workers=arguments.workers or cores(),
         force=arguments.force,
     )
-    made = prepare(request, find_inputs(request.inputs, request.text_key), tokenizer)
+    made = prepare(request, find_inputs(request.inputs, request.text_key))
     if arguments.json:
         print(json.dumps({str(prefix): info.model_dump() for prefix, info in made.items()}, indent=1))
         return

@@ -56,7 +56,7 @@ def find_inputs(inputs: Sequence[str], text_key: str) -> list[FoundFile]:
     return FileFinder(text_key, "INPUT", ()).find_all(inputs)
 
 
-def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) -> dict[Path, TokenInfo]:
+def prepare(request: Request, files: Sequence[FoundFile]) -> dict[Path, TokenInfo]:
     """Make the token files of the inputs' `files`, or go on where an earlier start of the same request stopped; their
     sidecars by prefix. Raises `DataError` for texts that cannot be read and for a disk that takes no more, `UsageError`
     for what is in the way; parts that are done stay.
@@ -69,7 +69,7 @@ def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) 
         closing(_lock(request, parts, progress)) as lock,
     ):
         try:
-            done = _make(request, files, tokenizer, lock, progress)
+            done = _make(request, files, lock, progress)
             shutil.rmtree(parts, ignore_errors=True)
             if parts.exists():
                 progress.message(f"cannot remove {parts}, which nothing needs any more")
@@ -81,9 +81,7 @@ def prepare(request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer) 
             raise
 
 
-def _make(
-    request: Request, files: Sequence[FoundFile], tokenizer: Tokenizer, lock: Lock, progress: Progress
-) -> dict[Path, TokenInfo]:
+def _make(request: Request, files: Sequence[FoundFile], lock: Lock, progress: Progress) -> dict[Path, TokenInfo]:
     made_from = _hash_request(request, files)
     if done := _finished(request, made_from, files, began_before=any(lock.path.parent.glob("*.json"))):
         progress.message(f"{request.out} is finished: nothing is left to do")
@@ -91,7 +89,7 @@ def _make(
     parts = _write_parts(request, files, progress)
     if not lock.is_in_place():
         raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
-    return _join(request, tokenizer, parts, made_from, files, progress)
+    return _join(request, parts, made_from, files, progress)
 
 
 def _hash_request(request: Request, files: Sequence[FoundFile]) -> str:
@@ -194,19 +192,15 @@ def _count_lines_before(files: Sequence[FoundFile], cuts: Sequence[list[Part]], 
 
 
 def _join(
-    request: Request,
-    tokenizer: Tokenizer,
-    parts: Sequence[PartFile],
-    made_from: str,
-    files: Sequence[FoundFile],
-    progress: Progress,
+    request: Request, parts: Sequence[PartFile], made_from: str, files: Sequence[FoundFile], progress: Progress
 ) -> dict[Path, TokenInfo]:
     """The parts as token files."""
     first_ones = _first_of_equals(parts) if request.drop_duplicates else None
     text_bytes = dict.fromkeys(request.outputs, 0)
     progress.begin("joining", sum(part.summary["token_bytes"] for part in parts), 0)
     with ExitStack() as stack:
-        writers = {prefix: stack.enter_context(TokenWriter(prefix, tokenizer.vocab_size)) for prefix in request.outputs}
+        size = request.tokenizer.vocab_size
+        writers = {prefix: stack.enter_context(TokenWriter(prefix, size)) for prefix in request.outputs}
         at = 0
         for part in parts:
             records = np.fromfile(part.records, RECORD)
@@ -227,15 +221,12 @@ def _join(
             raise DataError(f"{problem}, which goes by a hash of their names; {fix}.")
         shared: dict[str, Any] = {
             "made_from": made_from,
-            "tokenizer": token_file.TokenizerInfo(
-                name=request.tokenizer, fingerprint=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,
-            ),
+            "tokenizer": request.tokenizer,
             "duplicates": at - total,
             "bad_lines": sum(part.summary["bad"] for part in parts),
             "bad_line_examples": tuple(line for part in parts for line in part.summary["examples"])[:EXAMPLES],
             "sources": tuple(_sources(request.inputs, parts, files)),
-        }  # fmt: skip
+        }
         return {prefix: writer.commit(text_bytes=text_bytes[prefix], **shared) for prefix, writer in writers.items()}
 
 
@@ -305,10 +296,9 @@ def open_tokenized(
     request = Request(
         inputs=tuple(paths),
         out=folder,
-        tokenizer=section.tokenizer,
+        tokenizer=token_file.TokenizerInfo.of(section.tokenizer, tokenizer),
         separator=section.separator,
         special_tokens=tuple(section.special_tokens),
-        fingerprint=tokenizer.fingerprint,
         text_key=section.text_key,
         held_out_percent=percent,
         workers=cores(),
@@ -319,5 +309,5 @@ def open_tokenized(
     texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
     request = replace(request, out=folder / key_of([PART_VERSION, request.decisive, texts]))
     if not paths_of(request.out).idx.exists():  # which is the last to be there
-        prepare(request, files, tokenizer)
+        prepare(request, files)
     return tuple(map(TokenFile.open, reversed(request.outputs)))

@@ -117,6 +117,11 @@ class TokenizerInfo(_Section):
     vocab_size: int = Field(ge=1)
     separator: int = Field(ge=0)
 
+    @classmethod
+    def of(cls, name: str, tokenizer: Tokenizer) -> TokenizerInfo:
+        ids = {"vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator}
+        return cls(name=name, fingerprint=tokenizer.fingerprint, **ids)
+
 
 class SourceInfo(_Section):
     """One input of `titanlite data prepare`, as it was named."""

@@ -22,7 +22,7 @@ import xxhash
 
 from titanlite.corpus.corpora import Document, FoundFile, is_held_out
 from titanlite.corpus.corpora.readers import read_documents, wrap_read_errors
-from titanlite.corpus.token_file import BLOCK, HELD_OUT, paths_of
+from titanlite.corpus.token_file import BLOCK, HELD_OUT, TokenizerInfo, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.errors import DataError
 from titanlite.files import replace_file, replacing, wrap_os_errors
@@ -42,10 +42,9 @@ class Request:
 
     inputs: tuple[str, ...]  # files, folders and globs
     out: Path  # the prefix
-    tokenizer: str
+    tokenizer: TokenizerInfo
     separator: str | None
     special_tokens: tuple[str, ...]
-    fingerprint: str  # the tokenizer's, as it was when `prepare` began
     text_key: str
     held_out_percent: float
     skip_bad_lines: bool = False
@@ -57,7 +56,7 @@ class Request:
     @property
     def decisive(self) -> list[Any]:
         """What decides, beside the texts, what a unit writes."""
-        return [self.fingerprint, self.text_key, self.skip_bad_lines, self.held_out_percent]
+        return [self.tokenizer.fingerprint, self.text_key, self.skip_bad_lines, self.held_out_percent]
 
     @property
     def outputs(self) -> list[Path]:
@@ -130,9 +129,10 @@ def write_unit(unit: Unit, request: Request) -> None:
 
 @lru_cache(maxsize=1)
 def _open_tokenizer(request: Request) -> Tokenizer:
-    tokenizer = open_tokenizer(request.tokenizer, request.separator, request.special_tokens)
-    if tokenizer.fingerprint != request.fingerprint:
-        raise DataError(f"the tokenizer '{request.tokenizer}' changed while it was used; start again.")
+    name = request.tokenizer.name
+    tokenizer = open_tokenizer(name, request.separator, request.special_tokens)
+    if tokenizer.fingerprint != request.tokenizer.fingerprint:
+        raise DataError(f"the tokenizer '{name}' changed while it was used; start again.")
     return tokenizer
 
 
