@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -131,6 +131,18 @@ def test_lagging_are_those_that_do_not_run_then_those_that_do_not_wait_then_thos
     table[2] = rank(2, phase=LEFT, waits=False)
     assert lagging(table)[1] == [2]
     assert lagging([rank(0)])[1] == [0], "alone, it is nobody else"
+
+
+def test_the_table_of_many_ranks_is_not_read_once_for_each() -> None:
+    class Table(list[RankStatus]):
+        readings = 0
+
+        def __iter__(self) -> Iterator[RankStatus]:
+            self.readings += 1
+            return super().__iter__()
+
+    table = Table(rank(number, step=9 - number % 2) for number in range(100))
+    assert len(lagging(table)[1]) == 50 and table.readings < 10
 
 
 @given(some_table, some.data())

@@ -86,6 +86,7 @@ def lagging_ranks(table: Sequence[RankStatus], stopped: Collection[int]) -> tupl
 
     These are those `stopped`, or else those that do not wait while others do, or else those with fewer steps.
     """
+    furthest = max((row.step for row in table), default=0)
     busy = [row for row in table if not row.waits or len(table) == 1]
     if len(busy) == len(table) > 1:
         busy = []
@@ -94,7 +95,7 @@ def lagging_ranks(table: Sequence[RankStatus], stopped: Collection[int]) -> tupl
             row for row in table if row.rank in stopped
         ],
         "waits for no other rank": busy,
-        "has finished fewer steps than others": [row for row in table if row.step < max(each.step for each in table)],
+        "has finished fewer steps than others": [row for row in table if row.step < furthest],
     }
     return next(((why, found) for why, found in reasons.items() if found), ("", []))
 
@@ -102,10 +103,13 @@ def lagging_ranks(table: Sequence[RankStatus], stopped: Collection[int]) -> tupl
 def find_stragglers(table: Sequence[RankStatus]) -> dict[int, str]:
     """Ranks that waited a fifth of the last window less than the others' median, each with a sentence for the log."""
     waited = {row.rank: row.waited for row in table if row.waited is not None}
+    above = sorted(waited.values())[len(waited) // 2 :][:2]  # the last is no less than the median without any row
     found = {}
     for row in table:
+        if row.waited is None or above[-1] - row.waited < _STRAGGLES_FROM:
+            continue  # of many thousand rows, few are compared with all others
         others = [share for rank, share in waited.items() if rank != row.rank]
-        if row.waited is not None and others and median(others) - row.waited >= _STRAGGLES_FROM:
+        if others and median(others) - row.waited >= _STRAGGLES_FROM:
             found[row.rank] = (
                 f"{row.name} slows the others down: it waited {row.waited:.0%} of the time, they {median(others):.0%}; "
                 f"it spent {row.busiest}"
