@@ -257,10 +257,8 @@ def _require_same_order(run: Path, split: Split, step: int) -> None:
 
 
 def _describe(split: Split, tokenizer: Tokenizer, number: int, limit: int) -> dict[str, Any]:
-    """A sample: where it lies, and at most `limit` characters of its text, inputs and the last label; 0: all.
-
-    `file` is empty where texts were tokenized as they were read; then there is no document either.
-    """
+    """A sample: where it lies (no file or document if texts are tokenized as they are read), and at most `limit`
+    characters of its text, inputs and the last label; 0: all."""
     source, window = split.place(number)
     stream, packed, number_there = source.locate(window)
     token = packed.first(number_there)

@@ -65,10 +65,8 @@ def main(argv: list[str]) -> int:
 
 
 def load_model(run: Path, recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module, Manifest]:
-    """The model of a run, with the weights of its latest usable checkpoint, and that one's manifest.
-
-    Raises `CheckpointError` without one, and `UsageError` if its weights were trained in another model.
-    """
+    """The model of a run with the weights of its latest usable checkpoint, and that one's manifest. Raises
+    `CheckpointError` without one, and `UsageError` if its weights were trained in another model."""
     from titanlite.checkpoint.manager import CheckpointManager
     from titanlite.models.shard import Shard
     from titanlite.precision.casting import compute_dtype, master_dtype

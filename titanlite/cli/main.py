@@ -16,35 +16,15 @@ from contextlib import suppress
 from errno import EACCES, ENAMETOOLONG
 from typing import NoReturn
 
-from titanlite import __version__
-from titanlite.errors import (
-    EXIT_DONE,
-    EXIT_GUARD,
-    EXIT_RECIPE,
-    CommandLineError,
-    RecipeError,
-    StoppedEarly,
-    TitanliteError,
-    UsageError,
-)
-from titanlite.plan.launch import (
-    end_process,
-    launch_environment_or_default,
-    mark_printed,
-    prints_for_all,
-    torchrun_environment_or_none,
-)
+from titanlite import __version__, errors
+from titanlite.errors import EXIT_DONE, CommandLineError, StoppedEarly, TitanliteError
+from titanlite.plan import launch
 from titanlite.registry import Registry, did_you_mean, import_plugin
 from titanlite.text import format_table
 
 Command = Callable[[list[str]], int]
 
-_AGENT_SECONDS = 3.0
-"""Well above the interval at which torchrun's agents look for new ones (`--monitor-interval`, 0.1 s)."""
-
-EXIT_INTERRUPTED = 128 + 2  # as shells report a process ended by SIGINT
-EXIT_BROKEN_PIPE = 128 + 13  # … and by SIGPIPE: who read our output has gone
-
+_AGENT_SECONDS = 3.0  # well above the interval at which torchrun's agents look for new ones (0.1 s)
 HELP = {
     "train": "train a recipe (RECIPE [--section.key=value ...])",
     "check": "describe a run, and what is wrong with its recipe; explain a key",
@@ -56,10 +36,7 @@ HELP = {
 }
 
 COMMANDS = Registry("command", {name: f"titanlite.cli.{name}:main" for name in HELP})
-"""Each is a function `main(argv) -> exit code`."""
-
-ON_ALL_RANKS = ("train", "verify")
-"""What takes all processes of a job; of the others the first is enough, wherever a launcher starts them."""
+ON_ALL_RANKS = ("train", "verify")  # of the others, the first process of a job runs the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Command, argv: Sequence[str]) -> int:
-    """Run `command(argv)`; an error that a user can cause becomes a paragraph on stderr and its exit code.
-
-    `--traceback` (taken out of `argv`) shows where it was raised. Other exceptions are our mistakes and pass through.
-    """
+    """Run `command(argv)`; an error that a user can cause becomes a paragraph on stderr and its exit code, other ones
+    pass through. `--traceback` (taken out of `argv`) shows where it was raised."""
     return _run(command, argv)[0]
 
 
@@ -83,42 +58,42 @@ def _run(command: Command, argv: Sequence[str]) -> tuple[int, Exception | None]:
         code = command(arguments)
         sys.stdout.flush()
     except TitanliteError as error:
-        if error.on_all_ranks and not prints_for_all():
+        if error.on_all_ranks and not launch.prints_for_all():
             return error.exit_code, error
         with suppress(OSError):  # the terminal may have gone: the exit code stays
             if len(arguments) < len(argv):
                 traceback.print_exc()
             print(_paragraph(error), file=sys.stderr, flush=True)
-        mark_printed()
+        launch.mark_printed()
         return error.exit_code, error
     except SystemExit as exit_:  # how argparse ends --help and wrong usage
         return int(exit_.code or 0), None
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED, None
+        return 128 + 2, None  # as shells report a process ended by SIGINT
     except BrokenPipeError as error:
         # The interpreter flushes stdout once more at exit; let that go nowhere instead of failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE, error
+        return 128 + 13, error  # as by SIGPIPE: who read our output has gone
     except OSError as error:
         if error.errno not in (EACCES, ENAMETOOLONG) or not error.filename:
             raise
         path = os.fsdecode(error.filename)[:200]
         print(f"error: {path}: {error.strerror}; give another path, or mend its permissions.", file=sys.stderr)
-        return UsageError.exit_code, error
+        return errors.UsageError.exit_code, error
     return code, None
 
 
 def end_as_launched(command: Command, argv: list[str]) -> NoReturn:
     """Run `command(argv)`, and end this process with the exit code that torchrun, srun or a shell should see."""
     codes = os.environ.get("TITANLITE_EXIT_CODE_FILE")
-    if codes and torchrun_environment_or_none() and launch_environment_or_default().local_rank == 0:
+    if codes and launch.torchrun_environment_or_none() and launch.launch_environment_or_default().local_rank == 0:
         open(codes, "w").close()  # what an earlier start left there is not how the run ended
     try:
         code, error = _run(command, argv)
     except Exception as mistake:  # ours: in one piece, for other ranks write here too
         sys.stderr.write(traceback.format_exc())
         code, error = 1, mistake
-    end_process(_launcher_exit_code(code, error))
+    launch.end_process(_launcher_exit_code(code, error))
 
 
 def _launcher_exit_code(code: int, error: Exception | None) -> int:
@@ -127,7 +102,7 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
     if codes:
         with open(codes, "a") as file:  # one short line of each rank, in the order they end: see scripts/torchrun.sh
             file.write(f"{code}\n")
-    under = torchrun_environment_or_none()
+    under = launch.torchrun_environment_or_none()
     if under is None:
         return code
     if isinstance(error, StoppedEarly):
@@ -137,8 +112,8 @@ def _launcher_exit_code(code: int, error: Exception | None) -> int:
             time.sleep(_AGENT_SECONDS)
         return code if left_alone and under.elastic else EXIT_DONE
     alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
-    if code in (EXIT_RECIPE, EXIT_GUARD) and alike and (codes or under.restarts_left > 0):
-        if launch_environment_or_default().is_first and under.restarts_left > 0:
+    if code in (errors.EXIT_RECIPE, errors.EXIT_GUARD) and alike and (codes or under.restarts_left > 0):
+        if launch.launch_environment_or_default().is_first and under.restarts_left > 0:
             print(f"exit code {code}: a restart would not mend this, so torchrun makes none.", file=sys.stderr)
         return EXIT_DONE
     return code
@@ -156,7 +131,7 @@ def _let_printing_succeed() -> None:
 def _paragraph(error: TitanliteError) -> str:
     if isinstance(error, StoppedEarly):
         return str(error)
-    if isinstance(error, RecipeError) and len(error.findings) > 1:
+    if isinstance(error, errors.RecipeError) and len(error.findings) > 1:
         return f"error: {len(error.findings)} things are wrong with the recipe:\n{error}"
     return f"error: {error}"
 
@@ -165,7 +140,7 @@ def dispatch(argv: list[str]) -> int:
     """Run the command that `argv` names; its exit code. Raises `TitanliteError`."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else UsageError.exit_code
+        return 0 if argv else errors.UsageError.exit_code
     name, *arguments = argv
     if name == "--version":
         print(f"titanlite {__version__}")
@@ -173,7 +148,7 @@ def dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, list(COMMANDS)) or f"the commands are {', '.join(COMMANDS)}."
         raise CommandLineError(f"titanlite has no command '{name}'; {hint}")
-    if name not in ON_ALL_RANKS and not launch_environment_or_default().is_first:
+    if name not in ON_ALL_RANKS and not launch.launch_environment_or_default().is_first:
         return EXIT_DONE
     command: Command = COMMANDS.get(name)
     return command(_import_plugins(arguments))

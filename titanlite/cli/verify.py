@@ -20,16 +20,12 @@ from titanlite.verify.shrink import shrink
 from titanlite.verify.verdict import Comparison, NumberDifference, first_difference
 
 _LEAST_TIMEOUT_SECONDS = 600.0  # other ranks wait while the first one runs, and perhaps compiles, alone
-
 _MOST_STEPS = 1000
 
 
 def main(argv: list[str]) -> int:
     """`titanlite verify`: 0 if the layout computes what one process does, else `GuardStop` (exit code 3)."""
-    description = (
-        "Prove on these machines that the recipe's layout computes what one process does, with a small model of the "
-        "same structure. Start it as you would start the training: alone, under torchrun or srun."
-    )
+    description = "Prove, by a small model, that a layout computes what one process does. Start it like the training."
     parser = RecipeParser("verify", "[--steps N] [--json]", description)
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="optimizer steps to compare (4)")
     parser.add_argument("--json", action="store_true", help="print an object instead of tables")

@@ -20,7 +20,7 @@ from titanlite.text import format_table
 
 Schema = dict[str, Any]
 
-SYNONYMS = {
+SYNONYMS = {  # other projects' words for keys of ours
     word: key
     for key, words in {
         "checkpoint.every_steps": "save_interval save_steps",
@@ -49,7 +49,6 @@ SYNONYMS = {
     }.items()
     for word in words.split()
 }
-"""Other projects' words for keys of ours."""
 
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -133,25 +132,19 @@ def all_keys() -> list[str]:
 
 
 def suggest_key(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
-    """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing.
-
-    In this order: the same name in another section, another project's word for it, the nearest spelling.
-    """
+    """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing."""
     named: dict[str, list[str]] = {}
     for key, _ in _walk(json_schema(), into_tables=True):
         named.setdefault(key.rpartition(".")[2], []).append(key)
     named |= {key: [".".join([*table, key])] for key in known}
     synonym = [SYNONYMS[name]] if name in SYNONYMS else []
     near = [key for close in difflib.get_close_matches(name, named, n=1) for key in named[close]]
-    best = named.get(name) or synonym or near
+    best = named.get(name) or synonym or near  # the name in another section, another project's word, the spelling
     return f"did you mean {' or '.join(map(repr, best))}?" if best else ""
 
 
 def find_key(key: str) -> tuple[tuple[str, ...], Schema]:
-    """Path and schema of a section or a key; in arrays of tables a number may be left out, for any will do.
-
-    Raises `UsageError` for one that is not there, with the nearest that are.
-    """
+    """Path and schema of a section or a key, in arrays of tables with or without a number. Raises `UsageError`."""
     path: tuple[str, ...] = ()
     table: Schema = json_schema()
     for name in key.split("."):

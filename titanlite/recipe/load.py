@@ -133,10 +133,7 @@ class RecipeParser(argparse.ArgumentParser):
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command line of a command that takes a recipe: its own arguments, and the overrides for `load_recipe`.
-
-    Raises `CommandLineError` for an option that is neither, with the key that is nearest.
-    """
+    """A command's own arguments, and the overrides for `load_recipe`; `CommandLineError` for what is neither."""
     own: list[str] = []
     overrides: list[str] = []
     remaining = deque(argv)
@@ -185,22 +182,17 @@ def _read_chain(path: Path) -> tuple[list[_Layer], list[Finding]]:
             if "extends" not in layer.values:
                 return layers, []
             named_by = Finding("extends", "", file=layer.file, line=toml.find_line(layer.text, ["extends"]))
-            path = _find_base(path, layer.values.pop("extends"), [layer.file for layer in layers])
+            base, chain = layer.values.pop("extends"), [layer.file for layer in layers]
+            if not isinstance(base, str) or not base or "\0" in base:
+                raise UsageError('must be the path of one recipe, relative to this file, such as "base.toml"')
+            path = path.parent / expand(base)
+            if os.path.realpath(path) in map(os.path.realpath, chain):
+                names = " -> ".join([*chain, str(path)])
+                raise UsageError(f"recipes extend each other in a circle: {names}; remove one of the links.")
     except UsageError as error:
         return layers, [dataclasses.replace(named_by, problem=str(error))]
     except RecipeError as error:
         return layers, error.findings
-
-
-def _find_base(path: Path, base: Any, chain: Sequence[str]) -> Path:
-    """The file that `path` extends; `chain` are those before it, and itself. Raises `UsageError`."""
-    if not isinstance(base, str) or not base or "\0" in base:
-        raise UsageError('must be the path of one recipe, relative to this file, such as "base.toml"')
-    found = path.parent / expand(base)
-    if os.path.realpath(found) in map(os.path.realpath, chain):
-        names = " -> ".join([*chain, str(found)])
-        raise UsageError(f"recipes extend each other in a circle: {names}; remove one of the links.")
-    return found
 
 
 def _read_file(path: Path) -> _Layer:
@@ -337,15 +329,10 @@ def _find_fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
 
 def _readings(path: Sequence[str], value: Any) -> Iterator[str]:
     """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
-    texts: list[str] = []
-    if isinstance(value, str):
-        texts = [value, value.lower(), value.replace(",", ".")]
-        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):  # 1,500 may be either
-            texts.append(value.replace(",", ""))
-    elif isinstance(value, float) and value.is_integer():
-        texts = [str(int(value))]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        texts = [format_value(str(value))]
+    text = value if isinstance(value, str) else "" if isinstance(value, list | dict) else format_value(value)
+    texts = [text, text.lower(), text.replace(",", "."), text.removesuffix(".0"), format_value(text)]
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):  # 1,500 may be either
+        texts.append(text.replace(",", ""))
     for text in texts:
         with suppress(ValueError):  # no TOML; or, as pydantic's, no value of this key
             meaning = parse_value(text)

@@ -48,9 +48,8 @@ NonNegative = Annotated[int, Field(ge=0), AfterValidator(fits_64_bits)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]  # what is larger would be all that counts: it would train nothing
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-LONGEST_SECONDS = 1e9  # threads of Python and process groups of torch cannot wait for much longer
-Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
-SecondsOrNever = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]  # threads and process groups cannot wait for much longer
+SecondsOrNever = Annotated[float, Field(ge=0, le=1e9)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 NonNegatives = Annotated[tuple[NonNegative, ...], Field(strict=False)]
@@ -172,10 +171,9 @@ class Data(Section):
     """What is read, in which order, and how it becomes sequences."""
 
     corpus: Paths | None = Field(None, examples=[["texts/*.txt", "more/pages.jsonl"]])
-    """`python-stdlib` (the source of the Python that runs, always there), or a path, a glob or a list of them, relative
-    to where the command is started: text files (one document each), files of JSON lines (one document a line), Parquet
-    files, folders of these, or token files of `titanlite data prepare` (`PREFIX`). Absent, and without `sources`:
-    `python-stdlib`."""
+    """`python-stdlib` (the source of the Python that runs; used if there are no `sources` either), or a path, a glob or
+    a list of them, relative to where the command is started: text files (one document each), JSON lines (one document
+    a line), Parquet files, folders of these, or token files of `titanlite data prepare` (`PREFIX`)."""
     sources: list[DataSource] = Field([], max_length=999, examples=[_SOURCES])
     """Instead of `corpus`: several sources, each a `[[data.sources]]`, mixed by weight in any thousand samples."""
     stages: list[DataStage] = Field([], examples=[[{"until": "50B", "weights": {"web": 9}}, {"weights": {"wiki": 1}}]])
@@ -192,21 +190,21 @@ class Data(Section):
     text_key: Text = "text"
     """Field of a JSONL line that holds its text."""
     validation_percent: Annotated[float, Field(ge=0, lt=100)] = 4.0
-    """Share of the files (JSONL: of the lines) held out for validation, chosen by a hash of their name (line), also
-    where `validation` names other texts: set 0 then, which holds out none."""
+    """Share of the files (JSONL: lines) held out for validation, chosen by a hash of their name (line), also where
+    `validation` names other texts: set 0 then."""
     packing: Packing = "cut"
     """How documents become sequences: `cut` lays them end to end and cuts; `best_fit` puts together those that fit, so
     that none is cut but what is longer than a sequence, and pads what is left (the tokens of a run include padding)."""
     fim_rate: Fraction = 0.0
-    """Share of the training documents that are read as prefix, suffix, middle, each after its token of `fim_tokens`, so
-    that the model learns to fill in (Bavarian et al. 2022); they are cut at two places, between tokens."""
+    """Share of the training documents that are cut at two places and read as prefix, suffix, middle, each after its
+    token of `fim_tokens`, so that the model learns to fill in (Bavarian et al. 2022)."""
     fim_tokens: Annotated[tuple[Text, Text, Text], Field(strict=False)] = _FIM_TOKENS
     """Special tokens of the tokenizer (see `special_tokens`) that stand before prefix, suffix and middle."""
     document_mask: bool = False
     """Keep attention inside documents, and count positions from each document's start."""
     skip_steps: list[Positive] = Field([], examples=[[1200, 1201]])
-    """Batches to pass over, by the steps that would read them: step n of a run that passes over none and never goes
-    back reads batch n. The next one is taken instead. May be changed when a run is resumed."""
+    """Batches to pass over, by the steps that would read them if the run passed over none and never went back; the next
+    one is taken instead. May be changed when a run is resumed."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Worker processes that assemble batches; 0 assembles them in the trainer's own process."""
     prefetch: Annotated[int, Field(ge=1, le=1024)] = 2
@@ -329,12 +327,10 @@ class Float8(Section):
     exclude: Texts = ("head",)
     """Names of linears that stay as they are, or patterns such as `layers.*.attention.wo`; replaces the default."""
     all_gather: bool = False
-    """Gather the shards of converted weights in float8, and over `tp` what converted linears take, where casting rows
-    first takes nothing from a later cast (`tensorwise`; of `rowwise_with_hp_grad_weight` the weights): half the bytes
-    of bfloat16; each rank scales its rows."""
+    """Gather converted weights in float8, and over `tp` what their linears take, where no later cast loses by that
+    (`tensorwise`; of `rowwise_with_hp_grad_weight` the weights): half bfloat16's bytes; each rank scales its rows."""
     min_size: NonNegative = 1024
-    """Linears for which 2 x outputs x inputs / (outputs + inputs) is below this stay as they are: their casts would
-    take longer than float8 saves."""
+    """Linears of 2 x outputs x inputs / (outputs + inputs) below this stay: casts take longer than float8 saves."""
 
 
 class Precision(Section):
@@ -356,8 +352,7 @@ class Recompute(Section):
     every: Positive = 1
     """Recompute one block in this many; 1: all."""
     budget: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, examples=[0.5])
-    """Part of the activations' memory that the compiler may keep, choosing what is cheapest to recompute; instead of
-    a `mode`, and with `compile`."""
+    """Part of the activations that the compiler may keep, recomputing the cheapest; with `compile`, without `mode`."""
 
 
 class Kernels(Section):
@@ -402,20 +397,17 @@ class Checkpoint(Section):
     keep_every: NonNegative = 0
     """Of the older ones, keep those whose step is a multiple of this; 0: none."""
     keep_best: NonNegative = 0
-    """Number to keep of the older ones saved right after a validation: those of the lowest loss (of several validation
-    sets, the first one's)."""
+    """Number to keep of older ones saved right after a validation, by its loss (of several sets, the first one's)."""
     max_failures: NonNegative = 3
     """Saves that may fail in a row (a full disk, say) before the run ends; each is tried again, a while later."""
     warm_start: PathText | None = Field(None, examples=["runs/base"])
     """Weights that a new run begins with: a run folder, or one of its checkpoints (`runs/base/500`), of any layout and
     number format. Step, data, schedule and optimizer begin anew."""
     resume_from: PathText | None = Field(None, examples=["runs/base/500"])
-    """As `warm_start`, but the whole state: the new run goes on from that step, by a recipe that may differ as little
-    as that of a resumed run."""
+    """As `warm_start`, but the whole state: it goes on from that step; the recipe may differ as a resumed run's may."""
 
 
-WATCHDOG_PATIENCE = 4
-"""How much longer than a step whatever no earlier step has shown the length of may take: compiling, saving, …"""
+WATCHDOG_PATIENCE = 4  # how much longer than a step may what no step before has shown: compiling, saving, …
 LONGEST_SPIKE_WINDOW = 1024  # checkpoints hold as many steps of history, whatever the recipe's window
 
 

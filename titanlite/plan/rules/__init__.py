@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from titanlite.errors import Finding, warning
-from titanlite.plan.layout import active_ranks, layout_of
+from titanlite.plan.layout import active_ranks, layout_of, total_steps
 from titanlite.plan.rules import conflicts, layout, run
 from titanlite.recipe.sections import Recipe
 from titanlite.text import pluralize
@@ -33,7 +33,9 @@ RULES: dict[str, tuple[Callable[..., Iterator[Finding]], ...]] = {
 def apply_rules(recipe: Recipe, world: int = 1) -> list[Finding]:
     """Every rule's findings for `recipe` on `world` ranks, errors first; `LoadedRecipe.locate` adds file and line."""
     ranks = active_ranks(recipe, world)
-    mesh, steps = layout_of(recipe.parallel, ranks), run.find_steps(recipe)
+    amounts = (recipe.training.steps, recipe.training.tokens)
+    steps = total_steps(recipe.training) if amounts.count(None) == 1 else None  # the rule `amount` wants one of the two
+    mesh = layout_of(recipe.parallel, ranks)
     model = (None, None) if any(run.heads(recipe, ranks)) else run.find_model(recipe)
     cut_model = (None, None) if any(layout.cuts(recipe, ranks)) else model
     facts: dict[str, tuple[Any, ...]] = {"ranks": (ranks,), "steps": (steps,), "mesh": (mesh,), "model": model}

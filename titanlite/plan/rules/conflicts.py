@@ -15,10 +15,9 @@ from titanlite.plan.rules.run import find_model
 from titanlite.plan.stages import V_SHAPED, fixes_stages, splits_backward
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Float8, Pipeline, Recipe
 
-Row = tuple[str, object, str, str]  # (key, whether its rule is broken, what is wrong, the fix)
 
-
-def _report(rows: list[Row], severity: str = "error") -> Iterator[Finding]:
+def _report(rows: list[tuple[str, object, str, str]], severity: str = "error") -> Iterator[Finding]:
+    """A finding for each row (key, whether its rule is broken, what is wrong, the fix) whose rule is."""
     return (Finding(key, problem, fix, severity=severity) for key, broken, problem, fix in rows if broken)
 
 
@@ -53,7 +52,7 @@ def regretted(recipe: Recipe, world: int) -> Iterator[Finding]:
     """What can be had, and is seldom meant."""
     parallel, saved, guards, float8 = recipe.parallel, recipe.checkpoint, recipe.resilience, recipe.precision.float8
     longest, timeout = WATCHDOG_PATIENCE * guards.watchdog_seconds, parallel.timeout_seconds
-    rows: list[Row] = [
+    return _report([
         *((f"resilience.{key}", getattr(guards, key) == "rollback" and not (saved.every_steps or saved.every_minutes),
            "without checkpoints on the way, the run goes back to its very beginning;", "set checkpoint.every_steps.")
           for key in ("on_nonfinite", "on_spike")),
@@ -66,8 +65,7 @@ def regretted(recipe: Recipe, world: int) -> Iterator[Finding]:
          "these sets are never read, for validation.every_steps is 0;", "set validation.every_steps."),
         ("parallel.cp_method", parallel.cp > 1 and parallel.cp_method == "ring" and recipe.data.document_mask,
          "a ring has no kernel for data.document_mask, and is many times slower;", 'write "all-gather".'),
-    ]  # fmt: skip
-    return _report(rows, "warning")
+    ], "warning")  # fmt: skip
 
 
 def split_backward(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
@@ -98,12 +96,12 @@ def split_backward(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
 def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Keys that were changed from their defaults and do nothing beside the others."""
     defaults = Recipe()
-    for key, does_nothing, reason in (*_find_unused(recipe), *_find_unused_on(recipe, world)):
+    for key, does_nothing, reason in _find_unused(recipe, layout_of(recipe.parallel, world)):
         if does_nothing and attrgetter(key)(recipe) != attrgetter(key)(defaults):
             yield warning(key, f"has no effect here: {reason};", "leave it out.")
 
 
-def _find_unused(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+def _find_unused(recipe: Recipe, layout: Layout | None) -> Iterator[tuple[str, bool, str]]:
     """(key, whether it does nothing here, why)"""
     guards, plain = recipe.resilience, not recipe.precision.float8.enabled
     actions, keeps_all = (guards.on_nonfinite, guards.on_spike), recipe.checkpoint.keep_last == 0
@@ -129,12 +127,7 @@ def _find_unused(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         used = {"name", "warmup_steps", *schedule_named(shape.name).keys}
         for key in type(shape).model_fields:
             yield f"schedule.{key}", key not in used, f"the schedule is {shape.name}"
-
-
-def _find_unused_on(recipe: Recipe, world: int) -> Iterator[tuple[str, bool, str]]:
-    """The same of keys that depend on the layout."""
-    parallel, layout = recipe.parallel, layout_of(recipe.parallel, world)
-    stage, pipeline = parallel.zero_stage, parallel.pipeline
+    parallel, stage, pipeline = recipe.parallel, recipe.parallel.zero_stage, recipe.parallel.pipeline
     uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
     copied = layout is None or max(layout.weights(stage)[0], layout.tp, layout.pp) > 1
     cut = layout.weights(stage)[1] if layout is not None else 0

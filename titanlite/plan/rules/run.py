@@ -34,12 +34,6 @@ def find_model(recipe: Recipe) -> tuple[Any, Any]:
     return spec, spec.configure(recipe.model)
 
 
-def find_steps(recipe: Recipe) -> int | None:
-    """Steps of the run; None where the rule `amount` has something to report."""
-    training = recipe.training
-    return total_steps(training) if (training.steps is None) != (training.tokens is None) else None
-
-
 def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Exactly one of steps and tokens, and no more steps than can be recorded."""
     training = recipe.training
@@ -60,12 +54,10 @@ def names(recipe: Recipe, world: int) -> Iterator[Finding]:
         ("optimizer.name", OPTIMIZERS, recipe.optimizer.name),
         ("schedule.name", SCHEDULES, recipe.schedule.name),
         *(("metrics.sinks", SINKS, name) for name in recipe.metrics.sinks),
+        *((f"kernels.{each}", known, getattr(recipe.kernels, each) or "auto") for each, known in KERNELS.items()),
     ]
-    for operation, kernels in KERNELS.items():
-        if (name := getattr(recipe.kernels, operation)) not in (None, "auto", "torch"):
-            chosen.append((f"kernels.{operation}", kernels, name))
     for key, registry, name in chosen:
-        if name not in registry:
+        if name not in registry and not (key.startswith("kernels.") and name in ("auto", "torch")):
             hint = did_you_mean(name, list(registry)) or f"known: {', '.join(registry)}."
             yield Finding(key, f"there is no {registry.kind} '{name}';", hint)
     try:
@@ -165,8 +157,8 @@ def decay_rate(recipe: Recipe, world: int) -> Iterator[Finding]:
             yield Finding(key, problem, "lower one of the two.")
 
 
-def _paths(recipe: Recipe) -> dict[str, list[str]]:
-    """The paths of each key that takes some; the tokenizer is opened by `vocabulary`."""
+def paths(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """`~` and `~user` are homes on this machine, and no key names a path twice; `vocabulary` opens the tokenizer."""
     data, saved = recipe.data, recipe.checkpoint
     named: dict[str, str | list[str] | None] = {
         **{"run.output_dir": recipe.run.output_dir, "resilience.snapshot_dir": recipe.resilience.snapshot_dir},
@@ -175,12 +167,8 @@ def _paths(recipe: Recipe) -> dict[str, list[str]]:
         **{f"data.sources.{index}.path": each.path for index, each in enumerate(data.sources)},
         **{f"data.validation.{index}.path": each.path for index, each in enumerate(data.validation)},
     }
-    return {key: [path] if isinstance(path, str) else path for key, path in named.items() if path is not None}
-
-
-def paths(recipe: Recipe, world: int) -> Iterator[Finding]:
-    """`~` and `~user` are homes on this machine, and no key names a path twice."""
-    for key, paths in _paths(recipe).items():
+    for key, value in named.items():
+        paths = [value] if isinstance(value, str) else value or []
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             yield Finding(key, f"names '{twice}' twice, which would read it twice;", "take one of them out.")
         for path in paths:
