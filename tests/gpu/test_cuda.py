@@ -17,7 +17,6 @@ from titanlite.data.splits import open_data
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.base import Weights, optimizer_spec
-from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.model import GradientAccumulation, ParallelModel, no_sync
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
@@ -47,7 +46,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     curve = []
     for batch in train_loader(open_data(Data(), 128, 0).train, plan, 0, steps):
         loss = parallel.forward_backward(batch.to(torch.device(device)))
-        norm = clip_gradients(list(model.parameters()), 1.0)
+        norm = parallel.shards.clip_gradients(1.0)
         optimizer.step(1.0, torch.isfinite(norm))
         model.zero_grad(set_to_none=True)
         curve.append(loss.item())

@@ -13,7 +13,6 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
 from titanlite.optim import base
 from titanlite.optim.base import Weights, optimizer_spec
-from titanlite.optim.clip import clip_gradients
 from titanlite.optim.muon import Muon, orthogonalise
 from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Optimizer, Recipe
@@ -162,7 +161,7 @@ def test_clipping_is_torchs(clip_norm: float) -> None:
     ours, theirs = small_model(), small_model()
     set_gradients(ours, 3)
     set_gradients(theirs, 3)
-    norm = clip_gradients(list(ours.parameters()), clip_norm)
+    norm = Shards(dict(ours.named_parameters())).clip_gradients(clip_norm)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm or float("inf"))
     torch.testing.assert_close(norm, expected)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

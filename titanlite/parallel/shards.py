@@ -37,6 +37,9 @@ class Shards:
         self._placements = dict(placements or {})
         self._parameters = dict(parameters)
         self.table = {name: self._shard(name, parameter, name in tied) for name, parameter in parameters.items()}
+        like, shares = next(iter(self.table.values())).tensor, [1 / shard.copies for shard in self.table.values()]
+        self._shares = torch.tensor(shares, dtype=like.dtype, device=like.device)
+        """For each tensor of `local`, 1 over the ranks that hold the same part: in the norm, it counts once."""
         self._summands: list[tuple[list[Tensor], dist.ProcessGroup]] = []
         """Tensors whose gradient is a sum over the ranks of a group."""
         if meshes is not None and meshes.layout.tp > 1:
@@ -72,11 +75,6 @@ class Shards:
         """Parameter name -> what is held here; after `take_gradients` each carries its gradient in `.grad`."""
         return {name: shard.tensor for name, shard in self.table.items()}
 
-    def shares(self) -> Tensor:
-        """For each tensor of `local`, 1 over the ranks that hold the same part; with its norm, it counts once."""
-        like = next(iter(self.table.values())).tensor
-        return torch.tensor([1 / shard.copies for shard in self.table.values()], dtype=like.dtype, device=like.device)
-
     def take_gradients(self) -> None:
         """Hand the parameters' gradients to the tensors of `local`, summed over ranks that have parts of the sum."""
         for name, parameter in self._parameters.items():
@@ -85,6 +83,22 @@ class Shards:
                 held.grad = parameter.grad.to_local()  # type: ignore[union-attr]
         for tensors, group in self._summands:
             _all_reduce_gradients(tensors, group)
+
+    @torch.no_grad()
+    def clip_gradients(self, clip_norm: float) -> Tensor:
+        """Scale all gradients by min(1, clip_norm / norm), or not at all for 0; the norm before that, on the device.
+
+        A scalar in at least float32, the same bits on every rank: were it formed within each copy of the model, copies
+        could drift apart. One that is not finite scales nothing into sense: `resilience.guards` judges the step.
+        """
+        gradients = [tensor.grad for tensor in self.local().values()]
+        total = torch.stack(torch._foreach_norm(gradients)).square() @ self._shares  # type: ignore[arg-type]
+        if self._meshes is not None:
+            dist.all_reduce(total)
+        norm = total.sqrt()
+        if clip_norm > 0:
+            torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))  # type: ignore[arg-type]
+        return norm
 
     def drop_gradients(self) -> None:
         """Free all gradients."""

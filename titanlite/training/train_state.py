@@ -12,7 +12,6 @@ from titanlite.models.shard import Shard
 from titanlite.models.spec import spec_of
 from titanlite.observe.inspection import NonfiniteFinder
 from titanlite.optim.base import Weights, optimizer_spec
-from titanlite.optim.clip import clip_gradients
 from titanlite.parallel.apply import build
 from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
@@ -38,7 +37,6 @@ class TrainState:
         self._finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
         self._recipe = recipe
         self._ranks = world.size
-        self._shares = self.shards.shares()
 
     def initialise(self) -> None:
         """Bring everything to its state before the first step, the weights to the values that the seed gives them."""
@@ -70,9 +68,7 @@ class TrainState:
         every = self._recipe.resilience.rerun_every
         twice = every > 0 and number % every == 0
         loss = self._computed_twice(number, batch) if twice else self.model.forward_backward(batch)
-        norm = clip_gradients(
-            self.weights.values(), self._recipe.optimizer.clip_norm, ranks=self._ranks, parts=self._shares
-        )
+        norm = self.shards.clip_gradients(self._recipe.optimizer.clip_norm)
         # With weights that rest in the host's memory the norm is there, and the step waits for it.
         taken = self.guards.judge(number, loss, norm.to(loss.device)).to(norm.device)
         self.optimizer.step(factor, taken)

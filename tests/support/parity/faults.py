@@ -14,7 +14,6 @@ from support.parity import parity_runs
 from support.parity.parity_runs import Curve, Part
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
-from titanlite.optim.clip import clip_gradients
 from titanlite.parallel import context, model, pipeline, shards, tensor
 from titanlite.training import train_state as learner
 
@@ -44,7 +43,8 @@ def a_rank_begins_with_other_rows(patch: Patch) -> None:
 
 
 def each_rank_clips_by_its_own_norm(patch: Patch) -> None:
-    patch.setattr(learner, "clip_gradients", lambda tensors, norm, **_: clip_gradients(tensors, norm))
+    own_norm = torch.nn.utils.clip_grad_norm_
+    patch.setattr(shards.Shards, "clip_gradients", lambda self, norm: own_norm(self.local().values(), norm))
 
 
 def parts_of_a_gradient_are_not_summed(patch: Patch) -> None:
