@@ -44,22 +44,12 @@ class AdamW:
             self._steps += taken
             for group, weight_decay in self._groups:
                 parameters, averages, squares = map(list, zip(*group, strict=True))
+                gradients, (beta1, beta2) = [parameter.grad for parameter in parameters], self._section.betas
                 torch._fused_adamw_(
-                    parameters,
-                    [parameter.grad for parameter in parameters],
-                    averages,
-                    squares,
-                    [],
-                    [self._steps] * len(group),
-                    lr=lr,
-                    beta1=self._section.betas[0],
-                    beta2=self._section.betas[1],
-                    weight_decay=weight_decay,
-                    eps=self._section.eps,
-                    amsgrad=False,
-                    maximize=False,
+                    parameters, gradients, averages, squares, [], [self._steps] * len(group), amsgrad=False,
+                    lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=self._section.eps, maximize=False,
                     found_inf=(~taken).float(),  # where this is 1 the kernel writes nothing
-                )
+                )  # fmt: skip
 
 
 def build(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:

@@ -28,12 +28,9 @@ class Batch:
 
     tokens: Tensor  # inputs, `[microbatches, microbatch, seq_len]`; padding is the separator
     labels: Tensor  # the token after each input, same shape; padding is `IGNORED`
-    positions: Tensor | None
-    """Position of each input within its document, same shape; None without `data.document_mask`."""
-    documents: Tensor | None
-    """Number of each input's document within its sequence, same shape; None without `data.document_mask`."""
-    samples: tuple[int, ...]
-    """Numbers of this rank's samples, in the order of the sequences; padding follows them and has none."""
+    positions: Tensor | None  # of each input within its document, same shape; None without `data.document_mask`
+    documents: Tensor | None  # number of each input's within its sequence, same shape; None where positions are
+    samples: tuple[int, ...]  # numbers of this rank's, in the order of the sequences; padding follows and has none
     sequences: int  # sequences of all data ranks together, without padding
     valid_tokens: int  # labels of this rank that count
 
@@ -114,17 +111,14 @@ class ParallelModel:
 
     def compute(self, batch: Batch) -> Tensor:
         """The first half of `forward_backward`: the loss of this rank's part; gradients are where backward put them."""
-        valid = torch.full(
-            (), batch.valid_tokens * self.coordinates.is_batch_leader, dtype=torch.float64, device=self.world.device
-        )
-        self.world.reduce(valid, "sum")
+        counted = batch.valid_tokens * self.coordinates.is_batch_leader
+        valid = self.world.reduce(torch.full((), counted, dtype=torch.float64, device=self.world.device), "sum")
         self.refresh()
         return self.passes.train(self.localize(batch), valid)
 
     def sum(self, own: Tensor) -> Tensor:
         """The second half: adds up what each rank still has a part of; returns the loss of the global batch."""
-        total = own * self.reports_loss
-        self.world.reduce(total, "sum")
+        total = self.world.reduce(own * self.reports_loss, "sum")
         self.shards.take_gradients()
         return total
 

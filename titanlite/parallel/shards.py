@@ -91,7 +91,7 @@ class Shards:
         A scalar in at least float32, the same bits on every rank: were it formed within each copy of the model, copies
         could drift apart. One that is not finite scales nothing into sense: `resilience.guards` judges the step.
         """
-        gradients = [tensor.grad for tensor in self.local().values()]
+        gradients = [shard.tensor.grad for shard in self.table.values()]
         total = torch.stack(torch._foreach_norm(gradients)).square() @ self._shares  # type: ignore[arg-type]
         if self._meshes is not None:
             dist.all_reduce(total)
