@@ -128,7 +128,7 @@ def test_padding_of_packed_documents_counts_nowhere_and_is_seen_by_none(workers:
                 assert positions[place] == (0 if token == 256 else positions[place - 1] + 1)
             read += _split(labels[:end])
     assert sorted(read) == sorted(documents)
-    bytes_of_labels = sum(size for _, size in validation_batches(split.sources[0], 9, BatchPlan(1, 1, 0, 2)))
+    bytes_of_labels = sum(size for _, size in validation_batches(split.sources[0], 9, BatchPlan(1, 1, 0, 2), []))
     assert bytes_of_labels == sum(lengths)
 
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_read_is_the_same_error_with_workers(workers: int, bad: i
 def test_validation_is_the_same_on_any_layout(windows: int, sequences: int, microbatch: int, ranks: int) -> None:
     split = make_split(windows).sources[0]
     plans = [BatchPlan(sequences, ranks, rank, microbatch) for rank in range(ranks)]
-    parts = [list(validation_batches(split, sequences, plan)) for plan in plans]
+    parts = [list(validation_batches(split, sequences, plan, [])) for plan in plans]
     count = min(sequences, windows)
     chosen = [split.window(j * windows // count).tolist() for j in range(count)]
     assert len({tuple(batch.tokens.shape for batch, _ in part) for part in parts}) == 1

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -47,11 +46,9 @@ def train_loader(
     overfit_one_batch: bool = False,
     skipped: tuple[int, ...] = (),
 ) -> Iterator[Batch]:
-    """The batches of `steps` steps, of which the first begins with sample `first_sample`; the batches `skipped`, as in
-    `SampleSchedule`, are passed over. To resume is to begin with another sample.
-
-    With `workers`, processes start at once and keep `prefetch` batches each ready; they end when the iterator is
-    exhausted or dropped, and when this process dies. With `overfit_one_batch` every step has the batch of sample 0.
+    """The batches of `steps` steps, the first of which begins with sample `first_sample`; `skipped`: as in
+    `SampleSchedule`. With `workers`, processes start at once and keep `prefetch` batches each ready; they end when the
+    iterator is exhausted or dropped, and when this process dies. `overfit_one_batch`: all steps have sample 0's batch.
     """
     schedule = SampleSchedule(0, first_sample, plan.global_batch, skipped)
     others, handler = active_children(), signal.getsignal(signal.SIGCHLD) if workers else None
@@ -81,8 +78,7 @@ def train_loader(
     return _read(batches, [child for child in active_children() if child not in others])
 
 
-UNREADABLE = (OSError, ValueError, DataError)
-"""What reading a batch may raise because of the data; anything else is a mistake in the code."""
+UNREADABLE = (OSError, ValueError, DataError)  # because of the data; what else reading a batch raises is a bug
 
 
 def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) -> Iterator[Batch]:
@@ -123,31 +119,8 @@ _ENDING_SECONDS = 5.0  # above what the system takes to end a process, if it wri
 _KILLED = {-signal.SIGKILL, -signal.SIGTERM}  # something outside has ended it; any other end may come again
 
 
-class ReadAhead:
-    """Reads `count` batches before they are asked for: that one cannot be read is known while there are steps left in
-    which the ranks can agree to save and stop.
-    """
-
-    def __init__(self, batches: Iterator[Batch], count: int) -> None:
-        self.ready: deque[Batch] = deque()
-        self.failure: Exception | None = None  # what the batch after these met; raised once they are used up
-        self._batches, self._count = batches, count
-
-    def __next__(self) -> Batch:
-        while self.failure is None and len(self.ready) <= self._count:
-            try:
-                self.ready.append(next(self._batches))
-            except StopIteration:
-                break
-            except UNREADABLE as error:
-                self.failure = error
-        if not self.ready:
-            raise self.failure or StopIteration
-        return self.ready.popleft()
-
-
 def validation_batches(
-    source: Source, sequences: int, plan: BatchPlan, failures: list[Exception] | None = None
+    source: Source, sequences: int, plan: BatchPlan, failures: list[Exception]
 ) -> Iterator[tuple[Batch, float]]:
     """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for. `plan`
     has the ranks, and the most sequences of a microbatch.
@@ -165,8 +138,6 @@ def validation_batches(
             windows = [source.window(number * source.windows // count) for number in numbers]
             label_bytes: float = sum(source.tokenizer.bytes_of(window[1:]) for window in windows)
         except UNREADABLE as error:
-            if failures is None:
-                raise
             failures.append(error)
             windows, label_bytes = [], math.nan
         yield _assemble(source, windows, numbers, (1, plan.microbatch), count), label_bytes
@@ -195,9 +166,8 @@ def _assemble(
     like: Source, windows: Sequence[Tokens], numbers: Sequence[int], shape: tuple[int, int], sequences: int
 ) -> Batch:
     """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences, and each of them to
-    the sequence length. Padding comes last, so that nothing which counts sees it: each separator opens a document.
-
-    They may be of any source that is `like` this one in its tokenizer and in what windows are.
+    the sequence length: so nothing which counts sees padding, whose separators open documents. The windows' sources are
+    `like` this one in tokenizer and length.
     """
     tokens = np.full((shape[0] * shape[1], like.sequence_length), like.tokenizer.separator, np.int64)
     labels = np.full_like(tokens, IGNORED)

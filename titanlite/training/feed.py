@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
-from titanlite.data.loader import UNREADABLE, ReadAhead, train_loader
+from titanlite.data.loader import UNREADABLE, train_loader
 from titanlite.data.read_log import SKIPPED
 from titanlite.errors import DataError, WorkerKilled
 from titanlite.parallel.model import Batch
@@ -20,7 +21,7 @@ class Feed:
         progress, section = run.progress, run.recipe.data
         self._run = run
         self._schedule = sample_schedule(run.recipe, progress.step, progress.samples)
-        loader = train_loader(
+        self._loader = train_loader(
             run.data.train,
             plan,
             progress.samples,
@@ -31,8 +32,9 @@ class Feed:
             overfit_one_batch=run.recipe.debug.overfit_one_batch,
             skipped=self._schedule.skipped,
         )
-        ahead = 0 if run.world.size == 1 else 2  # an agreement among ranks takes two steps
-        self._ahead = ReadAhead(loader, ahead)
+        self._most = 1 if run.world.size == 1 else 3  # to agree that a batch cannot be read takes ranks two steps
+        self._ready: deque[Batch] = deque()
+        self._unreadable: Exception | None = None  # what reading the batch after these met
 
     def batches(self) -> Iterator[tuple[Batch, float]]:
         """The remaining steps' batches on the device, each with the seconds it was waited for.
@@ -44,7 +46,7 @@ class Feed:
             before = time.perf_counter()
             progress.under_way = progress.step + 1, self._schedule.first_sample(progress.step + 1)
             try:
-                batch = next(self._ahead, None)
+                batch = self._next()
             except UNREADABLE as error:
                 if run.world.size == 1 and progress.step > 0:
                     return
@@ -53,6 +55,19 @@ class Feed:
                 return
             moved = batch.to(run.world.device)
             yield moved, time.perf_counter() - before
+
+    def _next(self) -> Batch | None:
+        """The next batch, or None at the end; reads others before they are asked for."""
+        while self._unreadable is None and len(self._ready) < self._most:
+            try:
+                self._ready.append(next(self._loader))
+            except StopIteration:
+                break
+            except UNREADABLE as error:
+                self._unreadable = error
+        if self._unreadable and not self._ready:
+            raise self._unreadable
+        return self._ready.popleft() if self._ready else None
 
     def record(self, step: int, own: tuple[int, ...]) -> int:
         """Write down what a step reads (`own`: this rank's samples) and passes over; returns the first sample after."""
@@ -73,14 +88,14 @@ class Feed:
     def failure(self) -> Exception | None:
         """Why this rank cannot go on with the text that it trains on: what it met reading ahead, or a file's hash."""
         verification = self._run.verification
-        return self._ahead.failure or (verification.failure if verification else None)
+        return self._unreadable or (verification.failure if verification else None)
 
     def explain(self, failure: Exception, saved: str = "") -> DataError:
         """The error that ends the run for this `failure`; `saved` says what is kept of it."""
         reason = f"{str(failure).removesuffix('.')}.{saved}"
-        if failure is not self._ahead.failure:
+        if failure is not self._unreadable:
             return DataError(reason)
-        step = self._run.progress.step + 1 + len(self._ahead.ready)
+        step = self._run.progress.step + 1 + len(self._ready)
         first, end = self.samples_of(step)
         self._run.progress.under_way = step, first
         kind = WorkerKilled if isinstance(failure, WorkerKilled) else DataError
