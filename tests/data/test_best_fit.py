@@ -39,7 +39,7 @@ def test_every_token_is_a_label_once_and_what_fits_is_whole(lengths: list[int], 
     documents, packing, windows = packed(lengths, sequence_length)
     labels = [token for window in windows for token in window[1:]]
     assert sorted(labels) == [*range(sum(lengths)), *[SEPARATOR] * len(lengths)]
-    assert packing.labels == len(labels)
+    assert packing.lengths.sum() == len(labels)
     assert all(2 <= len(window) <= sequence_length + 1 for window in windows)
     for document in documents:
         for first in document[:1]:
@@ -83,9 +83,9 @@ def test_windows_by_hand() -> None:
         [sep, sep, 11, 12, 13, sep],
         [sep, 0, sep, 14, 15, sep],
     ]
-    assert (packing.windows, packing.labels, packing.documents, packing.cut) == (4, 20, 4, 1)
+    assert (packing.windows, packing.lengths.sum(), packing.documents, packing.cut) == (4, 20, 4, 1)
     empty = pack_best_fit(np.array([], np.int64), 5, sep)
-    assert (empty.windows, empty.labels) == (0, 0)
+    assert (empty.windows, empty.lengths.sum()) == (0, 0)
 
 
 def test_documents_without_any_token_are_passed_over() -> None:

@@ -62,8 +62,8 @@ class Cut:
 
 @dataclass(frozen=True)
 class BestFit:
-    """Where the pieces of a stream lie in windows; made by `pack_best_fit`. A piece is a document with the separator
-    that follows it, or a part of one that is too long for a window. 12 bytes a piece and 8 a window.
+    """Where the pieces of a stream lie in windows, as `pack_best_fit` puts them: documents with the separator that
+    follows, or parts of one that is too long for a window. 12 bytes a piece and 8 a window.
     """
 
     sequence_length: int
@@ -77,11 +77,6 @@ class BestFit:
     @property
     def windows(self) -> int:
         return len(self.ends)
-
-    @property
-    def labels(self) -> int:
-        """Of all windows together: every token of the stream is one once."""
-        return int(self.lengths.sum(dtype=np.int64))
 
     def first(self, index: int) -> int:
         """Where in the stream the first piece of window `index` begins."""

@@ -102,7 +102,7 @@ class Source:
         packed = [each for each in self._packed if isinstance(each, BestFit)]
         if not packed:
             return None
-        padding = 1 - sum(each.labels for each in packed) / (self.windows * self.sequence_length)
+        padding = 1 - self.tokens / (self.windows * self.sequence_length)  # each token is a label once
         cut, documents = sum(each.cut for each in packed), sum(each.documents for each in packed)
         return (
             f"source {self.name} is packed into {self.windows:,} sequences and {100 * padding:.3g} % padding; {cut:,} "
@@ -111,10 +111,9 @@ class Source:
 
     def beginning(self, tokens: int) -> Tokens:
         """The first `tokens` tokens, or all of fewer."""
-        parts: list[Tokens] = []
-        for each in self.streams:
-            parts.append(each.tokens[: tokens - sum(map(len, parts))])
-        return np.concatenate(parts)
+        begins = accumulate((len(each.tokens) for each in self.streams), initial=0)
+        left = (max(0, tokens - begin) for begin in begins)
+        return np.concatenate([each.tokens[:most] for each, most in zip(self.streams, left, strict=False)])
 
 
 def open_streams(
@@ -148,7 +147,13 @@ def open_streams(
         training.append(file)
         held_out = prefix.with_name(prefix.name + HELD_OUT)
         if hold_out and paths_of(held_out).idx.exists():
-            validation.append(_open_held_out(held_out, file, section, tokenizer))
+            held_out_file = open_token_file(held_out, section, tokenizer)
+            if (file.info and file.info.made_from) != (held_out_file.info and held_out_file.info.made_from):
+                raise DataError(
+                    f"{held_out}: belongs to another prepare than {prefix}, so what it holds may be trained on; prepare "
+                    "both again with --held-out, or delete it."
+                )
+            validation.append(held_out_file)
     if texts := [path for path, prefixes in found if not prefixes]:
         percent = section.validation_percent if hold_out else 0.0
         files = texts_folder and open_tokenized(texts, section, tokenizer, percent, texts_folder)
@@ -156,17 +161,6 @@ def open_streams(
         training.append(kept)
         validation += held
     return tuple(each for each in training if len(each.tokens)), tuple(each for each in validation if len(each.tokens))
-
-
-def _open_held_out(prefix: Path, file: TokenFile, section: Data, tokenizer: Tokenizer) -> TokenFile:
-    """What was held out of other texts, or in another share, may be among those that are trained on."""
-    held_out = open_token_file(prefix, section, tokenizer)
-    if (file.info and file.info.made_from) != (held_out.info and held_out.info.made_from):
-        raise DataError(
-            f"{held_out.prefix}: belongs to another prepare than {file.prefix}, so what it holds may be trained on; "
-            "prepare both again with --held-out, or delete it."
-        )
-    return held_out
 
 
 def find_token_files(path: str) -> list[Path]:
