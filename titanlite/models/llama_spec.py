@@ -136,22 +136,11 @@ def tied(config: LlamaConfig) -> dict[str, str]:
 
 
 _HUGGINGFACE = {
-    "embed": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention": "self_attn",
-    "ffn": "mlp",
-    "wq": "q_proj",
-    "wk": "k_proj",
-    "wv": "v_proj",
-    "wo": "o_proj",
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-    "layers": "model.layers",
-}
+    "embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "head": "lm_head",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "ffn": "mlp", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+}  # fmt: skip
 
 
 def to_huggingface(name: str) -> str:
@@ -160,30 +149,19 @@ def to_huggingface(name: str) -> str:
 
 
 _HUGGINGFACE_SIZES = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "ffn_dim": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
+    "vocab_size": "vocab_size", "dim": "hidden_size", "ffn_dim": "intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
 _HUGGINGFACE_SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
+    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_context": "original_max_position_embeddings",
-}
+}  # fmt: skip
 # What a `config.json` may say of things that this family has one way of doing, or leave out.
 _HUGGINGFACE_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1, None),
-}
+    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
+    "quantization_config": (None,), "partial_rotary_factor": (1, None),
+}  # fmt: skip
 
 
 def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:

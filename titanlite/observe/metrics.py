@@ -20,9 +20,8 @@ from titanlite.observe.jsonl import Row
 
 @dataclass(kw_only=True)
 class Metrics:
-    """Rows of a run's steps: the first, every `log_every`-th and the last, whichever process trains them.
-
-    So a resumed run logs the same steps as one that was never interrupted. Times are of this process.
+    """Rows of a run's steps: the first, every `log_every`-th and the last, however often it was resumed. Times are of
+    this process.
     """
 
     total_steps: int
@@ -59,9 +58,8 @@ class Metrics:
     ) -> Row | None:
         """Count one finished step; returns its row if it is logged, and only then reads the device.
 
-        `loss` and `grad_norm` are scalars of this step over the global batch, on any device; `samples` and `tokens`
-        count from the start of the run. Seconds in the row are means over the steps since the row before, and rates
-        come from the same window.
+        `loss` and `grad_norm` are scalars over the global batch; `samples` and `tokens` count from the start of the
+        run. Seconds in the row are means over the steps since the row before; rates are of the same window.
         """
         self._window_steps += 1
         self._window_wait += data_wait_seconds
@@ -105,39 +103,24 @@ def peak_memory_bytes(device: torch.device) -> int:
 # Pattern in the driver's name of the card, and FLOP/s; the first that matches a whole word holds. Makers' figures for
 # dense bf16 matrix products with float32 accumulation: data sheets that quote structured sparsity are halved. A card
 # that is not listed has no MFU rather than a guessed one.
-_PEAKS: tuple[tuple[str, float], ...] = (
-    (r"GB200", 2500e12),
-    (r"B[23]00", 2250e12),
-    (r"GH200", 989e12),
-    (r"H[12]00 NVL", 835e12),
-    (r"H[18]00 PCIe", 756e12),
-    (r"H200|H[18]00", 989e12),
-    (r"H20", 148e12),
-    (r"A[18]00", 312e12),
-    (r"A30", 165e12),
-    (r"L40S", 362e12),
-    (r"L40", 181e12),
-    (r"L4", 121e12),
-    (r"RTX 5090", 209.5e12),
-    (r"RTX 4090", 165.2e12),
-    (r"RTX 3090", 71.2e12),
-    (r"MI3(?:00|25)X", 1307e12),
-)
+_PEAKS = {
+    r"GB200": 2500e12, r"B[23]00": 2250e12,
+    r"GH200": 989e12, r"H[12]00 NVL": 835e12, r"H[18]00 PCIe": 756e12, r"H200|H[18]00": 989e12, r"H20": 148e12,
+    r"A[18]00": 312e12, r"A30": 165e12,
+    r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
+    r"RTX 5090": 209.5e12, r"RTX 4090": 165.2e12, r"RTX 3090": 71.2e12,
+    r"MI3(?:00|25)X": 1307e12,
+}  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of one card by the name its driver gives ('NVIDIA H100 80GB HBM3'); None if not known.
-
-    A slice of a card (MIG) is not the card, and laptop chips share names with larger ones: None for both.
-    """
+    """Dense bf16 FLOP/s of one card by the name its driver gives ('NVIDIA H100 80GB HBM3'); None if not known."""
+    # A slice of a card (MIG) is not the card, and laptop chips share names with larger ones.
     if re.search(r"\bMIG\b|\bLaptop\b|\bMax-Q\b", device_name):
         return None
-    return next((peak for name, peak in _PEAKS if re.search(rf"\b(?:{name})\b", device_name)), None)
+    return next((peak for name, peak in _PEAKS.items() if re.search(rf"\b(?:{name})\b", device_name)), None)
 
 
 def mfu(tokens_per_second_per_device: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation from 0 to 1 (PaLM, appendix B): the model's own FLOP/s over the card's peak.
-
-    `flops_per_token` counts the mathematics of a training step, so recomputed activations do not raise it.
-    """
+    """Model FLOPs utilisation from 0 to 1 (PaLM, appendix B): the model's own FLOP/s over the card's peak."""
     return None if peak is None else tokens_per_second_per_device * flops_per_token / peak

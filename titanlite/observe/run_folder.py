@@ -63,19 +63,16 @@ class Start:
             return "--fresh"
         return "" if self.step is None else f"--from-step {self.step}"
 
-    @property
-    def again(self) -> Start:
-        """What is done from then on."""
-        return replace(self, mode="auto", force=False, step=None)
-
     def still(self, pending: str) -> Start:
-        """What is done while `pending`, such an option, is not done, and perhaps begun; it was allowed then."""
+        """What is done while `pending`, such an option, is not done, and perhaps begun (it was allowed then); or after
+        it, by an empty one.
+        """
         option, _, step = pending.partition(" ")
         if option == "--fresh":
-            return replace(self.again, mode="fresh", force=True)
+            return replace(self, mode="fresh", force=True, step=None)
         if option == "--from-step" and re.fullmatch("[0-9]{1,18}", step):
-            return replace(self.again, mode="resume", step=int(step))
-        return self.again
+            return replace(self, mode="resume", force=False, step=int(step))
+        return replace(self, mode="auto", force=False, step=None)
 
 
 GO_ON = Start()
@@ -107,8 +104,8 @@ class RunFolder:
             self.warn(f"{self.path} is no longer the folder that this run began in; its status stays as it is.")
             return False
         try:
-            now = (state, self.start, self._pending, self.attempt)
-            replace_file(self.status, _status(*now, step, exit_code, reason))
+            end = {"step": step, "exit_code": exit_code, "reason": reason}
+            replace_file(self.status, _status(self.start, self._pending, self.attempt, state, **end))
         except OSError as error:
             self.warn(f"cannot write {self.status}: {cause(error, self.path)}.")
             return False
@@ -220,7 +217,7 @@ def _open_locked(
                 "or add --force to delete the old one with its checkpoints."
             )
         # Until its recipe and status are replaced, the status of the old run has that it is to be deleted.
-        replace_file(path / "status.json", _status("running", start, start.once))
+        replace_file(path / "status.json", _status(start, start.once))
         for name in OWNED:
             if name not in ("status.json", "recipe.toml"):
                 _delete(path / name)
@@ -230,7 +227,7 @@ def _open_locked(
         replace_file(path / "metrics.jsonl", read_file(path / "metrics.jsonl"))
     if not resumed:
         replace_file(path / "recipe.toml", text.encode())
-        replace_file(path / "status.json", _status("running", start))
+        replace_file(path / "status.json", _status(start))
     for name in ("checkpoints", "logs"):
         (path / name).mkdir(exist_ok=True)
     return RunFolder(path, text, start, warn, lock, resumed, changes, found)
@@ -282,18 +279,11 @@ def _refuse_foreign(path: Path) -> None:
         raise UsageError(f"{path} is no run folder: it holds {list_some(names, 3)}. Change run.name or run.output_dir.")
 
 
-def _status(
-    state: State,
-    start: Start,
-    pending: str = "",
-    attempt: int = 1,
-    step: int = 0,
-    exit_code: int | None = None,
-    reason: str = "",
-) -> bytes:
+def _status(start: Start, pending: str = "", attempt: int = 1, state: State = "running", **end: Any) -> bytes:
+    """`end` may have `step`, `exit_code` and `reason`."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     process = {"attempt": attempt, "job": start.job, "pending": pending, "pid": os.getpid(), "host": platform.node()}
-    fields = {"state": state, "exit_code": exit_code, "step": step, "reason": reason, "time": now, **process}
+    fields = {"state": state, "exit_code": None, "step": 0, "reason": "", "time": now, **process, **end}
     return json.dumps(fields, indent=1).encode() + b"\n"
 
 

@@ -259,7 +259,7 @@ class Trainer:
             last, steps = progress.back_to - again, run.checkpoints.agree_on_steps()
             if last >= 0:  # if there is none further back, to that again
                 last = max([last, *steps[:1]])
-            restore(self.state, run, run.start.again, last)
+            restore(self.state, run, run.start.still(""), last)
         progress.back_to, progress.gone_back = progress.step, True
         guards.roll_back(*counts)
         first, progress.samples = progress.samples, read
