@@ -150,8 +150,8 @@ def open_streams(
             held_out_file = open_token_file(held_out, section, tokenizer)
             if (file.info and file.info.made_from) != (held_out_file.info and held_out_file.info.made_from):
                 raise DataError(
-                    f"{held_out}: belongs to another prepare than {prefix}, so what it holds may be trained on; prepare "
-                    "both again with --held-out, or delete it."
+                    f"{held_out}: belongs to another prepare than {prefix}, so what it holds may be trained on; "
+                    "prepare both again with --held-out, or delete it."
                 )
             validation.append(held_out_file)
     if texts := [path for path, prefixes in found if not prefixes]:
