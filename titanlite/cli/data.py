@@ -92,18 +92,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if finding := separator_warning(tokenizer, arguments.separator):
         print(f"warning: {finding.problem} give --separator.", file=sys.stderr)
     request = Request(
-        inputs=tuple(arguments.inputs),
-        out=arguments.out,
-        tokenizer=TokenizerInfo.of(arguments.tokenizer, tokenizer),
-        separator=arguments.separator,
-        special_tokens=special,
-        text_key=arguments.text_key,
-        held_out_percent=arguments.held_out,
-        skip_bad_lines=arguments.bad_lines == "skip",
-        drop_duplicates=arguments.dedup,
-        workers=arguments.workers or cores(),
-        force=arguments.force,
-    )
+        inputs=tuple(arguments.inputs), out=arguments.out, tokenizer=TokenizerInfo.of(arguments.tokenizer, tokenizer),
+        separator=arguments.separator, special_tokens=special, text_key=arguments.text_key,
+        held_out_percent=arguments.held_out, skip_bad_lines=arguments.bad_lines == "skip", force=arguments.force,
+        drop_duplicates=arguments.dedup, workers=arguments.workers or cores(),
+    )  # fmt: skip
     made = prepare(request, find_inputs(request.inputs, request.text_key))
     if arguments.json:
         print(json.dumps({str(prefix): info.model_dump() for prefix, info in made.items()}, indent=1))

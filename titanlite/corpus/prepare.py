@@ -1,7 +1,7 @@
 """`titanlite data prepare`: texts into token files, by many processes, to the same bytes whatever happens on the way.
 
-The inputs are cut into units by what they are, not by who is there to read them; finished units lie as parts in
-`PREFIX.parts` and are joined in order. A start after a kill finds them there. `units` has what one does.
+Inputs are cut into units (see `units`) by what they are, not by who reads them; finished units lie as parts in
+`PREFIX.parts`, where a start after a kill finds them, and are joined in order.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def find_inputs(inputs: Sequence[str], text_key: str) -> list[FoundFile]:
 
 
 def prepare(request: Request, files: Sequence[FoundFile]) -> dict[Path, TokenInfo]:
-    """Make the token files of the inputs' `files`, or go on where an earlier start of the same request stopped; their
-    sidecars by prefix. Raises `DataError` for texts that cannot be read and for a disk that takes no more, `UsageError`
-    for what is in the way; parts that are done stay.
+    """Make the token files of the inputs' `files`, or go on where an earlier start stopped; their sidecars by prefix.
+
+    Raises `DataError` for texts that cannot be read and a full disk, `UsageError` for what is in the way.
     """
     parts = paths_of(request.out).parts
     then = " What is done stays done: mend that and start again, or choose another folder (--out, run.output_dir)."
@@ -82,7 +82,12 @@ def prepare(request: Request, files: Sequence[FoundFile]) -> dict[Path, TokenInf
 
 
 def _make(request: Request, files: Sequence[FoundFile], lock: Lock, progress: Progress) -> dict[Path, TokenInfo]:
-    made_from = _hash_request(request, files)
+    texts: list[tuple[Any, ...]] = []
+    for file in files:
+        # Lines of JSON were once known by the name .jsonl alone, and what was made of others as one text is not this.
+        by_content = file.format == "lines" and ".jsonl" not in file.name.lower()
+        texts.append((file.source, file.name, file.size, *(["lines"] if by_content else [])))
+    made_from = key_of([request.decisive, request.drop_duplicates, texts])
     if done := _finished(request, made_from, files, began_before=any(lock.path.parent.glob("*.json"))):
         progress.message(f"{request.out} is finished: nothing is left to do")
         return done
@@ -90,15 +95,6 @@ def _make(request: Request, files: Sequence[FoundFile], lock: Lock, progress: Pr
     if not lock.is_in_place():
         raise UsageError(f"{lock.path} was removed: another process may be at work there. Start again.")
     return _join(request, parts, made_from, files, progress)
-
-
-def _hash_request(request: Request, files: Sequence[FoundFile]) -> str:
-    texts: list[tuple[Any, ...]] = []
-    for file in files:
-        # Lines of JSON were once known by the name .jsonl alone, and what was made of others as one text is not this.
-        by_content = file.format == "lines" and ".jsonl" not in file.name.lower()
-        texts.append((file.source, file.name, file.size, *(["lines"] if by_content else [])))
-    return key_of([request.decisive, request.drop_duplicates, texts])
 
 
 def _lock(request: Request, parts: Path, progress: Progress) -> Lock:
@@ -184,10 +180,9 @@ def _units(files: Sequence[FoundFile], workers: WorkerPool) -> list[Unit]:
 def _count_lines_before(files: Sequence[FoundFile], cuts: Sequence[list[Part]], workers: WorkerPool) -> None:
     """Set `before` of parts of lines."""
     of_lines = [(file.path, cut) for file, cut in zip(files, cuts, strict=True) if file.format == "lines"]
-    counts = sorted(workers.run(count_newlines, [(path, *part[:2]) for path, cut in of_lines for part in cut]))
-    newlines = (count for _, count in counts)
+    counts = iter(sorted(workers.run(count_newlines, [(path, *part[:2]) for path, cut in of_lines for part in cut])))
     for _, cut in of_lines:
-        befores = accumulate(islice(newlines, len(cut)), initial=0)
+        befores = accumulate((count for _, count in islice(counts, len(cut))), initial=0)
         cut[:] = [part._replace(before=before) for part, before in zip(cut, befores, strict=False)]
 
 
@@ -281,9 +276,8 @@ def texts_folder(run: Run) -> Path:
 def open_tokenized(
     paths: Sequence[str], section: Data, tokenizer: Tokenizer, percent: float, folder: Path
 ) -> tuple[TokenFile, ...] | None:
-    """Texts of a recipe that are too many to be held in each rank's memory, tokenized once into files that all read; if
-    `percent` is not 0, those held out come second. The first process to come tokenizes, on all cores; others, on other
-    machines too, wait for it. Raises `DataError`.
+    """Texts of a recipe that are too many for each rank's memory, as token files; if `percent` is not 0, those held out
+    come second. The first process to come makes them, on all cores; others, on other machines too, wait for it.
 
     None for what is small, comes from no files, or is of files that are single documents and all on one side.
     """
@@ -294,17 +288,10 @@ def open_tokenized(
     if sum(file.size for file in files) <= IN_MEMORY_BYTES or (percent and len(sides) == 1 and None not in sides):
         return None
     request = Request(
-        inputs=tuple(paths),
-        out=folder,
-        tokenizer=token_file.TokenizerInfo.of(section.tokenizer, tokenizer),
-        separator=section.separator,
-        special_tokens=tuple(section.special_tokens),
-        text_key=section.text_key,
-        held_out_percent=percent,
-        workers=cores(),
-        force=True,
-        shared=True,
-    )
+        inputs=tuple(paths), out=folder, tokenizer=token_file.TokenizerInfo.of(section.tokenizer, tokenizer),
+        separator=section.separator, special_tokens=tuple(section.special_tokens), text_key=section.text_key,
+        held_out_percent=percent, workers=cores(), force=True, shared=True,
+    )  # fmt: skip
     # Another name wherever the tokens may be others.
     texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]
     request = replace(request, out=folder / key_of([PART_VERSION, request.decisive, texts]))

@@ -44,10 +44,7 @@ Number = TypeVar("Number", bound=np.integer[Any])
 
 
 class OpenFile:
-    """A file that stays open, and the same one whatever its name comes to mean, for as long as this object lives.
-
-    Read by `pread`, whose short answers are ordinary errors: a mapped file that is cut ends the process by SIGBUS.
-    """
+    """An open file, the same one whatever its name comes to mean. Not mapped: one that is cut would be a SIGBUS."""
 
     def __init__(self, path: Path) -> None:
         """Raises `OSError`, also for what is no regular file."""
@@ -75,9 +72,7 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class FileArray(Generic[Number]):
-    """`count` numbers of a file from byte `offset` on: `array[7]`, `array[10:20]`, `array[np.array([3, 4, 9])]`, read
-    anew each time, so that they take no memory. Raises `DataError`, naming the file, for what cannot be read.
-    """
+    """`count` numbers of a file from byte `offset` on, by place, slice or array of places; read anew each time."""
 
     file: OpenFile
     offset: int
@@ -242,10 +237,8 @@ class TokenFile:
         return np.concatenate([self.document_bounds(at, min(at + count, self.documents))[1:] for at in firsts])
 
     def require_tokenizer(self, name: str, tokenizer: Tokenizer) -> None:
-        """Raise `DataError` unless the file is of the tokenizer that `data.tokenizer` calls `name`.
-
-        A foreign file does not say which it is of: its first and last documents must end with the separator and have
-        no ids beyond the vocabulary.
+        """Raise `DataError` unless the file is of the tokenizer that `data.tokenizer` calls `name`; of a foreign one,
+        unless its first and last documents end with the separator and have no ids beyond the vocabulary.
         """
         if self.info is None:
             for first in {0, max(0, self.documents - LOOKED_AT)}:
@@ -254,15 +247,13 @@ class TokenFile:
         elif (of := self.info.tokenizer).fingerprint != tokenizer.fingerprint:
             found = f"'{of.name}' ({of.vocab_size:,} ids, fingerprint {of.fingerprint})"
             wanted = f"'{name}' ({tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint})"
-            raise DataError(
-                f"{paths_of(self.prefix).sidecar}: the tokens are of tokenizer {found}, not of {wanted}; set "
-                f"data.tokenizer, separator and special_tokens as for it, or prepare the texts with --tokenizer {name}."
-            )
+            fix = f"set data.tokenizer, separator and special_tokens as for it, or prepare it with --tokenizer {name}."
+            where = paths_of(self.prefix).sidecar
+            raise DataError(f"{where}: the tokens are of tokenizer {found}, not of {wanted}; {fix}")
 
     def verify_hashes(self, pause: Callable[[float], bool] = lambda _: False) -> None:
-        """Raises `DataError` naming the file whose bytes are not those that the sidecar has the hash of.
-
-        `pause` is called after each block with the seconds that it took, and returns whether to give up.
+        """Raises `DataError` naming the file whose hash is not the sidecar's. `pause` is called after each block with
+        the seconds that it took, and returns whether to give up.
         """
         assert self.info is not None, "without a sidecar nothing is known of it"
         index, ids = self.pointers.file, self.tokens.file
@@ -277,7 +268,7 @@ class TokenFile:
                 raise _damaged(file.path, f"its hash is not that of {paths_of(self.prefix).sidecar}")
 
     def _require_ids(self, first: int, stop: int, tokenizer: Tokenizer) -> None:
-        """Of documents `first` to `stop` require the separator at the end, and of their first `BLOCK` ids the range."""
+        """Documents `first` to `stop` end with the separator, and their first `BLOCK` ids are in the vocabulary."""
         path, bounds = self.tokens.file.path, self.document_bounds(first, stop).tolist()
         for number, (begin, end) in enumerate(pairwise(bounds), first):
             if begin < end and self.tokens[end - 1] != tokenizer.separator:
@@ -294,9 +285,7 @@ class TokenFile:
 
 
 class TokenWriter(ExitStack):
-    """Writes a token file under hidden names beside it; nothing is seen of it before `commit`. Used by `with`, which on
-    an error clears away what is there. Methods raise `OSError` if the disk refuses.
-    """
+    """Writes a token file, unseen before `commit`; used by `with`, which on an error clears away what is there."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         super().__init__()

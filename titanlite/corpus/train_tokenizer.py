@@ -53,13 +53,10 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, special: tuple[str, ...]) 
     from titanlite.corpus.tokenizers.byte_pairs import byte_level_tokenizer
 
     tokenizer = byte_level_tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special),
-        min_frequency=MIN_FREQUENCY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[],  # which are added last, and to none of which text may encode
-        show_progress=sys.stderr.isatty(),
-    )
+    trainer = trainers.BpeTrainer(  # special tokens are added last: no text may encode to them
+        vocab_size=vocab_size - len(special), min_frequency=MIN_FREQUENCY, special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty(),
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     for name in special:
         if tokenizer.token_to_id(name) is not None:

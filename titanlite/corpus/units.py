@@ -1,7 +1,5 @@
-"""One unit of `titanlite data prepare`: a few files, or a part of one, turned into tokens in a part file.
-
-What a unit writes depends on it and on the request alone, so it matters neither who writes it nor when; and whatever
-is there of it under its key is whole.
+"""One unit of `titanlite data prepare`: a few files, or a part of one, turned into tokens in a part file. That depends
+on the unit and the request alone, neither on who writes it nor when; what is there under its key is whole.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ from titanlite.files import replace_file, replacing, wrap_os_errors
 
 PART_VERSION = 2
 EXAMPLES = 10  # bad lines that are listed one by one
-BATCH_BYTES = 2**20
-BATCH_DOCUMENTS = 1_000  # of texts that are given to the tokenizer at once, at most
+BATCH_BYTES, BATCH_DOCUMENTS = 2**20, 1_000  # of texts that are given to the tokenizer at once, at most
 
 # What is kept of each document: tokens with its separator, bytes and xxh3_128 of its text, and whether it is held out.
 RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8"), ("held", "?")])

@@ -1,13 +1,12 @@
-"""Token files against the hashes in their sidecars: once a run, in a thread beside its training.
-
-What was found is kept in the run's folder. A file that a start has found damaged is read again before the next begins.
+"""Token files against the hashes in their sidecars: once a run, in a thread beside its training; what was found is
+kept in the run's folder. A file that a start has found damaged is read again before the next begins.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +34,7 @@ class Verification:
         for mark, file in self._own:
             with suppress(OSError):  # not verified yet
                 if mark.read_bytes():
-                    self._verify(mark, file)
+                    self._verify(mark, file, lambda _: False)
             if self.failure is not None:
                 raise self.failure
         self._thread.start()
@@ -50,11 +49,10 @@ class Verification:
     def _verify_all(self) -> None:
         for mark, file in self._own:
             if self.failure is None and not self._stop.is_set() and not os.path.exists(mark):
-                self._verify(mark, file)
+                # Half of the time is left to those who read what they train on.
+                self._verify(mark, file, self._stop.wait)
 
-    def _verify(self, mark: Path, file: TokenFile) -> None:
-        # Half of the time is left to those who read what they train on.
-        pause = self._stop.wait if self._thread.ident is not None else lambda _: False
+    def _verify(self, mark: Path, file: TokenFile, pause: Callable[[float], bool]) -> None:
         failure = None
         try:
             file.verify_hashes(pause)

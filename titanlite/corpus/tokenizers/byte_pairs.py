@@ -1,9 +1,8 @@
 """Byte-level BPE in two notations: merges of characters (Hugging Face's JSON) and ranks of bytes (tiktoken's).
 
 A rank file, as Llama 3's `tokenizer.model`, has a token in base64 and its rank on each line; special tokens follow.
-
-The two apply them differently: `tokenizers` merges the pairs that are listed, `tiktoken` any two neighbours that are a
-token together, several times as fast. `ranks_of_json` decides whether the ids are the same.
+`tokenizers` merges the pairs that a JSON lists, `tiktoken` any two neighbours that are a token together, several times
+as fast; `ranks_of_json` decides whether the ids are the same.
 """
 
 from __future__ import annotations

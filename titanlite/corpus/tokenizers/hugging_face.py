@@ -1,7 +1,5 @@
-"""Tokenizers of Hugging Face's `tokenizers` library: one JSON file that says how text is cut.
-
-The file's own truncation, padding and templates (begin-of-text and the like) are not applied: a corpus is ids of its
-text and separators, nothing else.
+"""Tokenizers of Hugging Face's `tokenizers` library: one JSON file that says how text is cut. Its truncation, padding
+and templates (begin-of-text and the like) are not applied: a corpus is ids of its text and separators, nothing else.
 """
 
 from __future__ import annotations
