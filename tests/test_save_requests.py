@@ -111,20 +111,15 @@ def test_a_run_saves_by_the_clock(folder: Path) -> None:
     assert committed() == [1, 2, 3, 4, 5, 6] and kept() == [6]
 
 
-def test_a_run_saves_when_asked_to(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("every", "steps", "saved"), [(0, 6, [1, 2, 6]), (1, 3, [1, 2, 3])], ids=["asked alone", "saved anyway"]
+)
+def test_a_run_saves_when_asked_to(folder: Path, every: int, steps: int, saved: list[int]) -> None:
     assert train("--run.stop_after_step=1") == 75
     file = Path("runs/tiny", SAVE_NOW)
     file.touch()
-    assert train() == 0
-    assert committed() == [1, 2, 6] and not file.exists()
-
-
-def test_a_request_after_a_step_that_was_saved_anyway_is_answered(folder: Path) -> None:
-    assert train("--run.stop_after_step=1") == 75
-    file = Path("runs/tiny", SAVE_NOW)
-    file.touch()
-    assert train("--checkpoint.every_steps=1", "--run.stop_after_step=3") == 75
-    assert committed() == [1, 2, 3] and not file.exists()
+    assert train(f"--checkpoint.every_steps={every}", f"--run.stop_after_step={steps}") == (0 if steps == 6 else 75)
+    assert committed() == saved and not file.exists()
 
 
 def test_every_nth_step_is_kept(folder: Path) -> None:

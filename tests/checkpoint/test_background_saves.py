@@ -156,13 +156,21 @@ def test_ranks_save_in_the_background_while_they_talk_of_other_things(pool: Pool
 # --- which stay
 
 
-def test_the_best_by_validation_stay_beside_the_newest(tmp_path: Path) -> None:
-    losses = {1: 4.0, 2: 2.0, 3: 3.0, 4: None, 5: 2.5, 6: 9.0, 7: 8.0}
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(mode="sync", keep_last=1, keep_best=2))
-    for step, loss in losses.items():
+@pytest.mark.parametrize(
+    ("last", "best", "losses", "kept"),
+    [
+        (1, 2, [(1, 4.0), (2, 2.0), (3, 3.0), (4, None), (5, 2.5), (6, 9.0), (7, 8.0)], [2, 5, 7]),
+        (2, 1, [(1, 5.0), (2, 1.0), (2, 9.0), (3, 8.0)], [1, 2, 3]),
+    ],
+    ids=["beside the newest", "by the loss of the last save"],
+)
+def test_the_best_by_validation_stay(tmp_path: Path, last: int, best: int, losses: Any, kept: list[int]) -> None:
+    section = Checkpoint(mode="sync", keep_last=last, keep_best=best)
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=section)
+    for step, loss in losses:
         begin(checkpoints, step, torch.zeros(2), **({VALIDATION_LOSS: loss} if loss is not None else {}))
         checkpoints.wait()
-    assert checkpoints.steps() == [2, 5, 7]
+    assert checkpoints.steps() == kept
 
 
 # --- which is loaded
@@ -182,9 +190,8 @@ def test_going_back_loads_that_step_and_later_ones_are_never_the_latest_again(tm
     assert checkpoints.load_chosen(10, {"w": Shard.whole(into)}).step == 10 and into[0, 0] == 10
     checkpoints.set_aside_after(10)
     assert checkpoints.steps() == [10] and loaded(tmp_path)[0] == 10
-    assert (tmp_path / "set-aside-1-step-00000030").is_dir() and ["later than step 10" in text for text in said] == [
-        True
-    ] * 2
+    assert (tmp_path / "set-aside-1-step-00000030").is_dir()
+    assert ["later than step 10" in text for text in said] == [True, True]
 
 
 def test_going_back_to_a_step_without_a_checkpoint_says_which_there_are(tmp_path: Path) -> None:
@@ -227,11 +234,3 @@ def test_the_best_is_kept_while_its_manifest_cannot_be_read(tmp_path: Path, monk
     begin(checkpoints, 3, torch.zeros(2), **{VALIDATION_LOSS: 4.0})
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3]
-
-
-def test_a_step_that_is_saved_anew_has_its_new_loss(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(mode="sync", keep_last=2, keep_best=1))
-    for step, loss in ((1, 5.0), (2, 1.0), (2, 9.0), (3, 8.0)):
-        begin(checkpoints, step, torch.zeros(2), **{VALIDATION_LOSS: loss})
-        checkpoints.wait()
-    assert checkpoints.steps() == [1, 2, 3]

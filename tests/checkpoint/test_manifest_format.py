@@ -11,27 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.checkpoint import format
-from titanlite.checkpoint.format import (
-    DamagedCheckpointError,
-    NewerFormatError,
-    _checksum,
-    decode,
-    encode,
-    folder_name,
-    step_of,
-    tiles,
-)
+from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError, _checksum, decode, encode, tiles
 from titanlite.errors import EXIT_CHECKPOINT, CheckpointError
 
 
 def fields(**changes):
     chunk = {"offset": [0, 0], "shape": [2, 3], "file": "a.safetensors", "key": "w"}
     base = {
-        "format": "titanlite-checkpoint",
-        "version": 1,
-        "step": 7,
-        "samples": 70,
-        "tokens": 700,
+        **{"format": "titanlite-checkpoint", "version": 1, "step": 7, "samples": 70, "tokens": 700},
         "tensors": {"w": {"dtype": "float32", "shape": [2, 3], "chunks": [chunk]}},
         "files": {"a.safetensors": {"bytes": 100, "xxh3_128": "0" * 32}},
         "recipe": "",
@@ -85,6 +72,8 @@ def test_encode_then_decode_gives_the_same_manifest():
         (fields(files={"a.safetensors": {"bytes": 23, "xxh3_128": "0" * 32}}), "too few"),
         (fields(files={"a.safetensors": {"bytes": 100, "xxh3_128": "Z" * 32}}), "xxh3_128"),
         (fields(values={"x": [1]}), "values"),
+        (fields(values={"x": float("nan")}), "JSON"),
+        (fields(step=float("nan")), "step"),
         (fields(tensors={"w\x1b[31m": fields()["tensors"]["w"]}), "printed"),
         (fields(tensors={"a": fields()["tensors"]["w"], "b": fields()["tensors"]["w"]}), "two chunks"),
         (fields(tensors={"w": {"dtype": "object", "shape": [], "chunks": []}}), "dtype"),
@@ -101,18 +90,10 @@ def test_content_that_must_not_be_believed_is_refused_with_its_place(table, said
 @pytest.mark.parametrize(
     "data",
     [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"format": NaN}',
-        b'{"a": 1e999}',
-        b"9" * 10_000,
-        b'{"format": "zip"}',
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"9" * 10_000,
+        b'{"format": NaN}', b'{"a": 1e999}', b'{"format": "zip"}',
     ],
-)
+)  # fmt: skip
 def test_what_is_no_manifest_at_all_is_refused(data):
     with pytest.raises(DamagedCheckpointError):
         decode(data, "m")
@@ -240,11 +221,11 @@ def test_tiles_agrees_with_counting_every_cell(data):
 
 @given(st.integers(0, 10**12))
 def test_folder_names_are_read_back(step):
-    assert step_of(folder_name(step)) == step
+    assert format.step_of(format.folder_name(step)) == step
 
 
 @pytest.mark.parametrize(
     "name", ["step-1", "step-00000001.writing", ".step-00000001", "step-000000001", "step--0000001"]
 )
 def test_other_folders_are_no_checkpoints(name):
-    assert step_of(name) is None
+    assert format.step_of(name) is None
