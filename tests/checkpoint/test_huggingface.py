@@ -27,14 +27,8 @@ from titanlite.checkpoint.storage import find_corruption, newest_at, pending, re
 from titanlite.cli.main import main as cli
 from titanlite.data.splits import open_data
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.models.llama_spec import (
-    PRESETS,
-    SPEC,
-    LlamaConfig,
-    from_huggingface_config,
-    model_config,
-    to_huggingface_config,
-)
+from titanlite.models import llama_spec
+from titanlite.models.llama_spec import SPEC
 from titanlite.models.shard import Shard
 from titanlite.recipe.load import load_recipe, to_toml
 from titanlite.recipe.sections import Model, Recipe, RopeScaling, Training
@@ -245,14 +239,14 @@ def test_tokenizer_files_and_generation_config_travel(tmp_path: Path) -> None:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> LlamaConfig:
+def configs(draw: st.DrawFn) -> llama_spec.LlamaConfig:
     heads = draw(st.integers(1, 8))
     floats = st.floats(1e-9, 1e9)
     scaling = st.builds(
         RopeScaling, factor=floats, low_freq_factor=st.floats(0.5, 2), high_freq_factor=st.floats(3, 9),
         original_context=st.integers(1, 2**40),
     )  # fmt: skip
-    return LlamaConfig(
+    return llama_spec.LlamaConfig(
         dim=heads * 2 * draw(st.integers(1, 64)), layers=draw(st.integers(1, 10_000)), heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
         ffn_dim=draw(st.integers(1, 2**40)), vocab_size=draw(st.integers(1, 2**40)), rope_theta=draw(floats),
@@ -262,15 +256,15 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(list(PRESETS.values())) | configs())
-def test_a_config_comes_back_as_it_was(config: LlamaConfig) -> None:
-    fields = json.loads(json.dumps(to_huggingface_config(config)))
-    section = from_huggingface_config(fields)
-    assert model_config(section) == config
+@given(st.sampled_from(list(llama_spec.PRESETS.values())) | configs())
+def test_a_config_comes_back_as_it_was(config: llama_spec.LlamaConfig) -> None:
+    fields = json.loads(json.dumps(llama_spec.to_huggingface_config(config)))
+    section = llama_spec.from_huggingface_config(fields)
+    assert llama_spec.model_config(section) == config
     newer = {key: value for key, value in fields.items() if not key.startswith("rope")}
     newer["rope_parameters"] = {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or {})}
     newer["rope_parameters"].setdefault("rope_type", "default")
-    assert from_huggingface_config(newer) == section
+    assert llama_spec.from_huggingface_config(newer) == section
     assert section.preset == "custom" or section == Model(preset=section.preset)
 
 
@@ -284,11 +278,11 @@ anything = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_other_config_is_taken_or_refused_in_words(data: st.DataObject) -> None:
-    fields = to_huggingface_config(replace(PRESETS["debug"], rope_scaling=RopeScaling()))
+    fields = llama_spec.to_huggingface_config(replace(llama_spec.PRESETS["debug"], rope_scaling=RopeScaling()))
     key = data.draw(st.sampled_from([*fields, "layer_types", "rope_parameters", "quantization_config"]))
     fields[key] = data.draw(anything)
     try:
-        config = model_config(from_huggingface_config(fields))
+        config = llama_spec.model_config(llama_spec.from_huggingface_config(fields))
     except UsageError as refused:
         assert "\n" not in str(refused)
     else:

@@ -180,14 +180,10 @@ def damage(folder: Path, step: int, rank: int) -> None:
 @pytest.mark.parametrize(
     ("fault", "faulty"),
     [
-        ("the disk is full", 1),
-        ("the disk is full", 0),
-        ("the disk is full at the sync", 2),
-        ("the disk is full for the manifest", 0),
-        ("the rename is refused", 0),
-        ("a mistake", 1),
+        ("the disk is full", 1), ("the disk is full", 0), ("the disk is full at the sync", 2),
+        ("the disk is full for the manifest", 0), ("the rename is refused", 0), ("a mistake", 1),
     ],
-)
+)  # fmt: skip
 def test_what_fails_on_one_rank_fails_on_all_and_harms_nothing(pool: Pool, tmp_path: Path, fault: str, faulty: int):
     results = pool.run(checkpoint_ranks.save_with_fault, 3, str(tmp_path), fault, faulty)
     for rank, ((kind, text), again, names) in enumerate(results):
