@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import flip
 
 from titanlite.checkpoint import load
 from titanlite.checkpoint.format import CheckpointMetadata
@@ -46,12 +47,6 @@ def write(run: Path, step: int, values: dict[str, torch.Tensor] | None = None, f
     facts = CheckpointMetadata(step, step * 10, step * 1000, RECIPE, {"corpus": "ab"}, environment(torch.device("cpu")))
     save_state(folder, plan_local_save(state, file_bytes), facts)
     return folder
-
-
-def flip(file: Path, place: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[place] ^= 1
-    file.write_bytes(data)
 
 
 def steps(run: Path) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.runs import flip
 
 from titanlite.checkpoint import manager, storage
 from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, NewerFormatError, _checksum, folder_name
@@ -191,12 +192,6 @@ def test_unicode_spaces_relative_and_linked_paths(tmp_path, monkeypatch):
 
 def shard(folder: Path) -> Path:
     return folder / "tensors-00000-000.safetensors"
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 0x10
-    path.write_bytes(data)
 
 
 DAMAGES = {

@@ -17,12 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.checkpoint_ranks import write_parts
+from support.runs import flip
 from transformers import AutoModelForCausalLM
 
 from titanlite.checkpoint import huggingface, save
-from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, encode
+from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.huggingface import export_huggingface, import_huggingface
-from titanlite.checkpoint.save import merge_tables, plan_local_save, save_state, write_items
+from titanlite.checkpoint.save import plan_local_save, save_state
 from titanlite.checkpoint.storage import find_corruption, newest_at, pending, read_manifest, recipe_of
 from titanlite.cli.main import main as cli
 from titanlite.data.splits import open_data
@@ -135,8 +137,7 @@ def test_what_several_ranks_wrote_in_parts_is_put_together(tmp_path: Path, monke
             cut[rank + 2 * (number % 2)][f"model.{name}"] = Shard(part, offset, tuple(whole.shape))
     folder = tmp_path / "step-00000003"
     folder.mkdir()
-    tables = [write_items(folder, plan_local_save(shards, 3000), rank) for rank, shards in enumerate(cut)]
-    (folder / MANIFEST).write_bytes(encode(merge_tables(tables, CheckpointMetadata(3, recipe=to_toml(recipe(PLAIN))))))
+    write_parts(folder, cut, 3000, to_toml(recipe(PLAIN)), step=3)
     monkeypatch.setattr(save, "BLOCK_BYTES", 700)
     export_huggingface(folder, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -493,10 +494,7 @@ def test_hugging_faces_cache_is_links_to_blobs(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path)
-    path = checkpoint / "tensors-00000-000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+    flip(checkpoint / "tensors-00000-000.safetensors", -3)
     with pytest.raises(CheckpointError, match="content does not match its hash"):
         export_huggingface(checkpoint, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["checkpoints"]

@@ -18,25 +18,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoint_ranks import write_parts
 
 from titanlite.checkpoint import format, load
-from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, DamagedCheckpointError, Manifest
+from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
 from titanlite.checkpoint.load import load_state, read_chunks, runs, without_short_runs
-from titanlite.checkpoint.save import merge_tables, plan_local_save, write_items
-from titanlite.checkpoint.storage import read_manifest
 from titanlite.models.shard import Shard
 
 
 def write_rows(folder: Path, whole: torch.Tensor, ranks: int) -> Manifest:
     """A checkpoint of one matrix, `w`, that each rank wrote some rows of."""
     folder.mkdir()
-    rows = -(-len(whole) // ranks)
-    tables = []
-    for rank, part in enumerate(whole.split(rows)):
-        shard = Shard(part, (rank * rows, *[0] * (whole.dim() - 1)), tuple(whole.shape))
-        tables.append(write_items(folder, plan_local_save({"w": shard}), rank))
-    (folder / MANIFEST).write_bytes(format.encode(merge_tables(tables, CheckpointMetadata(1))))
-    return read_manifest(folder)
+    rows, columns = -(-len(whole) // ranks), [0] * (whole.dim() - 1)
+    parts = enumerate(whole.split(rows))
+    return write_parts(folder, [{"w": Shard(part, (n * rows, *columns), tuple(whole.shape))} for n, part in parts])
 
 
 def read_box(folder: Path, manifest: Manifest, into: Shard) -> None:

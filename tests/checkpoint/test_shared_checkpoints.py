@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import checkpoint_ranks
+from support.checkpoint_ranks import write_parts
 from support.pool import Pool
+from support.runs import flip
 
-from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, Manifest, encode, overlap
+from titanlite.checkpoint.format import MANIFEST, overlap
 from titanlite.checkpoint.load import assign_files, load_state
-from titanlite.checkpoint.save import boxes_to_write, merge_tables, plan_local_save, write_items
+from titanlite.checkpoint.save import boxes_to_write
 from titanlite.checkpoint.storage import read_manifest
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
@@ -24,13 +26,6 @@ from titanlite.plan import memory
 
 Cutting = list[dict[str, Shard]]
 """Each rank's shards of the same tensors."""
-
-
-def written(folder: Path, cutting: Cutting, file_bytes: int = 10**9) -> Manifest:
-    """What the ranks write, one after the other, and the manifest of all."""
-    tables = [write_items(folder, plan_local_save(shards, file_bytes), rank) for rank, shards in enumerate(cutting)]
-    (folder / MANIFEST).write_bytes(encode(merge_tables(tables, CheckpointMetadata(1))))
-    return read_manifest(folder)
 
 
 @st.composite
@@ -74,7 +69,7 @@ def test_saved_under_any_cutting_and_loaded_under_any_other(data, tmp_path_facto
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SHARED_BYTES", data.draw(st.sampled_from([1, 16, 2**24])))
-        manifest = written(folder, saved, data.draw(st.sampled_from([1, 32, 10**9])))
+        manifest = write_parts(folder, saved, data.draw(st.sampled_from([1, 32, 10**9])))
     assert {file for file in os.listdir(folder) if file != MANIFEST} == set(manifest.files)
     for shards in loaded:
         into = {name: shard.of(torch.full_like(shard.tensor, -1)) for name, shard in shards.items()}
@@ -84,7 +79,7 @@ def test_saved_under_any_cutting_and_loaded_under_any_other(data, tmp_path_facto
 
 def test_a_rank_with_nothing_to_write_writes_no_file(tmp_path):
     empty = {"w": Shard(torch.zeros(0, 3), (4, 0), (4, 3))}
-    manifest = written(tmp_path, [{"w": Shard(torch.ones(4, 3), (0, 0), (4, 3))}, empty])
+    manifest = write_parts(tmp_path, [{"w": Shard(torch.ones(4, 3), (0, 0), (4, 3))}, empty])
     assert sorted(os.listdir(tmp_path)) == [MANIFEST, "tensors-00000-000.safetensors"]
     assert len(manifest.tensors["w"].chunks) == 1
 
@@ -99,7 +94,7 @@ def test_parts_that_do_not_make_a_whole_are_no_checkpoint(tmp_path):
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=said):
-            written(tmp_path / name, cutting)
+            write_parts(tmp_path / name, cutting)
 
 
 # --- who writes and verifies what
@@ -171,10 +166,7 @@ def test_files_to_verify_are_dealt_out_evenly_and_to_who_wants_them(data):
 
 
 def damage(folder: Path, step: int, rank: int) -> None:
-    path = folder / f"step-{step:08d}" / f"tensors-{rank:05d}-000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+    flip(folder / f"step-{step:08d}" / f"tensors-{rank:05d}-000.safetensors", -3)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from support import snapshot_ranks
 from support.pool import Pool
+from support.runs import flip
 from support.tiny import write_tiny
 
 from titanlite.checkpoint import save, snapshots
@@ -162,9 +163,7 @@ def test_a_machine_that_comes_back_brings_nothing_from_another_line(pool: Pool, 
 def test_a_damaged_snapshot_is_passed_over(pool: Pool, folder: Path) -> None:
     pool.run(snapshot_ranks.take, 2, str(folder), [0, 1], [5])
     for file in folder.glob("machine-*/*/*/tensors-00001-000.safetensors"):
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+        flip(file, -1)
     (step, warnings), (other, _) = pool.run(snapshot_ranks.load, 2, str(folder), [0, 1])
     assert step is other is None and "does not match its hash" in warnings[0] and "passed over" in warnings[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from titanlite.checkpoint import load, save
-from titanlite.checkpoint.format import CheckpointMetadata
+from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, Manifest, encode
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
@@ -32,6 +33,16 @@ def part(rank: int, world: int, step: int) -> dict[str, Shard]:
         f"model.stage-{rank}": Shard.whole(torch.full((5,), float(step))),
         "optimizer.steps": Shard(torch.tensor(step), (), (), world, rank),
     }
+
+
+def write_parts(
+    folder: Path, cut: Sequence[Mapping[str, Shard]], file_bytes: int = 10**9, recipe: str = "", step: int = 1
+) -> Manifest:
+    """Write a checkpoint as ranks with these shards would, one after the other."""
+    tables = [save.write_items(folder, save.plan_local_save(part, file_bytes), rank) for rank, part in enumerate(cut)]
+    manifest = save.merge_tables(tables, CheckpointMetadata(step, recipe=recipe))
+    (folder / MANIFEST).write_bytes(encode(manifest))
+    return manifest
 
 
 def manager(folder: str, rank: int, world: int, warnings: list[str] | None = None) -> CheckpointManager:

@@ -70,6 +70,13 @@ def tensors(run: str | Path, step: int) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def flip(file: Path, place: int) -> None:
+    """Change one bit of a byte."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0x10
+    file.write_bytes(data)
+
+
 def spoil_weight(folder: Path, name: str) -> str:
     """Make a number of it NaN in a checkpoint whose hashes are right, as an older titanlite saved one; its file."""
     manifest = read_manifest(folder)
