@@ -69,7 +69,7 @@ def test_each_save_is_of_a_copy_as_the_tensor_is() -> None:
     saver, matrix, saved = BackgroundSaver(pytest.fail, background=True), torch.arange(6.0).reshape(2, 3).t(), []
     for _ in range(2):
         matrix.mul_(2)
-        saver.begin(1, {"w": Shard.whole(matrix)}, lambda plan, warn: saved.append(plan.items["w"].source))
+        saver.begin(1, {"w": Shard.whole(matrix)}, lambda plan, warn: saved.append(plan["w"].source))
         saver.result(wait=True)
         copy = saved[-1].read(((0, 0), (3, 2)))
         assert torch.equal(copy, matrix) and copy.data_ptr() != matrix.data_ptr()

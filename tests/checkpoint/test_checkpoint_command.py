@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.runs import flip
 
-from titanlite.checkpoint import load
+from titanlite.checkpoint import load, save
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import environment, plan_local_save, save_state
@@ -45,7 +45,9 @@ def write(run: Path, step: int, values: dict[str, torch.Tensor] | None = None, f
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {name: Shard.whole(tensor) for name, tensor in (values or tensors(float(step))).items()}
     facts = CheckpointMetadata(step, step * 10, step * 1000, RECIPE, {"corpus": "ab"}, environment(torch.device("cpu")))
-    save_state(folder, plan_local_save(state, file_bytes), facts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "FILE_BYTES", file_bytes)
+        save_state(folder, plan_local_save(state), facts)
     return folder
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.runs import flip
 
-from titanlite.checkpoint import manager, storage
+from titanlite.checkpoint import manager, save, storage
 from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, NewerFormatError, _checksum, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager
@@ -94,7 +94,9 @@ tables = st.dictionaries(
 def test_any_tensors_come_back_bit_for_bit(table, file_bytes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / folder_name(3)
     tensors = {name: random_bits(*spec) for name, spec in table.items()}
-    save_state(folder, plan_local_save(whole(tensors), file_bytes), CheckpointMetadata(3, 4, 5, "a = 1", {"n": 1}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "FILE_BYTES", file_bytes)
+        save_state(folder, plan_local_save(whole(tensors)), CheckpointMetadata(3, 4, 5, "a = 1", {"n": 1}))
     manifest = read_manifest(folder)
     assert (manifest.samples, manifest.tokens, manifest.values, manifest.recipe) == (4, 5, {"n": 1}, "a = 1")
     targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

@@ -99,9 +99,12 @@ def test_transformers_computes_the_same_logits(section: Model, tmp_path: Path) -
 
 @pytest.mark.parametrize("section", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_export_import_export_is_bitwise(section: Model, dtype: str | None, tmp_path: Path) -> None:
+def test_export_import_export_is_bitwise(
+    section: Model, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export_huggingface(saved(tmp_path, section), tmp_path / "one", dtype, shard_bytes=20_000)
-    import_huggingface(tmp_path / "one", tmp_path / "run", file_bytes=15_000)
+    monkeypatch.setattr(save, "FILE_BYTES", 15_000)
+    import_huggingface(tmp_path / "one", tmp_path / "run")
     export_huggingface(newest_at(tmp_path / "run"), tmp_path / "two", dtype, shard_bytes=20_000)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len([name for name in contents(tmp_path / "one") if name.endswith(".safetensors")]) > 1

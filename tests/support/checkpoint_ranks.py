@@ -39,7 +39,9 @@ def write_parts(
     folder: Path, cut: Sequence[Mapping[str, Shard]], file_bytes: int = 10**9, recipe: str = "", step: int = 1
 ) -> Manifest:
     """Write a checkpoint as ranks with these shards would, one after the other."""
-    tables = [save.write_items(folder, save.plan_local_save(part, file_bytes), rank) for rank, part in enumerate(cut)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "FILE_BYTES", file_bytes)
+        tables = [save.write_items(folder, save.plan_local_save(part), rank) for rank, part in enumerate(cut)]
     manifest = save.merge_tables(tables, CheckpointMetadata(step, recipe=recipe))
     (folder / MANIFEST).write_bytes(encode(manifest))
     return manifest

@@ -27,7 +27,6 @@ from titanlite.errors import CheckpointError, TitanliteError, UsageError
 from titanlite.files import read_file, read_json, replace_file, sync_path, wrap_os_errors
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of
-from titanlite.plan.memory import FILE_BYTES
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.paths import check_name, check_path
 from titanlite.recipe.sections import Checkpoint, Data, Model, Precision, Recipe, Run, Training
@@ -132,7 +131,7 @@ def _blame_folder() -> Iterator[None]:
 
 
 @_blame_folder()
-def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) -> Written:
+def import_huggingface(folder: Path, out: Path) -> Written:
     """Make a new run folder with one checkpoint, of step 0, that holds the weights of a Hugging Face folder.
 
     Weights become masters: float32, or float64 if any of them is that wide. `KEPT_FILES` stay in the checkpoint; a
@@ -184,7 +183,7 @@ def import_huggingface(folder: Path, out: Path, file_bytes: int = FILE_BYTES) ->
         if special and GENERATION_CONFIG not in kept:
             _write_json(checkpoint / GENERATION_CONFIG, special)
         fingerprint = tokenizer.fingerprint if tokenizer else UNKNOWN
-        files = _write_checkpoint(checkpoint, sources, file_bytes, to_toml(recipe), fingerprint)
+        files = _write_checkpoint(checkpoint, sources, to_toml(recipe), fingerprint)
         replace_file(run / "recipe.toml", to_toml(recipe).encode())
         sync_path(checkpoint.parent)
     return Written(out, len(sources), _nbytes(sources), tuple(files), tokenizer_files, problem)
@@ -337,15 +336,13 @@ def _find_tokenizer(folder: Path, has_files: bool, special: Mapping[str, Any]) -
         return None, f"its tokenizer cannot be read: {error}"
 
 
-def _write_checkpoint(
-    folder: Path, sources: Mapping[str, save.TensorSource], file_bytes: int, recipe: str, tokenizer: str
-) -> list[str]:
+def _write_checkpoint(folder: Path, sources: Mapping[str, save.TensorSource], recipe: str, tokenizer: str) -> list[str]:
     """The tensors' files and the manifest of all files in the folder; returns the names of the former."""
-    items = {
+    plan = {
         name: save.WriteItem(name, source.shape, (0,) * len(source.shape), source) for name, source in sources.items()
     }
     others = {name: storage.describe_file(folder / name)._asdict() for name in sorted(os.listdir(folder))}
-    table = save.write_items(folder, save.LocalSavePlan(items, file_bytes))
+    table = save.write_items(folder, plan)
     metadata = format.CheckpointMetadata(
         0, recipe=recipe, values={"tokenizer": tokenizer}, environment=save.environment(torch.device("cpu"))
     )

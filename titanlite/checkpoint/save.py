@@ -108,31 +108,22 @@ class WriteItem:
     source: TensorSource
 
 
-@dataclass(frozen=True)
-class LocalSavePlan:
-    """What this rank writes of a checkpoint."""
-
-    items: Mapping[str, WriteItem]  # by their keys in files: the tensor's name, with the offset if it is not all of it
-    file_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(item.source.nbytes for item in self.items.values())
+# What this rank writes of a checkpoint, by the keys in files: a tensor's name, with the offset if it is not all of it.
+LocalSavePlan = Mapping[str, WriteItem]
 
 
-def plan_local_save(tensors: Mapping[str, Shard], file_bytes: int | None = None) -> LocalSavePlan:
+def plan_local_save(tensors: Mapping[str, Shard]) -> LocalSavePlan:
     """What this rank writes of a state, by views: each box that several ranks hold is shared out among them."""
-    file_bytes = FILE_BYTES if file_bytes is None else file_bytes
-    items: dict[str, WriteItem] = {}
+    plan: dict[str, WriteItem] = {}
     for name, shard in tensors.items():
         tensor, box = shard.tensor.detach(), shard.box
-        mine = boxes_to_write(name, box, tensor.nbytes, shard.copies, shard.copy, file_bytes)
+        mine = boxes_to_write(name, box, tensor.nbytes, shard.copies, shard.copy, FILE_BYTES)
         if dtype_name(tensor) not in DTYPES:
             raise ValueError(f"tensor '{name}' is {dtype_name(tensor)}, which a checkpoint cannot hold")
         for part in [box] if 0 in shard.shape else mine:
             key = name if part[1] == shard.shape else f"{name}@{','.join(map(str, part[0]))}"
-            items[key] = WriteItem(name, shard.shape, part[0], TensorSource.of(tensor[within(part, box)]))
-    return LocalSavePlan(items, file_bytes)
+            plan[key] = WriteItem(name, shard.shape, part[0], TensorSource.of(tensor[within(part, box)]))
+    return plan
 
 
 def boxes_to_write(name: str, box: Box, nbytes: int, copies: int, copy: int, file_bytes: int) -> list[Box]:
@@ -172,7 +163,7 @@ def save_state(final: Path, plan: LocalSavePlan, metadata: format.CheckpointMeta
 
     Raises `CheckpointError` on every rank if a disk refuses on any, with nothing changed on it.
     """
-    wrapped = wrap_write_errors(final, plan.nbytes, "checkpoint")
+    wrapped = wrap_write_errors(final, plan, "checkpoint")
     try:
         ranks.run_on_rank0(wrapped(lambda: begin(final)))
         doubt: str = ranks.run_on_all_ranks(
@@ -185,24 +176,29 @@ def save_state(final: Path, plan: LocalSavePlan, metadata: format.CheckpointMeta
         raise
 
 
-def wrap_write_errors(final: Path, nbytes: int, what: str) -> ContextDecorator:
-    """`wrap_os_errors` of what writes a checkpoint or a snapshot, `nbytes` of it on this rank."""
-    text = f"cannot write the {what} {final} (of which {format_bytes(nbytes)} fall to this rank)"
+def planned_bytes(plan: LocalSavePlan) -> int:
+    """Those of the values."""
+    return sum(item.source.nbytes for item in plan.values())
+
+
+def wrap_write_errors(final: Path, plan: LocalSavePlan, what: str) -> ContextDecorator:
+    """`wrap_os_errors` of what writes a checkpoint or a snapshot."""
+    text = f"cannot write the {what} {final} (of which {format_bytes(planned_bytes(plan))} fall to this rank)"
     return wrap_os_errors(text, final, f" Earlier {what}s are untouched.")
 
 
 def write_items(folder: Path, plan: LocalSavePlan, rank: int = 0) -> dict[str, Any]:
     """Write and sync this rank's files; its table of tensors and files for `merge_tables`. Raises `OSError`."""
     tensors: dict[str, Any] = {
-        item.name: {"dtype": item.source.dtype, "shape": list(item.whole), "chunks": []} for item in plan.items.values()
+        item.name: {"dtype": item.source.dtype, "shape": list(item.whole), "chunks": []} for item in plan.values()
     }
     files = {}
-    sizes = {key: item.source.nbytes for key, item in plan.items.items() if item.source.nbytes}
-    for number, keys in enumerate(group_by_size(sizes, plan.file_bytes)):
+    sizes = {key: item.source.nbytes for key, item in plan.items() if item.source.nbytes}
+    for number, keys in enumerate(group_by_size(sizes, FILE_BYTES)):
         file = f"tensors-{rank:05d}-{number:03d}.safetensors"  # see writer_of
-        files[file] = write_tensors(folder / file, {key: plan.items[key].source for key in keys})._asdict()
+        files[file] = write_tensors(folder / file, {key: plan[key].source for key in keys})._asdict()
         for key in keys:
-            item = plan.items[key]
+            item = plan[key]
             chunk = {"offset": list(item.offset), "shape": list(item.source.shape), "file": file, "key": key}
             tensors[item.name]["chunks"].append(chunk)
     return {"tensors": tensors, "files": files}
@@ -315,7 +311,7 @@ class BackgroundSaver:
 
     def _copy(self, plan: LocalSavePlan) -> LocalSavePlan:
         """The same plan, with copies of the values as they are now."""
-        values = {key: item.source.read(whole_box(item.source.shape)) for key, item in plan.items.items()}
+        values = {key: item.source.read(whole_box(item.source.shape)) for key, item in plan.items()}
         if self._copies.keys() != values.keys():
             # Pinned: only to such memory does a GPU copy without the host's help.
             self._copies = {
@@ -326,5 +322,4 @@ class BackgroundSaver:
             self._copies[key].copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in values.values()):
             torch.cuda.current_stream().synchronize()
-        items = {key: replace(item, source=TensorSource.of(self._copies[key])) for key, item in plan.items.items()}
-        return replace(plan, items=items)
+        return {key: replace(item, source=TensorSource.of(self._copies[key])) for key, item in plan.items()}

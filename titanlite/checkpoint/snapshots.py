@@ -101,7 +101,9 @@ class Snapshots:
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
-        sizes = self._ranks.run_on_all_ranks(lambda: save.plan_local_save(tensors).nbytes, lambda sizes: sizes)
+        sizes = self._ranks.run_on_all_ranks(
+            lambda: save.planned_bytes(save.plan_local_save(tensors)), lambda sizes: sizes
+        )
         needed, backups = Counter[int](), backup_machines(self._machines)
         for machine, size in zip(self._machines, sizes, strict=True):
             for keeper in {machine, backups[machine]}:
@@ -168,7 +170,7 @@ class Snapshots:
 
     def _write(self, plan: save.LocalSavePlan, metadata: CheckpointMetadata, warn: save.Warn) -> None:
         final, ranks, machines = self._folder / folder_name(metadata.step), self._ranks, self._machines
-        pending, wrapped = storage.pending(final), save.wrap_write_errors(final, plan.nbytes, "snapshot")
+        pending, wrapped = storage.pending(final), save.wrap_write_errors(final, plan, "snapshot")
         ranks.run_on_rank0(self._require_own)
         try:
             self._on_each_machine(wrapped(lambda: storage.begin(final)))
