@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -100,12 +100,14 @@ def _resolve(schema: Schema) -> Schema:
 
 
 def key_schema(path: Sequence[str]) -> Schema | None:
-    """Schema of a section or key, elements of arrays of tables being named by their number; None if there is none."""
+    """Schema of a section or key, in arrays of tables with or without a number; None if there is none."""
     schema: Schema = json_schema()
     for name in path:
-        if is_tables(schema) and name.isdigit():
+        if is_tables(schema):
             schema = _resolve(schema["items"])
-        elif inner := schema.get("properties", {}).get(name) or schema.get("additionalProperties"):
+            if name.isdigit():
+                continue
+        if inner := schema.get("properties", {}).get(name) or schema.get("additionalProperties"):
             schema = _resolve(inner)
         else:
             return None
@@ -131,7 +133,7 @@ def all_keys() -> list[str]:
     return [key for key, schema in _walk(json_schema()) if "properties" not in schema]
 
 
-def suggest_key(name: str, known: Sequence[str] = (), table: Sequence[str] = ()) -> str:
+def suggest_key(name: str, known: Iterable[str] = (), table: Sequence[str] = ()) -> str:
     """`did you mean 'section.key'?` for a name that `table`, whose keys are `known`, does not have; or nothing."""
     named: dict[str, list[str]] = {}
     for key, _ in _walk(json_schema(), into_tables=True):
@@ -143,17 +145,13 @@ def suggest_key(name: str, known: Sequence[str] = (), table: Sequence[str] = ())
     return f"did you mean {' or '.join(map(repr, best))}?" if best else ""
 
 
-def find_key(key: str) -> tuple[tuple[str, ...], Schema]:
-    """Path and schema of a section or a key, in arrays of tables with or without a number. Raises `UsageError`."""
-    path: tuple[str, ...] = ()
-    table: Schema = json_schema()
-    for name in key.split("."):
-        path = (*path, "0", name) if is_tables(table) and not name.isdigit() else (*path, name)
-        if (schema := key_schema(path)) is None:
-            hint = suggest_key(name, list(table.get("properties", {})), path[:-1]) or did_you_mean(key, all_keys())
-            raise UsageError(f"a recipe has no key '{key}'; {hint or 'see docs/recipe.md'}")
-        table = schema
-    return path, table
+def find_key(key: str) -> tuple[list[str], Schema]:
+    """Path and schema of a section or a key. Raises `UsageError`, with the nearest that there are."""
+    *table, name = path = key.split(".")
+    if schema := key_schema(path):
+        return path, schema
+    hint = suggest_key(name, (key_schema(table) or {}).get("properties", ()), table) or did_you_mean(key, all_keys())
+    raise UsageError(f"a recipe has no key '{key}'; {hint or 'see docs/recipe.md'}")
 
 
 def describe_type(schema: Schema) -> str:

@@ -25,8 +25,7 @@ def fits_64_bits(value: int) -> int:
 
 def parse_count(value: Any) -> Any:
     """An integer for a string such as `"2_000_000"`, `"2.5M"` or `"100B"`; other values as they are, for the schema to
-    refuse. Raises `ValueError` for a string that is no whole count.
-    """
+    refuse. Raises `ValueError` for a string that is no whole count."""
     if not isinstance(value, str):
         return value
     if match := re.fullmatch(r"([0-9][0-9_]{,99}(?:\.[0-9]{1,99})?)\s*([KMBT]?)", value.strip()):
@@ -370,9 +369,8 @@ class Kernels(Section):
     float8_quantise: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
     """`auto`, `triton` or `torch` for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"
-    """The head with its loss: `off` forms all logits of a microbatch at once. The others form a chunk of them at a
-    time, and need a small part of the memory: `auto` where all would take more than 64 MiB, with Triton on GPUs;
-    `torch` always, without Triton."""
+    """The head with its loss: `off` forms all logits of a microbatch at once; the others a chunk at a time, in far less
+    memory: `auto` where all would take more than 64 MiB, with Triton on GPUs; `torch` always, without Triton."""
 
 
 class Compile(Section):

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -80,9 +81,11 @@ def _find_lines(text: str) -> dict[tuple[str, ...], int]:
     statement, start, elements = "", 1, 0
     for number, line in enumerate(text.split("\n"), 1):
         statement += (line if statement.endswith("\n") else line.lstrip(" \t,")) + "\n"
-        whole = _parse_or_none(statement)
-        value: Any = _parse_or_none(f"{statement}]") if whole is None else whole
-        if value is None:
+        for closing in ("", "]"):
+            with suppress(TomlSyntaxError):
+                value: Any = parse_toml(statement + closing)
+                break
+        else:
             continue
         is_header = statement.startswith("[")
         path = () if is_header else table
@@ -99,17 +102,10 @@ def _find_lines(text: str) -> dict[tuple[str, ...], int]:
             table = path
         found = len(value) if isinstance(value, list) else 0
         lines |= {(*path, str(elements + index)): start for index in range(found)}
-        statement, start, elements = "", number + 1, 0 if whole is not None else elements + found
-        if whole is None:
+        statement, start, elements = "", number + 1, elements + found if closing else 0
+        if closing:
             statement = f"{'.'.join(map(_format_key, path[len(table) :]))} = ["
     return lines
-
-
-def _parse_or_none(text: str) -> dict[str, Any] | None:
-    try:
-        return parse_toml(text)
-    except TomlSyntaxError:
-        return None
 
 
 def format_toml(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:

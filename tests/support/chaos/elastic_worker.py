@@ -48,13 +48,13 @@ def main() -> None:
         return result
 
     Trainer.train, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
-    end_process = command.end_process
+    end_process = command.launch.end_process
 
     def noted_end(code: int) -> NoReturn:
         note("end", code=code)
         end_process(code)
 
-    command.end_process = noted_end
+    command.launch.end_process = noted_end
     command.end_as_launched(train, sys.argv[1:])
 
 
