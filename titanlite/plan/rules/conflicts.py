@@ -95,50 +95,40 @@ def split_backward(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
 
 def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Keys that were changed from their defaults and do nothing beside the others."""
-    defaults = Recipe()
-    for key, does_nothing, reason in _find_unused(recipe, layout_of(recipe.parallel, world)):
-        if does_nothing and attrgetter(key)(recipe) != attrgetter(key)(defaults):
-            yield warning(key, f"has no effect here: {reason};", "leave it out.")
-
-
-def _find_unused(recipe: Recipe, layout: Layout | None) -> Iterator[tuple[str, bool, str]]:
-    """(key, whether it does nothing here, why)"""
-    guards, plain = recipe.resilience, not recipe.precision.float8.enabled
-    actions, keeps_all = (guards.on_nonfinite, guards.on_spike), recipe.checkpoint.keep_last == 0
-    yield "resilience.max_skips", "skip" not in actions, "neither on_nonfinite nor on_spike skips"
-    yield "resilience.max_rollbacks", "rollback" not in actions, "neither on_nonfinite nor on_spike goes back"
-    for key in ("zscore", "window"):
-        yield f"resilience.spike_{key}", guards.on_spike == "off", 'on_spike is "off"'
-    yield "data.prefetch", recipe.data.workers == 0, "without data.workers nothing is fetched ahead"
-    yield "data.fim_tokens", recipe.data.fim_rate == 0, "data.fim_rate is 0"
-    for key in ("every", "best"):
-        yield f"checkpoint.keep_{key}", keeps_all, "keep_last = 0 keeps every checkpoint"
-    yield "validation.sequences", recipe.validation.every_steps == 0, "validation.every_steps is 0"
-    yield "precision.reduce", recipe.precision.compute == "float64", "a float64 run sums its gradients in float64"
-    for key in (*(f"precision.float8.{name}" for name in Float8.model_fields), "kernels.float8_quantise"):
-        yield key, plain, "precision.float8.enabled is false"
-    yield "recompute.every", recipe.recompute.mode == "none", 'recompute.mode is "none"'
-    optimizer, shape = recipe.optimizer, recipe.schedule  # what these read, by their own account
-    if optimizer.name in OPTIMIZERS:
-        used = {"name", "clip_norm", *optimizer_spec(optimizer.name).keys}
-        for key in type(optimizer).model_fields:
-            yield f"optimizer.{key}", key not in used, f"the optimizer is {optimizer.name}"
-    if shape.name in SCHEDULES:
-        used = {"name", "warmup_steps", *schedule_named(shape.name).keys}
-        for key in type(shape).model_fields:
-            yield f"schedule.{key}", key not in used, f"the schedule is {shape.name}"
-    parallel, stage, pipeline = recipe.parallel, recipe.parallel.zero_stage, recipe.parallel.pipeline
+    parallel, guards, layout, defaults = recipe.parallel, recipe.resilience, layout_of(recipe.parallel, world), Recipe()
+    stage, pipeline, actions = parallel.zero_stage, parallel.pipeline, (guards.on_nonfinite, guards.on_spike)
     uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
     copied = layout is None or max(layout.weights(stage)[0], layout.tp, layout.pp) > 1
     cut = layout.weights(stage)[1] if layout is not None else 0
     fixed = parallel.pp > 1 and fixes_stages(pipeline.schedule)
-    for name in Pipeline.model_fields:
-        yield f"parallel.pipeline.{name}", parallel.pp == 1, "parallel.pp is 1"
-    yield "parallel.pipeline.stages_per_rank", fixed, f"{pipeline.schedule} fixes it"
-    yield "resilience.check_replicas_every", not copied, "no rank holds a copy of what another does"
-    yield "precision.float8.all_gather", cut == 1 and parallel.tp == 1, "no weights are cut, and no activations"
-    yield "parallel.cp_method", parallel.cp == 1, "parallel.cp is 1"
-    yield "parallel.async_tp", parallel.tp == 1, "parallel.tp is 1"
-    yield "parallel.zero_stage", uncut and stage > 0, "every rank is a copy: there is none to cut over"
-    yield "parallel.prefetch", stage == 0 or uncut, "no weights are cut, so none are gathered"
-    yield "parallel.dp_shard", stage == 0 and parallel.dp_shard > 1, "in stage 0 nothing is cut, its ranks are copies"
+    float8 = [f"precision.float8.{key}" for key in Float8.model_fields]
+    rows: list[tuple[bool, str, list[str]]] = [
+        ("skip" not in actions, "neither on_nonfinite nor on_spike skips", ["resilience.max_skips"]),
+        ("rollback" not in actions, "neither on_nonfinite nor on_spike goes back", ["resilience.max_rollbacks"]),
+        (guards.on_spike == "off", 'on_spike is "off"', ["resilience.spike_zscore", "resilience.spike_window"]),
+        (recipe.data.workers == 0, "without data.workers nothing is fetched ahead", ["data.prefetch"]),
+        (recipe.data.fim_rate == 0, "data.fim_rate is 0", ["data.fim_tokens"]),
+        (recipe.checkpoint.keep_last == 0, "keep_last 0 keeps all", ["checkpoint.keep_every", "checkpoint.keep_best"]),
+        (recipe.validation.every_steps == 0, "validation.every_steps is 0", ["validation.sequences"]),
+        (recipe.precision.compute == "float64", "a float64 run sums its gradients in float64", ["precision.reduce"]),
+        (not recipe.precision.float8.enabled, "float8.enabled is false", [*float8, "kernels.float8_quantise"]),
+        (recipe.recompute.mode == "none", 'recompute.mode is "none"', ["recompute.every"]),
+        (parallel.pp == 1, "parallel.pp is 1", [f"parallel.pipeline.{key}" for key in Pipeline.model_fields]),
+        (fixed, f"{pipeline.schedule} fixes it", ["parallel.pipeline.stages_per_rank"]),
+        (not copied, "no rank holds a copy of what another does", ["resilience.check_replicas_every"]),
+        (cut == 1 and parallel.tp == 1, "no weights are cut, and no activations", ["precision.float8.all_gather"]),
+        (parallel.cp == 1, "parallel.cp is 1", ["parallel.cp_method"]),
+        (parallel.tp == 1, "parallel.tp is 1", ["parallel.async_tp"]),
+        (uncut and stage > 0, "every rank is a copy: there is none to cut over", ["parallel.zero_stage"]),
+        (stage == 0 or uncut, "no weights are cut, so none are gathered", ["parallel.prefetch"]),
+        (stage == 0 and parallel.dp_shard > 1, "stage 0 cuts nothing, its ranks are copies", ["parallel.dp_shard"]),
+    ]
+    if (name := recipe.optimizer.name) in OPTIMIZERS:
+        others = type(recipe.optimizer).model_fields.keys() - {"name", "clip_norm", *optimizer_spec(name).keys}
+        rows.append((True, f"the optimizer is {name}", [f"optimizer.{key}" for key in sorted(others)]))
+    if (name := recipe.schedule.name) in SCHEDULES:
+        others = type(recipe.schedule).model_fields.keys() - {"name", "warmup_steps", *schedule_named(name).keys}
+        rows.append((True, f"the schedule is {name}", [f"schedule.{key}" for key in sorted(others)]))
+    for key, reason in ((key, reason) for does_nothing, reason, keys in rows if does_nothing for key in keys):
+        if attrgetter(key)(recipe) != attrgetter(key)(defaults):
+            yield warning(key, f"has no effect here: {reason};", "leave it out.")
