@@ -58,7 +58,7 @@ WITHOUT_TORCH = (
         "optim.schedules",
     ),
     *("models.spec", "models.llama_spec", "observe.jsonl", "verify.shrink", "verify.verdict"),
-    *("data.audit", "data.read_log", "data.order", "data.packing", "data.fill_in"),
+    *("data.read_log", "data.order", "data.packing", "data.fill_in"),
     *("checkpoint.format", "checkpoint.storage"),
     *("resilience.crashes", "resilience.rank_table"),
 )

@@ -14,18 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.corpus.tokenizers import open_tokenizer
-from titanlite.data.audit import Audit, audit, history, samples_of, steps_read
 from titanlite.data.loader import train_loader
 from titanlite.data.read_log import (
     FOLDER,
     RECORD,
     SKIPPED,
     WENT_BACK,
+    Audit,
     ReadLog,
     Records,
+    audit,
+    history,
     last_start,
     log_path,
     read_records,
+    samples_of,
+    steps_read,
 )
 from titanlite.data.splits import split_of
 from titanlite.errors import DataError
@@ -96,7 +100,7 @@ class Run:
             read = schedule.end_sample(self.step + furthest) if furthest else self.samples
             for log in logs:
                 log.begin(self.step)
-                log.passed_over(WENT_BACK, self.step, self.samples, read)
+                log.write(WENT_BACK, self.step, self.samples, read - self.samples)
                 log.sync()
             self.samples = read
         common = min(life.reached) * life.saved // 100
@@ -132,7 +136,7 @@ class Run:
             at = self.samples
             for step, samples in enumerate(own, self.step + 1):
                 if schedule.first_sample(step) > at:
-                    log.passed_over(SKIPPED, step, at, schedule.first_sample(step))
+                    log.write(SKIPPED, step, at, schedule.first_sample(step) - at)
                 at = schedule.end_sample(step)
                 log.read(step, samples)
                 if step % life.logged == 0:

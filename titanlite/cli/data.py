@@ -23,8 +23,7 @@ from titanlite.corpus.tokenizers import Tokenizer, Tokens, describe_separator, o
 from titanlite.corpus.train_tokenizer import add_train_tokenizer_command
 from titanlite.corpus.units import Request
 from titanlite.corpus.workers import cores
-from titanlite.data.audit import Audit, Span, audit, history, reordered_steps, samples_of
-from titanlite.data.read_log import READ, read_records
+from titanlite.data.read_log import READ, Audit, Span, audit, history, read_records, reordered_steps, samples_of
 from titanlite.data.splits import Split, open_data
 from titanlite.errors import EXIT_DONE, DataError, GuardStop, UsageError
 from titanlite.plan.layout import BatchPlan, sample_schedule

@@ -1,14 +1,20 @@
-"""Which samples each step read, as the ranks write it down: 40 bytes for each stretch of steps. No torch.
+"""Which samples each step read, as the ranks write it down, 40 bytes for each stretch of steps; and the audit of that:
+whether the samples are all there, once each. No torch.
 
-`RUN/logs/samples/rank-00007.bin` is what data rank 7 read, in every start of the run. It only grows: `audit.py` tells
-which records count. The first step of a stretch is written at once, so that every start leaves a record; those after it
-when the stretch ends, and before anything shows that they were taken: a row of metrics, a checkpoint, a snapshot.
+`RUN/logs/samples/rank-00007.bin` is what data rank 7 read, in every start of the run. It only grows: a record counts if
+no later stretch, of a restart or a rollback, went on from a step before its own. The first step of a stretch is written
+at once, so that every start leaves a record; those after it when the stretch ends, and before anything shows that they
+were taken: a row of metrics, a checkpoint, a snapshot.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +48,8 @@ first of those from `first - rank` on, and the next ones of those that follow.""
 
 
 class ReadLog:
-    """Writes the records of the data rank that `plan` is for. Nothing waits for the disk but `sync`.
-
-    Without a path nothing is written: on all but one of the ranks with the same samples. Raises `UsageError`.
+    """Writes the records of the data rank that `plan` is for; nothing without a path: on all but one of the ranks with
+    the same samples. Nothing waits for the disk but `sync`. Raises `UsageError`.
     """
 
     def __init__(self, path: Path | None, plan: BatchPlan, start: int, warn: Callable[[str], None]) -> None:
@@ -76,18 +81,14 @@ class ReadLog:
         else:
             self.flush()
             for each in [samples] if planned else [[sample] for sample in samples]:
-                self._write(READ, step, each[0], len(each))  # what should not be is written down as it is
+                self.write(READ, step, each[0], len(each))  # what should not be is written down as it is
         self._next = step + 1, first + self._plan.global_batch
-
-    def passed_over(self, kind: int, step: int, first: int, end: int) -> None:
-        """Samples `first` to `end - 1` are not read: `SKIPPED` by this step, or the run `WENT_BACK` to it."""
-        self._write(kind, step, first, end - first)
 
     def flush(self) -> None:
         """Have a record of every step that was read."""
         if steps := self._unwritten:
             batch = self._plan.global_batch
-            self._write(READ_STEPS, self._next[0] - steps, self._next[1] - steps * batch, steps << 32 | batch)
+            self.write(READ_STEPS, self._next[0] - steps, self._next[1] - steps * batch, steps << 32 | batch)
             self._unwritten = 0
 
     def sync(self) -> None:
@@ -101,7 +102,8 @@ class ReadLog:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, kind: int, step: int, first: int, count: int) -> None:
+    def write(self, kind: int, step: int, first: int, count: int) -> None:
+        """Add a record; others than this object write those of samples that `step` `SKIPPED`, or `WENT_BACK` from."""
         if self._file is not None:
             place = (self._begun, self._start, self._plan.data_rank, self._plan.data_ranks, self._turn, kind)
             self._file.write(np.array((first, count, step, *place), RECORD).tobytes())
@@ -160,3 +162,145 @@ def _whole_records(path: Path) -> Records:
         data = read_file(path)
     records = np.frombuffer(data[: len(data) - len(data) % RECORD.itemsize], RECORD)
     return records[records["start"] > 0]
+
+
+REORDERED = "reordered"  # value of a checkpoint: steps, spaces between, the first ones in another order of samples
+
+Span = tuple[int, int]  # first and last sample, or step
+Samples = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found."""
+
+    steps: int  # the steps of the history that have a record
+    samples: int
+    lost: tuple[Span, ...]  # samples that no step read
+    repeated: tuple[Span, ...]  # samples that were read again, a span for each time
+    in_order: bool  # whether each step read samples later than those of the step before
+    unrecorded: tuple[Span, ...]  # steps without a record
+    skipped: tuple[dict[str, Any], ...]  # passed over: `step`, `by` (data.skip_steps or rollback), `samples`, a span
+    reordered: tuple[int, ...]  # of `REORDERED`: some texts may then be read twice, others never; no number shows that
+    digest: str
+    """BLAKE2b (128 bits) of the numbers of the samples, 8 bytes each, little-endian, in the order of the steps and
+    ascending within a step: equal for runs that read the same in the same steps, on whatever layouts."""
+    restarts: int  # starts of the run after the first that read anything
+    layouts: tuple[dict[str, Any], ...]  # data ranks by steps: `steps`, a span, and `data_ranks`
+
+    @property
+    def whole(self) -> bool:
+        """Whether every sample was read in its turn, and once."""
+        return not (self.lost or self.repeated or self.unrecorded or self.reordered) and self.in_order
+
+
+def reordered_steps(values: Mapping[str, Any]) -> list[int]:
+    return [int(step) for step in re.findall(r"\b[0-9]{1,18}\b", str(values.get(REORDERED, "")))]
+
+
+def history(records: Records, last_step: int | None = None) -> Records:
+    """The records that count in the history that leads to `last_step` (None: to the last that was taken), by steps."""
+    _, first, inverse = np.unique(_number_stretches(records), return_index=True, return_inverse=True)
+    later = np.append(records["begun"][first[1:]], np.iinfo(np.uint32).max if last_step is None else last_step)
+    limits = np.minimum.accumulate(later[::-1])[::-1]  # [stretches]: no later one went on from an earlier step
+    kept = records[records["step"] <= limits[inverse.reshape(-1)]]
+    return kept[np.lexsort((kept["first"], kept["step"]))]
+
+
+def _number_stretches(records: Records) -> npt.NDArray[np.int64]:
+    """A number for the stretch of each record; later ones have larger numbers."""
+    numbers: npt.NDArray[np.int64] = records["start"].astype(np.int64) << 16 | records["turn"]
+    return numbers
+
+
+def steps_read(records: Records) -> Iterator[tuple[int, Records]]:
+    """Each step with what its ranks read; `records` of a `history`."""
+    reads = records[records["kind"] == READ]
+    steps, begins = np.unique(reads["step"], return_index=True)
+    for step, part in zip(steps, np.split(reads, begins[1:]), strict=True) if len(steps) else ():
+        yield int(step), part
+
+
+def samples_of(records: Records) -> Samples:
+    """The samples of a step, ascending."""
+    counts = records["count"]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    samples: Samples = np.repeat(records["first"], counts) + within * np.repeat(records["ranks"], counts)
+    return np.sort(samples.astype("<i8"), kind="stable")
+
+
+def audit(
+    records: Records, last_step: int, end: int, begins_elsewhere: bool = False, reordered: Sequence[int] = ()
+) -> Audit:
+    """Follow the history to `last_step`, by whose state the samples before `end` are read or passed over. A run that
+    `begins_elsewhere` may have begun with another's state; it has if its first records go on from a later step than 0.
+    """
+    kept = history(records, last_step)
+    digest = hashlib.blake2b(digest_size=16)
+    spans: list[Span] = []
+    layouts: list[dict[str, Any]] = []
+    steps: list[int] = []
+    last, in_order = -1, True
+    for step, part in steps_read(kept):
+        samples = samples_of(part)
+        digest.update(samples.data)
+        spans += _runs(samples)
+        in_order = in_order and int(samples[0]) > last
+        last = int(samples[-1])
+        steps.append(step)
+        ranks = int(part["ranks"][0])
+        begun = layouts.pop()["steps"][0] if layouts and layouts[-1]["data_ranks"] == ranks else step
+        layouts.append({"steps": (begun, step), "data_ranks": ranks})
+    first_step, first = 1, 0
+    if begins_elsewhere and len(records) and records["begun"][_number_stretches(records).argmin()]:
+        first_step, first = min(steps, default=last_step + 1), min(spans, default=(end, end))[0]
+    gaps, repeated = _gaps_and_repeats(spans, first, end)
+    skipped, lost = _explain_gaps(gaps, kept[kept["kind"] != READ])
+    unrecorded, _ = _gaps_and_repeats([(step, step) for step in steps], first_step, last_step + 1)
+    return Audit(
+        steps=len(steps),
+        samples=sum(high - low + 1 for low, high in spans),
+        lost=tuple(lost),
+        repeated=tuple(repeated),
+        in_order=in_order,
+        unrecorded=tuple(unrecorded),
+        skipped=tuple(skipped),
+        reordered=tuple(reordered),
+        digest=digest.hexdigest(),
+        restarts=max(0, len(np.unique(records["start"][records["kind"] == READ])) - 1),
+        layouts=tuple(layouts),
+    )
+
+
+def _runs(samples: Samples) -> list[Span]:
+    """Ascending samples as spans; one that is there twice ends a span and begins another."""
+    parts = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
+    return [(int(part[0]), int(part[-1])) for part in parts]
+
+
+def _gaps_and_repeats(spans: Sequence[Span], first: int, end: int) -> tuple[list[Span], list[Span]]:
+    """Of the numbers from `first` to `end - 1`, those that are in no span; and what is there once more, or lies beyond:
+    whoever goes on from there will read it again.
+    """
+    gaps, repeated = list[Span](), list[Span]()
+    for low, high in [*sorted(spans), (end, sys.maxsize)]:
+        if low > first:
+            gaps.append((first, low - 1))
+        elif low < first:
+            repeated.append((low, min(high, first - 1)))
+        first = max(first, high + 1)
+    return gaps, repeated
+
+
+def _explain_gaps(gaps: Sequence[Span], passed: Records) -> tuple[list[dict[str, Any]], list[Span]]:
+    """What of the gaps was passed over on purpose, and what was not. All ranks have the same records of the first."""
+    skipped: list[dict[str, Any]] = []
+    lost = list(gaps)
+    fields = ("first", "count", "step", "kind")
+    for first, count, step, kind in sorted({tuple(int(each[name]) for name in fields) for each in passed}):
+        last, by = first + count - 1, "data.skip_steps" if kind == SKIPPED else "rollback"
+        inside = [(max(low, first), min(high, last)) for low, high in lost]
+        skipped += [{"step": step, "by": by, "samples": span} for span in inside if span[0] <= span[1]]
+        around = [span for low, high in lost for span in ((low, min(high, first - 1)), (max(low, last + 1), high))]
+        lost = [span for span in around if span[0] <= span[1]]
+    return skipped, lost

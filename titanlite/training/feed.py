@@ -76,7 +76,7 @@ class Feed:
         if first > read:
             said = f"samples {read} to {first - 1} are passed over, as data.skip_steps says"
             self._run.logger.event(step, "data_skipped", said, {"samples": [read, first - 1]})
-            log.passed_over(SKIPPED, step, read, first)
+            log.write(SKIPPED, step, read, first - read)
         log.read(step, own)
         return first + self._schedule.global_batch
 

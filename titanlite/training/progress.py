@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from titanlite.checkpoint.format import Manifest, Scalar
 from titanlite.checkpoint.manager import BACK_TO, VALIDATION_LOSS
-from titanlite.data.audit import REORDERED
+from titanlite.data.read_log import REORDERED
 
 # Values of a checkpoint that a run resumes with, beside those of `manager`:
 _GONE_BACK = "rolled_back"  # nothing was saved since the run went back to the step of `BACK_TO`, or to this one

@@ -18,7 +18,7 @@ from titanlite.checkpoint.manager import BACK_TO
 from titanlite.checkpoint.save import environment
 from titanlite.checkpoint.storage import read_manifest, recipe_of
 from titanlite.corpus.tokenizers import UNKNOWN, is_another
-from titanlite.data.audit import reordered_steps
+from titanlite.data.read_log import reordered_steps
 from titanlite.errors import DataError, Finding, RecipeError
 from titanlite.models.spec import spec_of
 from titanlite.observe.run_folder import Start, require_same_run

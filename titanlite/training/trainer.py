@@ -265,7 +265,7 @@ class Trainer:
         first, progress.samples = progress.samples, read
         del self._feed  # its workers end
         run.read_log.begin(progress.step)
-        run.read_log.passed_over(WENT_BACK, progress.step, first, read)
+        run.read_log.write(WENT_BACK, progress.step, first, read - first)
         run.logger.rewind(progress.step)
         said = (
             f"step {bad.step}: {bad}. From step {left} back to {progress.step}, past samples {first} to {read - 1} "

@@ -20,8 +20,7 @@ from support.chaos.nursery import PATIENCE_SECONDS, Child, Nursery
 from support.ports import free_port
 from support.tiny import write_tiny
 from titanlite.checkpoint.storage import read_manifest
-from titanlite.data.audit import audit
-from titanlite.data.read_log import read_records
+from titanlite.data.read_log import audit, read_records
 
 STEPS = 16
 EVERY = 4  # Steps between saves
