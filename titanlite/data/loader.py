@@ -122,12 +122,11 @@ _KILLED = {-signal.SIGKILL, -signal.SIGTERM}  # something outside has ended it; 
 def validation_batches(
     source: Source, sequences: int, plan: BatchPlan, failures: list[Exception]
 ) -> Iterator[tuple[Batch, float]]:
-    """This rank's part of one validation: batches of one microbatch, each with the bytes its labels stand for. `plan`
-    has the ranks, and the most sequences of a microbatch.
+    """This rank's part of one validation: batches of one microbatch (in `plan`: the most that one may have), each with
+    the bytes its labels stand for. Every rank gets as many of the same shape, filled up with padding.
 
-    The sequences (fewer where the source has no more) lie evenly over the source and are the same each time. Every
-    rank gets as many batches of the same shape, filled up with padding of zero weight. A batch that cannot be read is
-    padding, which stands for NaN bytes, so that the sums of all ranks show it; why, is added to `failures`.
+    The sequences lie evenly over the source and are the same each time. A batch that cannot be read is padding which
+    stands for NaN bytes, so that the sums of all ranks show it; why, is added to `failures`.
     """
     count = min(sequences, source.windows)
     microbatch = min(plan.microbatch, ceil_div(count, plan.data_ranks))
@@ -182,8 +181,8 @@ def _assemble(
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Keep a worker alive through signals that are meant for the whole job: the trainer answers them by finishing its
-    step and saving, for which it needs its workers. Only a SIGTERM of its own, when it tears them down, ends them.
+    """Keep a worker alive through signals to the whole job, which the trainer answers by finishing its step and saving:
+    for that it needs its workers. Only a SIGTERM of its own, when it tears them down, ends them.
     """
     signal.set_wakeup_fd(-1)  # inherited: what this process is sent would be received by the trainer
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -128,10 +128,8 @@ def open_streams(
     """The texts and token files that `paths` names (`key`: in the recipe): what is trained on, and with `hold_out` what
     is kept for validation; either may hold nothing. Raises `DataError` naming what cannot be read.
 
-    Of texts, documents are held out by a hash of their names alone. Where one side would get none (a single text file,
-    say) each document is cut instead: its last `validation_percent` is held out. Of a token file, the held-out part is
-    the file beside it that `titanlite data prepare --held-out` made.
-
+    Documents are held out by a hash of their names alone; where one side would get none (of a single text file, say),
+    the last `validation_percent` of each. The held-out part of a token file is beside it, as `data prepare` made it.
     Texts that are too many for every rank's memory are tokenized into files in `texts_folder`, if one is given.
     """
     training: list[Stream] = []

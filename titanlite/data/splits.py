@@ -63,9 +63,8 @@ class Split:
     def place(self, number: int) -> tuple[Source, int]:
         """The source of sample `number`, and which of its windows it is."""
         if self.schedule.end is not None and number >= self.schedule.end:
-            what = f"sample {number}: the sources are used up after {self.schedule.end} samples"
-            fix = "raise their limits or shorten the run"
-            raise DataError(f"{what} (a run that went back has read others instead); {fix}")
+            what = f"sample {number}: the sources are used up after {self.schedule.end} samples (a run that went back"
+            raise DataError(f"{what} has read others instead); raise their limits or shorten the run")
         chosen, turn = self.schedule(number)
         source = self.sources[chosen]
         return source, sample_position(turn, source.windows, self.seed, source.name)
@@ -116,9 +115,8 @@ def open_data(
     section: Data, sequence_length: int, seed: int, *, validated: bool = True, texts_folder: Path | None = None
 ) -> DataSplits:
     """Open the sources and, if `validated`, the validation sets: those that `data.validation` names or else the
-    sources' held-out parts. `texts_folder`: as `open_streams` has it.
-
-    Raises `DataError`: what cannot be read, and a source or set that is shorter than one sequence.
+    sources' held-out parts. `texts_folder`: as `open_streams` has it. Raises `DataError`, also for a source or set that
+    is shorter than one sequence.
     """
     tokenizer = tokenizer_of(section)
     sources: list[Source] = []
@@ -174,9 +172,8 @@ def require_samples(split: Split, samples: int) -> list[str]:
 
 
 def compression_baselines(source: Source, limit_bytes: int = 4 * 2**20) -> dict[str, float]:
-    """Bits per byte that `gzip -9` and `xz -9` need for the source's documents in one stream; empty for no text. The
-    first `limit_bytes` stand for the whole: xz takes about half a second a MiB.
-    """
+    """Bits per byte that `gzip -9` and `xz -9` need for the source's documents; empty for no text."""
+    # The beginning stands for the whole: xz takes about half a second a MiB.
     text = source.tokenizer.decode(source.beginning(limit_bytes))[:limit_bytes]
     compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)} if text else {}
     return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
@@ -202,11 +199,11 @@ def _schedule(section: Data, sources: Sequence[Source]) -> MixtureSchedule:
     """By weights, or sizes where none are given."""
     if not section.sources:
         return build_schedule([(None, (1.0,))], [None])
-    stages: list[tuple[int | None, list[float]]] = []
-    for stage in section.stages:
-        until = None if stage.until is None else stage.until // sources[0].sequence_length
-        stages.append((until, [stage.weights.get(each.name, 0.0) for each in sources]))
-    pairs = list(zip(section.sources, sources, strict=True))
+    length, pairs = sources[0].sequence_length, list(zip(section.sources, sources, strict=True))
+    stages: list[tuple[int | None, list[float]]] = [
+        (stage.until and stage.until // length, [stage.weights.get(each.name, 0.0) for each in sources])
+        for stage in section.stages
+    ]
     own = [named.weight or each.windows for named, each in pairs]
     return build_schedule(stages or [(None, own)], [_limit(named, each) for named, each in pairs])
 
