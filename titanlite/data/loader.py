@@ -79,6 +79,7 @@ def train_loader(
 
 
 UNREADABLE = (OSError, ValueError, DataError)  # because of the data; what else reading a batch raises is a bug
+_ENDING_SECONDS = 5.0  # above what the system takes to end a process, if it writes a core file too
 
 
 def _read(batches: Iterator[Batch | Exception], workers: Sequence[BaseProcess]) -> Iterator[Batch]:
@@ -108,15 +109,14 @@ def _explain_end(workers: Sequence[BaseProcess]) -> DataError | None:
         return None
     names = {-number: number.name for number in signal.Signals}
     causes = ", ".join(f"{pid} ({names.get(code, f'exit code {code}')})" for pid, code in ended.items())
-    if set(ended.values()) <= _KILLED:
+    kind, fix = (
+        DataError,
+        "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0",
+    )
+    if set(ended.values()) <= {-signal.SIGKILL, -signal.SIGTERM}:  # from outside; any other end may come again
         fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
-        return WorkerKilled(f"a data worker ended, process {causes}; {fix}")
-    fix = "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0"
-    return DataError(f"a data worker ended, process {causes}; {fix}")
-
-
-_ENDING_SECONDS = 5.0  # above what the system takes to end a process, if it writes a core file too
-_KILLED = {-signal.SIGKILL, -signal.SIGTERM}  # something outside has ended it; any other end may come again
+        kind = WorkerKilled
+    return kind(f"a data worker ended, process {causes}; {fix}")
 
 
 def validation_batches(

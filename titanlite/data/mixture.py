@@ -77,8 +77,11 @@ def _fill_block(mixture: Mixture, cycle: int, block: int) -> Table:
 def build_mixture(shares: Shares) -> Mixture:
     """The mixture of sources with these shares, as `apportion` makes them."""
     always, sometimes = zip(*(divmod(share, CYCLE) for share in shares), strict=True)
-    # A spare place goes where something that a block has once does: right into the middle, one after the other.
-    places = np.array(_spread([*always, *[1] * (BLOCK - sum(always))]), np.int16)
+    # Each source at distances as even as the others allow; a spare place where something that a block has once goes:
+    # right into the middle, one after the other. Fractions whose terms are so small are equal, and less, as floats are.
+    counts = enumerate([*always, *[1] * (BLOCK - sum(always))])
+    turns = sorted(((2 * turn + 1) / (2 * count), k) for k, count in counts for turn in range(count))
+    places = np.array([k for _, k in turns], np.int16)
     spare = _assign_spare_places(sometimes)
     has = _members(spare[:CYCLE], len(shares))
     return Mixture(
@@ -108,13 +111,6 @@ def apportion(weights: Sequence[float]) -> Shares:
 def _position(sample: int) -> tuple[int, int, int]:
     blocks, place = divmod(sample, BLOCK)
     return *divmod(blocks, CYCLE), place
-
-
-def _spread(counts: Sequence[int]) -> list[int]:
-    """Each k counts[k] times, at distances as even as the others allow."""
-    # Fractions whose terms are so small are equal, and less, just where they are so as floats.
-    turns = [((2 * turn + 1) / (2 * count), k) for k, count in enumerate(counts) for turn in range(count)]
-    return [k for _, k in sorted(turns)]
 
 
 def _assign_spare_places(shares: Sequence[int]) -> Table:
