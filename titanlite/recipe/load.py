@@ -321,23 +321,20 @@ def _find_fix(path: tuple[str, ...], value: Any, schema: dict[str, Any]) -> str:
         return f"write a table: [{path[0]}]."
     if isinstance(value, str) and (near := did_you_mean(value, [*map(str, schema.get("enum", []))])):
         return near
-    meanings = {*_readings(path, value)}
-    if len(meanings) == 1:
-        return f"write {path[-1]} = {meanings.pop()}."
-    return f"see titanlite check --explain {'.'.join(path)}"
-
-
-def _readings(path: Sequence[str], value: Any) -> Iterator[str]:
-    """What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5."""
+    # What the user may have meant by a value of the wrong type: 10 for "10" or 10.0, true for "True", "5" for 5.
     text = value if isinstance(value, str) else "" if isinstance(value, list | dict) else format_value(value)
     texts = [text, text.lower(), text.replace(",", "."), text.removesuffix(".0"), format_value(text)]
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):  # 1,500 may be either
         texts.append(text.replace(",", ""))
+    meanings = set()
     for text in texts:
         with suppress(ValueError):  # no TOML; or, as pydantic's, no value of this key
             meaning = parse_value(text)
             recipe_class().model_validate(_nest(path, meaning))
-            yield format_value(meaning)
+            meanings.add(format_value(meaning))
+    if len(meanings) == 1:
+        return f"write {path[-1]} = {meanings.pop()}."
+    return f"see titanlite check --explain {'.'.join(path)}"
 
 
 def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def amount(recipe: Recipe, world: int) -> Iterator[Finding]:
         yield Finding("training.tokens", problem, "give one of the two.")
     elif total_steps(training) >= MOST_STEPS:
         key = "training.steps" if training.tokens is None else "training.tokens"
-        yield Finding(key, f"the run would have {total_steps(training):,} steps;", f"{MOST_STEPS:,} is too many.")
+        yield Finding(key, f"the run would have {total_steps(training):,} steps;", f"give fewer than {MOST_STEPS:,}.")
 
 
 def names(recipe: Recipe, world: int) -> Iterator[Finding]:
