@@ -50,9 +50,9 @@ class Ranks:
         return self.run_on_all_ranks(lambda: None, lambda _: action())
 
     def run_on_all_ranks(
-        self, action: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda results: None
+        self, action: Callable[[], Any], decide: Callable[[list[Any]], Any] = lambda results: results
     ) -> Any:
-        """Every rank runs `action`, then rank 0 `decide` on the results, by rank; what that returns, on every rank."""
+        """Every rank runs `action`; on every rank, the results by rank, or what rank 0's `decide` makes of them."""
         if self.size == 1:
             return decide([action()])
         message, error = _attempt(action)

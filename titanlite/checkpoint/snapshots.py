@@ -92,18 +92,15 @@ class Snapshots:
         name: str = ranks.run_on_rank0(lambda: _run_name(checkpoints.with_name(RUN_NAME)))
         run = hashlib.sha256(os.fsencode(checkpoints.resolve()) + b"\0" + name.encode()).hexdigest()[:16]
         self._folder /= f"titanlite-{os.getuid()}-{run}"
-        marks = ranks.run_on_all_ranks(lambda: _leave_mark(self._folder), lambda marks: marks)
-        self._machines = ranks.run_on_all_ranks(
-            lambda: next(rank for rank, mark in enumerate(marks) if (self._folder / mark).exists()), lambda seen: seen
-        )
+        marks = ranks.run_on_all_ranks(lambda: _leave_mark(self._folder))
+        seen = (rank for rank, mark in enumerate(marks) if (self._folder / mark).exists())
+        self._machines = ranks.run_on_all_ranks(lambda: next(seen))
         self._generation, self._origin = ranks.run_on_rank0(lambda: _read_generation(self._file))
         self._on_each_machine(lambda: _clear(self._folder, self._generation, self._origin))
 
     def require_room(self, tensors: Mapping[str, Shard]) -> None:
         """Raise `UsageError` if a machine has no room for two snapshots: the old one goes when the new one is whole."""
-        sizes = self._ranks.run_on_all_ranks(
-            lambda: save.planned_bytes(save.plan_local_save(tensors)), lambda sizes: sizes
-        )
+        sizes = self._ranks.run_on_all_ranks(lambda: save.planned_bytes(save.plan_local_save(tensors)))
         needed, backups = Counter[int](), backup_machines(self._machines)
         for machine, size in zip(self._machines, sizes, strict=True):
             for keeper in {machine, backups[machine]}:
@@ -202,7 +199,7 @@ class Snapshots:
         )
         manifest = storage.decode_manifest(folder, text)
         own = list(wanted_bytes(format.chunks_by_file(manifest.tensors), tensors))
-        wanted = ranks.run_on_all_ranks(lambda: own, lambda lists: lists)
+        wanted = ranks.run_on_all_ranks(lambda: own)
         seeking = [(machine, file) for machine, files in zip(self._machines, wanted, strict=True) for file in files]
         moves = plan_moves(snapshot.sizes, snapshot.holders, seeking, self._machines)
         wrapped = wrap_os_errors(f"{folder} cannot be assembled", folder, kind=DamagedCheckpointError)

@@ -69,7 +69,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             run.read_log = stack.enter_context(closing(setup.open_read_log(run)))
             run.verification = setup.begin_verification(stack, run, ranks)
             trainer = Trainer(run)
-            hosts = ranks.run_on_all_ranks(platform.node, lambda hosts: hosts)
+            hosts = ranks.run_on_all_ranks(platform.node)
             if folder is not None:
                 _begin(run, folder, hosts, notes)
             begun_at = progress.step
