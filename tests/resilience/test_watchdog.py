@@ -243,7 +243,7 @@ def test_a_thread_that_waits_for_a_save_is_where_the_save_is_held_up(
             checkpoints.wait()
 
     monkeypatch.setattr(save, "write_tensors", hung_disk)
-    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint())
+    checkpoints = CheckpointManager(tmp_path, pytest.fail, section=Checkpoint(max_failures=0))
     checkpoints.begin({"w": Shard.whole(torch.zeros(3))}, CheckpointMetadata(1, 0, 0, ""))
     trainer = threading.Thread(target=wait)
     trainer.start()
