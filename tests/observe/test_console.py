@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from titanlite.observe.console import PlainConsole, TerminalConsole, describe_row, open_console
-from titanlite.observe.jsonl import event_row, validation_row
+from titanlite.observe.jsonl import validation_row
 
 
 def metric(step, loss=2.34567, mfu=0.412, seconds=0.5):
@@ -59,7 +59,7 @@ def test_a_pipe_gets_one_flushed_line_a_row():
     assert isinstance(console, PlainConsole)
     console.write(metric(100))
     console.write(validation_row(100, 2.5, 1.9))
-    console.write(event_row(100, "stopped", "signal"))
+    console.write({"step": 100, "event": "stopped", "detail": "signal"})
     console.message("warning: x")
     console.close()
     lines = stream.getvalue().splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titanlite.observe.jsonl import event_row, validation_row
+from titanlite.observe.jsonl import validation_row
 from titanlite.observe.metrics import Metrics, mfu, peak_flops, peak_memory_bytes
 
 PEAKS = {
@@ -120,9 +120,9 @@ def test_peak_memory_grows_by_what_is_held():
     assert held[0] == 1
 
 
-def test_other_rows():
+def test_rows_of_validation():
     assert validation_row(3, 2.5, 1.9) == {"step": 3, "validation_loss": 2.5, "bits_per_byte": 1.9}
-    assert event_row(3, "resumed", "from 2") == {"step": 3, "event": "resumed", "detail": "from 2"}
+    assert validation_row(3, 2.5, 1.9, "code")["set"] == "code"
 
 
 @pytest.mark.gpu

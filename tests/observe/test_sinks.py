@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.errors import UsageError
-from titanlite.observe.jsonl import JsonlSink, event_row, rewind, validation_row
+from titanlite.observe.jsonl import JsonlSink, rewind, validation_row
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.tensorboard import TensorBoardSink, frame_record
 from titanlite.plan.rules import apply_rules
@@ -25,6 +25,10 @@ from titanlite.recipe.sections import Recipe
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def event_row(step, event, detail):
+    return {"step": step, "event": event, "detail": detail}
 
 
 def metric(step, loss=2.0):

@@ -109,14 +109,10 @@ def _explain_end(workers: Sequence[BaseProcess]) -> DataError | None:
         return None
     names = {-number: number.name for number in signal.Signals}
     causes = ", ".join(f"{pid} ({names.get(code, f'exit code {code}')})" for pid, code in ended.items())
-    kind, fix = (
-        DataError,
-        "a library that reads the data failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0",
-    )
+    what = f"a data worker ended, process {causes}"
     if set(ended.values()) <= {-signal.SIGKILL, -signal.SIGTERM}:  # from outside; any other end may come again
-        fix = "if memory ran out, set a smaller data.workers or data.prefetch, and start the run again"
-        kind = WorkerKilled
-    return kind(f"a data worker ended, process {causes}; {fix}")
+        return WorkerKilled(f"{what}; if memory ran out, set a smaller data.workers or data.prefetch, and start again")
+    return DataError(f"{what}; a library failed, or, by a SIGBUS, /dev/shm is full: try data.workers = 0")
 
 
 def validation_batches(

@@ -120,9 +120,7 @@ _WIDTHS = {"loss": 7, "norm": 8, "lr": 9, "tokens/s": 8, "mfu": 6, "s/step": 7, 
 
 
 def describe_row(row: Row, total_steps: int, pace: float | None = None) -> str:
-    """A row as one line of text, its columns at the same places in every row of a run. `pace`: seconds that the steps
-    to come will take each; the row's own if not given.
-    """
+    """A row as one line, in columns. `pace`: seconds that each step to come will take; the row's own if not given."""
     step = f"step {row['step']:>{len(str(total_steps))}}/{total_steps}"
     if "event" in row:
         return f"{step}  {row['event']}: {row['detail']}"

@@ -1,34 +1,23 @@
-"""Rows of metrics, and `metrics.jsonl`: the record of a run's rows, always written. No torch.
-
-A disk that fills up never ends the run: rows wait in memory until it takes them again, with a warning.
-"""
+"""Rows of metrics, and `metrics.jsonl`: the record of a run's rows, always written. No torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from titanlite.files import Appender, cause, read_file, replace_file, wrap_os_errors
 from titanlite.recipe.sections import Recipe
 
-Row = dict[str, Any]  # of metrics: begins with its step; metrics rows are made in `metrics.py`, the other kinds here
+Row = dict[str, Any]  # begins with its step; of a metrics row, see `metrics.py`, of an event, `logger.py`
 
 
 def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_name: str | None = None) -> Row:
-    """Row of a validation after `step` steps: mean loss in nats a token, and bits a byte of text; of several validation
-    sets each has a row, with its name.
-    """
+    """Row of a validation after `step` steps: mean loss in nats a token, bits a byte; of several sets, by name."""
     row = {"step": step, "validation_loss": validation_loss, "bits_per_byte": bits_per_byte}
     return row if set_name is None else {**row, "set": set_name}
-
-
-def event_row(step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> Row:
-    """Row of what happened after `step` steps. `values`, finite, are for machines what `detail` is for people."""
-    row = {"step": step, "event": event, "detail": detail}
-    return row if values is None else {**row, "values": dict(values)}
 
 
 def open_sink(recipe: Recipe, folder: Path, after_step: int, warn: Callable[[str], None]) -> JsonlSink:
@@ -39,9 +28,8 @@ def open_sink(recipe: Recipe, folder: Path, after_step: int, warn: Callable[[str
 class JsonlSink:
     """One JSON object a line, handed to the system at once, so that a kill loses no row.
 
-    JSON has no NaN and no infinity: such a value is written as null, and `nonfinite` in the same row says which it was.
-    Where a run goes on after `after_step`, resumed or rolled back, the rows of later steps are dropped (they
-    will come again), and a last line that a kill cut in two; events are history and stay.
+    JSON has no NaN and no infinity: such a value is null, and `nonfinite` in the same row says which it was. Where a
+    run goes on after `after_step`, rows of later steps are dropped, and half a last line; events stay, as history.
     """
 
     def __init__(self, path: Path, after_step: int, warn: Callable[[str], None]) -> None:

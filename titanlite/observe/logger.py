@@ -1,6 +1,4 @@
-"""Everything that a run logs, in one place: rows to every sink and console, messages to the consoles. On ranks other
-than the first a logger has neither, and logs nothing.
-"""
+"""Everything that a run logs: rows to every sink and console, messages to consoles; other ranks than 0 have neither."""
 
 from __future__ import annotations
 
@@ -10,11 +8,11 @@ from typing import Any, Protocol
 
 from titanlite.errors import UsageError
 from titanlite.observe.console import PlainConsole
-from titanlite.observe.jsonl import Row, event_row
+from titanlite.observe.jsonl import Row
 from titanlite.plan.sinks import SINKS
 from titanlite.recipe.sections import Recipe
 
-_RECORD = "jsonl"  # The sink that a run does not go on without
+_RECORD = "jsonl"  # the sink that a run does not go on without
 
 
 class Sink(Protocol):
@@ -37,7 +35,7 @@ class RunLogger:
     def __init__(self) -> None:
         self.consoles: list[PlainConsole] = []
         self.sinks: dict[str, Sink] = {}
-        self._step = 0  # That of the last row
+        self._step = 0  # that of the last row
 
     def open_sinks(self, recipe: Recipe, folder: Path, after_step: int) -> None:
         """Open the record and the recipe's sinks, for rows of steps after `after_step`. Raises their `UsageError`."""
@@ -59,8 +57,9 @@ class RunLogger:
             console.write(row)
 
     def event(self, step: int, event: str, detail: str, values: Mapping[str, Any] | None = None) -> None:
-        """Something that happened after `step` steps and that should not have to be guessed later; see `event_row`."""
-        self.write(event_row(step, event, detail, values))
+        """What happened after `step` steps. `values`, finite, are for machines what `detail` is for people."""
+        row = {"step": step, "event": event, "detail": detail}
+        self.write(row if values is None else {**row, "values": dict(values)})
 
     def rewind(self, after_step: int) -> None:
         """The run went back to `after_step`: the sinks drop the rows of later steps, as when a run is resumed."""

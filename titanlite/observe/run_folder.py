@@ -52,9 +52,7 @@ class Start:
     may_change: tuple[str, ...] = ()  # recipe keys, or patterns, that may change though numbers depend on them
     step: int | None = None  # go on from the checkpoint of this step; None: from the latest
     restarted: bool = False  # it is known that this is not the job's first start
-    job: tuple[str, ...] = ()
-    """Names of the launcher's job, if it gives any: each of its starts shares one with the start before, and none with
-    another job's."""
+    job: tuple[str, ...] = ()  # names of the launcher's job, if any: each of its starts shares one with that before
 
     @property
     def once(self) -> str:
