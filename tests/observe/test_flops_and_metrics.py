@@ -109,6 +109,7 @@ def test_a_resumed_run_logs_the_steps_an_uninterrupted_one_does():
 
 def test_a_loss_in_float64_keeps_its_bits():
     recorder = metrics(Clock(), every=1)
+    recorder.start(tokens=0)
     loss = torch.tensor(1 / 3, dtype=torch.float64)
     assert recorder.record(1, loss, loss, 0.0, 1, 1, 0.0)["loss"] == 1 / 3
 

@@ -32,9 +32,6 @@ class Metrics:
     peak_flops: float | None
     clock: Callable[[], float] = time.perf_counter
 
-    def __post_init__(self) -> None:
-        self.start(tokens=0)
-
     def start(self, tokens: int) -> None:
         """Begin timing, with `tokens` already trained; call right before the first step of this process."""
         self._window_tokens = tokens
