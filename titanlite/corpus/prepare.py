@@ -290,7 +290,7 @@ def open_tokenized(
     request = Request(
         inputs=tuple(paths), out=folder, tokenizer=token_file.TokenizerInfo.of(section.tokenizer, tokenizer),
         separator=section.separator, special_tokens=tuple(section.special_tokens), text_key=section.text_key,
-        held_out_percent=percent, workers=cores(), force=True, shared=True,
+        held_out_percent=percent, workers=cores(), shared=True,
     )  # fmt: skip
     # Another name wherever the tokens may be others.
     texts = [(file.name, os.path.abspath(file.path), file.size, file.modified_ns) for file in files]

@@ -1,7 +1,6 @@
-"""`titanlite data train-tokenizer`: a byte-level BPE of one's own corpus, by the `tokenizers` library.
-
-The same texts give the same files, however many threads count them. What is not UTF-8 in a text is passed over here;
-the tokenizer takes it all the same, byte by byte.
+"""`titanlite data train-tokenizer`: a byte-level BPE of one's own corpus, by the `tokenizers` library. The same texts
+give the same files, however many threads count them. What is not UTF-8 in a text is passed over here; the tokenizer
+takes it all the same, byte by byte.
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from titanlite.corpus.corpora import is_held_out, read_corpus
+from titanlite.corpus.tokenizers import CONFIG, config_json, require_distinct, split_utf8
+from titanlite.corpus.tokenizers.byte_pairs import byte_level_tokenizer
 from titanlite.errors import DataError, UsageError
 from titanlite.files import replace_file, wrap_os_errors
 from titanlite.recipe.paths import input_argument, path_argument
@@ -30,27 +32,24 @@ def add_train_tokenizer_command(commands: Any) -> None:
     line = "train a byte-level BPE on texts; writes tokenizer.json and tokenizer_config.json"
     command = commands.add_parser("train-tokenizer", help=line, description=line, allow_abbrev=False)
     command.set_defaults(action=_train_tokenizer)
-    command.add_argument(
-        "inputs", nargs="+", type=input_argument, metavar="INPUT", help="as data.corpus in a recipe; several make one"
-    )
-    command.add_argument("--out", type=path_argument, required=True, metavar="FOLDER", help="where the files go")
-    command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special ones counted")
-    command.add_argument("--separator", default=SEPARATOR, metavar="TOKEN",
-                         help=f"special token that stands between documents (default {SEPARATOR})")  # fmt: skip
-    command.add_argument("--special-token", action="append", default=[], metavar="TOKEN",
-                         help="another special token; can be given several times")  # fmt: skip
-    command.add_argument("--text-key", default="text", help="as data.text_key in a recipe")
-    command.add_argument("--held-out", type=float, default=0.0, metavar="PERCENT",
-                         help="leave out the documents that data.validation_percent holds out")  # fmt: skip
-    command.add_argument("--force", action="store_true", help="overwrite a tokenizer that is there")
+    add = command.add_argument
+    add("inputs", nargs="+", type=input_argument, metavar="INPUT", help="as data.corpus in a recipe; several make one")
+    add("--out", type=path_argument, required=True, metavar="FOLDER", help="where the files go")
+    add("--vocab-size", type=int, required=True, metavar="N", help="tokens, the special ones counted")
+    line = f"special token that stands between documents (default {SEPARATOR})"
+    add("--separator", default=SEPARATOR, metavar="TOKEN", help=line)
+    line = "another special token; can be given several times"
+    add("--special-token", action="append", default=[], metavar="TOKEN", help=line)
+    add("--text-key", default="text", help="as data.text_key in a recipe")
+    line = "leave out the documents that data.validation_percent holds out"
+    add("--held-out", type=float, default=0.0, metavar="PERCENT", help=line)
+    add("--force", action="store_true", help="overwrite a tokenizer that is there")
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int, special: tuple[str, ...]) -> tuple[str, int]:
     """The `tokenizer.json` of a byte-level BPE of at most `vocab_size` tokens, and how many it has."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import models, pre_tokenizers, trainers
-
-    from titanlite.corpus.tokenizers.byte_pairs import byte_level_tokenizer
 
     tokenizer = byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(  # special tokens are added last: no text may encode to them
@@ -66,8 +65,6 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, special: tuple[str, ...]) 
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
-    from titanlite.corpus.tokenizers import CONFIG, config_json, require_distinct
-
     special = (arguments.separator, *arguments.special_token)
     require_distinct(special, "--special-token")
     least = 256 + len(special)
@@ -95,9 +92,6 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
 
 def _texts(inputs: Sequence[str], section: Data, held_out_percent: float, read: Counter[str]) -> Iterator[str]:
     """What is UTF-8 of all documents that are not held out; counted in `read`."""
-    from titanlite.corpus.corpora import is_held_out, read_corpus
-    from titanlite.corpus.tokenizers import split_utf8
-
     printed = time.monotonic()
     for document in read_corpus(inputs, section):
         if is_held_out(document.name, held_out_percent):
