@@ -6,6 +6,7 @@ is an error at once, for then an older one would not fit either.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -262,8 +263,12 @@ class CheckpointManager:
         self._set_aside(aside, "was passed over", warn)
 
     def _set_aside(self, steps: Sequence[int], why: str, warn: Warn) -> None:
+        """Rename checkpoints out of the order of steps, losing nothing. Raises `CheckpointError`."""
         for step in steps:
-            aside = storage.set_aside(self.path(step))
+            paths = (self.folder / f"set-aside-{number}-{folder_name(step)}" for number in itertools.count(1))
+            with storage.wrap_os_errors(f"cannot rename {self.path(step)}", self.folder):
+                aside = next(path for path in paths if not path.exists())
+                os.rename(self.path(step), aside)
             warn(f"the checkpoint of step {step}, which {why}, is now {aside.name}.")
 
     def _prune(self, warn: Warn, extra: Set[int]) -> None:

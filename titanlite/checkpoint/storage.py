@@ -129,15 +129,6 @@ def remove(final: Path) -> None:
     _delete(hidden)
 
 
-def set_aside(final: Path) -> Path:
-    """Rename a checkpoint out of the order of steps, losing nothing; returns its new path. Raises `CheckpointError`."""
-    names = (final.with_name(f"set-aside-{number}-{final.name}") for number in range(1, 10**6))
-    with wrap_os_errors(f"cannot rename {final}", final.parent):
-        aside = next(path for path in names if not path.exists())
-        os.rename(final, aside)
-    return aside
-
-
 def remove_or_warn(final: Path, warn: Callable[[str], None]) -> None:
     """`remove` what is old, which must not fail what is new."""
     try:
