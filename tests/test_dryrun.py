@@ -15,7 +15,7 @@ from support.parity.parity_runs import small_recipe, write_corpus
 from support.pool import Pool
 
 from titanlite.cli.main import main
-from titanlite.dryrun.collectives import Collective, in_order, sum_traffic
+from titanlite.dryrun.collectives import Collective, sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.models.spec import spec_of
 from titanlite.parallel.apply import build
@@ -208,7 +208,7 @@ def test_a_pipeline_sends_hidden_states_and_their_gradients(rank: int, schedule:
 def test_a_rank_of_a_pipeline_has_its_stage_alone() -> None:
     made = recipe(model={"layers": 4}, parallel={"pp": 2, "pipeline": {"blocks_per_stage": [3, 1]}})
     first, last = (dry_run(made, 2, rank) for rank in (0, 1))
-    assert first.shapes["embed.weight"] == (VOCABULARY, DIM) and "head.weight" not in first.shapes
+    assert first.shapes["embed.weight"][0] == (VOCABULARY, DIM) and "head.weight" not in first.shapes
     assert {name for name in last.shapes if not name.startswith("layers.3.")} == {"norm.weight", "head.weight"}
     assert first.memory.most["weights"] == 4 * (3 * BLOCK + VOCABULARY * DIM)
 
@@ -240,7 +240,7 @@ def test_a_dry_run_is_what_really_runs(pool: Pool, tmp_path: Path, name: str) ->
     real = pool.run(dryrun_runs.messages_of_two_steps, 4, made.model_dump_json())
     for rank in (0, 3):
         first, second = real[rank]
-        assert in_order(dry_run(made, 4, rank).collectives) == in_order(first), f"rank {rank}"
+        assert dry_run(made, 4, rank).collectives == first, f"rank {rank}"
         assert [each for each in first if not greets(each)] == second
 
 
@@ -365,11 +365,6 @@ def test_recomputed_activations_are_not_kept() -> None:
     hidden = 4 * 8 * LENGTH * DIM
     assert kept("full", 5) - kept("full", 3) == 2 * hidden
     assert kept("none", 5) - kept("none", 3) > 10 * hidden
-
-
-def test_equal_neighbours_are_one() -> None:
-    first, second = (Collective("tp", "send", "float32", 2, size, size) for size in (4, 8))
-    assert in_order([first, first, second, first]) == [(first, 2), (second, 1), (first, 1)]
 
 
 ARGUMENTS = ["configs/debug.toml", "--model.qk_norm=false", "--world", "8", "--parallel.tp=2", "--dry-run"]

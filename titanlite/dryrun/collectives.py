@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
@@ -47,11 +46,6 @@ def sum_traffic(collectives: Iterable[Collective]) -> list[Collective]:
         total = sums.setdefault((each.dimension, each.operation, each.dtype, each.ranks), [0, 0, 0])
         total[:] = total[0] + each.message_bytes, total[1] + each.sent_bytes, total[2] + 1
     return [Collective(*kind, *total) for kind, total in sorted(sums.items())]
-
-
-def in_order(collectives: Iterable[Collective]) -> list[tuple[Collective, int]]:
-    """Equal neighbours as one, with how many they are."""
-    return [(each, len(list(equal))) for each, equal in groupby(collectives)]
 
 
 class CollectiveLog:

@@ -49,7 +49,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a stretch of the program holds on its device."""
+    """What a step holds on its device."""
 
     by_phase: Mapping[str, Moment]  # `forward`, `backward` … -> when most was held in it
     most: Mapping[Purpose, int]  # Bytes for each purpose at its own highest
@@ -135,21 +135,16 @@ class MemoryTrace:
             module.register_forward_pre_hook(lambda m, _, name=name: enter(m, name))
             module.register_forward_hook(lambda _, __, output, name=name: leave(output, name), always_call=True)
 
-    def now(self) -> int:
-        """A time, to be given to `since`."""
-        return len(self._events)
-
-    def since(self, begin: int) -> Memory:
+    def summarize(self) -> Memory:
+        """What is held from the end of the phase `build` on."""
         held: dict[Any, int] = dict.fromkeys((*PURPOSES, "host"), 0)
-        for storage, change, _ in self._events[:begin]:
-            held["host" if storage.on_host else storage.purpose or "other"] += change
         most, by_phase = dict(held), dict[str, Moment]()
-        for storage, change, (phase, module, operation) in self._events[begin:]:
+        for storage, change, (phase, module, operation) in self._events:
             purpose = "host" if storage.on_host else storage.purpose or "other"
             held[purpose] += change
-            most[purpose] = max(most[purpose], held[purpose])
+            most[purpose] = held[purpose] if phase == "build" else max(most[purpose], held[purpose])
             total = sum(held.values()) - held["host"]
-            if phase not in by_phase or total > by_phase[phase].total:
+            if phase != "build" and (phase not in by_phase or total > by_phase[phase].total):
                 where = f"{phase}{f' of {module}' * bool(module)}{f' ({operation})' * (operation is not None)}"
                 by_phase[phase] = Moment(total, {each: held[each] for each in PURPOSES}, where)
         return Memory(by_phase, {each: most[each] for each in PURPOSES}, most["host"])

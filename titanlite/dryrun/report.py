@@ -8,7 +8,7 @@ from dataclasses import asdict
 from itertools import count, groupby
 from typing import Any
 
-from titanlite.dryrun.collectives import in_order, sum_traffic
+from titanlite.dryrun.collectives import sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.plan.layout import require_layout
 from titanlite.plan.memory import rank_state_bytes
@@ -33,8 +33,8 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
         "collectives": [asdict(each) for each in sum_traffic(run.collectives)],
         "sequence": [
             {"dimension": each.dimension, "operation": each.operation, "dtype": each.dtype,
-             "message_bytes": each.message_bytes, "times": times}
-            for each, times in in_order(run.collectives)
+             "message_bytes": each.message_bytes, "times": len(list(equal))}
+            for each, equal in groupby(run.collectives)
         ],
         "memory": {
             "peak": asdict(run.memory.peak),
@@ -97,8 +97,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: set[in
 def _group_blocks(run: DryRun) -> Iterator[dict[str, Any]]:
     """Parameters of blocks that are alike, as one whose name has `*` for the blocks' numbers."""
     alike: dict[tuple[str, Shape, Shape], list[int]] = {}
-    for name, shape in run.shapes.items():
-        key = (_NUMBER.sub(".*", name, count=1), shape, run.whole_shapes[name])
+    for name, shapes in run.shapes.items():
+        key = (_NUMBER.sub(".*", name, count=1), *shapes)
         alike.setdefault(key, []).extend(map(int, _NUMBER.findall(name)[:1]))
     for (name, shape, whole), numbers in alike.items():
         index = count()  # in a run of consecutive numbers, each is as far from its index as the others

@@ -28,6 +28,7 @@ from titanlite.parallel.meshes import mesh_dimensions
 from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
+from titanlite.plan.placement import Shape
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
 
@@ -39,8 +40,7 @@ class DryRun:
     coordinates: Coordinates
     collectives: list[Collective]  # Its messages, in order
     memory: Memory
-    shapes: Mapping[str, tuple[int, ...]]  # Of its part of each parameter
-    whole_shapes: Mapping[str, tuple[int, ...]]  # Of these parameters in whole
+    shapes: Mapping[str, tuple[Shape, Shape]]  # of its part of each parameter, and of the whole
 
 
 def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
@@ -70,15 +70,9 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         trace.follow(state.model.module)
         _trace_phases(state, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
-        batch = _batch(recipe, batch_plan(recipe, layout, coordinates.data))
-        begin = trace.now()
-        state.step(1, batch, 1.0)
-        table = state.shards.table.items()
-        shapes, whole = (
-            {name: tuple(each.tensor.shape) for name, each in table},
-            {name: each.shape for name, each in table},
-        )
-        return DryRun(coordinates, log.recorded, trace.since(begin), shapes, whole)
+        state.step(1, _batch(recipe, batch_plan(recipe, layout, coordinates.data)), 1.0)
+        shapes = {name: (tuple(each.tensor.shape), each.shape) for name, each in state.shards.table.items()}
+        return DryRun(coordinates, log.recorded, trace.summarize(), shapes)
 
 
 def world_dimension(layout: Layout, zero_stage: int) -> str | None:

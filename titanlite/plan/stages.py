@@ -13,7 +13,7 @@ from titanlite.recipe.sections import Pipeline, Recipe
 
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # Schedules with the first and the last stage on the first rank
 IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")  # Schedules that take the microbatches in rounds of equal size
-_STAGES = {"GPipe": 1, "1F1B": 1, **dict.fromkeys(V_SHAPED, 2)}  # that a rank holds, where the schedule fixes it
+FIXED_STAGES = {"GPipe": 1, "1F1B": 1, **dict.fromkeys(V_SHAPED, 2)}  # of a rank, where the schedule fixes them
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,8 @@ class Stage:
     flops: int  # Operations of a training step per token
 
 
-def fixes_stages(schedule: str) -> bool:
-    """Whether the schedule itself says how many stages a rank holds."""
-    return schedule in _STAGES
-
-
 def stages_per_rank(pipeline: Pipeline) -> int:
-    return _STAGES.get(pipeline.schedule, pipeline.stages_per_rank)
+    return FIXED_STAGES.get(pipeline.schedule, pipeline.stages_per_rank)
 
 
 def rank_of_stage(schedule: str, index: int, pp: int) -> int:

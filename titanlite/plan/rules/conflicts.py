@@ -12,7 +12,7 @@ from titanlite.optim.schedules import SCHEDULES, schedule_named
 from titanlite.plan.kernels import OPERATIONS, QUANTISE
 from titanlite.plan.layout import Layout, layout_of
 from titanlite.plan.rules.run import find_model
-from titanlite.plan.stages import V_SHAPED, fixes_stages, splits_backward
+from titanlite.plan.stages import FIXED_STAGES, V_SHAPED, splits_backward
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Float8, Pipeline, Recipe
 
 
@@ -100,7 +100,7 @@ def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
     uncut = layout is not None and layout.size > 1 and layout.dp_shard * layout.cp == 1
     copied = layout is None or max(layout.weights(stage)[0], layout.tp, layout.pp) > 1
     cut = layout.weights(stage)[1] if layout is not None else 0
-    fixed = parallel.pp > 1 and fixes_stages(pipeline.schedule)
+    fixed = parallel.pp > 1 and pipeline.schedule in FIXED_STAGES
     float8 = [f"precision.float8.{key}" for key in Float8.model_fields]
     rows: list[tuple[bool, str, list[str]]] = [
         ("skip" not in actions, "neither on_nonfinite nor on_spike skips", ["resilience.max_skips"]),

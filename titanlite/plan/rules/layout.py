@@ -14,7 +14,7 @@ from titanlite.plan.layout import Layout, batch_plan, ceil_div, divisors, layout
 from titanlite.plan.memory import MAX_CHUNKS, count_parts
 from titanlite.plan.placement import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.plan.rules.run import find_model
-from titanlite.plan.stages import IN_ROUNDS, fixes_stages, splits_backward, stages_per_rank, takes_microbatches
+from titanlite.plan.stages import FIXED_STAGES, IN_ROUNDS, splits_backward, stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_batch, join_choices, pluralize
 
@@ -148,7 +148,7 @@ def stages(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     key, fix = "parallel.pipeline.blocks_per_stage", f"give {number} numbers that add up to {blocks}, or leave it out."
     if given is None:
         if number > pieces:
-            key = "parallel.pp" if fixes_stages(section.schedule) else "parallel.pipeline.stages_per_rank"
+            key = "parallel.pp" if section.schedule in FIXED_STAGES else "parallel.pipeline.stages_per_rank"
             problem = f"{number} stages ({layout.pp} ranks x {each}) are more than embedding, {blocks} blocks and head;"
             yield Finding(key, problem, f"have at most {pieces} stages.")
     elif len(given) != number:
