@@ -130,7 +130,7 @@ def loading(folder: Path, steps: int) -> dict[str, Any]:
     split = open_data(Data(corpus=str(folder / "bytes")), length, 0, validated=False).train
     rates = {}
     for workers in (0, 1, 2):
-        batches = train_loader(split, BatchPlan(batch, 1, 0, batch), 0, steps, workers=workers)
+        batches = train_loader(split, BatchPlan(batch, 1, 0, batch), range(0, steps * batch, batch), workers=workers)
         next(batches)
         begun = time.perf_counter()
         count = sum(1 for _ in batches)

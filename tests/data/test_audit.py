@@ -127,12 +127,11 @@ class Run:
         schedule = self._schedule()
         for rank, (log, reached) in enumerate(zip(logs, life.reached, strict=True)):
             plan = self._plan(rank, life.ranks)
+            firsts = [schedule.first_sample(step) for step in range(self.step + 1, self.step + reached + 1)]
             if loader:
-                batches = train_loader(SPLIT, plan, self.samples, reached, workers=workers, skipped=self.skipped)
-                own = [batch.samples for batch in batches]
+                own = [batch.samples for batch in train_loader(SPLIT, plan, firsts, workers=workers)]
             else:
-                steps = range(self.step + 1, self.step + reached + 1)
-                own = [tuple(plan.samples(schedule.first_sample(step))) for step in steps]
+                own = [tuple(plan.samples(first)) for first in firsts]
             at = self.samples
             for step, samples in enumerate(own, self.step + 1):
                 if schedule.first_sample(step) > at:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,11 @@ from titanlite.parallel.model import Batch
 from titanlite.plan.layout import BatchPlan, ceil_div
 
 LENGTH = 8
+
+
+def load(split: Split, plan: BatchPlan, first: int, steps: int, **options: Any) -> Iterator[Batch]:
+    """The batches of so many steps from a sample on."""
+    return train_loader(split, plan, range(first, first + steps * plan.global_batch, plan.global_batch), **options)
 
 
 def make_split(windows: int = 50, document_mask: bool = False, seed: int = 5) -> Split:
@@ -73,7 +79,7 @@ def test_a_step_has_the_same_samples_on_any_layout(
 ) -> None:
     split = make_split()
     plans = [BatchPlan(global_batch, ranks, rank, microbatch or ceil_div(global_batch, ranks)) for rank in range(ranks)]
-    loaders = [train_loader(split, plan, first * global_batch, count) for plan in plans]
+    loaders = [load(split, plan, first * global_batch, count) for plan in plans]
     steps = list(zip(*loaders, strict=True))
     assert len(steps) == count
     for step, batches in enumerate(steps, start=first):
@@ -91,8 +97,8 @@ def test_a_step_has_the_same_samples_on_any_layout(
 def test_workers_change_nothing(workers: int, first: int, document_mask: bool) -> None:
     split = make_split(document_mask=document_mask)
     plan = BatchPlan(global_batch=7, data_ranks=2, data_rank=1, microbatch=2)
-    here = list(train_loader(split, plan, first * 7, 12 - first))
-    elsewhere = list(train_loader(split, plan, first * 7, 12 - first, workers=workers, prefetch=3))
+    here = list(load(split, plan, first * 7, 12 - first))
+    elsewhere = list(load(split, plan, first * 7, 12 - first, workers=workers, prefetch=3))
     assert len(here) == len(elsewhere) == 12 - first
     for one, other in zip(here, elsewhere, strict=True):
         assert (one.samples, one.sequences, one.valid_tokens) == (other.samples, other.sequences, other.valid_tokens)
@@ -110,7 +116,7 @@ def test_padding_of_packed_documents_counts_nowhere_and_is_seen_by_none(workers:
     split = split_of(stream, open_tokenizer("bytes"), LENGTH, document_mask=True, seed=5, packing="best_fit")
     assert split.windows == 3  # 6 + 2, 5 + 3, 4 + 3: one place is left
     plans = [BatchPlan(3, 2, rank, 2) for rank in range(2)]
-    batches = [next(train_loader(split, plan, 0, 1, workers=workers)) for plan in plans]
+    batches = [next(load(split, plan, 0, 1, workers=workers)) for plan in plans]
     assert sum(batch.valid_tokens for batch in batches) == len(stream) == 23
     assert [batch.sequences for batch in batches] == [3, 3]
     read: list[list[int]] = []
@@ -147,7 +153,7 @@ def _split(labels: list[int]) -> Iterator[list[int]]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_overfit_one_batch_reads_step_0_forever(workers: int) -> None:
     split, plan = make_split(), BatchPlan(6, 1, 0, 6)
-    batches = list(train_loader(split, plan, 24, 3, workers=workers, overfit_one_batch=True))
+    batches = list(train_loader(split, plan, itertools.repeat(0, 3), workers=workers))
     assert [batch.samples for batch in batches] == [tuple(range(6))] * 3
     assert sequences_of(batches[-1]) == {number: reference(split, number) for number in range(6)}
 
@@ -155,12 +161,12 @@ def test_overfit_one_batch_reads_step_0_forever(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_models_randomness_is_left_alone(workers: int) -> None:
     before = torch.get_rng_state()
-    list(train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 3, workers=workers))
+    list(load(make_split(), BatchPlan(6, 1, 0, 6), 0, 3, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_warnings(recwarn: pytest.WarningsRecorder) -> None:
-    list(train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 2))
+    list(load(make_split(), BatchPlan(6, 1, 0, 6), 0, 2))
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -176,7 +182,7 @@ def test_nothing_is_pickled_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Split, "__reduce__", None)
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        assert next(train_loader(split, BatchPlan(6, 1, 0, 6), 0, 1, workers=1)).samples == tuple(range(6))
+        assert next(load(split, BatchPlan(6, 1, 0, 6), 0, 1, workers=1)).samples == tuple(range(6))
     finally:
         multiprocessing.set_start_method(before, force=True)
 
@@ -186,7 +192,7 @@ def test_what_cannot_be_read_is_the_same_error_with_workers(workers: int, bad: i
     stream = np.zeros(4 * LENGTH + 1, np.int32)
     stream[-1] = bad
     split = split_of(stream, open_tokenizer("bytes"), LENGTH)
-    batches = train_loader(split, BatchPlan(4, 1, 0, 4), 0, 1, workers=workers)
+    batches = load(split, BatchPlan(4, 1, 0, 4), 0, 1, workers=workers)
     with pytest.raises(DataError) as caught:
         next(batches)
     ids = f"ids {min(bad, 0)} to {max(bad, 0)}"
@@ -235,12 +241,12 @@ def test_workers_that_cannot_be_started_are_the_recipes_error(monkeypatch: pytes
 
     monkeypatch.setattr(BaseProcess, "start", refuse)
     with pytest.raises(DataError, match=r"data\.workers = 1: .*temporarily unavailable"):
-        train_loader(make_split(), BatchPlan(4, 1, 0, 4), 0, 1, workers=1)
+        load(make_split(), BatchPlan(4, 1, 0, 4), 0, 1, workers=1)
 
 
 def test_workers_end_with_the_iterator() -> None:
     others = multiprocessing.active_children()
-    batches = train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=2)
+    batches = load(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=2)
     next(batches)
     assert len(children_but(others)) == 2
     del batches
@@ -250,7 +256,7 @@ def test_workers_end_with_the_iterator() -> None:
 @needs_sigwaitinfo
 def test_workers_outlive_signals_to_the_whole_job() -> None:
     plan, others = BatchPlan(6, 1, 0, 6), multiprocessing.active_children()
-    batches = train_loader(make_split(), plan, 0, 40, workers=2, prefetch=1)
+    batches = load(make_split(), plan, 0, 40, workers=2, prefetch=1)
     found = [next(batches).samples for _ in range(2)]  # one of each worker, which then is past its beginning
     for child in children_but(others):
         for name in ("-INT", "-TERM"):
@@ -287,7 +293,7 @@ def test_a_stuck_worker_obeys_its_parent() -> None:
 def test_a_worker_that_crashes_is_no_worker_that_was_killed(number: int, killed: bool, said: str) -> None:
     """The first may come again at the same samples, so it counts as a crash (issue 14, item 15)."""
     others = multiprocessing.active_children()  # the pool's
-    batches = train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=1)
+    batches = load(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=1)
     next(batches)
     (worker,) = (child for child in multiprocessing.active_children() if child not in others)
     assert worker.pid is not None
@@ -306,8 +312,8 @@ def test_workers_die_with_a_killed_trainer(tmp_path: Path) -> None:
     script.write_text(
         "import multiprocessing, os, signal, sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_loader import BatchPlan, make_split, train_loader\n"
-        "batches = train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=2)\n"
+        "from test_loader import BatchPlan, load, make_split\n"
+        "batches = load(make_split(), BatchPlan(6, 1, 0, 6), 0, 1000, workers=2)\n"
         "next(batches)\n"
         "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -336,7 +342,7 @@ def _runs(pid: int) -> bool:
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_memory(workers: int) -> None:
-    batch = next(train_loader(make_split(), BatchPlan(6, 1, 0, 6), 0, 2, workers=workers, pin_memory=True))
+    batch = next(load(make_split(), BatchPlan(6, 1, 0, 6), 0, 2, workers=workers, pin_memory=True))
     assert batch.tokens.is_pinned() and batch.labels.is_pinned()
     moved = batch.to(torch.device("cuda"))
     torch.cuda.synchronize()

@@ -44,7 +44,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards(dict(model.named_parameters())), passes)
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     curve = []
-    for batch in train_loader(open_data(Data(), 128, 0).train, plan, 0, steps):
+    for batch in train_loader(open_data(Data(), 128, 0).train, plan, range(0, 8 * steps, 8)):
         loss = parallel.forward_backward(batch.to(torch.device(device)))
         norm = parallel.shards.clip_gradients(1.0)
         optimizer.step(1.0, torch.isfinite(norm))
@@ -85,7 +85,7 @@ def test_a_step_does_not_wait_for_the_device(
     learner = TrainState(recipe, World(0, 1, device))
     learner.initialise()
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
-    loader = train_loader(open_data(recipe.data, 128, 0).train, plan, 0, 4, pin_memory=True)
+    loader = train_loader(open_data(recipe.data, 128, 0).train, plan, range(0, 32, 8), pin_memory=True)
     for step, batch in enumerate(loader, 1):
         if step == 4:  # the first steps allocate, compile and autotune
             torch.cuda.set_sync_debug_mode("error")

@@ -286,7 +286,9 @@ def test_without_a_checkpoint_the_run_goes_back_to_its_beginning(
     monkeypatch.setattr(
         feed,
         "train_loader",
-        lambda split, plan, first, steps, **options: train_loader(split, plan, first + shifted, steps, **options),
+        lambda split, plan, firsts, **options: train_loader(
+            split, plan, [first + shifted for first in firsts], **options
+        ),
     )
     assert train(*keys, "--run.name=other") == 0
     assert [(step, samples - shifted, *rest) for step, samples, *rest in curve("back")] == [

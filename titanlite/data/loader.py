@@ -12,9 +12,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -31,26 +30,21 @@ from titanlite.data.splits import Split
 from titanlite.errors import DataError, WorkerKilled
 from titanlite.models.loss import IGNORED
 from titanlite.parallel.model import Batch
-from titanlite.plan.layout import BatchPlan, SampleSchedule, ceil_div
+from titanlite.plan.layout import BatchPlan, ceil_div
 
 
 def train_loader(
     split: Split,
     plan: BatchPlan,
-    first_sample: int,
-    steps: int,
+    first_samples: Iterable[int],
     *,
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
-    overfit_one_batch: bool = False,
-    skipped: tuple[int, ...] = (),
 ) -> Iterator[Batch]:
-    """The batches of `steps` steps, the first of which begins with sample `first_sample`; `skipped`: as in
-    `SampleSchedule`. With `workers`, processes start at once and keep `prefetch` batches each ready; they end when the
-    iterator is exhausted or dropped, and when this process dies. `overfit_one_batch`: all steps have sample 0's batch.
+    """The batches that begin with these samples. With `workers`, processes start at once and keep `prefetch` batches
+    each ready; they end when the iterator is exhausted or dropped, and when this process dies.
     """
-    schedule = SampleSchedule(0, first_sample, plan.global_batch, skipped)
     others, handler = active_children(), signal.getsignal(signal.SIGCHLD) if workers else None
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function of torch's that newer torch warns of; users can do nothing about it.
@@ -58,7 +52,7 @@ def train_loader(
         loader: StatefulDataLoader[Batch | Exception] = StatefulDataLoader(
             _Steps(split, plan),
             batch_size=None,
-            sampler=repeat(0, steps) if overfit_one_batch else map(schedule.first_sample, range(1, steps + 1)),
+            sampler=first_samples,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             # Forks share the arrays of the split; other processes would be sent all of them.

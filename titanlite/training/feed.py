@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import repeat
 
 from titanlite.data.loader import UNREADABLE, train_loader
 from titanlite.data.read_log import SKIPPED
@@ -21,16 +22,14 @@ class Feed:
         progress, section = run.progress, run.recipe.data
         self._run = run
         self._schedule = sample_schedule(run.recipe, progress.step, progress.samples)
+        steps = range(progress.step + 1, run.total_steps + 1)
         self._loader = train_loader(
             run.data.train,
             plan,
-            progress.samples,
-            run.total_steps - progress.step,
+            repeat(0, len(steps)) if run.recipe.debug.overfit_one_batch else map(self._schedule.first_sample, steps),
             workers=section.workers,
             prefetch=section.prefetch,
             pin_memory=run.world.device.type == "cuda",
-            overfit_one_batch=run.recipe.debug.overfit_one_batch,
-            skipped=self._schedule.skipped,
         )
         self._most = 1 if run.world.size == 1 else 3  # to agree that a batch cannot be read takes ranks two steps
         self._ready: deque[Batch] = deque()

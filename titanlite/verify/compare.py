@@ -96,7 +96,8 @@ def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
     stream[random.random(tokens) < 1 / 12] = tokenizer.separator
     stream[-1] = tokenizer.separator
     mask, seed, packing = recipe.data.document_mask, recipe.run.seed, recipe.data.packing
-    return train_loader(split_of(stream, tokenizer, training.sequence_length, mask, seed, packing), plan, 0, steps)
+    split = split_of(stream, tokenizer, training.sequence_length, mask, seed, packing)
+    return train_loader(split, plan, range(0, steps * training.global_batch, training.global_batch))
 
 
 class _Snapshot(NamedTuple):

@@ -40,7 +40,7 @@ def packed(rank: int, world: int, recipe_json: str) -> Numbers:
     plan = batch_plan(recipe, layout, layout.coordinates(rank).data)
     (source,) = data.validation
     held_out = learner.model.evaluate(validation_batches(source, source.windows, plan, []))
-    loss, norm = learner.step(1, next(train_loader(data.train, plan, 0, 1)), 1.0)
+    loss, norm = learner.step(1, next(train_loader(data.train, plan, [0])), 1.0)
     return Numbers(loss.item(), norm.item(), held_out.loss, held_out.bits_per_byte)
 
 
