@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -626,7 +626,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(workers, "PLAIN_SECONDS", 0.0)
     monkeypatch.setattr(workers, "MOVING_SECONDS", 0.0)
-    with workers.Progress(stream) as shown:
+    with closing(workers.Progress(stream)) as shown:
         shown.begin("tokenizing", 2**21, 2**20)
         shown.advance(2**19)
         shown.message("by the way")

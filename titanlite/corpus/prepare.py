@@ -65,7 +65,7 @@ def prepare(request: Request, files: Sequence[FoundFile]) -> dict[Path, TokenInf
     then = " What is done stays done: mend that and start again, or choose another folder (--out, run.output_dir)."
     with (
         wrap_os_errors(f"cannot write or lock {parts}", parts, then, DataError),
-        Progress(sys.stderr) as progress,
+        closing(Progress(sys.stderr)) as progress,
         closing(_lock(request, parts, progress)) as lock,
     ):
         try:

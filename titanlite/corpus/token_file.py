@@ -83,24 +83,20 @@ class FileArray(Generic[Number]):
         return self.count
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, np.ndarray):
-            return self._gather(key)
+        if isinstance(key, np.ndarray):  # of places, none negative; neighbours are read together
+            runs = [key]
+            if len(key) and int(np.ptp(key)) >= 4 * len(key):
+                runs = np.split(key, np.flatnonzero(np.abs(np.diff(key)) > GAP) + 1)
+            firsts = [int(run.min(initial=self.count)) for run in runs]
+            return np.concatenate(
+                [self[at : int(run.max(initial=0)) + 1][run - at] for at, run in zip(firsts, runs, strict=True)]
+            )
         if not isinstance(key, slice):
             start = range(self.count)[key]
             return self[start : start + 1][0]
         start, stop, _ = key.indices(self.count)
         size = self.dtype.itemsize
         return np.frombuffer(self.file.read(self.offset + start * size, max(0, stop - start) * size), self.dtype)
-
-    def _gather(self, places: Int64) -> npt.NDArray[Number]:
-        """Those at `places`, none negative; neighbours are read together."""
-        runs = [places]
-        if len(places) and int(np.ptp(places)) >= 4 * len(places):
-            runs = np.split(places, np.flatnonzero(np.abs(np.diff(places)) > GAP) + 1)
-        firsts = [int(run.min(initial=self.count)) for run in runs]
-        return np.concatenate(
-            [self[at : int(run.max(initial=0)) + 1][run - at] for at, run in zip(firsts, runs, strict=True)]
-        )
 
 
 class _Section(BaseModel, extra="forbid", strict=True, frozen=True): ...

@@ -99,17 +99,15 @@ PLAIN_SECONDS, MOVING_SECONDS = 15.0, 0.2  # between two lines, and two states o
 
 
 class Progress:
-    """Counts bytes that are done, by a line that moves on a terminal, or a plain one now and then. Used by `with`."""
+    """Counts bytes that are done, by a line that moves on a terminal, or a plain one now and then."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._moves = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._print("", "\r" if self._moves else "")
+    def close(self) -> None:
+        """Clear the line that moves."""
+        self.message("", "\r" if self._moves else "")
 
     def begin(self, what: str, total: int, done: int) -> None:
         """`what` is being done to `total` bytes; `done` of them were done by an earlier start."""
@@ -128,12 +126,9 @@ class Progress:
         done = f"{self._what}: {format_bytes(self._done)} of {format_bytes(self._total)}"
         left = f"{(self._total - self._done) / max(speed, 1.0) / 60:.0f} min left"
         line = f"{done}, {100 * self._done / max(self._total, 1):.0f} %, {format_bytes(speed)}/s, {left}"
-        self._print(line, "\r" if self._moves else "\n")
+        self.message(line, "\r" if self._moves else "\n")
 
-    def message(self, text: str) -> None:
-        self._print(text, "\n")
-
-    def _print(self, text: str, end: str) -> None:
+    def message(self, text: str, end: str = "\n") -> None:
         clear = "\x1b[2K" if self._moves else ""  # the line that moves
         with suppress(OSError):  # the reader has closed the stream
             print(f"{clear}{text}", end=end, file=self._stream, flush=True)
