@@ -82,15 +82,14 @@ def build_mixture(shares: Shares) -> Mixture:
     counts = enumerate([*always, *[1] * (BLOCK - sum(always))])
     turns = sorted(((2 * turn + 1) / (2 * count), k) for k, count in counts for turn in range(count))
     places = np.array([k for _, k in turns], np.int16)
-    spare = _assign_spare_places(sometimes)
-    has = _members(spare[:CYCLE], len(shares))
+    spare, has = _assign_spare_places(sometimes)
     return Mixture(
         only=shares.index(BLOCK * CYCLE) if BLOCK * CYCLE in shares else None,
         shares=np.array(shares),
         places=places,
         spare_places=np.flatnonzero(places >= len(shares)),
         spare=spare[:CYCLE],
-        earlier=np.cumsum(has, axis=0, dtype=np.int16) - has,
+        earlier=np.cumsum(has[:CYCLE], axis=0, dtype=np.int16) - has[:CYCLE],
         turn=np.argsort(spare[CYCLE]),  # block 0 has its sources in their order
     )
 
@@ -113,8 +112,9 @@ def _position(sample: int) -> tuple[int, int, int]:
     return *divmod(blocks, CYCLE), place
 
 
-def _assign_spare_places(shares: Sequence[int]) -> Table:
-    """[CYCLE + 1, spare places]: the source that has each spare place, by block up to the next cycle's first.
+def _assign_spare_places(shares: Sequence[int]) -> tuple[Table, npt.NDArray[np.bool_]]:
+    """[CYCLE + 1, spare places]: the source that has each spare place, by block up to the next cycle's first; and
+    [CYCLE + 1, sources]: whether a block has a source in one of them.
 
     The sources are laid end to end, each as long as its share (below CYCLE; all together CYCLE x spare places), and
     those are chosen that contain the block's offset + a multiple of CYCLE (systematic sampling, Madow 1949). Of all
@@ -123,20 +123,14 @@ def _assign_spare_places(shares: Sequence[int]) -> Table:
     offsets = np.arange(CYCLE + 1) * _STRIDE % CYCLE
     marks = offsets[:, np.newaxis] + np.arange(0, sum(shares), CYCLE)
     chosen: Table = np.searchsorted(np.cumsum(shares), marks, side="right").astype(np.int16)
-    has = _members(chosen, len(shares))
+    has = np.zeros((CYCLE + 1, len(shares)), np.bool_)
+    np.put_along_axis(has, chosen, True, axis=1)
     spare: Table = chosen.copy()
     for block in range(1, CYCLE + 1):  # a source that is in two blocks running keeps its place
         last, now = spare[block - 1], chosen[block]
         spare[block] = last
         spare[block, ~has[block, last]] = now[~has[block - 1, now]]
-    return spare
-
-
-def _members(rows: Table, sources: int) -> npt.NDArray[np.bool_]:
-    """[rows, sources]: whether a row holds a source."""
-    has = np.zeros((len(rows), sources), np.bool_)
-    np.put_along_axis(has, rows, True, axis=1)
-    return has
+    return spare, has
 
 
 class _Segment(NamedTuple):
