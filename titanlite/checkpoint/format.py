@@ -127,7 +127,8 @@ def manifest_from(fields: Mapping[str, Any]) -> Manifest:
     _require(isinstance(recipe, str), "recipe", "text")
     _require(all(isinstance(value, str) for value in environment.values()), "environment", "texts")
     valid = all(value is None or isinstance(value, str | int | float) for value in values.values())
-    _require(valid, "values", "numbers, texts, true, false or null")
+    fit = all(abs(value) < 2**63 for value in values.values() if isinstance(value, int))  # in a float too
+    _require(valid and fit, "values", "numbers of 64 bits, texts, true, false or null")
     # Neither NaN nor half of a surrogate pair, which no text holds, is JSON:
     json.dumps([recipe, environment, values], ensure_ascii=False, allow_nan=False).encode()
     files = {name: _file(name, entry) for name, entry in fields["files"].items()}
