@@ -103,7 +103,7 @@ class ReadLog:
             self._file.close()
 
     def write(self, kind: int, step: int, first: int, count: int) -> None:
-        """Add a record; others than this object write those of samples that `step` `SKIPPED`, or `WENT_BACK` from."""
+        """Add a record: for others, of samples not read, `SKIPPED` by this step or for the run `WENT_BACK` to it."""
         if self._file is not None:
             place = (self._begun, self._start, self._plan.data_rank, self._plan.data_ranks, self._turn, kind)
             self._file.write(np.array((first, count, step, *place), RECORD).tobytes())
