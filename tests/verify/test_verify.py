@@ -202,4 +202,4 @@ def test_what_is_no_number_is_a_difference() -> None:
     weight = WeightDifference("norm.weight", 0.0, 1e-9)
     rows = StepDifference(0, same, same, weight), StepDifference(1, same, bad, weight)
     found = Comparison("float64", tolerance_in("float64", "float32", 2), (), rows)
-    assert (found.first_difference() or "").startswith("float64: the gradient norm of step 1 is nan")
+    assert (first_difference([found]) or "").startswith("float64: the gradient norm of step 1 is nan")

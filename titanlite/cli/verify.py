@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             "same": difference is None,
             "first_difference": difference,
             "run": describe_run(small, launch.size),
-            "passes": [{**asdict(each), "same": each.first_difference() is None} for each in found],
+            "passes": [{**asdict(each), "same": first_difference([each]) is None} for each in found],
         }
         print(json.dumps(values, indent=2))
     if difference is not None:

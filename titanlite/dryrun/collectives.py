@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "send", "recv"]
 
@@ -67,7 +68,7 @@ class CollectiveLog:
         group = _group(arguments[group_at])
         if group.size() == 1:
             return
-        message = list(flatten(result if message_at is None else arguments[message_at]))
+        message = flatten(result if message_at is None else arguments[message_at])
         numbers, size = sum(t.numel() for t in message), sum(t.numel() * t.itemsize for t in message)
         splits = arguments[splits_at] if splits_at is not None else ()
         sent = ring_bytes(kind, size, group.size())
@@ -106,10 +107,6 @@ def _group(argument: Any) -> dist.ProcessGroup:  # from a name, or an object of 
     return argument if isinstance(argument, dist.ProcessGroup) else dist.ProcessGroup.unbox(argument)
 
 
-def flatten(nested: Any) -> Iterator[Tensor]:
-    """The tensors among nested tuples and lists."""
-    if isinstance(nested, Tensor):
-        yield nested
-    elif isinstance(nested, (tuple, list)):
-        for each in nested:
-            yield from flatten(each)
+def flatten(nested: Any) -> list[Tensor]:
+    """The tensors among nested tuples, lists and dicts."""
+    return [each for each in tree_leaves(nested) if isinstance(each, Tensor)]

@@ -76,12 +76,12 @@ class MemoryTrace:
     def record(self, operation: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> None:
         """Show what a dispatch mode was given, and what came out."""
         self._update_span()
-        if tensors := list(flatten(result)):
+        if tensors := flatten(result):
             self._operation = operation
         for tensor in tensors:
             self._storage(tensor)
         if (purpose := _FSDP_OPERATIONS.get(operation._schema.name)) is not None:
-            for tensor in flatten((arguments, tuple(named.values()))):
+            for tensor in flatten((arguments, named)):
                 self.mark(tensor, purpose)
         is_cast = operation is torch.ops.aten._to_copy.default
         if is_cast and self._storage(arguments[0]).purpose in ("weights", "gathered"):

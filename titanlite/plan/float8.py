@@ -27,8 +27,6 @@ class Cast:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two matrices in float8."""
-
     left: Cast
     right: Cast
     fast_accumulation: bool  # whether units may keep their sums in fewer bits than float32 (on Hopper, about 14)

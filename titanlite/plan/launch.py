@@ -27,8 +27,6 @@ _SRUN_SECONDS = 3.0  # For which others wait, so that it has printed its error
 
 @dataclass(frozen=True)
 class Launch:
-    """One process of a job."""
-
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # Number among those of its machine: which GPU is its own

@@ -50,8 +50,6 @@ class Layout:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place in the mesh."""
-
     pp: int
     data: int
     cp: int

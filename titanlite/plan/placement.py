@@ -35,8 +35,6 @@ class Placement:
 
 
 class GroupRank(NamedTuple):
-    """One of the ranks of a group."""
-
     rank: int
     size: int
 

@@ -27,8 +27,6 @@ class Action(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An action and when it runs."""
-
     action: Action
     start: float
     end: float

@@ -58,12 +58,10 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Its folder."""
         return self.checkpoints.folder.parent
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
         return total_steps(self.recipe.training)
 
 
@@ -141,19 +139,12 @@ def open_checkpoints(
     """The run's checkpoints, and its snapshots if the recipe asks for any."""
     timeout, background = recipe.parallel.timeout_seconds, recipe.checkpoint.mode == "async"
     require_own = folder.require_own if folder is not None else lambda: None
-    checkpoints = CheckpointManager(
-        path / "checkpoints",
-        logger.info,
-        new_ranks(world.rank, world.size, timeout),
-        recipe.checkpoint,
-        require_own,
-    )
+    ranks = new_ranks(world.rank, world.size, timeout)
+    checkpoints = CheckpointManager(path / "checkpoints", logger.info, ranks, recipe.checkpoint, require_own)
     if not recipe.resilience.snapshot_every:
         return checkpoints, None
     memory, ranks = expand(recipe.resilience.snapshot_dir), new_ranks(world.rank, world.size, timeout)
-    return checkpoints, Snapshots(
-        memory, checkpoints.folder, logger.info, ranks, background=background, require_own=require_own
-    )
+    return checkpoints, Snapshots(memory, checkpoints.folder, logger.info, ranks, background, require_own)
 
 
 def find_latest_step(ranks: Ranks, run: Run) -> int:

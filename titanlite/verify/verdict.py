@@ -75,13 +75,15 @@ class Comparison:
     notes: tuple[str, ...]  # What could not be done as the recipe says, and why; on the first rank only
     rows: tuple[StepDifference, ...]
 
-    def first_difference(self) -> str | None:
-        """A sentence about the first number past the tolerance; None if there is none."""
-        for row in self.rows:
+
+def first_difference(comparisons: Sequence[Comparison]) -> str | None:
+    """A sentence about the first number past its comparison's tolerance; None if there is none."""
+    for compared in comparisons:
+        for row in compared.rows:
             when = f"after step {row.step}" if row.step else "before the first step"
             for name, found, allowed in (
-                (f"the loss of step {row.step}", row.loss, self.tolerance.loss),
-                (f"the gradient norm of step {row.step}", row.grad_norm, self.tolerance.grad_norm),
+                (f"the loss of step {row.step}", row.loss, compared.tolerance.loss),
+                (f"the gradient norm of step {row.step}", row.grad_norm, compared.tolerance.grad_norm),
                 (f"{when}, {row.weight.name}", row.weight, row.weight.allowed),
             ):
                 if not found.difference <= allowed:  # true of NaN
@@ -89,10 +91,5 @@ class Comparison:
                     if isinstance(found, NumberDifference):
                         numbers = f"{found.here:.9g} with this layout and {found.reference:.9g} in one process"
                     excess = f"{found.difference:.1e} apart, relatively, and rounding explains {allowed:.1e}"
-                    return f"{self.compute}: {name} is {numbers}: {excess}"
-        return None
-
-
-def first_difference(comparisons: Sequence[Comparison]) -> str | None:
-    """The first difference of the first comparison that has one."""
-    return next(filter(None, (each.first_difference() for each in comparisons)), None)
+                    return f"{compared.compute}: {name} is {numbers}: {excess}"
+    return None
