@@ -18,7 +18,7 @@ from titanlite.errors import Finding, UsageError
 from titanlite.recipe.sections import Data
 from titanlite.text import list_some
 
-MOST_FILES = 1000  # Of an entry that are looked at
+MOST_FILES = 1000  # of an entry that are looked at
 
 
 def survey(section: Data) -> tuple[dict[str, Any], list[Finding]]:

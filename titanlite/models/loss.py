@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from titanlite.models.layers import at_least_float32, by_float32_units, device_kind, multiply
 
-IGNORED = -100  # The label of what is no token of the text; torch's own
-LARGE_LOGITS = 64 * 2**20  # Bytes, in float32, up to which all logits at once are the quicker way and no burden
+IGNORED = -100  # the label of what is no token of the text; torch's own
+LARGE_LOGITS = 64 * 2**20  # bytes, in float32, up to which all logits at once are the quicker way and no burden
 
 
 class TokenLoss(nn.Module):

@@ -35,11 +35,11 @@ def _may_overflow(tensor: Tensor) -> bool:
 class Shard:
     """The elements `offset[d] … offset[d] + tensor.shape[d] - 1` of every dimension d of a whole tensor."""
 
-    tensor: Tensor  # A view of what is held: writing into it sets the parameter. May be empty.
+    tensor: Tensor  # a view of what is held: writing into it sets the parameter. May be empty.
     offset: tuple[int, ...]
-    shape: tuple[int, ...]  # Shape of the whole tensor
-    copies: int = 1  # Processes that hold this very box
-    copy: int = 0  # Which of them this is, from 0
+    shape: tuple[int, ...]  # shape of the whole tensor
+    copies: int = 1  # processes that hold this very box
+    copy: int = 0  # which of them this is, from 0
 
     @property
     def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

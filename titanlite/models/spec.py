@@ -136,8 +136,7 @@ class ModelFamily(Generic[Config]):
         return built
 
 
-ModelSpec = ModelFamily[ModelConfig]
-"""A family as the rooms see it that know none by name."""
+ModelSpec = ModelFamily[ModelConfig]  # a family as packages see it that know none by name
 
 
 def is_named_by(patterns: tuple[str, ...], name: str) -> bool:
