@@ -14,8 +14,8 @@ from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.models.spec import Piece
 from titanlite.plan.rules import apply_rules
 from titanlite.plan.stages import (
+    SPLIT_BACKWARD,
     rank_of_stage,
-    splits_backward,
     stage_split,
     stages_per_rank,
     takes_microbatches,
@@ -121,7 +121,7 @@ def test_rules_are_those_of_torchs_schedules(schedule: Any) -> None:
             mapping = [made.stage_index_to_group_rank[stage] for stage in range(held * pp)]
             assert mapping == [rank_of_stage(schedule, stage, pp) for stage in range(held * pp)]
             kinds = {action.computation_type.value for action in made.pipeline_order[0] if action is not None}
-            assert ("W" in kinds) == splits_backward(schedule)
+            assert ("W" in kinds) == (schedule in SPLIT_BACKWARD)
 
 
 def findings(microbatches: int, parallel: dict[str, Any], **sections: dict[str, Any]) -> list[tuple[str, str]]:
@@ -168,7 +168,7 @@ def test_settings_that_a_schedule_does_not_go_with(schedule: str) -> None:
     assert keys == (["parallel.pipeline.schedule"] if schedule in ("ZBVZeroBubble", "DualPipeV") else [])
     others: dict[str, Any] = {"recompute": {"mode": "full"}, "compile": {"enabled": True}}
     keys = [key for key, _ in findings(8, {**parallel, "zero_stage": 3}, **others)]
-    assert keys == (["parallel.zero_stage", "recompute.mode", "compile.enabled"] if splits_backward(schedule) else [])
+    assert keys == (["parallel.zero_stage", "recompute.mode", "compile.enabled"] if schedule in SPLIT_BACKWARD else [])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -177,7 +177,7 @@ def test_what_older_torch_computes_wrong_is_refused(
     schedule: str, found: str, torch_of_the_check: Callable[[str], None]
 ) -> None:
     torch_of_the_check(found)
-    refused = splits_backward(schedule) and found < "2.13"
+    refused = schedule in SPLIT_BACKWARD and found < "2.13"
     errors = findings(8, {"pp": 2, "pipeline": {"schedule": schedule}})
     assert [(key, found in text) for key, text in errors] == [("parallel.pipeline.schedule", True)] * refused
     assert not findings(8, {"pp": 1, "pipeline": {"schedule": schedule}}), "without a pipeline, nothing is split"

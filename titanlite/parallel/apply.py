@@ -27,7 +27,7 @@ from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
 from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
 from titanlite.plan.placement import find_placements
-from titanlite.plan.stages import keeps_all_microbatches, stage_split
+from titanlite.plan.stages import ALL_FORWARD_FIRST, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import convert, fuse_casts, multiplies_blocks, refresh_casts, require_float8
 from titanlite.recipe.sections import Recipe, Recompute
@@ -117,7 +117,7 @@ class _Builder:
         for each in module.modules():
             if isinstance(each, TokenLoss):
                 each.implementation = recipe.kernels.linear_cross_entropy
-                each.recompute = recipe.parallel.pp > 1 and keeps_all_microbatches(recipe.parallel.pipeline.schedule)
+                each.recompute = recipe.parallel.pp > 1 and recipe.parallel.pipeline.schedule in ALL_FORWARD_FIRST
         return module
 
     def apply(self, module: nn.Module) -> Sync:

@@ -22,7 +22,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from titanlite.models.spec import Piece
 from titanlite.parallel.model import Batch, Sync
-from titanlite.plan.stages import rank_of_stage, splits_backward
+from titanlite.plan.stages import SPLIT_BACKWARD, rank_of_stage
 
 # Before any error of a step, torch prints its whole timetable, on every rank that this ends.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
@@ -146,7 +146,7 @@ class ScheduledStage(PipelineStage):
             hidden = torch.empty(config.hidden, dtype=config.dtype, requires_grad=True)
             tokens = torch.empty(config.hidden[0], config.sequence_length, dtype=torch.int64)
             loss = torch.empty((), dtype=wide, requires_grad=True)
-        self._splits = splits_backward(config.schedule)
+        self._splits = config.schedule in SPLIT_BACKWARD
         super().__init__(
             module if self._splits else nn.ModuleList([module]), index, config.stages, config.device,
             input_args=tokens if index == 0 else hidden, output_args=loss if index == last else hidden,

@@ -12,7 +12,7 @@ from titanlite.plan.float8 import SETTINGS, decide_linears, format_gathers, plan
 from titanlite.plan.layout import ORIGIN, Layout, active_ranks, batch_plan, require_layout, total_steps
 from titanlite.plan.memory import checkpoint_bytes, count_elements, local_parameters, module_within, state_bytes
 from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Shape, find_placements, local_slices, pattern_of
-from titanlite.plan.stages import splits_backward, stages_of
+from titanlite.plan.stages import SPLIT_BACKWARD, stages_of
 from titanlite.recipe.sections import Model, Recipe
 from titanlite.text import format_shape, format_table
 
@@ -126,7 +126,7 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
     return {
         "schedule": schedule,
         # Of an even pipeline (Narayanan et al. 2021, section 2.2); of split backward passes, see `--show-schedule`.
-        "bubble_share": None if splits_backward(schedule) else (layout.pp - 1) / (passes + layout.pp - 1),
+        "bubble_share": None if schedule in SPLIT_BACKWARD else (layout.pp - 1) / (passes + layout.pp - 1),
         # The ranks' mean share of the operations over the largest one: 1 is even.
         "balance": sum(loads) / layout.pp / max(loads),
         "stages": [

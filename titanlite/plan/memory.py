@@ -16,7 +16,7 @@ from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import decide_linears
 from titanlite.plan.layout import Coordinates, Layout, ceil_div
 from titanlite.plan.placement import ALONE, GroupRank, Placement, Shape, find_placements, local_slices
-from titanlite.plan.stages import splits_backward, stages_of
+from titanlite.plan.stages import SPLIT_BACKWARD, stages_of
 from titanlite.recipe.sections import Recipe
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -82,7 +82,7 @@ def state_bytes(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParame
     states = optimizer_spec(recipe.optimizer.name).states
     width = max(4, _BYTES[recipe.precision.compute])
     kept, used = (count_elements(getattr(each, part) for each in parameters) for part in ("kept", "used"))
-    once_a_step = stage < 2 or (layout.pp > 1 and splits_backward(recipe.parallel.pipeline.schedule))
+    once_a_step = stage < 2 or (layout.pp > 1 and recipe.parallel.pipeline.schedule in SPLIT_BACKWARD)
     parts = {
         "weights": width * kept,
         "gathered": _BYTES[recipe.precision.compute] * _gathered(recipe, layout, parameters),

@@ -11,9 +11,12 @@ from titanlite.models.spec import Piece, spec_of
 from titanlite.plan.layout import Layout
 from titanlite.recipe.sections import Pipeline, Recipe
 
-V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # Schedules with the first and the last stage on the first rank
-IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")  # Schedules that take the microbatches in rounds of equal size
-FIXED_STAGES = {"GPipe": 1, "1F1B": 1, **dict.fromkeys(V_SHAPED, 2)}  # of a rank, where the schedule fixes them
+# Schedules …
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # with the first and the last stage on the first rank
+IN_ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")  # that take the microbatches in rounds of equal size
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)  # that compute gradients of weights later, when a rank would idle
+ALL_FORWARD_FIRST = ("GPipe", "LoopedBFS")  # whose last stage runs all microbatches forward before one backward
+FIXED_STAGES = {"GPipe": 1, "1F1B": 1, **dict.fromkeys(V_SHAPED, 2)}  # that fix how many stages a rank holds
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,6 @@ def rank_of_stage(schedule: str, index: int, pp: int) -> int:
     if schedule in V_SHAPED and index >= pp:
         return 2 * pp - 1 - index
     return index % pp
-
-
-def splits_backward(schedule: str) -> bool:
-    """Whether gradients of inputs and of weights are computed apart, the latter when a rank would idle."""
-    return schedule == "InterleavedZeroBubble" or schedule in V_SHAPED
-
-
-def keeps_all_microbatches(schedule: str) -> bool:
-    """Whether the last stage has run all microbatches forward before it runs the first one backward."""
-    return schedule in ("GPipe", "LoopedBFS")
 
 
 def stage_split(pieces: Sequence[Piece], pipeline: Pipeline, pp: int) -> tuple[Stage, ...]:

@@ -20,13 +20,12 @@ from titanlite.parallel.model import Batch
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.layout import batch_plan, require_layout, total_steps
+from titanlite.plan.placement import Shape
 from titanlite.precision.casting import master_dtype
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
 from titanlite.verify import verdict
 from titanlite.verify.shrink import change, reference_of, without_compiler
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def compare_layout(recipe: Recipe, world: World) -> Iterator[verdict.Comparison]:
@@ -138,7 +137,7 @@ def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> verdict.Co
     return verdict.Comparison(precision.compute, tolerance, notes, tuple(rows))
 
 
-def _run_alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
+def _run_alone(recipe: Recipe, shapes: Mapping[str, Shape], world: World) -> list[_Snapshot]:
     """What one process computes, without the others: before the first step, and after each."""
     snapshots: list[_Snapshot] = []
     for shards, numbers in _run(reference_of(recipe), World(0, 1, world.device)):
@@ -149,7 +148,7 @@ def _run_alone(recipe: Recipe, shapes: Shapes, world: World) -> list[_Snapshot]:
     return snapshots
 
 
-def _split_weights(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+def _split_weights(flat: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     parts = torch.split(flat, [*map(math.prod, shapes.values())])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 

@@ -12,7 +12,7 @@ from titanlite.optim.schedules import SCHEDULES, schedule_named
 from titanlite.plan.kernels import OPERATIONS, QUANTISE
 from titanlite.plan.layout import Layout, layout_of
 from titanlite.plan.rules.run import find_model
-from titanlite.plan.stages import FIXED_STAGES, V_SHAPED, splits_backward
+from titanlite.plan.stages import FIXED_STAGES, SPLIT_BACKWARD, V_SHAPED
 from titanlite.recipe.sections import WATCHDOG_PATIENCE, Float8, Pipeline, Recipe
 
 
@@ -71,7 +71,7 @@ def regretted(recipe: Recipe, world: int) -> Iterator[Finding]:
 def split_backward(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     """Schedules that compute gradients of inputs and of weights at different times, and V-shaped ones, exclude much."""
     schedule, found, compiled = recipe.parallel.pipeline.schedule, version("torch"), recipe.compile.enabled
-    split, (spec, config) = layout.pp > 1 and splits_backward(schedule), find_model(recipe)
+    split, (spec, config) = layout.pp > 1 and schedule in SPLIT_BACKWARD, find_model(recipe)
     tied = spec is not None and spec.tied(config)
     # Before 2.13, torch takes the sum of the gradients of a function with several results, such as the fused RMSNorm,
     # for the first one's, and frees functions written in Python that it comes back to, such as the loss by chunks.

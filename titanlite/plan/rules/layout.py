@@ -14,7 +14,7 @@ from titanlite.plan.layout import Layout, batch_plan, ceil_div, divisors, layout
 from titanlite.plan.memory import MAX_CHUNKS, count_parts
 from titanlite.plan.placement import GroupRank, find_placements, local_slices, pattern_of
 from titanlite.plan.rules.run import find_model
-from titanlite.plan.stages import FIXED_STAGES, IN_ROUNDS, splits_backward, stages_per_rank, takes_microbatches
+from titanlite.plan.stages import FIXED_STAGES, IN_ROUNDS, SPLIT_BACKWARD, stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_batch, join_choices, pluralize
 
@@ -111,7 +111,7 @@ def rounded_sums(recipe: Recipe, layout: Layout) -> Iterator[Finding]:
     """Gradients that wait on a rank to be sent add up in the dtype that they will travel in."""
     parallel, passes = recipe.parallel, batch_plan(recipe, layout, 0).microbatches
     rounds = recipe.precision.reduce == "bfloat16" and recipe.precision.compute != "float64"
-    halved = layout.pp > 1 and splits_backward(parallel.pipeline.schedule)
+    halved = layout.pp > 1 and parallel.pipeline.schedule in SPLIT_BACKWARD
     waits = parallel.zero_stage <= 1 or halved or layout.dp_replicate > 1
     if rounds and waits and passes > 1 and (layout.data_ranks * layout.cp > 1 or parallel.offload):
         problem = f"gradients of {passes} microbatches add up in bfloat16 before they are sent: small ones are lost;"
