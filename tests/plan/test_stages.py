@@ -102,14 +102,14 @@ def test_rules_are_those_of_torchs_schedules(schedule: Any) -> None:
     """Where the rule says so, and only there, torch makes the schedule, and it splits backward passes as we say."""
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-    from titanlite.plan.timetable import TorchStage
+    from titanlite.plan.timetable import torch_stages
 
     kind: Any = get_schedule_class(schedule)
     single = issubclass(kind, PipelineScheduleSingle)
     held = stages_per_rank(Pipeline(schedule=schedule))
     assert single == (held == 1)
     for pp in (2, 3, 4):
-        places = [TorchStage(index, held * pp, pp) for index in range(held)]
+        places = torch_stages(held, pp)
         for microbatches in range(1, 4 * pp + 2):
             try:
                 made = kind(places[0] if single else places, microbatches, loss_fn=max)

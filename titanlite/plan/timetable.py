@@ -7,8 +7,8 @@ actions are asked for; neither a device nor a process group is touched.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from titanlite.plan.stages import Stage, stages_per_rank
@@ -49,13 +49,12 @@ def schedule_actions(section: Pipeline, pp: int, microbatches: int) -> list[list
         return [list(_one_stage_actions(section.schedule, rank, pp, microbatches)) for rank in range(pp)]
     from torch.distributed.pipelining.schedules import get_schedule_class
 
-    stages = [TorchStage(index, count * pp, pp) for index in range(count)]
     kind: Any = get_schedule_class(section.schedule)
-    lists = kind(stages, microbatches, loss_fn=lambda output, target: output, scale_grads=False).pipeline_order
+    made = kind(torch_stages(count, pp), microbatches, loss_fn=max, scale_grads=False)  # no loss is computed
     return [
         [
             Action(each.computation_type.value, each.stage_index, each.microbatch_index)
-            for entry in lists[rank]
+            for entry in made.pipeline_order[rank]
             if entry is not None  # a wait
             for each in entry.sub_actions or (entry,)  # two passes that overlap
             if each.computation_type.value in _UNITS
@@ -71,17 +70,10 @@ def _one_stage_actions(schedule: str, rank: int, pp: int, microbatches: int) -> 
         yield Action(kind, rank, kinds[:index].count(kind))
 
 
-@dataclass
-class TorchStage:
-    """What of a stage torch's schedules look at to make their lists."""
-
-    stage_index: int
-    num_stages: int
-    group_size: int
-    group_rank: int = 0
-    submod: None = None
-    is_last: bool = False
-    stage_index_to_group_rank: Any = None
+def torch_stages(count: int, pp: int) -> list[Any]:
+    """What torch's schedules look at of the first of `pp` ranks' stages to make their lists."""
+    alike = {"num_stages": count * pp, "group_size": pp, "group_rank": 0, "submod": None, "is_last": False}
+    return [SimpleNamespace(stage_index=index, **alike) for index in range(count)]
 
 
 def simulate(actions: Sequence[Sequence[Action]], costs: Sequence[float]) -> list[list[Slot]]:

@@ -67,7 +67,7 @@ class TrainState:
             self._finder.step = number
         every = self._recipe.resilience.rerun_every
         twice = every > 0 and number % every == 0
-        loss = self._computed_twice(number, batch) if twice else self.model.forward_backward(batch)
+        loss = self._compute_twice(number, batch) if twice else self.model.forward_backward(batch)
         norm = self.shards.clip_gradients(self._recipe.optimizer.clip_norm)
         # With weights that rest in the host's memory the norm is there, and the step waits for it.
         taken = self.guards.judge(number, loss, norm.to(loss.device)).to(norm.device)
@@ -75,18 +75,14 @@ class TrainState:
         self.shards.drop_gradients()
         return loss, norm
 
-    def _computed_twice(self, number: int, batch: Batch) -> Tensor:
+    def _compute_twice(self, number: int, batch: Batch) -> Tensor:
         """`ParallelModel.forward_backward` whose result is proved to have the same bits as that of a first try."""
-        _, first = self._with_checksums(batch)
-        self.shards.drop_gradients()
-        loss, second = self._with_checksums(batch)
+        found = []  # checksums of this rank's part of the loss, and of the gradients held here
+        for _ in range(2):
+            self.shards.drop_gradients()
+            own = self.model.compute(batch)
+            loss = self.model.sum(own)
+            found.append(checksums([own, *(weight.grad for weight in self.weights.values())]))  # type: ignore[list-item]
         names = ["the loss", *(f"the gradient of {name}" for name in self.weights)]
-        compare_repeated(number, names, first, second, self._ranks)
+        compare_repeated(number, names, found[0], found[1], self._ranks)
         return loss
-
-    def _with_checksums(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss of the global batch, and the checksums of this rank's part of it and of the gradients held here."""
-        own = self.model.compute(batch)
-        loss = self.model.sum(own)
-        gradients = [weight.grad for weight in self.weights.values()]
-        return loss, checksums([own, *gradients])  # type: ignore[list-item]
