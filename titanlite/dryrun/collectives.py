@@ -22,12 +22,12 @@ _NO_MESSAGE = ("barrier", "monitoredbarrier", "checkfornan", "waittensor", "wrap
 class Collective:
     """One operation, as one of its ranks takes part in it; or the sum of `count` alike."""
 
-    dimension: str  # Name of the group in the mesh; `world` for all ranks
+    dimension: str  # name of the group in the mesh; `world` for all ranks
     operation: Operation
     dtype: str
-    ranks: int  # Ranks of the group
-    message_bytes: int  # All-gather's output, reduce-scatter's and all-to-all's input, else the tensors themselves
-    sent_bytes: int  # What this rank sends of it: see `ring_bytes`
+    ranks: int  # ranks of the group
+    message_bytes: int  # all-gather's output, reduce-scatter's and all-to-all's input, else the tensors themselves
+    sent_bytes: int  # what this rank sends of it: see `ring_bytes`
     count: int = 1
 
 

@@ -32,10 +32,10 @@ _FSDP_OPERATIONS: Mapping[str, Purpose] = {  # all of whose tensors have one pur
 @dataclass
 class _Storage:
     bytes: int
-    forward_span: int | None  # Number of the span of forward computation that made it, if one did
+    forward_span: int | None  # number of the span of forward computation that made it, if one did
     purpose: Purpose | None = None
     on_host: bool = False
-    end: weakref.ref[torch.UntypedStorage] | None = None  # Calls when the storage is freed
+    end: weakref.ref[torch.UntypedStorage] | None = None  # calls when the storage is freed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Moment:
 
     total: int
     by_purpose: Mapping[Purpose, int]
-    where: str  # What the rank was doing: phase, module, operation
+    where: str  # what the rank was doing: phase, module, operation
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Memory:
     """What a step holds on its device."""
 
     by_phase: Mapping[str, Moment]  # `forward`, `backward` … -> when most was held in it
-    most: Mapping[Purpose, int]  # Bytes for each purpose at its own highest
-    host_bytes: int  # Most bytes in the host's memory, beside all this
+    most: Mapping[Purpose, int]  # bytes for each purpose at its own highest
+    host_bytes: int  # most bytes in the host's memory, beside all this
 
     @property
     def peak(self) -> Moment:
@@ -64,10 +64,10 @@ class MemoryTrace:
     """Follows the storages of one model's program: within `watch_sizes`, and shown each operation by `record`."""
 
     def __init__(self) -> None:
-        self.phase = "build"  # What the program is doing; within `passes`, forward and backward are told apart here
+        self.phase = "build"  # what the program is doing; within `passes`, forward and backward are told apart here
         self._storages: dict[int, _Storage] = {}
         self._events: list[tuple[_Storage, int, tuple[str, str, Any]]] = []
-        self._modules: list[str] = []  # Names of the modules whose forward is running, innermost last
+        self._modules: list[str] = []  # names of the modules whose forward is running, innermost last
         self._backward_module = ""
         self._operation: Any = None
         self._span = 0

@@ -38,7 +38,7 @@ class DryRun:
     """A rank's first step. Later ones lack four bytes, by which neighbouring stages of a pipeline meet."""
 
     coordinates: Coordinates
-    collectives: list[Collective]  # Its messages, in order
+    collectives: list[Collective]  # its messages, in order
     memory: Memory
     shapes: Mapping[str, tuple[Shape, Shape]]  # of its part of each parameter, and of the whole
 

@@ -10,8 +10,8 @@ from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
 from titanlite.plan.placement import Shape, pattern_of
 from titanlite.recipe.sections import Float8
 
-ALIGNMENT = 16  # Sizes that the matrix units' float8 products take are multiples of this
-BLOCK = 32  # Neighbours that share a scale in the formats of the OCP Microscaling specification (MX, version 1.0)
+ALIGNMENT = 16  # sizes that the matrix units' float8 products take are multiples of this
+BLOCK = 32  # neighbours that share a scale in the formats of the OCP Microscaling specification (MX, version 1.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ SETTINGS: dict[str, Float8Settings] = {
 class LinearDecision:
     name: str
     shape: Shape  # [outputs, inputs] of its weight, in whole
-    skipped: str | None  # Why it stays as it is; None: it is converted
+    skipped: str | None  # why it stays as it is; None: it is converted
 
 
 def decide_linears(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[LinearDecision, ...]:
@@ -130,8 +130,8 @@ class Gather:
 
     module: str
     what: Literal["inputs", "gradients"]
-    cast: Cast | None  # How it travels; None: in the compute dtype
-    why: str | None  # Why it is not sent in float8
+    cast: Cast | None  # how it travels; None: in the compute dtype
+    why: str | None  # why it is not sent in float8
 
 
 def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple[Gather, ...]:

@@ -18,20 +18,20 @@ from titanlite.errors import UsageError
 
 # What schedulers, launchers and users send to have a job end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-MAX_STARTS = 2**31  # A number of a start from here on is none: the file that says so is damaged
+MAX_STARTS = 2**31  # a number of a start from here on is none: the file that says so is damaged
 
 _FIX = "Start the run by torchrun or srun, which set these; or, alone, without RANK, WORLD_SIZE and Slurm's variables."
-_PRINTING_SECONDS = 60.0  # Within these the first rank comes to where another one failed, or never
-_SRUN_SECONDS = 3.0  # For which others wait, so that it has printed its error
+_PRINTING_SECONDS = 60.0  # within these the first rank comes to where another one failed, or never
+_SRUN_SECONDS = 3.0  # for which others wait, so that it has printed its error
 
 
 @dataclass(frozen=True)
 class Launch:
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # Number among those of its machine: which GPU is its own
-    local_size: int = 1  # How many there are on its machine (at most, where Slurm has put more on some than on others)
-    address: str | None = None  # Where the ranks meet: set if the launcher did not tell torch itself
+    local_rank: int = 0  # number among those of its machine: which GPU is its own
+    local_size: int = 1  # how many there are on its machine (at most, where Slurm has put more on some than on others)
+    address: str | None = None  # where the ranks meet: set if the launcher did not tell torch itself
     port: int | None = None
 
     @property
@@ -86,12 +86,12 @@ def launch_environment_or_default() -> Launch:
 class Torchrun:
     """What torchrun tells its processes."""
 
-    restarts: int  # How often it has started them again
+    restarts: int  # how often it has started them again
     restarts_left: int
-    agents: int  # Machines (their torchruns) that take part
+    agents: int  # machines (their torchruns) that take part
     names: tuple[str, ...]
     """What this job's starts share: the name of torchrun's folder, and the job's id if machines come and go."""
-    elastic: bool  # Whether the run goes on without a machine that leaves: `scripts/elastic.env` says so
+    elastic: bool  # whether the run goes on without a machine that leaves: `scripts/elastic.env` says so
 
 
 def torchrun_environment(environment: Mapping[str, str] = os.environ) -> Torchrun | None:

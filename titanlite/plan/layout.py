@@ -61,7 +61,7 @@ class Coordinates:
         return self.pp == self.cp == self.tp == 0
 
 
-ORIGIN = Coordinates(pp=0, data=0, cp=0, tp=0)  # The first rank's, and those of a run on one rank
+ORIGIN = Coordinates(pp=0, data=0, cp=0, tp=0)  # the first rank's, and those of a run on one rank
 
 
 def layout_of(parallel: Parallel, world: int) -> Layout | None:
@@ -131,7 +131,7 @@ class SampleSchedule:
     step: int
     samples: int
     global_batch: int
-    skipped: tuple[int, ...] = ()  # Batches to skip, ascending
+    skipped: tuple[int, ...] = ()  # batches to skip, ascending
 
     def first_sample(self, step: int) -> int:
         """The first sample of `step`, which is later than `self.step`."""

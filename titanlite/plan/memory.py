@@ -33,8 +33,8 @@ class LocalParameter:
 
     name: str
     whole: Shape
-    used: Shape  # What it computes with: its tensor parallel part
-    kept: Shape  # What it keeps of that from step to step: its rows of it, in ZeRO stages 1 to 3
+    used: Shape  # what it computes with: its tensor parallel part
+    kept: Shape  # what it keeps of that from step to step: its rows of it, in ZeRO stages 1 to 3
 
 
 def local_parameters(

@@ -11,7 +11,7 @@ from titanlite.models.spec import ShardingRule, Style, is_named_by
 from titanlite.plan.layout import ceil_div
 
 Shape = tuple[int, ...]
-Slices = tuple[Shape, Shape]  # Offset in the whole tensor, and shape
+Slices = tuple[Shape, Shape]  # offset in the whole tensor, and shape
 
 SHARD_DIMENSION: Mapping[Style, int] = {"vocab": 0, "column": 0, "row": 1}  # of its weight; other styles cut none
 
@@ -21,8 +21,8 @@ class Placement:
     """How tensor parallelism cuts a parameter: one dimension, between units."""
 
     dimension: int
-    size: int  # Of that dimension, in whole
-    unit: int  # Divides `size`
+    size: int  # of that dimension, in whole
+    unit: int  # divides `size`
 
     @property
     def units(self) -> int:

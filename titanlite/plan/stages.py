@@ -23,11 +23,11 @@ FIXED_STAGES = {"GPipe": 1, "1F1B": 1, **dict.fromkeys(V_SHAPED, 2)}  # that fix
 class Stage:
     """Consecutive pieces of a model on one rank of its pipeline."""
 
-    index: int  # Place in the order of computation, from 0
-    rank: int  # Coordinate in the pipeline of the rank that holds it
-    modules: tuple[str, ...]  # Names of the submodules
-    blocks: int  # Pieces between the embedding's and the head's
-    flops: int  # Operations of a training step per token
+    index: int  # place in the order of computation, from 0
+    rank: int  # coordinate in the pipeline of the rank that holds it
+    modules: tuple[str, ...]  # names of the submodules
+    blocks: int  # pieces between the embedding's and the head's
+    flops: int  # operations of a training step per token
 
 
 def stages_per_rank(pipeline: Pipeline) -> int:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from titanlite.plan.stages import Stage, stages_per_rank
 from titanlite.recipe.sections import Pipeline
 
-_UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # Time of each kind of action, in forward passes
-_LINE = 120  # Characters in a line of the drawing, beyond the rank's name
+_UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # time of each kind of action, in forward passes
+_LINE = 120  # characters in a line of the drawing, beyond the rank's name
 
 
 class Action(NamedTuple):

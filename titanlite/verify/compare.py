@@ -102,9 +102,9 @@ def _batches(recipe: Recipe, world: World, steps: int) -> Iterator[Batch]:
 class _Snapshot(NamedTuple):
     """What one process computed, up to some step."""
 
-    weights: Tensor  # All of them, flat, in the order of the spec's shapes
-    numbers: Tensor  # Loss and gradient norm, float64
-    distances: Tensor  # How far each weight has come from its initial value; at step 0, its norm
+    weights: Tensor  # all of them, flat, in the order of the spec's shapes
+    numbers: Tensor  # loss and gradient norm, float64
+    distances: Tensor  # how far each weight has come from its initial value; at step 0, its norm
 
 
 def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> verdict.Comparison:

@@ -11,10 +11,10 @@ from titanlite.plan.stages import stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Compile, Data, Float8, Parallel, Recipe, Recompute, Schedule, Training
 
 _HEAD_DIM = 8
-_WIDTH = 256  # Where grouped heads would make the model wider than this, groups get smaller
+_WIDTH = 256  # where grouped heads would make the model wider than this, groups get smaller
 _VOCABULARY = 272
 _SEQUENCE_LENGTH = 32
-_SPREAD = 0.5  # Standard deviation of the first logits
+_SPREAD = 0.5  # standard deviation of the first logits
 _MOST_MOVED = 0.01  # of an initial weight, by AdamW in a step: if more, rounding takes the two runs different ways
 _REFERENCE_MICROBATCH = 16
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _TURNED_BY_CHANCE = 2  # elements of a weight that may always move the other way: a large share of a short vector
-_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}  # A format's unit of rounding
+_UNITS = {"bfloat16": 2**-8, "float32": 2**-24}  # a format's unit of rounding
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Tolerance:
 
     loss: float
     grad_norm: float
-    turned: float = 0.0  # Share of a weight's elements that may have moved the other way, apart from a few
+    turned: float = 0.0  # share of a weight's elements that may have moved the other way, apart from a few
 
     def of_weight(self, elements: int) -> float:
         """For a weight of this size, as part of the distance that it has come from its initial value."""
@@ -44,7 +44,7 @@ class NumberDifference:
 
     here: float
     reference: float
-    difference: float  # Relative to the reference; infinite where either is not finite
+    difference: float  # relative to the reference; infinite where either is not finite
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class WeightDifference:
     """How far a weight is from what it is in one process."""
 
     name: str
-    difference: float  # Norm, relative to the distance that the weight has come (step 0: to its norm)
-    allowed: float  # How much of that rounding explains
+    difference: float  # norm, relative to the distance that the weight has come (step 0: to its norm)
+    allowed: float  # how much of that rounding explains
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class StepDifference:
     step: int
     loss: NumberDifference
     grad_norm: NumberDifference
-    weight: WeightDifference  # The one that differs most, by what its size allows
+    weight: WeightDifference  # the one that differs most, by what its size allows
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Comparison:
 
     compute: str
     tolerance: Tolerance
-    notes: tuple[str, ...]  # What could not be done as the recipe says, and why; on the first rank only
+    notes: tuple[str, ...]  # what could not be done as the recipe says, and why; on the first rank only
     rows: tuple[StepDifference, ...]
 
 
