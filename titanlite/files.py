@@ -53,6 +53,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deeply") from None
 
 
+def delete(path: Path) -> None:
+    """Delete a folder, or whatever stands for one (never what a link points to); absent is fine. Raises `OSError`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync(descriptor: int, path: Path) -> None:
     """Have the kernel bring an open file, or folder, to stable storage. Raises `OSError` that names `path`."""
     try:

@@ -24,7 +24,7 @@ from titanlite import files
 from titanlite.checkpoint import format
 from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, FileEntry, Manifest, folder_name, step_of
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.files import cause, open_file, sync_path
+from titanlite.files import cause, delete, open_file, sync_path
 from titanlite.recipe.load import plugin_modules
 from titanlite.recipe.sections import Recipe, recipe_class
 from titanlite.recipe.toml import TomlSyntaxError, parse_toml
@@ -54,7 +54,7 @@ def pending(final: Path) -> Path:
 
 def begin(final: Path) -> None:
     """Make the empty `pending(final)`. Raises `OSError`."""
-    _delete(pending(final))
+    delete(pending(final))
     pending(final).mkdir(parents=True)
 
 
@@ -69,7 +69,7 @@ def commit(final: Path, manifest: bytes) -> str:
     sync_path(pending(final) / MANIFEST)
     sync_path(pending(final))
     if os.path.lexists(final):
-        _delete(replaced)
+        delete(replaced)
         os.rename(final, replaced)
     try:
         os.rename(pending(final), final)
@@ -84,7 +84,7 @@ def commit(final: Path, manifest: bytes) -> str:
             f"{cause(error, final)}. Older ones stay until a later save."
         )
     with suppress(OSError):  # the next start does it
-        _delete(replaced)
+        delete(replaced)
     return ""
 
 
@@ -118,15 +118,15 @@ def clear_leftovers(folder: Path) -> None:
             if match[2] == "replaced" and not final.exists():
                 os.rename(path, final)  # killed between the two renames of a commit: the old one is still the one
             else:
-                _delete(path)
+                delete(path)
 
 
 def remove(final: Path) -> None:
     """Delete a checkpoint: hidden first, so that no reader meets a half-deleted one. Raises `OSError`."""
     hidden = _hidden(final, "deleting")
-    _delete(hidden)
+    delete(hidden)
     os.rename(final, hidden)
-    _delete(hidden)
+    delete(hidden)
 
 
 def remove_or_warn(final: Path, warn: Callable[[str], None]) -> None:
@@ -207,14 +207,6 @@ def _hash(file: FileIO) -> str:
     while count := file.readinto(block):
         digest.update(block[:count])
     return digest.hexdigest()
-
-
-def _delete(path: Path) -> None:
-    """Delete a folder, or whatever stands for one (never what a link points to); absent is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _hidden(final: Path, purpose: str) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from titanlite.errors import RunFolderLost, UsageError
-from titanlite.files import Lock, cause, read_file, read_json, replace_file, take_lock, wrap_os_errors
+from titanlite.files import Lock, cause, delete, read_file, read_json, replace_file, take_lock, wrap_os_errors
 from titanlite.plan.launch import MAX_STARTS
 from titanlite.recipe.load import load_recipe, recipe_differences
 from titanlite.recipe.sections import Recipe
@@ -142,14 +142,14 @@ class RunFolder:
         folder = self.path / name
         with wrap_os_errors(f"cannot write {folder}", self.path):
             if not files:
-                _delete(folder)
+                delete(folder)
                 return
             folder.mkdir(exist_ok=True)
             for file, source in files.items():
                 replace_file(folder / file, source.read_bytes())
             for path in folder.iterdir():
                 if path.name not in files:
-                    _delete(path)
+                    delete(path)
 
     def last_end(self) -> str:
         """How the start before this one ended, for the reader; empty for a new run."""
@@ -218,7 +218,7 @@ def _open_locked(
         replace_file(path / "status.json", _status(start, start.once))
         for name in OWNED:
             if name not in ("status.json", "recipe.toml"):
-                _delete(path / name)
+                delete(path / name)
         resumed, found = False, {}
     changes = _allowed_changes(path, recipe, start.may_change) if resumed else {}
     if resumed and lock.is_new and (path / "metrics.jsonl").exists():  # whoever lost the lock goes on in the old file
@@ -291,11 +291,3 @@ def _read_status(path: Path) -> dict[str, Any]:
         if isinstance(fields := read_json(path), dict):
             return fields
     return {}
-
-
-def _delete(path: Path) -> None:
-    """Delete a file or folder of the run; of a link, the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
