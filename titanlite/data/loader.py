@@ -142,7 +142,7 @@ class _Steps(Dataset[Batch | Exception]):
     plan: BatchPlan
 
     def __getitem__(self, first: int) -> Batch | Exception:
-        numbers = self.plan.samples(first)
+        numbers = list(self.plan.samples(first))  # one of 2**62 sequences has no room, and says so at once
         try:
             windows = [self.split.sample(number) for number in numbers]
         except UNREADABLE as error:
