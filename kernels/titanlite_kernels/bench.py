@@ -145,9 +145,9 @@ CASES = (
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 WARM_UP = 2
-SECONDS = 0.5  # Of turns, on a GPU; and rounds, on any device:
+SECONDS = 0.5  # of turns, on a GPU; and rounds, on any device:
 FEWEST, MOST = 5, 50
-COLD_BYTES = 2**28  # More than any cache holds: an H200's has 50 MB, a B200's 126
+COLD_BYTES = 2**28  # more than any cache holds: an H200's has 50 MB, a B200's 126
 AHEAD_CYCLES = 2_000_000
 """About a millisecond, in which the host gets ahead: else small kernels would wait for their own launch."""
 

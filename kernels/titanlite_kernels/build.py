@@ -37,26 +37,26 @@ class Build:
     launch: Callable[[torch.dtype], object]
     """Runs the operation on tensors on the meta device, activations in the dtype given. Arguments that kernels have at
     run time are given by position, constants by name."""
-    shape: str  # What is built, in words: `Llama 3 8B: 8,192 tokens x 4,096, bfloat16`
+    shape: str  # what is built, in words: `Llama 3 8B: 8,192 tokens x 4,096, bfloat16`
     minimal_bytes: int
     """What the operation must move between memory and chip at this shape, by the contract in its file."""
-    number: int = 0  # Which of the operation's launches it is
+    number: int = 0  # which of the operation's launches it is
     trips: tuple[float, ...] = ()
     """How often each loop runs whose bounds are no compile-time constants, in the order of the source; the mean over
     the programs."""
     cached: tuple[str, ...] = ()
     """Pointers that programs share, small enough for the cache: what they point to counts once, as `minimal_bytes` says
     it, not once for each program."""
-    targets: tuple[str, ...] = tuple(TARGETS)  # Those that the kernel is for: not every device has every number format
+    targets: tuple[str, ...] = tuple(TARGETS)  # those that the kernel is for: not every device has every number format
 
 
 @dataclass(frozen=True)
 class Launch:
     """A kernel with what it was launched with."""
 
-    kernel: Any  # The `jit` function
+    kernel: Any  # the `jit` function
     programs: int
-    values: Mapping[str, Any]  # Argument -> tensor or number
+    values: Mapping[str, Any]  # argument -> tensor or number
     constants: Mapping[str, Any]
     options: Mapping[str, Any]  # `num_warps`, and more
 
@@ -78,13 +78,13 @@ def record_launch(build: Build, dtype: torch.dtype) -> Launch:
 class Compiled:
     """What was read from one build for one target; the fields but `traffic` are a row's columns."""
 
-    registers: int  # Per thread
-    spill_bytes: int  # Per thread: registers that the compiler had to keep in memory
-    shared_bytes: int  # Per program
-    vector_bytes: int  # The widest load from global memory that a thread makes in one instruction
-    tensor_cores: str  # The family of matrix instructions: `wgmma`, `tcgen05`, `mma`, or nothing
-    warps: int  # Of a program
-    moved_bytes: int  # Loaded and stored in all at the build's shape; `Build.cached` pointers left out
+    registers: int  # per thread
+    spill_bytes: int  # per thread: registers that the compiler had to keep in memory
+    shared_bytes: int  # per program
+    vector_bytes: int  # the widest load from global memory that a thread makes in one instruction
+    tensor_cores: str  # the family of matrix instructions: `wgmma`, `tcgen05`, `mma`, or nothing
+    warps: int  # of a program
+    moved_bytes: int  # loaded and stored in all at the build's shape; `Build.cached` pointers left out
 
 
 def compile_build(build: Build, target: str, dtype: torch.dtype = torch.bfloat16) -> Compiled:

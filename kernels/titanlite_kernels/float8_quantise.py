@@ -152,7 +152,7 @@ def _by_rows(
     tl.store(scale + row, tl.div_rn(1.0, factor), mask=row < rows)
 
 
-_BLOCK = 8192  # Elements of a tile: 32 for each thread of `_WARPS`, in loads of 16 bytes
+_BLOCK = 8192  # elements of a tile: 32 for each thread of `_WARPS`, in loads of 16 bytes
 _WARPS = 8
 _TURNED_TILE = (128, 64)
 """Rows and columns: 128 bytes in a row of bfloat16, and in a row of the transpose in float8, are a line of memory."""

@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Scale = Literal["tensor", "row"]  # One scale for a matrix, or one for each of its rows
+Scale = Literal["tensor", "row"]  # one scale for a matrix, or one for each of its rows
 
 SMALLEST = 2.0**-100
 """A largest value below this is treated as this, so that scales and their reciprocals stay in the range of float32."""
-EXPONENT = 0x7F800000  # The bits of a float32 that hold its exponent
+EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent
 
 
 class Float8(NamedTuple):

@@ -324,7 +324,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-_ROWS = 4096  # Of a matrix that is as large as the weight, rows that temporary tensors hold at a time
+_ROWS = 4096  # of a matrix that is as large as the weight, rows that temporary tensors hold at a time
 
 
 # ---- a chunk of logits -----------------------------------------------------------------------------------------------

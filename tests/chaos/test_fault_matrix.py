@@ -7,7 +7,7 @@ from support.chaos.fault import Fault
 from support.chaos.fault_matrix import MATRIX
 from support.chaos.sandbox import Sandbox
 
-QUICK = "1: SIGKILL of one rank of three"  # What `./scripts/test.sh --quick` has of it
+QUICK = "1: SIGKILL of one rank of three"  # what `./scripts/test.sh --quick` has of it
 
 
 def _marks(fault: Fault) -> list[pytest.MarkDecorator]:

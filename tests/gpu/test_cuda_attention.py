@@ -13,7 +13,7 @@ from titanlite.parallel.context import _attend_to_the_last
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(4, 4, 64), (8, 2, 128)]  # Heads, heads of keys and values, head_dim
+SHAPES = [(4, 4, 64), (8, 2, 128)]  # heads, heads of keys and values, head_dim
 
 
 def random(*shape: int) -> Tensor:

@@ -25,7 +25,7 @@ def logits_and_labels(rows: int, columns: int, dtype: torch.dtype, scale: float 
     return logits, torch.randint(0, columns, (rows,), device=DEVICE)
 
 
-SIZES = ((1, 3, 1, 1), (4, 300, 20, 3), (12, 140, 128, 5))  # Tokens, vocabulary, width, and tokens at a time
+SIZES = ((1, 3, 1, 1), (4, 300, 20, 3), (12, 140, 128, 5))  # tokens, vocabulary, width, and tokens at a time
 
 
 @pytest.mark.parametrize(

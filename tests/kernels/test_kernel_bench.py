@@ -84,7 +84,7 @@ def test_turns_are_taken_in_rounds() -> None:
 # ---- a stand-in for Liger-Kernel: its signatures and layouts, in plain PyTorch ---------------------------------------
 
 
-NORM = (0.0, "llama", False)  # Offset, roundings, and whether the gradient is written over the one that comes in
+NORM = (0.0, "llama", False)  # offset, roundings, and whether the gradient is written over the one that comes in
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ DEFAULT = {
     ("tp, zero 3", "zero 1", "muon"),
 }
 """Pairs that every test run has."""
-STEP = 3  # That the checkpoints are of; three more follow
+STEP = 3  # that the checkpoints are of; three more follow
 Whole = dict[str, torch.Tensor]
 
 

@@ -32,9 +32,9 @@ from titanlite.precision.float8 import (
 )
 from titanlite.recipe.sections import Float8, Recipe
 
-BITS = {"e4m3": 3, "e5m2": 2}  # After the point
-LOWEST = {"e4m3": -6, "e5m2": -14}  # Exponent of the smallest value with all bits
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # Relative error of a rounding
+BITS = {"e4m3": 3, "e5m2": 2}  # after the point
+LOWEST = {"e4m3": -6, "e5m2": -14}  # exponent of the smallest value with all bits
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # relative error of a rounding
 
 
 def spacings(x: Tensor, cast: Cast) -> Tensor:

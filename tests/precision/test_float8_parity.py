@@ -23,7 +23,7 @@ FIRST_LOSS, FIRST_NORM, WEIGHTS = 1e-6, 2e-4, 1e-2
 which here and there turns a rounding: it is luck whether any does. Over 24 pairs of runs the first loss was 2e-8 off at
 most, its gradient norm 1e-4, and the weights 6e-3 after Adam had made whole steps of that. With no casts, or a scale a
 row in the place of one a tensor, norms were 3e-4 off at least, and weights 3e-2."""
-EXACT_GRADIENTS = "rowwise_with_hp_grad_weight"  # Each token has its own scales, and no product sums over tokens
+EXACT_GRADIENTS = "rowwise_with_hp_grad_weight"  # each token has its own scales, and no product sums over tokens
 
 _alone: dict[tuple[str, int], Result] = {}
 
@@ -78,8 +78,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp": (2, {"cp": 2}),
     "tp, zero 3": (4, {"tp": 2, "zero_stage": 3}),
 }
-ALL_SAME = ("zero", "hsdp", "pp")  # Beginnings of layouts on which each scale is over what it is over in one process
-DEFAULT = {("tensorwise", "zero 3")}  # And tp, with what it gathers in float8, below
+ALL_SAME = ("zero", "hsdp", "pp")  # beginnings of layouts on which each scale is over what it is over in one process
+DEFAULT = {("tensorwise", "zero 3")}  # and tp, with what it gathers in float8, below
 
 
 def pairs() -> list[Any]:

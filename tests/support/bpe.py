@@ -14,7 +14,7 @@ PATTERN = (  # Llama 3's, as Meta published it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # How SentencePiece names the tokens of single bytes
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # how SentencePiece names the tokens of single bytes
 
 
 def byte_level(size: int = 400, special: tuple[str, ...] = ("<|endoftext|>",), prefix: bool = False) -> Tokenizer:

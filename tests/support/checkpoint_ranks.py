@@ -18,7 +18,7 @@ from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Checkpoint
 
-Ended = tuple[str, str]  # Type of the error that ended a call, or "done", and its text
+Ended = tuple[str, str]  # type of the error that ended a call, or "done", and its text
 
 
 def part(rank: int, world: int, step: int) -> dict[str, Shard]:

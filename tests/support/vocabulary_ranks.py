@@ -7,7 +7,7 @@ import torch.distributed as dist
 from titanlite_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
-FIRST = (0, 4, 17, 23)  # Where each rank's rows begin, and the end
+FIRST = (0, 4, 17, 23)  # where each rank's rows begin, and the end
 
 
 def arguments() -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from titanlite.parallel.collectives import gather_sequence
 from titanlite.parallel.context import _pass_on, _wait
 from titanlite.resilience.rank_table import Location, look_at
 
-_ENOUGH = 5  # Looks in a row with the same answer
+_ENOUGH = 5  # looks in a row with the same answer
 
 
 def _all_reduce() -> None:

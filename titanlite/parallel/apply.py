@@ -72,7 +72,7 @@ class _Builder:
     meshes: Meshes | None  # None on one rank
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """Of what was built so far; where another stage has a tied parameter too, by the name that it is tied to."""
-    cached: list[nn.Module] = field(default_factory=list)  # Linears whose casts need to be refreshed: see `convert`
+    cached: list[nn.Module] = field(default_factory=list)  # linears whose casts need to be refreshed: see `convert`
 
     def pipeline(self, meshes: Meshes) -> tuple[nn.Module, Pipeline]:
         """The stages of the model that are on this rank."""

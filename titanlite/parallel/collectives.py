@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from titanlite.plan.float8 import Cast
 
-SEQUENCE = 1  # Dimension of activations [batch, seq, …] that is divided between ranks
+SEQUENCE = 1  # dimension of activations [batch, seq, …] that is divided between ranks
 
 _ops = torch.ops._c10d_functional
 
@@ -52,9 +52,9 @@ def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 # ---- numbers in float8 with their scales, as the bytes of one message: gloo does not send float8 ---------------------
 
-Part = tuple[tuple[int, ...], torch.dtype]  # Shape and dtype of a tensor in a message
+Part = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor in a message
 
-_ALIGNMENT = 8  # Bytes: each part of a message begins at a multiple, to be read in any dtype
+_ALIGNMENT = 8  # bytes: each part of a message begins at a multiple, to be read in any dtype
 
 
 def pack(parts: Iterable[Tensor]) -> Tensor:

@@ -323,7 +323,7 @@ def _and_causal(mask: Tensor | None, q: Tensor) -> Tensor:
     return torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
 
 
-_ROWS = 256  # Queries whose scores are in memory at a time where no kernel forms them piece by piece
+_ROWS = 256  # queries whose scores are in memory at a time where no kernel forms them piece by piece
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,14 @@ class Meshes:
     coordinates: Coordinates
     fsdp: DeviceMesh
     """What FSDP shards over: dimension dp_shard, with dp_replicate before it where weights have replicas."""
-    dp_replicate: dist.ProcessGroup  # Ranks that hold the same part of the same weights
-    dp_shard: dist.ProcessGroup  # Ranks that the weights of a stage and tensor parallel part are sharded over
+    dp_replicate: dist.ProcessGroup  # ranks that hold the same part of the same weights
+    dp_shard: dist.ProcessGroup  # ranks that the weights of a stage and tensor parallel part are sharded over
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup | None  # None where no sequence is shared
     pp: dist.ProcessGroup
     ends: dist.ProcessGroup | None
     """The first and the last stage of this rank's pipeline, if it is one of them and they share a weight."""
-    matrix: dist.ProcessGroup  # The ranks that hold parts of the same matrices once: dp_shard x tp, tp the faster
+    matrix: dist.ProcessGroup  # the ranks that hold parts of the same matrices once: dp_shard x tp, tp the faster
 
     @staticmethod
     def of(

@@ -51,8 +51,8 @@ class Batch:
 class Evaluation:
     """What the model makes of held-out text."""
 
-    loss: float  # Mean negative log-likelihood per token, in nats
-    bits_per_byte: float  # The same per byte of text, in bits: comparable across tokenizers and with compressors
+    loss: float  # mean negative log-likelihood per token, in nats
+    bits_per_byte: float  # the same per byte of text, in bits: comparable across tokenizers and with compressors
 
 
 Sync = Callable[[bool], None]
@@ -97,13 +97,13 @@ class GradientAccumulation:
 class ParallelModel:
     """The model as it runs on this rank."""
 
-    module: nn.Module  # What of the model is on this rank
+    module: nn.Module  # what of the model is on this rank
     world: World
     shards: Shards
     passes: GradientAccumulation | Pipeline
     coordinates: Coordinates = ORIGIN
-    refresh: Callable[[], None] = lambda: None  # Called before the first pass with weights that may be new
-    localize: Callable[[Batch], Batch] = lambda batch: batch  # To this rank's part of each sequence
+    refresh: Callable[[], None] = lambda: None  # called before the first pass with weights that may be new
+    localize: Callable[[Batch], Batch] = lambda batch: batch  # to this rank's part of each sequence
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Leave gradients on the tensors of `shards.local()`; returns the global batch's loss, unread by the host."""

@@ -158,8 +158,8 @@ class MatrixExchange:
     takes a part of the matrices, and gathers what the others made of theirs.
     """
 
-    group: dist.ProcessGroup  # The ranks that hold parts of one replica
-    replicas: dist.ProcessGroup  # Those that hold the same parts
+    group: dist.ProcessGroup  # the ranks that hold parts of one replica
+    replicas: dist.ProcessGroup  # those that hold the same parts
     cuts: Mapping[str, MatrixCut]
 
     def apply(self, function: Callable[[Tensor], Tensor], held: Tensor, cut: MatrixCut) -> Tensor:

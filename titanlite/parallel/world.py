@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, StoppedEarly, TitanliteError, UsageError
 from titanlite.plan.launch import STOP_SIGNALS, Launch, launch_environment
 
-_ENDED = "ended"  # Key under which ranks that stand by read how the run ended
+_ENDED = "ended"  # key under which ranks that stand by read how the run ended
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from titanlite.errors import UsageError
 from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision, Product
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_MANTISSA_BITS = 23  # Of a float32, below its exponent
+_MANTISSA_BITS = 23  # of a float32, below its exponent
 
 
 class FusedCast(Cast):

@@ -15,7 +15,7 @@ from support.runs import spoil_weight
 from titanlite.checkpoint.format import MANIFEST
 
 _NEWEST, _BEFORE = 3 * EVERY, 2 * EVERY
-Damage = Callable[[Path], str]  # Damages a checkpoint; says which file, the manifest included
+Damage = Callable[[Path], str]  # damages a checkpoint; says which file, the manifest included
 
 
 def _shard(folder: Path) -> Path:

@@ -40,9 +40,9 @@ class Change:
 
     what: str
     lost_steps: int
-    detect: float  # Until the last process of the start before has ended
-    rendezvous: float  # Until the first process of the new start begins
-    load: float  # Until the last of them has its state
+    detect: float  # until the last process of the start before has ended
+    rendezvous: float  # until the first process of the new start begins
+    load: float  # until the last of them has its state
     first_step: float
 
     @property

@@ -14,22 +14,22 @@ EQUAL = "equal"
 class Outcome:
     """What was seen."""
 
-    lost_steps: int | None  # Steps that were trained again; None where nothing was being trained
+    lost_steps: int | None  # steps that were trained again; None where nothing was being trained
     curve: str
     """`EQUAL` where the whole curve and the last state were compared bit for bit with those of an uninterrupted run;
     otherwise how they were compared, or why not."""
-    message: str  # What the user was told
+    message: str  # what the user was told
 
 
 @dataclass(frozen=True)
 class Fault:
     """One line."""
 
-    row: int  # Number of the kind of fault
+    row: int  # number of the kind of fault
     what: str
-    how: str  # How it is brought about
-    run: Callable[[Sandbox], Outcome]  # Brings it about and raises `AssertionError` where a promise is broken
-    slow: bool = False  # Left out of the default suite
+    how: str  # how it is brought about
+    run: Callable[[Sandbox], Outcome]  # brings it about and raises `AssertionError` where a promise is broken
+    slow: bool = False  # left out of the default suite
 
     @property
     def name(self) -> str:

@@ -102,7 +102,7 @@ def between_saves(step: int, act: Act) -> None:
     before_step(step, settled)
 
 
-_step = 0  # The last step that was begun, once `follow` was called
+_step = 0  # the last step that was begun, once `follow` was called
 
 
 def follow() -> None:

@@ -8,7 +8,7 @@ from support.chaos.fault import EQUAL, Fault, Outcome
 from support.chaos.sandbox import EVERY, STEPS, Sandbox
 from titanlite.checkpoint.storage import read_manifest
 
-_BAD = 2 * EVERY + 2  # The step that goes wrong, after the second save
+_BAD = 2 * EVERY + 2  # the step that goes wrong, after the second save
 _SAMPLES = list(range(4 * (_BAD - 1), 4 * _BAD))
 
 

@@ -23,7 +23,7 @@ POINTS = {
     "before the rename": 7,
     "after the rename": 8,
 }
-_OF_EACH_RANK = ("before the first byte", "in a shard", "between shards")  # The other points are the first rank's alone
+_OF_EACH_RANK = ("before the first byte", "in a shard", "between shards")  # the other points are the first rank's alone
 
 
 def killed_in_save(point: str, mode: str, ranks: int) -> Fault:

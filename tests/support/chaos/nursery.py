@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support.pool import fork_server
 
-PATIENCE_SECONDS = 240.0  # After so long a process counts as hung
+PATIENCE_SECONDS = 240.0  # after so long a process counts as hung
 
 
 class Child:

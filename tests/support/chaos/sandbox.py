@@ -23,7 +23,7 @@ from titanlite.checkpoint.storage import read_manifest
 from titanlite.data.read_log import audit, read_records
 
 STEPS = 16
-EVERY = 4  # Steps between saves
+EVERY = 4  # steps between saves
 
 _SECTIONS: dict[str, dict[str, Any]] = {
     "run": {"name": "run"}, "training": {"steps": STEPS, "global_batch": 4}, "optimizer": {"name": "muon"},

@@ -14,7 +14,7 @@ from titanlite.recipe.sections import Recipe
 
 Result = tuple[Curve, dict[str, torch.Tensor]]
 
-RELATIVE = 1e-9  # Allowed between float64 runs: sums in another order differ by 1e-14, the smallest mistake by far more
+RELATIVE = 1e-9  # allowed between float64 runs: sums in another order differ by 1e-14, the smallest mistake by far more
 
 
 def curve_difference(result: Result, reference: Result) -> float:

@@ -21,8 +21,8 @@ class Point:
 
     ranks: int
     parallel: dict[str, Any]
-    others: Sections = field(default_factory=dict)  # Sections beside `parallel`
-    default: bool = True  # Whether every test run has it; the others run with --all
+    others: Sections = field(default_factory=dict)  # sections beside `parallel`
+    default: bool = True  # whether every test run has it; the others run with --all
 
     @property
     def sections(self) -> Sections:

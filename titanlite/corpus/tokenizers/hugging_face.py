@@ -196,7 +196,7 @@ def _require_little_growth(path: Path, fields: Fields) -> None:
 def _growth(step: Fields) -> float:
     """Times that a step may make a text longer."""
     pattern, content = step.get("pattern"), step.get("content")
-    if isinstance(pattern, dict) and isinstance(content, str):  # Replace; a regex may match what is empty
+    if isinstance(pattern, dict) and isinstance(content, str):  # replace; a regex may match what is empty
         least = pattern.get("String")
         return len(content) / len(least) if isinstance(least, str) and least else 1.0 + len(content)
     if step.get("type") == "Precompiled":  # SentencePiece's map of characters, and after it what they become
