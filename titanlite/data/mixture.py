@@ -50,15 +50,20 @@ class Mixture:
         if self.only is not None:
             return self.only, sample
         cycle, block, place = _position(sample)
-        source = int(_fill_block(self, cycle, block)[place])
-        return source, int(self.counts(sample)[source])
+        sources = _fill_block(self, cycle, block)
+        source = int(sources[place])
+        return source, int(self._before(cycle, block, source)) + int(np.count_nonzero(sources[:place] == source))
 
     def counts(self, samples: int) -> Counts:
         """How many of the first `samples` samples are of each source."""
         cycle, block, place = _position(samples)
         begun = np.bincount(_fill_block(self, cycle, block)[:place], minlength=len(self.shares))
-        counts: Counts = cycle * self.shares + block * (self.shares // CYCLE) + self.earlier[block] + begun
-        return counts
+        return self._before(cycle, block, slice(None)) + begun
+
+    def _before(self, cycle: int, block: int, of: int | slice) -> Counts:
+        """Samples of these sources in the blocks before one."""
+        before: Counts = cycle * self.shares[of] + block * (self.shares[of] // CYCLE) + self.earlier[block, of]
+        return before
 
 
 @lru_cache(maxsize=64)  # of samples that follow each other, most are of one block
