@@ -102,7 +102,7 @@ swiglu_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _build(name: str, operation: Callable[..., object], taken: int, moved: int) -> Build:
-    """For an operation that takes so many tensors, and moves so many in all."""
+    """For an operation that takes `taken` tensors, and reads and writes `moved` in all."""
     tokens, width = 8192, 14336
     return Build(
         name=f"swiglu.{name}",

@@ -34,7 +34,7 @@ LENGTH = 8
 
 
 def load(split: Split, plan: BatchPlan, first: int, steps: int, **options: Any) -> Iterator[Batch]:
-    """The batches of so many steps from a sample on."""
+    """The batches of `steps` steps, the first of which begins with sample `first`."""
     return train_loader(split, plan, range(first, first + steps * plan.global_batch, plan.global_batch), **options)
 
 

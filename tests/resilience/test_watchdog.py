@@ -130,7 +130,7 @@ def test_lagging_are_those_that_do_not_run_then_those_that_do_not_wait_then_thos
     assert lagging(table) == ("", [])
     table[2] = rank(2, phase=LEFT, waits=False)
     assert lagging(table)[1] == [2]
-    assert lagging([rank(0)])[1] == [0], "alone, it is nobody else"
+    assert lagging([rank(0)])[1] == [0], "a single rank holds itself up"
 
 
 def test_the_table_of_many_ranks_is_not_read_once_for_each() -> None:

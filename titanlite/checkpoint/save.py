@@ -290,7 +290,7 @@ class BackgroundSaver:
         self._saving = thread, saved
 
     def join(self, seconds: float | None = None) -> None:
-        """Return once the save has ended, or after so many seconds."""
+        """Return once the save has ended, or after `seconds`."""
         if self._saving is not None and self._saving[0].is_alive():
             self._saving[0].join(seconds)
 

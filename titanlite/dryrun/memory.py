@@ -64,7 +64,7 @@ class MemoryTrace:
     """Follows the storages of one model's program: within `watch_sizes`, and shown each operation by `record`."""
 
     def __init__(self) -> None:
-        self.phase = "build"  # what the program is doing; within `passes`, forward and backward are told apart here
+        self.phase = "build"  # what the program is doing; within `passes`, forward and backward are distinguished here
         self._storages: dict[int, _Storage] = {}
         self._events: list[tuple[_Storage, int, tuple[str, str, Any]]] = []
         self._modules: list[str] = []  # names of the modules whose forward is running, innermost last

@@ -18,7 +18,7 @@ class Outcome:
     curve: str
     """`EQUAL` where the whole curve and the last state were compared bit for bit with those of an uninterrupted run;
     otherwise how they were compared, or why not."""
-    message: str  # what the user was told
+    message: str  # what was printed or logged
 
 
 @dataclass(frozen=True)
