@@ -99,18 +99,15 @@ def _resolve(schema: Schema) -> Schema:
     return {**json_schema()["$defs"][schema["$ref"].rpartition("/")[2]], **schema} if "$ref" in schema else schema
 
 
-def key_schema(path: Sequence[str]) -> Schema | None:
-    """Schema of a section or key, in arrays of tables with or without a number; None if there is none."""
+def key_schema(path: Sequence[str]) -> Schema:
+    """Schema of a section or key, in arrays of tables with or without a number; empty if there is none."""
     schema: Schema = json_schema()
     for name in path:
         if is_tables(schema):
             schema = _resolve(schema["items"])
             if name.isdigit():
                 continue
-        if inner := schema.get("properties", {}).get(name) or schema.get("additionalProperties"):
-            schema = _resolve(inner)
-        else:
-            return None
+        schema = _resolve(schema.get("properties", {}).get(name) or schema.get("additionalProperties") or {})
     return schema
 
 
@@ -150,7 +147,7 @@ def find_key(key: str) -> tuple[list[str], Schema]:
     *table, name = path = key.split(".")
     if schema := key_schema(path):
         return path, schema
-    hint = suggest_key(name, (key_schema(table) or {}).get("properties", ()), table) or did_you_mean(key, all_keys())
+    hint = suggest_key(name, key_schema(table).get("properties", ()), table) or did_you_mean(key, all_keys())
     raise UsageError(f"a recipe has no key '{key}'; {hint or 'see docs/recipe.md'}")
 
 
@@ -209,7 +206,7 @@ def explain(key: str) -> str:
     for example in schema.get("examples", [schema["default"]] if "default" in schema else [])[:1]:
         header = f"[{'.'.join(table)}] " if table else ""
         rows.append(("example", f"{header}{name} = {format_value(example)}"))
-    meaning = (schema if "description" in schema else key_schema(table) or {})["description"]
+    meaning = (schema if "description" in schema else key_schema(table))["description"]
     return "\n".join([key, f"  {meaning}", "", *(f"  {line}" for line in format_table(rows))])
 
 
@@ -224,7 +221,7 @@ def reference_markdown() -> str:
         "tables merge key by key, and the nearer file wins; `--section.key=value` on the command line wins over files.",
     ]
     for section in recipe_class().model_fields:
-        lines += _reference_of(section, key_schema([section]) or {})
+        lines += _reference_of(section, key_schema([section]))
     return "\n".join(lines)
 
 

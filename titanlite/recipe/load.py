@@ -66,8 +66,29 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stored: bool
     Plugins that it names are imported first; those of a `stored` recipe are not, and must have been. Raises
     `RecipeError` with all findings at once, each with its file and line.
     """
+    path = Path(path)
     try:
-        return _load(Path(path), overrides, stored)
+        files, findings = _read_chain(path)
+        given, malformed = _parse_overrides(overrides)
+        layers = [given, *files]
+        values: dict[str, Any] = {}
+        for layer in reversed(layers):
+            values = _merge(values, layer.values)
+            nearer = layer.values.get("training")
+            if isinstance(nearer, dict) and ("steps" in nearer) != ("tokens" in nearer):
+                values["training"].pop("tokens" if "steps" in nearer else "steps", None)  # the amount that a base gives
+        failures = _import_plugins(values, stored, str(path))
+        if not failures:  # without them, other keys cannot be checked
+            try:
+                recipe = recipe_class().model_validate(values)
+            except ValidationError as error:
+                failures = _to_findings(error, values)
+        order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
+        located = (_locate(failure, layers, str(path)) for failure in failures)
+        findings += malformed + sorted(located, key=lambda finding: (order.index(finding.file), finding.line))
+        if findings:
+            raise RecipeError(findings)
+        return LoadedRecipe(recipe, path, to_toml(recipe), layers)
     except RecursionError:
         problem, fix = "keys or values are nested too deeply;", "no key of a recipe has more than a few parts."
         raise RecipeError([Finding("", problem, fix, str(path))]) from None
@@ -79,27 +100,6 @@ def load_run_recipe(run: Path) -> Recipe:
     if not os.path.isfile(file):
         raise UsageError(f"{run} is no run folder: it has no recipe.toml that can be read.")
     return load_recipe(file, stored=True).recipe
-
-
-def _load(path: Path, overrides: Sequence[str], stored: bool) -> LoadedRecipe:
-    files, findings = _read_chain(path)
-    given, malformed = _parse_overrides(overrides)
-    layers = [given, *files]
-    values: dict[str, Any] = {}
-    for layer in reversed(layers):
-        values = _merge(_drop_other_amount(values, layer.values), layer.values)
-    failures = _import_plugins(values, stored, str(path))
-    if not failures:  # without them, other keys cannot be checked
-        try:
-            recipe = recipe_class().model_validate(values)
-        except ValidationError as error:
-            failures = _to_findings(error, values)
-    order = [*(layer.file for layer in files), COMMAND_LINE, str(path)]
-    located = (_locate(failure, layers, str(path)) for failure in failures)
-    findings += malformed + sorted(located, key=lambda finding: (order.index(finding.file), finding.line))
-    if findings:
-        raise RecipeError(findings)
-    return LoadedRecipe(recipe, path, to_toml(recipe), layers)
 
 
 def _import_plugins(values: Mapping[str, Any], stored: bool, where: str) -> list[Finding]:
@@ -229,19 +229,13 @@ def _parse_overrides(words: Sequence[str]) -> tuple[_Layer, list[Finding]]:
         elif not equals:
             findings.append(Finding(flag[2:], "has no value;", f"write {flag}=VALUE.", COMMAND_LINE))
         else:
-            values = _merge(values, _nest(path, _override_value(path, text)))
+            value: Any = text  # if it is no TOML, or only looks like a number or a date (`--run.name=2024-11-21`)
+            takes_text = key_schema(path).get("type") == "string"
+            with suppress(ValueError):
+                parsed = parse_value(text)
+                value = text if takes_text and not isinstance(parsed, str) else parsed
+            values = _merge(values, _nest(path, value))
     return _Layer(COMMAND_LINE, values), findings
-
-
-def _override_value(path: Sequence[str], text: str) -> Any:
-    """A TOML value, or the bare text where it is none, or where the key takes text and `text` only looks like a number
-    or a date (`--run.name=2024-11-21`)."""
-    try:
-        value = parse_value(text)
-    except ValueError:
-        return text
-    takes_text = (key_schema(path) or {}).get("type") == "string"
-    return text if takes_text and not isinstance(value, str) else value
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,22 +247,13 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _drop_other_amount(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` without its training.steps where `above` gives training.tokens instead, or the other way round."""
-    inherited, nearer = below.get("training"), above.get("training")
-    if isinstance(inherited, dict) and isinstance(nearer, dict) and ("steps" in nearer) != ("tokens" in nearer):
-        kept = {key: value for key, value in inherited.items() if key not in ("steps", "tokens")}
-        return {**below, "training": kept}
-    return below
-
-
 def _locate(finding: Finding, layers: Sequence[_Layer], default_file: str) -> Finding:
     """`finding` with the place of its key; of the nearest table around it where the key itself is nowhere set."""
     path = finding.key.split(".")
     tables = [path[:length] for length in range(len(path), 0, -1)]
-    places = ((layer, table) for table in tables for layer in layers if toml.value_at(layer.values, table) is not None)
-    layer, table = next(places, (_Layer(default_file, {}), path))
-    line = toml.find_line(layer.text, table) if layer.text else 0
+    nearest = (layer for table in tables for layer in layers if toml.value_at(layer.values, table) is not None)
+    layer = next(nearest, _Layer(default_file, {}))
+    line = toml.find_line(layer.text, path)
     extended_by = default_file if layer.file not in (default_file, COMMAND_LINE) else ""
     return dataclasses.replace(finding, file=layer.file, line=line, extended_by=extended_by)
 
@@ -289,7 +274,7 @@ def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
     path: tuple[str, ...] = ()
     for part in location:
         schema = key_schema(path)
-        if schema is None or not (is_tables(schema) or {"properties", "additionalProperties"} & schema.keys()):
+        if not (is_tables(schema) or {"properties", "additionalProperties"} & schema.keys()):
             break
         path = (*path, str(part))
     return path
@@ -304,7 +289,7 @@ def _to_finding(path: tuple[str, ...], fault: Any, values: dict[str, Any]) -> Fi
     value = toml.value_at(values, path)
     if fault["type"] == "extra_forbidden":
         *table, name = path
-        known = list((key_schema(table) or {})["properties"])
+        known = list(key_schema(table)["properties"])
         what = "unknown section" if not table and isinstance(value, dict) else "unknown key"
         where = f"[{'.'.join(table)}] has" if table else "a recipe has"
         return Finding(key, f"{what};", suggest_key(name, known, table) or f"{where}: {', '.join(known)}.")
@@ -312,7 +297,7 @@ def _to_finding(path: tuple[str, ...], fault: Any, values: dict[str, Any]) -> Fi
     shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
     if fault["type"] == "string_unicode":
         return Finding(key, f"{shown} is not UTF-8;", "rename what it names, or name its folder, or use a glob.")
-    schema = key_schema(path) or {}
+    schema = key_schema(path)
     return Finding(key, f"must be {describe_type(schema)}, not {shown};", _find_fix(path, value, schema))
 
 

@@ -50,12 +50,11 @@ def parse_value(text: str) -> Any:
 
 def value_at(values: Any, path: Sequence[str]) -> Any:
     """What stands at a key, whose part is an index where it names an element of an array; None for nothing."""
-    for name in path:
-        try:
+    with suppress(LookupError, TypeError, ValueError):
+        for name in path:
             values = values[int(name)] if isinstance(values, list) else values[name]
-        except (LookupError, TypeError, ValueError):
-            return None
-    return values
+        return values
+    return None
 
 
 def find_line(text: str, path: Sequence[str]) -> int:
