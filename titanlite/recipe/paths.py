@@ -50,20 +50,16 @@ def path_argument(text: str) -> Path:
 
 def input_argument(text: str) -> str:
     """As `path_argument`, but as it was written: it may be a glob."""
-    return _check_argument(text, "".join(sign for sign in text if sign.isprintable()))
+    return text_argument(text, "".join(sign for sign in text if sign.isprintable()))
 
 
-def text_argument(text: str) -> str:
-    """A path of the command line that is kept in files of text; for `argparse`."""
-    return _check_argument(text, text)
-
-
-def _check_argument(text: str, checked: str) -> str:
+def text_argument(text: str, checked: str | None = None) -> str:
+    """A path of the command line that is kept in files of text, `checked` instead of it; for `argparse`."""
     try:
         if not text:  # what a variable that is not set leaves: it would be the current folder
             raise ValueError("the path is empty; give one, or '.' for the current folder.")
         expand(text)
-        check_path(checked)
+        check_path(text if checked is None else checked)
     except (UsageError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
