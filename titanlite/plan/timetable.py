@@ -7,7 +7,8 @@ actions are asked for; neither a device nor a process group is touched.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from graphlib import TopologicalSorter
+from itertools import pairwise, zip_longest
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -81,25 +82,19 @@ def simulate(actions: Sequence[Sequence[Action]], costs: Sequence[float]) -> lis
 
     costs: time of a forward pass through each stage.
     """
-    timeline: list[list[Slot]] = [[] for _ in actions]
-    ends: dict[Action, float] = {}
-    remaining = sum(map(len, actions))
-    while remaining:
-        before = remaining
-        for slots, mine in zip(timeline, actions, strict=True):
-            while len(slots) < len(mine):
-                action = mine[len(slots)]
-                needs = _needs(action, len(costs) - 1)
-                if not all(need in ends for need in needs):
-                    break
-                start = max([slots[-1].end if slots else 0.0, *(ends[need] for need in needs)])
-                end = start + _UNITS[action.kind] * costs[action.stage]
-                # Others wait for outputs (F) and for gradients of inputs (I, also by B).
-                ends[action._replace(kind="I") if action.kind == "B" else action] = end
-                slots.append(Slot(action, start, end))
-                remaining -= 1
-        assert remaining < before, "the schedule waits for itself"
-    return timeline
+    # Others wait for outputs (F) and for gradients of inputs (I, also by B).
+    results = {each: each._replace(kind="I") if each.kind == "B" else each for mine in actions for each in mine}
+    makers = {result: action for action, result in results.items()}
+    needs = {result: _needs(action, len(costs) - 1) for result, action in makers.items()}
+    for mine in actions:
+        for before, action in pairwise(mine):
+            needs[results[action]].append(results[before])
+    slots: dict[Action, Slot] = {}
+    for result in TopologicalSorter(needs).static_order():
+        action = makers[result]
+        start = max((slots[need].end for need in needs[result]), default=0.0)
+        slots[action] = slots[result] = Slot(action, start, start + _UNITS[action.kind] * costs[action.stage])
+    return [[slots[action] for action in mine] for mine in actions]
 
 
 def _needs(action: Action, last: int) -> list[Action]:
