@@ -7,8 +7,8 @@ from importlib.metadata import version
 from operator import attrgetter
 
 from titanlite.errors import Finding, warning
-from titanlite.optim.base import OPTIMIZERS, optimizer_spec
-from titanlite.optim.schedules import SCHEDULES, schedule_named
+from titanlite.optim.base import OPTIMIZERS
+from titanlite.optim.schedules import SCHEDULES
 from titanlite.plan.kernels import OPERATIONS, QUANTISE
 from titanlite.plan.layout import Layout, layout_of
 from titanlite.plan.rules.run import find_model
@@ -123,12 +123,11 @@ def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
         (stage == 0 or uncut, "no weights are cut, so none are gathered", ["parallel.prefetch"]),
         (stage == 0 and parallel.dp_shard > 1, "stage 0 cuts nothing, its ranks are copies", ["parallel.dp_shard"]),
     ]
-    if (name := recipe.optimizer.name) in OPTIMIZERS:
-        others = type(recipe.optimizer).model_fields.keys() - {"name", "clip_norm", *optimizer_spec(name).keys}
-        rows.append((True, f"the optimizer is {name}", [f"optimizer.{key}" for key in sorted(others)]))
-    if (name := recipe.schedule.name) in SCHEDULES:
-        others = type(recipe.schedule).model_fields.keys() - {"name", "warmup_steps", *schedule_named(name).keys}
-        rows.append((True, f"the schedule is {name}", [f"schedule.{key}" for key in sorted(others)]))
+    for what, registry, always in (("optimizer", OPTIMIZERS, "clip_norm"), ("schedule", SCHEDULES, "warmup_steps")):
+        section = getattr(recipe, what)
+        if section.name in registry:
+            others = type(section).model_fields.keys() - {"name", always, *registry.get(section.name).keys}
+            rows.append((True, f"the {what} is {section.name}", [f"{what}.{key}" for key in sorted(others)]))
     for key, reason in ((key, reason) for does_nothing, reason, keys in rows if does_nothing for key in keys):
         if attrgetter(key)(recipe) != attrgetter(key)(defaults):
             yield warning(key, f"has no effect here: {reason};", "leave it out.")

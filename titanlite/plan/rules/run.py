@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
-
 from titanlite.corpus.tokenizers import separator_warning, tokenizer_of
 from titanlite.errors import Finding, UsageError, warning
 from titanlite.models.spec import spec_of
@@ -114,7 +112,7 @@ def ranges(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Each number keeps its value in the format that it is used in: what the optimizer takes in the weights' own,
     all others in float32, which bfloat16 has the range of."""
     wide = recipe.precision.compute == "float64"
-    for key, value in _floats(recipe):
+    for key, value in _floats(recipe.model_dump()):
         name = "float64" if wide and key.startswith("optimizer.") else "float32"
         least, most, unit = _FORMATS[name]
         if key == "optimizer.eps" and value < math.sqrt(least):
@@ -133,15 +131,14 @@ _FORMATS = {"float32": (2.0**-126, (2 - 2.0**-23) * 2.0**127, 2.0**-24), "float6
 
 
 def _floats(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every floating-point number of a recipe; those of an array by its key, those of tables by theirs."""
+    """Every floating-point number of a dumped recipe; those of an array by its key, those of tables by theirs."""
     if isinstance(value, float):
         yield key, value
     elif isinstance(value, tuple):
         for each in value:
             yield from _floats(each, key)
-    elif isinstance(value, BaseModel | list | dict):
-        items = enumerate(value) if isinstance(value, list) else dict(value).items()
-        for name, each in items:
+    elif isinstance(value, list | dict):
+        for name, each in enumerate(value) if isinstance(value, list) else value.items():
             yield from _floats(each, f"{key}.{name}" if key else str(name))
 
 
