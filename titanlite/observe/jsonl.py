@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ def validation_row(step: int, validation_loss: float, bits_per_byte: float, set_
 
 
 def open_sink(recipe: Recipe, folder: Path, after_step: int, warn: Callable[[str], None]) -> JsonlSink:
-    """That of a run's folder."""
     return JsonlSink(folder / "metrics.jsonl", after_step, warn)
 
 
@@ -38,6 +38,7 @@ class JsonlSink:
         with wrap_os_errors(f"cannot write {path}", path):
             rewind(path, after_step)
             self._file = Appender(path, warn)
+        self.sync, self.close = self._file.sync, self._file.close
 
     def write(self, row: Row) -> None:
         odd = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -53,12 +54,6 @@ class JsonlSink:
         except OSError as error:
             self._warn(f"cannot rewrite {self._path}: {cause(error, self._path)}. It keeps the rows of steps given up.")
 
-    def sync(self) -> None:
-        self._file.sync()
-
-    def close(self) -> None:
-        self._file.close()
-
 
 def rewind(path: Path, after_step: int) -> None:
     """Drop the rows of steps past `after_step`, and what is no row, by one atomic rewrite. Raises `OSError`."""
@@ -73,8 +68,7 @@ def rewind(path: Path, after_step: int) -> None:
 
 
 def _stays(line: bytes, after_step: int) -> bool:
-    try:
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         row = json.loads(line)
         return "event" in row or row["step"] <= after_step
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
+    return False

@@ -15,7 +15,6 @@ from titanlite.recipe.sections import Recipe
 
 
 def open_sink(recipe: Recipe, folder: Path, after_step: int, warn: Callable[[str], None]) -> TensorBoardSink:
-    """That of a run's folder."""
     return TensorBoardSink(folder / "tensorboard", after_step, warn)
 
 
@@ -30,6 +29,7 @@ class TensorBoardSink:
         with wrap_os_errors(f"cannot write {path}", path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = Appender(path, warn)
+        self.sync, self.close = self._file.sync, self._file.close
         self._begun = False
         self.rewind(after_step)
 
@@ -56,12 +56,6 @@ class TensorBoardSink:
             if key not in ("step", "set") and value is not None
         ]
         self._put(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
-
-    def sync(self) -> None:
-        self._file.sync()
-
-    def close(self) -> None:
-        self._file.close()
 
     def _put(self, event: Any) -> None:
         self._file.write(frame_record(event.SerializeToString()))
