@@ -46,12 +46,9 @@ def join_choices(values: Sequence[int]) -> str:
 
 def format_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
     """Lines of columns, the head being one of the rows; columns whose index is in `right` are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        (cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(pairs))
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    )
-    return ["  ".join(cells).rstrip() for cells in lines]
+    columns = enumerate(zip(*rows, strict=True))
+    formats = [f"{'>' if index in right else '<'}{max(map(len, column))}" for index, column in columns]
+    return ["  ".join(map(format, row, formats)).rstrip() for row in rows]
 
 
 def format_batch(ranks: int, microbatches: int, microbatch: int) -> str:
