@@ -136,12 +136,10 @@ class _Float8Linear(torch.autograd.Function):
             right = Float8(*saved) if len(saved) == 2 else quantise(saved[0].to(x.dtype).t(), how.right)
             grad_input = product(plain, right, x.dtype, how.fast_accumulation, native)[:tokens]
         if for_weight and also is None:
-            grad_weight = grad.t() @ x
+            grad_weight = (grad.t() @ x).to(ctx.weight_dtype)
         elif for_weight:
             right = quantise(x.t(), also.right)
-            grad_weight = product(turned, right, x.dtype, also.fast_accumulation, native)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_dtype)
+            grad_weight = product(turned, right, x.dtype, also.fast_accumulation, native).to(ctx.weight_dtype)
         return grad_input, grad_weight, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
