@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from titanlite.models.spec import ModelSpec
 from titanlite.optim.base import Optimizer, OptimizerSpec, Weights
-from titanlite.recipe.sections import Optimizer as Section
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe import sections
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 class AdamW:
     """Two moments of every parameter, one step count for all; weight decay falls on matrices only."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], section: Section) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], section: sections.Optimizer) -> None:
         import torch
 
         self._section = section
@@ -37,7 +36,6 @@ class AdamW:
             yield f"{name}/square", square
 
     def step(self, lr: float, taken: Tensor) -> None:
-        """See `UpdateRule.step`."""
         import torch
 
         with torch.no_grad():
@@ -52,7 +50,7 @@ class AdamW:
                 )  # fmt: skip
 
 
-def build(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
+def build(recipe: sections.Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
     """AdamW for everything."""
     return Optimizer((recipe.optimizer.lr, AdamW(weights.held, recipe.optimizer)))
 

@@ -63,8 +63,6 @@ class Weights:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer."""
-
     build: Callable[[Recipe, ModelSpec, Weights, torch.dtype], Optimizer]
     """(recipe, model family, weights, dtype of products) -> the optimizer of all of `weights`."""
     keys: tuple[str, ...]

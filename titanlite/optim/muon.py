@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import adamw
 from titanlite.optim.base import Optimizer, OptimizerSpec, Weights
-from titanlite.recipe.sections import Optimizer as Section
-from titanlite.recipe.sections import Recipe
+from titanlite.recipe import sections
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon:
     """Nesterov momentum, orthogonalisation, decoupled weight decay; updates happen on the device, or not at all."""
 
-    def __init__(self, weights: Weights, section: Section, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Weights, section: sections.Optimizer, dtype: torch.dtype) -> None:
         """`dtype`: of the products."""
         import torch
 
@@ -66,7 +65,6 @@ class Muon:
                 yield f"{name}/momentum", momentum
 
     def step(self, lr: float, taken: Tensor) -> None:
-        """See `UpdateRule.step`."""
         import torch
 
         momentum, change = self._section.muon_momentum, partial(orthogonalise, dtype=self._dtype)
@@ -85,7 +83,7 @@ class Muon:
                 torch._foreach_sub_(parameters, list(update.unbind(0)))
 
 
-def build(recipe: Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
+def build(recipe: sections.Recipe, model: ModelSpec, weights: Weights, compute: torch.dtype) -> Optimizer:
     """Muon for the blocks' matrices, AdamW for embedding, head and norms."""
     section = recipe.optimizer
     matrices = {name: held for name, held in weights.held.items() if model.is_block_matrix(name)}

@@ -17,8 +17,6 @@ from titanlite.registry import Registry
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """One schedule."""
-
     factor: Callable[[int, Section, int], float]
     """(step, `[schedule]`, steps of the run) -> factor on the peak rates; called for steps past the warm-up only."""
     keys: tuple[str, ...] = ()
@@ -50,10 +48,8 @@ SQRT = LrSchedule(_sqrt, ("final_lr_ratio",))
 # Warm-up, stable, decay (Hu et al. 2024, MiniCPM): flat, then `decay_shape` over `decay_steps`.
 WSD = LrSchedule(partial(_decay, None), ("decay_steps", "decay_shape", "final_lr_ratio"))
 
-SCHEDULES = Registry(
-    "schedule",
-    {name: f"titanlite.optim.schedules:{name.upper()}" for name in ("constant", "linear", "cosine", "sqrt", "wsd")},
-)
+_NAMES = ("constant", "linear", "cosine", "sqrt", "wsd")
+SCHEDULES = Registry("schedule", {name: f"titanlite.optim.schedules:{name.upper()}" for name in _NAMES})
 schedule_named: Callable[[str], LrSchedule] = SCHEDULES.get
 
 

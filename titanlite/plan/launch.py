@@ -149,7 +149,6 @@ def _printed_mark() -> Path | None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End with `code`."""
     if launch_environment_or_default().size > 1:
         # At once: threads of a process group that something still refers to abort the interpreter's usual end.
         sys.stdout.flush()
