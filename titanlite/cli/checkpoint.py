@@ -99,8 +99,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             print(f"warning: {folder / name} is not in the manifest; loading ignores it", file=sys.stderr)
     if arguments.json:
         print(json.dumps(reports, indent=2))
-    lines = [damage for report in reports for damage in report["damages"]]
-    if lines:
+    if lines := [damage for report in reports for damage in report["damages"]]:
         damaged = sum(not report["whole"] for report in reports)
         raise CheckpointError("\n  ".join([f"{damaged} of {len(reports)} damaged:", *lines]))
 

@@ -33,7 +33,6 @@ from titanlite.text import format_bytes, format_count, pluralize
 
 
 def main(argv: list[str]) -> int:
-    """The command; see `titanlite data --help`."""
     parser = argparse.ArgumentParser(prog="titanlite data", description="Make token files, and look at what runs read.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_train_tokenizer_command(commands)

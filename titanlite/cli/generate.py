@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """The command; see `titanlite generate --help`."""
     parser = argparse.ArgumentParser(prog="titanlite generate", description="Continue a prompt with a trained model.")
     parser.add_argument("run", type=path_argument, help="run folder, such as runs/debug")
     parser.add_argument("--prompt", default="", help="text to continue; none: a new document")

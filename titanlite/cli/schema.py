@@ -10,7 +10,6 @@ from titanlite.recipe.explain import json_schema, reference_markdown
 
 
 def main(argv: list[str]) -> int:
-    """Print the JSON schema, or the reference page."""
     description = "Print the JSON schema of recipes, which editors complete them from."
     parser = argparse.ArgumentParser(prog="titanlite schema", description=description)
     parser.add_argument("--markdown", action="store_true", help="print the reference page (docs/recipe.md) instead")

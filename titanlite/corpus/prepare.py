@@ -189,7 +189,6 @@ def _count_lines_before(files: Sequence[FoundFile], cuts: Sequence[list[Part]], 
 def _join(
     request: Request, parts: Sequence[PartFile], made_from: str, files: Sequence[FoundFile], progress: Progress
 ) -> dict[Path, TokenInfo]:
-    """The parts as token files."""
     first_ones = _first_of_equals(parts) if request.drop_duplicates else None
     text_bytes = dict.fromkeys(request.outputs, 0)
     progress.begin("joining", sum(part.summary["token_bytes"] for part in parts), 0)

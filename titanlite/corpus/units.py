@@ -35,8 +35,6 @@ RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high",
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be prepared."""
-
     inputs: tuple[str, ...]  # files, folders and globs
     out: Path  # the prefix
     tokenizer: TokenizerInfo
@@ -94,8 +92,6 @@ def key_of(value: Any) -> str:
 
 
 class PartFile(NamedTuple):
-    """A finished part."""
-
     tokens: Path
     records: Path  # a `RECORD` for each document
     summary: dict[str, Any]  # as `write_part` makes it

@@ -72,8 +72,6 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The data of a run."""
-
     train: Split
     validation: tuple[Source, ...]
     tokenizer: Tokenizer
