@@ -204,10 +204,9 @@ class TokenFile:
         """Equal where all tokens are; of a foreign file, where its size, its first and its last tokens are."""
         if self.info:
             return self.info.bin_xxh3_64
-        seen = xxhash.xxh3_64(f"{len(self.tokens)} {self.documents} {self.tokens.dtype}".encode())
-        for block in (self.tokens[:BLOCK], self.tokens[-BLOCK:]):
-            seen.update(block.data)
-        return f"foreign-{seen.hexdigest()}"
+        seen = f"{len(self.tokens)} {self.documents} {self.tokens.dtype}".encode()
+        seen += self.tokens[:BLOCK].tobytes() + self.tokens[-BLOCK:].tobytes()
+        return f"foreign-{xxhash.xxh3_64_hexdigest(seen)}"
 
     def document_bounds(self, first: int, stop: int) -> Int64:
         """Where documents `first` to `stop` begin and where the last ends, in tokens. Raises `DataError` if damaged."""
