@@ -167,13 +167,10 @@ def _whole_records(path: Path) -> Records:
 REORDERED = "reordered"  # value of a checkpoint: steps, spaces between, the first ones in another order of samples
 
 Span = tuple[int, int]  # first and last sample, or step
-Samples = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found."""
-
     steps: int  # the steps of the history that have a record
     samples: int
     lost: tuple[Span, ...]  # samples that no step read
@@ -221,11 +218,11 @@ def steps_read(records: Records) -> Iterator[tuple[int, Records]]:
         yield int(step), part
 
 
-def samples_of(records: Records) -> Samples:
+def samples_of(records: Records) -> npt.NDArray[np.int64]:
     """The samples of a step, ascending."""
     counts = records["count"]
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    samples: Samples = np.repeat(records["first"], counts) + within * np.repeat(records["ranks"], counts)
+    samples = np.repeat(records["first"], counts) + within * np.repeat(records["ranks"], counts)
     return np.sort(samples.astype("<i8"), kind="stable")
 
 
@@ -240,13 +237,13 @@ def audit(
     spans: list[Span] = []
     layouts: list[dict[str, Any]] = []
     steps: list[int] = []
-    last, in_order = -1, True
+    in_order = True
     for step, part in steps_read(kept):
         samples = samples_of(part)
         digest.update(samples.data)
-        spans += _runs(samples)
-        in_order = in_order and int(samples[0]) > last
-        last = int(samples[-1])
+        in_order = in_order and (not spans or int(samples[0]) > spans[-1][1])
+        runs = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)  # a sample that is there twice parts two
+        spans += [(int(run[0]), int(run[-1])) for run in runs]
         steps.append(step)
         ranks = int(part["ranks"][0])
         begun = layouts.pop()["steps"][0] if layouts and layouts[-1]["data_ranks"] == ranks else step
@@ -270,12 +267,6 @@ def audit(
         restarts=max(0, len(np.unique(records["start"][records["kind"] == READ])) - 1),
         layouts=tuple(layouts),
     )
-
-
-def _runs(samples: Samples) -> list[Span]:
-    """Ascending samples as spans; one that is there twice ends a span and begins another."""
-    parts = np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1)
-    return [(int(part[0]), int(part[-1])) for part in parts]
 
 
 def _gaps_and_repeats(spans: Sequence[Span], first: int, end: int) -> tuple[list[Span], list[Span]]:
