@@ -11,9 +11,10 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from titanlite.corpus.token_file import Int64
 from titanlite.corpus.tokenizers import Tokenizer, Tokens
 from titanlite.data.order import mix64
-from titanlite.data.packing import Int64, Stream
+from titanlite.data.packing import Stream
 from titanlite.errors import DataError
 
 
@@ -60,8 +61,7 @@ class FilledIn:
     def _ends(self) -> Int64:
         text = np.diff(self.own_ends, prepend=0) > 1
         chosen = text & (self._draw(np.arange(len(self.own_ends)), 0) < self.rate)
-        ends: Int64 = self.own_ends + 3 * np.cumsum(chosen)
-        return ends
+        return self.own_ends + 3 * np.cumsum(chosen)
 
     def document_ends(self) -> Int64:
         """With three markers more for each document that is rearranged."""

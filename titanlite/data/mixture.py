@@ -62,8 +62,7 @@ class Mixture:
 
     def _before(self, cycle: int, block: int, of: int | slice) -> Counts:
         """Samples of these sources in the blocks before one."""
-        before: Counts = cycle * self.shares[of] + block * (self.shares[of] // CYCLE) + self.earlier[block, of]
-        return before
+        return cycle * self.shares[of] + block * (self.shares[of] // CYCLE) + self.earlier[block, of]
 
 
 @lru_cache(maxsize=64)  # of samples that follow each other, most are of one block

@@ -8,10 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from titanlite.corpus.token_file import FileArray
+from titanlite.corpus.token_file import FileArray, Int64
 from titanlite.corpus.tokenizers import Tokens
-
-Int64 = npt.NDArray[np.int64]
 
 
 class Sliced(Protocol):

@@ -12,13 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from titanlite.corpus.corpora import is_held_out, read_corpus
 from titanlite.corpus.corpora.files import match_files
 from titanlite.corpus.prepare import open_tokenized
-from titanlite.corpus.token_file import HELD_OUT, TokenFile, paths_of
+from titanlite.corpus.token_file import HELD_OUT, Int64, TokenFile, paths_of
 from titanlite.corpus.tokenizers import Ids, Tokenizer, Tokens, open_tokenizer, token_dtype
 from titanlite.corpus.units import pack
 from titanlite.data.packing import BestFit, Cut, Stream, pack_best_fit
@@ -38,7 +37,7 @@ class Texts:
     def fingerprint(self) -> str:
         return xxhash.xxh3_64_hexdigest(self.tokens.data)
 
-    def document_ends(self) -> npt.NDArray[np.int64]:
+    def document_ends(self) -> Int64:
         return np.flatnonzero(self.tokens == self.separator) + 1
 
 
