@@ -101,9 +101,8 @@ def _find_lines(text: str) -> dict[tuple[str, ...], int]:
             table = path
         found = len(value) if isinstance(value, list) else 0
         lines |= {(*path, str(elements + index)): start for index in range(found)}
-        statement, start, elements = "", number + 1, elements + found if closing else 0
-        if closing:
-            statement = f"{'.'.join(map(_format_key, path[len(table) :]))} = ["
+        start, elements = number + 1, elements + found if closing else 0
+        statement = f"{'.'.join(map(_format_key, path[len(table) :]))} = [" if closing else ""
     return lines
 
 
