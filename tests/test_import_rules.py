@@ -37,7 +37,7 @@ LEVELS = (
 """A folder (or a module at the top) imports those of lower levels and itself, and none of its own level."""
 
 KNOW_TORCH_DISTRIBUTED = (
-    *("parallel", "plan.timetable", "checkpoint.ranks", "resilience", "observe.metrics", "dryrun"),
+    *("parallel", "plan.timetable", "dryrun"),
     "agent",
 )
 

@@ -90,6 +90,14 @@ class CheckpointError(TitanliteError, exit_code=EXIT_CHECKPOINT):
     """A checkpoint could not be written, or none that fits could be read."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """One checkpoint is not whole: a file is missing, cut or changed. An older one may still serve."""
+
+
+class NewerFormatError(CheckpointError):
+    """Written by a later titanlite; going on from an older checkpoint instead would lose work in silence."""
+
+
 class RunFolderLost(CheckpointError, on_all_ranks=True):
     """The run's folder may be another process's by now: nothing more may be written there, and no retry helps."""
 
@@ -99,3 +107,7 @@ class StoppedEarly(TitanliteError, exit_code=EXIT_STOPPED_EARLY, on_all_ranks=Tr
 
     signalled = False  # whether a signal to one rank or more was the reason
     received = False  # whether this process was signalled itself
+
+
+MILDEST_FIRST = (DamagedCheckpointError, NewerFormatError, RunFolderLost, CheckpointError, UsageError, GuardStop)
+"""Errors that one rank's are raised as on all (see `Ranks`): an older checkpoint mends damage, and nothing else."""

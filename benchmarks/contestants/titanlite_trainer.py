@@ -11,7 +11,6 @@ from pathlib import Path
 from rules import Gate, Settings
 
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks
 from titanlite.corpus.tokenizers import Tokens
 from titanlite.data.splits import Split, open_data
 from titanlite.models.spec import spec_of
@@ -49,7 +48,7 @@ def main() -> None:
     with join_world(recipe.run.deterministic, recipe.parallel.timeout_seconds) as world:
         logger = RunLogger()
         logger.sinks["jsonl"] = JsonlSink(folder / "metrics.jsonl", 0, logger.info)
-        checkpoints = CheckpointManager(folder / "checkpoints", logger.info, Ranks(world.rank, world.size))
+        checkpoints = CheckpointManager(folder / "checkpoints", logger.info, world)
         Trainer(Run(recipe, loaded.text, world, replace(data, train=gated), checkpoints, logger)).train()
 
 

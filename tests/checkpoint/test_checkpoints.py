@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from support.runs import flip
 
 from titanlite.checkpoint import manager, save, storage
-from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, NewerFormatError, _checksum, folder_name
+from titanlite.checkpoint.format import DTYPES, MANIFEST, CheckpointMetadata, _checksum, folder_name
 from titanlite.checkpoint.load import load_state
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.save import group_by_size, plan_local_save, save_state
 from titanlite.checkpoint.storage import read_manifest
-from titanlite.errors import CheckpointError
+from titanlite.errors import CheckpointError, NewerFormatError
 from titanlite.models.shard import Shard
 from titanlite.recipe.sections import Checkpoint
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.checkpoint import format
-from titanlite.checkpoint.format import DamagedCheckpointError, NewerFormatError, _checksum, decode, encode, tiles
-from titanlite.errors import EXIT_CHECKPOINT, CheckpointError
+from titanlite.checkpoint.format import _checksum, decode, encode, tiles
+from titanlite.errors import EXIT_CHECKPOINT, CheckpointError, DamagedCheckpointError, NewerFormatError
 
 
 def fields(**changes):

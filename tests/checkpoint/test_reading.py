@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from support.checkpoint_ranks import write_parts
 
 from titanlite.checkpoint import format, load
-from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
+from titanlite.checkpoint.format import Manifest
 from titanlite.checkpoint.load import load_state, read_chunks, runs, without_short_runs
+from titanlite.errors import DamagedCheckpointError
 from titanlite.models.shard import Shard
 
 

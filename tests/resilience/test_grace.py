@@ -53,7 +53,7 @@ BUSY = """
 import time
 from titanlite.resilience.signals import StopRequests
 
-with StopRequests(1, True, 0.2, lambda: ""):
+with StopRequests(grace_seconds=0.2, lost=lambda: ""):
     print("begun", flush=True)
     time.sleep(300)
 """

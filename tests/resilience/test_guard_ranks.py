@@ -12,6 +12,7 @@ from support import guard_ranks
 from support.pool import Pool
 
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import ALONE
 from titanlite.recipe.sections import Recipe
 from titanlite.resilience.corruption import checksum, compare_replicas
 
@@ -189,4 +190,4 @@ def test_a_checksum_sees_every_bit(dtype: torch.dtype, elements: int) -> None:
 
 
 def test_one_process_has_no_copies() -> None:
-    compare_replicas(1, {"w": Shard.whole(torch.ones(3))}, 1)
+    compare_replicas(1, {"w": Shard.whole(torch.ones(3))}, ALONE)

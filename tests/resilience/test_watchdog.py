@@ -32,9 +32,9 @@ from titanlite.checkpoint.format import CheckpointMetadata, FileEntry
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.errors import CheckpointError
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import Ranks
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Checkpoint, Parallel, Recipe, Resilience
-from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import history
 from titanlite.resilience.rank_table import (
     LEFT,
@@ -278,8 +278,8 @@ def test_a_watchdog_slower_than_the_process_group_is_warned_of() -> None:
 def coordinators(monkeypatch: pytest.MonkeyPatch, count: int) -> list[HangCoordinator]:
     """Those of so many ranks, at work, of which one finds a hang."""
     store = HashStore()
-    monkeypatch.setattr(watchdog, "_get_default_store", lambda: store)
-    made = [HangCoordinator(rank(number), count, 0.02) for number in range(count)]
+    monkeypatch.setattr("titanlite.parallel.ranks._get_default_store", lambda: store)
+    made = [HangCoordinator(rank(number), Ranks(number, count), 0.02) for number in range(count)]
     made[-1].hang = True
     for one in made:
         one.start()

@@ -9,14 +9,14 @@ import torch.distributed as dist
 
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import new_ranks
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import Ranks
 from titanlite.recipe.sections import Checkpoint
 
 
 def train_while_saving(rank: int, world: int, folder: str, steps: int) -> list[int]:
     """Steps of messages among all ranks, each with a save of its state beside it; the steps that were committed."""
-    ranks = new_ranks(rank, world, timeout_seconds=200)
+    ranks = Ranks(rank, world).apart(200)
     checkpoints = CheckpointManager(Path(folder), print, ranks, Checkpoint(keep_last=0))
     held, committed = torch.zeros(3), []
     for step in range(1, steps + 1):

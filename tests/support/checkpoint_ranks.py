@@ -14,8 +14,8 @@ import torch
 from titanlite.checkpoint import load, save
 from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, Manifest, encode
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import Ranks
 from titanlite.recipe.sections import Checkpoint
 
 Ended = tuple[str, str]  # type of the error that ended a call, or "done", and its text

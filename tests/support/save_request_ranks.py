@@ -8,8 +8,8 @@ import torch
 
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import Ranks
 from titanlite.resilience.signals import StopRequests
 from titanlite.training.saving import SAVE_NOW, SaveRequests
 
@@ -19,7 +19,7 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
     checkpoints = CheckpointManager(Path(folder) / "checkpoints", print, Ranks(rank, world))
     asks = SaveRequests(Path(folder) / SAVE_NOW, every_minutes=0, warn=print)
     saved = []
-    with StopRequests(world, is_rank0=False) as requests:
+    with StopRequests(Ranks(rank, world)) as requests:
         for now in range(1, steps + 1):
             if now == step and rank == 0:
                 (Path(folder) / SAVE_NOW).touch()
@@ -36,7 +36,7 @@ def asked_after(rank: int, world: int, folder: str, step: int, steps: int) -> li
 def agreements(rank: int, world: int, steps: int) -> list[tuple[str | None, bool]]:
     """What is agreed after each step if the first rank asks for a save after the first, and the last for a stop after
     the second."""
-    with StopRequests(world, is_rank0=False) as requests:
+    with StopRequests(Ranks(rank, world)) as requests:
         said = [
             requests.agree("limit" if step == 2 and rank == world - 1 else None, step == 1 and rank == 0)
             for step in range(1, steps + 1)

@@ -16,14 +16,14 @@ from support.checkpoint_ranks import Ended, part
 from titanlite.checkpoint import save, snapshots
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks, new_ranks
 from titanlite.checkpoint.snapshots import Snapshots
+from titanlite.parallel.ranks import Ranks
 
 
 def kept(rank: int, folder: str, machines: Sequence[int], warnings: list[str], background: bool = False) -> Snapshots:
     memory = Path(folder) / f"machine-{machines[rank]}"
     memory.mkdir(exist_ok=True)
-    ranks = new_ranks(rank, len(machines), 200) if background else Ranks(rank, len(machines))
+    ranks = Ranks(rank, len(machines)).apart(200) if background else Ranks(rank, len(machines))
     one = Snapshots(memory, Path(folder) / "checkpoints", warnings.append, ranks, background)
     one.prepare()
     return one

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from titanlite.errors import CheckpointError
+from titanlite.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from titanlite.plan.memory import MAX_CHUNKS
 
 FORMAT = "titanlite-checkpoint"
@@ -43,14 +43,6 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 Extents = tuple[int, ...]
 Box = tuple[Extents, Extents]  # a part of a tensor: its offset and its shape
 Scalar = bool | int | float | str | None
-
-
-class DamagedCheckpointError(CheckpointError):
-    """One checkpoint is not whole: a file is missing, cut or changed. An older one may still serve."""
-
-
-class NewerFormatError(CheckpointError):
-    """Written by a later titanlite; going on from an older checkpoint instead would lose work in silence."""
 
 
 def folder_name(step: int) -> str:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint import format, save, storage
-from titanlite.checkpoint.format import MANIFEST, Box, DamagedCheckpointError, TensorEntry
+from titanlite.checkpoint.format import MANIFEST, Box, TensorEntry
 from titanlite.checkpoint.load import open_tensors, read_box
 from titanlite.corpus.tokenizers import FOLDER, UNKNOWN, Tokenizer, is_another, open_tokenizer, tokenizer_of_run
-from titanlite.errors import CheckpointError, TitanliteError, UsageError
+from titanlite.errors import CheckpointError, DamagedCheckpointError, TitanliteError, UsageError
 from titanlite.files import read_file, read_json, replace_file, sync_path, wrap_os_errors
 from titanlite.models.shard import is_finite
 from titanlite.models.spec import MODELS, ModelSpec, spec_of

@@ -22,12 +22,12 @@ import xxhash
 from torch import Tensor
 
 from titanlite.checkpoint import format, storage
-from titanlite.checkpoint.format import DTYPES, Box, DamagedCheckpointError, overlap, row_blocks, whole_box, within
-from titanlite.checkpoint.ranks import ALONE, Ranks
+from titanlite.checkpoint.format import DTYPES, Box, overlap, row_blocks, whole_box, within
 from titanlite.checkpoint.save import dtype_name
 from titanlite.checkpoint.storage import open_regular, require_hash, verify_file
-from titanlite.errors import CheckpointError
+from titanlite.errors import CheckpointError, DamagedCheckpointError
 from titanlite.models.shard import Shard, is_finite, may_be_nonfinite
+from titanlite.parallel.ranks import ALONE, Ranks
 from titanlite.text import pluralize
 
 READERS = 4  # files that a rank reads at once, each hashed by a thread of its own

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from titanlite.checkpoint import storage
-from titanlite.checkpoint.format import CheckpointMetadata, DamagedCheckpointError, Manifest, Scalar, folder_name
+from titanlite.checkpoint.format import CheckpointMetadata, Manifest, Scalar, folder_name
 from titanlite.checkpoint.load import load_state
-from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.save import BackgroundSaver, LocalSavePlan, SaveResult, Warn, save_state
-from titanlite.errors import CheckpointError, RunFolderLost
+from titanlite.errors import CheckpointError, DamagedCheckpointError, RunFolderLost
 from titanlite.files import read_json, replace_file
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import ALONE, Ranks
 from titanlite.recipe.sections import Checkpoint
 from titanlite.text import pluralize
 

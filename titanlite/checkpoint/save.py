@@ -26,11 +26,11 @@ from torch import Tensor
 import titanlite
 from titanlite.checkpoint import format
 from titanlite.checkpoint.format import DTYPES, Box, row_blocks, whole_box, within
-from titanlite.checkpoint.ranks import ALONE, Ranks
 from titanlite.checkpoint.storage import abandon, begin, commit, pending, wrap_os_errors
 from titanlite.errors import CheckpointError
 from titanlite.files import sync
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import ALONE, Ranks
 from titanlite.plan.memory import FILE_BYTES, part_count
 from titanlite.text import format_bytes
 

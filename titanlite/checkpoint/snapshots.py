@@ -24,12 +24,12 @@ import torch
 import xxhash
 
 from titanlite.checkpoint import format, save, storage
-from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, DamagedCheckpointError, Manifest, folder_name
+from titanlite.checkpoint.format import MANIFEST, CheckpointMetadata, Manifest, folder_name
 from titanlite.checkpoint.load import load_state, wanted_bytes
-from titanlite.checkpoint.ranks import ALONE, Ranks
-from titanlite.errors import CheckpointError, UsageError
+from titanlite.errors import CheckpointError, DamagedCheckpointError, UsageError
 from titanlite.files import read_file, read_json, replace_file, wrap_os_errors
 from titanlite.models.shard import Shard
+from titanlite.parallel.ranks import ALONE, Ranks
 from titanlite.text import format_bytes
 
 BLOCK_BYTES = 2**24  # what is sent from machine to machine at once

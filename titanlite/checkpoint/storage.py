@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from titanlite import files
 from titanlite.checkpoint import format
-from titanlite.checkpoint.format import MANIFEST, DamagedCheckpointError, FileEntry, Manifest, folder_name, step_of
-from titanlite.errors import CheckpointError, UsageError
+from titanlite.checkpoint.format import MANIFEST, FileEntry, Manifest, folder_name, step_of
+from titanlite.errors import CheckpointError, DamagedCheckpointError, UsageError
 from titanlite.files import cause, delete, open_file, sync_path
 from titanlite.recipe.load import plugin_modules
 from titanlite.recipe.sections import Recipe, recipe_class

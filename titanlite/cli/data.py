@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.checkpoint.format import DamagedCheckpointError, Manifest
+from titanlite.checkpoint.format import Manifest
 from titanlite.checkpoint.storage import BEGINS_WITH, checkpoint_steps, read_manifest
 from titanlite.corpus.prepare import find_inputs, prepare, texts_folder
 from titanlite.corpus.token_file import TokenFile, TokenInfo, TokenizerInfo, paths_of
@@ -25,7 +25,7 @@ from titanlite.corpus.units import Request
 from titanlite.corpus.workers import cores
 from titanlite.data.read_log import READ, Audit, Span, audit, history, read_records, reordered_steps, samples_of
 from titanlite.data.splits import Split, open_data
-from titanlite.errors import EXIT_DONE, DataError, GuardStop, UsageError
+from titanlite.errors import EXIT_DONE, DamagedCheckpointError, DataError, GuardStop, UsageError
 from titanlite.plan.layout import BatchPlan, sample_schedule
 from titanlite.recipe.load import load_recipe, load_run_recipe
 from titanlite.recipe.paths import input_argument, path_argument, text_argument

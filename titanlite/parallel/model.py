@@ -112,13 +112,13 @@ class ParallelModel:
     def compute(self, batch: Batch) -> Tensor:
         """The first half of `forward_backward`: the loss of this rank's part; gradients are where backward put them."""
         counted = batch.valid_tokens * self.coordinates.is_batch_leader
-        valid = self.world.reduce(torch.full((), counted, dtype=torch.float64, device=self.world.device), "sum")
+        valid = self.world.sum(torch.full((), counted, dtype=torch.float64, device=self.world.device))
         self.refresh()
         return self.passes.train(self.localize(batch), valid)
 
     def sum(self, own: Tensor) -> Tensor:
         """The second half: adds up what each rank still has a part of; returns the loss of the global batch."""
-        total = self.world.reduce(own * self.reports_loss, "sum")
+        total = self.world.sum(own * self.reports_loss)
         self.shards.take_gradients()
         return total
 
@@ -138,7 +138,7 @@ class ParallelModel:
             # FSDP's: weights that it has gathered, in stages below 3, would outlive the next update and be stale.
             if hasattr(module, "reshard"):
                 module.reshard()  # type: ignore[operator]
-        self.world.reduce(sums, "sum")
+        self.world.sum(sums)
         total, tokens, label_bytes = sums.tolist()
         if math.isnan(label_bytes):
             return None

@@ -1,4 +1,4 @@
-"""The processes of a run: their device, how they join and leave the process group, and bytes that they exchange."""
+"""The processes of a run: their device, how they meet, join the process group, stand by, and leave."""
 
 from __future__ import annotations
 
@@ -12,72 +12,25 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from titanlite.errors import EXIT_DONE, EXIT_STOPPED_EARLY, OtherRankFailed, StoppedEarly, TitanliteError, UsageError
+from titanlite.parallel.ranks import Ranks
 from titanlite.plan.launch import STOP_SIGNALS, Launch, launch_environment
 
 _ENDED = "ended"  # key under which ranks that stand by read how the run ended
 
 
 @dataclass(frozen=True)
-class World:
-    """One process among the others; `size` 1 means that there is no process group."""
+class World(Ranks):
+    """All ranks of the run, and this one's device; `size` 1 means that there is no process group."""
 
-    rank: int
-    size: int
     device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the rank that writes for all."""
-        return self.rank == 0
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The first rank's `tensor`, in place, on every rank."""
-        if self.size > 1:
-            dist.broadcast(tensor, 0)
-        return tensor
-
-    def reduce(self, tensor: Tensor, how: Literal["sum", "max"]) -> Tensor:
-        """The sum or the largest value of each element over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
-        return tensor
-
-    def all_equal(self, value: int) -> bool:
-        """Whether every rank called this with the same value (64 bits); the same answer on all of them."""
-        bounds = self.reduce(torch.tensor([value, -value]), "max")
-        return int(bounds[0]) == -int(bounds[1])
-
-
-def gather_bytes(
-    message: bytes, ranks: int, group: dist.ProcessGroup | None = None, on_all: bool = False
-) -> list[bytes]:
-    """All ranks' messages, of any length, by rank: `on_all`, or on the first of the group alone. Nothing is pickled."""
-    if ranks == 1:
-        return [message]
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
-    dist.all_gather(lengths, torch.tensor([len(message)]), group)
-    padded = as_tensor(message.ljust(max(1, int(max(lengths))), b"\0"))
-    received = [torch.empty_like(padded) for _ in lengths] if on_all or dist.get_rank(group) == 0 else []
-    if on_all:
-        dist.all_gather(received, padded, group)
-    else:
-        dist.gather(padded, received or None, group_dst=0, group=group)
-    return [data[: int(length)].numpy().tobytes() for data, length in zip(received, lengths, strict=False)]
-
-
-def as_tensor(message: bytes) -> Tensor:
-    """A copy of the bytes, at least one: uint8 [length]."""
-    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 @contextmanager
@@ -143,11 +96,10 @@ def join_world(deterministic: bool, timeout_seconds: float, size: int | None = N
                 timeout=timedelta(seconds=timeout_seconds),
             )
         yield world
-    except BaseException as error:
-        if not (isinstance(error, TitanliteError) and error.on_all_ranks):
-            raise  # its connections hold until the process ends: no other rank prints an error before this one
-        _leave(world, store, place.size, error)
-        raise
+    except TitanliteError as error:
+        if error.on_all_ranks:
+            _leave(world, store, place.size, error)
+        raise  # of any other error, connections hold until the process ends: no rank prints one before this one
     _leave(world, store, place.size, None)
 
 

@@ -6,11 +6,9 @@ Values are compared by integer sums that are formed on the device, exact in any 
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from titanlite.errors import GuardStop
 from titanlite.models.shard import Shard
-from titanlite.parallel.world import gather_bytes
+from titanlite.parallel.ranks import Ranks
 from titanlite.text import list_some
 
 
@@ -38,24 +36,25 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([one.to(sums[0].device) for one in sums])
 
 
-def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
+def compare_replicas(step: int, held: Mapping[str, Shard], ranks: Ranks) -> None:
     """Compare the copies of each part of a tensor that more than one rank holds; called by every rank with its parts.
 
     Raises `GuardStop` on all ranks alike where copies differ. It names the ranks that disagree with most of the others,
     or, where there is no majority, all that hold a copy.
     """
-    if ranks == 1:
+    if ranks.size == 1:
         return
     copied = {_key(name, shard): (name, shard.tensor) for name, shard in held.items() if shard.copies > 1}
     sums = checksums(tensor for _, tensor in copied.values()).cpu()
     own = torch.stack((torch.tensor(list(copied)), sums), dim=1).numpy().tobytes()
-    parts = [np.frombuffer(data, np.int64).reshape(-1, 2) for data in gather_bytes(own, ranks, on_all=True)]
+    parts = [np.frombuffer(data, np.int64).reshape(-1, 2) for data in ranks.gather(own, on_all=True)]
     table = np.concatenate([np.insert(part, 0, rank, axis=1) for rank, part in enumerate(parts)])  # rank, key, checksum
     keys, counts = np.unique(np.unique(table[:, 1:], axis=0)[:, 0], return_counts=True)
     different: list[int] = keys[counts > 1].tolist()
     if not different:
         return
-    answers = gather_json([platform.node(), [(key, copied[key][0]) for key in different if key in copied]], ranks)
+    held_here = [(key, copied[key][0]) for key in different if key in copied]
+    answers = ranks.run_on_all_ranks(lambda: [platform.node(), held_here])
     names = {key: name for _, known in answers for key, name in known}
     found: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
     for key in different:
@@ -73,7 +72,7 @@ def compare_replicas(step: int, held: Mapping[str, Shard], ranks: int) -> None:
     raise _fault(step, "copies of the same values differ in their bits", "".join(lines) + "\nThis state is not saved.")
 
 
-def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Tensor, ranks: int) -> None:
+def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Tensor, ranks: Ranks) -> None:
     """Compare the checksums of what each rank computed twice, called by every rank with its own.
 
     `first` and `second`, [names]: of this rank's own loss, then of its gradients, which are sums over ranks. Raises
@@ -81,7 +80,7 @@ def compare_repeated(step: int, names: Sequence[str], first: Tensor, second: Ten
     alone, those that saw it.
     """
     different = [names[index] for index in (first != second).nonzero().flatten().tolist()]
-    answers = gather_json([platform.node(), different], ranks)
+    answers = ranks.run_on_all_ranks(lambda: [platform.node(), different])
     hosts = [host for host, _ in answers]
     saw = [rank for rank, (_, found) in enumerate(answers) if found]
     if not saw:
@@ -115,8 +114,3 @@ def _name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """`rank 1 (node-a)`, `ranks 0 (node-a) and 3 (node-b)`."""
     *most, last = [f"{rank} ({hosts[rank]})" for rank in ranks]
     return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
-
-
-def gather_json(value: object, ranks: int) -> list[Any]:
-    """Every rank's value, by rank."""
-    return [json.loads(text) for text in gather_bytes(json.dumps(value).encode(), ranks, on_all=True)]

@@ -19,7 +19,6 @@ from titanlite.errors import GuardStop
 from titanlite.models.shard import is_finite, may_be_nonfinite
 from titanlite.parallel.world import World
 from titanlite.recipe.sections import LONGEST_SPIKE_WINDOW, Resilience
-from titanlite.resilience.corruption import gather_json
 from titanlite.text import list_some
 
 _MOST_UNREAD = 1024  # steps whose numbers wait on the device; then the host reads them without a review
@@ -241,10 +240,10 @@ class Guards:
 def nonfinite_names(tensors: Mapping[str, Tensor], world: World) -> str:
     """Names of the tensors that hold inf or NaN on any rank; all ranks call this with theirs. Empty: none does."""
     suspect = may_be_nonfinite(tensors.values()).int().to(world.device)  # of a rank without any: on the host
-    if not world.reduce(suspect, "max"):
+    if not world.max(suspect):
         return ""
-    own = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    return list_some(list(dict.fromkeys(name for names in gather_json(own, world.size) for name in names)))
+    found = world.run_on_all_ranks(lambda: [name for name, tensor in tensors.items() if not is_finite(tensor)])
+    return list_some(list(dict.fromkeys(name for names in found for name in names)))
 
 
 def _median(window: Tensor) -> Tensor:

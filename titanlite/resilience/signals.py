@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from titanlite.errors import StoppedEarly, TitanliteError
+from titanlite.parallel.ranks import ALONE, Ranks
 from titanlite.plan.launch import STOP_SIGNALS
 
 _ECHO_SECONDS = 1.0  # signals closer together are one: a scheduler signals every process, and torchrun does again
@@ -33,15 +33,14 @@ class StopRequests:
     So does the end of `grace_seconds` (0: no limit) after the first, if the run is then still within this context.
     """
 
-    ranks: int
-    is_rank0: bool  # whether this rank prints that it has received a signal
+    ranks: Ranks = ALONE  # the first prints that it has received a signal
     grace_seconds: float = 0.0
     lost: Callable[[], str] = lambda: "what was not saved is lost"  # describes what an end now costs; empty: nothing
 
     def __post_init__(self) -> None:
         self._signal: int | None = None
         self._signalled = False  # whether all ranks stop because of a signal to one of them, and not for a limit
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._pending: Callable[[], torch.Tensor] = lambda: torch.zeros(3)  # waits for the last exchange
 
     def __enter__(self) -> StopRequests:
         self._wakeup_read_fd, self._wakeup_write_fd = os.pipe()
@@ -68,9 +67,8 @@ class StopRequests:
             error.signalled, error.received = self._signalled, self._signal is not None
         # The last exchange must end before the process group does. After an error that only this rank may have met,
         # the others may never join it: then the process ends as it is, and its launcher ends theirs.
-        alike = error is None or (isinstance(error, TitanliteError) and error.on_all_ranks)
-        if self._pending is not None and alike:
-            self._pending[0].wait()
+        if error is None or (isinstance(error, TitanliteError) and error.on_all_ranks):
+            self._pending()
 
     def _note(self, number: int, frame: object = None) -> None:
         self._signal = self._signal or number
@@ -91,7 +89,7 @@ class StopRequests:
                 if asked_at == math.inf:
                     asked_at, deadline = now, now + (self.grace_seconds or math.inf)
                     self._note(number)
-                    if self.is_rank0:
+                    if self.ranks.is_first:
                         _print("stopping after this step; a second signal ends the run at once, unsaved")
 
     def agree(self, limit: str | None, save: bool = False) -> tuple[str | None, bool]:
@@ -103,19 +101,13 @@ class StopRequests:
         beside the step, and is not waited for.
         """
         received = signal.Signals(self._signal).name if self._signal is not None else None
-        if self.ranks == 1:
+        if self.ranks.size == 1:
             self._signalled = received is not None
             return limit or received, save
-        limited = signalled = saved = False
-        if self._pending is not None:
-            work, flags = self._pending
-            work.wait()
-            limited, signalled, saved = map(bool, flags)
+        limited, signalled, saved = map(bool, self._pending())
         self._signalled = signalled and not limited
         flags = torch.tensor([limit is not None, received is not None, save], dtype=torch.int64)
-        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._pending = (work, flags)
+        self._pending = self.ranks.begin_max(flags)
         return (limit or received or "another rank was asked to stop") if limited or signalled else None, saved
 
 

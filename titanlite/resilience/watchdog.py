@@ -25,11 +25,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from titanlite.errors import TitanliteError
 from titanlite.files import APPEND, open_file
+from titanlite.parallel.ranks import ALONE, Ranks
 from titanlite.recipe.sections import WATCHDOG_PATIENCE
 from titanlite.resilience.rank_table import LEFT, HangReport, Location, RankStatus, find_stragglers, look_at, summarize
 
@@ -107,8 +106,7 @@ class HangCoordinator(threading.Thread):
     Only this thread waits for the store, whose machine may be dead: the other threads read its attributes.
     """
 
-    def __init__(self, status: RankStatus, ranks: int, period_seconds: float) -> None:
-        """Needs the default process group if there are several ranks: it shares the table through the group's store."""
+    def __init__(self, status: RankStatus, ranks: Ranks, period_seconds: float) -> None:
         super().__init__(name="watchdog-store", daemon=True)
         self.status = status  # this rank's row; put another in its place whenever something changes
         self.hang = False  # whether a rank has found that the run stands still; set it to say so
@@ -118,11 +116,9 @@ class HangCoordinator(threading.Thread):
         self._straggling: set[int] = set()
         self._updates = 0
         self._left = threading.Event()
-        self._keys = [f"rank-{rank}" for rank in range(ranks)]
+        self._keys = [f"rank-{rank}" for rank in range(ranks.size)]
         self._period = period_seconds
-        # Its own connection: the trainer may be blocked within its client. The group's store is new at every start.
-        store = _get_default_store().clone() if ranks > 1 else HashStore()  # type: ignore[attr-defined]
-        self._store = PrefixStore("watchdog", store)
+        self._store = ranks.store("watchdog")
 
     def leave(self) -> None:
         """Say that this rank needs no watching any more, and end the thread."""
@@ -190,8 +186,7 @@ class Watchdog:
 
     seconds: float
     logs: Path
-    rank: int = 0
-    ranks: int = 1
+    ranks: Ranks = ALONE
     on_hang: Callable[[int, HangReport], None] = lambda step, report: None
     """Called with the last step that this rank has finished, before the process ends, in the watching thread, while the
     watched one hangs."""
@@ -221,8 +216,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
-            status = RankStatus(self.rank, platform.node(), os.getpid(), _pid_namespace())
-            self._stacks = StackLog(self.logs, self.rank, status.name)
+            status = RankStatus(self.ranks.rank, platform.node(), os.getpid(), _pid_namespace())
+            self._stacks = StackLog(self.logs, status.rank, status.name)
             self._coordinator = HangCoordinator(status, self.ranks, min(self.seconds / 60, 2.0))
             self._coordinator.start()
             arguments = (threading.get_ident(),)
@@ -239,7 +234,7 @@ class Watchdog:
 
     def _watch(self, trainer: int) -> None:
         beat, silent_seconds, looked_at, armed_at = self._beat, 0.0, time.monotonic(), -math.inf
-        jitter = random.Random(self.rank)  # not to look at always the same point of a step
+        jitter = random.Random(self.ranks.rank)  # not to look at always the same point of a step
         coordinator, looks = self._coordinator, Counter[Location]()
         while not self._left.wait(jitter.uniform(0.5, 1.5) * min(_LOOK_SECONDS, self.seconds / 20)):
             last, beat, now, seen = beat, self._beat, time.monotonic(), look_at(trainer)
@@ -281,7 +276,7 @@ class Watchdog:
             with suppress(OSError):
                 os.kill(pid, _STACKS_SIGNAL)
                 os.kill(pid, signal.SIGCONT)
-        if self.ranks > 1:
+        if self.ranks.size > 1:
             time.sleep(_OTHERS_SECONDS)
         os._exit(TitanliteError.exit_code)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from titanlite.checkpoint.ranks import Ranks
 from titanlite.corpus.tokenizers import FOLDER
 from titanlite.errors import OtherRankFailed, TitanliteError, WorkerKilled
 from titanlite.files import cause
@@ -43,15 +42,14 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     with ExitStack() as stack:
         active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(join_world(recipe.run.deterministic, timeout, active))
-        ranks = Ranks(world.rank, world.size)
-        ranks.run_on_all_ranks(lambda: opened.result() and None)  # all end with the error of any
+        world.run_on_all_ranks(lambda: opened.result() and None)  # all end with the error of any
         data, notes = opened.result()
         logger = stack.enter_context(closing(RunLogger()))
         # No rank looks for checkpoints before the first one has locked and cleared the folder.
-        folder, start, attempt = setup.lock_run_folder(stack, ranks, loaded, path, start, logger, progress)
+        folder, start, attempt = setup.lock_run_folder(stack, world, loaded, path, start, logger, progress)
         checkpoints, snapshots = setup.open_checkpoints(recipe, path, world, logger, folder)
         run = Run(recipe, loaded.text, world, data, checkpoints, logger, start, attempt, progress, snapshots)
-        progress.under_way = setup.find_latest_step(ranks, run) + 1, None
+        progress.under_way = setup.find_latest_step(run) + 1, None
         records = path / crashes.FOLDER
 
         def record_hang(step: int, report: HangReport) -> None:
@@ -64,12 +62,12 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
             _record_crash(records, replace(hang, rank=report.rank, host=report.host))
 
         seconds = recipe.resilience.watchdog_seconds
-        run.watchdog = Watchdog(seconds, path / "logs", world.rank, world.size, record_hang)
+        run.watchdog = Watchdog(seconds, path / "logs", world, record_hang)
         with _crashes_recorded(run, records), run.watchdog, explain_full_memory():
             run.read_log = stack.enter_context(closing(setup.open_read_log(run)))
-            run.verification = setup.begin_verification(stack, run, ranks)
+            run.verification = setup.begin_verification(stack, run)
             trainer = Trainer(run)
-            hosts = ranks.run_on_all_ranks(platform.node)
+            hosts = world.run_on_all_ranks(platform.node)
             if folder is not None:
                 _begin(run, folder, hosts, notes)
             begun_at = progress.step

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks, new_ranks
 from titanlite.checkpoint.snapshots import Snapshots, forget
 from titanlite.corpus.prepare import texts_folder
 from titanlite.corpus.tokenizers import describe_separator
@@ -99,7 +98,7 @@ def try_to_open_data(recipe: Recipe) -> Future[OpenedData]:
 
 def lock_run_folder(
     stack: ExitStack,
-    ranks: Ranks,
+    world: World,
     loaded: LoadedRecipe,
     path: Path,
     start: Start,
@@ -112,7 +111,7 @@ def lock_run_folder(
     just come does not know what the job's earlier starts did), and the number of this start.
     """
     folders: list[RunFolder] = []
-    job = ranks.run_on_all_ranks(lambda: start.job, lambda jobs: sorted({name for names in jobs for name in names}))
+    job = world.run_on_all_ranks(lambda: start.job, lambda jobs: sorted({name for names in jobs for name in names}))
 
     def lock() -> list[Any]:
         recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
@@ -127,7 +126,7 @@ def lock_run_folder(
         folder.attempt = max(folder.attempt, 1 + max(attempts, default=0), 1 + last_start(path))
         return [folder.start.mode, folder.start.step, folder.start.restarted, folder.attempt]
 
-    mode, step, restarted, attempt = ranks.run_on_rank0(lock)
+    mode, step, restarted, attempt = world.run_on_rank0(lock)
     if start.mode != "auto" and (mode, step) != (start.mode, start.step):
         logger.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
     return next(iter(folders), None), replace(start, mode=mode, step=step, restarted=restarted), attempt
@@ -139,15 +138,15 @@ def open_checkpoints(
     """The run's checkpoints, and its snapshots if the recipe asks for any."""
     timeout, background = recipe.parallel.timeout_seconds, recipe.checkpoint.mode == "async"
     require_own = folder.require_own if folder is not None else lambda: None
-    ranks = new_ranks(world.rank, world.size, timeout)
+    ranks = world.apart(timeout)
     checkpoints = CheckpointManager(path / "checkpoints", logger.info, ranks, recipe.checkpoint, require_own)
     if not recipe.resilience.snapshot_every:
         return checkpoints, None
-    memory, ranks = expand(recipe.resilience.snapshot_dir), new_ranks(world.rank, world.size, timeout)
+    memory, ranks = expand(recipe.resilience.snapshot_dir), world.apart(timeout)
     return checkpoints, Snapshots(memory, checkpoints.folder, logger.info, ranks, background, require_own)
 
 
-def find_latest_step(ranks: Ranks, run: Run) -> int:
+def find_latest_step(run: Run) -> int:
     """Clear what killed processes left of saves, refuse to crash again and again, and return the newest step or 0."""
 
     def prepare() -> int:
@@ -158,7 +157,7 @@ def find_latest_step(ranks: Ranks, run: Run) -> int:
         crashes.refuse_loop(run.path / crashes.FOLDER, run.recipe.resilience.max_crashes, latest, run.recipe_text)
         return latest
 
-    latest: int = ranks.run_on_rank0(prepare)
+    latest: int = run.world.run_on_rank0(prepare)
     return latest
 
 
@@ -169,16 +168,17 @@ def open_read_log(run: Run) -> ReadLog:
     return ReadLog(path, plan, run.attempt, run.logger.info)
 
 
-def begin_verification(stack: ExitStack, run: Run, ranks: Ranks) -> Verification:
+def begin_verification(stack: ExitStack, run: Run) -> Verification:
     """Verify this rank's part of the token files in the background, until `stack` ends."""
-    verification = Verification(run.data.token_files, run.path / "logs" / "verified", ranks.rank, ranks.size)
+    world = run.world
+    verification = Verification(run.data.token_files, run.path / "logs" / "verified", world.rank, world.size)
 
     def end() -> None:
         if (left := verification.end()) and verification.failure is None:
             names = list_some([str(file.prefix) for file in left])
             run.logger.info(f"ended before token files were verified ({names}); titanlite data verify does it")
 
-    ranks.run_on_all_ranks(verification.begin)
+    world.run_on_all_ranks(verification.begin)
     stack.callback(end)
     return verification
 

@@ -36,7 +36,7 @@ class TrainState:
         self.guards = Guards(recipe.resilience, world.device)
         self._finder = NonfiniteFinder(self.model.module) if recipe.debug.find_nonfinite else None
         self._recipe = recipe
-        self._ranks = world.size
+        self._ranks = world
 
     def initialise(self) -> None:
         """Bring everything to its state before the first step, the weights to the values that the seed gives them."""

@@ -68,7 +68,7 @@ class Trainer:
         self.metrics.start(tokens=run.progress.tokens)
         run.read_log.begin(run.progress.step)
         grace = run.recipe.resilience.grace_seconds
-        requests = StopRequests(run.world.size, run.world.is_first, grace, self.saving.describe_loss)
+        requests = StopRequests(run.world, grace, self.saving.describe_loss)
         with requests, _collecting_garbage_seldom(), self.saving:
             while True:
                 try:
@@ -141,7 +141,7 @@ class Trainer:
             return
         with self.metrics.paused():
             if compares:
-                compare_replicas(step, self.state.shards_by_name(), self.run.world.size)
+                compare_replicas(step, self.state.shards_by_name(), self.run.world)
             if validates:
                 self._validate(last)
             if saves:
@@ -223,7 +223,7 @@ class Trainer:
         learned = {name: shard.tensor for name, shard in shards.items() if not name.startswith("guards.")}
         self._review(nonfinite_names(learned, world))
         if self.run.recipe.resilience.check_replicas_every:
-            compare_replicas(step, shards, world.size)
+            compare_replicas(step, shards, world)
 
     def _review(self, nonfinite: str = "") -> None:
         """Write down what went bad since the last review; `nonfinite`: what of the state is not finite.

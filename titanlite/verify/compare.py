@@ -42,19 +42,15 @@ def compare_layout(recipe: Recipe, world: World) -> Iterator[verdict.Comparison]
 def _widest_precision(recipe: Recipe, world: World) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe in the widest format that the device computes in, compiled if that works; and what had to give way.
 
-    The first rank tries it alone, so that a failure leaves no other rank waiting, and broadcasts the outcome.
+    The first rank tries it alone, so that a failure leaves no other rank waiting.
     """
     double = change(recipe, precision={"compute": "float64"})
-    no_float64 = no_compiler = ""
-    if world.is_first:
-        no_float64 = _try_step(without_compiler(double), world)
-        if not no_float64 and recipe.compile.enabled:
-            no_compiler = _try_step(double, world)
-    refused = world.broadcast(torch.tensor([bool(no_float64), bool(no_compiler)], device=world.device)).tolist()
-    if refused[0]:
+    no_float64 = world.run_on_rank0(lambda: _try_step(without_compiler(double), world))
+    if no_float64:
         single = change(recipe, precision={"compute": "float32", "reduce": "float32"})
         return single, (f"float32 in place of float64: {no_float64}",)
-    if refused[1]:
+    no_compiler = world.run_on_rank0(lambda: _try_step(double, world)) if recipe.compile.enabled else ""
+    if no_compiler:
         return without_compiler(double), (f"not compiled, since in float64 that fails: {no_compiler}",)
     return double, ()
 
@@ -125,7 +121,7 @@ def _compare(recipe: Recipe, world: World, notes: tuple[str, ...]) -> verdict.Co
         for tensor in expected:
             world.broadcast(tensor)
         off = _relative((numbers - expected.numbers).abs(), expected.numbers.abs())
-        world.reduce(off, "max")  # should another rank have got other numbers than the first, whose are shown
+        world.max(off)  # should another rank have got other numbers than the first, whose are shown
         world.broadcast(numbers)
         distances = _weight_distances(shards, _split_weights(expected.weights, shapes), world)
         apart = _relative(distances, expected.distances)
@@ -172,7 +168,7 @@ def _weight_distances(shards: Shards, whole: Mapping[str, Tensor], world: World)
         part = weight[tuple(slice(first, first + n) for first, n in zip(shard.offset, shard.tensor.shape, strict=True))]
         sums[0, index, shard.copy] = (shard.tensor.detach().to(part.device) - part).double().square().sum()
         sums[1, index, shard.copy] = part.numel()
-    world.reduce(sums, "sum")
+    world.sum(sums)
     squares, elements = sums
     counts = elements.new_tensor([weight.numel() for weight in whole.values()])
     complete = ((elements == 0) | (elements == counts.unsqueeze(1))).all(1) & (elements[:, 0] > 0)

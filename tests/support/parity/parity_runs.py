@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from support.runs import Curve, KeptRows
 from titanlite.checkpoint.manager import CheckpointManager
-from titanlite.checkpoint.ranks import Ranks
 from titanlite.checkpoint.snapshots import Snapshots
 from titanlite.data.splits import open_data
 from titanlite.errors import StoppedEarly
@@ -23,6 +22,7 @@ from titanlite.models.spec import spec_of
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.parallel.apply import build
+from titanlite.parallel.ranks import Ranks
 from titanlite.parallel.world import World
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
