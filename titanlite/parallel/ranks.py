@@ -82,9 +82,8 @@ class Ranks:
         return tensor
 
     def all_equal(self, value: int) -> bool:
-        """Whether every rank called this with the same value (64 bits); the same answer on all of them."""
-        bounds = self.max(torch.tensor([value, -value]))
-        return int(bounds[0]) == -int(bounds[1])
+        """Whether every rank called this with the same value; the same answer on all of them."""
+        return len(set(self.run_on_all_ranks(lambda: value))) == 1
 
     def send(self, block: Tensor, rank: int) -> None:
         """Send bytes (a CPU tensor) to another rank, which receives as many."""
@@ -100,7 +99,7 @@ class Ranks:
             return [message]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), self.group)
-        padded = _as_tensor(message.ljust(max(1, int(max(lengths))), b"\0"))
+        padded = torch.frombuffer(bytearray(message.ljust(max(1, int(max(lengths))))), dtype=torch.uint8)
         received = [torch.empty_like(padded) for _ in lengths] if on_all or self.is_first else []
         if on_all:
             dist.all_gather(received, padded, self.group)
@@ -137,7 +136,7 @@ class Ranks:
                 outcome, error = _attempt(lambda: decide([value for _, value in outcomes]))
         text = json.dumps(outcome).encode()
         length = int(self.broadcast(torch.tensor([len(text)])))
-        data = self.broadcast(_as_tensor(text) if self.is_first else torch.empty(length, dtype=torch.uint8))
+        data = self.broadcast(torch.frombuffer(bytearray(text.ljust(length)[:length]), dtype=torch.uint8))
         gravity, value = json.loads(data.numpy().tobytes())
         if gravity < 0:
             return value
@@ -149,11 +148,6 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1)  # a process without others
-
-
-def _as_tensor(message: bytes) -> Tensor:
-    """A copy of the bytes, at least one: uint8 [length]."""
-    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Outcome, Exception | None]:
