@@ -122,6 +122,16 @@ def test_what_is_imported_is_installed_everywhere() -> None:
     assert installed <= needed, "installed, and never imported"
 
 
+def test_a_module_is_what_print_shows() -> None:
+    """What is done to a model replaces modules or wraps them: none gets another `forward` or class (issue 16)."""
+    for name, tree in modules(PACKAGE).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                assert node.attr not in ("forward", "__class__"), f"{name}:{node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+                assert ast.unparse(node.args[1]) not in ("'forward'", "'__class__'"), f"{name}:{node.lineno}"
+
+
 REFUSE_TORCH = """
 import importlib, sys
 class Refuse:

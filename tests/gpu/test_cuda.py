@@ -31,7 +31,7 @@ CONFIG = PRESETS["debug"]
 
 def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6, compiled: bool = False) -> list[float]:
     """The curve of a few steps on the embedded corpus, in two microbatches."""
-    from titanlite.parallel.apply import compile_units
+    from titanlite.parallel.units import compile_units
 
     model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
     initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(CONFIG, name), 0)

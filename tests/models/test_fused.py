@@ -19,7 +19,7 @@ BOTH_WAYS = """
 import json, sys
 import torch
 from titanlite.models.fused import use_kernels
-from titanlite.models.layers import rotate
+from titanlite.models.layers import GatedProduct
 from titanlite.models.llama import Llama
 from titanlite.plan.kernels import KERNELS
 from titanlite.models.llama_spec import LlamaConfig
@@ -37,14 +37,19 @@ def step():
     loss.backward()
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
-plain = step()
+class Another(GatedProduct):
+    pass
+
+plain, names = step(), list(model.state_dict())
+model.layers["1"].ffn.product = Another()
 use_kernels(model, {name: KERNELS[name].get("triton") for name in KERNELS})
 seen = []
 model.layers["0"].ffn_norm.register_forward_hook(lambda module, given, made: seen.append((len(given), len(made))))
 block = model.layers["0"]
-fused = [block.ffn_norm.kernels is not None, block.attention.rotate is not rotate]
+assert type(model.layers["1"].ffn.product) is Another, "a kernel does not compute what a derived class does"
+assert list(model.state_dict()) == names
 apart = [float((a - b).norm() / b.norm()) for a, b in zip(step(), plain)]
-print(json.dumps({"fused": fused, "apart": max(apart), "seen": seen}))
+print(json.dumps({"shown": str(model), "apart": max(apart), "seen": seen}))
 """
 
 
@@ -59,7 +64,9 @@ def test_a_model_computes_the_same_with_kernels(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert all(found["fused"]) and 0 < found["apart"] < 1e-5
+    assert 0 < found["apart"] < 1e-5
+    for name in ("(q_norm): FusedRMSNorm", "(rotate): FusedOperation(_rotate)", "(product): FusedOperation(swiglu)"):
+        assert name in found["shown"]
     assert found["seen"] == [[2, 2]], "the sum and its norm are one call, which hooks see"
 
 
@@ -105,5 +112,5 @@ def test_what_cannot_run_is_refused() -> None:
 def test_a_kernel_that_is_not_registered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     named = recipe(kernels={"rope": "mine"})
     assert [finding.key for finding in apply_rules(named)] == ["kernels.rope"]
-    monkeypatch.setitem(KERNELS["rope"]._entries, "mine", "titanlite.models.layers:rotate")
+    monkeypatch.setitem(KERNELS["rope"]._entries, "mine", "titanlite.models.layers:Rotate")
     assert apply_rules(named) == [] and choose_kernels(named, "cpu") == {"rope": "mine"}

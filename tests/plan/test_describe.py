@@ -192,8 +192,8 @@ class TestShardingTable:
         assert rows["layers.*.attention.wk", "column"]["local"] == [32, 128]
         assert rows["layers.*.ffn.down", "row"]["local"] == [128, 192]
         assert rows["embed", "vocab"]["whole"] == [272, 128]
-        assert rows["layers.*.attention", "gather"]["whole"] == [128]
-        assert rows["layers.*.attention", "gather"]["local"] == [64]
+        assert rows["layers.*.attention.input", "gather"]["whole"] == [128]
+        assert rows["layers.*.attention.input", "gather"]["local"] == [64]
         assert rows["layers.*.attention.core", "attention"]["whole"] == [256]
         assert rows["layers.*.attention.q_norm", "whole"]["local"] == [32]
 

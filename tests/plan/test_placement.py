@@ -44,10 +44,10 @@ def test_rows_are_fsdps(rows: int, ranks: int) -> None:
 
 def test_a_plan_cuts_the_weights_that_it_names() -> None:
     plan = (
-        ShardingRule("layers.*.ffn", "gather"),
+        ShardingRule("layers.*.ffn.input", "gather"),
         ShardingRule("layers.*.ffn.up", "column", 2),
         ShardingRule("layers.*.ffn.down", "row"),
-        ShardingRule("head", "gather"),
+        ShardingRule("head.input", "gather"),
         ShardingRule("head", "column"),
     )
     shapes = {f"layers.{index}.ffn.{name}.weight": (6, 4) for index in (0, 11) for name in ("up", "down", "norm")}

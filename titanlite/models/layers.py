@@ -11,7 +11,6 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,25 +103,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
-        # Fused ones, of the norm and of the norm of a sum: see `models.fused`.
-        self.kernels: tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """`residual`: only for kernels, see `of_sum`."""
-        if self.kernels is not None:
-            norm, add_norm = self.kernels
-            more = (self.weight, self.eps)
-            return norm(x, *more) if residual is None else add_norm(x, residual, *more)
+    def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # The weight is rounded like those of the matrices, as it is when it travels in the compute dtype.
         return (wide * scale * self.weight.to(x.dtype)).to(x.dtype)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(self(h), h) for h = x + residual: both at once, if there is a kernel."""
-        if self.kernels is not None:
-            normed, h = self(x, residual)  # as a call of the module: hooks see it
-            return normed, h
+        """(self(h), h) for h = x + residual."""
         h = x + residual
         return self(h), h
 
@@ -162,9 +151,11 @@ class Rotation:
         return (x * self.cos + turned * self.sin).to(x.dtype)
 
 
-def rotate(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated."""
-    return rotation(q), rotation(k)
+class Rotate(nn.Module):
+    """Queries and keys, rotated. A module, so that it can be exchanged for a fused one: see `models.fused`."""
+
+    def forward(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return rotation(q), rotation(k)
 
 
 class KVCache:
@@ -214,6 +205,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
         super().__init__()
+        self.input = nn.Identity()  # where tensor parallel ranks join their parts of the sequence
         self.head_dim = dim // heads
         self.wq = Linear(dim, heads * self.head_dim)
         self.wk = Linear(dim, kv_heads * self.head_dim)
@@ -221,11 +213,11 @@ class Attention(nn.Module):
         self.wo = Linear(heads * self.head_dim, dim)
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
-        # An attribute, so that it can be exchanged for a fused one.
-        self.rotate: Callable[[Tensor, Tensor, Rotation], tuple[Tensor, Tensor]] = rotate
+        self.rotate = Rotate()
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = self.input(x)
         # Heads come from the width, not from the config: under tensor parallelism each rank holds some of them.
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, heads, head_dim]
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, kv_heads, head_dim]
@@ -239,9 +231,11 @@ class Attention(nn.Module):
         return self.wo(self.core(q, k, v, mask, causal).flatten(-2))
 
 
-def gated_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    return F.silu(gate) * up
+class GatedProduct(nn.Module):
+    """silu(gate) * up. A module, so that it can be exchanged for a fused one: see `models.fused`."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -249,10 +243,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
+        self.input = nn.Identity()  # as in `Attention`
         self.gate = Linear(dim, ffn_dim)
         self.up = Linear(dim, ffn_dim)
-        self.product: Callable[[Tensor, Tensor], Tensor] = gated_product  # exchanged for a fused one
+        self.product = GatedProduct()
         self.down = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
         return self.down(self.product(self.gate(x), self.up(x)))

@@ -35,9 +35,11 @@ class Head(layers.Linear):
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size)
+        self.input = nn.Identity()  # as in `layers.Attention`
         self.loss = TokenLoss()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.input(x)
         if labels is not None and self.multiply is layers.multiply:
             return self.loss(x, self.weight, labels)
         logits = super().forward(x)

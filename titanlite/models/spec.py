@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Style = Literal["vocab", "gather", "column", "row", "loss", "attention", "mask"]
+Style = Literal["vocab", "gather", "column", "row", "loss", "split", "attention", "mask"]
 """What becomes of a module when several ranks share it; all others are the same on each of them.
 
 Over tp, activations between matrices are parts of the sequence:
-- `vocab`: a table whose rows are cut; looked-up rows are summed, and each rank keeps its part of the sequence
-- `gather`: the module's input, a part of the sequence, is joined to all of it, for its `column` matrices alone
+- `vocab`: a `layers.Embedding` whose rows are cut; looked-up rows are summed, and each rank keeps its part of them
+- `gather`: an `nn.Identity` that a module passes its input through, a part of the sequence: it is joined to all of it,
+  for the module's `column` matrices alone
 - `column`: a matrix whose rows (output features) are cut; its output stays cut
-- `row`: a matrix whose columns (input features) are cut; its outputs are summed, and each rank keeps its part
+- `row`: a `layers.Linear` whose columns (input features) are cut; outputs are summed, and each rank keeps its part
 - `loss`: takes hidden states, a matrix with rows for a part of the vocabulary, and labels: a `models.loss.TokenLoss`
+- `split`: a module without a state whose output [batch, seq, …] is the same on all ranks; each keeps its part
 Over cp, each rank has part of the sequence throughout:
 - `attention`: sees all ranks' keys and values
 - `mask`: is built over all ranks' positions

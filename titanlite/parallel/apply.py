@@ -5,8 +5,6 @@ In this order: pipeline stages, tensor parallelism, context parallelism, float8,
 
 from __future__ import annotations
 
-import os
-import stat
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from titanlite.errors import UsageError
 from titanlite.models.loss import TokenLoss
-from titanlite.models.spec import ModelConfig, ModelSpec, is_named_by
+from titanlite.models.spec import ModelConfig, ModelSpec
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync, no_sync
 from titanlite.parallel.shards import Shards
+from titanlite.parallel.units import compile_units, overlap_tensor_parallel, recompute_units
 from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
@@ -30,7 +27,7 @@ from titanlite.plan.placement import find_placements
 from titanlite.plan.stages import ALL_FORWARD_FIRST, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import convert, fuse_casts, multiplies_blocks, refresh_casts, require_float8
-from titanlite.recipe.sections import Recipe, Recompute
+from titanlite.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from titanlite.parallel.pipeline import Pipeline
@@ -172,81 +169,3 @@ class _Builder:
 
     def _fuse(self, casts: Any) -> Any:
         return fuse_casts(casts) if QUANTISE in choose_kernels(self.recipe, self.world.device.type) else casts
-
-
-# ---- what is done to each unit of a model, such as a block -----------------------------------------------------------
-
-# What takes long to compute for the memory that its result needs: products, attention, communication (which would have
-# to be asked again of ranks that took part).
-_OPERATIONS = (
-    "aten.mm", "aten.bmm", "aten.addmm", "aten._scaled_mm",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "_c10d_functional.all_gather_into_tensor", "_c10d_functional.reduce_scatter_tensor",
-)  # fmt: skip
-
-
-def recompute_units(model: nn.Module, spec: ModelSpec, section: Recompute) -> None:
-    """Have every `section.every`-th of the submodules that the spec names drop its activations, in place, and compute
-    them a second time in the backward pass (Chen et al. 2016).
-    """
-    if section.mode == "none":
-        return
-    # Training draws no random numbers, so there is no state of generators to keep for the second time.
-    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if section.mode == "selective":
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    units = [module for name, module in model.named_modules() if is_named_by(spec.recompute_units, name)]
-    for module in units[:: section.every]:
-        module.forward = partial(checkpoint, module.forward, **settings)
-
-
-def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    kept = str(getattr(operation, "overloadpacket", operation)) in _OPERATIONS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_units(model: nn.Module, spec: ModelSpec, budget: float | None = None) -> None:
-    """Compile, in place and at first use, every submodule that the spec names; code is reused by all that are alike.
-
-    `budget`: the part of the activations' memory that the compiler keeps, in every graph of this process; None: all.
-    """
-    _require_own_cache()
-    if budget is not None:
-        torch._functorch.config.activation_memory_budget = budget
-    for name, module in model.named_modules():
-        if is_named_by(spec.compile_units, name):
-            module.compile(dynamic=False)
-
-
-def _require_own_cache() -> None:
-    """Raise `UsageError` if other users can write where the compiler keeps pickles: anyone can guess its default."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
-
-    folder = cache_dir()  # made, if it is not there
-    if folder != default_cache_dir():
-        return  # the user's choice
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
-        raise UsageError(
-            f"{folder}, where torch keeps compiled programs as pickles, can be written by other users: set "
-            "TORCHINDUCTOR_CACHE_DIR to a folder of your own, or write compile.enabled = false."
-        )
-
-
-def overlap_tensor_parallel(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Have the compiler cut products beside collectives of `group` into steps that overlap (async tensor parallelism).
-
-    Raises `UsageError` where torch does not offer it: it needs memory that the GPUs of one machine share.
-    """
-    import torch._inductor.config as inductor
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-        raise UsageError(
-            "parallel.async_tp: torch overlaps tensor parallelism on GPUs of compute capability 9.0 and later that "
-            f"NVLink joins, and this is {name}. Write async_tp = false."
-        )
-    inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(group.group_name)

@@ -19,7 +19,7 @@ from titanlite.models.layers import at_least_float32, by_float32_units, causal_a
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.collectives import SEQUENCE, all_gather, gather_sequence, reduce_scatter
 from titanlite.parallel.model import Batch
-from titanlite.parallel.tensor import modules_by_rule, replace_module
+from titanlite.parallel.tensor import GroupModule, modules_by_rule, replace_module
 
 
 def _local_part(whole: Tensor, ranks: int, rank: int) -> Tensor:
@@ -55,14 +55,6 @@ def apply_context_parallel(
     for rule, name, _ in modules_by_rule(model, plan):
         if rule.style in ("attention", "mask"):
             replace_module(model, name, (attention if rule.style == "attention" else mask)(group))
-
-
-class GroupModule(nn.Module):
-    """A module whose work is divided among the ranks of a group."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
 
 
 # ---- all ranks' keys and values, gathered first ----------------------------------------------------------------------

@@ -57,7 +57,7 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
                 unit.set_custom_all_gather(gather)
     _prefetch(units, parallel.prefetch)
     assert isinstance(model, FSDPModule)
-    return _microbatch_sync(model, stage)
+    return MicrobatchSync(model, stage)
 
 
 def _units(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
@@ -78,27 +78,27 @@ def _prefetch(units: list[FSDPModule], depth: int) -> None:
             unit.set_modules_to_backward_prefetch(earlier or [unit])
 
 
-def _microbatch_sync(model: FSDPModule, stage: int) -> Sync:
-    """Stages 0 and 1 add gradients up over the microbatches and sum them over ranks once; stage 2 at every microbatch,
-    with weights gathered from forward to backward; stage 3 gathers them anew for each.
+class MicrobatchSync:
+    """A `Sync`: stages 0 and 1 add gradients up over the microbatches and sum them over ranks once; stage 2 at every
+    microbatch, with weights gathered from forward to backward; stage 3 gathers them anew for each.
     """
-    set_for_last = True  # as FSDP2 begins
 
-    def sync(last: bool) -> None:
-        nonlocal set_for_last
-        if last == set_for_last:
+    def __init__(self, model: FSDPModule, stage: int) -> None:
+        self._model, self._stage = model, stage
+        self._set_for_last = True  # as FSDP2 begins
+
+    def __call__(self, last: bool) -> None:
+        if last == self._set_for_last:
             return  # each switch below visits every module
-        set_for_last = last
-        model.set_is_last_backward(last)
-        if stage <= 2:
-            model.set_reshard_after_backward(last)
-        if stage <= 1:
-            model.set_requires_gradient_sync(last)
+        self._set_for_last = last
+        self._model.set_is_last_backward(last)
+        if self._stage <= 2:
+            self._model.set_reshard_after_backward(last)
+        if self._stage <= 1:
+            self._model.set_requires_gradient_sync(last)
         else:
             # Each microbatch is reduce-scattered; the copies of an HSDP mesh meet once a step.
-            model.set_requires_all_reduce(last)
-
-    return sync
+            self._model.set_requires_all_reduce(last)
 
 
 # ---- weights that travel in float8: ranks hold whole rows and cast their own with a scale a row; what arrives has the

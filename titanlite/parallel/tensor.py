@@ -7,18 +7,18 @@ through a collective, which the compiler sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titanlite.models.layers import at_least_float32
+from titanlite.models.layers import Embedding, Linear, at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
 from titanlite.models.spec import ShardingRule, Style, is_named_by
 from titanlite.parallel import collectives
-from titanlite.parallel.collectives import gather_sequence, scatter_sequence
+from titanlite.parallel.collectives import SEQUENCE, gather_sequence, scatter_sequence
 from titanlite.plan.float8 import Cast
 from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, find_placements
 from titanlite.precision.float8 import quantise
@@ -37,17 +37,13 @@ def apply_tensor_parallel(
     group_rank = GroupRank(group.rank(), group.size())
     cuts = {name: (cut.dimension, *cut.local_range(group_rank)) for name, cut in find_placements(shapes, plan).items()}
     for rule, name, module in modules_by_rule(model, plan):
-        if rule.style == "loss":
-            assert isinstance(module, TokenLoss)
-            first = cuts[f"{name.rpartition('.')[0]}.weight"][1]
-            replace_module(model, name, VocabularyLoss(group, first, module))
-            continue
-        dimension, first, size = cuts.get(f"{name}.weight", (0, 0, 0))
+        owner = name.rpartition(".")[0] if rule.style in ("gather", "loss") else name
+        _, first, _ = cut = cuts.get(f"{owner}.weight", (0, 0, 0))
         if rule.style in SHARD_DIMENSION:
             weight = module.get_parameter("weight")
-            module.weight = nn.Parameter(torch.empty_like(weight.narrow(dimension, 0, size).contiguous()))
-        if rule.style in ("gather", "row", "vocab"):
-            module.forward = _forward(rule.style, module, group, first, casts.get(name))
+            module.weight = nn.Parameter(torch.empty_like(weight.narrow(*cut).contiguous()))
+        if rule.style in _REPLACES:
+            replace_module(model, name, _replacement(rule.style, name, module, group, first, casts.get(owner)))
 
 
 def modules_by_rule(model: nn.Module, plan: Sequence[ShardingRule]) -> Iterator[tuple[ShardingRule, str, nn.Module]]:
@@ -63,24 +59,99 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _forward(
-    style: Style, module: nn.Module, group: dist.ProcessGroup, first: int, cast: Cast | None
-) -> Callable[..., Any]:
-    """`module.forward` with the collectives that its style needs."""
-    forward = module.forward
+# What rules may name: a replacement computes what these do, which may not be what classes derived from them do.
+_REPLACES: Mapping[Style, type[nn.Module]] = {
+    "vocab": Embedding, "gather": nn.Identity, "row": Linear, "loss": TokenLoss, "split": nn.Module
+}  # fmt: skip
+
+
+def _replacement(
+    style: Style, name: str, whole: Any, group: dist.ProcessGroup, first: int, cast: Cast | None
+) -> nn.Module:
+    """What takes the place of `whole`; `first`: row that this rank's part of the vocabulary begins with."""
+    found, taken = type(whole), _REPLACES[style]
+    if found is not taken and style != "split":
+        raise TypeError(f"the sharding plan has '{style}' for {name}: it takes {taken.__name__}, not {found.__name__}")
     if style == "gather":
-        return lambda x, *arguments, **named: forward(_Gather.apply(x, group, cast), *arguments, **named)
+        return GatherSequence(group, cast)
     if style == "row":
-        return lambda x: _Scatter.apply(forward(x), group, cast)
-    rows_here = module.get_parameter("weight").shape[0]
+        return RowLinear(whole, group, cast)
+    if style == "vocab":
+        return VocabularyEmbedding(whole, group, first)
+    return VocabularyLoss(group, first, whole) if style == "loss" else SplitSequence(whole, group)
 
-    def look_up(tokens: Tensor) -> Tensor:
-        rows = tokens - first
-        elsewhere = (rows < 0) | (rows >= rows_here)
-        found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
-        return _Scatter.apply(found, group, cast)
 
-    return look_up
+class GroupModule(nn.Module):
+    """A module whose work is divided among the ranks of a group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def extra_repr(self) -> str:
+        return f"ranks={self.group.size()}"
+
+
+class GatherSequence(GroupModule):
+    """Joins parts of the sequence."""
+
+    def __init__(self, group: dist.ProcessGroup, cast: Cast | None) -> None:
+        """`cast`: how they travel, unless as they are."""
+        super().__init__(group)
+        self.cast = cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq / ranks, dim] of each rank -> [batch, seq, dim] on all."""
+        return _Gather.apply(x, self.group, self.cast)
+
+
+class SplitSequence(GroupModule):
+    """Keeps this rank's part of the sequence of what a module returns that has no state, the same on all ranks."""
+
+    def __init__(self, whole: nn.Module, group: dist.ProcessGroup) -> None:
+        """Raises `TypeError` if `whole` has a state: its tensors would change their names."""
+        super().__init__(group)
+        if whole.state_dict():
+            raise TypeError(f"the sharding plan has 'split' for a {type(whole).__name__}, which has a state")
+        self.whole = whole
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        """Arguments of the module, which returns [batch, seq, …] -> [batch, seq / ranks, …]."""
+        return self.whole(*arguments, **named).chunk(self.group.size(), dim=SEQUENCE)[self.group.rank()]
+
+
+class RowLinear(Linear):
+    """A linear of some input features: outputs are summed over the ranks, and each keeps its part of the sequence."""
+
+    def __init__(self, whole: Linear, group: dist.ProcessGroup, cast: Cast | None) -> None:
+        """`whole`: has this rank's weight already. `cast`: how gradients of outputs travel, unless as they are."""
+        outputs, inputs = whole.weight.shape
+        with torch.device("meta"):
+            super().__init__(inputs, outputs)
+        self.weight, self.multiply = whole.weight, whole.multiply
+        self.group, self.cast = group, cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, this rank's inputs] -> [batch, seq / ranks, outputs]."""
+        return _Scatter.apply(super().forward(x), self.group, self.cast)
+
+
+class VocabularyEmbedding(Embedding):
+    """Some of a table's rows: what is found is summed over the ranks, and each keeps its part of the sequence."""
+
+    def __init__(self, whole: Embedding, group: dist.ProcessGroup, first: int) -> None:
+        """`whole`: has this rank's rows already, from that of token `first` on."""
+        rows, dim = whole.weight.shape
+        with torch.device("meta"):
+            super().__init__(rows, dim, whole.compute_dtype)
+        self.weight, self.group, self.first = whole.weight, group, first
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, seq] -> [batch, seq / ranks, dim]."""
+        rows = tokens - self.first
+        elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
+        found = super().forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return _Scatter.apply(found, self.group, None)
 
 
 class _Gather(torch.autograd.Function):

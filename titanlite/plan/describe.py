@@ -20,10 +20,11 @@ WEIGHTS_DEPEND_NOT_ON = ("init_std", "depth_scaled_init")  # keys of `[model]` t
 
 _MESSAGES: dict[Style, str] = {
     "vocab": "rows found: reduce-scatter; backward all-gather",
-    "gather": "input: all-gather; backward reduce-scatter",
+    "gather": "all-gather; backward reduce-scatter",
     "column": "nothing",
     "row": "output: reduce-scatter; backward all-gather",
     "loss": "three numbers a token",
+    "split": "nothing",
     "attention": "keys and values: all-gather; backward reduce-scatter",
     "mask": "document numbers: all-gather",
 }
@@ -155,7 +156,8 @@ def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
     shapes = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
     shapes |= {pattern_of(name): shapes[pattern_of(other)] for name, other in spec.tied(config).items()}
     placements, tp = find_placements(shapes, plan), GroupRank(0, parallel.tp)
-    seen = {"gather": ([part], [part // parallel.tp]), "attention": ([tokens], [part]), "mask": ([tokens], [part])}
+    seen = dict.fromkeys(("gather", "split"), ([part], [part // parallel.tp]))
+    seen |= dict.fromkeys(("attention", "mask"), ([tokens], [part]))
     messages = {**_MESSAGES, "attention": _RING if parallel.cp_method == "ring" else _MESSAGES["attention"]}
     rows: list[dict[str, Any]] = []
     for rule in plan:
@@ -177,7 +179,7 @@ def format_sharding_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         sizes = ""
         if row["whole"] is not None:
-            unit = " tokens" * (row["style"] in ("gather", "attention", "mask"))
+            unit = " tokens" * (row["style"] in ("gather", "split", "attention", "mask"))
             sizes = f"{format_shape(row['whole'])}{unit} -> {format_shape(row['local'])}"
         cells.append((row["modules"], row["style"], row["over"], row["told"], sizes))
     return "\n".join(format_table(cells))

@@ -141,6 +141,7 @@ def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple
     settings = SETTINGS[section.recipe]
     rules, styles = spec.sharding(config), ("row", "column", "gather")
     patterns = {style: tuple(rule.pattern for rule in rules if rule.style == style) for style in styles}
+    gathering = tuple(point.rpartition(".")[0] for point in patterns["gather"])  # modules whose input it is
     takers: dict[tuple[str, Literal["inputs", "gradients"]], list[LinearDecision]] = {}
     for each in decide_linears(spec, config, section):
         if is_named_by(patterns["row"], each.name):
@@ -148,8 +149,8 @@ def plan_gathers(spec: ModelSpec, config: ModelConfig, section: Float8) -> tuple
         elif is_named_by(patterns["column"], each.name):
             parts = each.name.split(".")
             around = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-            gathering = next(module for module in around if is_named_by(patterns["gather"], module))
-            takers.setdefault((gathering, "inputs"), []).append(each)
+            module = next(module for module in around if is_named_by(gathering, module))
+            takers.setdefault((module, "inputs"), []).append(each)
     right, left = (settings.grad_weight.right, settings.grad_weight.left) if settings.grad_weight else (None, None)
     casts = {
         "inputs": _cast_by_rows(settings.output.left, right),

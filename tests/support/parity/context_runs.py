@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from titanlite.models.layers import CausalAttention
 from titanlite.models.llama import DocumentMask
 from titanlite.models.spec import ShardingRule
-from titanlite.parallel.apply import _policy
 from titanlite.parallel.context import _GatherKeys, apply_context_parallel, local_sequences
 from titanlite.parallel.model import Batch
+from titanlite.parallel.units import _policy
 
 PLAN = (ShardingRule("core", "attention"), ShardingRule("mask", "mask"))
 
