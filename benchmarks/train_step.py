@@ -30,11 +30,13 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from titanlite.cli.check import check_recipe
 from titanlite.observe.metrics import mfu, peak_flops, peak_memory_bytes
+from titanlite.optim.base import UpdateRule
 from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import batch_plan, require_layout
 from titanlite.recipe.load import load_recipe, parse_with_overrides
 from titanlite.recipe.sections import Recipe
+from titanlite.training.step import take_step
 from titanlite.training.train_state import TrainState
 
 BASE = Path(__file__).with_suffix(".toml")
@@ -71,7 +73,7 @@ def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> It
     for step in range(1, warmup + steps + 1):
         _synchronise(device)
         before = time.perf_counter()
-        loss, _ = learner.step(step, batch, 1.0)
+        loss, *_ = take_step(learner, step, batch, 1.0)
         _synchronise(device)
         seconds.append(time.perf_counter() - before)
     median = statistics.median(seconds[warmup:])
@@ -96,7 +98,7 @@ def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> It
         products = learner.spec.flops_per_token(learner.config, 0)
         work = {"gemm": batch.valid_tokens * products, "attention": batch.valid_tokens * (flops - products) / 2}
         first = warmup + steps + 1
-        trace, profiled = _traced(learner, lambda step: learner.step(first + step, batch, 1.0), device)
+        trace, profiled = _traced(learner, lambda step: take_step(learner, first + step, batch, 1.0), device)
         yield measured | {"breakdown": _against_roof(trace, profiled, work, device)}
 
 
@@ -123,6 +125,7 @@ def _random_batch(recipe: Recipe, vocab_size: int) -> Batch:
         positions=None,
         documents=None,
         samples=tuple(range(plan.global_batch)),
+        first=0,
         sequences=plan.global_batch,
         valid_tokens=plan.global_batch * length,
     )
@@ -140,13 +143,18 @@ def _traced(
     learner: TrainState, step: Callable[[int], tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[dict[str, Any], float]:
     """A Chrome trace of a step, and the seconds that it took under the profiler, which has warmed up in one before."""
-    take = learner.optimizer.step
 
-    def marked(*arguments: Any) -> None:
-        with record_function(OPTIMIZER):
-            take(*arguments)
+    def marked(rule: UpdateRule) -> Callable[..., None]:
+        take = rule.step
 
-    learner.optimizer.step = marked  # type: ignore[method-assign]
+        def step(*arguments: Any) -> None:
+            with record_function(OPTIMIZER):
+                take(*arguments)
+
+        return step
+
+    for _, rule in learner.optimizer.rules:
+        rule.step = marked(rule)  # type: ignore[method-assign]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

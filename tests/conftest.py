@@ -73,15 +73,15 @@ def torch_of_the_check(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make the n-th step from now on have a gradient that is not a number."""
-    from titanlite.parallel.model import ParallelModel
+    from titanlite.parallel.model import Batch, ParallelModel
 
     forward_backward = ParallelModel.forward_backward
 
     def at(step: int) -> None:
         steps = iter(range(1, 10**6))
 
-        def poisoned(self: ParallelModel, batch: object) -> torch.Tensor:
-            loss = forward_backward(self, batch)  # type: ignore[arg-type]
+        def poisoned(self: ParallelModel, batch: Batch, valid: torch.Tensor) -> torch.Tensor:
+            loss = forward_backward(self, batch, valid)
             if next(steps) == step:
                 gradient = next(self.module.parameters()).grad
                 assert gradient is not None

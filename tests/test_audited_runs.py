@@ -109,18 +109,19 @@ def test_what_is_not_saved_is_no_part_of_the_run(folder: Path, json_of: Callable
 def test_the_text_of_a_step_is_what_it_is_trained_on(
     folder: Path, json_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from titanlite.training import train_state as learner
+    from titanlite.training import trainer
+    from titanlite.training.train_state import TrainState
 
     seen: list[list[str]] = []
-    step = learner.TrainState.step
+    step = trainer.take_step
 
-    def watched(self: learner.TrainState, number: int, batch: Any, factor: float) -> Any:
+    def watched(self: TrainState, number: int, batch: Any, factor: float) -> Any:
         tokens, labels = batch.tokens.reshape(-1, 16).tolist(), batch.labels.reshape(-1, 16).tolist()
         rows = [[*row, last[-1]] for row, last in zip(tokens, labels, strict=True)]
         seen.append(["".join("⟨document ends⟩" if token == 256 else chr(token) for token in row) for row in rows])
         return step(self, number, batch, factor)
 
-    monkeypatch.setattr(learner.TrainState, "step", watched)
+    monkeypatch.setattr(trainer, "take_step", watched)
     assert train("--data.skip_steps=[2]") == 0
     for place, number in (("runs/tiny", 1), ("runs/tiny", 5), ("recipe.toml", 1), ("recipe.toml", 4)):
         shown = json_of("show", place, "--step", str(number))

@@ -22,7 +22,7 @@ from titanlite.cli.main import main as cli
 from titanlite.data.splits import Split
 from titanlite.errors import CheckpointError
 from titanlite.resilience.guards import Guards
-from titanlite.training import restore
+from titanlite.training import restore, trainer
 from titanlite.training.train_state import TrainState
 
 TINY = {
@@ -141,7 +141,7 @@ def test_a_run_that_saves_on_is_begun_with_as_it_was_at_first(
     begins = ("--run.name=b", f"--checkpoint.{key}=runs/a")
     assert train("--run.stop_after_step=4") == 75
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(TrainState, "step", killed)
+        patch.setattr(trainer, "take_step", killed)
         train(*begins)
     assert train() == 0
     assert train(*begins) == 0

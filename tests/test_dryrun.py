@@ -15,6 +15,7 @@ from support.parity.parity_runs import small_recipe, write_corpus
 from support.pool import Pool
 
 from titanlite.cli.main import main
+from titanlite.dryrun import step as dryrun_step
 from titanlite.dryrun.collectives import Collective, sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.models.spec import spec_of
@@ -22,7 +23,8 @@ from titanlite.parallel.apply import build
 from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import require_layout
-from titanlite.plan.memory import local_parameters, rank_state_bytes
+from titanlite.plan.memory import local_parameters, state_bytes
+from titanlite.plan.placement import place
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 from titanlite.training.train_state import TrainState
@@ -185,7 +187,7 @@ def test_context_parallelism_gathers_keys_and_values() -> None:
         "all-gather": LAYERS * keys_and_values,
         "reduce-scatter": LAYERS * keys_and_values,
     }
-    assert elements(run, "dp_shard_cp") == {"all-gather": PARAMETERS, "reduce-scatter": PARAMETERS}
+    assert elements(run, "dp_shard") == {"all-gather": PARAMETERS, "reduce-scatter": PARAMETERS}
     ring = dry_run(recipe(parallel={"cp": 2, "cp_method": "ring"}), 2, 1)
     passed = [each for each in ring.collectives if each.dimension == "cp"]
     assert passed and all(each.sent_bytes == each.message_bytes for each in passed)
@@ -256,17 +258,17 @@ def test_a_dry_run_is_what_really_runs(pool: Pool, tmp_path: Path, name: str) ->
 def test_the_first_step_holds_what_the_second_does(parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So one step is enough: a second changes no peak, but for the numbers of the first that the guards keep."""
     made = recipe(model={"layers": 4}, parallel=parallel, training={"microbatch": 1})
-    one, step = dry_run(made, 4, 0).memory, TrainState.step
+    one, step = dry_run(made, 4, 0).memory, dryrun_step.take_step
 
-    def twice(learner: TrainState, number: int, batch: Batch, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def twice(learner: TrainState, number: int, batch: Batch, factor: float) -> Any:
         step(learner, number, batch, factor)
         return step(learner, number + 1, batch, factor)
 
-    monkeypatch.setattr(TrainState, "step", twice)
+    monkeypatch.setattr(dryrun_step, "take_step", twice)
     two = dry_run(made, 4, 0).memory
-    assert {purpose: two.most[purpose] - size for purpose, size in one.most.items() if purpose != "other"} == {
-        "weights": 0, "gathered": 0, "gradients": 0, "optimizer": 0, "activations": 0,
-    }  # fmt: skip
+    more = {purpose: two.most[purpose] - size for purpose, size in one.most.items() if purpose != "other"}
+    assert more.pop("activations") in (0, 8), "the loss"
+    assert more == {"weights": 0, "gathered": 0, "gradients": 0, "optimizer": 0}
     assert 0 <= two.peak.total - one.peak.total <= 4 * 8 + 1, "loss, norm, z-scores and judgement until a review"
 
 
@@ -292,15 +294,15 @@ def test_what_check_predicts_is_what_the_dry_run_measures(ranks: int, rank: int,
     """
     made = recipe(**{**sections, "training": {"microbatch": 1, **sections.get("training", {})}})
     layout = require_layout(made.parallel, ranks)
-    coordinates = layout.coordinates(rank)
-    predicted, measured = rank_state_bytes(made, layout, coordinates), dry_run(made, ranks, rank).memory
+    held = local_parameters(place(made, layout), rank)
+    predicted, measured = state_bytes(made, layout, held), dry_run(made, ranks, rank).memory
     units: Counter[str] = Counter()
-    for each in local_parameters(made, layout, coordinates.tp)[coordinates.pp]:
+    for each in held:
         units[".".join(each.name.split(".")[:2]) if each.name.startswith("layers.") else ""] += prod(each.used)
     on_the_way = 2 * max(units.values())
     after = measured.by_phase["optimizer"].by_purpose
     assert after["weights"] == after["gradients"] == predicted["weights"]
-    assert after["gathered"] == 0 and after["activations"] in (0, 4), "the loss"
+    assert after["gathered"] == 0 and after["activations"] <= 16, "losses, and the count of tokens"
     assert after["optimizer"] - predicted["optimizer"] in (0, 4), "AdamW's step count"
     assert 0 <= measured.most["gathered"] - predicted["gathered"] <= 2 * on_the_way
     assert 0 <= measured.most["gradients"] - predicted["gradients"] <= (2 + 4) * on_the_way
@@ -336,7 +338,7 @@ def test_memory_for_activations_is_what_autograd_saves(microbatches: int) -> Non
     for parameter in model.module.parameters():
         torch.nn.init.normal_(parameter)
     tokens = torch.randint(0, 256, (microbatches, 4 // microbatches, LENGTH))
-    batch = Batch(tokens, tokens, None, None, (), 4, tokens.numel())
+    batch = Batch(tokens, tokens, None, None, (), 0, 4, tokens.numel())
     apart = {tensor.untyped_storage().data_ptr() for tensor in (tokens, *model.module.parameters())}
     saved: dict[int, int] = {}
     kept = []
@@ -352,7 +354,7 @@ def test_memory_for_activations_is_what_autograd_saves(microbatches: int) -> Non
         loss = model.module(batch.tokens[0], batch.labels[0])
     del loss
     beside = run.memory.most["activations"] - sum(saved.values())
-    assert 0 <= beside <= 24, "but the loss itself and what it is divided by"
+    assert 0 <= beside <= 32, "but the loss itself, its sum, and what it is divided by"
 
 
 def test_recomputed_activations_are_not_kept() -> None:
@@ -406,7 +408,7 @@ def test_the_recipes_of_llama_3_run_dry(name: str, world: int) -> None:
     for rank in (0, world - 1):
         run = dry_run(made, world, rank)
         assert {each.dimension for each in run.collectives} >= {
-            "dp_shard_cp" if made.parallel.cp > 1 else "dp_shard",
+            "dp_shard",
             "world",
         }
         share = run.memory.most["weights"] / (4 * parameters / world)

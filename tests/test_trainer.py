@@ -75,7 +75,9 @@ def test_worker_processes_change_no_number(folder: Path) -> None:
 
 def test_overfitting_one_batch_goes_to_zero(folder: Path) -> None:
     assert train("--training.steps=200", "--debug.overfit_one_batch=true", "--optimizer.name=muon") == 0
-    assert rows(key="loss")[-1]["loss"] < 0.05
+    first, *_, last = rows(key="loss")
+    assert last["loss"] < 0.05
+    assert (last["step"], last["samples"]) == (200, 200 * first["samples"])  # counted as of any run
 
 
 def test_a_finished_run_started_again_is_done_at_once(folder: Path) -> None:

@@ -28,6 +28,7 @@ from titanlite.cli.train import main
 from titanlite.errors import UsageError
 from titanlite.models.shard import Shard
 from titanlite.observe.run_folder import Start
+from titanlite.training import trainer
 from titanlite.training.saving import usable_snapshots
 from titanlite.training.train_state import TrainState
 
@@ -255,7 +256,7 @@ def curve(name: str) -> list[tuple[Any, ...]]:
 
 def killed(train: Callable[..., int], step: int, *words: str) -> None:
     """A run that dies in `step`."""
-    take_step = TrainState.step
+    take_step = trainer.take_step
 
     def dies(self: TrainState, number: int, *rest: Any) -> Any:
         if number == step:
@@ -263,7 +264,7 @@ def killed(train: Callable[..., int], step: int, *words: str) -> None:
         return take_step(self, number, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainState, "step", dies)
+        patch.setattr(trainer, "take_step", dies)
         with pytest.raises(RuntimeError, match="dies"):
             train(*words)
 

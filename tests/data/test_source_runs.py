@@ -14,6 +14,7 @@ from support.tiny import train, write_tiny
 from titanlite.cli.data import main as data_command
 from titanlite.parallel.world import World
 from titanlite.recipe.load import load_recipe, to_toml
+from titanlite.training import trainer
 from titanlite.training.train_state import TrainState
 
 SOURCES = """
@@ -83,14 +84,14 @@ def test_a_validation_set_that_cannot_be_read_ends_a_run_that_is_saved(
     (folder / "recipe.toml").write_text(
         (folder / "recipe.toml").read_text().replace('["corpus.txt", "cubes.txt"]', '"held"')
     )
-    step = TrainState.step
+    step = trainer.take_step
 
     def cut(self: TrainState, number: int, *rest: Any) -> Any:
         if number == cut_at:
             os.truncate("held.bin", 1_000)
         return step(self, number, *rest)
 
-    monkeypatch.setattr(TrainState, "step", cut)
+    monkeypatch.setattr(trainer, "take_step", cut)
     assert train("--checkpoint.every_steps=3", "--resilience.on_spike=rollback") == 2
     printed = capsys.readouterr().err
     assert f"validation after step {saved}: the set both" in printed and "held.bin: cut short" in printed

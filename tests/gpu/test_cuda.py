@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.whole import shards_of
 
 import titanlite.models.loss
 from titanlite.cli.main import run_command
@@ -18,10 +19,10 @@ from titanlite.models.init import initialise
 from titanlite.models.llama_spec import PRESETS, SPEC, initial_std
 from titanlite.optim.base import Weights, optimizer_spec
 from titanlite.parallel.model import GradientAccumulation, ParallelModel, no_sync
-from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan
 from titanlite.recipe.sections import Data, Optimizer, Recipe
+from titanlite.training.step import take_step
 from titanlite.training.train_state import TrainState
 
 pytestmark = pytest.mark.gpu
@@ -34,20 +35,22 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     from titanlite.parallel.units import compile_units
 
     model = SPEC.build(CONFIG, dtype).to(torch.promote_types(dtype, torch.float32))
-    initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(CONFIG, name), 0)
+    initialise(shards_of(model).table, lambda name: initial_std(CONFIG, name), 0)
     model.to(device)
     if compiled:
         compile_units(model, SPEC)
     weights, recipe = Weights(dict(model.named_parameters())), Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3))
     optimizer = optimizer_spec(optimizer_name).build(recipe, SPEC, weights, dtype)
     passes = GradientAccumulation(model, no_sync)
-    parallel = ParallelModel(model, World(0, 1, torch.device(device)), Shards(dict(model.named_parameters())), passes)
+    parallel = ParallelModel(model, World(0, 1, torch.device(device)), shards_of(model), passes)
     plan = BatchPlan(global_batch=8, data_ranks=1, data_rank=0, microbatch=4)
     curve = []
     for batch in train_loader(open_data(Data(), 128, 0).train, plan, range(0, 8 * steps, 8)):
-        loss = parallel.forward_backward(batch.to(torch.device(device)))
+        valid = torch.tensor(float(batch.valid_tokens), dtype=torch.float64, device=device)
+        loss = parallel.forward_backward(batch.to(torch.device(device)), valid)
         norm = parallel.shards.clip_gradients(1.0)
-        optimizer.step(1.0, torch.isfinite(norm))
+        for lr, rule in optimizer.rules:
+            rule.step(lr, torch.isfinite(norm))
         model.zero_grad(set_to_none=True)
         curve.append(loss.item())
     return curve
@@ -90,7 +93,7 @@ def test_a_step_does_not_wait_for_the_device(
         if step == 4:  # the first steps allocate, compile and autotune
             torch.cuda.set_sync_debug_mode("error")
         try:
-            learner.step(step, batch.to(device), 1.0)
+            take_step(learner, step, batch.to(device), 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

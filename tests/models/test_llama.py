@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.whole import shards_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig as HuggingFaceConfig
@@ -24,7 +25,6 @@ from titanlite.models.llama_spec import (
     model_config,
     to_huggingface,
 )
-from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Model, RopeScaling
 
 pytestmark = pytest.mark.quick
@@ -47,7 +47,7 @@ SHAPES = {
 def build(config: LlamaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llama:
     model = SPEC.build(config, dtype)
     model.to(torch.promote_types(dtype, torch.float32))
-    initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(config, name), seed)
+    initialise(shards_of(model).table, lambda name: initial_std(config, name), seed)
     return model
 
 

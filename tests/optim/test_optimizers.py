@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from support.whole import shards_of
 
 from titanlite.models.init import initialise
 from titanlite.models.llama_spec import SPEC, LlamaConfig, initial_std
 from titanlite.optim import base
 from titanlite.optim.base import Weights, optimizer_spec
 from titanlite.optim.muon import Muon, orthogonalise
-from titanlite.parallel.shards import Shards
 from titanlite.recipe.sections import Optimizer, Recipe
 
 CONFIG = LlamaConfig(dim=24, layers=2, heads=2, kv_heads=1, ffn_dim=40, vocab_size=64)
@@ -24,13 +24,18 @@ TAKEN, NOT_TAKEN = torch.tensor(True), torch.tensor(False)
 
 def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     model = SPEC.build(CONFIG, dtype).to(dtype)
-    initialise(Shards(dict(model.named_parameters())).table, lambda name: initial_std(CONFIG, name), 0)
+    initialise(shards_of(model).table, lambda name: initial_std(CONFIG, name), 0)
     return model
 
 
 def optimizer_of(model: torch.nn.Module, section: Optimizer, compute: torch.dtype = torch.float32) -> base.Optimizer:
     weights = Weights(dict(model.named_parameters()))
     return optimizer_spec(section.name).build(Recipe(optimizer=section), SPEC, weights, compute)
+
+
+def update(optimizer: base.Optimizer, factor: float, taken: torch.Tensor) -> None:
+    for lr, rule in optimizer.rules:
+        rule.step(lr * factor, taken)
 
 
 def set_gradients(model: torch.nn.Module, seed: int) -> None:
@@ -51,7 +56,7 @@ def test_adamw_is_torchs_plain_loop_with_decay_on_matrices_only() -> None:
     for step in range(5):
         set_gradients(ours, step)
         set_gradients(theirs, step)
-        optimizer.step(0.5, TAKEN)
+        update(optimizer, 0.5, TAKEN)
         reference.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -127,13 +132,13 @@ def test_a_step_not_taken_changes_no_bit(name: str) -> None:
     model = small_model()
     optimizer = optimizer_of(model, Optimizer(name=name))
     set_gradients(model, 0)
-    optimizer.step(1.0, TAKEN)
+    update(optimizer, 1.0, TAKEN)
     before = copy.deepcopy((dict(model.named_parameters()), optimizer.state()))
     set_gradients(model, 1)
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.grad.view(-1)[0] = float("nan")
-    optimizer.step(1.0, NOT_TAKEN)
+    update(optimizer, 1.0, NOT_TAKEN)
     for table, now in zip(before, (dict(model.named_parameters()), optimizer.state()), strict=True):
         assert all(torch.equal(table[key], now[key]) for key in table)
 
@@ -144,7 +149,7 @@ def test_state_copied_into_a_new_optimizer_goes_on_bitwise(name: str) -> None:
     section = Optimizer(name=name)
     a, b = (optimizer_of(model, section) for model in (first, second))
     set_gradients(first, 0)
-    a.step(1.0, TAKEN)
+    update(a, 1.0, TAKEN)
     with torch.no_grad():
         for source, target in zip(first.parameters(), second.parameters(), strict=True):
             target.copy_(source)
@@ -152,7 +157,7 @@ def test_state_copied_into_a_new_optimizer_goes_on_bitwise(name: str) -> None:
             tensor.copy_(a.state()[key])
     for model, optimizer in ((first, a), (second, b)):
         set_gradients(model, 1)
-        optimizer.step(0.7, TAKEN)
+        update(optimizer, 0.7, TAKEN)
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -161,7 +166,7 @@ def test_clipping_is_torchs(clip_norm: float) -> None:
     ours, theirs = small_model(), small_model()
     set_gradients(ours, 3)
     set_gradients(theirs, 3)
-    norm = Shards(dict(ours.named_parameters())).clip_gradients(clip_norm)
+    norm = shards_of(ours).clip_gradients(clip_norm)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm or float("inf"))
     torch.testing.assert_close(norm, expected)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

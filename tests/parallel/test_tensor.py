@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from support.recipes import recipe
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -14,6 +15,8 @@ from titanlite.models.layers import Embedding, Linear
 from titanlite.models.llama_spec import PRESETS, SPEC
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.tensor import apply_tensor_parallel
+from titanlite.plan.layout import Layout
+from titanlite.plan.placement import place
 
 RANKS, RANK = 4, 2
 
@@ -35,7 +38,7 @@ class Counted(nn.Module):
 
 def test_each_rank_keeps_its_part_of_what_is_split(group: dist.ProcessGroup) -> None:
     model, labels = nn.ModuleDict({"counted": Counted()}), torch.randint(0, 3, (2, 4 * RANKS))
-    apply_tensor_parallel(model, (ShardingRule("counted", "split"),), group, {})
+    apply_tensor_parallel(model, (ShardingRule("counted", "split"),), {}, RANK, group, {})
     kept = model["counted"](labels, but=0)
     assert kept.equal((labels != 0)[:, 4 * RANK : 4 * RANK + 4])
     assert "(counted): SplitSequence(\n    ranks=4\n    (whole): Counted()" in str(model)
@@ -56,7 +59,7 @@ def test_each_rank_keeps_its_part_of_what_is_split(group: dist.ProcessGroup) -> 
 def test_a_rule_for_what_it_cannot_replace_is_refused(group: dist.ProcessGroup, style: str, module: nn.Module) -> None:
     """What a replacement does not compute would be lost without a word."""
     with pytest.raises(TypeError, match=f"the sharding plan has '{style}' for .*{type(module).__name__}"):
-        apply_tensor_parallel(nn.ModuleDict({"one": module}), (ShardingRule("one", style),), group, {})  # type: ignore[arg-type]
+        apply_tensor_parallel(nn.ModuleDict({"one": module}), (ShardingRule("one", style),), {}, RANK, group, {})  # type: ignore[arg-type]
 
 
 def test_a_model_shows_what_its_ranks_do_and_keeps_its_names(group: dist.ProcessGroup) -> None:
@@ -64,13 +67,16 @@ def test_a_model_shows_what_its_ranks_do_and_keeps_its_names(group: dist.Process
     with torch.device("meta"):
         model = SPEC.build(config, torch.float32)
     names, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
-    apply_tensor_parallel(model, SPEC.sharding(config), group, {})
+    placements = place(recipe(model__preset="125m"), Layout(1, 1, tp=RANKS))
+    placements |= {"head.weight": placements["embed.weight"]}
+    apply_tensor_parallel(model, SPEC.sharding(config), placements, RANK, group, {})
     assert list(model.state_dict()) == names and [name for name, _ in model.named_modules()] == modules
     assert all(each.is_meta for each in model.parameters())
     shown = str(model)
     for line in (
         "(embed): VocabularyEmbedding(8000, 768)",
         "(input): GatherSequence(ranks=4)",
+        "(wq): Linear(in_features=768, out_features=192, bias=False)",
         "(wo): RowLinear(in_features=192, out_features=768, bias=False)",
         "(down): RowLinear(in_features=640, out_features=768, bias=False)",
         "(loss): VocabularyLoss()",

@@ -13,7 +13,7 @@ from support.pool import Pool
 def test_a_deliberate_fault_is_seen(pool: Pool, corpus: str, fault: faults.Callable[[faults.Patch], None]) -> None:
     ranks, sections = faults.FAULTS[fault]
     recipe = small_recipe(corpus, **sections).model_dump_json()
-    expected = reference(corpus)
+    expected = reference(corpus, **sections)
     try:
         found = results(pool.run(faults.train, ranks, fault.__name__, recipe))[0]
     except AssertionError as error:

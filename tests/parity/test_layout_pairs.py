@@ -112,7 +112,7 @@ def assert_same_bits(found: Whole, expected: Whole) -> None:
 
 def pairs() -> list[Any]:
     """All for AdamW, each layout once on either side for Muon."""
-    names = list(LAYOUTS)
+    names = list(LAYOUTS)  # those above, of one mesh
     adamw = [(saver, loader, "adamw") for saver, loader in itertools.product(names, names)]
     muon = [(saver, loader, "muon") for saver, loader in zip(names, names[5:] + names[:5], strict=True)]
     assert set(adamw + muon) > DEFAULT
@@ -141,6 +141,29 @@ def test_one_layout_goes_on_from_another(
     for curve, weights in ends:
         assert len(curve["loss"]) == STEP
         assert_same((curve, weights), last_steps(reference(corpus, optimizer=name), curve))
+
+
+MIXTURE = {"preset": "mixture"}
+LAYOUTS |= {
+    "ep of tp and cp": (8, {"tp": 2, "cp": 2, "ep": 4, "zero_stage": 3}),
+    "ep": (3, {"ep": 3, "zero_stage": 2}),
+    "ep, pp": (4, {"pp": 2, "ep": 2, "zero_stage": 1}),
+}
+
+
+@pytest.mark.parametrize("loader", ["one process", "ep", "ep, pp"])
+def test_weights_of_two_meshes_and_buffers_go_on_under_another_layout(
+    pool: Pool, corpus: str, checkpoints: Checkpoints, loader: str
+) -> None:
+    folder, saved = checkpoints.of("ep of tp and cp", model=MIXTURE)
+    assert_same_bits(on_disk(folder), saved)
+    assert saved["model.layers.4.router.bias_by_load"].any()
+    from_there = {"resume_from": str(folder)}
+    recipe = small_recipe(corpus, model=MIXTURE, parallel=LAYOUTS[loader][1], checkpoint=from_there)
+    begun, ends = train_on(pool, loader, recipe)
+    assert_same_bits(begun, saved)
+    for curve, weights in ends:
+        assert_same((curve, weights), last_steps(reference(corpus, model=MIXTURE), curve))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.plan.layout import Coordinates, Layout, batch_plan, layout_of
-from titanlite.plan.placement import GroupRank, Placement
 from titanlite.recipe.sections import Parallel, Pipeline, Recipe, Training
 
 degrees = st.integers(1, 4)
@@ -65,18 +64,3 @@ def test_each_sample_is_counted_once_and_its_group_has_it(
     assert len(shapes) == 1
     if layout.pp > 1 and passes is not None:
         assert next(iter(shapes))[0] >= passes
-
-
-@given(st.integers(1, 500), st.integers(1, 12), st.integers(1, 9))
-def test_slices_tile_and_keep_units_together(units: int, unit: int, ranks: int) -> None:
-    whole = units * unit
-    placement = Placement(0, whole, unit)
-    shares = [placement.local_range(GroupRank(rank, ranks)) for rank in range(ranks)]
-    end = 0
-    for first, size in shares:
-        assert (first, size >= 0) == (end, True)
-        end = first + size
-        assert end % unit == 0
-    assert end == whole
-    sizes = [size // unit for _, size in shares]
-    assert max(sizes) - min(sizes) <= 1

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import itertools
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.recipes import pipeline, recipe
 
@@ -20,8 +19,9 @@ from titanlite.plan import memory
 from titanlite.plan.describe import describe_run, sharding_table
 from titanlite.plan.layout import Layout, batch_plan, layout_of
 from titanlite.plan.memory import local_parameters
-from titanlite.plan.placement import GroupRank, find_placements, local_slices
+from titanlite.plan.placement import place
 from titanlite.plan.rules import RULES, apply_rules
+from titanlite.plan.rules.layout import stages
 from titanlite.recipe.load import load_recipe
 from titanlite.recipe.sections import Recipe
 
@@ -459,14 +459,11 @@ def test_all_ranks_together_hold_the_model_as_often_as_there_are_copies(any_reci
     # Norms are in whole on each tensor parallel rank, and a tied table is at both ends of a pipeline.
     once = sum(p.numel() * (layout.tp if "norm" in name else 1) for name, p in model.named_parameters())
     twice = config.vocab_size * config.dim if config.tie_embeddings and layout.pp > 1 else 0
-    held = [
-        local_parameters(any_recipe, layout, tp_rank, cut_rank)
-        for tp_rank in range(layout.tp)
-        for cut_rank in range(cut)
-    ]
-    sizes = [[sum(prod(item.kept) for item in rank) for rank in ranks] for ranks in held]
-    assert sum(map(sum, sizes)) * copies == (once + twice) * copies
-    assert describe_run(any_recipe, world)["parameters_kept"] == max(map(max, sizes))
+    table = place(any_recipe, layout)
+    held = [local_parameters(table, rank) for rank in range(world)]
+    sizes = [sum(prod(item.kept) for item in rank) for rank in held]
+    assert sum(sizes) == (once + twice) * copies
+    assert describe_run(any_recipe, world)["parameters_kept"] == max(sizes)
 
 
 @settings(max_examples=40, deadline=None)
@@ -478,27 +475,16 @@ def test_parts_of_a_checkpoint_are_counted_as_the_ranks_cut_them(
     parallel, spec = any_recipe.parallel, spec_of(any_recipe.model.preset)
     layout = layout_of(parallel, parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp * parallel.pp)
     assert layout is not None
-    config = spec.configure(any_recipe.model)
-    cuts, tied = find_placements(spec.shapes(config), spec.sharding(config)), spec.tied(config).values()
-    copies, cut = layout.weights(parallel.zero_stage)
-    ranks = list(itertools.product(range(layout.tp), range(cut), range(copies), range(2)))
+    assume(not any(stages(any_recipe, layout)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SHARED_BYTES", shared_bytes)
         number = 0
-        for name, shape in spec.shapes(config).items():
-            for tp, row, copy, end in ranks:
-                at_both_ends = name in tied and layout.pp > 1
-                if end and not at_both_ends:
-                    continue
-                held, holder = copies * (1 + at_both_ends), copy * (1 + at_both_ends) + end
-                if name not in cuts:
-                    held, holder = held * layout.tp, holder * layout.tp + tp
-                part = local_slices(shape, cuts.get(name), GroupRank(tp, layout.tp), GroupRank(row, cut))
+        for name, placement in place(any_recipe, layout).items():
+            tensors = 2 if any_recipe.optimizer.name == "muon" and spec.is_block_matrix(name) else 3
+            for rank in filter(placement.on_stage_of, range(layout.size)):
+                part = placement.part(rank)
                 nbytes = 4 * prod(part[1])
-                written = boxes_to_write(name, part, nbytes, held, holder, file_bytes)
-                number += len(written) * (
-                    2 if any_recipe.optimizer.name == "muon" and spec.is_block_matrix(name) else 3
-                )
+                number += tensors * len(boxes_to_write(name, part, nbytes, *placement.copies(rank), file_bytes))
         assert memory.count_parts(any_recipe, spec, layout, file_bytes) == number
 
 

@@ -313,7 +313,7 @@ def test_the_model_has_the_linears_that_are_decided_on(preset: str) -> None:
     [
         ("warning", "precision.float8.enabled", 1, recipe()),
         ("error", "precision.float8.exclude", 1, recipe(min_size=0, exclude=["layers.*.wq"])),
-        ("error", "parallel.tp", 4, recipe("30m", {"tp": 3, "dp_shard": 1}, min_size=0)),
+        ("error", "parallel.tp", 3, recipe("30m", {"tp": 3, "dp_shard": 1}, min_size=0)),
         ("warning", "precision.float8.exclude", 8, recipe("llama3-8b", {"tp": 8})),
         (
             "error", "precision.float8.enabled", 2,

@@ -20,7 +20,7 @@ def test_a_message_is_read_as_it_was_written() -> None:
     """Linears come out as float8 has them, all else bit for bit; a message has half the bytes."""
     unit = nn.ModuleDict({"norm": nn.LayerNorm(19), "wide": Linear(128, 33), "plain": Linear(3, 5)})
     unit["wide"].multiply = Float8Linear(SETTINGS["tensorwise"])
-    gather = Float8Gather(unit, 2)
+    gather = Float8Gather(unit.modules(), 2)
     norm, wide, plain = torch.randn(2, 10), torch.randn(17, 128), torch.randn(3, 3)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         sent = [part.to(dtype).flatten() for part in (norm, wide, plain)]

@@ -24,6 +24,7 @@ from titanlite.cli.main import _launcher_exit_code
 from titanlite.errors import GuardStop, StoppedEarly, UsageError
 from titanlite.resilience import watchdog
 from titanlite.resilience.crashes import Crash, attempts, digest, history, record, refuse_loop
+from titanlite.training import trainer
 from titanlite.training.train_state import TrainState
 
 TINY = SECTIONS
@@ -37,7 +38,7 @@ CRASH = Crash(
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Makes a step of every run from now on fail; None: none."""
-    take_step = TrainState.step
+    take_step = trainer.take_step
 
     def at(step: int | None) -> None:
         def failing_step(self: TrainState, number: int, *rest: Any) -> Any:
@@ -45,7 +46,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
                 raise ValueError("the sample is poisoned")
             return take_step(self, number, *rest)
 
-        monkeypatch.setattr(TrainState, "step", failing_step)
+        monkeypatch.setattr(trainer, "take_step", failing_step)
 
     return at
 
@@ -182,8 +183,8 @@ def test_a_step_that_hangs_again_and_again_ends_the_run(
         hangs.clear()
         raise EndedError
 
-    take_step, hangs, ended = TrainState.step, threading.Event(), threading.Event()
-    monkeypatch.setattr(TrainState, "step", hang)
+    take_step, hangs, ended = trainer.take_step, threading.Event(), threading.Event()
+    monkeypatch.setattr(trainer, "take_step", hang)
     monkeypatch.setattr(watchdog, "silence", lambda *_: math.inf if hangs.is_set() else 0.0)
     monkeypatch.setattr(watchdog, "_ENDING_SECONDS", 600.0)
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())

@@ -24,7 +24,7 @@ def test_the_run_ends_when_its_grace_is_over(folder: Path) -> None:
     process.send_signal(signal.SIGUSR1)
     ((code, said),) = ended([process])
     assert code == 128 + signal.SIGUSR1
-    assert "grace_seconds = 0.5 are over: up to step 2 is saved; what came after, up to step 4, is lost" in said
+    assert "grace_seconds = 0.5 are over: up to step 2 is saved; what came after, up to step 3, is lost" in said
     assert [path.name for path in (RUN / "checkpoints").iterdir()] == ["step-00000002"]
 
 

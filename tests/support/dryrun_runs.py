@@ -14,6 +14,7 @@ from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.step import world_dimension
 from titanlite.plan.layout import layout_of
 from titanlite.recipe.sections import Recipe
+from titanlite.training import trainer
 from titanlite.training.train_state import TrainState
 
 
@@ -39,13 +40,13 @@ def messages_of_two_steps(rank: int, world: int, recipe_json: str) -> list[list[
     layout = layout_of(recipe.parallel, world)
     assert layout is not None
     logs = [CollectiveLog(world_dimension(layout, recipe.parallel.zero_stage)) for _ in range(2)]
-    step: Callable[..., tuple[Tensor, Tensor]] = TrainState.step
+    step: Callable[..., tuple[Tensor, Tensor]] = trainer.take_step
 
     def shown(learner: TrainState, number: int, *arguments: Any) -> tuple[Tensor, Tensor]:
         with Shown(logs[number - 1]):
             return step(learner, number, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainState, "step", shown)
+        patch.setattr(trainer, "take_step", shown)
         parity_runs.train(rank, world, recipe_json)
     return [log.recorded for log in logs]

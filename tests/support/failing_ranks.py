@@ -48,9 +48,10 @@ def failing(fault: str, step: int, rank: int) -> None:
     import torch
 
     from titanlite.plan.launch import launch_environment
+    from titanlite.training import trainer
     from titanlite.training.train_state import TrainState
 
-    take_step = TrainState.step
+    take_step = trainer.take_step
 
     def failing_step(self: TrainState, number: int, *rest: Any) -> Any:
         if number == step and launch_environment().rank == rank:
@@ -64,7 +65,7 @@ def failing(fault: str, step: int, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(self, number, *rest)
 
-    TrainState.step = failing_step  # type: ignore[method-assign]
+    trainer.take_step = failing_step
 
 
 if __name__ == "__main__":

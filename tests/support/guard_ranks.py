@@ -12,8 +12,10 @@ from support.parity.parity_runs import open_trainer
 from titanlite.errors import TitanliteError
 from titanlite.observe.jsonl import Row
 from titanlite.parallel.model import ParallelModel
+from titanlite.parallel.shards import Shards
 from titanlite.plan.rules import apply_rules
 from titanlite.recipe.sections import Recipe
+from titanlite.training import trainer
 from titanlite.training.train_state import TrainState
 
 Ended = tuple[str, list[Row], dict[str, torch.Tensor]]
@@ -38,19 +40,16 @@ def train(rank: int, world: int, recipe_json: str, folder: str, fault: tuple[str
 
 
 def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
-    whole_step, forward_backward, compute, add = (
-        TrainState.step, ParallelModel.forward_backward, ParallelModel.compute, ParallelModel.sum
-    )  # fmt: skip
+    whole_step, forward_backward, take = trainer.take_step, ParallelModel.forward_backward, Shards.take_gradients
     calls = {"steps": 0, "passes": 0}
 
-    def nan_in_a_gradient(self: ParallelModel, batch: Any) -> torch.Tensor:
-        loss = forward_backward(self, batch)
+    def nan_in_a_gradient(self: Shards) -> None:
+        take(self)
         calls["steps"] += 1
         if calls["steps"] == step:
-            held = next(tensor for tensor in self.shards.local().values() if tensor.numel())
+            held = next(tensor for tensor in self.local().values() if tensor.numel())
             assert held.grad is not None
             held.grad.view(-1)[0] = float("nan")
-        return loss
 
     def flipped(choose: Callable[[TrainState], torch.Tensor]) -> Callable[..., Any]:
         def stepped(self: TrainState, *arguments: Any) -> Any:
@@ -69,25 +68,25 @@ def _inject(patch: pytest.MonkeyPatch, kind: str, step: int) -> None:
             [tensor for tensor in self.weights.values() if tensor.numel()][-1].detach().view(-1)[0] = float("inf")
         return result
 
-    def another_loss(self: ParallelModel, batch: Any) -> torch.Tensor:
+    def another_loss(self: ParallelModel, batch: Any, valid: torch.Tensor) -> torch.Tensor:
         calls["passes"] += 1
-        return compute(self, batch) * (1 + 1e-15 * (calls["passes"] == step))
+        return forward_backward(self, batch, valid) * (1 + 1e-15 * (calls["passes"] == step))
 
-    def another_gradient(self: ParallelModel, own: torch.Tensor) -> torch.Tensor:
-        loss = add(self, own)
+    def another_gradient(self: Shards) -> None:
+        take(self)
         calls["passes"] += 1
         if calls["passes"] == step:
-            held = self.shards.local()["norm.weight"]
+            held = self.local()["norm.weight"]
             assert held.grad is not None
             held.grad.view(-1)[:1].view(torch.int64).bitwise_xor_(1)
-        return loss
 
+    owner: Any
     owner, name, broken = {
-        "nan": (ParallelModel, "forward_backward", nan_in_a_gradient),
-        "ruined": (TrainState, "step", ruined),
-        "weight": (TrainState, "step", flipped(lambda self: self.weights["norm.weight"].detach())),
-        "moment": (TrainState, "step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
-        "loss twice": (ParallelModel, "compute", another_loss),
-        "gradient twice": (ParallelModel, "sum", another_gradient),
+        "nan": (Shards, "take_gradients", nan_in_a_gradient),
+        "ruined": (trainer, "take_step", ruined),
+        "weight": (trainer, "take_step", flipped(lambda self: self.weights["norm.weight"].detach())),
+        "moment": (trainer, "take_step", flipped(lambda self: self.optimizer.state()["norm.weight/square"])),
+        "loss twice": (ParallelModel, "forward_backward", another_loss),
+        "gradient twice": (Shards, "take_gradients", another_gradient),
     }[kind]
     patch.setattr(owner, name, broken)

@@ -37,7 +37,7 @@ class KeptRows:
         pass
 
     def curve(self) -> Curve:
-        keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte")
+        keys = ("loss", "grad_norm", "validation_loss", "bits_per_byte", "model/router_z", "model/load.0/1")
         return {key: [row[key] for row in self.rows if key in row] for key in keys}
 
 

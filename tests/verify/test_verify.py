@@ -113,12 +113,13 @@ def test_alone(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_alone_with_a_mistake(recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    token_losses = GradientAccumulation._token_losses
+    forward = GradientAccumulation._forward
 
     def dropped(self: GradientAccumulation, batch: Any, index: int) -> Any:
-        return token_losses(self, batch, index) * (index != 1)
+        output = forward(self, batch, index)
+        return output._replace(result=output.result * (index != 1))
 
-    monkeypatch.setattr(GradientAccumulation, "_token_losses", dropped)
+    monkeypatch.setattr(GradientAccumulation, "_forward", dropped)
     assert main(["verify", recipe, "--json"]) == 3
     printed = capsys.readouterr()
     found = json.loads(printed.out)

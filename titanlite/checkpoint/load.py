@@ -273,10 +273,8 @@ class TensorFile:
 
 def runs(whole: Box, box: Box) -> Iterator[tuple[int, int]]:
     """(first element, elements) of what lies together of a box in an array that holds `whole`, row-major; in order."""
-    start, size, shape = [a - b for a, b in zip(box[0], whole[0], strict=True)], box[1], whole[1]
-    if not shape:
-        yield 0, 1
-        return
+    start = [a - b for a, b in zip(box[0], whole[0], strict=True)] or [0]
+    size, shape = box[1] or (1,), whole[1] or (1,)  # a scalar is a row of one
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     inner = len(shape) - 1  # the axes after it are spanned whole, so that a run goes through them
     while inner > 0 and size[inner] == shape[inner]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.checkpoint.format import Manifest
+from titanlite.checkpoint.format import Manifest, folder_name
 from titanlite.checkpoint.storage import BEGINS_WITH, checkpoint_steps, read_manifest
 from titanlite.corpus.prepare import find_inputs, prepare, texts_folder
 from titanlite.corpus.token_file import TokenFile, TokenInfo, TokenizerInfo, paths_of
@@ -132,7 +132,7 @@ def _newest_manifest(run: Path) -> Manifest | None:
     """That of the newest checkpoint that has a whole one; None without any."""
     for step in reversed(checkpoint_steps(run / "checkpoints")):
         with suppress(DamagedCheckpointError, FileNotFoundError):  # what deletes old ones may do so just now
-            return read_manifest(run / "checkpoints" / f"step-{step:08d}")
+            return read_manifest(run / "checkpoints" / folder_name(step))
     return None
 
 

@@ -13,7 +13,7 @@ from titanlite.checkpoint.format import Manifest
 from titanlite.checkpoint.storage import recipe_of
 from titanlite.corpus.tokenizers import is_another, tokenizer_of_run
 from titanlite.errors import CheckpointError, UsageError
-from titanlite.models.spec import spec_of
+from titanlite.models.spec import saved_buffers, spec_of
 from titanlite.plan.describe import WEIGHTS_DEPEND_NOT_ON, model_differences
 from titanlite.recipe.load import load_run_recipe
 from titanlite.recipe.paths import path_argument
@@ -74,7 +74,8 @@ def load_model(run: Path, recipe: Recipe, device: torch.device) -> tuple[torch.n
     with device:
         model = spec.build(spec.configure(recipe.model), compute_dtype(recipe.precision))
     model.to(master_dtype(recipe.precision)).requires_grad_(False)
-    weights = {f"model.{name}": Shard.whole(parameter) for name, parameter in model.named_parameters()}
+    held = {**dict(model.named_parameters()), **saved_buffers(model)}
+    weights = {f"model.{name}": Shard.whole(tensor) for name, tensor in held.items()}
     manager = CheckpointManager(run / "checkpoints", lambda text: print(text, file=sys.stderr))
     manifest = manager.load_latest(weights, prefix="model.")
     if manifest is None:

@@ -129,7 +129,7 @@ def validation_batches(
         except UNREADABLE as error:
             failures.append(error)
             windows, label_bytes = [], math.nan
-        yield _assemble(source, windows, numbers, (1, plan.microbatch), count), label_bytes
+        yield _assemble(source, windows, numbers, (1, plan.microbatch), count, 0), label_bytes
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ class _Steps(Dataset[Batch | Exception]):
         except UNREADABLE as error:
             return error
         shape = (self.plan.microbatches, self.plan.microbatch)
-        return _assemble(self.split.sources[0], windows, numbers, shape, self.plan.global_batch)
+        return _assemble(self.split.sources[0], windows, numbers, shape, self.plan.global_batch, first)
 
 
 def _assemble(
-    like: Source, windows: Sequence[Tokens], numbers: Sequence[int], shape: tuple[int, int], sequences: int
+    like: Source, windows: Sequence[Tokens], numbers: Sequence[int], shape: tuple[int, int], sequences: int, first: int
 ) -> Batch:
     """The batch of `windows`, padded at its end to `shape` ([microbatches, microbatch]) sequences, and each of them to
     the sequence length: so nothing which counts sees padding, whose separators open documents. The windows' sources are
@@ -167,7 +167,7 @@ def _assemble(
     inputs, targets, *places = (torch.from_numpy(array).view(*shape, -1) for array in (tokens, labels, *layout))
     positions, documents = places or (None, None)
     valid = sum(len(window) - 1 for window in windows)
-    return Batch(inputs, targets, positions, documents, tuple(numbers), sequences, valid)
+    return Batch(inputs, targets, positions, documents, tuple(numbers), first, sequences, valid)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

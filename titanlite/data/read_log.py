@@ -57,6 +57,7 @@ class ReadLog:
         self._turn = self._begun = 0
         self._next = (0, 0)  # the step that would go on with the stretch, and the rank's first sample then
         self._unwritten = 0  # steps up to there that have no record yet
+        self.pending: list[tuple[int, Sequence[int]]] = []  # steps for `flush` to `read`, with the rank's samples
         self._file: Appender | None = None
         if path is not None:
             with wrap_os_errors(f"cannot write {path}", path):
@@ -86,6 +87,9 @@ class ReadLog:
 
     def flush(self) -> None:
         """Have a record of every step that was read."""
+        pending, self.pending = self.pending, []
+        for step, samples in pending:
+            self.read(step, samples)
         if steps := self._unwritten:
             batch = self._plan.global_batch
             self.write(READ_STEPS, self._next[0] - steps, self._next[1] - steps * batch, steps << 32 | batch)

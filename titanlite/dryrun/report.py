@@ -11,8 +11,8 @@ from typing import Any
 from titanlite.dryrun.collectives import sum_traffic
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.plan.layout import require_layout
-from titanlite.plan.memory import rank_state_bytes
-from titanlite.plan.placement import Shape
+from titanlite.plan.memory import local_parameters, state_bytes
+from titanlite.plan.placement import Shape, place
 from titanlite.recipe.sections import Recipe
 from titanlite.text import format_bytes, format_shape, format_table
 
@@ -22,6 +22,7 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
     """A dry run as rank `rank` of `size`, in plain values. Raises `UsageError` if there is no such rank."""
     run, compiled = dry_run(recipe, size, rank), recipe.compile.enabled
+    layout = require_layout(recipe.parallel, size)
     needs_a_device = {
         "compile.enabled": compiled,
         "recompute.budget": compiled and recipe.recompute.budget is not None,
@@ -39,7 +40,7 @@ def describe_dry_run(recipe: Recipe, size: int, rank: int) -> dict[str, Any]:
         "memory": {
             "peak": asdict(run.memory.peak),
             **asdict(run.memory),  # most, by phase, and in the host's memory
-            "predicted": rank_state_bytes(recipe, require_layout(recipe.parallel, size), run.coordinates),
+            "predicted": state_bytes(recipe, layout, local_parameters(place(recipe, layout), rank)),
         },
         "parameters": list(_group_blocks(run)),
         "left_out": [key for key, is_used in needs_a_device.items() if is_used],

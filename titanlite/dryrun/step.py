@@ -1,6 +1,6 @@
 """A rank's real program, at its real world size, run on fake tensors: it computes nothing and sends nothing.
 
-It is the trainer's own step (`training/train_state.py`), but for compilation, whose code runs on a device alone.
+It is the trainer's own step (`training/step.py`), but for compilation, whose code runs on a device alone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
 from titanlite.models.layers import cpu_stands_for
-from titanlite.parallel.meshes import mesh_dimensions
 from titanlite.parallel.model import Batch
 from titanlite.parallel.world import World
 from titanlite.plan.layout import BatchPlan, Coordinates, Layout, batch_plan, require_layout
-from titanlite.plan.placement import Shape
+from titanlite.plan.placement import Shape, meshes_of
 from titanlite.recipe.sections import Recipe
+from titanlite.training.step import take_step
 from titanlite.training.train_state import TrainState
 
 
@@ -70,14 +70,17 @@ def dry_run(recipe: Recipe, size: int, rank: int) -> DryRun:
         trace.follow(state.model.module)
         _trace_phases(state, trace, recipe.parallel.offload)
         stack.enter_context(fakes)
-        state.step(1, _batch(recipe, batch_plan(recipe, layout, coordinates.data)), 1.0)
+        batch = _batch(recipe, batch_plan(recipe, layout, coordinates.data))
+        trace.phase = "passes"
+        take_step(state, 1, batch, 1.0)
         shapes = {name: (tuple(each.tensor.shape), each.shape) for name, each in state.shards.table.items()}
         return DryRun(coordinates, log.recorded, trace.summarize(), shapes)
 
 
 def world_dimension(layout: Layout, zero_stage: int) -> str | None:
     """The dimension of the weights' mesh that all ranks are in, if there is one."""
-    return next((name for name, n in mesh_dimensions(layout, zero_stage).items() if n == layout.size), None)
+    degrees = meshes_of(layout, zero_stage)["weights"].degrees
+    return next((name for name, degree in degrees if degree == layout.size), None)
 
 
 @contextmanager
@@ -97,27 +100,26 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
 
 def _trace_phases(state: TrainState, trace: MemoryTrace, offload: bool) -> None:
     """Have the step tell the trace what it is at, and which tensors hold what."""
-    forward_backward, update = state.model.forward_backward, state.optimizer.step
+    take_gradients, judge = state.shards.take_gradients, state.guards.judge
     for tensor in state.weights.values():
         trace.mark(tensor, "weights", offload)
     for tensor in state.optimizer.state().values():
         trace.mark(tensor, "optimizer", offload)
 
-    def traced_forward_backward(batch: Batch) -> Tensor:
-        trace.phase = "passes"
-        loss = forward_backward(batch)
+    def traced_take_gradients() -> None:
+        take_gradients()
         for weight in state.weights.values():
             if weight.grad is not None:
                 trace.mark(weight.grad, "gradients", offload)
         trace.phase = "clipping"
-        return loss
 
-    def traced_step(factor: float, taken: Tensor) -> None:
+    def traced_judge(*arguments: Any) -> Tensor:
+        taken = judge(*arguments)
         trace.phase = "optimizer"
-        update(factor, taken)
+        return taken
 
-    state.model.forward_backward = traced_forward_backward  # type: ignore[method-assign]
-    state.optimizer.step = traced_step  # type: ignore[method-assign]
+    state.shards.take_gradients = traced_take_gradients  # type: ignore[method-assign]
+    state.guards.judge = traced_judge  # type: ignore[method-assign,assignment]
 
 
 def _batch(recipe: Recipe, plan: BatchPlan) -> Batch:
@@ -125,7 +127,7 @@ def _batch(recipe: Recipe, plan: BatchPlan) -> Batch:
     shape = (plan.microbatches, plan.microbatch, recipe.training.sequence_length)
     tokens, labels, *masks = (torch.empty(shape, dtype=torch.int64) for _ in range(4))
     positions, documents = masks if recipe.data.document_mask else (None, None)
-    return Batch(tokens, labels, positions, documents, (), plan.global_batch, prod(shape))
+    return Batch(tokens, labels, positions, documents, (), 0, plan.global_batch, prod(shape))
 
 
 class RecordedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]

@@ -69,6 +69,7 @@ class Llama(nn.Module):
         self.norm: layers.RMSNorm | None = layers.RMSNorm(config.dim, config.norm_eps)
         self.head: Head | None = Head(config.dim, config.vocab_size)
         self.document_mask = DocumentMask()
+        self._rope = config.head_dim, config.rope_theta, config.rope_scaling
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -92,9 +93,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)
         x = inputs if self.embed is None else self.embed(inputs)
-        config = self.config
-        frequencies = layers.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, inputs.device)
-        rotation = layers.Rotation.at(positions, frequencies, x.dtype)
+        rotation = layers.Rotation.at(positions, layers.rope_frequencies(*self._rope, inputs.device), x.dtype)
         mask = None if documents is None else self.document_mask(documents)
         if start and inputs.shape[1] > 1:
             # Several tokens after cached ones: attention's own causal mask would begin at the first cached one.

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from titanlite.errors import UsageError
 from titanlite.recipe.sections import Model, RopeScaling
@@ -18,9 +18,9 @@ from titanlite.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
-Style = Literal["vocab", "gather", "column", "row", "loss", "split", "attention", "mask"]
+Style = Literal["vocab", "gather", "column", "row", "loss", "split", "attention", "mask", "experts"]
 """What becomes of a module when several ranks share it; all others are the same on each of them.
 
 Over tp, activations between matrices are parts of the sequence:
@@ -34,6 +34,10 @@ Over tp, activations between matrices are parts of the sequence:
 Over cp, each rank has part of the sequence throughout:
 - `attention`: sees all ranks' keys and values
 - `mask`: is built over all ranks' positions
+Over ep, whose ranks are tp's and others of the same model copy:
+- `experts`: all its own parameters begin with the dimension of experts, which is cut; called with tokens [batch, seq,
+  dim] and each expert's share of them [batch, seq, experts], it gives the sum of shares x what the experts make of
+  these. It is given all ranks' tokens, and its ranks' sums are added.
 """
 
 
@@ -79,6 +83,18 @@ class ModelConfig:
 
 
 Config = TypeVar("Config", bound=ModelConfig)
+
+
+class ModelOutput(NamedTuple):
+    """What a forward may return instead of a tensor alone. Sums are over the tokens whose labels count, of those that
+    the module is given: tokens add up the same however they are divided, means do not.
+    """
+
+    result: Tensor  # logits, hidden states, or the sum of the token losses
+    losses: Mapping[str, Tensor]
+    """By name, sums of what is added to the token losses, and like them divided by the step's count of tokens."""
+    statistics: Mapping[str, Tensor]
+    """By name, sums that are only looked at, by rows of metrics and by the module's `update_buffers`."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,8 @@ class ModelFamily(Generic[Config]):
     what this family does not compute."""
     huggingface_derived: tuple[str, ...]
     """Name patterns of tensors in Hugging Face files that follow from the config, and are not read."""
+    reports: Callable[[Config], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    """Config -> names and shapes of the auxiliary losses and statistics that a training forward returns."""
 
     def parameter_count(self, config: Config) -> int:
         """All parameters, tied ones once."""
@@ -136,6 +154,16 @@ class ModelFamily(Generic[Config]):
         """The model as an nn.Module on the current default device (use `torch.device("meta")` to build none)."""
         built: nn.Module = pkgutil.resolve_name(self.module)(config, compute_dtype)
         return built
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are part of the model's state, by name: persistent ones, zero before the first step."""
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, each in module.named_modules()
+        for key, buffer in each.named_buffers(recurse=False)
+        if key not in each._non_persistent_buffers_set
+    }
 
 
 ModelSpec = ModelFamily[ModelConfig]  # a family as packages see it that know none by name

@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,26 +18,20 @@ from torch import Tensor
 from titanlite.observe.jsonl import Row
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Metrics:
-    """Rows of a run's steps: the first, every `log_every`-th and the last, however often it was resumed. Times are of
-    this process.
-    """
+    """Rows of the steps that a run logs. Times are of this process."""
 
-    total_steps: int
-    log_every: int
     devices: int
     device: torch.device
     flops_per_token: float
     peak_flops: float | None
     clock: Callable[[], float] = time.perf_counter
 
-    def start(self, tokens: int) -> None:
-        """Begin timing, with `tokens` already trained; call right before the first step of this process."""
-        self._window_tokens = tokens
+    def start(self, step: int, tokens: int) -> None:
+        """Begin timing after `step`, with `tokens` trained; call right before the first step of this process."""
+        self._window = step, tokens
         self._window_start = self.clock()
-        self._window_steps = 0
-        self._window_wait = 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -51,20 +45,27 @@ class Metrics:
             self._window_start += self.clock() - before
 
     def record(
-        self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, samples: int, tokens: int, data_wait_seconds: float
-    ) -> Row | None:
-        """Count one finished step; returns its row if it is logged, and only then reads the device.
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        reports: Mapping[str, Tensor],
+        lr: float,
+        samples: int,
+        tokens: int,
+        data_wait_seconds: float,
+    ) -> Row:
+        """The row of a step that was just taken. Reads the device.
 
-        `loss` and `grad_norm` are scalars over the global batch; `samples` and `tokens` count from the start of the
-        run. Seconds in the row are means over the steps since the row before; rates are of the same window.
+        `loss`, `grad_norm` and what the model `reports` are over the global batch; numbers of a report `load` are
+        `model/load/0`, `model/load/1` … in the row. `samples` and `tokens` count from the start of the
+        run, `data_wait_seconds` from the row before. Seconds in the row are means over the steps since then; rates are
+        of the same window.
         """
-        self._window_steps += 1
-        self._window_wait += data_wait_seconds
-        if step not in (1, self.total_steps) and step % self.log_every:
-            return None
+        before, trained = self._window
         loss_value, norm_value = loss.item(), grad_norm.item()  # waits for the device, so the clock is read after it
         seconds = max(self.clock() - self._window_start, 1e-9)
-        tokens_per_second = (tokens - self._window_tokens) / seconds
+        tokens_per_second = (tokens - trained) / seconds
         per_device = tokens_per_second / self.devices
         row = {
             "step": step,
@@ -73,15 +74,18 @@ class Metrics:
             "loss": loss_value,
             "grad_norm": norm_value,
             "lr": lr,
-            "step_seconds": seconds / self._window_steps,
-            "data_wait_seconds": self._window_wait / self._window_steps,
+            "step_seconds": seconds / (step - before),
+            "data_wait_seconds": data_wait_seconds / (step - before),
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": per_device,
             "tflops_per_device": per_device * self.flops_per_token / 1e12,
             "mfu": mfu(per_device, self.flops_per_token, self.peak_flops),
             "memory_peak_gib": peak_memory_bytes(self.device) / 2**30,
         }
-        self.start(tokens)
+        for name, report in reports.items():
+            names = [f"model/{name}/{index}" for index in range(report.numel())] if report.dim() else [f"model/{name}"]
+            row |= dict(zip(names, report.flatten().tolist(), strict=True))
+        self.start(step, tokens)
         return row
 
     def _synchronise(self) -> None:

@@ -66,6 +66,8 @@ def _tag(key: str, validation_set: str | None) -> str:
         return f"train/{key}"
     if key in ("validation_loss", "bits_per_byte"):
         return "/".join(filter(None, ("validation", validation_set, key.removeprefix("validation_"))))
+    if key.startswith("model/"):
+        return key
     return f"progress/{key}" if key in ("samples", "tokens") else f"speed/{key}"
 
 

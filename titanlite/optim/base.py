@@ -38,16 +38,11 @@ class Optimizer:
     """Update rules over disjoint parameters, each with its own peak learning rate."""
 
     def __init__(self, *rules: tuple[float, UpdateRule]) -> None:
-        self._rules = rules
-
-    def step(self, factor: float, taken: Tensor) -> None:
-        """One update at `factor` times the peak rates, where `taken` (bool scalar on the device) is true."""
-        for lr, rule in self._rules:
-            rule.step(lr * factor, taken)
+        self.rules = rules
 
     def state(self) -> dict[str, Tensor]:
         """`<parameter>/<kind>` -> tensor, live: copying into these restores the optimizer."""
-        return {name: tensor for _, rule in self._rules for name, tensor in rule.state()}
+        return {name: tensor for _, rule in self.rules for name, tensor in rule.state()}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from titanlite.recipe.sections import Schedule as Section
 from titanlite.registry import Registry
@@ -50,7 +50,7 @@ WSD = LrSchedule(partial(_decay, None), ("decay_steps", "decay_shape", "final_lr
 
 _NAMES = ("constant", "linear", "cosine", "sqrt", "wsd")
 SCHEDULES = Registry("schedule", {name: f"titanlite.optim.schedules:{name.upper()}" for name in _NAMES})
-schedule_named: Callable[[str], LrSchedule] = SCHEDULES.get
+schedule_named: Callable[[str], LrSchedule] = cache(SCHEDULES.get)
 
 
 def lr_factor(step: int, section: Section, total: int) -> float:

@@ -1,20 +1,22 @@
 """From a model spec and a recipe to the model that runs on this rank.
 
-In this order: pipeline stages, tensor parallelism, context parallelism, float8, recomputation, compilation, FSDP2.
+In this order: pipeline stages, tensor, expert and context parallelism, float8, recomputation, compilation, FSDP2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from titanlite.errors import UsageError
 from titanlite.models.loss import TokenLoss
-from titanlite.models.spec import ModelConfig, ModelSpec
+from titanlite.models.spec import ModelConfig, ModelSpec, saved_buffers
 from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.model import GradientAccumulation, ParallelModel, Sync, no_sync
 from titanlite.parallel.shards import Shards
@@ -23,7 +25,7 @@ from titanlite.parallel.world import World
 from titanlite.plan.float8 import SETTINGS, decide_linears, plan_gathers
 from titanlite.plan.kernels import KERNELS, OPERATIONS, QUANTISE, choose_kernels
 from titanlite.plan.layout import ORIGIN, batch_plan, require_layout
-from titanlite.plan.placement import find_placements
+from titanlite.plan.placement import Placement, module_within, place
 from titanlite.plan.stages import ALL_FORWARD_FIRST, stage_split
 from titanlite.precision.casting import compute_dtype, master_dtype
 from titanlite.precision.float8 import convert, fuse_casts, multiplies_blocks, refresh_casts, require_float8
@@ -36,22 +38,27 @@ if TYPE_CHECKING:
 def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) -> ParallelModel:
     """The model of `config`, laid out as `[parallel]` says; its weights have no values yet."""
     layout = require_layout(recipe.parallel, world.size)
-    meshes, coordinates = None, ORIGIN
-    tied = frozenset(spec.tied(config).values()) if layout.pp > 1 else frozenset()
+    meshes, coordinates, placements = None, ORIGIN, place(recipe, layout)
     if layout.size > 1:
-        meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share_a_weight=bool(tied))
+        ends_share = any(len(each.stages) > 1 for each in placements.values())
+        meshes = Meshes.of(layout, world.rank, recipe.parallel, world.device, ends_share)
         coordinates = meshes.coordinates
-    builder = _Builder(spec, config, recipe, world, meshes)
+    placements |= {name: placements[other] for name, other in spec.tied(config).items()}
+    builder = _Builder(spec, config, recipe, world, meshes, placements)
     passes: Pipeline | GradientAccumulation
     if meshes and layout.pp > 1:
         module, passes = builder.pipeline(meshes)
     else:
         module = builder.new_module()
         passes = GradientAccumulation(module, builder.apply(module))
-    placements = find_placements(spec.shapes(config), spec.sharding(config)) if layout.tp > 1 else {}
-    shards = Shards(builder.parameters, meshes, placements, tied)
-    refresh = partial(refresh_casts, builder.cached, compute_dtype(recipe.precision))
-    model = ParallelModel(module, world, shards, passes, coordinates, refresh)
+    shards = Shards(builder.parameters, placements, builder.buffers, world.rank, meshes)
+    model = ParallelModel(module, world, shards, passes, coordinates.is_batch_leader, coordinates.tp == 0)
+    model.reports = spec.reports(config)
+    model.updates_buffers = [
+        (each, saved_buffers(each)) for each in module.modules() if hasattr(each, "update_buffers")
+    ]
+    if builder.cached:
+        model.refresh = partial(refresh_casts, builder.cached, compute_dtype(recipe.precision))
     if layout.cp > 1:
         # Imports within functions: one device need not pay half a second for FSDP and the like.
         from titanlite.parallel.context import local_sequences
@@ -67,8 +74,10 @@ class _Builder:
     recipe: Recipe
     world: World
     meshes: Meshes | None  # None on one rank
+    placements: Mapping[str, Placement]  # also by the names of what is tied
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """Of what was built so far; where another stage has a tied parameter too, by the name that it is tied to."""
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # that are saved
     cached: list[nn.Module] = field(default_factory=list)  # linears whose casts need to be refreshed: see `convert`
 
     def pipeline(self, meshes: Meshes) -> tuple[nn.Module, Pipeline]:
@@ -94,6 +103,12 @@ class _Builder:
         for stage in stages:
             if stage.rank == meshes.coordinates.pp:
                 module = keep_pieces(self.new_module(), pieces, stage.modules)
+                for name in saved_buffers(module):
+                    if not module_within(name, stage.modules.__contains__):
+                        problem = (
+                            f"the model's saved buffer {name} is in none of its pieces, and would be in each stage"
+                        )
+                        raise UsageError(f"parallel.pp: {problem}. Write pp = 1.")
                 sync = self.apply(module)
                 modules[f"stage{stage.index}"] = module
                 held.append(ScheduledStage(stage.index, module, sync, settings))
@@ -124,6 +139,10 @@ class _Builder:
         rests_on = torch.device("cpu") if offload else self.world.device
         if meshes and meshes.layout.tp > 1:
             self._tensor_parallel(module, meshes.tp)
+        if meshes and meshes.ep is not None:
+            from titanlite.parallel.expert import apply_expert_parallel
+
+            apply_expert_parallel(module, spec, config, self.placements, self.world.rank, meshes.ep)
         names = spec.tied(config)
         here = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         tied = {name: other for name, other in names.items() if {name, other} <= here}
@@ -152,9 +171,13 @@ class _Builder:
         if meshes:
             from titanlite.parallel.fsdp import apply_fsdp
 
-            sync = apply_fsdp(module, spec, meshes, recipe.parallel, recipe.precision)
+            sync = apply_fsdp(module, spec, self.placements, meshes, recipe.parallel, recipe.precision)
         if not tied:
             module.to_empty(device=rests_on)
+        for each in module.modules():
+            for key, buffer in each.named_buffers(recurse=False):
+                each._buffers[key] = buffer.to(self.world.device)  # wherever the weights rest
+        self.buffers.update(saved_buffers(module))
         self.parameters.update({names.get(name, name): parameter for name, parameter in module.named_parameters()})
         return sync
 
@@ -165,7 +188,8 @@ class _Builder:
             overlap_tensor_parallel(group, self.world.device)
         found = plan_gathers(self.spec, self.config, self.recipe.precision.float8)
         casts = {each.module: self._fuse(each.cast) for each in found if each.cast is not None}
-        apply_tensor_parallel(module, self.spec.sharding(self.config), group, casts)
+        plan = self.spec.sharding(self.config)
+        apply_tensor_parallel(module, plan, self.placements, self.world.rank, group, casts)
 
     def _fuse(self, casts: Any) -> Any:
         return fuse_casts(casts) if QUANTISE in choose_kernels(self.recipe, self.world.device.type) else casts

@@ -19,7 +19,7 @@ from titanlite.models.layers import at_least_float32, by_float32_units, causal_a
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.collectives import SEQUENCE, all_gather, gather_sequence, reduce_scatter
 from titanlite.parallel.model import Batch
-from titanlite.parallel.tensor import GroupModule, modules_by_rule, replace_module
+from titanlite.parallel.modules import GroupModule, modules_by_rule, replace_module
 
 
 def _local_part(whole: Tensor, ranks: int, rank: int) -> Tensor:

@@ -5,7 +5,7 @@ ranks, and when it is gathered or summed: docs/layouts.md has the table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -20,29 +20,39 @@ from titanlite.parallel.meshes import Meshes
 from titanlite.parallel.model import Sync, no_sync
 from titanlite.plan.float8 import Cast
 from titanlite.plan.layout import ceil_div
+from titanlite.plan.placement import FSDP, Mesh, Placement
 from titanlite.precision.casting import compute_dtype, reduce_dtype
 from titanlite.precision.float8 import Float8Linear, quantise
 from titanlite.recipe.sections import Parallel, Precision
 
 
-def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Parallel, precision: Precision) -> Sync:
+def apply_fsdp(
+    model: nn.Module,
+    spec: ModelSpec,
+    placements: Mapping[str, Placement],
+    meshes: Meshes,
+    parallel: Parallel,
+    precision: Precision,
+) -> Sync:
     """Cut the parameters of `model`, in place, over ranks that compute with the same; returns their `Sync`.
 
     Weights travel in the compute dtype or in float8, gradients in the reduce dtype. Gradients are sums over all ranks,
     never means. With `parallel.offload`, what is cut rests in the host's memory.
     """
-    mesh, shards, stage = meshes.fsdp, meshes.dp_shard.size(), parallel.zero_stage
-    if mesh.size() == 1 and not parallel.offload:
+    stage, common = parallel.zero_stage, next(iter(meshes.fsdp))
+    if all(mesh.size() == 1 for mesh in meshes.fsdp.values()) and not parallel.offload:
         return no_sync
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(precision), reduce_dtype=reduce_dtype(precision), cast_forward_inputs=False
     )
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.offload else OffloadPolicy()
-    modules = _units(model, spec)
+    pin_memory = meshes.fsdp[common].device_type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pin_memory) if parallel.offload else OffloadPolicy()
+    on_mesh = _units(model, spec, placements, common)
+    modules = list(on_mesh)
     # Backward begins where forward ended, but in a pipeline: the last unit's weights would be gathered again at once.
     kept = (model, modules[-1]) if meshes.layout.pp == 1 else (model,)
-    for module in (*modules, model):
-        again = stage == 3 and module not in kept
+    for module in (*reversed(modules), model):  # what is within another one before it
+        mesh, again = meshes.fsdp[on_mesh.get(module, common)], stage == 3 and module not in kept
         sharded = fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
         sharded.set_gradient_divide_factor(1.0)
         # Without this, a factor of 1 still asks for a scaled sum, which gloo does not have.
@@ -51,8 +61,14 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
     for unit in units:
         # The gradient of a table does not depend on its values.
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
-        if precision.float8.all_gather and shards > 1:
-            gather = Float8Gather(unit, shards)
+        if precision.float8.all_gather and (shards := on_mesh[unit].degree(FSDP)) > 1:
+            within = {
+                each
+                for other in modules
+                if other is not unit and other in [*unit.modules()]
+                for each in other.modules()
+            }
+            gather = Float8Gather([each for each in unit.modules() if each not in within], shards)
             if any(cast for _, _, cast in gather.parameters):
                 unit.set_custom_all_gather(gather)
     _prefetch(units, parallel.prefetch)
@@ -60,11 +76,21 @@ def apply_fsdp(model: nn.Module, spec: ModelSpec, meshes: Meshes, parallel: Para
     return MicrobatchSync(model, stage)
 
 
-def _units(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
-    """The submodules that are gathered one by one; those that share a tied weight are left to the whole model."""
+def _units(
+    model: nn.Module, spec: ModelSpec, placements: Mapping[str, Placement], common: Mesh
+) -> dict[nn.Module, Mesh]:
+    """The submodules that are gathered one by one, each with the mesh of its parameters: those that the spec names, and
+    those whose parameters are not on the mesh `common` to most. What shares a tied weight is left to the whole model.
+    """
     owners = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
-    units = [module for name, module in model.named_modules() if is_named_by(spec.shard_units, name)]
-    return [unit for unit in units if all(owners[parameter] == 1 for parameter in unit.parameters())]
+    units = {}
+    for name, module in model.named_modules():
+        own = (placements.get(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
+        mesh = next((each.mesh for each in own if each is not None), common)
+        alone = all(owners[parameter] == 1 for parameter in module.parameters())
+        if alone and (is_named_by(spec.shard_units, name) or mesh != common):
+            units[module] = mesh
+    return units
 
 
 def _prefetch(units: list[FSDPModule], depth: int) -> None:
@@ -108,11 +134,11 @@ class MicrobatchSync:
 class Float8Gather:
     """An all-gather of a unit's parameters (torch's `AllGather`, by shape)."""
 
-    def __init__(self, unit: nn.Module, ranks: int) -> None:
+    def __init__(self, modules: Iterable[nn.Module], ranks: int) -> None:
         self.parameters: list[tuple[int, int, Cast | None]] = []
         """In FSDP's order, rows and columns that each rank sends (the last ranks' may be padded), and in what format;
         None: in the compute dtype."""
-        for module in unit.modules():
+        for module in modules:
             multiply = getattr(module, "multiply", None)
             cast = multiply.settings.sent_weights if isinstance(multiply, Float8Linear) else None
             for parameter in module.parameters(recurse=False):

@@ -1,22 +1,19 @@
-"""One step's gradients: forward and backward over the microbatches, summed over the ranks.
-
-The loss is a sum of token losses divided by the step's global count of valid tokens, so gradients add up to the
-same numbers however the batch is cut.
-"""
+"""The model as a rank runs it: a batch's microbatches pass through, one by one or by a pipeline's schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from titanlite.models.spec import ModelOutput, saved_buffers
 from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
-from titanlite.plan.layout import ORIGIN, Coordinates
 
 if TYPE_CHECKING:
     from titanlite.parallel.pipeline import Pipeline
@@ -31,6 +28,7 @@ class Batch:
     positions: Tensor | None  # of each input within its document, same shape; None without `data.document_mask`
     documents: Tensor | None  # number of each input's within its sequence, same shape; None where positions are
     samples: tuple[int, ...]  # numbers of this rank's, in the order of the sequences; padding follows and has none
+    first: int  # number of all data ranks' first: `sequences` are taken from there on
     sequences: int  # sequences of all data ranks together, without padding
     valid_tokens: int  # labels of this rank that count
 
@@ -55,6 +53,23 @@ class Evaluation:
     bits_per_byte: float  # the same per byte of text, in bits: comparable across tokenizers and with compressors
 
 
+Reports = dict[str, Tensor]
+"""Auxiliary losses, over the step's count of tokens, and statistics, by name: sums over what was passed so far."""
+
+
+def as_output(given: Tensor | ModelOutput) -> ModelOutput:
+    """What a forward returned, a loss alone or more."""
+    return given if isinstance(given, ModelOutput) else ModelOutput(given, {}, {})
+
+
+def add_reports(reports: Reports, output: ModelOutput, valid: Tensor) -> list[Tensor]:
+    """Add what a forward reports; returns its auxiliary losses over `valid`, the step's count of tokens."""
+    losses = {name: loss / valid.to(loss.dtype) for name, loss in output.losses.items()}
+    for name, found in (*losses.items(), *output.statistics.items()):
+        reports[name] = reports[name] + found.detach() if name in reports else found.detach()
+    return list(losses.values())
+
+
 Sync = Callable[[bool], None]
 """Sets what the backward passes from now on communicate; called before each with whether it is the step's last."""
 
@@ -70,27 +85,29 @@ class GradientAccumulation:
     module: nn.Module
     sync: Sync
 
-    def train(self, batch: Batch, valid: Tensor) -> Tensor:
-        """Forward and backward over all microbatches, each loss divided by `valid`; the sum of these losses."""
-        losses = []
+    def train(self, batch: Batch, valid: Tensor) -> tuple[Tensor, Reports]:
+        """Forward and backward over all microbatches, each loss divided by `valid`; the sums of losses and reports."""
+        losses, reports = [], Reports()
         microbatches = batch.tokens.shape[0]
         for index in range(microbatches):
             self.sync(index == microbatches - 1)
-            loss = self._token_losses(batch, index)
-            loss = loss / valid.to(loss.dtype)
-            loss.backward()
+            output = self._forward(batch, index)
+            loss = output.result / valid.to(output.result.dtype)
+            torch.autograd.backward([loss, *add_reports(reports, output, valid)])
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(), reports
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Forward alone; the sum of the token losses."""
-        losses = [self._token_losses(batch, index) for index in range(batch.tokens.shape[0])]
+        losses = [self._forward(batch, index).result for index in range(batch.tokens.shape[0])]
         return torch.stack(losses).sum()
 
-    def _token_losses(self, batch: Batch, index: int) -> Tensor:
+    def _forward(self, batch: Batch, index: int) -> ModelOutput:
         positions = None if batch.positions is None else batch.positions[index]
         documents = None if batch.documents is None else batch.documents[index]
-        return self.module(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
+        return as_output(
+            self.module(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)
+        )
 
 
 @dataclass
@@ -101,26 +118,53 @@ class ParallelModel:
     world: World
     shards: Shards
     passes: GradientAccumulation | Pipeline
-    coordinates: Coordinates = ORIGIN
+    counts_tokens: bool = True  # of the ranks that have the same sequences, one counts them
+    reports_loss: bool = True  # of those of a tp group, which all have the same loss, one reports it
     refresh: Callable[[], None] = lambda: None  # called before the first pass with weights that may be new
     localize: Callable[[Batch], Batch] = lambda batch: batch  # to this rank's part of each sequence
+    reports: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of what forwards report, by name
+    updates_buffers: Sequence[tuple[Any, Mapping[str, Tensor]]] = ()
+    """Modules with a method `update_buffers`, and their saved buffers."""
 
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """Leave gradients on the tensors of `shards.local()`; returns the global batch's loss, unread by the host."""
-        return self.sum(self.compute(batch))
-
-    def compute(self, batch: Batch) -> Tensor:
-        """The first half of `forward_backward`: the loss of this rank's part; gradients are where backward put them."""
-        counted = batch.valid_tokens * self.coordinates.is_batch_leader
-        valid = self.world.sum(torch.full((), counted, dtype=torch.float64, device=self.world.device))
+    def forward_backward(self, batch: Batch, valid: Tensor) -> Tensor:
+        """All microbatches' losses over `valid`, the global batch's count of labels: this rank's part of their sum,
+        unread by the host, then those of what `reports` names, end to end. Gradients are where backward put them: see
+        `Shards.take_gradients`.
+        """
         self.refresh()
-        return self.passes.train(self.localize(batch), valid)
+        loss, found = self.passes.train(self.localize(batch), valid)
+        if not self.reports:
+            return loss.reshape(1)
+        if unknown := found.keys() - self.reports.keys():
+            raise ValueError(
+                f"its family's `reports` do not name {', '.join(sorted(unknown))}, which the model reports"
+            )
+        parts = [found[name] if name in found else loss.new_zeros(shape) for name, shape in self.reports.items()]
+        return torch.cat([part.flatten().to(loss.dtype) for part in (loss, *parts)])
 
-    def sum(self, own: Tensor) -> Tensor:
-        """The second half: adds up what each rank still has a part of; returns the loss of the global batch."""
-        total = self.world.sum(own * self.reports_loss)
-        self.shards.take_gradients()
-        return total
+    def split_reports(self, sums: Tensor) -> Reports:
+        """The reports, by name, of sums as `forward_backward` returns them."""
+        parts = sums[1:].split([math.prod(shape) for shape in self.reports.values()])
+        return {name: part.view(self.reports[name]) for name, part in zip(self.reports, parts, strict=True)}
+
+    @torch.no_grad()
+    def update_buffers(self, reports: Reports, taken: Tensor) -> None:
+        """Have modules that can update their saved buffers from a step's reports, where the step is `taken`. Raises
+        `ValueError` if one has put another tensor in the place of a buffer: checkpoints would have the old one.
+        """
+        for module, buffers in self.updates_buffers:
+            before = [buffer.clone() for buffer in buffers.values()]
+            module.update_buffers(reports)
+            if any(buffer is not buffers[name] for name, buffer in saved_buffers(module).items()):
+                raise ValueError(f"{type(module).__name__}.update_buffers must change buffers in place")
+            for buffer, old in zip(buffers.values(), before, strict=True):
+                buffer.copy_(torch.where(taken, buffer, old))
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place of each."""
+        if self.world.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Batch, float]]) -> Evaluation | None:
@@ -132,20 +176,15 @@ class ParallelModel:
         self.refresh()
         for batch, label_bytes in batches:
             sums[0] += self.passes.evaluate(self.localize(batch.to(self.world.device))) * self.reports_loss
-            sums[1] += batch.valid_tokens * self.coordinates.is_batch_leader
-            sums[2] += label_bytes * self.coordinates.is_batch_leader
+            sums[1] += batch.valid_tokens * self.counts_tokens
+            sums[2] += label_bytes * self.counts_tokens
         for module in self.module.modules():
             # FSDP's: weights that it has gathered, in stages below 3, would outlive the next update and be stale.
             if hasattr(module, "reshard"):
                 module.reshard()  # type: ignore[operator]
-        self.world.sum(sums)
+        self.sum_over_ranks(sums)
         total, tokens, label_bytes = sums.tolist()
         if math.isnan(label_bytes):
             return None
         bits_per_byte = total / math.log(2) / label_bytes if label_bytes else math.nan
         return Evaluation(total / tokens if tokens else math.nan, bits_per_byte)
-
-    @property
-    def reports_loss(self) -> bool:
-        """Of the ranks of a tp group, which all have the same loss, one reports it."""
-        return self.coordinates.tp == 0

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from titanlite.models.spec import Piece
-from titanlite.parallel.model import Batch, Sync
+from titanlite.parallel.model import Batch, Reports, Sync, add_reports, as_output
 from titanlite.plan.stages import SPLIT_BACKWARD, rank_of_stage
 
 # Before any error of a step, torch prints its whole timetable, on every rank that this ends.
@@ -64,11 +64,14 @@ class Pipeline:
         stages = held[0] if issubclass(kind, PipelineScheduleSingle) else [*held]
         self._schedule = kind(stages, config.microbatches, loss_fn=_share_of_loss, scale_grads=False)
 
-    def train(self, batch: Batch, valid: Tensor) -> Tensor:
-        """See `GradientAccumulation`, by the schedule; zero on ranks that do not end with the loss."""
+    def train(self, batch: Batch, valid: Tensor) -> tuple[Tensor, Reports]:
+        """See `GradientAccumulation`, by the schedule; the loss is zero on ranks that do not end with it."""
         first = [batch.tokens.flatten(0, 1)] if self._stages[0].is_first else []
         last = self._stages[-1].is_last
         losses: list[Tensor] = []
+        reports: Reports = {}
+        for stage in self._stages:
+            stage.valid, stage.reports = valid, reports
         with _unwrap_errors():
             self._schedule.step(
                 *first,
@@ -77,7 +80,12 @@ class Pipeline:
                 return_outputs=False,
                 **{name: tensor.flatten(0, 1) for name, tensor in self._keywords(batch).items()},
             )
-        return torch.cat(losses).detach().sum() if last else self._zero()
+        if self._config.schedule in SPLIT_BACKWARD:
+            for parameter in (each for stage in self._stages for each in stage.submod.parameters()):
+                if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                    # Gradients of weights alone lie as they were computed; fused optimizers want them as weights lie.
+                    parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        return torch.cat(losses).detach().sum() if last else self._zero(), reports
 
     def evaluate(self, batch: Batch) -> Tensor:
         """See `train`, forward alone: one microbatch after the other; ranks that have sent theirs on go to the next."""
@@ -100,9 +108,7 @@ class Pipeline:
 
     def _keywords(self, batch: Batch) -> dict[str, Tensor]:
         """What stages are given beside their inputs, each [microbatches, microbatch, seq]."""
-        tensors = {"positions": batch.positions, "documents": batch.documents}
-        if self._stages[-1].is_last:
-            tensors["labels"] = batch.labels
+        tensors = {"positions": batch.positions, "documents": batch.documents, "labels": batch.labels}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _zero(self) -> Tensor:
@@ -132,6 +138,19 @@ def _share_of_loss(token_losses: Tensor, valid: Tensor) -> Tensor:
     return token_losses / valid.to(token_losses.dtype)
 
 
+class _WithLosses(torch.autograd.Function):
+    """A stage's result; backward also begins at losses that are not in it."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *losses: Tensor) -> Tensor:
+        ctx.like = losses
+        return result.clone()  # schedules that split the backward pass detach results in place: no view can be
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.ones_like, ctx.like)
+
+
 class ScheduledStage(PipelineStage):
     """One stage as torch's schedules drive it.
 
@@ -153,13 +172,23 @@ class ScheduledStage(PipelineStage):
             group=config.group,
         )  # fmt: skip
         self._sync, self._module = sync, module
+        self.valid: Tensor | None = None  # the step's count of tokens, which losses are divided by
+        self.reports: Reports = {}  # the sums of what forward passes report
         self._positions = torch.arange(config.sequence_length, device=config.device)
         self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
         self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
 
     def forward_maybe_with_nosync(self, *inputs: Tensor, **keywords: Tensor) -> Any:
-        """The module's result. Positions are given to every stage: hidden states may be a part of the sequence."""
-        return self._module(*inputs, **{"positions": self._positions, **keywords})
+        """The module's result. Positions are given to every stage: hidden states may be a part of the sequence.
+
+        Backward begins at results alone, so auxiliary losses are tied to them.
+        """
+        output = as_output(self._module(*inputs, **{"positions": self._positions, **keywords}))
+        if not torch.is_grad_enabled():
+            return output.result
+        assert self.valid is not None, "passes of a step come after its count of tokens"
+        losses = add_reports(self.reports, output, self.valid)
+        return _WithLosses.apply(output.result, *losses) if losses else output.result
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False

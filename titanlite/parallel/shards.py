@@ -1,8 +1,7 @@
-"""Which part of each parameter this rank holds, where its gradient comes from, and how sharded matrices come together.
+"""What this rank holds of each parameter, where its gradient comes from, and how sharded matrices come together.
 
-A parameter is cut up to three times: by pipeline stage (a rank has it or not), by tensor parallelism (one dimension),
-and by FSDP2 (whole leading rows of what is left: ceil(rows / ranks) each, the last ranks fewer or none). Optimizers,
-clipping, initialisation and checkpoints see plain tensors, each with its place in the whole.
+Optimizers, clipping, initialisation and checkpoints see plain tensors, each with its place in the whole, as
+`plan.placement` says.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from titanlite.models.shard import Shard
 from titanlite.parallel.collectives import all_gather
 from titanlite.parallel.meshes import Meshes
 from titanlite.plan.layout import ceil_div
-from titanlite.plan.placement import GroupRank, Placement, Slices, local_slices
+from titanlite.plan.placement import Placement, Slices
 
 
 class Shards:
@@ -28,48 +27,42 @@ class Shards:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
+        placements: Mapping[str, Placement],
+        buffers: Mapping[str, Tensor],
+        rank: int = 0,
         meshes: Meshes | None = None,
-        placements: Mapping[str, Placement] | None = None,
-        tied: frozenset[str] = frozenset(),
     ) -> None:
-        """No `meshes`: a model that is whole on its only rank. `tied`: parameters that both ends of a pipeline hold."""
-        self._meshes = meshes
-        self._placements = dict(placements or {})
-        self._parameters = dict(parameters)
-        self.table = {name: self._shard(name, parameter, name in tied) for name, parameter in parameters.items()}
+        """`buffers`: those that are saved, the same on all ranks of a stage. No `meshes`: a model that is whole on its
+        only rank.
+        """
+        self._parameters, self._placements, self._meshes, self._rank = dict(parameters), placements, meshes, rank
+        self.table = {name: self._shard(name, parameter) for name, parameter in parameters.items()}
+        copies = meshes.layout.size // meshes.layout.pp if meshes is not None else 1
+        self.buffers = {
+            name: Shard(each, (0,) * each.dim(), tuple(each.shape), copies, rank % copies)
+            for name, each in buffers.items()
+        }
         like, shares = next(iter(self.table.values())).tensor, [1 / shard.copies for shard in self.table.values()]
         self._shares = torch.tensor(shares, dtype=like.dtype, device=like.device)
         """For each tensor of `local`, 1 over the ranks that hold the same part: in the norm, it counts once."""
         self._summands: list[tuple[list[Tensor], dist.ProcessGroup]] = []
         """Tensors whose gradient is a sum over the ranks of a group."""
+        here = {name: placements[name] for name in self.table}
         if meshes is not None and meshes.layout.tp > 1:
-            whole = [shard.tensor for name, shard in self.table.items() if name not in self._placements]
-            self._summands.append((whole, meshes.tp))
+            copied = (name for name, each in here.items() if each.mesh.degree("tp") > 1 and not each.cut_over("tp"))
+            self._summands.append(([self.table[name].tensor for name in copied], meshes.tp))
         if meshes is not None and meshes.ends is not None:
-            self._summands.append(([shard.tensor for name, shard in self.table.items() if name in tied], meshes.ends))
+            shared = (name for name, each in here.items() if len(each.stages) > 1)
+            self._summands.append(([self.table[name].tensor for name in shared], meshes.ends))
 
-    def _shard(self, name: str, parameter: nn.Parameter, tied: bool) -> Shard:
-        if self._meshes is None:
-            return Shard.whole(parameter)
-        meshes, shape = self._meshes, list(parameter.shape)
-        placement = self._placements.get(name)
-        copies, copy = meshes.dp_replicate.size(), meshes.dp_replicate.rank()
-        if placement is not None:
-            shape[placement.dimension] = placement.size
-        else:
-            copies, copy = copies * meshes.tp.size(), copy * meshes.tp.size() + meshes.tp.rank()
-        if tied:
-            copies, copy = 2 * copies, 2 * copy + (meshes.coordinates.pp > 0)
-        held = parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
-        offset, size = self._local_slices(name, tuple(shape), meshes.dp_shard.rank(), meshes.tp.rank())
+    def _shard(self, name: str, parameter: nn.Parameter) -> Shard:
+        placement = self._placements[name]
+        held = parameter
+        if self._meshes is not None:
+            held = parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
+        offset, size = placement.part(self._rank)
         assert tuple(held.shape) == size, f"{name}: {tuple(held.shape)} is held where {size} was expected"
-        return Shard(held, offset, tuple(shape), copies, copy)
-
-    def _local_slices(self, name: str, shape: tuple[int, ...], shard: int, tp: int) -> Slices:
-        """What the rank with these coordinates holds of the parameter."""
-        assert self._meshes is not None
-        ranks = GroupRank(tp, self._meshes.tp.size()), GroupRank(shard, self._meshes.dp_shard.size())
-        return local_slices(shape, self._placements.get(name), *ranks)
+        return Shard(held, offset, placement.shape, *placement.copies(self._rank))
 
     def local(self) -> dict[str, Tensor]:
         """Parameter name -> what is held here; after `take_gradients` each carries its gradient in `.grad`."""
@@ -112,11 +105,11 @@ class Shards:
         The name of a tensor that is sharded is a parameter's, or has it before its last slash, as optimizer state does
         (`norm.weight/average`); tensors of any other name are the same on every rank.
         """
-        rank, ranks = (self._meshes.rank, self._meshes.layout.size) if self._meshes is not None else (0, 1)
+        ranks = self._meshes.layout.size if self._meshes is not None else 1
         found = {}
         for name, tensor in held.items():
             like = self.table.get(name) or self.table.get(name.rpartition("/")[0])
-            whole = Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, rank)
+            whole = Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, self._rank)
             found[name] = whole if like is None else like.of(tensor)
         return found
 
@@ -124,9 +117,9 @@ class Shards:
         """How sharded matrices come together and replicas divide the work; None where a rank is alone with its part."""
         if self._meshes is None or self._meshes.matrix.size() * self._meshes.dp_replicate.size() == 1:
             return None
-        tp, ranks = self._meshes.tp.size(), range(self._meshes.matrix.size())
+        ranks = dist.get_process_group_ranks(self._meshes.matrix)
         cuts = {
-            name: MatrixCut(shard.shape, tuple(self._local_slices(name, shard.shape, *divmod(at, tp)) for at in ranks))
+            name: MatrixCut(shard.shape, tuple(map(self._placements[name].part, ranks)))
             for name, shard in self.table.items()
         }
         return MatrixExchange(self._meshes.matrix, self._meshes.dp_replicate, cuts)

@@ -7,7 +7,7 @@ through a collective, which the compiler sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,80 +16,62 @@ from torch import Tensor, nn
 
 from titanlite.models.layers import Embedding, Linear, at_least_float32
 from titanlite.models.loss import IGNORED, TokenLoss
-from titanlite.models.spec import ShardingRule, Style, is_named_by
+from titanlite.models.spec import ShardingRule, Style
 from titanlite.parallel import collectives
 from titanlite.parallel.collectives import SEQUENCE, gather_sequence, scatter_sequence
+from titanlite.parallel.modules import GroupModule, modules_by_rule, replace_module
 from titanlite.plan.float8 import Cast
-from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, find_placements
+from titanlite.plan.placement import Placement
 from titanlite.precision.float8 import quantise
 
 
 def apply_tensor_parallel(
-    model: nn.Module, plan: Sequence[ShardingRule], group: dist.ProcessGroup, casts: Mapping[str, Cast]
+    model: nn.Module,
+    plan: Sequence[ShardingRule],
+    placements: Mapping[str, Placement],
+    rank: int,
+    group: dist.ProcessGroup,
+    casts: Mapping[str, Cast],
 ) -> None:
     """Shard `model`, in place, as the tp rules of `plan` say.
 
     Parameters in none of them are whole on every rank, and each rank's gradient of one is only a part of its sum.
     The model must be on the meta device or its values of no use. `casts` has the modules whose gathered inputs, or
-    gradients of outputs, travel in float8: `plan.float8.plan_gathers`.
+    gradients of outputs, travel in float8: `plan.float8.plan_gathers`. Raises `TypeError` where a rule names a module
+    of another kind than its style is for.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
-    group_rank = GroupRank(group.rank(), group.size())
-    cuts = {name: (cut.dimension, *cut.local_range(group_rank)) for name, cut in find_placements(shapes, plan).items()}
     for rule, name, module in modules_by_rule(model, plan):
         owner = name.rpartition(".")[0] if rule.style in ("gather", "loss") else name
-        _, first, _ = cut = cuts.get(f"{owner}.weight", (0, 0, 0))
-        if rule.style in SHARD_DIMENSION:
+        placement = placements.get(f"{owner}.weight")
+        _, first, _ = cut = placement.used_range(rank) if placement is not None else (0, 0, 0)
+        if rule.style in ("vocab", "column", "row"):
             weight = module.get_parameter("weight")
             module.weight = nn.Parameter(torch.empty_like(weight.narrow(*cut).contiguous()))
-        if rule.style in _REPLACES:
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+        if rule.style not in ("column", "experts", "attention", "mask"):
             replace_module(model, name, _replacement(rule.style, name, module, group, first, casts.get(owner)))
-
-
-def modules_by_rule(model: nn.Module, plan: Sequence[ShardingRule]) -> Iterator[tuple[ShardingRule, str, nn.Module]]:
-    """Each rule of the plan with each submodule that it names, in the plan's order."""
-    modules = list(model.named_modules())
-    for rule in plan:
-        yield from ((rule, name, module) for name, module in modules if is_named_by((rule.pattern,), name))
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule of this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-# What rules may name: a replacement computes what these do, which may not be what classes derived from them do.
-_REPLACES: Mapping[Style, type[nn.Module]] = {
-    "vocab": Embedding, "gather": nn.Identity, "row": Linear, "loss": TokenLoss, "split": nn.Module
-}  # fmt: skip
 
 
 def _replacement(
     style: Style, name: str, whole: Any, group: dist.ProcessGroup, first: int, cast: Cast | None
 ) -> nn.Module:
-    """What takes the place of `whole`; `first`: row that this rank's part of the vocabulary begins with."""
-    found, taken = type(whole), _REPLACES[style]
-    if found is not taken and style != "split":
-        raise TypeError(f"the sharding plan has '{style}' for {name}: it takes {taken.__name__}, not {found.__name__}")
-    if style == "gather":
-        return GatherSequence(group, cast)
-    if style == "row":
-        return RowLinear(whole, group, cast)
-    if style == "vocab":
+    """What takes the place of `whole`; `first`: row that this rank's part of the vocabulary begins with.
+
+    It computes what the class named here does, which may not be what classes derived from that do.
+    """
+    kind = type(whole)
+    if style == "vocab" and kind is Embedding:
         return VocabularyEmbedding(whole, group, first)
-    return VocabularyLoss(group, first, whole) if style == "loss" else SplitSequence(whole, group)
-
-
-class GroupModule(nn.Module):
-    """A module whose work is divided among the ranks of a group."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-
-    def extra_repr(self) -> str:
-        return f"ranks={self.group.size()}"
+    if style == "gather" and kind is nn.Identity:
+        return GatherSequence(group, cast)
+    if style == "row" and kind is Linear:
+        return RowLinear(whole, group, cast)
+    if style == "loss" and kind is TokenLoss:
+        return VocabularyLoss(group, first, whole)
+    if style == "split" and not whole.state_dict():  # whose tensors would get other names
+        return SplitSequence(whole, group)
+    raise TypeError(f"the sharding plan has '{style}' for {name}, and this rule cannot replace a {kind.__name__}")
 
 
 class GatherSequence(GroupModule):
@@ -109,10 +91,7 @@ class SplitSequence(GroupModule):
     """Keeps this rank's part of the sequence of what a module returns that has no state, the same on all ranks."""
 
     def __init__(self, whole: nn.Module, group: dist.ProcessGroup) -> None:
-        """Raises `TypeError` if `whole` has a state: its tensors would change their names."""
         super().__init__(group)
-        if whole.state_dict():
-            raise TypeError(f"the sharding plan has 'split' for a {type(whole).__name__}, which has a state")
         self.whole = whole
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
@@ -125,9 +104,8 @@ class RowLinear(Linear):
 
     def __init__(self, whole: Linear, group: dist.ProcessGroup, cast: Cast | None) -> None:
         """`whole`: has this rank's weight already. `cast`: how gradients of outputs travel, unless as they are."""
-        outputs, inputs = whole.weight.shape
         with torch.device("meta"):
-            super().__init__(inputs, outputs)
+            super().__init__(whole.in_features, whole.out_features)
         self.weight, self.multiply = whole.weight, whole.multiply
         self.group, self.cast = group, cast
 

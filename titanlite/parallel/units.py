@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from titanlite.errors import UsageError
 from titanlite.models.spec import ModelSpec, is_named_by
-from titanlite.parallel.tensor import replace_module
+from titanlite.parallel.modules import Wrapper, replace_module
 from titanlite.recipe.sections import Recompute
 
 # What takes long to compute for the memory that its result needs: products, attention, communication (which would have
@@ -38,19 +38,11 @@ def recompute_units(model: nn.Module, spec: ModelSpec, section: Recompute) -> No
         replace_module(model, name, Recomputed(module, section.mode))
 
 
-class Recomputed(nn.Module):
-    """A module whose activations are dropped and computed a second time.
-
-    To its outside it has the parameters, buffers and submodules of that module, under the same names.
-    """
-
-    whole: nn.Module
+class Recomputed(Wrapper):
+    """A module whose activations are dropped and computed a second time."""
 
     def __init__(self, whole: nn.Module, mode: Literal["selective", "full"]) -> None:
-        super().__init__()
-        shared = "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"
-        # Not as attributes are set: `whole` as a submodule would be part of its submodules' names.
-        vars(self).update({key: vars(whole)[key] for key in shared}, whole=whole)
+        super().__init__(whole)
         # Training draws no random numbers, so there is no state of generators to keep for the second time.
         self.settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         self.mode = mode

@@ -10,8 +10,8 @@ from typing import Any
 from titanlite.models.spec import ModelConfig, ModelSpec, Style, spec_of
 from titanlite.plan.float8 import SETTINGS, decide_linears, format_gathers, plan_gathers, summarize_linears
 from titanlite.plan.layout import ORIGIN, Layout, active_ranks, batch_plan, require_layout, total_steps
-from titanlite.plan.memory import checkpoint_bytes, count_elements, local_parameters, module_within, state_bytes
-from titanlite.plan.placement import SHARD_DIMENSION, GroupRank, Shape, find_placements, local_slices, pattern_of
+from titanlite.plan.memory import checkpoint_bytes, count_elements, local_parameters, state_bytes
+from titanlite.plan.placement import CUTS, Shape, module_within, pattern_of, place
 from titanlite.plan.stages import SPLIT_BACKWARD, stages_of
 from titanlite.recipe.sections import Model, Recipe
 from titanlite.text import format_shape, format_table
@@ -27,6 +27,7 @@ _MESSAGES: dict[Style, str] = {
     "split": "nothing",
     "attention": "keys and values: all-gather; backward reduce-scatter",
     "mask": "document numbers: all-gather",
+    "experts": "tokens: all-gather; outputs: reduce-scatter; backward the same",
 }
 _RING = "keys and values: passed round; backward also their gradients"
 
@@ -39,7 +40,8 @@ def describe_run(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     plan, steps = batch_plan(recipe, layout, ORIGIN.data), total_steps(training)
     tokens_per_step = training.global_batch * training.sequence_length
     flops_per_token = spec.flops_per_token(config, training.sequence_length)
-    ranks = local_parameters(recipe, layout)
+    table = place(recipe, layout)
+    ranks = [local_parameters(table, stage * layout.size // layout.pp) for stage in range(layout.pp)]
     return {
         "name": recipe.run.name,
         "preset": recipe.model.preset,
@@ -59,6 +61,7 @@ def describe_run(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "world": world,
         "standby": standby,
         "mesh": {name: getattr(layout, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")},
+        "ep": layout.ep,
         "data_ranks": layout.data_ranks,
         "microbatch": plan.microbatch,
         "microbatches": plan.microbatches,
@@ -147,30 +150,34 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
 def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
     """One row a rule of the model's sharding plan, then one a parameter that no rule cuts, numbers in names left open.
 
-    `over` is the mesh dimension (tp, cp) that it concerns, `told` what its ranks communicate. `whole` and `local` are
-    shapes of the weight for the first rank; for what sees more of the sequence than it is given, tokens.
+    `over` is the mesh dimension (tp, cp, ep) that it concerns, `told` what its ranks communicate. `whole` and `local`
+    are shapes of the weight for the first rank; for what sees more of the sequence than it is given, tokens.
     """
     spec, parallel, tokens = spec_of(recipe.model.preset), recipe.parallel, recipe.training.sequence_length
     config, part = spec.configure(recipe.model), tokens // parallel.cp
-    plan = spec.sharding(config)
-    shapes = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
-    shapes |= {pattern_of(name): shapes[pattern_of(other)] for name, other in spec.tied(config).items()}
-    placements, tp = find_placements(shapes, plan), GroupRank(0, parallel.tp)
+    layout = Layout(1, parallel.ep, parallel.cp, parallel.tp, ep=parallel.ep)  # data ranks, however many, cut no use
+    table = place(recipe, layout)
+    table |= {name: table[other] for name, other in spec.tied(config).items()}
+    placed = {pattern_of(name): placement for name, placement in table.items()}
     seen = dict.fromkeys(("gather", "split"), ([part], [part // parallel.tp]))
     seen |= dict.fromkeys(("attention", "mask"), ([tokens], [part]))
     messages = {**_MESSAGES, "attention": _RING if parallel.cp_method == "ring" else _MESSAGES["attention"]}
+
+    def row(modules: str, style: str, over: str, told: str, whole: Any, local: Any) -> dict[str, Any]:
+        return {"modules": modules, "style": style, "over": over, "told": told, "whole": whole, "local": local}
+
     rows: list[dict[str, Any]] = []
-    for rule in plan:
-        over, weight = "cp" if rule.style in ("attention", "mask") else "tp", f"{rule.pattern}.weight"
-        whole, local = seen.get(rule.style, (None, None))
-        if rule.style in SHARD_DIMENSION and weight in shapes:
-            whole, local = map(list, (shapes[weight], local_slices(shapes[weight], placements[weight], tp)[1]))
-        sizes = {"told": messages[rule.style], "whole": whole, "local": local}
-        rows.append({"modules": rule.pattern, "style": rule.style, "over": over, **sizes})
-    for name, shape in shapes.items():
-        if name not in placements:
-            sizes = {"told": "gradient: all-reduce, once a step", "whole": list(shape), "local": list(shape)}
-            rows.append({"modules": name.removesuffix(".weight"), "style": "whole", "over": "tp", **sizes})
+    for rule in spec.sharding(config):
+        over = CUTS[rule.style][0] if rule.style in CUTS else "cp" if rule.style in ("attention", "mask") else "tp"
+        sizes = [seen.get(rule.style, (None, None))]
+        if rule.style in CUTS:
+            own = (each for name, each in placed.items() if name.rpartition(".")[0] == rule.pattern)
+            sizes = [(list(each.shape), list(each.part(0, gathered=True)[1])) for each in own] or sizes
+        rows += [row(rule.pattern, rule.style, over, messages[rule.style], *each) for each in sizes]
+    for name, each in placed.items():
+        if len(each.cuts) == 1:
+            told, whole = "gradient: all-reduce, once a step", list(each.shape)
+            rows.append(row(name.removesuffix(".weight"), "whole", "tp", told, whole, whole))
     return rows
 
 

@@ -15,13 +15,16 @@ from titanlite.recipe.sections import Parallel, Recipe, Training
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of the mesh. Ranks count through them as pp, dp_replicate, dp_shard, cp, tp, the last one fastest."""
+    """Degrees of the mesh. Ranks count through them as pp, dp_replicate, dp_shard, cp, tp, the last one fastest; ep
+    borrows the fastest of dp_shard x cp x tp.
+    """
 
     dp_replicate: int
     dp_shard: int
     cp: int = 1
     tp: int = 1
     pp: int = 1
+    ep: int = 1
 
     @property
     def data_ranks(self) -> int:
@@ -71,7 +74,7 @@ def layout_of(parallel: Parallel, world: int) -> Layout | None:
         shard = world // (replicate * parallel.cp * parallel.tp * parallel.pp)  # the ranks that are left
     if parallel.zero_stage == 0:
         replicate, shard = replicate * shard, 1  # nothing is cut
-    layout = Layout(replicate, shard, parallel.cp, parallel.tp, parallel.pp)
+    layout = Layout(replicate, shard, parallel.cp, parallel.tp, parallel.pp, parallel.ep)
     return layout if layout.size == world else None
 
 
@@ -79,7 +82,8 @@ def active_ranks(recipe: Recipe, launched: int) -> int:
     """How many of the launched ranks train: all, or under `resilience.standby` those of the largest mesh that fits."""
     if not recipe.resilience.standby:
         return launched
-    return next((size for size in range(launched, 0, -1) if layout_of(recipe.parallel, size)), launched)
+    meshes = (layout_of(recipe.parallel, size) for size in range(launched, 0, -1))
+    return next((each.size for each in meshes if each and each.dp_shard * each.cp * each.tp % each.ep == 0), launched)
 
 
 def require_layout(parallel: Parallel, world: int) -> Layout:

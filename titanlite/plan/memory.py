@@ -6,7 +6,7 @@ By arithmetic; docs/dry_run.md says how far from that a dry run may measure. Act
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -14,9 +14,9 @@ from math import prod
 from titanlite.models.spec import ModelSpec, is_named_by, spec_of
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan.float8 import decide_linears
-from titanlite.plan.layout import Coordinates, Layout, ceil_div
-from titanlite.plan.placement import ALONE, GroupRank, Placement, Shape, find_placements, local_slices
-from titanlite.plan.stages import SPLIT_BACKWARD, stages_of
+from titanlite.plan.layout import Layout, ceil_div
+from titanlite.plan.placement import FSDP, Placement, Shape, module_within, place
+from titanlite.plan.stages import SPLIT_BACKWARD
 from titanlite.recipe.sections import Recipe
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -37,43 +37,21 @@ class LocalParameter:
     kept: Shape  # what it keeps of that from step to step: its rows of it, in ZeRO stages 1 to 3
 
 
-def local_parameters(
-    recipe: Recipe, layout: Layout, tp_rank: int = 0, shard_rank: int = 0
-) -> list[list[LocalParameter]]:
-    """For each rank of a pipeline, the parameters that its stages compute with. Ranks 0 of the groups keep the most."""
-    spec = spec_of(recipe.model.preset)
-    config = spec.configure(recipe.model)
-    shapes = spec.shapes(config)
-    placements = find_placements(shapes, spec.sharding(config))
-    tp, shard = GroupRank(tp_rank, layout.tp), GroupRank(shard_rank, layout.weights(recipe.parallel.zero_stage)[1])
-    rank_of = {module: stage.rank for stage in stages_of(recipe, layout) for module in stage.modules}
-    ranks: list[dict[str, LocalParameter]] = [{} for _ in range(layout.pp)]
-    # Both ends of a pipeline have the weight that they share.
-    for name, other in [*zip(shapes, shapes, strict=True), *spec.tied(config).items()]:
-        used, kept = (local_slices(shapes[other], placements.get(other), tp, cut)[1] for cut in (ALONE, shard))
-        rank = rank_of[module_within(name, rank_of.__contains__)]
-        ranks[rank][other] = LocalParameter(other, shapes[other], used, kept)
-    return [list(rank.values()) for rank in ranks]
-
-
-def module_within(parameter: str, is_one: Callable[[str], bool]) -> str:
-    """The outermost of the modules around a parameter which `is_one`; empty, the model itself, if none is."""
-    parts = parameter.split(".")
-    return next((name for end in range(1, len(parts)) if is_one(name := ".".join(parts[:end]))), "")
+def local_parameters(table: Mapping[str, Placement], rank: int) -> list[LocalParameter]:
+    """The parameters that the stages of a rank compute with. First ranks of a stage keep the most."""
+    return [
+        LocalParameter(name, each.shape, each.part(rank, gathered=True)[1], each.part(rank)[1])
+        for name, each in table.items()
+        if each.on_stage_of(rank)
+    ]
 
 
 def count_elements(shapes: Iterable[Shape]) -> int:
     return sum(map(prod, shapes))
 
 
-def rank_state_bytes(recipe: Recipe, layout: Layout, at: Coordinates) -> dict[str, int]:
-    """`state_bytes` of the rank at these coordinates."""
-    shard_rank = (at.data * layout.cp + at.cp) % layout.weights(recipe.parallel.zero_stage)[1]
-    return state_bytes(recipe, layout, local_parameters(recipe, layout, at.tp, shard_rank)[at.pp])
-
-
 def state_bytes(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParameter]) -> dict[str, int]:
-    """Bytes on one rank of what lives from step to step, and of the weights gathered for a pass.
+    """Bytes on a rank with these parameters of what lives from step to step, and of the weights gathered for a pass.
 
     What the ZeRO stage does not cut is there in whole: gradients below stage 2, gathered weights below stage 3.
     Schedules that split the backward pass sum gradients once a step in any stage, and have them in whole until then.
@@ -100,7 +78,7 @@ def state_bytes(recipe: Recipe, layout: Layout, parameters: Sequence[LocalParame
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of a checkpoint's tensors: weights and optimizer states in whole, over however many ranks they lie."""
     alone = Layout(dp_replicate=1, dp_shard=1)
-    states = state_bytes(recipe, alone, local_parameters(recipe, alone)[0])
+    states = state_bytes(recipe, alone, local_parameters(place(recipe, alone), rank=0))
     return states["weights"] + states["optimizer"]
 
 
@@ -133,21 +111,19 @@ def part_count(rows: int, nbytes: int, copies: int, file_bytes: int) -> int:
 
 def count_parts(recipe: Recipe, spec: ModelSpec, layout: Layout, file_bytes: int = FILE_BYTES) -> int:
     """How many parts of weights and moments the ranks write: each box that some hold, cut as when saving."""
-    config, states = spec.configure(recipe.model), optimizer_spec(recipe.optimizer.name).states
-    copies, cut = layout.weights(recipe.parallel.zero_stage)
-    width = max(4, _BYTES[recipe.precision.compute])
-    shapes = spec.shapes(config)
-    cuts, tied = find_placements(shapes, spec.sharding(config)), spec.tied(config).values()
-    alike: Counter[tuple[tuple[int, ...], Placement | None, int]] = Counter()
-    for name, shape in shapes.items():
-        holders = copies * (1 if name in cuts else layout.tp) * (2 if name in tied and layout.pp > 1 else 1)
-        alike[shape, cuts.get(name), holders] += 1 + states(spec.is_block_matrix(name))
+    states, width = optimizer_spec(recipe.optimizer.name).states, max(4, _BYTES[recipe.precision.compute])
+    alike: Counter[Placement] = Counter()
+    for name, placement in place(recipe, layout).items():
+        alike[placement] += 1 + states(spec.is_block_matrix(name))
     number = 0
-    for (shape, placement, holders), tensors in alike.items():
-        for rank in range(layout.tp if placement else 1):
-            size = local_slices(shape, placement, GroupRank(rank, layout.tp))[1]
-            rows = max(1, ceil_div(size[0], cut))
+    for placement, tensors in alike.items():
+        first = placement.stages[0] * layout.size // layout.pp  # of the ranks that hold it
+        (copies, _), ranks = placement.copies(first), placement.mesh.degree(FSDP)
+        others = prod(placement.mesh.degree(cut.over) for cut in placement.cuts if cut.over != FSDP)
+        for rank in range(first, first + others):  # neighbours: FSDP's ranks lie further apart
+            size = placement.part(rank, gathered=True)[1]
+            rows = max(1, ceil_div(size[0], ranks))
             for height, boxes in ((rows, size[0] // rows), (size[0] % rows, 1)):
                 nbytes = width * height * prod(size[1:])
-                number += tensors * boxes * part_count(height, nbytes, holders, file_bytes)
+                number += tensors * boxes * part_count(height, nbytes, copies, file_bytes)
     return number

@@ -300,6 +300,8 @@ class Parallel(Section):
     """Ranks that share each matrix, and the sequence between matrices (tensor and sequence parallel)."""
     pp: Positive = 1
     """Ranks that the blocks are dealt out to, one after the other (pipeline parallel)."""
+    ep: Positive = 1
+    """Ranks that a model's experts are dealt out to (expert parallel): those of `tp`, then of `cp` and `dp_shard`."""
     pipeline: Pipeline = Pipeline()
     cp_method: Literal["all-gather", "ring"] = "all-gather"
     """How queries meet other ranks' keys: gathered once a block, or passed round (less memory, more messages)."""

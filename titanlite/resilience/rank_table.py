@@ -32,7 +32,7 @@ class RankStatus:
     pid_namespace: str  # equal for processes that can signal each other by `pid`
     step: int = 0  # the last one that it finished
     phase: str = "starting"
-    silent_seconds: float = 0.0  # since the last beat of its trainer
+    silent_seconds: float = 0.0  # since the last step or other sign of life of its trainer
     waits: bool = False  # whether its trainer waits for other ranks right now
     place: str = "?"  # `file:function` of titanlite or the user in which its trainer is
     waited: float | None = None  # share of the last window of training in which it waited so; None before the first

@@ -38,8 +38,8 @@ class StopRequests:
     lost: Callable[[], str] = lambda: "what was not saved is lost"  # describes what an end now costs; empty: nothing
 
     def __post_init__(self) -> None:
-        self._signal: int | None = None
-        self._signalled = False  # whether all ranks stop because of a signal to one of them, and not for a limit
+        self.received: signal.Signals | None = None  # the first signal
+        self._signalled = False  # whether all ranks stop because of a signal to one of several, and not for a limit
         self._pending: Callable[[], torch.Tensor] = lambda: torch.zeros(3)  # waits for the last exchange
 
     def __enter__(self) -> StopRequests:
@@ -64,14 +64,15 @@ class StopRequests:
         os.close(self._wakeup_read_fd)
         os.close(self._wakeup_write_fd)
         if isinstance(error, StoppedEarly):
-            error.signalled, error.received = self._signalled, self._signal is not None
+            error.received = self.received is not None
+            error.signalled = self._signalled if self.ranks.size > 1 else error.received
         # The last exchange must end before the process group does. After an error that only this rank may have met,
         # the others may never join it: then the process ends as it is, and its launcher ends theirs.
         if error is None or (isinstance(error, TitanliteError) and error.on_all_ranks):
             self._pending()
 
     def _note(self, number: int, frame: object = None) -> None:
-        self._signal = self._signal or number
+        self.received = self.received or signal.Signals(number)
 
     def _listen(self) -> None:
         """In the listener's thread: notes the first signal, and ends the process on a second one or for the time."""
@@ -81,7 +82,7 @@ class StopRequests:
             if not select.select([self._wakeup_read_fd], [], [], seconds)[0]:
                 lost = self.lost()
                 _print(f"resilience.grace_seconds = {self.grace_seconds:g} are over: {lost or 'all is saved'}")
-                os._exit(128 + (self._signal or 0) if lost else StoppedEarly.exit_code)
+                os._exit(128 + (self.received or 0) if lost else StoppedEarly.exit_code)
             received, now = os.read(self._wakeup_read_fd, 64), time.monotonic()
             for number in self._previous.keys() & set(received):
                 if now - asked_at > _ECHO_SECONDS:
@@ -93,17 +94,14 @@ class StopRequests:
                         _print("stopping after this step; a second signal ends the run at once, unsaved")
 
     def agree(self, limit: str | None, save: bool = False) -> tuple[str | None, bool]:
-        """Why the run stops after this step (None: it goes on), and whether it saves: the same on every rank, but for
-        the text of the reason.
+        """Why the run stops after this step (None: it goes on), and whether it saves: the same on each of several
+        ranks, but for the text of the reason.
 
         `limit` is a reason to stop that this rank's own clock may give before another's, `save` whether this rank asks
-        for a checkpoint. With several ranks the answer is that of the step before: the exchange runs on the hosts,
-        beside the step, and is not waited for.
+        for a checkpoint. The answer is that of the step before: the exchange runs on the hosts, beside the step, and is
+        not waited for.
         """
-        received = signal.Signals(self._signal).name if self._signal is not None else None
-        if self.ranks.size == 1:
-            self._signalled = received is not None
-            return limit or received, save
+        received = self.received.name if self.received is not None else None
         limited, signalled, saved = map(bool, self._pending())
         self._signalled = signalled and not limited
         flags = torch.tensor([limit is not None, received is not None, save], dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Ends a rank whose run makes no progress, after it has left what tells why; and names ranks that slow the others down.
 
-A thread beside the trainer, which gets a beat after every step. It finds out with the other ranks which of them holds
-up the run (`rank_table.py`). They share their table through the process group's store: collectives need the very
+A thread beside the trainer, which reads how many steps are taken. It finds out with the other ranks which of them
+holds up the run (`rank_table.py`). They share their table through the process group's store: collectives need the very
 threads that hang.
 """
 
@@ -176,38 +176,35 @@ class HangCoordinator(threading.Thread):
 class Watchdog:
     """Watches the thread that enters it, on every rank.
 
-    No beat for `seconds`: the stacks of all ranks go to their logs, with a report on who holds up the run, and every
+    No step for `seconds`: the stacks of all ranks go to their logs, with a report on who holds up the run, and every
     rank ends with exit code 1, for its launcher to start again. The first step, saves and validations may take
     `WATCHDOG_PATIENCE` times that. With `seconds` 0 nothing is watched or compared.
 
-    A beat is the host's. A GPU that hangs shows once its host waits for it, at the next logged step at the latest; one
+    Steps are the host's. A GPU that hangs shows once its host waits for it, at the next logged step at the latest; one
     that is slow, while its host waits as long as every other, is not found.
     """
 
     seconds: float
     logs: Path
     ranks: Ranks = ALONE
+    steps_taken: Callable[[], int] = lambda: 0  # asked by the watching thread at each look
     on_hang: Callable[[int, HangReport], None] = lambda step, report: None
     """Called with the last step that this rank has finished, before the process ends, in the watching thread, while the
     watched one hangs."""
 
     def __post_init__(self) -> None:
-        self._beat = (0, "starting")  # step and phase; each is an object of its own, which tells it from the next
+        self._phase = (_TRAINING,)  # each is an object of its own, which tells it from the next
         self._left = threading.Event()
-
-    def beat(self, step: int, phase: str = _TRAINING) -> None:
-        """A sign of life from the watched thread, which has finished `step` and goes on to this `phase`."""
-        self._beat = (step, phase)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A beat before and after something other than a step, which may take longer."""
-        step, before = self._beat
-        self.beat(step, phase)
+        """What may take longer than a step does; its beginning and its end are signs of life too."""
+        (before,) = self._phase
+        self._phase = (phase,)
         try:
             yield
         finally:
-            self.beat(step, before)
+            self._phase = (before,)
 
     def stragglers(self) -> list[str]:
         """Sentences on ranks that were found to slow the others down since the last call; on rank 0 alone."""
@@ -233,17 +230,18 @@ class Watchdog:
             self._stacks.close()
 
     def _watch(self, trainer: int) -> None:
-        beat, silent_seconds, looked_at, armed_at = self._beat, 0.0, time.monotonic(), -math.inf
+        step, current, silent_seconds, looked_at, armed_at = -1, self._phase, 0.0, time.monotonic(), -math.inf
         jitter = random.Random(self.ranks.rank)  # not to look at always the same point of a step
         coordinator, looks = self._coordinator, Counter[Location]()
         while not self._left.wait(jitter.uniform(0.5, 1.5) * min(_LOOK_SECONDS, self.seconds / 20)):
-            last, beat, now, seen = beat, self._beat, time.monotonic(), look_at(trainer)
-            silent_seconds = silence(silent_seconds, now - looked_at) if beat is last else 0.0
-            looked_at = now
+            last, before, now, seen = step, current, time.monotonic(), look_at(trainer)
+            step, current = self.steps_taken(), self._phase
+            still = step == last and current is before
+            silent_seconds, looked_at = silence(silent_seconds, now - looked_at) if still else 0.0, now
             if now - armed_at >= self.seconds / 4:
                 armed_at = now  # for a call that keeps the interpreter, in which this thread cannot write them
                 faulthandler.dump_traceback_later(2 * self.seconds, file=self._stacks.file)
-            step, phase = beat
+            (phase,) = current
             changes = {"step": step, "phase": phase, "silent_seconds": silent_seconds, **seen._asdict()}
             looks[seen] += phase == _TRAINING
             if looks.total() >= WINDOW_LOOKS:
@@ -282,7 +280,7 @@ class Watchdog:
 
 
 def silence(seconds: float, passed: float) -> float:
-    """How long there has been no beat while this process ran, `passed` seconds after the look before."""
+    """How long there has been no sign of life while this process ran, `passed` seconds after the look before."""
     return seconds + min(passed, _MOST_A_LOOK)
 
 

@@ -1,10 +1,11 @@
-"""The batches of a run on one rank: read ahead by the sample schedule, and written down as they are used."""
+"""The batches of a run on one rank: read ahead by the sample schedule, and noted in the read log as they are used."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import repeat
 
 from titanlite.data.loader import UNREADABLE, train_loader
@@ -13,6 +14,8 @@ from titanlite.errors import DataError, WorkerKilled
 from titanlite.parallel.model import Batch
 from titanlite.plan.layout import BatchPlan, sample_schedule
 from titanlite.training.setup import Run
+
+_MOST_PENDING = 128  # steps that wait in memory for the read log
 
 
 class Feed:
@@ -31,29 +34,46 @@ class Feed:
             prefetch=section.prefetch,
             pin_memory=run.world.device.type == "cuda",
         )
+        self.waited_seconds = 0.0  # for batches, since this was set to zero
         self._most = 1 if run.world.size == 1 else 3  # to agree that a batch cannot be read takes ranks two steps
         self._ready: deque[Batch] = deque()
         self._unreadable: Exception | None = None  # what reading the batch after these met
 
-    def batches(self) -> Iterator[tuple[Batch, float]]:
-        """The remaining steps' batches on the device, each with the seconds it was waited for.
+    def batches(self) -> Iterator[Batch]:
+        """The remaining steps' batches on the device.
 
         They end before one that cannot be read if this rank may save alone then; else that is raised.
         """
-        run, progress = self._run, self._run.progress
+        run, progress, log, most = self._run, self._run.progress, self._run.read_log, 1
         while True:
-            before = time.perf_counter()
-            progress.under_way = progress.step + 1, self._schedule.first_sample(progress.step + 1)
+            before, number = time.perf_counter(), progress.step + 1
+            skips = run.recipe.data.skip_steps
+            progress.under_way = number, self._schedule.first_sample(number) if skips else progress.samples
             try:
                 batch = self._next()
-            except UNREADABLE as error:
+            except Exception as error:
+                progress.under_way = number, self._schedule.first_sample(number)
+                if not isinstance(error, UNREADABLE):
+                    raise
                 if run.world.size == 1 and progress.step > 0:
                     return
                 raise self.explain(error) from error
             if batch is None:
                 return
+            if run.recipe.debug.overfit_one_batch:  # the same text, counted as if it were the samples of this step
+                batch = replace(batch, first=self._schedule.first_sample(number))
+            if batch.first > (read := progress.samples):
+                said = f"samples {read} to {batch.first - 1} are passed over, as data.skip_steps says"
+                run.logger.event(number, "data_skipped", said, {"samples": [read, batch.first - 1]})
+                log.write(SKIPPED, number, read, batch.first - read)
+            progress.under_way = number, batch.first
+            log.pending.append((number, batch.samples))
+            if len(log.pending) >= most:  # the first at once: every start leaves a record
+                log.flush()
+                most = _MOST_PENDING
             moved = batch.to(run.world.device)
-            yield moved, time.perf_counter() - before
+            self.waited_seconds += time.perf_counter() - before
+            yield moved
 
     def _next(self) -> Batch | None:
         """The next batch, or None at the end; reads others before they are asked for."""
@@ -67,17 +87,6 @@ class Feed:
         if self._unreadable and not self._ready:
             raise self._unreadable
         return self._ready.popleft() if self._ready else None
-
-    def record(self, step: int, own: tuple[int, ...]) -> int:
-        """Write down what a step reads (`own`: this rank's samples) and passes over; returns the first sample after."""
-        first = self._schedule.first_sample(step)
-        read, log = self._run.progress.samples, self._run.read_log
-        if first > read:
-            said = f"samples {read} to {first - 1} are passed over, as data.skip_steps says"
-            self._run.logger.event(step, "data_skipped", said, {"samples": [read, first - 1]})
-            log.write(SKIPPED, step, read, first - read)
-        log.read(step, own)
-        return first + self._schedule.global_batch
 
     def samples_of(self, step: int) -> tuple[int, int]:
         """The first sample of a step, and the one after its last."""

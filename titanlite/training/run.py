@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
+from functools import partial
 
 from titanlite.corpus.tokenizers import FOLDER
 from titanlite.errors import OtherRankFailed, TitanliteError, WorkerKilled
@@ -42,7 +42,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
     with ExitStack() as stack:
         active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(join_world(recipe.run.deterministic, timeout, active))
-        world.run_on_all_ranks(lambda: opened.result() and None)  # all end with the error of any
+        world.run_on_all_ranks(partial(_raise, opened.exception()))  # all end with the error of any
         data, notes = opened.result()
         logger = stack.enter_context(closing(RunLogger()))
         # No rank looks for checkpoints before the first one has locked and cleared the folder.
@@ -50,29 +50,24 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         checkpoints, snapshots = setup.open_checkpoints(recipe, path, world, logger, folder)
         run = Run(recipe, loaded.text, world, data, checkpoints, logger, start, attempt, progress, snapshots)
         progress.under_way = setup.find_latest_step(run) + 1, None
-        records = path / crashes.FOLDER
-
-        def record_hang(step: int, report: HangReport) -> None:
-            """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
-            if folder is not None:
-                folder.write_status("failed", step, TitanliteError.exit_code, report.reason)
-                logger.event(step, "hung", report.reason)
-            stacks = f"the stacks of all threads are in {log_path(path / 'logs', report.rank)}"
-            hang = _describe_crash(run, "Hang", report.reason, stacks)
-            _record_crash(records, replace(hang, rank=report.rank, host=report.host))
-
-        seconds = recipe.resilience.watchdog_seconds
-        run.watchdog = Watchdog(seconds, path / "logs", world, record_hang)
-        with _crashes_recorded(run, records), run.watchdog, explain_full_memory():
-            run.read_log = stack.enter_context(closing(setup.open_read_log(run)))
-            run.verification = setup.begin_verification(stack, run)
-            trainer = Trainer(run)
-            hosts = world.run_on_all_ranks(platform.node)
-            if folder is not None:
-                _begin(run, folder, hosts, notes)
+        watched = recipe.resilience.watchdog_seconds, path / "logs", world
+        run.watchdog = Watchdog(*watched, lambda: progress.step, partial(_record_hang, run, folder))
+        with _crashes_recorded(run), run.watchdog, explain_full_memory():
+            with run.watchdog.during("starting"):
+                run.read_log = stack.enter_context(closing(setup.open_read_log(run)))
+                run.verification = setup.begin_verification(stack, run)
+                trainer = Trainer(run)
+                hosts = world.run_on_all_ranks(platform.node)
+                if folder is not None:
+                    _begin(run, folder, hosts, notes)
             begun_at = progress.step
             trainer.train()
             logger.info(_end_in_words(run, begun_at))
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _describe_crash(run: Run, kind: str, message: str, stack: str) -> crashes.Crash:
@@ -94,8 +89,19 @@ def _describe_crash(run: Run, kind: str, message: str, stack: str) -> crashes.Cr
     )
 
 
-def _record_crash(folder: Path, crash: crashes.Crash) -> None:
+def _record_hang(run: Run, folder: RunFolder | None, step: int, report: HangReport) -> None:
+    """What each rank's watchdog does last. The trainer's thread hangs: it does not write meanwhile."""
+    if folder is not None:
+        folder.write_status("failed", step, TitanliteError.exit_code, report.reason)
+        run.logger.event(step, "hung", report.reason)
+    stacks = f"the stacks of all threads are in {log_path(run.path / 'logs', report.rank)}"
+    hang = _describe_crash(run, "Hang", report.reason, stacks)
+    _record_crash(run, replace(hang, rank=report.rank, host=report.host))
+
+
+def _record_crash(run: Run, crash: crashes.Crash) -> None:
     """Leave a record; what cannot be written is printed, since the disk may be what failed."""
+    folder = run.path / crashes.FOLDER
     try:
         crashes.record(folder, crash)
     except OSError as error:
@@ -104,7 +110,7 @@ def _record_crash(folder: Path, crash: crashes.Crash) -> None:
 
 
 @contextmanager
-def _crashes_recorded(run: Run, folder: Path) -> Iterator[None]:
+def _crashes_recorded(run: Run) -> Iterator[None]:
     """Leave a record of what fails on this rank alone, so that the next start can tell a step that fails again and
     again; what failed because another rank did becomes one line. Raises `OtherRankFailed` for that.
     """
@@ -118,8 +124,9 @@ def _crashes_recorded(run: Run, folder: Path) -> Iterator[None]:
         ):
             raise
         if failed.ranks > 1 and is_peer_failure(error):
-            raise OtherRankFailed(crashes.root_cause(folder, failed.attempt, failed.rank, error)) from error
-        _record_crash(folder, failed)
+            records = run.path / crashes.FOLDER
+            raise OtherRankFailed(crashes.root_cause(records, failed.attempt, failed.rank, error)) from error
+        _record_crash(run, failed)
         raise
 
 

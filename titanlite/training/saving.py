@@ -20,7 +20,6 @@ from titanlite.models.shard import Shard
 from titanlite.training.setup import Run
 
 SAVE_NOW = "save-now"  # the file in the run folder that asks for a checkpoint; deleted once it is committed
-_LOOK_EVERY_SECONDS = 1.0  # a look at a shared file system may take a while; steps may be short
 _RETRY_SECONDS = 30.0  # from a save that failed to the next: a full disk may have been cleared by then
 _LONGEST_PAUSE_SECONDS = 30.0  # between two attempts to save what a run ends with
 _SHORT_SECONDS = 1.0  # shorter waits are not logged
@@ -52,7 +51,6 @@ class SaveRequests:
         self._warn = warn
         self._saved_at = time.monotonic()
         self._retry_at = math.inf
-        self._looked_at = -math.inf
         self._asked = self._asked_by_file = self._saves_for_file = False
 
     def due(self) -> bool:
@@ -60,8 +58,7 @@ class SaveRequests:
         if self._asked:
             return False
         now = time.monotonic()
-        if self._file is not None and now - self._looked_at >= _LOOK_EVERY_SECONDS:
-            self._looked_at = now
+        if self._file is not None:
             self._asked_by_file = os.path.exists(self._file)
         if math.isfinite(self._retry_at):  # whatever asked for the save that failed still does
             self._asked = now >= self._retry_at

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Run:
     def path(self) -> Path:
         return self.checkpoints.folder.parent
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         return total_steps(self.recipe.training)
 
@@ -97,13 +98,7 @@ def try_to_open_data(recipe: Recipe) -> Future[OpenedData]:
 
 
 def lock_run_folder(
-    stack: ExitStack,
-    world: World,
-    loaded: LoadedRecipe,
-    path: Path,
-    start: Start,
-    logger: RunLogger,
-    progress: Progress,
+    stack: ExitStack, world: World, loaded: LoadedRecipe, path: Path, start: Start, log: RunLogger, progress: Progress
 ) -> tuple[RunFolder | None, Start, int]:
     """Lock and clear the run's folder, on the first rank, until `stack` ends, with its console and its `status.json`.
 
@@ -115,12 +110,12 @@ def lock_run_folder(
 
     def lock() -> list[Any]:
         recipe, steps = loaded.recipe, total_steps(loaded.recipe.training)
-        logger.consoles.append(open_console(sys.stdout, steps, recipe.run.name))
-        folder = open_run_folder(path, recipe, loaded.text, replace(start, job=tuple(job)), logger.info)
+        log.consoles.append(open_console(sys.stdout, steps, recipe.run.name))
+        folder = open_run_folder(path, recipe, loaded.text, replace(start, job=tuple(job)), log.info)
         folders.append(folder)
         stack.callback(folder.close)
         stack.enter_context(_status(folder, progress))
-        logger.consoles.append(LogFile(folder.logs / "console.log", steps))
+        log.consoles.append(LogFile(folder.logs / "console.log", steps))
         folder.require_space(checkpoint_bytes(recipe), "a checkpoint of this model")
         attempts = crashes.attempts(path / crashes.FOLDER)
         folder.attempt = max(folder.attempt, 1 + max(attempts, default=0), 1 + last_start(path))
@@ -128,7 +123,7 @@ def lock_run_folder(
 
     mode, step, restarted, attempt = world.run_on_rank0(lock)
     if start.mode != "auto" and (mode, step) != (start.mode, start.step):
-        logger.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
+        log.info("--fresh, --resume and --from-step were for the first start of this job; this one goes on.")
     return next(iter(folders), None), replace(start, mode=mode, step=step, restarted=restarted), attempt
 
 

@@ -1,7 +1,7 @@
 """The loop of a run: takes it from step to step, and validates, saves, stops and goes back where the recipe says so.
 
-A step is read here, then in `training/feed.py`, `training/train_state.py`, `parallel/model.py`, `models/llama.py` and
-`models/layers.py`. Nothing calls back into the trainer; each package is handed values and returns values.
+The step itself is `training/step.py`; docs/step.md tells which 12 files one enters, and why. Nothing calls back into
+the trainer; each package is handed values and returns values.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from titanlite.checkpoint.format import CheckpointMetadata
 from titanlite.checkpoint.save import environment
@@ -22,6 +23,7 @@ from titanlite.errors import StoppedEarly
 from titanlite.observe.inspection import trace_shapes
 from titanlite.observe.metrics import Metrics, peak_flops
 from titanlite.optim.schedules import lr_factor
+from titanlite.parallel.model import Reports
 from titanlite.resilience.corruption import compare_replicas
 from titanlite.resilience.guards import BadStep, RollBack, nonfinite_names
 from titanlite.resilience.signals import StopRequests
@@ -29,9 +31,11 @@ from titanlite.training.feed import Feed
 from titanlite.training.restore import restore
 from titanlite.training.saving import Saving, usable_snapshots
 from titanlite.training.setup import Run, rank_plan
+from titanlite.training.step import take_step
 from titanlite.training.train_state import TrainState
 from titanlite.training.validation import validate
 
+_LOOK_EVERY_SECONDS = 1.0  # for what saves have come to, and who asks for one: it may take a shared file system a while
 _COLLECT_EVERY = 100  # steps between garbage collections: left to itself, Python pauses ranks at different moments
 _ANOTHER_UNREADABLE = "another rank cannot read its data"
 
@@ -52,20 +56,13 @@ class Trainer:
         self._plan, _ = rank_plan(recipe, world)
         self._feed: Feed
         card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-        self.metrics = Metrics(
-            total_steps=run.total_steps,
-            log_every=recipe.metrics.log_every,
-            devices=world.size,
-            device=world.device,
-            flops_per_token=self.state.spec.flops_per_token(self.state.config, recipe.training.sequence_length),
-            peak_flops=peak_flops(card),
-        )
+        flops = self.state.spec.flops_per_token(self.state.config, recipe.training.sequence_length)
+        self.metrics = Metrics(world.size, world.device, flops, peak_flops(card))
 
     def train(self) -> None:
         """Train to the last step. Raises `StoppedEarly` after saving, `GuardStop`, or `CheckpointError`."""
         run, started = self.run, time.monotonic()
-        run.watchdog.beat(run.progress.step, "starting")
-        self.metrics.start(tokens=run.progress.tokens)
+        self.metrics.start(run.progress.step, run.progress.tokens)
         run.read_log.begin(run.progress.step)
         grace = run.recipe.resilience.grace_seconds
         requests = StopRequests(run.world, grace, self.saving.describe_loss)
@@ -82,49 +79,52 @@ class Trainer:
         """From the step and the sample that the run is at to the end; the host only queues work, where nothing is
         logged, validated or saved. Raises what `train` does, or `RollBack`.
         """
-        run, progress, recipe, tracing = self.run, self.run.progress, self.run.recipe, ExitStack()
-        self._stop_if(self._step_limit())
+        run, progress, recipe, look_at, first = self.run, self.run.progress, self.run.recipe, 0.0, ExitStack()
+        self._stop_if(None)
         feed = self._feed = Feed(run, self._plan)
+        first.enter_context(run.watchdog.during("starting"))  # a first step compiles
         if recipe.debug.trace_shapes:
-            tracing.enter_context(trace_shapes(self.state.model.module, run.logger.info))
-        for batch, wait_seconds in feed.batches():
-            progress.step += 1
-            progress.samples = feed.record(progress.step, batch.samples)
-            progress.tokens += recipe.training.global_batch * recipe.training.sequence_length
-            factor = lr_factor(progress.step, recipe.schedule, run.total_steps)
-            loss, norm = self.state.step(progress.step, batch, factor)
-            row = self.metrics.record(
-                step=progress.step,
-                loss=loss,
-                grad_norm=norm,
-                lr=recipe.optimizer.lr * factor,
-                samples=progress.samples,
-                tokens=progress.tokens,
-                data_wait_seconds=wait_seconds,
-            )
-            tracing.close()
-            if row is not None:
-                run.read_log.flush()  # whoever sees the row can have the step's samples shown
-                run.logger.write(row)
-                self._review()
-                for sentence in run.watchdog.stragglers():
-                    run.logger.event(progress.step, "straggler", sentence)
-            run.watchdog.beat(progress.step)
-            if progress.step % _COLLECT_EVERY == 0:
+            first.enter_context(trace_shapes(self.state.model.module, run.logger.info))
+        for batch in feed.batches():
+            number, wants_save = progress.step + 1, False
+            factor = lr_factor(number, recipe.schedule, run.total_steps)
+            loss, norm, reports = take_step(self.state, number, batch, factor)
+            progress.step, progress.samples = number, batch.first + batch.sequences
+            progress.tokens += batch.sequences * recipe.training.sequence_length
+            first.close()
+            if number in (1, run.total_steps) or number % recipe.metrics.log_every == 0:
+                self._log(loss, norm, reports, recipe.optimizer.lr * factor)
+            if number % _COLLECT_EVERY == 0:
                 gc.collect(1)
             self._do_what_is_due()
+            if (now := time.monotonic()) >= look_at:
+                look_at = now + _LOOK_EVERY_SECONDS
+                self.saving.look()
+                wants_save = self.saving.due()
             limit = self._time_limit(started) or ("data cannot be read" if feed.failure is not None else None)
-            stop, save = requests.agree(limit, self.saving.due())
-            self._stop_if(self._step_limit() or stop, feed.failure)
-            if save:
+            stop = limit or (requests.received.name if requests.received is not None else None)
+            if run.world.size > 1:
+                stop, wants_save = requests.agree(limit, wants_save)
+            self._stop_if(stop, feed.failure)
+            if wants_save:
                 with self.metrics.paused():
                     self._save()
-            self.saving.look()
         self._save(at_end=True)  # a signal waits for this one too
         failure = feed.failure
         if not run.world.all_equal(int(failure is None)) or failure is not None:
             self._stop(_ANOTHER_UNREADABLE, failure)
         self.state.guards.require_good_end(progress.step, progress.validation_loss)
+
+    def _log(self, loss: Tensor, norm: Tensor, reports: Reports, lr: float) -> None:
+        """Write the row of the step that was just taken, and what is to be said of the steps since the row before."""
+        run, progress, feed = self.run, self.run.progress, self._feed
+        step, waited, feed.waited_seconds = progress.step, feed.waited_seconds, 0.0
+        row = self.metrics.record(step, loss, norm, reports, lr, progress.samples, progress.tokens, waited)
+        run.read_log.flush()  # whoever sees the row can have the step's samples shown
+        run.logger.write(row)
+        self._review()
+        for sentence in run.watchdog.stragglers():
+            run.logger.event(step, "straggler", sentence)
 
     def _do_what_is_due(self) -> None:
         """Compare, validate and save after as many steps as the recipe says."""
@@ -191,8 +191,11 @@ class Trainer:
         return CheckpointMetadata(*place, run.recipe_text, values, environment(run.world.device))
 
     def _stop_if(self, reason: str | None, failure: Exception | None = None) -> None:
-        """`_stop` if there is a reason to and the run has more steps to go."""
-        if reason and self.run.progress.step < self.run.total_steps:
+        """`_stop` if there is a reason to, or this is the step to stop after, and the run has more steps to go."""
+        step, limit = self.run.progress.step, self.run.recipe.run.stop_after_step
+        if limit is not None and step >= limit:
+            reason = f"run.stop_after_step = {limit}"
+        if reason and step < self.run.total_steps:
             self._stop(reason, failure)
 
     def _stop(self, reason: str, failure: Exception | None) -> NoReturn:
@@ -202,10 +205,6 @@ class Trainer:
         if failure is not None:
             raise self._feed.explain(failure, f" The state after step {step} is saved.") from failure
         raise StoppedEarly(f"stopped after step {step} of {self.run.total_steps} ({reason}); state saved")
-
-    def _step_limit(self) -> str | None:
-        limit = self.run.recipe.run.stop_after_step
-        return f"run.stop_after_step = {limit}" if limit is not None and self.run.progress.step >= limit else None
 
     def _time_limit(self, started: float) -> str | None:
         limit = self.run.recipe.run.stop_after_minutes
@@ -274,7 +273,7 @@ class Trainer:
         run.logger.event(left, "rollback", said, {"to_step": progress.step, "samples": [first, read - 1]})
         # What it was loaded from says that less was read.
         self.saving.commit_instead(self.state.shards_by_name(), self._metadata())
-        self.metrics.start(tokens=progress.tokens)
+        self.metrics.start(progress.step, progress.tokens)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from titanlite.plan.layout import batch_plan, require_layout, total_steps
 from titanlite.plan.placement import Shape
 from titanlite.precision.casting import master_dtype
 from titanlite.recipe.sections import Recipe
+from titanlite.training.step import take_step
 from titanlite.training.train_state import TrainState
 from titanlite.verify import verdict
 from titanlite.verify.shrink import change, reference_of, without_compiler
@@ -76,7 +77,7 @@ def _run(recipe: Recipe, world: World) -> Iterator[tuple[Shards, Tensor]]:
     yield state.shards, torch.zeros(2, dtype=torch.float64, device=world.device)
     steps = total_steps(recipe.training)
     for number, batch in enumerate(_batches(recipe, world, steps), 1):
-        loss, norm = state.step(number, batch.to(world.device), lr_factor(number, recipe.schedule, steps))
+        loss, norm, _ = take_step(state, number, batch.to(world.device), lr_factor(number, recipe.schedule, steps))
         yield state.shards, torch.stack((loss.double(), norm.double().to(world.device)))
 
 

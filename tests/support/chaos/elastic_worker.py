@@ -30,10 +30,11 @@ def main() -> None:
     note("process")
     from titanlite.cli import main as command
     from titanlite.cli.train import main as train
+    from titanlite.training import trainer
     from titanlite.training.train_state import TrainState
     from titanlite.training.trainer import Trainer
 
-    train_run, take_step, taken = Trainer.train, TrainState.step, itertools.count()
+    train_run, take_step, taken = Trainer.train, trainer.take_step, itertools.count()
 
     def noted_run(self: Trainer) -> None:
         note("loaded", step=self.run.progress.step, rank=self.run.world.rank, ranks=self.run.world.size)
@@ -47,7 +48,7 @@ def main() -> None:
         note("step", step=number, samples=batch.samples)
         return result
 
-    Trainer.train, TrainState.step = noted_run, noted_step  # type: ignore[method-assign]
+    Trainer.train, trainer.take_step = noted_run, noted_step  # type: ignore[method-assign]
     end_process = command.launch.end_process
 
     def noted_end(code: int) -> NoReturn:

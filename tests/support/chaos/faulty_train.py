@@ -70,7 +70,7 @@ def after(owner: Any, name: str, change: Callable[..., Any]) -> None:
 
 def after_step(step: int, act: Callable[[Any], object]) -> None:
     """`act` on the train state when `step` is done, the first time."""
-    from titanlite.training.train_state import TrainState
+    from titanlite.training import trainer
 
     done: list[int] = []
 
@@ -80,14 +80,14 @@ def after_step(step: int, act: Callable[[Any], object]) -> None:
             act(state)
         return result
 
-    after(TrainState, "step", acted)
+    after(trainer, "take_step", acted)
 
 
 def before_step(step: int, act: Act) -> None:
     """`act` when all steps before `step` are done."""
-    from titanlite.training.train_state import TrainState
+    from titanlite.training import trainer
 
-    wrap(TrainState, "step", lambda self, number, *_: act() if number == step else None)
+    wrap(trainer, "take_step", lambda self, number, *_: act() if number == step else None)
 
 
 def between_saves(step: int, act: Act) -> None:
@@ -107,13 +107,14 @@ _step = 0  # the last step that was begun, once `follow` was called
 
 def follow() -> None:
     """Keep `_step` up to date."""
+    from titanlite.training import trainer
     from titanlite.training.train_state import TrainState
 
     def note(self: TrainState, number: int, *_: object) -> None:
         global _step
         _step = number
 
-    wrap(TrainState, "step", note)
+    wrap(trainer, "take_step", note)
 
 
 def in_forward(step: int, act: Act) -> None:
@@ -293,11 +294,11 @@ def killed_in_two_lives(step: int) -> None:
 def slow_on_rank_1(seconds: float) -> None:
     """In every step; and ranks are compared after two seconds rather than a minute."""
     from titanlite.resilience import watchdog
-    from titanlite.training.train_state import TrainState
+    from titanlite.training import trainer
 
     watchdog.WINDOW_LOOKS = 20
     if os.environ["RANK"] == "1":
-        wrap(TrainState, "step", partial(_slow_disk, seconds))
+        wrap(trainer, "take_step", partial(_slow_disk, seconds))
 
 
 def _slow_disk(seconds: float, *_: object) -> None:
@@ -306,19 +307,18 @@ def _slow_disk(seconds: float, *_: object) -> None:
 
 def gradient_is_nan(step: int) -> None:
     """Once, whether or not the step is taken again."""
-    from titanlite.parallel.model import ParallelModel
+    from titanlite.parallel.shards import Shards
 
     follow()
     spoiled: list[int] = []
 
-    def spoil(loss: Any, model: ParallelModel, _: Any) -> Any:
+    def spoil(_: None, shards: Shards) -> None:
         if _step == step and not spoiled:
             spoiled.append(step)
-            held = next(weight for weight in model.shards.local().values() if weight.numel())
-            held.grad.view(-1)[0] = float("nan")
-        return loss
+            held = next(weight for weight in shards.local().values() if weight.numel())
+            held.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
 
-    after(ParallelModel, "forward_backward", spoil)
+    after(Shards, "take_gradients", spoil)
 
 
 def update_ruins(step: int) -> None:
@@ -358,14 +358,14 @@ def labels_spoiled(step: int) -> None:
 
     from titanlite.parallel.model import ParallelModel
 
-    compute = ParallelModel.compute
+    forward_backward = ParallelModel.forward_backward
 
-    def spoil(self: ParallelModel, batch: Any) -> Any:
+    def spoil(self: ParallelModel, batch: Any, valid: Any) -> Any:
         if set(batch.samples) & set(range(4 * (step - 1), 4 * step)):
             batch = dataclasses.replace(batch, labels=batch.labels.clamp(max=0))
-        return compute(self, batch)
+        return forward_backward(self, batch, valid)
 
-    ParallelModel.compute = spoil
+    ParallelModel.forward_backward = spoil
 
 
 def pickle_refuses() -> None:
@@ -380,6 +380,7 @@ def pickle_refuses() -> None:
 
 def samples_noted() -> None:
     """Every rank writes down the samples of each of its steps."""
+    from titanlite.training import trainer
     from titanlite.training.train_state import TrainState
 
     rank = os.environ.get("RANK", "0")
@@ -388,7 +389,7 @@ def samples_noted() -> None:
         with open(f"samples-{rank}.jsonl", "a") as file:
             file.write(json.dumps([number, *batch.samples]) + "\n")
 
-    wrap(TrainState, "step", note)
+    wrap(trainer, "take_step", note)
 
 
 def clock_goes_back() -> None:

@@ -39,7 +39,7 @@ class Attending(nn.Module):
 def part_of(tensor: Tensor, ranks: int, rank: int) -> Tensor:
     """A rank's part of [batch, seq, …], cut as tokens are."""
     numbers = torch.arange(tensor.shape[1])
-    batch = Batch(numbers, numbers, None, None, (), 1, len(numbers))
+    batch = Batch(numbers, numbers, None, None, (), 0, 1, len(numbers))
     return tensor[:, local_sequences(batch, ranks, rank).tokens]
 
 

@@ -14,6 +14,7 @@ from support.parity import parity_runs
 from support.parity.parity_runs import Curve, Part
 from titanlite.models.init import initialise
 from titanlite.models.shard import Shard
+from titanlite.models.spec import ModelOutput
 from titanlite.parallel import context, model, pipeline, shards, tensor
 from titanlite.training import train_state as learner
 
@@ -26,12 +27,13 @@ def gradients_are_means(patch: Patch) -> None:
 
 
 def a_microbatch_is_dropped(patch: Patch) -> None:
-    token_losses = model.GradientAccumulation._token_losses
+    forward = model.GradientAccumulation._forward
 
-    def dropped(self: model.GradientAccumulation, batch: Any, index: int) -> torch.Tensor:
-        return token_losses(self, batch, index) * (0.0 if index == 1 else 1.0)
+    def dropped(self: model.GradientAccumulation, batch: Any, index: int) -> ModelOutput:
+        output = forward(self, batch, index)
+        return output._replace(result=output.result * (0.0 if index == 1 else 1.0))
 
-    patch.setattr(model.GradientAccumulation, "_token_losses", dropped)
+    patch.setattr(model.GradientAccumulation, "_forward", dropped)
 
 
 def a_rank_begins_with_other_rows(patch: Patch) -> None:
@@ -61,7 +63,13 @@ def a_vocabulary_slice_begins_one_token_late(patch: Patch) -> None:
 
 
 def every_tensor_parallel_rank_reports_the_loss(patch: Patch) -> None:
-    patch.setattr(model.ParallelModel, "reports_loss", True)
+    forward_backward = model.ParallelModel.forward_backward
+
+    def reported(self: model.ParallelModel, *arguments: Any) -> torch.Tensor:
+        self.reports_loss = True
+        return forward_backward(self, *arguments)
+
+    patch.setattr(model.ParallelModel, "forward_backward", reported)
 
 
 def a_sequence_is_not_balanced_where_it_is_gathered(patch: Patch) -> None:
@@ -70,6 +78,32 @@ def a_sequence_is_not_balanced_where_it_is_gathered(patch: Patch) -> None:
 
 def a_stage_divides_by_its_own_tokens(patch: Patch) -> None:
     patch.setattr(pipeline, "_share_of_loss", lambda losses, valid: losses / (valid / 2).to(losses.dtype))
+
+
+def a_stage_leaves_its_auxiliary_losses_out(patch: Patch) -> None:
+    patch.setattr(pipeline._WithLosses, "apply", lambda result, *losses: result)
+
+
+def experts_are_counted_as_often_as_other_weights(patch: Patch) -> None:
+    clip = shards.Shards.clip_gradients
+
+    def wrong(self: shards.Shards, clip_norm: float) -> torch.Tensor:
+        self._shares = torch.full_like(self._shares, 0.5)
+        return clip(self, clip_norm)
+
+    patch.setattr(shards.Shards, "clip_gradients", wrong)
+
+
+def a_step_updates_buffers_by_its_own_tokens(patch: Patch) -> None:
+    patch.setattr(model.ParallelModel, "sum_over_ranks", _only_what_is_no_report(model.ParallelModel.sum_over_ranks))
+
+
+def _only_what_is_no_report(whole: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def part(self: model.ParallelModel, tensor: torch.Tensor) -> torch.Tensor:
+        whole(self, tensor[:1] if tensor.dim() else tensor)
+        return tensor
+
+    return part
 
 
 FAULTS: dict[Callable[[Patch], None], tuple[int, dict[str, dict[str, Any]]]] = {
@@ -82,6 +116,9 @@ FAULTS: dict[Callable[[Patch], None], tuple[int, dict[str, dict[str, Any]]]] = {
     every_tensor_parallel_rank_reports_the_loss: (2, {"parallel": {"tp": 2}}),
     a_sequence_is_not_balanced_where_it_is_gathered: (2, {"parallel": {"cp": 2}}),
     a_stage_divides_by_its_own_tokens: (2, {"parallel": {"pp": 2}}),
+    a_stage_leaves_its_auxiliary_losses_out: (2, {"parallel": {"pp": 2}, "model": {"preset": "mixture"}}),
+    experts_are_counted_as_often_as_other_weights: (2, {"parallel": {"ep": 2}, "model": {"preset": "mixture"}}),
+    a_step_updates_buffers_by_its_own_tokens: (2, {"model": {"preset": "mixture"}}),
 }
 """Each fault with the ranks and the layout that it breaks."""
 

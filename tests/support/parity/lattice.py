@@ -180,6 +180,44 @@ def multiplied() -> Iterator[Point]:
     yield Point(2, {"zero_stage": 3}, {"recompute": {"budget": 0.5}, "compile": {"enabled": True}}, default=False)
 
 
+def mixtures() -> Iterator[Point]:
+    """A family whose experts live on a mesh of their own, which trains buffers and has an auxiliary loss."""
+    for ranks, layout, default in (
+        (2, {"zero_stage": 3}, True),
+        (3, {"zero_stage": 1}, False),
+        (2, {"tp": 2}, True),
+        (2, {"cp": 2}, True),
+        (2, {"cp": 2, "cp_method": "ring"}, False),
+        (2, {"ep": 2, "zero_stage": 3}, False),
+        (3, {"ep": 3, "zero_stage": 2}, True),  # of four experts
+        (4, {"ep": 2, "zero_stage": 1}, False),
+        (4, {"ep": 2, "zero_stage": 3}, True),
+        (4, {"ep": 2, "dp_replicate": 2}, True),
+        (4, {"tp": 2, "ep": 2, "zero_stage": 3}, False),
+        (4, {"tp": 2, "ep": 4}, True),
+        (4, {"cp": 2, "ep": 2}, False),
+        (4, {"cp": 2, "ep": 4, "cp_method": "ring"}, False),
+        (4, {"pp": 2, "ep": 2}, True),
+        (8, {"tp": 2, "cp": 2, "ep": 4, "zero_stage": 3}, True),
+        (8, {"tp": 2, "pp": 2, "ep": 4}, False),
+        (8, {"dp_replicate": 2, "tp": 2, "ep": 2}, False),
+    ):
+        yield Point(ranks, layout, {"model": {"preset": "mixture"}}, default=default)
+    # The other weights are whole on all data ranks, and the experts are not.
+    four_heads = {"preset": "mixture", "dim": 32, "heads": 4, "kv_heads": 4}
+    yield Point(4, {"tp": 4, "ep": 2, "zero_stage": 1}, {"model": four_heads})
+    for schedule in SCHEDULES:
+        pipe = {"pp": 2, "pipeline": _pipeline(schedule)}
+        yield Point(2, pipe, {"model": {"preset": "mixture"}}, default=schedule == "ZBVZeroBubble")
+    for index, others in enumerate(
+        ({"recompute": {"mode": "full"}}, {"optimizer": {"name": "muon"}}, {"compile": {"enabled": True}})
+    ):
+        layout = {"tp": 2, "ep": 4, "zero_stage": 2}
+        yield Point(4, layout, {"model": {"preset": "mixture"}, **others}, default=index == 0)
+    masked = {"model": {"preset": "mixture"}, "training": {"microbatch": 1}, "data": {"document_mask": True}}
+    yield Point(2, {"ep": 2, "zero_stage": 3}, masked)
+
+
 def points() -> list[Point]:
     """The whole lattice; points that the recipe check refuses are among them."""
-    return [point for part in (alone, pairs, triples, pipelines, multiplied) for point in part()]
+    return [point for part in (alone, pairs, triples, pipelines, multiplied, mixtures) for point in part()]

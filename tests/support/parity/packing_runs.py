@@ -13,6 +13,7 @@ from titanlite.data.splits import DataSplits, open_data
 from titanlite.parallel.world import World
 from titanlite.plan.layout import batch_plan, require_layout
 from titanlite.recipe.sections import Recipe
+from titanlite.training.step import take_step
 from titanlite.training.train_state import TrainState
 
 
@@ -40,7 +41,7 @@ def packed(rank: int, world: int, recipe_json: str) -> Numbers:
     plan = batch_plan(recipe, layout, layout.coordinates(rank).data)
     (source,) = data.validation
     held_out = learner.model.evaluate(validation_batches(source, source.windows, plan, []))
-    loss, norm = learner.step(1, next(train_loader(data.train, plan, [0])), 1.0)
+    loss, norm, _ = take_step(learner, 1, next(train_loader(data.train, plan, [0])), 1.0)
     return Numbers(loss.item(), norm.item(), held_out.loss, held_out.bits_per_byte)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import support.mixture  # noqa: F401 - registers the family
 from support.runs import Curve, KeptRows
 from titanlite.checkpoint.manager import CheckpointManager
 from titanlite.checkpoint.snapshots import Snapshots
@@ -23,6 +24,7 @@ from titanlite.observe.logger import RunLogger
 from titanlite.observe.run_folder import GO_ON, Start
 from titanlite.parallel.apply import build
 from titanlite.parallel.ranks import Ranks
+from titanlite.parallel.shards import Shards
 from titanlite.parallel.world import World
 from titanlite.recipe.load import to_toml
 from titanlite.recipe.sections import Recipe
@@ -62,7 +64,7 @@ def train(rank: int, world: int, recipe_json: str, folder: str | None = None) ->
     """Run it (from the checkpoint in `folder`, if there is one); the curve, and what this rank holds of the weights."""
     with open_trainer(rank, world, recipe_json, folder) as (trainer, kept):
         trainer.train()
-    return kept.curve(), _held(trainer.state.shards.table)
+    return kept.curve(), _held(trainer.state.shards)
 
 
 def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, memory: str | None = None) -> list[Part]:
@@ -71,7 +73,7 @@ def train_until_stopped(rank: int, world: int, recipe_json: str, folder: str, me
     """
     with open_trainer(rank, world, recipe_json, folder, memory=memory) as (trainer, _), suppress(StoppedEarly):
         trainer.train()
-    return _held(trainer.state.shards_by_name())
+    return _parts(trainer.state.shards_by_name())
 
 
 def train_on(
@@ -84,9 +86,9 @@ def train_on(
 ) -> tuple[list[Part], Curve, list[Part]]:
     """What this rank holds of the state that the run begins with; then as `train`."""
     with open_trainer(rank, world, recipe_json, folder, Start(may_change=may_change), memory) as (trainer, kept):
-        begun = _held(trainer.state.shards_by_name())
+        begun = _parts(trainer.state.shards_by_name())
         trainer.train()
-    return begun, kept.curve(), _held(trainer.state.shards.table)
+    return begun, kept.curve(), _held(trainer.state.shards)
 
 
 @contextmanager
@@ -113,7 +115,11 @@ def open_trainer(
         yield Trainer(run), kept
 
 
-def _held(table: Mapping[str, Shard]) -> list[Part]:
+def _held(shards: Shards) -> list[Part]:
+    return _parts({**shards.table, **shards.buffers})
+
+
+def _parts(table: Mapping[str, Shard]) -> list[Part]:
     return [(name, shard.offset, shard.shape, shard.tensor.detach().clone()) for name, shard in table.items()]
 
 
@@ -156,4 +162,4 @@ def initial_weights(rank: int, world: int, recipe_json: str) -> list[Part]:
     config = spec.configure(recipe.model)
     model = build(spec, config, recipe, World(rank, world, torch.device("cpu")))
     initialise(model.shards.table, lambda name: spec.initial_std(config, name), recipe.run.seed)
-    return _held(model.shards.table)
+    return _held(model.shards)

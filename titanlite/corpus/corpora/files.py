@@ -81,7 +81,7 @@ _SKIPPED_FILES = ("_sysconfigdata", "sitecustomize.py", "usercustomize.py")
 class FileFinder:
     """Finds the files of entries such as those of `data.corpus`, each once."""
 
-    def __init__(self, text_key: str, key: str = "data.corpus", corpora: Sequence[str] = tuple(CORPORA)) -> None:
+    def __init__(self, text_key: str, key: str = "data.corpus", corpora: Iterable[str] = CORPORA) -> None:
         """`key` is what the user calls the entries, and `corpora` what they can be beside paths."""
         self._text_key, self._key, self._corpora = text_key, key, corpora
         self._found: dict[str, str] = {}  # real path -> the entry that named it

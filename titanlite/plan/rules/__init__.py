@@ -24,10 +24,12 @@ RULES: dict[str, tuple[Callable[..., Iterator[Finding]], ...]] = {
     "steps": (run.schedule, run.never_reached),
     "mesh": (layout.padding, layout.stages, layout.rounds, layout.rounded_sums, conflicts.split_backward),
     "model": (layout.conversions,),
-    "model, mesh": (layout.parts, layout.sent),
-    "cut model": (layout.uneven_cuts, layout.converted_parts),
+    "model, mesh": (layout.sent, layout.experts),
+    "placed model": (layout.parts, layout.uneven_cuts, layout.converted_parts),
 }
-"""Each rule by the facts that it takes, and waits for: a model that `heads` refuses, or `cuts`, is not known."""
+"""Each rule by the facts that it takes, and waits for: a model that `heads` refuses is not known, and one that `cuts`,
+`stages` or `experts` refuses has no place.
+"""
 
 
 def apply_rules(recipe: Recipe, world: int = 1) -> list[Finding]:
@@ -37,9 +39,12 @@ def apply_rules(recipe: Recipe, world: int = 1) -> list[Finding]:
     steps = total_steps(recipe.training) if amounts.count(None) == 1 else None  # the rule `amount` wants one of the two
     mesh = layout_of(recipe.parallel, ranks)
     model = (None, None) if any(run.heads(recipe, ranks)) else run.find_model(recipe)
-    cut_model = (None, None) if any(layout.cuts(recipe, ranks)) else model
     facts: dict[str, tuple[Any, ...]] = {"ranks": (ranks,), "steps": (steps,), "mesh": (mesh,), "model": model}
-    facts |= {"model, mesh": (*model, mesh), "cut model": cut_model}
+    facts["model, mesh"] = placed = (*model, mesh)
+    if mesh is not None and None not in model:
+        refused = (layout.cuts(recipe, ranks), layout.stages(recipe, mesh), layout.experts(recipe, *placed))
+        if not any(finding.severity == "error" for findings in refused for finding in findings):
+            facts["placed model"] = placed
     known = [(rule, facts[which]) for which in facts if None not in facts[which] for rule in RULES[which]]
     findings = [finding for rule, values in known for finding in rule(recipe, *values)]
     if ranks < world:

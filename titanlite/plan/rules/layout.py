@@ -12,7 +12,7 @@ from titanlite.optim.base import OPTIMIZERS
 from titanlite.plan import float8
 from titanlite.plan.layout import Layout, batch_plan, ceil_div, divisors, layout_of
 from titanlite.plan.memory import MAX_CHUNKS, count_parts
-from titanlite.plan.placement import GroupRank, find_placements, local_slices, pattern_of
+from titanlite.plan.placement import pattern_of, place
 from titanlite.plan.rules.run import find_model
 from titanlite.plan.stages import FIXED_STAGES, IN_ROUNDS, SPLIT_BACKWARD, stages_per_rank, takes_microbatches
 from titanlite.recipe.sections import Recipe
@@ -56,14 +56,14 @@ def cuts(recipe: Recipe, world: int) -> Iterator[Finding]:
         yield Finding("parallel.tp", problem, f"write {join_choices(fits)}.")
 
 
-def uneven_cuts(recipe: Recipe, spec: ModelSpec, config: ModelConfig) -> Iterator[Finding]:
+def uneven_cuts(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
     """Matrices whose parts are of different sizes: the ranks with less wait."""
-    tp = recipe.parallel.tp
-    names: dict[int, list[str]] = {}
-    patterns = {pattern_of(name): shape for name, shape in spec.shapes(config).items()}
-    for name, placement in find_placements(patterns, spec.sharding(config)).items():
-        if placement.units % tp:
-            names.setdefault(placement.units, []).append(name.removesuffix(".weight").rpartition(".")[2])
+    tp = layout.tp
+    names: dict[int, dict[str, None]] = {}
+    for name, placement in place(recipe, layout).items():
+        cut = placement.cut_over("tp")
+        if cut is not None and (units := placement.shape[cut.dimension] // cut.unit) % tp:
+            names.setdefault(units, {})[name.removesuffix(".weight").rpartition(".")[2]] = None
     for units, modules in names.items():
         idle = 1 - units / (ceil_div(units, tp) * tp)
         problem = f"{units} parts of {', '.join(modules)} on {tp} ranks: {idle:.1%} of their time is waiting;"
@@ -80,6 +80,26 @@ def sequences(recipe: Recipe, world: int) -> Iterator[Finding]:
         problem = f"{length} tokens cannot be cut into {parts} parts, for cp = {cp} x tp = {tp} ranks{ends};"
         fix = f"choose a multiple of {parts}, such as {ceil_div(length, parts) * parts}."
         yield Finding("training.sequence_length", problem, fix)
+
+
+def experts(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
+    """Ranks that experts are dealt out to are ranks of one model copy, and each has some."""
+    ep, room = layout.ep, layout.dp_shard * layout.cp * layout.tp
+    if ep == 1:
+        return
+    key, rules = "parallel.ep", [rule for rule in spec.sharding(config) if rule.style == "experts"]
+    modules = tuple(rule.pattern for rule in rules)
+    own = {name: shape for name, shape in spec.shapes(config).items() if is_named_by(modules, name.rpartition(".")[0])}
+    if not own:
+        yield Finding(key, f"the model has no experts to deal out to {ep} ranks;", "write 1.")
+        return
+    experts = min(shape[0] for shape in own.values()) // max(rule.unit for rule in rules)
+    if recipe.parallel.zero_stage == 0:
+        yield Finding(key, "dealing out experts cuts weights, and zero_stage = 0 cuts none;", "write zero_stage = 1.")
+    elif room % ep or ep > experts:
+        problem = f"{ep} does not divide dp_shard x cp x tp = {room}, or is more than the {experts} experts;"
+        fits = [degree for degree in divisors(room) if degree <= experts]
+        yield Finding(key, problem, f"write {join_choices(fits)}.")
 
 
 def machines(recipe: Recipe, world: int) -> Iterator[Finding]:
@@ -192,17 +212,19 @@ def conversions(recipe: Recipe, spec: ModelSpec, config: ModelConfig) -> Iterato
             yield Finding("precision.float8.exclude", f"no linear is named '{pattern}';", fix)
 
 
-def converted_parts(recipe: Recipe, spec: ModelSpec, config: ModelConfig) -> Iterator[Finding]:
+def converted_parts(recipe: Recipe, spec: ModelSpec, config: ModelConfig, layout: Layout) -> Iterator[Finding]:
     """What each tensor parallel rank has of a converted linear can be multiplied in float8, and is worth it.
 
     Left as it is on this layout alone, it would have other numbers than on others.
     """
-    tp, section = recipe.parallel.tp, recipe.precision.float8
-    linears = float8.decide_linears(spec, config, section) if tp > 1 else ()
-    converted = {pattern_of(f"{each.name}.weight"): each.shape for each in linears if each.skipped is None}
-    for name, placement in find_placements(converted, spec.sharding(config)).items():
-        whole, module = converted[name], name.removesuffix(".weight")
-        parts = sorted({local_slices(whole, placement, GroupRank(rank, tp))[1] for rank in range(tp)})
+    section = recipe.precision.float8
+    linears = float8.decide_linears(spec, config, section) if layout.tp > 1 else ()
+    converted = {pattern_of(f"{each.name}.weight") for each in linears if each.skipped is None}
+    placed = {pattern_of(name): each for name, each in place(recipe, layout).items() if each.cut_over("tp")}
+    for name in (name for name in placed if name in converted):
+        module, placement = name.removesuffix(".weight"), placed[name]
+        first = placement.stages[0] * layout.size // layout.pp
+        parts = sorted({placement.part(first + rank, gathered=True)[1] for rank in range(layout.tp)})
         misfit = next((part for part in parts if not float8.aligned(part, section)), None)
         rows, columns = misfit or parts[0]
         problem = f"of {module}, a rank has {rows} x {columns}"
