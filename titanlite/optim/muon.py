@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from titanlite.errors import UsageError
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import adamw
 from titanlite.optim.base import Optimizer, OptimizerSpec, Weights
@@ -87,6 +88,8 @@ def build(recipe: sections.Recipe, model: ModelSpec, weights: Weights, compute: 
     """Muon for the blocks' matrices, AdamW for embedding, head and norms."""
     section = recipe.optimizer
     matrices = {name: held for name, held in weights.held.items() if model.is_block_matrix(name)}
+    if other := next((name for name, held in matrices.items() if held.dim() != 2), None):
+        raise UsageError(f"optimizer.name: muon takes matrices, and {other} is none; choose adamw for this model.")
     rest = {name: held for name, held in weights.held.items() if name not in matrices}
     muon = Muon(replace(weights, held=matrices), section, compute)
     return Optimizer((section.lr, adamw.AdamW(rest, section)), (section.muon_lr, muon))
