@@ -47,9 +47,9 @@ class Shard:
         return self.offset, tuple(self.tensor.shape)
 
     @staticmethod
-    def whole(tensor: Tensor) -> Shard:
-        """All of `tensor`, held once."""
-        return Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+    def whole(tensor: Tensor, copies: int = 1, copy: int = 0) -> Shard:
+        """All of `tensor`."""
+        return Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), copies, copy)
 
     def of(self, tensor: Tensor) -> Shard:
         """The same part of another tensor of the same whole shape (an optimizer's moment, say)."""

@@ -62,12 +62,8 @@ def apply_fsdp(
         # The gradient of a table does not depend on its values.
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
         if precision.float8.all_gather and (shards := on_mesh[unit].degree(FSDP)) > 1:
-            within = {
-                each
-                for other in modules
-                if other is not unit and other in [*unit.modules()]
-                for each in other.modules()
-            }
+            inner = (each for each in unit.modules() if each is not unit and each in on_mesh)
+            within = {each for other in inner for each in other.modules()}
             gather = Float8Gather([each for each in unit.modules() if each not in within], shards)
             if any(cast for _, _, cast in gather.parameters):
                 unit.set_custom_all_gather(gather)

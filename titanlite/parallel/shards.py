@@ -38,10 +38,7 @@ class Shards:
         self._parameters, self._placements, self._meshes, self._rank = dict(parameters), placements, meshes, rank
         self.table = {name: self._shard(name, parameter) for name, parameter in parameters.items()}
         copies = meshes.layout.size // meshes.layout.pp if meshes is not None else 1
-        self.buffers = {
-            name: Shard(each, (0,) * each.dim(), tuple(each.shape), copies, rank % copies)
-            for name, each in buffers.items()
-        }
+        self.buffers = {name: Shard.whole(each, copies, rank % copies) for name, each in buffers.items()}
         like, shares = next(iter(self.table.values())).tensor, [1 / shard.copies for shard in self.table.values()]
         self._shares = torch.tensor(shares, dtype=like.dtype, device=like.device)
         """For each tensor of `local`, 1 over the ranks that hold the same part: in the norm, it counts once."""
@@ -109,8 +106,7 @@ class Shards:
         found = {}
         for name, tensor in held.items():
             like = self.table.get(name) or self.table.get(name.rpartition("/")[0])
-            whole = Shard(tensor, (0,) * tensor.dim(), tuple(tensor.shape), ranks, self._rank)
-            found[name] = whole if like is None else like.of(tensor)
+            found[name] = Shard.whole(tensor, ranks, self._rank) if like is None else like.of(tensor)
         return found
 
     def exchange(self) -> MatrixExchange | None:
