@@ -24,9 +24,9 @@ def test_a_step_enters_the_files_that_the_documentation_prints(folder: Path) -> 
     """Those between the second step and the last but one: no clock falls due within so short a run."""
     with traced_steps() as trace:
         assert train("--training.steps=10") == 0
-    ordinary, told = trace.entered[2:8], printed("The files of a step")
-    assert len(told) <= 12 and len(set(told)) == len(told)
-    assert [sorted(files) for files in ordinary] == [sorted(told)] * len(ordinary)
+    ordinary, listed = trace.entered[2:8], printed("The files of a step")
+    assert len(listed) <= 12 and len(set(listed)) == len(listed)
+    assert [sorted(files) for files in ordinary] == [sorted(listed)] * len(ordinary)
     for files in trace.reading[2:8]:
         assert files <= set(printed("Reading a batch")), "without worker processes, the trainer's own reads"
 

@@ -163,8 +163,8 @@ def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
     seen |= dict.fromkeys(("attention", "mask"), ([tokens], [part]))
     messages = {**_MESSAGES, "attention": _RING if parallel.cp_method == "ring" else _MESSAGES["attention"]}
 
-    def row(modules: str, style: str, over: str, told: str, whole: Any, local: Any) -> dict[str, Any]:
-        return {"modules": modules, "style": style, "over": over, "told": told, "whole": whole, "local": local}
+    def row(modules: str, style: str, over: str, message: str, whole: Any, local: Any) -> dict[str, Any]:
+        return {"modules": modules, "style": style, "over": over, "told": message, "whole": whole, "local": local}
 
     rows: list[dict[str, Any]] = []
     for rule in spec.sharding(config):
@@ -176,8 +176,8 @@ def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
         rows += [row(rule.pattern, rule.style, over, messages[rule.style], *each) for each in sizes]
     for name, each in placed.items():
         if len(each.cuts) == 1:
-            told, whole = "gradient: all-reduce, once a step", list(each.shape)
-            rows.append(row(name.removesuffix(".weight"), "whole", "tp", told, whole, whole))
+            message, whole = "gradient: all-reduce, once a step", list(each.shape)
+            rows.append(row(name.removesuffix(".weight"), "whole", "tp", message, whole, whole))
     return rows
 
 
