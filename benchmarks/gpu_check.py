@@ -60,6 +60,7 @@ def parts(small: bool, scratch: str) -> list[Part]:
         *exact,
         Part("kernels against a copy and others", bench, 120),
         *steps[:2],
+        Part("attention by mode", [sys.executable, "benchmarks/attention.py", *["--small"] * small], 60),
         *_precisions(),
         Part("tests on the GPU", [*test, "tests/gpu"], 120),
         *steps[2:],
@@ -137,6 +138,12 @@ def markdown(report: dict[str, Any]) -> str:
         if "rows" in got:
             roofs = f"a copy {got['copy_gb_per_second']:,} GB/s, a matrix product {got['matmul_tflops']} TFLOP/s"
             pieces += [f"{row['name'].capitalize()} ({roofs}):", format_rows(got["rows"])]
+        if "attention" in got:
+            lines = [f"| {' | '.join(got['attention'][0])} |", f"|{' --- |' * len(got['attention'][0])}"]
+            cells = (
+                [f"{v:.3g}" if isinstance(v, float) else str(v) for v in each.values()] for each in got["attention"]
+            )
+            pieces.append("\n".join([*lines, *(f"| {' | '.join(each)} |" for each in cells)]))
         if got.get("breakdown"):
             pieces += [f"{row['name']}:", breakdown_table(got["breakdown"])]
     return "\n\n".join(pieces)

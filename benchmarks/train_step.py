@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from titanlite.cli.check import check_recipe
+from titanlite.models.attention.kernels import attention_kernels
 from titanlite.observe.metrics import mfu, peak_flops, peak_memory_bytes
 from titanlite.optim.base import UpdateRule
 from titanlite.parallel.model import Batch
@@ -65,6 +66,13 @@ def main(argv: list[str]) -> int:
 def measure(recipe: Recipe, warmup: int, steps: int, with_breakdown: bool) -> Iterator[dict[str, Any]]:
     """Median step over `steps`, after `warmup` steps; then again with the breakdown: a profiler may end a process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with attention_kernels(recipe.kernels.attention, device):
+        yield from _measure(recipe, device, warmup, steps, with_breakdown)
+
+
+def _measure(
+    recipe: Recipe, device: torch.device, warmup: int, steps: int, with_breakdown: bool
+) -> Iterator[dict[str, Any]]:
     learner = TrainState(recipe, World(0, 1, device))
     _initialise(learner)
     batch = _random_batch(recipe, learner.config.vocab_size).to(device)

@@ -13,10 +13,13 @@ import torch
 from support import dryrun_runs
 from support.parity.parity_runs import small_recipe, write_corpus
 from support.pool import Pool
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from titanlite.cli.main import main
 from titanlite.dryrun import step as dryrun_step
 from titanlite.dryrun.collectives import Collective, sum_traffic
+from titanlite.dryrun.memory import MemoryTrace
 from titanlite.dryrun.step import DryRun, dry_run
 from titanlite.models.spec import spec_of
 from titanlite.parallel.apply import build
@@ -318,6 +321,28 @@ def test_memory_of_gathered_weights() -> None:
     assert most(2, 6) - most(2, 4) == 2 * 2 * BLOCK
 
 
+@pytest.mark.parametrize("within", [{}, {"data": {"document_mask": True}}, {"model": {"window": (5, 0, 3, 14, 1)}}])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {"cp": 2}), (2, {"cp": 2, "cp_method": "ring"})],
+)
+def test_no_tensor_has_as_many_elements_as_pairs_of_tokens(
+    ranks: int, parallel: dict[str, Any], within: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even of the queries and keys that one rank compares at a time."""
+    sizes, record = [], MemoryTrace.record
+
+    def recorded(self: MemoryTrace, function: Any, arguments: Any, named: Any, result: Any) -> None:
+        sizes.extend(each.numel() for each in tree_leaves(result) if isinstance(each, Tensor))
+        record(self, function, arguments, named, result)
+
+    monkeypatch.setattr(MemoryTrace, "record", recorded)
+    length = 8192
+    sections = {"training": {"sequence_length": length, "global_batch": 2, "microbatch": 1}, "parallel": parallel}
+    dry_run(small_recipe("python-stdlib", **sections, **within), ranks, 0)
+    assert length < max(sizes) < (length // (2 * ranks)) ** 2
+
+
 def test_offload_leaves_the_device_without_states() -> None:
     run = dry_run(recipe(parallel={"zero_stage": 3, "offload": True}), 4, 0)
     assert run.memory.most["weights"] == run.memory.most["optimizer"] == 0
@@ -353,6 +378,9 @@ def test_memory_for_activations_is_what_autograd_saves(microbatches: int) -> Non
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model.module(batch.tokens[0], batch.labels[0])
     del loss
+    tables = model.module.rotations.forward(range(LENGTH), torch.empty(0))  # kept for all passes
+    for table in (tables.cos, tables.sin):
+        del saved[table.untyped_storage().data_ptr()]
     beside = run.memory.most["activations"] - sum(saved.values())
     assert 0 <= beside <= 32, "but the loss itself, its sum, and what it is divided by"
 

@@ -509,6 +509,13 @@ def test_weights_of_another_model_than_the_recipes_are_refused(tmp_path: Path) -
         export_huggingface(checkpoint, tmp_path / "out")
 
 
+def test_a_model_with_windows_is_not_exported_without_them(tmp_path: Path) -> None:
+    section = Model(**{**SIZES, "window": 8})
+    with pytest.raises(UsageError, match=r"model\.window"):
+        export_huggingface(saved(tmp_path, section, model_of(section)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_weights_that_are_not_finite_in_their_dtype_are_not_exported(tmp_path: Path, dtype: str | None) -> None:
     """Issue 14, item 18: NaN, and what is finite in float32 and not in bfloat16."""

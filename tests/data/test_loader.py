@@ -123,13 +123,15 @@ def test_padding_of_packed_documents_counts_nowhere_and_is_seen_by_none(workers:
     for batch in batches:
         assert batch.positions is not None and batch.documents is not None
         assert batch.valid_tokens == int((batch.labels != IGNORED).sum())
-        fields = (batch.tokens, batch.labels, batch.positions, batch.documents)
-        for tokens, labels, positions, numbers in zip(*(each[0].tolist() for each in fields), strict=True):
+        fields, begins = (batch.tokens, batch.labels, batch.positions), set(batch.documents[0].tolist())
+        for row, (tokens, labels, positions) in enumerate(zip(*(each[0].tolist() for each in fields), strict=True)):
             end = labels.index(IGNORED) if IGNORED in labels else LENGTH
             assert set(labels[end:]) <= {IGNORED} and set(tokens[end:]) <= {256}
             assert tokens[:end] == [256, *labels[:end]][:end]
-            assert positions[end:] == [0] * (LENGTH - end)
-            assert all(numbers.count(number) == 1 for number in numbers[end:])
+            assert positions[end:] == list(range(LENGTH - end)), "padding is one document"
+            assert {place for place in range(LENGTH) if positions[place] == 0} == {
+                place - row * LENGTH for place in begins if 0 <= place - row * LENGTH < LENGTH
+            }
             for place, token in enumerate(tokens[:end]):
                 assert positions[place] == (0 if token == 256 else positions[place - 1] + 1)
             read += _split(labels[:end])

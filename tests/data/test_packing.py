@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanlite.corpus.units import pack
-from titanlite.data.packing import Cut, document_layout
+from titanlite.data.packing import Cut, document_begins, document_offsets, document_positions, offsets_size
 
 SEPARATOR = 256
 DOCUMENTS = st.lists(st.lists(st.integers(0, 255), max_size=12), max_size=12)
@@ -33,22 +33,37 @@ def test_windows_hold_every_target_once(documents: list[list[int]], length: int)
 
 @settings(max_examples=100, deadline=None)
 @given(rows=st.integers(1, 3), length=st.integers(1, 30), data=st.data())
-def test_document_layout(rows: int, length: int, data: st.DataObject) -> None:
+def test_documents_of_sequences(rows: int, length: int, data: st.DataObject) -> None:
     token = st.sampled_from([1, 2, SEPARATOR])
     inputs = [data.draw(st.lists(token, min_size=length, max_size=length)) for _ in range(rows)]
-    positions, documents = document_layout(np.array(inputs, np.int64), SEPARATOR)
-    assert positions.dtype == documents.dtype == np.int64
-    for row, its_positions, its_documents in zip(inputs, positions.tolist(), documents.tolist(), strict=True):
-        position, document = -1, 0
-        for token, its_position, its_document in zip(row, its_positions, its_documents, strict=True):
-            position, document = (0, document + 1) if token == SEPARATOR else (position + 1, document)
-            assert (its_position, its_document) == (position, document)
+    ends = [data.draw(st.integers(0, length)) for _ in range(rows)]
+    padded = [row[:end] + [SEPARATOR] * (length - end) for row, end in zip(inputs, ends, strict=True)]
+    begins = document_begins(np.array(padded, np.int64), SEPARATOR, ends)
+    positions, offsets = document_positions(begins), document_offsets(begins[:, None])
+    assert (positions.dtype, offsets.dtype) == (np.int64, np.int32)
+    for row, end, its_positions, its_offsets in zip(padded, ends, positions.tolist(), offsets.tolist(), strict=True):
+        expected: list[list[int]] = []
+        for place, token in enumerate(row):
+            if place == 0 or (token == SEPARATOR and place <= end):
+                expected.append([])
+            expected[-1].append(len(expected[-1]))
+        assert its_positions == [position for document in expected for position in document]
+        first = [sum(map(len, expected[:index])) for index in range(len(expected) + 1)]
+        assert its_offsets == first + [length] * (len(its_offsets) - len(first))
+
+
+@given(microbatch=st.integers(1, 5), length=st.integers(1, 5000), documents=st.integers(0, 300))
+def test_tables_of_documents_have_few_sizes(microbatch: int, length: int, documents: int) -> None:
+    size = offsets_size(microbatch, length, documents)
+    assert size > documents and size & (size - 1) == 0
+    assert size == offsets_size(microbatch, length) or size <= 2 * documents
 
 
 def test_a_document_is_seen_alone() -> None:
     """Wherever it lies in the window, a document has the layout it has when it is all there is."""
     alone = [SEPARATOR, 5, 6, 7]
-    positions, documents = document_layout(np.array([9, 9, *alone, SEPARATOR, 8], np.int64), SEPARATOR)
-    assert positions.tolist() == [0, 1, 0, 1, 2, 3, 0, 1]
-    assert documents.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
-    assert document_layout(np.array(alone, np.int64), SEPARATOR)[0].tolist() == [0, 1, 2, 3]
+    begins = document_begins(np.array([[9, 9, *alone, SEPARATOR, 8]], np.int64), SEPARATOR, [8])
+    assert document_positions(begins).tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
+    assert document_offsets(begins[None]).tolist() == [[0, 2, 6, 8]]
+    begins = document_begins(np.array([alone], np.int64), SEPARATOR, [4])
+    assert document_positions(begins).tolist() == [[0, 1, 2, 3]]

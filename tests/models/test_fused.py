@@ -85,7 +85,7 @@ def test_what_runs_where() -> None:
     assert list_fused(compiled, "cuda") == ["rope"]
     assert describe_kernels(compiled) == (
         "on a GPU rope by Triton (asked for); rms_norm, swiglu by torch (the compiler fuses it with its neighbours); "
-        "head and loss by chunks of large logits"
+        "attention by cuDNN or FlashAttention; head and loss by chunks of large logits"
     )
     assert {choice.kernel for choice in choices(recipe(precision={"compute": "float64"})).values()} == {"torch"}
     assert list_fused(recipe(kernels={"backend": "torch", "swiglu": "auto"}), "cuda") == ["swiglu"]

@@ -11,7 +11,7 @@ from support.whole import shards_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig as HuggingFaceConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from titanlite.models.init import draw_rows, initialise
 from titanlite.models.layers import Embedding
@@ -113,6 +113,22 @@ def test_logits_loss_and_gradients_equal_hugging_face(config: LlamaConfig) -> No
         assert difference < 2e-5, f"{name}: gradients differ by {difference:.1e}"
 
 
+def test_a_window_is_that_of_hugging_faces_mistral() -> None:
+    model = build(
+        replace(SHAPES["2 kv heads, tied, scaled rope"], rope_scaling=None, tie_embeddings=False, window=(7,))
+    )
+    fields = huggingface_config(model.config).to_dict() | {"sliding_window": 7, "attn_implementation": "eager"}
+    fields = {
+        key: value for key, value in fields.items() if key not in ("model_type", "architectures", "_name_or_path")
+    }
+    twin = MistralForCausalLM(MistralConfig(**fields))
+    twin.load_state_dict({to_huggingface(name): each.detach().clone() for name, each in model.named_parameters()})
+    tokens = torch.randint(0, 131, (2, 40))
+    logits = model(tokens)
+    torch.testing.assert_close(logits, twin(tokens).logits, rtol=2e-5, atol=2e-5)
+    assert (logits - build(replace(model.config, window=()))(tokens)).abs().max() > 1e-2, "the window must matter"
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("llama3")])
 def test_published_presets_have_hugging_faces_parameter_counts(preset: str) -> None:
     with torch.device("meta"):
@@ -147,8 +163,19 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert counter.get_total_flops() == ours - 6 * tokens.numel() * vectors
 
 
-def test_cached_generation_gives_the_logits_of_one_pass() -> None:
-    model = build(SHAPES["2 kv heads, tied, scaled rope"])
+def test_windows_count_for_what_they_hold() -> None:
+    """Operations of attention are those of the keys that are seen, of each layer, and pieces have their own."""
+    config = replace(ODD, layers=4, window=(8, 0))
+    each = 12 * config.heads * config.head_dim
+    assert flops_per_token(config, 64) - flops_per_token(config, 0) == each * 2 * (8 + 64)
+    assert flops_per_token(config, 4) - flops_per_token(config, 0) == each * 4 * 4
+    near, far, *others = (piece.flops for piece in SPEC.pieces(config, 64)[1:5])
+    assert far - near == each * (64 - 8) and others == [near, far]
+
+
+@pytest.mark.parametrize("window", [(), (7,), (0, 3)])
+def test_cached_generation_gives_the_logits_of_one_pass(window: tuple[int, ...]) -> None:
+    model = build(replace(SHAPES["2 kv heads, tied, scaled rope"], window=window))
     tokens = torch.randint(0, 131, (2, 40))
     with torch.no_grad():
         whole = model(tokens)
@@ -164,7 +191,7 @@ def test_document_mask_equals_each_document_alone() -> None:
     first, second = torch.randint(0, 257, (1, 13)), torch.randint(0, 257, (1, 21))
     packed = torch.cat((first, second), dim=1)
     positions = torch.cat((torch.arange(13), torch.arange(21)))[None]
-    documents = torch.tensor([[0] * 13 + [1] * 21])
+    documents = torch.tensor([0, 13, 34, 34], dtype=torch.int32)
     with torch.no_grad():
         together = model(packed, positions=positions, documents=documents)
         torch.testing.assert_close(together[:, :13], model(first), rtol=1e-5, atol=1e-5)
@@ -190,7 +217,7 @@ def test_float64_runs_in_float64_throughout(masked: bool) -> None:
     """No operation on the way, forward or backward, has a narrower result: proofs in float64 would not see past it."""
     model = build(replace(SHAPES["2 kv heads, tied, scaled rope"], qk_norm=True), torch.float64)
     tokens = torch.randint(0, 131, (2, 32))
-    documents = (torch.arange(32) // 10).expand(2, 32) if masked else None
+    documents = torch.tensor([0, 10, 20, 32, 45, 64], dtype=torch.int32) if masked else None
     with FloatsSeen() as seen:
         loss = model(tokens, tokens, documents=documents)
         loss.backward()

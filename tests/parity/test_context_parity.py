@@ -10,9 +10,12 @@ from support.parity import context_runs
 from support.pool import Pool
 
 CASES = {
-    "plain": {"batch": 2, "seq": 24, "heads": 4, "kv_heads": 4, "documents": False},
-    "grouped": {"batch": 1, "seq": 48, "heads": 6, "kv_heads": 3, "documents": False},
-    "documents": {"batch": 3, "seq": 24, "heads": 6, "kv_heads": 2, "documents": True},
+    "plain": {"batch": 2, "seq": 24, "heads": 4, "kv_heads": 4, "documents": False, "window": 0},
+    "grouped": {"batch": 1, "seq": 48, "heads": 6, "kv_heads": 3, "documents": False, "window": 0},
+    "documents": {"batch": 3, "seq": 24, "heads": 6, "kv_heads": 2, "documents": True, "window": 0},
+    "window": {"batch": 2, "seq": 24, "heads": 4, "kv_heads": 2, "documents": False, "window": 7},
+    "narrow window": {"batch": 1, "seq": 48, "heads": 2, "kv_heads": 2, "documents": False, "window": 2},
+    "documents in a window": {"batch": 3, "seq": 24, "heads": 6, "kv_heads": 2, "documents": True, "window": 5},
 }
 
 methods = pytest.mark.parametrize("method", ["all-gather", "ring"])
@@ -35,9 +38,9 @@ def test_results_and_gradients(pool: Pool, world: int, case: dict[str, Any], met
 
 @methods
 @cases
-@pytest.mark.parametrize("how", ["compiled", "recomputed", "recomputed but for products"])
+@pytest.mark.parametrize("how", ["compiled", "recomputed", "recomputed but for products", "by CUDA's path"])
 def test_under(pool: Pool, how: str, case: dict[str, Any], method: str) -> None:
-    """Compiled in one graph, by the steps before code is generated."""
+    """Compiled in one graph, by the steps before code is generated; or with kernels in the place of CUDA's."""
     compare(pool, 2 if how == "compiled" else 3, method, case, how)  # every rank compiles
 
 

@@ -44,15 +44,19 @@ def packed_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+WINDOWS = {"every token": (), "windows": (5, 0, 3, 14, 1)}
+
+
 @pytest.fixture(scope="module")
-def expected(packed_corpus: str) -> packing_runs.Numbers:
-    return packing_runs.alone(recipe_of(packed_corpus).model_dump_json())
+def expected(packed_corpus: str) -> dict[str, packing_runs.Numbers]:
+    recipes = {name: recipe_of(packed_corpus, WINDOWS[name]) for name in WINDOWS}
+    return {name: packing_runs.alone(recipe.model_dump_json()) for name, recipe in recipes.items()}
 
 
-def recipe_of(corpus: str, **sections: dict[str, Any]) -> Recipe:
-    """Of float32, with a step that reads all that there is once."""
+def recipe_of(corpus: str, window: tuple[int, ...], **sections: dict[str, Any]) -> Recipe:
+    """Of float64, with a step that reads all that there is once."""
     data = {"packing": "best_fit", "document_mask": True}
-    small = small_recipe(corpus, data=data, precision={"compute": "float32"}, **sections)
+    small = small_recipe(corpus, data=data, model={"window": window or None}, **sections)
     source = open_data(small.data, small.training.sequence_length, small.run.seed).train.sources[0]
     lengths = {len(source.window(index)) - 1 for index in range(source.windows)}
     assert max(lengths) <= 24 and min(lengths) < 24, "some are padded"
@@ -61,12 +65,21 @@ def recipe_of(corpus: str, **sections: dict[str, Any]) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sections"),
-    [pytest.param(n, s, id=name, marks=() if run else pytest.mark.slow) for name, (n, s, run) in LAYOUTS.items()],
+    ("ranks", "sections", "windows"),
+    [
+        pytest.param(n, s, windows, id=f"{name}, {windows}", marks=() if run else pytest.mark.slow)
+        for name, (n, s, run) in LAYOUTS.items()
+        for windows in WINDOWS
+    ],
 )
 def test_each_document_is_alone(
-    pool: Pool, packed_corpus: str, expected: packing_runs.Numbers, ranks: int, sections: dict[str, Any]
+    pool: Pool,
+    packed_corpus: str,
+    expected: dict[str, packing_runs.Numbers],
+    ranks: int,
+    sections: dict[str, Any],
+    windows: str,
 ) -> None:
-    recipe = recipe_of(packed_corpus, **sections)
+    recipe = recipe_of(packed_corpus, WINDOWS[windows], **sections)
     for found in pool.run(packing_runs.packed, ranks, recipe.model_dump_json()):
-        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-6)
+        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected[windows]), rel=1e-9)

@@ -73,6 +73,10 @@ WIDE_405B = {
         ("schedule.name", {"schedule__name": "cosin"}),
         ("model.preset", {"model__preset": "llama3-8"}),
         ("model.kv_heads", {"model__kv_heads": 3}),
+        ("model.window", {"model__window": (4, 4, 0)}),  # over four layers
+        ("kernels.attention", {"kernels__attention": "cudnn", "data__document_mask": True}),
+        ("kernels.attention", {"kernels__attention": "cudnn", "model__window": 16}),
+        ("kernels.attention", {"kernels__attention": "flash", "precision__compute": "float32"}),
         ("model.kv_heads", {"model__kv_heads": 12}),
         ("model.dim", {"model__dim": 130}),
         ("model.heads", {"model__dim": 12}),
@@ -198,10 +202,7 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
             for name in ("GPipe", "1F1B", "ZBVZeroBubble", "DualPipeV")
         ),
         ("parallel.cp_method", {"parallel__cp_method": "ring"}),
-        (
-            "parallel.cp_method",
-            {"parallel__cp": 2, "parallel__cp_method": "ring", "data__document_mask": True, "world": 2},
-        ),
+        ("model.window", {"model__window": 128, "training__sequence_length": 128}),
         ("parallel.async_tp", {"parallel__async_tp": True}),
         ("parallel.prefetch", {"parallel__prefetch": 2, "parallel__zero_stage": 0, "world": 2}),
         ("parallel.prefetch", {"parallel__prefetch": 2, "parallel__dp_replicate": 2, "world": 2}),

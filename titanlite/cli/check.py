@@ -13,7 +13,7 @@ from titanlite.errors import EXIT_DONE, EXIT_RECIPE, Finding, RecipeError, Usage
 from titanlite.optim.base import optimizer_spec
 from titanlite.plan import timetable
 from titanlite.plan.describe import describe_model, describe_run, format_sharding_table, sharding_table
-from titanlite.plan.kernels import describe_kernels
+from titanlite.plan.kernels import describe_attention, describe_kernels
 from titanlite.plan.launch import launch_environment_or_default
 from titanlite.plan.layout import active_ranks, batch_plan, require_layout
 from titanlite.plan.rules import apply_rules
@@ -70,8 +70,7 @@ def _data_rows(data: dict[str, Any], recipe: Recipe, run: dict[str, Any]) -> Row
     for stage in data["stages"]:
         until = "to the end" if stage["until"] is None else f"until {format_count(stage['until'])} tokens"
         yield "", f"{until}: {', '.join(f'{name} {weight:g}' for name, weight in stage['weights'].items())}"
-    inside = "inside documents" if data["document_mask"] else "across documents"
-    yield "", f"packing {data['packing']}, attention {inside}"
+    yield "", f"packing {data['packing']}, attention {describe_attention(recipe)}"
     every, section = recipe.validation.every_steps, recipe.data
     held_out = f"{section.validation_percent:g} % of the texts, held out"
     sets = "; ".join(f"{each['name']}: {_texts_in_words(each)}" for each in data["validation"]) or held_out

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
 from titanlite.corpus.tokenizers import Tokens
-from titanlite.data.packing import document_layout
+from titanlite.data.packing import document_begins, document_offsets, document_positions
 from titanlite.data.sources import Source
 from titanlite.data.splits import Split
 from titanlite.errors import DataError, WorkerKilled
@@ -163,10 +163,14 @@ def _assemble(
     for row, window in enumerate(windows):
         tokens[row, : len(window) - 1] = window[:-1]
         labels[row, : len(window) - 1] = window[1:]
-    layout = document_layout(tokens, like.tokenizer.separator) if like.document_mask else ()
-    inputs, targets, *places = (torch.from_numpy(array).view(*shape, -1) for array in (tokens, labels, *layout))
-    positions, documents = places or (None, None)
-    valid = sum(len(window) - 1 for window in windows)
+    positions = documents = None
+    ends = [len(window) - 1 for window in windows] + [0] * (len(tokens) - len(windows))
+    if like.document_mask:
+        begins = document_begins(tokens, like.tokenizer.separator, ends)
+        positions = torch.from_numpy(document_positions(begins)).view(*shape, -1)
+        documents = torch.from_numpy(document_offsets(begins.reshape(*shape, -1)))
+    inputs, targets = (torch.from_numpy(array).view(*shape, -1) for array in (tokens, labels))
+    valid = sum(ends)
     return Batch(inputs, targets, positions, documents, tuple(numbers), first, sequences, valid)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,18 +98,49 @@ class BestFit:
         return tokens
 
 
-def document_layout(inputs: Int64, separator: int) -> tuple[Int64, Int64]:
-    """Positions and document numbers of `inputs`, `[..., seq_len]` both, for attention kept inside documents.
+def document_begins(inputs: Int64, separator: int, padding_begins: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Which of `inputs`, `[sequences, seq_len]`, begin a document, for attention kept inside documents.
 
     As a label the separator ends a document; as an input it opens the next one, at position 0. So the first token
     of a document is predicted from the separator alone, no label is lost, nothing is seen across the boundary, and
-    `separator + prompt` is how generation begins a document. A document that the window's edge cuts counts its
-    positions from the edge: only differences matter to rotary embeddings, as of numbers only equality does.
+    `separator + prompt` is how generation begins a document. So does each sequence, with what is left of a document
+    that its edge cuts, and the padding that each ends with, whose place is in `padding_begins`: all of it is one.
     """
-    opens = inputs == separator
-    index = np.arange(inputs.shape[-1], dtype=np.int64)
-    starts = np.maximum.accumulate(np.where(opens, index, 0), axis=-1)
-    return index - starts, np.cumsum(opens, axis=-1, dtype=np.int64)
+    begins: npt.NDArray[np.bool_] = inputs == separator
+    begins[:, 0] = True
+    for row, first in enumerate(padding_begins):
+        begins[row, first + 1 :] = False
+    return begins
+
+
+def document_positions(begins: npt.NDArray[np.bool_]) -> Int64:
+    """Each token's place in its document, of the shape of `begins`, `[sequences, seq_len]`. What a sequence's edge cuts
+    is counted from there: only differences matter to rotary embeddings.
+    """
+    index = np.arange(begins.shape[-1], dtype=np.int64)
+    return index - np.maximum.accumulate(np.where(begins, index, 0), axis=-1)
+
+
+def document_offsets(begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Where documents begin in each microbatch of `begins`, `[microbatches, microbatch, seq_len]`, whose sequences lie
+    end to end: `[microbatches, size]`, filled up with the number of its tokens.
+
+    Compiled code is for one size, so that it is a power of two, with room for a document in 512 tokens and more only
+    where a microbatch has more.
+    """
+    microbatches, microbatch, length = begins.shape
+    found = [np.flatnonzero(each) for each in begins]
+    size = offsets_size(microbatch, length, max(map(len, found)))
+    offsets = np.full((microbatches, size), microbatch * length, np.int32)
+    for row, places in zip(offsets, found, strict=True):
+        row[: len(places)] = places
+    return offsets
+
+
+def offsets_size(microbatch: int, sequence_length: int, documents: int = 0) -> int:
+    """The size of `document_offsets` for the most documents that a microbatch of a batch has."""
+    usual = microbatch * (1 + sequence_length // 512)
+    return 1 << max(usual, documents).bit_length()
 
 
 def pack_best_fit(document_ends: Int64, sequence_length: int, separator: int) -> BestFit:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from titanlite.data.packing import offsets_size
 from titanlite.dryrun.collectives import Collective, CollectiveLog
 from titanlite.dryrun.memory import Memory, MemoryTrace
 from titanlite.errors import UsageError
@@ -125,8 +126,11 @@ def _trace_phases(state: TrainState, trace: MemoryTrace, offload: bool) -> None:
 def _batch(recipe: Recipe, plan: BatchPlan) -> Batch:
     """A step's batch in its shape, of any tokens."""
     shape = (plan.microbatches, plan.microbatch, recipe.training.sequence_length)
-    tokens, labels, *masks = (torch.empty(shape, dtype=torch.int64) for _ in range(4))
-    positions, documents = masks if recipe.data.document_mask else (None, None)
+    tokens, labels, places = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
+    positions = documents = None
+    if recipe.data.document_mask:
+        size = offsets_size(plan.microbatch, recipe.training.sequence_length)
+        positions, documents = places, torch.empty((plan.microbatches, size), dtype=torch.int32)
     return Batch(tokens, labels, positions, documents, (), 0, plan.global_batch, prod(shape))
 
 

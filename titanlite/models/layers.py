@@ -11,11 +11,13 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanlite.models.attention.varlen import attend, clip_documents
 from titanlite.recipe.sections import RopeScaling
 
 
@@ -151,6 +153,30 @@ class Rotation:
         return (x * self.cos + turned * self.sin).to(x.dtype)
 
 
+class Rotations(nn.Module):
+    """The tables of a batch's positions. Those of positions that are the same in the next batch are formed once."""
+
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None) -> None:
+        super().__init__()
+        self._frequencies = partial(rope_frequencies, head_dim, theta, scaling)
+        self._last: tuple[object, range | Tensor, Rotation] | None = None
+
+    def forward(self, positions: range | Tensor, x: Tensor) -> Rotation:
+        """positions: a range, or int64 [seq] or [batch, seq]; for x's dtype and device."""
+        key = positions if isinstance(positions, range) else id(positions), x.dtype, x.device
+        if self._last is not None and self._last[0] == key:
+            return self._last[2]
+        places = (
+            torch.arange(positions.start, positions.stop, device=x.device)
+            if isinstance(positions, range)
+            else positions
+        )
+        rotation = Rotation.at(places, self._frequencies(x.device), x.dtype)
+        if places.dim() == 1:
+            self._last = key, positions, rotation  # holds the positions, so that no other tensor gets their id
+        return rotation
+
+
 class Rotate(nn.Module):
     """Queries and keys, rotated. A module, so that it can be exchanged for a fused one: see `models.fused`."""
 
@@ -175,35 +201,44 @@ class KVCache:
         return self._keys[:, :end], self._values[:, :end]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v for q [batch, seq, heads, head_dim] and k, v [batch, keys, kv_heads, head_dim].
 
-    mask [batch or 1, 1, seq, keys] (or its last two dimensions) says which keys a query may see; without one, all
-    of them or, if `causal`, those up to its own place.
+    The last query has the place of the last key. Each sees the keys up to its own place: the last `window` of them (0:
+    all) that are of its document. documents [documents + 1] int32: where each begins among all sequences' tokens, then
+    their number, which may be repeated; None: each sequence is one.
     """
     dtype = q.dtype
     if by_float32_units(q):
         q, k, v = q.float(), k.float(), v.float()
-    if mask is not None and device_kind(q) == "cuda":
-        # Of the kernels that take a mask and never hold all scores, none takes fewer heads of keys than of queries.
-        groups = q.shape[2] // k.shape[2]
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    grouped, (q, k, v) = q.shape[2] != k.shape[2], (each.transpose(1, 2) for each in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    return out.transpose(1, 2).to(dtype)
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    if documents is None and not 0 < window < keys and queries in (1, keys):
+        grouped, (q, k, v) = q.shape[2] != k.shape[2], (each.transpose(1, 2) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=grouped)
+        return out.transpose(1, 2).to(dtype)
+    found = clip_documents(documents, batch, keys, range(keys - queries, keys), range(keys), q.device)
+    out, _ = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *found, window - 1, 0)
+    return out.unflatten(0, (batch, queries)).to(dtype)
 
 
 class CausalAttention(nn.Module):
     """`causal_attention` as a module, so that it can be exchanged for one whose keys lie on several devices."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        return causal_attention(q, k, v, mask, causal)
+    def __init__(self, window: int = 0) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        return causal_attention(q, k, v, documents, self.window)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}" if self.window else ""
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023), optionally with RMS-normed queries and keys."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
+    def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool, norm_eps: float, window: int = 0) -> None:
         super().__init__()
         self.input = nn.Identity()  # where tensor parallel ranks join their parts of the sequence
         self.head_dim = dim // heads
@@ -214,9 +249,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.rotate = Rotate()
-        self.core = CausalAttention()
+        self.core = CausalAttention(window)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, documents: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x [batch, seq, dim] -> the same shape. documents: see `causal_attention`, without a cache alone."""
         x = self.input(x)
         # Heads come from the width, not from the config: under tensor parallelism each rank holds some of them.
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, heads, head_dim]
@@ -225,10 +261,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotate(q, k, rotation)
-        causal = mask is None and (cache is None or cache.length == 0)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.wo(self.core(q, k, v, mask, causal).flatten(-2))
+        return self.wo(self.core(q, k, v, documents).flatten(-2))
 
 
 class GatedProduct(nn.Module):

@@ -16,17 +16,20 @@ from titanlite.models.loss import TokenLoss
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, window: int = 0) -> None:
+        """`window`: keys that a query sees, its own among them; 0: all."""
         super().__init__()
         self.attention_norm = layers.RMSNorm(config.dim, config.norm_eps)
-        self.attention = layers.Attention(config.dim, config.heads, config.kv_heads, config.qk_norm, config.norm_eps)
+        self.attention = layers.Attention(
+            config.dim, config.heads, config.kv_heads, config.qk_norm, config.norm_eps, window
+        )
         self.ffn_norm = layers.RMSNorm(config.dim, config.norm_eps)
         self.ffn = layers.SwiGLU(config.dim, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, rotation: layers.Rotation, mask: Tensor | None = None, cache: layers.KVCache | None = None
+        self, x: Tensor, rotation: layers.Rotation, documents: Tensor | None = None, cache: layers.KVCache | None = None
     ) -> Tensor:
-        normed, x = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), rotation, mask, cache))
+        normed, x = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), rotation, documents, cache))
         return x + self.ffn(normed)
 
 
@@ -46,14 +49,6 @@ class Head(layers.Linear):
         return logits if labels is None else self.loss.of_logits(logits, labels)  # of a product in another format
 
 
-class DocumentMask(nn.Module):
-    """Keeps attention within documents. A module for the same reason as attention's core is one."""
-
-    def forward(self, documents: Tensor) -> Tensor:
-        """[batch, seq] document numbers -> [batch, 1, seq, seq] bool: may this query (row) see that key (column)?"""
-        return (documents.unsqueeze(-1) == documents.unsqueeze(-2)).tril().unsqueeze(1)
-
-
 class Llama(nn.Module):
     """The whole model, or some consecutive `pieces` of it: what is missing is None, or not among the layers.
 
@@ -65,11 +60,11 @@ class Llama(nn.Module):
         self.config = config
         self.embed: layers.Embedding | None = layers.Embedding(config.vocab_size, config.dim, compute_dtype)
         # By name, so that a block keeps its own when others are taken out.
-        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.layers)})
+        windows = enumerate(config.windows)
+        self.layers = nn.ModuleDict({str(index): Block(config, window) for index, window in windows})
         self.norm: layers.RMSNorm | None = layers.RMSNorm(config.dim, config.norm_eps)
         self.head: Head | None = Head(config.dim, config.vocab_size)
-        self.document_mask = DocumentMask()
-        self._rope = config.head_dim, config.rope_theta, config.rope_scaling
+        self.rotations = layers.Rotations(config.head_dim, config.rope_theta, config.rope_scaling)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -84,23 +79,16 @@ class Llama(nn.Module):
     ) -> Tensor:
         """tokens [batch, seq] -> logits [batch, seq, vocab], or with labels [batch, seq] the sum of the token losses.
 
-        positions [seq] or [batch, seq]: 0, 1, 2 … when absent, or what follows in the caches. documents [batch, seq]:
-        attention stays between tokens of the same number. caches: one a block, not with documents; the new keys and
-        values are appended. Without the embedding, the inputs are hidden states [batch, seq, dim]; without the head,
-        so is the result.
+        positions [seq] or [batch, seq]: 0, 1, 2 … when absent, or what follows in the caches. documents: where each
+        begins, as `causal_attention` takes it, which stays within them. caches: one a block, not with documents; the
+        new keys and values are appended. Without the embedding, the inputs are hidden states [batch, seq, dim]; without
+        the head, so is the result.
         """
         start = caches[0].length if caches else 0
-        if positions is None:
-            positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)
         x = inputs if self.embed is None else self.embed(inputs)
-        rotation = layers.Rotation.at(positions, layers.rope_frequencies(*self._rope, inputs.device), x.dtype)
-        mask = None if documents is None else self.document_mask(documents)
-        if start and inputs.shape[1] > 1:
-            # Several tokens after cached ones: attention's own causal mask would begin at the first cached one.
-            shape = inputs.shape[1], start + inputs.shape[1]
-            mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).tril(start)
+        rotation = self.rotations(range(start, start + inputs.shape[1]) if positions is None else positions, x)
         for index, block in enumerate(self.layers.values()):
-            x = block(x, rotation, mask, caches[index] if caches else None)
+            x = block(x, rotation, documents, caches[index] if caches else None)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.head is None else self.head(x, labels)

@@ -43,6 +43,8 @@ def model_config(section: Model, presets: Mapping[str, LlamaConfig] = PRESETS) -
     """The preset, which is one of this family's, with the recipe's own keys laid over it."""
     preset = presets[section.preset]
     given = {key.name: value for key in fields(ModelConfig) if (value := getattr(section, key.name)) is not None}
+    if section.window is not None:
+        given["window"] = (section.window,) if isinstance(section.window, int) else section.window
     if section.preset == _CUSTOM:  # these two follow from the others
         dim, heads = given.get("dim", preset.dim), given.get("heads", preset.heads)
         given = {"kv_heads": heads, "ffn_dim": -(-8 * dim // (3 * 128)) * 128, **given}
@@ -71,13 +73,19 @@ def embedding_parameters(config: LlamaConfig) -> int:
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
-    """Forward and backward operations per token: 6 (N - N_embedding) + 6 L heads 2 head_dim seq.
+    """Forward and backward operations per token: 6 (N - N_embedding) + 6 heads 2 head_dim (sum of keys over layers).
 
     Two operations a multiply-add, times one forward and two backward products. Attention counts QK^T and AV over the
-    whole square, as the PaLM paper (appendix B) and most trainers do; recomputation does not count.
+    whole square, or all of a window, as the PaLM paper (appendix B) and most trainers do; recomputation does not count.
     """
     multiplied = sum(map(math.prod, shapes(config).values())) - embedding_parameters(config)
-    return 6 * multiplied + 6 * config.layers * config.heads * 2 * config.head_dim * sequence_length
+    return 6 * multiplied + sum(_attention_flops(config, sequence_length))
+
+
+def _attention_flops(config: LlamaConfig, sequence_length: int) -> list[int]:
+    """Of each layer, per token."""
+    keys = (min(window or sequence_length, sequence_length) for window in config.windows)
+    return [6 * config.heads * 2 * config.head_dim * seen for seen in keys]
 
 
 def initial_std(config: LlamaConfig, name: str) -> float | None:
@@ -99,7 +107,6 @@ def sharding(config: LlamaConfig) -> tuple[ShardingRule, ...]:
     queries = config.heads // config.kv_heads * config.head_dim  # those of one key and value head stay with it
     return (
         ShardingRule("embed", "vocab"),
-        ShardingRule("document_mask", "mask"),
         ShardingRule("layers.*.attention.input", "gather"),
         ShardingRule("layers.*.attention.wq", "column", queries),
         ShardingRule("layers.*.attention.wk", "column", config.head_dim),
@@ -124,8 +131,9 @@ def cut_limit(config: LlamaConfig) -> int:
 def pieces(config: LlamaConfig, sequence_length: int) -> tuple[Piece, ...]:
     """Embedding, blocks, and the final norm with the head."""
     head = 6 * config.vocab_size * config.dim  # a tied one is counted among the operations once, too
-    block = (flops_per_token(config, sequence_length) - head) // config.layers
-    blocks = [Piece((f"layers.{index}",), block) for index in range(config.layers)]
+    attention = _attention_flops(config, sequence_length)
+    block = (flops_per_token(config, sequence_length) - head - sum(attention)) // config.layers
+    blocks = [Piece((f"layers.{index}",), block + own) for index, own in enumerate(attention)]
     # A look-up and the sum of its gradients: a few passes over one row.
     return (Piece(("embed",), 6 * config.dim), *blocks, Piece(("norm", "head"), head))
 
@@ -165,7 +173,13 @@ _HUGGINGFACE_ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def to_huggingface_config(config: LlamaConfig) -> dict[str, Any]:
-    """Fields of `LlamaForCausalLM`, or of `Qwen3ForCausalLM`, which is the same with normed queries and keys."""
+    """Fields of `LlamaForCausalLM`, or of `Qwen3ForCausalLM`, which is the same with normed queries and keys. Raises
+    `UsageError` for a window: these have none.
+    """
+    if any(config.windows):
+        raise UsageError(
+            "model.window: LlamaForCausalLM and Qwen3ForCausalLM attend to all tokens, whatever its window."
+        )
     qwen = config.qk_norm
     fields: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],

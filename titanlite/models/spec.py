@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Style = Literal["vocab", "gather", "column", "row", "loss", "split", "attention", "mask", "experts"]
+Style = Literal["vocab", "gather", "column", "row", "loss", "split", "attention", "experts"]
 """What becomes of a module when several ranks share it; all others are the same on each of them.
 
 Over tp, activations between matrices are parts of the sequence:
@@ -32,8 +32,7 @@ Over tp, activations between matrices are parts of the sequence:
 - `loss`: takes hidden states, a matrix with rows for a part of the vocabulary, and labels: a `models.loss.TokenLoss`
 - `split`: a module without a state whose output [batch, seq, …] is the same on all ranks; each keeps its part
 Over cp, each rank has part of the sequence throughout:
-- `attention`: sees all ranks' keys and values
-- `mask`: is built over all ranks' positions
+- `attention`: an `layers.CausalAttention`; sees all ranks' keys and values
 Over ep, whose ranks are tp's and others of the same model copy:
 - `experts`: all its own parameters begin with the dimension of experts, which is cut; called with tokens [batch, seq,
   dim] and each expert's share of them [batch, seq, experts], it gives the sum of shares x what the experts make of
@@ -76,10 +75,17 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: bool = False
+    window: tuple[int, ...] = ()
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Keys that a query of each layer sees, 0 for all: `window`, repeated."""
+        pattern = self.window or (0,)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
 
 
 Config = TypeVar("Config", bound=ModelConfig)

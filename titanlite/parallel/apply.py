@@ -61,9 +61,9 @@ def build(spec: ModelSpec, config: ModelConfig, recipe: Recipe, world: World) ->
         model.refresh = partial(refresh_casts, builder.cached, compute_dtype(recipe.precision))
     if layout.cp > 1:
         # Imports within functions: one device need not pay half a second for FSDP and the like.
-        from titanlite.parallel.context import local_sequences
+        from titanlite.parallel.context import LocalSequences
 
-        model.localize = partial(local_sequences, ranks=layout.cp, rank=coordinates.cp)
+        model.localize = LocalSequences(layout.cp, coordinates.cp)
     return model
 
 

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's (or one validation pass's) sequences of one data rank; tensors are int64."""
+    """One step's (or one validation pass's) sequences of one data rank; tensors are int64, but for `documents`."""
 
     tokens: Tensor  # inputs, `[microbatches, microbatch, seq_len]`; padding is the separator
     labels: Tensor  # the token after each input, same shape; padding is `IGNORED`
-    positions: Tensor | None  # of each input within its document, same shape; None without `data.document_mask`
-    documents: Tensor | None  # number of each input's within its sequence, same shape; None where positions are
+    positions: Tensor | None
+    """Of each input in its document, same shape; or `[seq_len]`, those of every sequence; None: 0, 1, 2 …"""
+    documents: Tensor | None
+    """Where documents begin in each microbatch's tokens, int32 `[microbatches, size]`: `packing.document_offsets`. None
+    without `data.document_mask`, where each sequence is one."""
     samples: tuple[int, ...]  # numbers of this rank's, in the order of the sequences; padding follows and has none
     first: int  # number of all data ranks' first: `sequences` are taken from there on
     sequences: int  # sequences of all data ranks together, without padding
@@ -103,7 +106,9 @@ class GradientAccumulation:
         return torch.stack(losses).sum()
 
     def _forward(self, batch: Batch, index: int) -> ModelOutput:
-        positions = None if batch.positions is None else batch.positions[index]
+        positions = batch.positions
+        if positions is not None and positions.dim() > 1:
+            positions = positions[index]
         documents = None if batch.documents is None else batch.documents[index]
         return as_output(
             self.module(batch.tokens[index], batch.labels[index], positions=positions, documents=documents)

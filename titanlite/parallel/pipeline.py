@@ -78,7 +78,10 @@ class Pipeline:
                 target=valid.expand(self._config.microbatches) if last else None,
                 losses=losses,
                 return_outputs=False,
-                **{name: tensor.flatten(0, 1) for name, tensor in self._keywords(batch).items()},
+                **{
+                    name: tensor if name == "documents" else tensor.flatten(0, 1)
+                    for name, tensor in self._keywords(batch).items()
+                },
             )
         if self._config.schedule in SPLIT_BACKWARD:
             for parameter in (each for stage in self._stages for each in stage.submod.parameters()):
@@ -107,8 +110,12 @@ class Pipeline:
         return total
 
     def _keywords(self, batch: Batch) -> dict[str, Tensor]:
-        """What stages are given beside their inputs, each [microbatches, microbatch, seq]."""
+        """What stages are given beside their inputs, by microbatch; positions that are those of all are set on them."""
         tensors = {"positions": batch.positions, "documents": batch.documents, "labels": batch.labels}
+        if batch.positions is not None and batch.positions.dim() == 1:
+            for stage in self._stages:
+                stage.positions = batch.positions
+            del tensors["positions"]
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _zero(self) -> Tensor:
@@ -174,7 +181,7 @@ class ScheduledStage(PipelineStage):
         self._sync, self._module = sync, module
         self.valid: Tensor | None = None  # the step's count of tokens, which losses are divided by
         self.reports: Reports = {}  # the sums of what forward passes report
-        self._positions = torch.arange(config.sequence_length, device=config.device)
+        self.positions = torch.arange(config.sequence_length, device=config.device)  # where a batch has none by token
         self.source = rank_of_stage(config.schedule, index - 1, self.group_size) if index > 0 else None
         self.destination = rank_of_stage(config.schedule, index + 1, self.group_size) if index < last else None
 
@@ -183,7 +190,9 @@ class ScheduledStage(PipelineStage):
 
         Backward begins at results alone, so auxiliary losses are tied to them.
         """
-        output = as_output(self._module(*inputs, **{"positions": self._positions, **keywords}))
+        if "documents" in keywords:
+            keywords["documents"] = keywords["documents"].flatten()  # the schedule leaves the dimension that it cuts
+        output = as_output(self._module(*inputs, **{"positions": self.positions, **keywords}))
         if not torch.is_grad_enabled():
             return output.result
         assert self.valid is not None, "passes of a step come after its count of tokens"

@@ -49,7 +49,7 @@ def apply_tensor_parallel(
             module.weight = nn.Parameter(torch.empty_like(weight.narrow(*cut).contiguous()))
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
-        if rule.style not in ("column", "experts", "attention", "mask"):
+        if rule.style not in ("column", "experts", "attention"):
             replace_module(model, name, _replacement(rule.style, name, module, group, first, casts.get(owner)))
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from math import prod
 from typing import Any
 
+from titanlite.errors import UsageError
 from titanlite.models.spec import ModelConfig, ModelSpec, Style, spec_of
 from titanlite.plan.float8 import SETTINGS, decide_linears, format_gathers, plan_gathers, summarize_linears
 from titanlite.plan.layout import ORIGIN, Layout, active_ranks, batch_plan, require_layout, total_steps
@@ -26,7 +27,6 @@ _MESSAGES: dict[Style, str] = {
     "loss": "three numbers a token",
     "split": "nothing",
     "attention": "keys and values: all-gather; backward reduce-scatter",
-    "mask": "document numbers: all-gather",
     "experts": "tokens: all-gather; outputs: reduce-scatter; backward the same",
 }
 _RING = "keys and values: passed round; backward also their gradients"
@@ -46,9 +46,7 @@ def describe_run(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         "name": recipe.run.name,
         "preset": recipe.model.preset,
         "changed": list(model_differences(Model(preset=recipe.model.preset), recipe.model)),
-        "architecture": (
-            spec.to_huggingface_config(config)["architectures"][0] if spec.huggingface_classes else spec.family
-        ),
+        "architecture": _architecture(spec, config),
         **{field.name: getattr(config, field.name) for field in fields(ModelConfig)},
         "rope_scaling": None if config.rope_scaling is None else config.rope_scaling.model_dump(),
         "parameters": spec.parameter_count(config),
@@ -147,6 +145,14 @@ def _pipeline(recipe: Recipe, shapes: Mapping[str, Shape], layout: Layout, micro
     }
 
 
+def _architecture(spec: ModelSpec, config: ModelConfig) -> str:
+    """The class of Hugging Face's transformers that computes the same, or the family."""
+    try:
+        return str(spec.to_huggingface_config(config)["architectures"][0]) if spec.huggingface_classes else spec.family
+    except UsageError:  # none does
+        return spec.family
+
+
 def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
     """One row a rule of the model's sharding plan, then one a parameter that no rule cuts, numbers in names left open.
 
@@ -160,7 +166,7 @@ def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
     table |= {name: table[other] for name, other in spec.tied(config).items()}
     placed = {pattern_of(name): placement for name, placement in table.items()}
     seen = dict.fromkeys(("gather", "split"), ([part], [part // parallel.tp]))
-    seen |= dict.fromkeys(("attention", "mask"), ([tokens], [part]))
+    seen["attention"] = [tokens], [part]
     messages = {**_MESSAGES, "attention": _RING if parallel.cp_method == "ring" else _MESSAGES["attention"]}
 
     def row(modules: str, style: str, over: str, message: str, whole: Any, local: Any) -> dict[str, Any]:
@@ -168,7 +174,7 @@ def sharding_table(recipe: Recipe) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for rule in spec.sharding(config):
-        over = CUTS[rule.style][0] if rule.style in CUTS else "cp" if rule.style in ("attention", "mask") else "tp"
+        over = CUTS[rule.style][0] if rule.style in CUTS else "cp" if rule.style == "attention" else "tp"
         sizes = [seen.get(rule.style, (None, None))]
         if rule.style in CUTS:
             own = (each for name, each in placed.items() if name.rpartition(".")[0] == rule.pattern)
@@ -186,7 +192,7 @@ def format_sharding_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         sizes = ""
         if row["whole"] is not None:
-            unit = " tokens" * (row["style"] in ("gather", "split", "attention", "mask"))
+            unit = " tokens" * (row["style"] in ("gather", "split", "attention"))
             sizes = f"{format_shape(row['whole'])}{unit} -> {format_shape(row['local'])}"
         cells.append((row["modules"], row["style"], row["over"], row["told"], sizes))
     return "\n".join(format_table(cells))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from titanlite.errors import UsageError
+from titanlite.models.spec import spec_of
 from titanlite.recipe.sections import Recipe
 from titanlite.registry import Registry
 
@@ -53,6 +55,21 @@ def _choice(recipe: Recipe, name: str, device: str) -> Choice:
     return Choice("triton", "without the compiler nothing else fuses it")
 
 
+def attends_by_lengths(recipe: Recipe) -> bool:
+    """Whether attention needs the lengths of what it stays within: documents, windows, or parts of a sequence (cp)."""
+    config = spec_of(recipe.model.preset).configure(recipe.model)
+    narrow = any(0 < window < recipe.training.sequence_length for window in config.windows)
+    return recipe.data.document_mask or narrow or recipe.parallel.cp > 1
+
+
+def describe_attention(recipe: Recipe) -> str:
+    """What each token attends to."""
+    config = spec_of(recipe.model.preset).configure(recipe.model)
+    windows = Counter(window for window in config.windows if 0 < window < recipe.training.sequence_length)
+    found = [f"window of {window:,} tokens in {n} of {config.layers} layers" for window, n in sorted(windows.items())]
+    return ", ".join([f"causal within {'documents' if recipe.data.document_mask else 'sequences'}", *found])
+
+
 def describe_kernels(recipe: Recipe) -> str:
     """One line on what runs on a GPU; on a CPU all operations are PyTorch's own."""
     alike: dict[Choice, list[str]] = {}
@@ -61,5 +78,7 @@ def describe_kernels(recipe: Recipe) -> str:
     kinds = sorted(alike, key=lambda choice: (choice.kernel == "torch", choice.kernel))
     parts = [f"{', '.join(alike[k])} by {k.kernel.replace('triton', 'Triton')} ({k.why})" for k in kinds]
     head = {"auto": "by chunks of large logits", "torch": "by chunks, without Triton", "off": "with all logits at once"}
-    where = "" if kinds[0].kernel == "torch" else "on a GPU "
-    return f"{where}{'; '.join(parts)}; head and loss {head[recipe.kernels.linear_cross_entropy]}"
+    flash = attends_by_lengths(recipe) or recipe.kernels.attention == "flash"
+    attention = "FlashAttention" if flash else "cuDNN or FlashAttention"
+    loss = head[recipe.kernels.linear_cross_entropy]
+    return f"on a GPU {'; '.join(parts)}; attention by {attention}; head and loss {loss}"

@@ -122,6 +122,9 @@ class Model(Section):
     """Share one matrix between the embedding and the output head; custom: false."""
     qk_norm: bool | None = Field(None, examples=[True])
     """RMSNorm over each query and key head before the rotation, as in Qwen 3; custom: false."""
+    window: NonNegative | Annotated[NonNegatives, Field(min_length=1)] | None = Field(None, examples=[[1024, 0]])
+    """Sliding window: how many tokens a token attends to, itself and those just before it; 0: all. A list is by layer
+    and repeated: `[1024, 1024, 0]` attends to all in every third layer; custom: 0."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial matrices and embeddings."""
     depth_scaled_init: bool = True
@@ -368,6 +371,9 @@ class Kernels(Section):
     """Likewise for the rotation of queries and keys."""
     swiglu: Text | None = Field(None, examples=["torch"])
     """Likewise for silu(gate) x up."""
+    attention: Literal["auto", "cudnn", "flash"] = "auto"
+    """Attention: `flash` (FlashAttention, the newest that is installed), `cudnn`, which takes whole sequences alone, or
+    `auto`: cuDNN where it can, else FlashAttention. In float32 and float64, GPUs run PyTorch's, or slow products."""
     float8_quantise: Literal["auto", "triton", "torch"] | None = Field(None, examples=["torch"])
     """`auto`, `triton` or `torch` for the casts of `precision.float8`."""
     linear_cross_entropy: Literal["auto", "torch", "off"] = "auto"

@@ -34,6 +34,7 @@ class Feed:
             prefetch=section.prefetch,
             pin_memory=run.world.device.type == "cuda",
         )
+        self._documents = 0  # the most that compiled code has room for so far
         self.waited_seconds = 0.0  # for batches, since this was set to zero
         self._most = 1 if run.world.size == 1 else 3  # to agree that a batch cannot be read takes ranks two steps
         self._ready: deque[Batch] = deque()
@@ -71,6 +72,11 @@ class Feed:
             if len(log.pending) >= most:  # the first at once: every start leaves a record
                 log.flush()
                 most = _MOST_PENDING
+            if batch.documents is not None and (size := batch.documents.shape[1]) > self._documents:
+                if self._documents and run.recipe.compile.enabled:
+                    what = f"a microbatch has more than {self._documents - 1} documents"
+                    run.logger.event(number, "recompiled", f"{what}: compiled code is made anew for {size - 1}")
+                self._documents = size
             moved = batch.to(run.world.device)
             self.waited_seconds += time.perf_counter() - before
             yield moved

@@ -15,12 +15,16 @@ from functools import partial
 from titanlite.corpus.tokenizers import FOLDER
 from titanlite.errors import OtherRankFailed, TitanliteError, WorkerKilled
 from titanlite.files import cause
+from titanlite.models.attention.kernels import attention_kernels, kernel_in_use
+from titanlite.models.spec import spec_of
 from titanlite.observe.logger import RunLogger
 from titanlite.observe.run_folder import GO_ON, RunFolder, Start
 from titanlite.parallel.world import explain_full_memory, is_peer_failure, join_world
 from titanlite.plan.describe import describe_model, describe_run
+from titanlite.plan.kernels import attends_by_lengths, describe_attention
 from titanlite.plan.launch import launch_environment, torchrun_environment
 from titanlite.plan.layout import active_ranks
+from titanlite.precision.casting import compute_dtype
 from titanlite.recipe.load import LoadedRecipe
 from titanlite.recipe.paths import expand
 from titanlite.resilience import crashes
@@ -43,6 +47,7 @@ def train(loaded: LoadedRecipe, start: Start = GO_ON) -> None:
         active = active_ranks(recipe, launch_environment().size)
         world = stack.enter_context(join_world(recipe.run.deterministic, timeout, active))
         world.run_on_all_ranks(partial(_raise, opened.exception()))  # all end with the error of any
+        stack.enter_context(attention_kernels(recipe.kernels.attention, world.device))
         data, notes = opened.result()
         logger = stack.enter_context(closing(RunLogger()))
         # No rank looks for checkpoints before the first one has locked and cleared the folder.
@@ -145,6 +150,9 @@ def _begin(run: Run, folder: RunFolder, hosts: list[str], notes: list[str]) -> N
     )
     for line in notes:
         logger.info(line)
+    spec, dtype = spec_of(recipe.model.preset), compute_dtype(recipe.precision)
+    kernel = kernel_in_use(spec.configure(recipe.model), dtype, run.world.device, attends_by_lengths(recipe))
+    logger.info(f"attention: {describe_attention(recipe)}; by {kernel}")
     if facts["float8"] is not None:
         logger.info(f"float8 ({facts['float8']['recipe']}): {facts['float8']['summary']}")
     logger.event(step, "started", _start_in_words(folder, hosts))

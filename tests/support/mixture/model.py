@@ -46,8 +46,8 @@ class MixtureBlock(Block):
         self.router = Router(config)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor, rotation: Any, mask: Any, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        normed, x = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), rotation, mask, None))
+    def forward(self, x: Tensor, rotation: Any, documents: Any, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        normed, x = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), rotation, documents, None))
         shares, logits = self.router(normed)
         z = (logits.logsumexp(-1).square() * counted).sum()
         return x + self.experts(normed, shares), z, (shares * counted.unsqueeze(-1)).sum((0, 1))
@@ -74,16 +74,11 @@ class Mixture(Llama):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> ModelOutput:
-        config = self.config
-        if positions is None:
-            positions = torch.arange(inputs.shape[1], device=inputs.device)
         x = inputs if self.embed is None else self.embed(inputs)
-        frequencies = layers.rope_frequencies(config.head_dim, config.rope_theta, None, inputs.device)
-        rotation = layers.Rotation.at(positions, frequencies, x.dtype)
-        mask = None if documents is None else self.document_mask(documents)
+        rotation = self.rotations(range(inputs.shape[1]) if positions is None else positions, x)
         counted, z, loads = self.counted(labels), x.new_zeros(()), {}
         for name, block in self.layers.items():
-            x, z_here, loads[f"load.{name}"] = block(x, rotation, mask, counted)
+            x, z_here, loads[f"load.{name}"] = block(x, rotation, documents, counted)
             z = z + z_here
         if self.norm is not None:
             x = self.norm(x)

@@ -180,6 +180,33 @@ def multiplied() -> Iterator[Point]:
     yield Point(2, {"zero_stage": 3}, {"recompute": {"budget": 0.5}, "compile": {"enabled": True}}, default=False)
 
 
+def windows() -> Iterator[Point]:
+    """Windows by layer, within documents that are packed by best fit and over whole sequences."""
+    model, data = {"window": (5, 0, 3, 14, 1)}, {"document_mask": True, "packing": "best_fit"}
+    for ranks, layout, within, over in (
+        (2, {"zero_stage": 3}, True, False),
+        (2, {"tp": 2}, True, False),
+        (2, {"pp": 2}, True, False),
+        (2, {"cp": 2}, True, True),
+        (2, {"cp": 2, "cp_method": "ring"}, True, True),
+        (3, {"cp": 3, "cp_method": "ring"}, False, False),
+        (4, {"cp": 4}, False, False),
+        (4, {"tp": 2, "cp": 2}, False, False),
+        (4, {"tp": 2, "cp": 2, "cp_method": "ring"}, False, False),
+        (4, {"pp": 2, "cp": 2, "cp_method": "ring"}, True, False),
+        (4, {"pp": 2, "cp": 2}, False, False),
+        (4, {"tp": 2, "pp": 2}, False, False),
+    ):
+        yield Point(ranks, layout, {"model": model, "data": data}, default=within)
+        yield Point(ranks, layout, {"model": model}, default=over)
+    alike = {"model": {"window": (5, 0, 0, 5, 0)}, "data": data, "compile": {"enabled": True}}  # compiled twice
+    for method in ("all-gather", "ring"):
+        layout = {"cp": 2, "cp_method": method}
+        yield Point(2, layout, {"model": model, "data": data, "recompute": {"mode": "selective"}}, default=False)
+        yield Point(2, layout, alike, default=False)
+    yield Point(2, {"zero_stage": 3}, alike, default=False)
+
+
 def mixtures() -> Iterator[Point]:
     """A family whose experts live on a mesh of their own, which trains buffers and has an auxiliary loss."""
     for ranks, layout, default in (
@@ -220,4 +247,4 @@ def mixtures() -> Iterator[Point]:
 
 def points() -> list[Point]:
     """The whole lattice; points that the recipe check refuses are among them."""
-    return [point for part in (alone, pairs, triples, pipelines, multiplied, mixtures) for point in part()]
+    return [point for part in (alone, pairs, triples, pipelines, multiplied, windows, mixtures) for point in part()]

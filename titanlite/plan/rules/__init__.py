@@ -17,7 +17,7 @@ from titanlite.text import pluralize
 
 RULES: dict[str, tuple[Callable[..., Iterator[Finding]], ...]] = {
     "ranks": (
-        *(run.amount, run.names, run.heads, run.rope, run.vocabulary, run.ranges, run.decay_rate),
+        *(run.amount, run.names, run.heads, run.windows, run.rope, run.vocabulary, run.ranges, run.decay_rate),
         *(run.paths, run.sources, run.stages, layout.mesh, layout.cuts, layout.sequences, layout.machines),
         *(conflicts.together, conflicts.regretted, conflicts.unused_keys),
     ),

@@ -9,7 +9,7 @@ from operator import attrgetter
 from titanlite.errors import Finding, warning
 from titanlite.optim.base import OPTIMIZERS
 from titanlite.optim.schedules import SCHEDULES
-from titanlite.plan.kernels import OPERATIONS, QUANTISE
+from titanlite.plan.kernels import OPERATIONS, QUANTISE, attends_by_lengths
 from titanlite.plan.layout import Layout, layout_of
 from titanlite.plan.rules.run import find_model
 from titanlite.plan.stages import FIXED_STAGES, SPLIT_BACKWARD, V_SHAPED
@@ -25,6 +25,7 @@ def together(recipe: Recipe, world: int) -> Iterator[Finding]:
     """Keys that cannot be had together, or not without another."""
     parallel, saved, recompute, compiled = recipe.parallel, recipe.checkpoint, recipe.recompute, recipe.compile.enabled
     budget, validated = recompute.budget is not None, recipe.validation.every_steps
+    by_lengths = find_model(recipe)[1] is not None and attends_by_lengths(recipe)
     return _report([
         ("checkpoint.resume_from", saved.warm_start is not None and saved.resume_from is not None,
          "a run begins with the weights of a checkpoint, or the state of one;", "give warm_start or resume_from."),
@@ -42,6 +43,11 @@ def together(recipe: Recipe, world: int) -> Iterator[Finding]:
         *((f"kernels.{key}", recipe.precision.compute == "float64" and getattr(recipe.kernels, key) == "triton",
            "Triton's kernels compute in float32;", 'write "auto", or another precision.compute than float64.')
           for key in ("backend", *OPERATIONS, QUANTISE)),
+        ("kernels.attention", recipe.kernels.attention == "cudnn" and by_lengths,
+         "cuDNN's attention is over whole sequences, not within data.document_mask, model.window or parallel.cp;",
+         'write "auto", or "flash".'),
+        ("kernels.attention", recipe.kernels.attention != "auto" and recipe.precision.compute != "bfloat16",
+         "its kernels compute in bfloat16;", 'write "auto", or precision.compute = "bfloat16".'),
         ("parallel.offload", parallel.offload and world == 1,
          "only what ranks share can rest in the host's memory, and one shares nothing;",
          "write false, or start 2 ranks or more (titanlite check --world 2)."),
@@ -63,8 +69,6 @@ def regretted(recipe: Recipe, world: int) -> Iterator[Finding]:
          "GPUs before Blackwell emulate products of blocks, slower than bfloat16;", "on such GPUs, choose another."),
         ("data.validation", recipe.data.validation and not recipe.validation.every_steps,
          "these sets are never read, for validation.every_steps is 0;", "set validation.every_steps."),
-        ("parallel.cp_method", parallel.cp > 1 and parallel.cp_method == "ring" and recipe.data.document_mask,
-         "a ring has no kernel for data.document_mask, and is many times slower;", 'write "all-gather".'),
     ], "warning")  # fmt: skip
 
 

@@ -80,6 +80,20 @@ def heads(recipe: Recipe, world: int) -> Iterator[Finding]:
         yield Finding("model.heads", problem, "choose heads such that dim / heads is even.")
 
 
+def windows(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """A pattern of windows is repeated evenly over the layers; a window is shorter than the sequence."""
+    _, config = find_model(recipe)
+    if config is None:
+        return
+    length, longest = recipe.training.sequence_length, max(config.window, default=0)
+    if len(config.window) > 1 and config.layers % len(config.window):
+        problem = f"a pattern of {len(config.window)} windows does not repeat evenly over {config.layers} layers;"
+        yield Finding("model.window", problem, f"give {join_choices(divisors(config.layers))} windows.")
+    if longest >= length:
+        problem = f"a window of {longest} tokens holds all of training.sequence_length {length};"
+        yield warning("model.window", problem, f"write 0 for all tokens, or less than {length}.")
+
+
 def rope(recipe: Recipe, world: int) -> Iterator[Finding]:
     """The two bounds of the frequency scaling are in order."""
     scaling = recipe.model.rope_scaling
