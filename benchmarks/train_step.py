@@ -75,7 +75,7 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     learner = TrainState(recipe, World(0, 1, device))
     _initialise(learner)
-    batch = _random_batch(recipe, learner.config.vocab_size).to(device)
+    batch = random_batch(recipe, learner.config.vocab_size).to(device)
 
     seconds = []
     for step in range(1, warmup + steps + 1):
@@ -122,8 +122,9 @@ def _initialise(learner: TrainState) -> None:
     learner.guards.reset()
 
 
-def _random_batch(recipe: Recipe, vocab_size: int) -> Batch:
-    plan = batch_plan(recipe, require_layout(recipe.parallel, 1), 0)
+def random_batch(recipe: Recipe, vocab_size: int, world: int = 1) -> Batch:
+    """The first data rank's, of `world` ranks."""
+    plan = batch_plan(recipe, require_layout(recipe.parallel, world), 0)
     shape, length = (plan.microbatches, plan.microbatch), recipe.training.sequence_length
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (*shape, length + 1), generator=generator)

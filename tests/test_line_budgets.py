@@ -13,14 +13,14 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 PYTHON = "**/*.py"
 LINES = {
-    "titanlite": 20500,
+    "titanlite": 20501,
     "titanlite/cli": 1154,
     "titanlite/recipe": 1300,
     "titanlite/plan": 2098,
     "titanlite/corpus": 2668,
     "titanlite/models": 1456,
     "titanlite/parallel": 2248,
-    "titanlite/precision": 237,
+    "titanlite/precision": 238,
     "titanlite/optim": 294,
     "titanlite/data": 1676,
     "titanlite/checkpoint": 2456,
@@ -30,7 +30,7 @@ LINES = {
     "titanlite/verify": 390,
     "titanlite/dryrun": 611,
     "kernels": 2248,
-    "tests": 26306,
+    "tests": 26374,
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titanlite.errors import UsageError
+from titanlite.models.layers import device_kind
 from titanlite.plan.float8 import BLOCK, Cast, Float8Settings, LinearDecision, Product
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -68,9 +69,9 @@ def product(
     `native_blocks` by the device, if it is one that `multiplies_blocks`.
     """
     in_blocks = left.scale.dim() == 2 and left.scale.shape[1] > 1
-    by_rows = not in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0)
+    by_rows, kind = not in_blocks and (left.scale.dim() > 0 or right.scale.dim() > 0), device_kind(left.values)
     # The CPU's `_scaled_mm` learnt scales of rows after torch 2.11.
-    widens = not native_blocks if in_blocks else by_rows and left.values.device.type == "cpu"
+    widens = not native_blocks if in_blocks else by_rows and kind == "cpu"
     if dtype == torch.float64 or widens:
         return left.widened(dtype) @ right.widened(dtype).t()
     if in_blocks:
@@ -87,7 +88,7 @@ def product(
         right.values.t(),
         *scales,
         # CUDA's kernels for scales of rows know no wider result.
-        out_dtype=torch.bfloat16 if by_rows and left.values.is_cuda else dtype,
+        out_dtype=torch.bfloat16 if by_rows and kind == "cuda" else dtype,
         use_fast_accum=fast_accumulation,
     )
     return result.to(dtype)
