@@ -47,8 +47,8 @@ def test_a_recipe_is_sound_at_its_sizes(name: str, world: int) -> None:
 @pytest.mark.parametrize(
     ("name", "world", "mesh", "batch"),
     [
-        ("llama3_8b", 8, {"dp_shard": 8}, (1, 32)),  # where the tables have passes of two
-        ("llama3_8b", 128, {"dp_shard": 128}, (1, 2)),
+        ("llama3_8b", 8, {"dp_shard": 8}, (2, 16)),
+        ("llama3_8b", 128, {"dp_shard": 128}, (2, 1)),
         ("llama3_8b_128k", 8, {"dp_shard": 2, "cp": 4}, (1, 1)),
         ("llama3_70b", 256, {"dp_shard": 32, "tp": 8}, (16, 1)),
         ("llama3_405b", 512, {"pp": 8, "dp_shard": 8, "tp": 8}, (1, 32)),

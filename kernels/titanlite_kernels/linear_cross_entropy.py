@@ -36,14 +36,19 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 WARPS = 8
-CHUNK = 1536
+CHUNK = 4096  # on a GPU of 80 GB
 
 
-def tokens_at_a_time(device_kind: str) -> int:
+def tokens_at_a_time(device_kind: str, memory_bytes: int = 80 * 10**9) -> int:
     """Tokens whose logits are in memory at a time on that kind of device, such as `cuda`: enough that the products take
     longer than to read and write the weight's gradient, once a chunk; few enough to add little to it in float32.
+
+    On GPUs they grow with the memory: 4,096 of 80 GB, whose logits are 1 GB for Llama 3's vocabulary in bfloat16.
     """
-    return 512 if device_kind == "cpu" else CHUNK
+    if device_kind == "cpu":
+        return 512
+    fitting = max(1, CHUNK * memory_bytes // (80 * 10**9))
+    return min(max(1 << fitting.bit_length() - 1, 512), 8192)
 
 
 def linear_cross_entropy(

@@ -38,7 +38,7 @@ def losses(device: str, dtype: torch.dtype, optimizer_name: str, steps: int = 6,
     initialise(shards_of(model).table, lambda name: initial_std(CONFIG, name), 0)
     model.to(device)
     if compiled:
-        compile_units(model, SPEC)
+        compile_units(model, SPEC, tokens=4 * 128)
     weights, recipe = Weights(dict(model.named_parameters())), Recipe(optimizer=Optimizer(name=optimizer_name, lr=3e-3))
     optimizer = optimizer_spec(optimizer_name).build(recipe, SPEC, weights, dtype)
     passes = GradientAccumulation(model, no_sync)

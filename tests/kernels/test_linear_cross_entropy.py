@@ -15,7 +15,11 @@ from support import vocabulary_ranks
 from support.exactness import DTYPES, Errors
 from support.pool import Pool
 from titanlite_kernels import linear_cross_entropy as module
-from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from titanlite_kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    tokens_at_a_time,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -291,7 +295,7 @@ def peak_bytes(loss: Loss, rows: int, vocab: int, dim: int, weight_dtype: torch.
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_memory_at_the_sizes_of_llama_3(backend: str, weight_dtype: torch.dtype) -> None:
-    """16,384 tokens, 128,256 of them known, 4,096 wide: under 15 % of what all logits at once take.
+    """16,384 tokens, 1,536 at a time, 128,256 of them known, 4,096 wide: under 15 % of what all logits at once take.
 
     Ours holds the weight's gradient in float32, which becomes the one in the weight's dtype where it lies, that of the
     hidden states, and a chunk of logits; recomputing, the gradients in the weight's dtype and a chunk. A weight in
@@ -300,8 +304,9 @@ def test_memory_at_the_sizes_of_llama_3(backend: str, weight_dtype: torch.dtype)
     sizes = 16_384, 128_256, 4_096, weight_dtype
     everything, arguments = peak_bytes(all_logits, *sizes)
     assert everything >= 3 * 4 * sizes[0] * sizes[1], "log-softmax, its gradient and that of the logits, in float32"
-    held, _ = peak_bytes(partial(linear_cross_entropy, backend=backend), *sizes)
-    recomputed, _ = peak_bytes(partial(linear_cross_entropy, backend=backend, recompute=True), *sizes)
+    ours = partial(linear_cross_entropy, backend=backend, chunk=1536)
+    held, _ = peak_bytes(ours, *sizes)
+    recomputed, _ = peak_bytes(partial(ours, recompute=True), *sizes)
     in_all = [(peak + arguments) / (everything + arguments) for peak in (held, recomputed)]
     if weight_dtype == torch.float32:
         assert held < 0.16 * everything and recomputed < 0.16 * everything
@@ -309,3 +314,13 @@ def test_memory_at_the_sizes_of_llama_3(backend: str, weight_dtype: torch.dtype)
     assert held < 0.15 * everything and recomputed < 0.08 * everything
     if backend == "triton":
         assert in_all[0] < 0.15 and in_all[1] < 0.125, "with the arguments, which both have to have"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "tokens"),
+    [(8, 512), (16, 512), (24, 1024), (40, 2048), (80, 4096), (141, 4096), (192, 8192), (999, 8192)],
+)
+def test_a_chunk_follows_the_memory(gigabytes: int, tokens: int) -> None:
+    assert tokens_at_a_time("cuda", gigabytes * 10**9) == tokens
+    assert tokens_at_a_time("cpu", gigabytes * 10**9) == 512
+    assert tokens_at_a_time("cuda", 84_974_239_744) == 4096, "what CUDA says that an H100 of 80 GB has, 79.1 GiB"

@@ -188,6 +188,8 @@ def test_errors(key: str, keys: dict[str, Any]) -> None:
         ("validation.sequences", {"validation__sequences": 3}),
         ("precision.reduce", {"precision__reduce": "bfloat16", "precision__compute": "float64"}),
         ("recompute.every", {"recompute__every": 2}),
+        ("recompute.keep", {"recompute__keep": "products"}),
+        ("recompute.keep", {"recompute__keep": "attention", "recompute__mode": "full"}),
         *(
             (f"parallel.pipeline.{key}", {"parallel__pipeline": {key: value}})
             for key, value in {
@@ -270,7 +272,7 @@ def test_warnings(key: str, keys: dict[str, Any]) -> None:
         {**pipeline("DualPipeV", microbatches=4), "world": 2},
         {**pipeline("Interleaved1F1B", 4, layers=8), "training__global_batch": 12, "world": 4},
         {"recompute__mode": "selective", "recompute__every": 2, "compile__enabled": True},
-        {"recompute__mode": "selective"},
+        {"recompute__mode": "selective", "recompute__keep": "products"},
         {"recompute__budget": 0.5, "compile__enabled": True},
         {**WIDE_405B, "parallel__zero_stage": 3, "parallel__dp_replicate": 8, "world": 16384},
     ],

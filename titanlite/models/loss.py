@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,8 +27,7 @@ class TokenLoss(nn.Module):
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """hidden [batch, seq, dim], weight [vocab, dim], labels [batch, seq] -> scalar."""
-        large = 4 * labels.numel() * weight.shape[0] > LARGE_LOGITS
-        if self.implementation == "off" or (self.implementation == "auto" and not large):
+        if not self.by_chunks(labels.numel(), weight.shape[0]):
             return self.of_logits(multiply(hidden, weight), labels)
         # Imported here: Triton takes a second that small runs need not pay.
         from titanlite_kernels.linear_cross_entropy import linear_cross_entropy, tokens_at_a_time
@@ -38,11 +38,16 @@ class TokenLoss(nn.Module):
             labels,
             ignore_index=IGNORED,
             recompute=self.recompute,
-            chunk=tokens_at_a_time(device_kind(hidden)),
+            chunk=tokens_at_a_time(device_kind(hidden), _memory_bytes(hidden)),
             backend="torch" if self.implementation == "torch" else "auto",
             wide_products=by_float32_units(hidden),
             **self.part(),
         )
+
+    def by_chunks(self, tokens: int, rows: int) -> bool:
+        """Whether not all logits of so many tokens, by a weight of so many rows, are formed at once."""
+        large = 4 * tokens * rows > LARGE_LOGITS
+        return self.implementation == "torch" or (self.implementation == "auto" and large)
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits [batch, seq, vocab], labels [batch, seq] -> scalar, in at least float32."""
@@ -52,3 +57,8 @@ class TokenLoss(nn.Module):
     def part(self) -> dict[str, Any]:
         """Whose group, and which part of the vocabulary, the weight is of: here, all of it."""
         return {}
+
+
+def _memory_bytes(x: Tensor) -> int:
+    """Of x's GPU; in a dry run, of the common one that it stands for."""
+    return torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 80 * 10**9

@@ -166,7 +166,9 @@ class _Builder:
             self.cached += convert(module, found, settings, cache, multiplies_blocks(self.world.device))
         recompute_units(module, spec, recipe.recompute)
         if recipe.compile.enabled:
-            compile_units(module, spec, recipe.recompute.budget)
+            layout = require_layout(recipe.parallel, self.world.size)
+            tokens = batch_plan(recipe, layout, 0).microbatch * recipe.training.sequence_length // layout.cp
+            compile_units(module, spec, tokens, recipe.recompute.budget)
         sync: Sync = no_sync
         if meshes:
             from titanlite.parallel.fsdp import apply_fsdp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -13,18 +14,19 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.errors import UsageError
+from titanlite.models.attention.varlen import register_flops
+from titanlite.models.layers import multiply
+from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelSpec, is_named_by
 from titanlite.parallel.modules import Wrapper, replace_module
-from titanlite.recipe.sections import Recompute
+from titanlite.plan.float8 import BLOCK
+from titanlite.recipe.sections import Keep, Recompute
 
-# What takes long to compute for the memory that its result needs: products, attention, communication (which would have
-# to be asked again of ranks that took part).
-_OPERATIONS = (
-    "aten.mm", "aten.bmm", "aten.addmm", "aten._scaled_mm",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "_c10d_functional.all_gather_into_tensor", "_c10d_functional.reduce_scatter_tensor",
-)  # fmt: skip
+# Products take long to compute for the memory that their results need. So does attention, which `selective` always
+# keeps, and what ranks have summed, which would have to be asked of them again. What they gather is kept by none: it
+# would be there as often as there are ranks.
+_PRODUCTS = "aten.mm", "aten.bmm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm", "aten._scaled_grouped_mm"
+_KEPT = "titanlite.attend", "_c10d_functional.reduce_scatter_tensor"
 
 
 def recompute_units(model: nn.Module, spec: ModelSpec, section: Recompute) -> None:
@@ -35,19 +37,20 @@ def recompute_units(model: nn.Module, spec: ModelSpec, section: Recompute) -> No
         return
     units = [(name, module) for name, module in model.named_modules() if is_named_by(spec.recompute_units, name)]
     for name, module in units[:: section.every]:
-        replace_module(model, name, Recomputed(module, section.mode))
+        replace_module(model, name, Recomputed(module, section.mode, section.keep))
 
 
 class Recomputed(Wrapper):
     """A module whose activations are dropped and computed a second time."""
 
-    def __init__(self, whole: nn.Module, mode: Literal["selective", "full"]) -> None:
+    def __init__(self, whole: nn.Module, mode: Literal["selective", "full"], keep: Keep) -> None:
+        """`keep`: what besides attention, in mode `selective`."""
         super().__init__(whole)
         # Training draws no random numbers, so there is no state of generators to keep for the second time.
         self.settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         self.mode = mode
         if mode == "selective":
-            self.settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+            self.settings["context_fn"] = partial(_contexts, keep)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         return checkpoint(self.whole, *arguments, **self.settings, **named)
@@ -56,22 +59,50 @@ class Recomputed(Wrapper):
         return f"{type(self.whole).__name__}, {self.mode}"
 
 
-def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    kept = str(getattr(operation, "overloadpacket", operation)) in _OPERATIONS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts(keep: Keep) -> Any:
+    """A pass forward with its recomputation, each with a policy that counts anew: many may be under way at a time."""
+    return create_selective_checkpoint_contexts(_policy(keep))
 
 
-def compile_units(model: nn.Module, spec: ModelSpec, budget: float | None = None) -> None:
-    """Compile, in place and at first use, every submodule that the spec names; code is reused by all that are alike.
+def _policy(keep: Keep) -> Callable[..., CheckpointPolicy]:
+    products = {False: 0, True: 0}  # seen so far, going forward and, where torch before 2.13 asks again, recomputing
+
+    def choose(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        name = str(getattr(operation, "overloadpacket", operation))
+        if name in _PRODUCTS:
+            products[context.is_recompute] += 1
+            # Not the odd ones: the last of a block's seven, which no gradient needs, would be kept for nothing.
+            kept = keep == "products" or (keep == "every_second_product" and products[context.is_recompute] % 2 == 0)
+        elif name == "aten.amax":  # of float8: a number a matrix or row, but too many where each block has its own
+            kept = arguments[0].shape[-1:] > (BLOCK,)
+        else:
+            kept = name in _KEPT or name.startswith("aten._scaled_dot_product_")
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return choose
+
+
+def compile_units(model: nn.Module, spec: ModelSpec, tokens: int, budget: float | None = None) -> None:
+    """Compile, in place and at first use, every submodule that the spec names, each to one graph; code is reused by all
+    that are alike. A head stays as it is if its loss takes `tokens` tokens, those of a pass, by chunks.
 
     `budget`: the part of the activations' memory that the compiler keeps, in every graph of this process; None: all.
     """
     _require_own_cache()
+    # Of one block: a graph for each window of attention, and for each size that a table of documents has had.
+    torch._dynamo.config.recompile_limit = 64
     if budget is not None:
+        register_flops()  # which the compiler weighs against memory
         torch._functorch.config.activation_memory_budget = budget
     for name, module in model.named_modules():
-        if is_named_by(spec.compile_units, name):
-            module.compile(dynamic=False)
+        if is_named_by(spec.compile_units, name) and not _by_chunks(module, tokens):
+            module.compile(dynamic=False, fullgraph=True)
+
+
+def _by_chunks(module: nn.Module, tokens: int) -> bool:
+    """Whether a module's loss takes so many tokens by chunks: compiled, it could not scale gradients where they lie."""
+    loss, plain = getattr(module, "loss", None), getattr(module, "multiply", multiply) is multiply
+    return plain and isinstance(loss, TokenLoss) and loss.by_chunks(tokens, len(module.get_parameter("weight")))
 
 
 def _require_own_cache() -> None:

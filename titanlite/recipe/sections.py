@@ -348,11 +348,17 @@ class Precision(Section):
     float8: Float8 = Float8()
 
 
+Keep = Literal["attention", "every_second_product", "products"]
+
+
 class Recompute(Section):
     """Activations that are computed a second time in the backward pass, instead of kept."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """`full`: a block keeps only its input; `selective`: it also keeps the results of its products and attention."""
+    """`full`: a block keeps only its input; `selective`: also what `keep` says."""
+    keep: Keep = "every_second_product"
+    """What `selective` keeps: `attention`'s results, and what tensor parallel ranks have summed; and of the block's
+    matrix products the results of all (`products`), or of every second one (`every_second_product`)."""
     every: Positive = 1
     """Recompute one block in this many; 1: all."""
     budget: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, examples=[0.5])
@@ -385,7 +391,8 @@ class Compile(Section):
     """torch.compile."""
 
     enabled: bool = False
-    """Compile each transformer block, and the head with its loss."""
+    """Compile each transformer block, and the head with its loss unless that takes chunks, which compiled code would
+    need more memory for."""
 
 
 class Checkpoint(Section):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from support.dense_attention import dense_attention, random_documents
 from support.flash_on_cpu import flash_on_cpu
@@ -17,7 +17,7 @@ from titanlite.models.layers import CausalAttention
 from titanlite.models.spec import ShardingRule
 from titanlite.parallel.context import LocalSequences, _GatherKeys, apply_context_parallel
 from titanlite.parallel.model import Batch
-from titanlite.parallel.units import _policy
+from titanlite.parallel.units import _contexts
 
 PLAN = (ShardingRule("core", "attention"),)
 
@@ -72,7 +72,7 @@ def attend(
         shared.compile(dynamic=False, backend="aot_eager", fullgraph=True)
     with flash_on_cpu() if how == "by CUDA's path" else nullcontext():
         if how.startswith("recomputed"):
-            kept = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if "but" in how else {}
+            kept = {"context_fn": partial(_contexts, "every_second_product")} if "but" in how else {}
             out = checkpoint(shared, *ours, documents, use_reentrant=False, **kept)
         else:
             out = shared(*ours, documents)

@@ -117,6 +117,7 @@ def unused_keys(recipe: Recipe, world: int) -> Iterator[Finding]:
         (recipe.precision.compute == "float64", "a float64 run sums its gradients in float64", ["precision.reduce"]),
         (not recipe.precision.float8.enabled, "float8.enabled is false", [*float8, "kernels.float8_quantise"]),
         (recipe.recompute.mode == "none", 'recompute.mode is "none"', ["recompute.every"]),
+        (recipe.recompute.mode != "selective", 'recompute.mode is not "selective"', ["recompute.keep"]),
         (parallel.pp == 1, "parallel.pp is 1", [f"parallel.pipeline.{key}" for key in Pipeline.model_fields]),
         (fixed, f"{pipeline.schedule} fixes it", ["parallel.pipeline.stages_per_rank"]),
         (not copied, "no rank holds a copy of what another does", ["resilience.check_replicas_every"]),
