@@ -40,13 +40,20 @@ def all_reduce(x: Tensor, operation: str, group: dist.ProcessGroup) -> Tensor:
     return _ops.wait_tensor(_ops.all_reduce(x, operation, group.group_name))
 
 
+OVERLAPPED: set[str] = set()  # names of groups whose messages the compiler splits: it knows them by copies before
+
+
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[batch, seq / ranks, …] of each rank -> [batch, seq, …] on all."""
+    if len(x) == 1 and group.group_name not in OVERLAPPED:  # parts lie in order as they come
+        return all_gather(x.contiguous(), group).flatten(0, 1).unsqueeze(0)
     return torch.cat(all_gather(x.contiguous(), group).chunk(group.size()), dim=SEQUENCE)
 
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[batch, seq, …] of each rank -> the sum over ranks of this rank's part, [batch, seq / ranks, …]."""
+    if len(x) == 1 and group.group_name not in OVERLAPPED:
+        return reduce_scatter(x.contiguous().unflatten(1, (group.size(), -1))[0], group)
     return reduce_scatter(torch.cat(x.chunk(group.size(), dim=SEQUENCE)), group)
 
 

@@ -18,6 +18,7 @@ from titanlite.models.attention.varlen import register_flops
 from titanlite.models.layers import multiply
 from titanlite.models.loss import TokenLoss
 from titanlite.models.spec import ModelSpec, is_named_by
+from titanlite.parallel.collectives import OVERLAPPED
 from titanlite.parallel.modules import Wrapper, replace_module
 from titanlite.plan.float8 import BLOCK
 from titanlite.recipe.sections import Keep, Recompute
@@ -135,4 +136,5 @@ def overlap_tensor_parallel(group: dist.ProcessGroup, device: torch.device) -> N
             f"NVLink joins, and this is {name}. Write async_tp = false."
         )
     inductor._micro_pipeline_tp = True
+    OVERLAPPED.add(group.group_name)
     enable_symm_mem_for_group(group.group_name)
