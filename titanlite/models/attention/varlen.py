@@ -45,6 +45,8 @@ def clip_documents(
     place = offsets - sequence * length
 
     def clip(part: range) -> Tensor:
+        if part == range(length):
+            return offsets
         return (sequence * len(part) + (place - part.start).clamp(0, len(part))).to(torch.int32)
 
     return Documents(clip(queries), clip(keys), len(queries), len(keys))
