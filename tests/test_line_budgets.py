@@ -13,12 +13,12 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 PYTHON = "**/*.py"
 LINES = {
-    "titanlite": 20576,
+    "titanlite": 20579,
     "titanlite/cli": 1154,
     "titanlite/recipe": 1307,
     "titanlite/plan": 2099,
     "titanlite/corpus": 2668,
-    "titanlite/models": 1481,
+    "titanlite/models": 1484,
     "titanlite/parallel": 2290,
     "titanlite/precision": 238,
     "titanlite/optim": 294,
@@ -30,7 +30,7 @@ LINES = {
     "titanlite/verify": 390,
     "titanlite/dryrun": 611,
     "kernels": 2253,
-    "tests": 26599,
+    "tests": 26643,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,12 @@ from hypothesis import strategies as st
 from support.dense_attention import dense_attention, random_documents
 from support.flash_on_cpu import flash_on_cpu
 from torch import Tensor
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from titanlite.models.attention import products, varlen
+from titanlite.models.attention.kernels import attention_kernels, kernel_in_use
 from titanlite.models.layers import causal_attention
+from titanlite.models.llama_spec import PRESETS
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -77,3 +82,42 @@ def test_operators_are_sound() -> None:
     offsets = torch.tensor([0, 5, 12, 12], dtype=torch.int32)
     for window in ((-1, 0), (3, 0)):
         torch.library.opcheck(varlen.attend, (q, k, v, offsets, offsets, 12, 12, *window))
+
+
+@pytest.mark.parametrize(
+    ("name", "major", "expected", "flash"),
+    [
+        ("auto", 9, ["CUDNN_ATTENTION", "FLASH_ATTENTION"], ["FA3", "FA4"]),
+        ("auto", 10, ["CUDNN_ATTENTION", "FLASH_ATTENTION"], ["FA4"]),
+        ("auto", 8, ["FLASH_ATTENTION", "CUDNN_ATTENTION"], []),
+        ("cudnn", 9, ["CUDNN_ATTENTION"], ["FA3", "FA4"]),
+        ("flash", 8, ["FLASH_ATTENTION"], []),
+    ],
+)
+def test_which_kernels_are_set_by_the_card(
+    name: Literal["auto", "cudnn", "flash"],
+    major: int,
+    expected: list[str],
+    flash: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+
+    def not_installed(version: str) -> None:
+        tried.append(version)
+        raise ImportError
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", not_installed)
+    with attention_kernels(name, torch.device("cuda")):
+        order = [each.name for each in _cur_sdpa_kernel_backends(with_priority=True)]
+    assert order[: len(expected)] == expected and (len(order) == len(expected) or name == "auto")
+    assert tried == flash
+
+
+def test_on_a_cpu_nothing_is_set() -> None:
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    with attention_kernels("cudnn", torch.device("cpu")):
+        assert _cur_sdpa_kernel_backends(with_priority=True) == before
+    kernel = kernel_in_use(PRESETS["debug"], torch.bfloat16, torch.device("cpu"), by_lengths=True)
+    assert kernel == "flash_attention of cpu"

@@ -13,8 +13,8 @@ from titanlite.models.attention.varlen import has_flash
 from titanlite.models.spec import ModelConfig
 
 _CUDNN, _FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-# Over whole sequences cuDNN's kernel is before FlashAttention 2 on Hopper and Blackwell; it takes narrow dtypes alone.
 _ORDER = {
+    # cuDNN's kernel is written for Hopper and Blackwell; it and FlashAttention take narrow dtypes alone.
     "auto": [_CUDNN, _FLASH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "cudnn": [_CUDNN],
     "flash": [_FLASH],
@@ -30,13 +30,16 @@ def attention_kernels(name: Literal["auto", "cudnn", "flash"], device: torch.dev
         return
     from torch.nn.attention import activate_flash_attention_impl
 
-    for version in _BY_CAPABILITY.get(torch.cuda.get_device_capability(device)[0], ()):
+    major, order = torch.cuda.get_device_capability(device)[0], _ORDER[name]
+    if name == "auto" and major < 9:
+        order = [_FLASH, _CUDNN, *order[2:]]
+    for version in _BY_CAPABILITY.get(major, ()):
         try:
             activate_flash_attention_impl(version)
             break
         except (ImportError, RuntimeError):  # not installed, or for another card: torch has FlashAttention 2 itself
             continue
-    with sdpa_kernel(_ORDER[name], set_priority=True):
+    with sdpa_kernel(order, set_priority=True):
         yield
 
 
