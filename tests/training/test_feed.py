@@ -14,7 +14,7 @@ from titanlite.parallel import apply
 
 def test_a_batch_of_more_documents_is_said_once_for_each_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sequences' 16 tokens are a document or less at first, then one to two documents each."""
-    monkeypatch.setattr(apply, "compile_units", lambda *_: None)  # what is said does not hang on it
+    monkeypatch.setattr(apply, "compile_units", lambda *_, **__: None)  # what is said does not hang on it
     texts = [{"text": "long " * 200}, *[{"text": "ab"}] * 400]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     given = ("--data.corpus=texts.jsonl", "--data.document_mask=true", "--data.validation_percent=0")

@@ -168,7 +168,8 @@ class _Builder:
         if recipe.compile.enabled:
             layout = require_layout(recipe.parallel, self.world.size)
             tokens = batch_plan(recipe, layout, 0).microbatch * recipe.training.sequence_length // layout.cp
-            compile_units(module, spec, tokens, recipe.recompute.budget)
+            one_mesh = meshes is None or len(meshes.fsdp) == 1  # else FSDP gathers parts of a block by themselves
+            compile_units(module, spec, tokens, recipe.recompute.budget, whole=one_mesh)
         sync: Sync = no_sync
         if meshes:
             from titanlite.parallel.fsdp import apply_fsdp

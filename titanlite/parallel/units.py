@@ -83,10 +83,13 @@ def _policy(keep: Keep) -> Callable[..., CheckpointPolicy]:
     return choose
 
 
-def compile_units(model: nn.Module, spec: ModelSpec, tokens: int, budget: float | None = None) -> None:
-    """Compile, in place and at first use, every submodule that the spec names, each to one graph; code is reused by all
-    that are alike. A head stays as it is if its loss takes `tokens` tokens, those of a pass, by chunks.
+def compile_units(
+    model: nn.Module, spec: ModelSpec, tokens: int, budget: float | None = None, *, whole: bool = True
+) -> None:
+    """Compile, in place and at first use, every submodule that the spec names; code is reused by all that are alike. A
+    head stays as it is if its loss takes `tokens` tokens, those of a pass, by chunks.
 
+    `whole`: each to one graph. FSDP's hooks on a part of it would break that: torch raises `Unsupported` at first use.
     `budget`: the part of the activations' memory that the compiler keeps, in every graph of this process; None: all.
     """
     _require_own_cache()
@@ -97,7 +100,7 @@ def compile_units(model: nn.Module, spec: ModelSpec, tokens: int, budget: float 
         torch._functorch.config.activation_memory_budget = budget
     for name, module in model.named_modules():
         if is_named_by(spec.compile_units, name) and not _by_chunks(module, tokens):
-            module.compile(dynamic=False, fullgraph=True)
+            module.compile(dynamic=False, fullgraph=whole)
 
 
 def _by_chunks(module: nn.Module, tokens: int) -> bool:
